@@ -1,0 +1,37 @@
+"""What a user sees when a value cannot be used: the key, the value, and what is allowed, in one line.
+
+Every room may import this module; it imports nothing of the project.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """A config value, a file or a download that cannot be used.
+
+    The command line prints ``str(error)`` on one line and exits with status 2; nothing is half-written.
+
+    Args:
+        key: the config key (``method.budget``) or the file with its line (``qasper.jsonl:12``).
+        value: what was found there.
+        allowed: what would work, as a phrase that completes "must be ..." or a whole sentence.
+    """
+
+    def __init__(self, key: str, value: object, allowed: str):
+        self.key, self.value, self.allowed = key, value, allowed
+        super().__init__(" ".join(f"{key}={value}: {allowed}".split()))
+
+
+def one_of(value: str, options: Iterable[str], what: str = "one of") -> str:
+    """``"must be one of a, b, c; did you mean b?"`` for an unknown name, nearest names first."""
+    names = sorted(options)
+    near = difflib.get_close_matches(str(value), names, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return f"must be {what} {', '.join(names)}{hint}"
+
+
+def require(condition: bool, key: str, value: object, allowed: str) -> None:
+    """Raise :class:`InputError` unless ``condition`` holds."""
+    if not condition:
+        raise InputError(key, value, allowed)

@@ -1,0 +1,189 @@
+"""The attention function of every kvbench run: it hands each layer's new queries, keys and values to the cache.
+
+Registered with transformers under the name ``"kvbench"`` when this module is imported. A model that is switched to it
+(:func:`use_kvbench_attention`) calls :func:`attention_function` once a layer; the cache that ``update()`` tagged on
+the key tensor appends, attends over what it holds and compresses. No model code is touched and nothing is patched.
+
+Also here: the two attention shapes that caches need, over a whole prompt and over a compressed cache.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from ..conf.errors import InputError
+
+if TYPE_CHECKING:
+    from .base import KVCache
+
+ATTENTION_NAME = "kvbench"
+
+
+def tag(key: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    """Name the cache on the key tensor, so that the attention function finds it.
+
+    ``model.generate`` refuses keyword arguments it does not know, so a cache cannot arrive as a keyword there; an
+    attribute on the tensor that ``update()`` returns arrives in both.
+    """
+    key.kvbench_cache = cache  # type: ignore[attr-defined]
+    return key
+
+
+def attention_function(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer, as transformers calls it.
+
+    Args:
+        module: the attention module; ``module.layer_idx`` names the layer.
+        query: [B, H_q, n, D], after RoPE.
+        key, value: [B, H_kv, n, D], the new tokens only, after RoPE.
+        attention_mask: the 2-D padding mask [B, tokens seen + n], True where a token is real, or None: no padding.
+        scaling: factor on the logits; 1 / sqrt(D) when None.
+        sliding_window: the model's own window for this layer, if it has one.
+
+    Returns:
+        ([B, n, H_q, D], None).
+
+    Raises:
+        InputError: the layer's own sliding window is shorter than the sequence, which no cache here models yet.
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    cache: KVCache | None = getattr(key, "kvbench_cache", None)
+    seen = query.shape[2] if cache is None else cache.get_seq_length(module.layer_idx) + query.shape[2]
+    if sliding_window is not None and seen > sliding_window:
+        raise InputError(
+            "model",
+            type(module).__name__,
+            f"its layers attend over a sliding window of {sliding_window} tokens and the sequence has {seen}; "
+            f"use a model without a window, or task.max_length below {sliding_window}",
+        )
+    if cache is None:  # a forward without a cache: scoring, or method=no_cache
+        out = uncached_attention(query, key, value, scaling, attention_mask)
+    else:
+        out = cache.attend(module.layer_idx, query, key, value, scaling, attention_mask)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def padding_mask(attention_mask: torch.Tensor | None = None, **_: Any) -> torch.Tensor | None:
+    """The mask "function" registered beside it: the 2-D padding mask as it is; causality belongs to the cache."""
+    return attention_mask
+
+
+AttentionInterface.register(ATTENTION_NAME, attention_function)
+AttentionMaskInterface.register(ATTENTION_NAME, padding_mask)
+
+
+def use_kvbench_attention(model: PreTrainedModel) -> PreTrainedModel:
+    """Switch a transformers model to the registered attention function; returns the same model."""
+    if model.config._attn_implementation != ATTENTION_NAME:
+        model.set_attn_implementation(ATTENTION_NAME)
+    return model
+
+
+def repeat_heads(x: torch.Tensor, times: int) -> torch.Tensor:
+    """[B, H_kv, S, D] -> [B, H_kv * times, S, D]; query head j is served by KV head j // times."""
+    return x if times == 1 else x.repeat_interleave(times, dim=1)
+
+
+def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Causal attention of the last n tokens of a sequence over all of it (rows without padding).
+
+    Args:
+        query: [B, H_q, n, D], the queries of positions S - n .. S - 1.
+        key, value: [B, H_kv, S, D] with S >= n.
+        scaling: factor on the logits.
+
+    Returns:
+        [B, H_q, n, D].
+    """
+    n, length = query.shape[2], key.shape[2]
+    if n < length:
+        return cached_attention(query, key, value, scaling)
+    if query.is_cuda:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    # On the CPU the flash kernel is a quarter faster on expanded heads than through enable_gqa.
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_heads(key, groups), repeat_heads(value, groups)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+
+
+def visibility(n: int, length: int, valid: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """Which of ``length`` cached slots each of the last ``n`` tokens may see.
+
+    Everything that was cached before is visible and the new tokens, which hold the last ``n`` slots, are causal among
+    themselves: SDPA's ``is_causal`` would be wrong here, because it aligns the triangle to the first slot.
+
+    Args:
+        n: new tokens.
+        length: slots in all, the new ones included.
+        valid: [B, 1 or H, length], True where a slot holds a real token; None: everywhere.
+
+    Returns:
+        bool, broadcastable to [B, H, n, length], or None: everything is visible.
+    """
+    causal = None
+    if n > 1:
+        causal = torch.ones(n, length, dtype=torch.bool, device=device).tril(length - n)[None, None]
+    if valid is None:
+        return causal
+    visible = valid[:, :, None, :]
+    if causal is not None:
+        # A padding query sees itself alone, so that its softmax is not over nothing.
+        own = torch.eye(n, dtype=torch.bool, device=device)
+        own = F.pad(own, (length - n, 0))[None, None]
+        visible = (visible & causal) | own
+    return visible
+
+
+def cached_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+    valid: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of n new tokens over a cache whose last n slots are those tokens.
+
+    The query heads of a group are laid side by side as extra query rows of their KV head, so keys and values are never
+    expanded: [B, H_kv, g * n, D] against [B, H_kv, S, D].
+
+    Args:
+        query: [B, H_q, n, D].
+        keys, values: [B, H, S, D] with H dividing H_q.
+        scaling: factor on the logits.
+        valid: see :func:`visibility`.
+
+    Returns:
+        [B, H_q, n, D].
+    """
+    batch, query_heads, n, dim = query.shape
+    heads = keys.shape[1]
+    groups = query_heads // heads
+    mask = visibility(n, keys.shape[2], valid, query.device)
+    if mask is not None and groups > 1 and n > 1:
+        mask = mask.expand(-1, -1, n, -1).repeat(1, 1, groups, 1)
+    rows = query.reshape(batch, heads, groups * n, dim)
+    out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scaling)
+    return out.reshape(batch, query_heads, n, dim)
+
+
+def uncached_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, attention_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Causal attention of whole rows that may be padded on either side; [B, H_q, T, D] -> [B, H_q, T, D]."""
+    if attention_mask is None or bool(attention_mask.all()):
+        return causal_attention(query, key, value, scaling)
+    return cached_attention(query, key, value, scaling, attention_mask.bool()[:, None, :])

@@ -1,0 +1,58 @@
+"""No cache at all: every step computes the whole sequence anew. The other end of the scale that ``full`` closes.
+
+What a KV cache saves is the difference: time per token grows with the square of the length here, linearly there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from .attention import use_kvbench_attention
+from .base import KVCache, Method
+from .storage.base import KVShape
+
+
+class NoCacheState(KVCache):
+    """Holds the token ids of the sequence instead of keys and values.
+
+    The engine feeds it; ``model.generate`` cannot (pass ``use_cache=False`` there, which is the same thing).
+    """
+
+    recomputes = True
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self._ids: torch.Tensor | None = None
+        self._mask: torch.Tensor | None = None
+
+    def extend(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add columns [B, n] of ids and padding mask; returns the whole sequence so far, [B, T] each."""
+        self._ids = ids if self._ids is None else torch.cat([self._ids, ids], dim=1)
+        self._mask = mask if self._mask is None else torch.cat([self._mask, mask], dim=1)
+        self.tokens_seen = self._mask.sum(1)
+        return self._ids, self._mask
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0 if self._ids is None else self._ids.shape[1]
+
+    def update(self, *args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError("method=no_cache holds nothing: call model.generate(..., use_cache=False) instead")
+
+
+@dataclass(frozen=True)
+class NoCache(Method):
+    """``method=no_cache``."""
+
+    @property
+    def shares_prompt(self) -> bool:
+        return False
+
+    def new_cache(self, model: PreTrainedModel) -> KVCache:
+        use_kvbench_attention(model)
+        return NoCacheState()
+
+    def bytes_formula(self, shape: KVShape, prompt_length: int, new_tokens: int = 0) -> int:
+        return 0

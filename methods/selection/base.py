@@ -1,0 +1,154 @@
+"""The contract of a selection: which tokens a layer keeps.
+
+A new token method is a subclass of :class:`TopKSelection` with one ``score`` function, or of :class:`Selection` with
+``select`` (what stays of a prompt) and ``attend`` (what a step sees, and what leaves after it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from ...conf.errors import require
+from ..attention import cached_attention
+from ..prompt import Prompt
+from ..storage.base import LayerStorage
+
+Budget = int | float
+"""Tokens kept per layer, the protected window included (int), or a fraction of the prompt (float in (0, 1])."""
+
+
+def check_budget(budget: Any, key: str = "method.budget") -> None:
+    """Raise InputError unless ``budget`` is an int >= 1 or a float in (0, 1]."""
+    allowed = "must be a whole number of tokens >= 1, or a fraction of the prompt in (0, 1]"
+    if isinstance(budget, int) and not isinstance(budget, bool):
+        require(budget >= 1, key, budget, allowed)
+    else:
+        require(isinstance(budget, float) and 0.0 < budget <= 1.0, key, budget, allowed)
+
+
+def resolve_budget(budget: Budget, prompt_length: int) -> int:
+    """Tokens to keep of a prompt of ``prompt_length`` tokens; a fraction is rounded to the nearest, never to 0."""
+    if isinstance(budget, int):
+        return budget
+    return max(1, int(budget * prompt_length + 0.5))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Keep everything: the base of every selection and the one of ``method=full``."""
+
+    @property
+    def reads_prompt_by_steps(self) -> bool:
+        """The prompt goes through the cache token by token (in effect) instead of being read whole.
+
+        Its attention output then differs from the full model's, so no other method can ride on the same reading.
+        """
+        return False
+
+    @property
+    def observation_window(self) -> int:
+        """How many of the prompt's last queries :meth:`select` looks at."""
+        return 0
+
+    @property
+    def stores_query_heads(self) -> bool:
+        """Keys and values are stored once per query head instead of once per KV head."""
+        return False
+
+    def new_state(self, config: PretrainedConfig) -> Any:
+        """State of one layer for one batch, handed to :meth:`after_prompt` and :meth:`attend`; made fresh each time."""
+        return None
+
+    def select(self, prompt: Prompt) -> torch.Tensor | None:
+        """Prompt tokens to keep: int64 [R, H, C], strictly increasing per head, or None: all of them."""
+        return None
+
+    def after_prompt(self, state: Any, lengths: torch.Tensor) -> None:
+        """Called once the prompt has been compressed; ``lengths`` [B] int64: real prompt tokens of each row."""
+
+    def attend(
+        self,
+        state: Any,
+        storage: LayerStorage,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        valid: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Append n new tokens, attend over everything held, drop what has to leave.
+
+        Args:
+            state: what :meth:`new_state` made for this layer.
+            storage: the layer's storage.
+            query: [B, H_q, n, D].
+            key, value: [B, H, n, D], with H the stored heads.
+            scaling: factor on the logits.
+            valid: [B, n] bool, False for pads among the new tokens; None: all real.
+
+        Returns:
+            [B, H_q, n, D].
+        """
+        storage.append(key, value, valid)
+        keys, values, held = storage.read()
+        return cached_attention(query, keys, values, scaling, held)
+
+    def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int) -> Sequence[int]:
+        """Tokens held by each head of each layer after a prompt and ``new_tokens`` decode steps (for the formula)."""
+        return [prompt_length + new_tokens] * layers
+
+    def state_tensors(self, state: Any) -> list[torch.Tensor]:
+        """Tensors of ``state`` that must stay in memory; they count as stored bytes."""
+        return []
+
+
+@dataclass(frozen=True)
+class TopKSelection(Selection):
+    """Keep the best-scored prompt tokens and a protected window of the last ones; nothing leaves while decoding.
+
+    Attributes:
+        budget: tokens kept per head, the window included, or a fraction of the prompt.
+        window: last tokens that are always kept.
+    """
+
+    budget: Budget
+    window: int
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
+        require(
+            isinstance(self.window, int) and self.window >= 1, "method.selection.window", self.window, "must be >= 1"
+        )
+        if isinstance(self.budget, int):
+            require(
+                self.window <= self.budget,
+                "method.selection.window",
+                self.window,
+                f"must be at most method.budget={self.budget}, which includes the window",
+            )
+
+    def score(self, prompt: Prompt) -> torch.Tensor:
+        """Score of every prompt token before the window: [R, H, T - window]; the largest stay."""
+        raise NotImplementedError
+
+    def select(self, prompt: Prompt) -> torch.Tensor | None:
+        budget = resolve_budget(self.budget, prompt.length)
+        if prompt.length <= budget:
+            return None
+        # A fraction of a short prompt may be less than the window: then the budget's last tokens are what stays.
+        window = min(self.window, budget)
+        recent = torch.arange(prompt.length - window, prompt.length, device=prompt.keys.device)
+        if budget == window:
+            heads = prompt.query.shape[1] if self.stores_query_heads else prompt.keys.shape[1]
+            return recent.expand(prompt.keys.shape[0], heads, -1)
+        scores = self.score(prompt)[..., : prompt.length - window]
+        best = scores.topk(budget - window, dim=-1, sorted=False).indices.sort(dim=-1).values
+        return torch.cat([best, recent.expand(*best.shape[:2], -1)], dim=-1)
+
+    def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int) -> Sequence[int]:
+        return [min(prompt_length, resolve_budget(self.budget, prompt_length)) + new_tokens] * layers

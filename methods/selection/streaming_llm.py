@@ -1,0 +1,245 @@
+"""StreamingLLM (Xiao et al., 2024, arXiv 2309.17453): a few first tokens as attention sinks, and the most recent ones.
+
+Section 3.2: the cache holds the first ``sinks`` tokens and the last ``budget - sinks``; positions are counted *inside
+the cache*, so that the query never stands further from any key than the cache is long. Each step appends, attends (the
+query sees the whole cache and itself) and then drops the oldest token that is not a sink.
+
+Two protocols exist under this name and both are here:
+
+* ``mode=true_stream`` (the paper's): every token, the prompt's too, sees only what the cache held at its time. Computed
+  in blocks with a banded mask, which equals feeding the tokens one by one.
+* ``mode=prefill_evict`` (later papers' baseline rows): the prompt is read with full attention and evicted once, so the
+  surviving tokens have already seen the middle of the prompt.
+
+Positions inside the cache, without rotating the cache: RoPE attention depends on distances alone. The recent tokens
+stand at their true distances from the query anyway; only the sinks are too far, by the number of tokens evicted. So
+keys keep their true positions and, for the sinks' logits alone, the query is rotated back by that number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import PretrainedConfig
+
+from ...conf.errors import InputError, require
+from ..attention import cached_attention
+from ..prompt import Prompt
+from ..rotary import Rotary
+from ..storage.base import LayerStorage
+from .base import Budget, Selection, check_budget, resolve_budget
+
+BLOCK = 256
+"""Prompt tokens that pass through the cache at a time in ``true_stream``; memory is O(BLOCK x (budget + BLOCK))."""
+
+
+@dataclass
+class StreamState:
+    """One layer and batch.
+
+    Attributes:
+        rotary: turns the query back for the sinks' logits; None: positions are left alone.
+        seen: real tokens fed so far, [B] int64; None before the first.
+        limit: tokens a row may hold between steps, [B, 1] int64; None until it is known.
+        fed: tokens fed so far as a plain number, an upper bound of ``seen`` that costs no device sync.
+    """
+
+    rotary: Rotary | None
+    seen: torch.Tensor | None = None
+    limit: torch.Tensor | None = None
+    fed: int = 0
+
+
+@dataclass(frozen=True)
+class StreamingLLM(Selection):
+    """Attention sinks and a sliding window.
+
+    Attributes:
+        budget: tokens held per head, sinks included; ``prefill_evict`` also takes a fraction of the prompt.
+        sinks: first tokens that are always kept (4 in the paper); 0 is plain window attention.
+        mode: ``true_stream`` or ``prefill_evict``, see the module's docstring.
+        reposition: count positions inside the cache (the paper); False leaves the sinks at their true distance.
+    """
+
+    budget: Budget = 1024
+    sinks: int = 4
+    mode: str = "true_stream"
+    reposition: bool = True
+
+    def __post_init__(self) -> None:
+        at = "method.selection."
+        check_budget(self.budget)
+        require(isinstance(self.sinks, int) and self.sinks >= 0, at + "sinks", self.sinks, "must be >= 0")
+        require(
+            self.mode in ("true_stream", "prefill_evict"),
+            at + "mode",
+            self.mode,
+            "must be true_stream or prefill_evict",
+        )
+        require(isinstance(self.reposition, bool), at + "reposition", self.reposition, "must be true or false")
+        if isinstance(self.budget, int):
+            require(
+                self.sinks < self.budget,
+                at + "sinks",
+                self.sinks,
+                f"must be below method.budget={self.budget}, which includes the sinks",
+            )
+        elif self.reads_prompt_by_steps:
+            raise InputError(
+                "method.budget",
+                self.budget,
+                "a stream has no length to take a fraction of: give a number of tokens, or set "
+                "method.selection.mode=prefill_evict",
+            )
+
+    @property
+    def reads_prompt_by_steps(self) -> bool:
+        return self.mode == "true_stream"
+
+    def new_state(self, config: PretrainedConfig) -> StreamState:
+        return StreamState(Rotary(config) if self.reposition else None)
+
+    def select(self, prompt: Prompt) -> torch.Tensor | None:
+        budget = resolve_budget(self.budget, prompt.length)
+        if prompt.length <= budget:
+            return None
+        kept = torch.arange(budget, device=prompt.keys.device)
+        kept[min(self.sinks, budget - 1) :] += prompt.length - budget
+        return kept.expand(prompt.keys.shape[0], prompt.keys.shape[1], -1)
+
+    def after_prompt(self, state: StreamState, lengths: torch.Tensor) -> None:
+        state.seen = lengths.clone()
+        state.fed = int(lengths.max())
+        state.limit = torch.tensor([[resolve_budget(self.budget, n)] for n in lengths.tolist()], device=lengths.device)
+
+    def attend(
+        self,
+        state: StreamState,
+        storage: LayerStorage,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        valid: torch.Tensor | None,
+    ) -> torch.Tensor:
+        batch, _, n, _ = query.shape
+        if state.seen is None:
+            state.seen = torch.zeros(batch, dtype=torch.int64, device=query.device)
+        if state.limit is None:
+            state.limit = torch.full((batch, 1), int(self.budget), device=query.device)
+        out = []
+        for start in range(0, n, BLOCK):
+            part = slice(start, min(n, start + BLOCK))
+            block_valid = None if valid is None else valid[:, part]
+            out.append(
+                self._step(state, storage, query[:, :, part], key[:, :, part], value[:, :, part], scaling, block_valid)
+            )
+        return out[0] if len(out) == 1 else torch.cat(out, dim=2)
+
+    def _step(
+        self,
+        state: StreamState,
+        storage: LayerStorage,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        valid: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Append one block, attend, evict down to the limit."""
+        assert state.seen is not None and state.limit is not None
+        n = query.shape[2]
+        # Real tokens that left before this block, [B, 1]: the slots after the sinks stand that far from their rank.
+        evicted = state.seen[:, None] - (storage.tokens if state.fed else 0)
+        storage.append(key, value, valid)
+        keys, values, held = storage.read()
+        state.seen = state.seen + (n if valid is None else valid.sum(1))
+        state.fed += n
+        if isinstance(self.budget, int) and state.fed <= self.budget:  # nothing has to leave yet
+            return cached_attention(query, keys, values, scaling, held)
+
+        slots = keys.shape[2]
+        if held is None:
+            rank = torch.arange(slots, device=query.device)[None]  # [1, S]
+        else:
+            rank = held[:, 0].long().cumsum(1) - 1  # [B, S]
+        sinks = (state.limit - 1).clamp(max=self.sinks)  # [B, 1]
+        recent = state.limit - sinks
+        is_sink = rank < sinks
+        position = torch.where(is_sink, rank, rank + evicted)  # [B, S], true positions
+        at = position[:, -n:]  # [B, n], of the queries
+        age = at[:, :, None] - position[:, None, :]  # [B, n, S]
+        visible = (age >= 0) & (is_sink[:, None, :] | (age <= recent[:, :, None]))
+        if held is not None:
+            own = torch.eye(n, dtype=torch.bool, device=query.device)
+            visible = (visible & held) | F.pad(own, (slots - n, 0))  # a pad sees itself, for a softmax over something
+        shift = (at - state.limit).clamp(min=0)  # how much further than in the cache a sink is, per query
+        out = self._attention(state.rotary, query, keys, values, scaling, visible, is_sink, shift, held is not None)
+        self._evict(storage, held, rank, sinks, recent)
+        return out
+
+    def _attention(
+        self,
+        rotary: Rotary | None,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scaling: float,
+        visible: torch.Tensor,
+        is_sink: torch.Tensor,
+        shift: torch.Tensor,
+        ragged: bool,
+    ) -> torch.Tensor:
+        """Softmax attention in which the sinks' logits use the query turned back by ``shift``."""
+        batch, query_heads, n, dim = query.shape
+        heads = keys.shape[1]
+
+        def logits_of(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            grouped = q.reshape(batch, heads, -1, dim) @ k.transpose(-1, -2)
+            return grouped.reshape(batch, heads, query_heads // heads, n, -1)
+
+        logits = logits_of(query, keys)  # [B, H, g, n, S]
+        if rotary is not None and self.sinks:
+            turned = rotary.turn(query, -shift)
+            if ragged:  # sinks stand in different slots of each row
+                logits = torch.where(is_sink[:, None, None, None, :], logits_of(turned, keys), logits)
+            else:
+                count = min(self.sinks, keys.shape[2])
+                first = logits_of(turned, keys[:, :, :count])
+                logits[..., :count] = torch.where(is_sink[:, None, None, None, :count], first, logits[..., :count])
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        logits = (logits.to(exact) * scaling).masked_fill(~visible[:, None, None], float("-inf"))
+        weights = logits.softmax(-1).to(values.dtype).reshape(batch, heads, -1, keys.shape[2])
+        return (weights @ values).reshape(batch, query_heads, n, dim)
+
+    def _evict(
+        self,
+        storage: LayerStorage,
+        held: torch.Tensor | None,
+        rank: torch.Tensor,
+        sinks: torch.Tensor,
+        recent: torch.Tensor,
+    ) -> None:
+        """Drop what is neither a sink nor recent."""
+        if held is None and isinstance(self.budget, int):
+            slots, first = rank.shape[1], min(self.sinks, self.budget - 1)
+            if slots > self.budget:
+                kept = torch.cat([rank[0, :first], rank[0, slots - (self.budget - first) :]])
+                storage.keep(kept)
+            return
+        if held is None:
+            held = torch.ones(recent.shape[0], 1, rank.shape[1], dtype=torch.bool, device=rank.device)
+        count = held[:, 0].sum(1, keepdim=True)
+        stay = held[:, 0] & ((rank < sinks) | (rank >= count - recent))
+        width = int(stay.sum(1).max())
+        if width == stay.shape[1] and bool(stay.all()):
+            return
+        order = stay.int().sort(dim=1, stable=True).indices[:, stay.shape[1] - width :]
+        kept_valid = stay.gather(1, order)
+        storage.keep(order[:, None], None if bool(kept_valid.all()) else kept_valid[:, None])
+
+    def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int) -> Sequence[int]:
+        return [min(prompt_length + new_tokens, resolve_budget(self.budget, prompt_length))] * layers

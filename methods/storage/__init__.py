@@ -1,0 +1,1 @@
+"""How kept tokens are represented. One file a storage; configuration in ``conf/method/storage/``."""

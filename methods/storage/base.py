@@ -1,0 +1,87 @@
+"""The contract of a storage: how kept tokens are represented.
+
+A :class:`Storage` is the configuration (a frozen dataclass, one YAML in ``conf/method/storage/``); it makes one
+:class:`LayerStorage` per layer, which holds a batch's keys and values. A storage never decides *which* tokens stay.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """What the byte formulas need to know of a model.
+
+    Attributes:
+        layers: decoder layers that own keys and values.
+        kv_heads: KV heads per layer.
+        head_dim: channels per head.
+        element_bytes: bytes of one element in the compute dtype.
+        query_heads: query heads per layer (a method that stores per query head multiplies by them).
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    element_bytes: int
+    query_heads: int
+
+
+class LayerStorage(ABC):
+    """Keys and values of one layer for one batch.
+
+    Slots are in the order of the tokens. ``valid`` masks [B, 1 or H, S] mark the slots that hold a real token: rows
+    (or heads) of a batch that keep fewer tokens than the longest one are padded on the left.
+    """
+
+    @abstractmethod
+    def write(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        """Replace everything by ``keys`` and ``values`` [B, H, S, D]; must not keep the given tensors alive."""
+
+    @abstractmethod
+    def append(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        """Add n tokens [B, H, n, D] after the last slot; ``valid`` [B, n] or None."""
+
+    @abstractmethod
+    def read(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(keys, values) [B, H, S, D] in the compute dtype, and ``valid`` [B, 1 or H, S] or None: all real."""
+
+    @abstractmethod
+    def keep(self, slots: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        """Keep only ``slots``: [C] for all rows and heads alike, or [B, 1 or H, C]; increasing where valid."""
+
+    @abstractmethod
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor that must stay in memory for this layer (scales, indices and masks too)."""
+
+    @property
+    @abstractmethod
+    def tokens(self) -> torch.Tensor:
+        """Real tokens held, [B, 1 or H], int64."""
+
+    @property
+    @abstractmethod
+    def logical_bytes(self) -> int:
+        """Bytes of the real tokens alone: no padding, no room to grow."""
+
+
+class Storage(ABC):
+    """Configuration of a storage."""
+
+    @property
+    def name(self) -> str:
+        """Name as typed on the command line."""
+        return type(self).__name__.lower()
+
+    @abstractmethod
+    def new_layers(self, num_layers: int) -> Sequence[LayerStorage]:
+        """Empty storage for every layer of a model, for one batch."""
+
+    @abstractmethod
+    def bytes_formula(self, tokens: Sequence[int], heads: int, shape: KVShape) -> int:
+        """Bytes of one sequence: ``tokens[l]`` tokens in each of ``heads`` heads of layer l."""

@@ -1,0 +1,115 @@
+"""Keys and values as they are, in the compute dtype: the storage of the plain cache and of every token method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .base import KVShape, LayerStorage, Storage
+
+GROWTH = 128
+"""Slots added at a time when a layer grows, so that a step writes in place instead of copying the whole layer."""
+
+
+class DenseLayer(LayerStorage):
+    """[B, H, capacity, D] buffers of which the first ``length`` slots are in use.
+
+    ``write`` allocates exactly what it is given; the first ``append`` after it makes room for :data:`GROWTH` tokens.
+    That room is the only difference between stored and logical bytes in a batch whose rows are equally long.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._keys: torch.Tensor | None = None
+        self._values: torch.Tensor | None = None
+        self._valid: torch.Tensor | None = None
+
+    def write(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        # A copy, always: a slice, or a view of a fused projection, would keep its whole parent in memory.
+        self._keys = keys.clone(memory_format=torch.contiguous_format)
+        self._values = values.clone(memory_format=torch.contiguous_format)
+        self._valid = None if valid is None else valid.clone(memory_format=torch.contiguous_format)
+        self.length = keys.shape[2]
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        n, start = keys.shape[2], self.length
+        if self._keys is None or self._values is None:
+            self.write(keys, values, None if valid is None else valid[:, None])
+            return
+        if start + n > self._keys.shape[2]:
+            capacity = start + max(n, GROWTH)
+            self._keys = _grown(self._keys, start, capacity)
+            self._values = _grown(self._values, start, capacity)
+            if self._valid is not None:
+                self._valid = _grown(self._valid[..., None], start, capacity)[..., 0]
+        if valid is not None and self._valid is None:
+            self._valid = torch.ones(keys.shape[0], 1, self._keys.shape[2], dtype=torch.bool, device=keys.device)
+        self._keys[:, :, start : start + n] = keys
+        self._values[:, :, start : start + n] = values
+        if self._valid is not None:
+            self._valid[:, :, start : start + n] = True if valid is None else valid[:, None]
+        self.length = start + n
+
+    def read(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        assert self._keys is not None and self._values is not None, "read before write"
+        n = self.length
+        valid = None if self._valid is None else self._valid[:, :, :n]
+        return self._keys[:, :, :n], self._values[:, :, :n], valid
+
+    def keep(self, slots: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        keys, values, _ = self.read()
+        if slots.dim() == 1:
+            keys, values = keys.index_select(2, slots), values.index_select(2, slots)
+        else:
+            index = slots[..., None].expand(-1, keys.shape[1], -1, keys.shape[3])
+            keys, values = keys.gather(2, index), values.gather(2, index)
+        count = keys.shape[2]
+        assert self._keys is not None and self._values is not None
+        if self._keys.shape[2] > count + GROWTH:  # memory worth giving back
+            self._keys, self._values = keys, values
+        else:
+            self._keys[:, :, :count] = keys
+            self._values[:, :, :count] = values
+        self._valid = None
+        if valid is not None:
+            self._valid = torch.ones(*valid.shape[:2], self._keys.shape[2], dtype=torch.bool, device=valid.device)
+            self._valid[:, :, :count] = valid
+        self.length = count
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [x for x in (self._keys, self._values, self._valid) if x is not None]
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        keys, _, valid = self.read()
+        if valid is None:
+            return torch.full((keys.shape[0], 1), self.length, dtype=torch.int64, device=keys.device)
+        return valid.sum(-1)
+
+    @property
+    def logical_bytes(self) -> int:
+        keys, _, _ = self.read()
+        heads, dim = keys.shape[1], keys.shape[3]
+        slots = int(self.tokens.expand(-1, heads).sum())
+        return 2 * slots * dim * keys.element_size()
+
+
+def _grown(x: torch.Tensor, used: int, capacity: int) -> torch.Tensor:
+    """A buffer of ``capacity`` slots in dimension 2 that begins with the ``used`` slots of ``x``."""
+    out = x.new_empty(x.shape[0], x.shape[1], capacity, x.shape[3])
+    out[:, :, :used] = x[:, :, :used]
+    return out
+
+
+@dataclass(frozen=True)
+class Dense(Storage):
+    """Uncompressed storage; it has no options."""
+
+    def new_layers(self, num_layers: int) -> Sequence[DenseLayer]:
+        return [DenseLayer() for _ in range(num_layers)]
+
+    def bytes_formula(self, tokens: Sequence[int], heads: int, shape: KVShape) -> int:
+        """sum over layers of 2 x heads x tokens x head_dim x element_bytes."""
+        return 2 * heads * shape.head_dim * shape.element_bytes * sum(tokens)

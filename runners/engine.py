@@ -1,0 +1,207 @@
+"""Prefill and decode: two plain functions, and greedy or sampled generation on top of them.
+
+    logits = prefill(model, cache, input_ids, attention_mask)   # read the prompt, compress it
+    logits = decode(model, cache, token)                        # one more token per row
+
+The model is a transformers causal LM; everything that differs between methods happens inside the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from ..methods.base import KVCache
+
+
+@torch.inference_mode()
+def prefill(
+    model: PreTrainedModel,
+    cache: KVCache,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    chunk_size: int | None = None,
+) -> torch.Tensor:
+    """Read the prompts and compress them.
+
+    Args:
+        model: the model that ``cache`` was made for.
+        cache: a fresh cache.
+        input_ids: [B, T], padded on the left.
+        attention_mask: [B, T], 1 for a real token; None: no padding.
+        chunk_size: feed this many columns at a time (less activation memory, same result); None: all at once.
+
+    Returns:
+        Logits of the last token, [B, vocabulary]. In a fan-out they hold for every member alike.
+
+    Raises:
+        RuntimeError: a layer did not hand its keys and values to the cache (full attention would run silently).
+    """
+    length = input_ids.shape[1]
+    mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
+    if cache.recomputes:
+        return _forward_all(model, cache, input_ids, mask)
+    if mask is None:
+        positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
+    else:
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    step = chunk_size or length
+    cache.prompt_length = length
+    for start in range(0, length, step):
+        end = min(length, start + step)
+        logits = model(
+            input_ids=input_ids[:, start:end],
+            attention_mask=None if mask is None else mask[:, :end],
+            position_ids=positions[:, start:end],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+    if any(layer.get_seq_length() != length for layer in cache.layers):
+        raise RuntimeError(f"{type(model).__name__} did not route every layer's attention through the kvbench cache")
+    return logits[:, -1]
+
+
+@torch.inference_mode()
+def decode(model: PreTrainedModel, cache: KVCache, token: torch.Tensor) -> torch.Tensor:
+    """Feed one token per row: [rows] int64 -> logits [rows, vocabulary]; rows are ``cache.copies`` x B."""
+    if cache.recomputes:
+        return _forward_all(model, cache, token[:, None], None)
+    return model(
+        input_ids=token[:, None],
+        position_ids=cache.next_positions()[:, None],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+
+
+def _forward_all(model: PreTrainedModel, cache: KVCache, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Without a cache: the whole sequence through the model again."""
+    ids, mask = cache.extend(ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask)
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    padded = None if bool(mask.all()) else mask
+    out = model(input_ids=ids, attention_mask=padded, position_ids=positions, use_cache=False, logits_to_keep=1)
+    return out.logits[:, -1]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_p: smallest set of tokens whose probability reaches this is drawn from.
+        seed: of the generator; one generator serves the whole call.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass
+class Generation:
+    """What came out of :func:`generate`.
+
+    Attributes:
+        tokens: one list of new token ids per row, the stop token not included; rows as in :func:`decode`.
+        steps: decode steps run (batched over rows).
+    """
+
+    tokens: list[list[int]]
+    steps: int
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    cache: KVCache,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int] = (),
+    min_new_tokens: int = 0,
+    sampling: Sampling | None = None,
+    chunk_size: int | None = None,
+    after_prefill: object = None,
+) -> Generation:
+    """Prefill, then decode until every row has ended.
+
+    Args:
+        model, cache, input_ids, attention_mask, chunk_size: see :func:`prefill`.
+        max_new_tokens: tokens per row at most; >= 1.
+        stop_ids: a row ends when it would produce one of these. Empty: all rows run to ``max_new_tokens`` (which is
+            how speed is measured).
+        min_new_tokens: no stop id is produced before a row has this many tokens (its probability is set to zero).
+        sampling: greedy when None.
+        after_prefill: called without arguments once the prompt is compressed, before the first decode step.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
+    draw = _Drawer(sampling or Sampling(), stop_ids, min_new_tokens, input_ids.device)
+    batch, members = input_ids.shape[0], cache.copies
+    logits = prefill(model, cache, input_ids, attention_mask, chunk_size).repeat(members, 1)
+    if callable(after_prefill):
+        after_prefill()
+
+    tokens: list[list[int]] = [[] for _ in range(batch * members)]
+    rows = list(range(batch * members))  # row of `tokens` that each decode row stands for
+    ended = [False] * (batch * members)
+    steps = 0
+    while True:
+        token = draw(logits, steps)
+        for row, value in zip(rows, token.tolist(), strict=True):
+            if not ended[row]:
+                if value in draw.stop_ids:
+                    ended[row] = True
+                else:
+                    tokens[row].append(value)
+        steps += 1
+        if steps >= max_new_tokens or all(ended):
+            return Generation(tokens, steps - 1)
+        if members > 1 and any(ended):
+            rows, token = _drop_ended_members(cache, rows, ended, token, batch)
+        logits = decode(model, cache, token)
+
+
+def _drop_ended_members(
+    cache: KVCache, rows: list[int], ended: list[bool], token: torch.Tensor, batch: int
+) -> tuple[list[int], torch.Tensor]:
+    """Leave out the members of a fan-out whose rows have all ended, so that the others do not wait for them."""
+    stay = []
+    for member in reversed(range(cache.copies)):
+        mine = rows[member * batch : (member + 1) * batch]
+        if all(ended[row] for row in mine):
+            cache.drop(member)
+        else:
+            stay.append(member)
+    index = [m * batch + b for m in reversed(stay) for b in range(batch)]
+    return [rows[i] for i in index], token[torch.tensor(index, device=token.device)]
+
+
+class _Drawer:
+    """Draws the next token of every row from its logits."""
+
+    def __init__(self, sampling: Sampling, stop_ids: Sequence[int], min_new_tokens: int, device: torch.device):
+        self.sampling, self.min_new_tokens = sampling, min_new_tokens
+        self.stop_ids = frozenset(stop_ids)
+        self._stop = torch.tensor(sorted(self.stop_ids), dtype=torch.int64, device=device)
+        self._generator = torch.Generator(device=device).manual_seed(sampling.seed)
+
+    def __call__(self, logits: torch.Tensor, produced: int) -> torch.Tensor:
+        """[rows, vocabulary] -> [rows] int64; ``produced``: tokens each row has so far."""
+        if produced < self.min_new_tokens and len(self._stop):
+            logits = logits.index_fill(1, self._stop, float("-inf"))
+        if self.sampling.temperature == 0.0:
+            return logits.argmax(-1)
+        probabilities = (logits.float() / self.sampling.temperature).softmax(-1)
+        ordered, index = probabilities.sort(-1, descending=True)
+        before = ordered.cumsum(-1) - ordered  # mass of the better tokens: the best one always stays
+        ordered = ordered.masked_fill(before >= self.sampling.top_p, 0.0)
+        drawn = torch.multinomial(ordered, 1, generator=self._generator)
+        return index.gather(-1, drawn)[:, 0]

@@ -1,0 +1,32 @@
+"""What several test files share."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from kvbench.models.base import LoadedModel
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of the real public data that the tests compare with; it is not part of the repository."""
+    default = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+    folder = Path(os.environ.get("KVBENCH_TEST_DATA", default))
+    if not folder.is_dir():
+        pytest.skip(f"the shared test data is not at {folder}; set KVBENCH_TEST_DATA to its folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> "LoadedModel":
+    """The default model in float32 on the CPU, from the user's cache; a test never downloads it."""
+    import torch
+    from kvbench.models.embedded import Embedded
+
+    source = Embedded()
+    if not source.is_cached():
+        pytest.skip(f"the default model is not in {source.folder}; `make model` puts it there")
+    return source.load("cpu", torch.float32)

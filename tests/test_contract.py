@@ -1,0 +1,218 @@
+"""What every method must do, whatever it is: each YAML in conf/method goes through all of these.
+
+A new method gets them for free. ``VARIANTS`` adds settings of a method that take another path through the code.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+import hydra
+import pytest
+import torch
+from hydra.utils import instantiate
+from kvbench.methods.base import Method, kv_shape
+from kvbench.methods.fan_out import FanOutCache
+from kvbench.runners.engine import decode, generate, prefill
+from spy import watch
+from tiny_models import left_pad, prompt_ids, tiny_model
+
+NAMES = sorted(p.name.removesuffix(".yaml") for p in files("kvbench.conf").joinpath("method").iterdir() if p.is_file())
+VARIANTS = [
+    "snapkv selection.granularity=query_head",
+    "snapkv selection.pooling=avg selection.kernel=5 selection.group_reduce=max",
+    "streaming_llm selection.mode=prefill_evict",
+    "streaming_llm selection.mode=prefill_evict selection.reposition=false",
+    "streaming_llm selection.reposition=false",
+    "streaming_llm selection.sinks=0",
+]
+METHODS = NAMES + VARIANTS
+BUDGET = 40  # above every method's default window, below LONG
+LONG, MIDDLE, SHORT = 70, 55, 13
+
+
+def make(text: str, budget: float = BUDGET) -> Method:
+    """The method that ``text`` names, at ``budget``."""
+    name, *settings = text.split()
+    overrides = [f"method={name}", *(f"method.{s}" for s in settings), f"method.budget={budget}"]
+    with hydra.initialize_config_module("kvbench.conf", version_base="1.3"):
+        return instantiate(hydra.compose("config", overrides=overrides).method)
+
+
+def logits_of(model, method, ids, tokens, mask=None, chunk_size=None):
+    """Logits after the prompt and after each of ``tokens`` [steps, B], stacked; and the cache."""
+    cache = method.new_cache(model)
+    out = [prefill(model, cache, ids, mask, chunk_size)]
+    out += [decode(model, cache, token) for token in tokens]
+    return torch.stack(out), cache
+
+
+def some_tokens(steps: int, batch: int = 1) -> torch.Tensor:
+    return torch.stack([prompt_ids(batch, seed=50 + i)[0] for i in range(steps)])
+
+
+@pytest.mark.parametrize("text", METHODS)
+def test_a_budget_that_holds_everything_changes_nothing(text):
+    model, ids, tokens = tiny_model(), prompt_ids(LONG), some_tokens(6)
+    full, _ = logits_of(model, Method("full"), ids, tokens)
+    ours, _ = logits_of(model, make(text, budget=1000), ids, tokens)
+    assert (ours - full).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("text", METHODS)
+def test_the_first_token_is_the_full_caches(text):
+    model, ids = tiny_model(), prompt_ids(LONG)
+    method = make(text)
+    if "streaming_llm" in text and "prefill_evict" not in text:
+        assert not method.shares_prompt
+        return  # its prompt tokens saw only the window: the one method here whose first token may differ
+    full, _ = logits_of(model, Method("full"), ids, [])
+    ours, _ = logits_of(model, method, ids, [])
+    assert (ours - full).abs().max() < 1e-9
+
+
+def exact_attention(text: str) -> bool:
+    """Plain attention over what is held: not the re-positioned sinks (their own test is in test_streaming_llm.py)."""
+    if "no_cache" in text:
+        return False
+    return "streaming_llm" not in text or ("prefill_evict" in text and "reposition=false" in text)
+
+
+@pytest.mark.parametrize("text", [t for t in METHODS if exact_attention(t)])
+@pytest.mark.parametrize("chunk_size", [None, 9])
+def test_attention_is_over_exactly_the_tokens_held(text, chunk_size):
+    """The masked-full-attention oracle, in a left-padded batch, over 8 decode steps and one of several tokens."""
+    model = tiny_model()
+    prompts = [prompt_ids(LONG, 1), prompt_ids(MIDDLE, 2), prompt_ids(SHORT, 3)]
+    ids, mask = left_pad(prompts)
+    cache = make(text).new_cache(model)
+    witnesses = watch(cache, mask)
+    prefill(model, cache, ids, mask, chunk_size)
+    for token in some_tokens(8, batch=3):
+        decode(model, cache, token)
+    if "streaming_llm" not in text:  # there several tokens equal one after another: test_streaming_llm.py
+        several = torch.cat([prompt_ids(4, 7), prompt_ids(4, 8), prompt_ids(4, 9)])
+        with torch.inference_mode():
+            positions = cache.tokens_seen[:, None] + torch.arange(4)
+            model(input_ids=several, position_ids=positions, past_key_values=cache, use_cache=True)
+    assert all(w.steps >= 9 for w in witnesses)
+    for witness in witnesses:
+        for row, prompt in zip(witness.held_columns(), prompts, strict=True):
+            for head in row:
+                assert len(head) <= max(BUDGET, prompt.shape[1] if text == "full" else 0) + 12
+
+
+@pytest.mark.parametrize("text", METHODS)
+def test_a_left_padded_batch_is_each_row_alone(text):
+    model, method = tiny_model(), make(text)
+    prompts = [prompt_ids(LONG, 1), prompt_ids(MIDDLE, 2), prompt_ids(SHORT, 3), prompt_ids(LONG, 4)]
+    ids, mask = left_pad(prompts)
+    tokens = some_tokens(8, batch=4)
+    together, _ = logits_of(model, method, ids, tokens, mask)
+    for row, prompt in enumerate(prompts):
+        alone, _ = logits_of(model, method, prompt, tokens[:, row : row + 1])
+        assert (together[:, row] - alone[:, 0]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("text", METHODS)
+def test_two_sequences_in_either_order(text):
+    """State that outlives a batch (SnapKV's and H2O's published code has some) would make the second one differ."""
+    model, method = tiny_model(), make(text)
+    first, second = prompt_ids(LONG, 1), prompt_ids(MIDDLE, 2)
+    tokens = some_tokens(4)
+    a, b = (logits_of(model, method, ids, tokens)[0] for ids in (first, second))
+    b_again, a_again = (logits_of(model, method, ids, tokens)[0] for ids in (second, first))
+    assert torch.equal(a, a_again)
+    assert torch.equal(b, b_again)
+
+
+@pytest.mark.parametrize("text", METHODS)
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_bytes_are_the_formulas(text, kv_heads):
+    model = tiny_model(kv_heads=kv_heads)
+    method, shape = make(text), kv_shape(model.config, model.dtype)
+    for length in (SHORT, BUDGET, LONG):
+        for batch in (1, 3):
+            ids = torch.cat([prompt_ids(length, seed) for seed in range(batch)])
+            cache = method.new_cache(model)
+            prefill(model, cache, ids)
+            # A stream's prompt went in block by block: it keeps the room it grew.
+            if method.shares_prompt:
+                assert cache.kv_bytes_stored == batch * method.bytes_formula(shape, length)
+            assert cache.kv_bytes_logical == batch * method.bytes_formula(shape, length)
+            for token in some_tokens(3, batch):
+                decode(model, cache, token)
+            assert cache.kv_bytes_logical == batch * method.bytes_formula(shape, length, new_tokens=3)
+            assert cache.kv_bytes_stored >= cache.kv_bytes_logical
+
+
+@pytest.mark.parametrize("text", METHODS)
+@pytest.mark.parametrize("length", [1, 2, 5, BUDGET - 1, BUDGET, BUDGET + 1])
+def test_prompts_around_the_window_and_the_budget(text, length):
+    model, ids = tiny_model(), prompt_ids(length)
+    logits, _ = logits_of(model, make(text), ids, some_tokens(3))
+    assert torch.isfinite(logits).all()
+    if length + 3 <= BUDGET:
+        full, _ = logits_of(model, Method("full"), ids, some_tokens(3))
+        assert (logits - full).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("text", METHODS)
+def test_generation_far_beyond_the_budget(text):
+    model = tiny_model()
+    cache = make(text).new_cache(model)
+    result = generate(model, cache, prompt_ids(LONG), max_new_tokens=3 * BUDGET)
+    assert len(result.tokens[0]) == 3 * BUDGET
+
+
+@pytest.mark.parametrize("text", METHODS)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_architectures_and_plain_generate(text, family):
+    """The same tokens through our engine and through ``model.generate``, alone and in a padded batch."""
+    model, method = tiny_model(family), make(text)
+    ids, mask = left_pad([prompt_ids(LONG, 1), prompt_ids(MIDDLE, 2)])
+    ours = generate(model, method.new_cache(model), ids, mask, max_new_tokens=6).tokens
+    cache = method.new_cache(model)
+    how = {"use_cache": False} if cache.recomputes else {"past_key_values": cache}
+    theirs = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, **how)
+    assert theirs[:, ids.shape[1] :].tolist() == ours
+
+
+@pytest.mark.parametrize("text", METHODS)
+def test_a_prompt_in_chunks_is_a_prompt_in_one_piece(text):
+    model, method = tiny_model(), make(text)
+    ids, mask = left_pad([prompt_ids(LONG, 1), prompt_ids(SHORT, 2)])
+    tokens = some_tokens(4, batch=2)
+    whole, _ = logits_of(model, method, ids, tokens, mask)
+    if method.new_cache(model).recomputes:
+        return
+    for chunk_size in (1, 7, 64):
+        chunked, _ = logits_of(model, method, ids, tokens, mask, chunk_size)
+        assert (chunked - whole).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("text", METHODS)
+def test_bfloat16_agrees_with_float32(text):
+    """Same tokens kept but for near-ties: the logits stay close on average, and nothing overflows."""
+    ids, tokens = prompt_ids(LONG), some_tokens(4)
+    exact, _ = logits_of(tiny_model(dtype=torch.float32), make(text), ids, tokens)
+    rounded, _ = logits_of(tiny_model(dtype=torch.bfloat16), make(text), ids, tokens)
+    assert torch.isfinite(rounded).all()
+    similarity = torch.nn.functional.cosine_similarity(exact.flatten(), rounded.float().flatten(), dim=0)
+    assert similarity > 0.95
+
+
+@pytest.mark.parametrize("text", [t for t in METHODS if t not in ("no_cache",)])
+def test_riding_on_a_shared_prompt_changes_nothing(text):
+    model, method = tiny_model(), make(text)
+    ids, mask = left_pad([prompt_ids(LONG, 1), prompt_ids(MIDDLE, 2)])
+    if not method.shares_prompt:
+        with pytest.raises(ValueError, match="cannot share"):
+            FanOutCache([method.new_cache(model), Method("full").new_cache(model)])
+        return
+    together = [Method("full"), method, make("snapkv", budget=33)]
+    fan_out = FanOutCache([m.new_cache(model) for m in together])
+    result = generate(model, fan_out, ids, mask, max_new_tokens=8)
+    for i, member in enumerate(together):
+        alone = generate(model, member.new_cache(model), ids, mask, max_new_tokens=8)
+        assert result.tokens[2 * i : 2 * i + 2] == alone.tokens

@@ -1,0 +1,209 @@
+"""SnapKV against its specification: golden index sets of the published implementation, and the paper's invariants."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from kvbench.conf.errors import InputError
+from kvbench.methods.base import Method
+from kvbench.methods.prompt import Prompt
+from kvbench.methods.selection.base import resolve_budget
+from kvbench.methods.selection.snapkv import SnapKV, reduce_groups, window_attention
+from kvbench.runners.engine import decode, generate, prefill
+from tiny_models import prompt_ids, tiny_model
+
+
+def golden_prompt(query_heads: int, kv_heads: int, length: int = 40, dim: int = 8, window: int = 4) -> Prompt:
+    """The analytic inputs of the golden file: closed formulas, so that nothing has to be stored."""
+    h, t, d = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (query_heads, length, dim)), indexing="ij")
+    query = 1.5 * torch.sin(1.7 * (h + 1) + 0.9 * (t + 1) * (d + 1) + 0.31 * t * h)
+    h, t, d = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (kv_heads, length, dim)), indexing="ij")
+    keys = 1.5 * torch.cos(0.6 * (h + 1) * (d + 1) + 1.3 * t + 0.17 * t * t * (d + 1))
+    return Prompt(query[None, :, -window:], keys[None], keys[None].clone(), dim**-0.5, 0, 1)
+
+
+@pytest.fixture(scope="session")
+def golden(shared_data):
+    path = shared_data.parent / "methods" / "golden.json"
+    if not path.exists():
+        pytest.skip(f"no golden sets at {path}")
+    return json.loads(path.read_text())
+
+
+AVERAGE_CASES = [
+    ("snapkv_mha C=12 w=4 k=5 avgpool", 4, {"kernel": 5}),
+    ("snapkv_mha C=12 w=4 k=1 avgpool", 4, {"kernel": 1}),
+    ("snapkv_gqa_kvhead agg=mean C=12 w=4 k=5 avgpool", 2, {"kernel": 5}),
+    ("snapkv_gqa_kvhead agg=max C=12 w=4 k=5 avgpool", 2, {"kernel": 5, "group_reduce": "max"}),
+    (
+        "snapkv_gqa_expanded C=12 w=4 k=5 avgpool (per query head)",
+        2,
+        {"kernel": 5, "granularity": "query_head"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "kv_heads", "options"), AVERAGE_CASES)
+def test_golden_sets_with_average_pooling(golden, name, kv_heads, options):
+    selection = SnapKV(budget=12, window=4, pooling="avg", **options)
+    assert selection.select(golden_prompt(4, kv_heads))[0].tolist() == golden[name]
+
+
+@pytest.mark.parametrize("kernel", [5, 7])
+def test_golden_sets_with_max_pooling(golden, kernel):
+    """Max pooling ties a peak with its neighbours: the pooled scores of the kept tokens are compared, not indices."""
+    selection, prompt = SnapKV(budget=12, window=4, kernel=kernel, pooling="max"), golden_prompt(4, 4)
+    kept, scores = selection.select(prompt)[0], selection.score(prompt)[0]
+    for head, theirs in enumerate(golden[f"snapkv_mha C=12 w=4 k={kernel} maxpool"]):
+        ours = sorted(scores[head, kept[head, :8]].tolist())
+        assert ours == pytest.approx(sorted(scores[head, theirs[:8]].tolist()), abs=1e-12)
+        assert kept[head, 8:].tolist() == theirs[8:]
+
+
+def random_prompt(seed=0, rows=2, query_heads=4, kv_heads=2, length=50, dim=8, window=6) -> Prompt:
+    g = torch.Generator().manual_seed(seed)
+    make = lambda heads, n: torch.randn(rows, heads, n, dim, generator=g, dtype=torch.float64)  # noqa: E731
+    return Prompt(make(query_heads, window), make(kv_heads, length), make(kv_heads, length), dim**-0.5, 0, 1)
+
+
+def naive_votes(prompt: Prompt, row: int, query_head: int, kv_head: int) -> list[float]:
+    """The published rule in plain loops: attention of each window query, summed per token before the window."""
+    prefix = prompt.length - prompt.query.shape[2]
+    keys = prompt.keys[row, kv_head].tolist()
+    votes = [0.0] * prefix
+    for i, query in enumerate(prompt.query[row, query_head].tolist()):
+        visible = keys[: prefix + i + 1]
+        logits = [sum(a * b for a, b in zip(query, key, strict=True)) * prompt.scaling for key in visible]
+        norm = sum(math.exp(x) for x in logits)
+        votes = [vote + math.exp(logits[s]) / norm for s, vote in enumerate(votes)]
+    return votes
+
+
+def naive_pool(votes: list[float], kernel: int, how: str) -> list[float]:
+    half, pooled = kernel // 2, []
+    for s in range(len(votes)):
+        around = [votes[c] for c in range(s - half, s + half + 1) if 0 <= c < len(votes)]
+        pooled.append(max(around) if how == "max" else sum(around) / kernel)
+    return pooled
+
+
+@pytest.mark.parametrize("pooling", ["avg", "max"])
+@pytest.mark.parametrize("reduce", ["mean", "max", "sum"])
+def test_kept_tokens_are_the_best_by_a_naive_triple_loop(pooling, reduce):
+    prompt, w, kernel, budget = random_prompt(), 6, 5, 20
+    kept = SnapKV(budget=budget, window=w, kernel=kernel, pooling=pooling, group_reduce=reduce).select(prompt)
+    combine = {"mean": lambda p: sum(p) / 2, "max": max, "sum": sum}[reduce]
+    for row in range(2):
+        for head in range(2):
+            pair = [naive_votes(prompt, row, j, head) for j in (2 * head, 2 * head + 1)]
+            pooled = naive_pool([combine(p) for p in zip(*pair, strict=True)], kernel, pooling)
+            best = sorted(pooled, reverse=True)[: budget - w]
+            ours = [pooled[s] for s in kept[row, head, : budget - w].tolist()]
+            assert sorted(ours, reverse=True) == pytest.approx(best, rel=1e-9)
+            assert kept[row, head, budget - w :].tolist() == list(range(prompt.length - w, prompt.length))
+
+
+def test_a_planted_needle_and_its_neighbours_are_kept():
+    prompt = random_prompt()
+    needle = 17
+    prompt.keys[:, :, needle] = 20 * prompt.query.mean(2).unflatten(1, (2, 2)).mean(2)
+    kept = SnapKV(budget=14, window=6, kernel=5, pooling="max").select(prompt)
+    for head in kept[0].tolist():
+        assert set(range(needle - 2, needle + 3)) <= set(head)
+
+
+def test_a_query_of_the_window_does_not_see_later_keys_of_the_window():
+    prompt = random_prompt()
+    before = window_attention(prompt)
+    prompt.keys[:, :, -2] += 5.0  # the second-last key: visible to the last two queries alone
+    after = window_attention(prompt)
+    assert torch.equal(before[:, :, :-2], after[:, :, :-2])
+    assert not torch.equal(before[:, :, -2:], after[:, :, -2:])
+
+
+def test_one_kv_head_per_query_head_is_the_same_in_both_granularities():
+    prompt = random_prompt(query_heads=4, kv_heads=4)
+    options = {"budget": 20, "window": 6, "kernel": 5, "pooling": "avg"}
+    per_kv = SnapKV(granularity="kv_head", **options).select(prompt)
+    assert torch.equal(per_kv, SnapKV(granularity="query_head", **options).select(prompt))
+
+
+def test_repeated_kv_heads_give_the_kv_head_result():
+    """GQA whose query heads are equal inside a group votes as one head would."""
+    prompt = random_prompt(query_heads=2, kv_heads=2)
+    doubled = Prompt(prompt.query.repeat_interleave(2, 1), prompt.keys, prompt.values, prompt.scaling, 0, 1)
+    options = {"budget": 20, "window": 6, "kernel": 5, "pooling": "avg"}
+    assert torch.equal(SnapKV(**options).select(prompt), SnapKV(**options).select(doubled))
+
+
+def test_reduce_groups_takes_neighbouring_query_heads():
+    votes = torch.tensor([[[1.0], [3.0], [10.0], [20.0]]])
+    assert reduce_groups(votes, 2, "mean").flatten().tolist() == [2.0, 15.0]
+    assert reduce_groups(votes, 2, "max").flatten().tolist() == [3.0, 20.0]
+
+
+def test_a_budget_of_the_whole_prompt_is_bit_identical_to_full():
+    model, ids = tiny_model(), prompt_ids(60)
+    a, b = Method("full").new_cache(model), Method("snapkv", SnapKV(budget=60)).new_cache(model)
+    assert torch.equal(prefill(model, a, ids), prefill(model, b, ids))
+    for step in range(4):
+        token = prompt_ids(1, seed=step)[0]
+        assert torch.equal(decode(model, a, token), decode(model, b, token))
+
+
+def test_held_tokens_grow_by_one_a_step_and_positions_go_on():
+    model, ids = tiny_model(), prompt_ids(60)
+    cache = Method("snapkv", SnapKV(budget=40)).new_cache(model)
+    prefill(model, cache, ids)
+    for step in range(5):
+        assert all((t == 40 + step).all() for t in cache.tokens_held)
+        assert cache.next_positions().tolist() == [60 + step]
+        decode(model, cache, prompt_ids(1, seed=step)[0])
+
+
+def test_generating_twice_gives_the_same_and_compresses_both_times():
+    """In the published code the second call kept a stale length and compressed nothing."""
+    model, method = tiny_model(), Method("snapkv", SnapKV(budget=40))
+    outputs = []
+    for _ in range(2):
+        cache = method.new_cache(model)
+        outputs.append(generate(model, cache, prompt_ids(60), max_new_tokens=5).tokens)
+        assert all((t == 44).all() for t in cache.tokens_held)  # the fifth token is never fed
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize(("fraction", "length", "kept"), [(0.5, 60, 30), (0.1, 4, 1), (0.1, 60, 6), (1.0, 60, 60)])
+def test_a_fraction_is_of_each_rows_own_prompt(fraction, length, kept):
+    assert resolve_budget(fraction, length) == kept
+    model = tiny_model()
+    cache = Method("snapkv", SnapKV(budget=fraction)).new_cache(model)
+    prefill(model, cache, prompt_ids(length))
+    assert all((t == kept).all() for t in cache.tokens_held)
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"budget": 0}, "method.budget"),
+        ({"budget": -3}, "method.budget"),
+        ({"budget": 1.5}, "method.budget"),
+        ({"budget": 0.0}, "method.budget"),
+        ({"budget": True}, "method.budget"),
+        ({"budget": "many"}, "method.budget"),
+        ({"budget": 16}, "method.selection.window"),
+        ({"window": 0}, "method.selection.window"),
+        ({"kernel": 4}, "method.selection.kernel"),
+        ({"kernel": 0}, "method.selection.kernel"),
+        ({"pooling": "median"}, "method.selection.pooling"),
+        ({"granularity": "layer"}, "method.selection.granularity"),
+        ({"group_reduce": "min"}, "method.selection.group_reduce"),
+    ],
+)
+def test_values_that_cannot_be_used_name_the_key(options, key):
+    with pytest.raises(InputError) as error:
+        SnapKV(**options)
+    assert error.value.key == key
+    assert "\n" not in str(error.value)

@@ -1,0 +1,173 @@
+"""StreamingLLM against a naive stream: one token at a time, keys stored before RoPE, positions counted in the cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kvbench.conf.errors import InputError
+from kvbench.methods.base import Method
+from kvbench.methods.rotary import Rotary
+from kvbench.methods.selection.streaming_llm import StreamingLLM
+from kvbench.runners.engine import decode, generate, prefill
+from tiny_models import left_pad, prompt_ids, tiny_model
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+BUDGET, SINKS = 20, 4
+
+
+def naive_stream(model, ids: torch.Tensor, budget: int, sinks: int, reposition: bool = True) -> torch.Tensor:
+    """Logits after every token of ids [1, T], by the paper's description and the model's own weights.
+
+    Each layer's cache is a list of (position, key before RoPE, value). A step appends its own entry, rotates every key
+    to its place in the cache (or leaves its true position), attends, and then drops the oldest entry after the sinks.
+    """
+    layers, rotary = model.model.layers, model.model.rotary_emb
+    caches: list[list[tuple[int, torch.Tensor, torch.Tensor]]] = [[] for _ in layers]
+    out = []
+    for t in range(ids.shape[1]):
+        hidden = model.model.embed_tokens(ids[:, t : t + 1])
+        for layer, held in zip(layers, caches, strict=True):
+            attention, residual = layer.self_attn, hidden
+            x = layer.input_layernorm(hidden)
+            shape = (1, 1, -1, attention.head_dim)
+            q, k, v = (p(x).view(shape).transpose(1, 2) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+            held.append((t, k, v))
+            places = list(range(len(held))) if reposition else [position for position, _, _ in held]
+            keys = torch.cat([k for _, k, _ in held], 2)
+            values = torch.cat([v for _, _, v in held], 2)
+            cos, sin = rotary(values, torch.tensor([places]))
+            _, keys = apply_rotary_pos_emb(keys, keys, cos, sin)
+            cos, sin = rotary(values, torch.tensor([[places[-1]]]))
+            q, _ = apply_rotary_pos_emb(q, q, cos, sin)
+            groups = q.shape[1] // keys.shape[1]
+            keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+            weights = torch.softmax(q @ keys.transpose(-1, -2) * attention.scaling, -1)
+            hidden = residual + attention.o_proj((weights @ values).transpose(1, 2).reshape(1, 1, -1))
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            if len(held) > budget:
+                del held[sinks]
+        out.append(model.lm_head(model.model.norm(hidden))[:, -1])
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("reposition", [True, False])
+@pytest.mark.parametrize("sinks", [0, 1, 4])
+@torch.no_grad()
+def test_a_stream_is_the_naive_stream(sinks, reposition):
+    """ST4: turning the query back for the sinks equals storing keys before RoPE and counting places in the cache."""
+    model, ids = tiny_model(), prompt_ids(60)
+    expected = naive_stream(model, ids, BUDGET, sinks, reposition)
+    method = Method("streaming_llm", StreamingLLM(budget=BUDGET, sinks=sinks, reposition=reposition))
+    for prompt in (1, 15, 40):
+        cache = method.new_cache(model)
+        ours = [prefill(model, cache, ids[:, :prompt])]
+        ours += [decode(model, cache, ids[:, t]) for t in range(prompt, 60)]
+        # RoPE's angles are float32 in transformers, whatever the model's dtype.
+        assert (torch.stack(ours) - expected[prompt - 1 :]).abs().max() < 2e-4
+
+
+def test_the_comparison_with_the_naive_stream_can_fail():
+    model, ids = tiny_model(), prompt_ids(60)
+    with torch.no_grad():
+        placed = naive_stream(model, ids, BUDGET, SINKS, reposition=True)
+        true = naive_stream(model, ids, BUDGET, SINKS, reposition=False)
+    assert (placed - true).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("mode", ["true_stream", "prefill_evict"])
+def test_several_tokens_at_once_are_the_same_as_one_after_another(mode):
+    """ST5, in a left-padded batch; 300 tokens cross the block boundary inside the layer."""
+    model = tiny_model()
+    method = Method("streaming_llm", StreamingLLM(budget=BUDGET, mode=mode))
+    ids, mask = left_pad([prompt_ids(50, 1), prompt_ids(9, 2)])
+    more = torch.cat([prompt_ids(300, 3), prompt_ids(300, 4)])
+    one_by_one, at_once = method.new_cache(model), method.new_cache(model)
+    prefill(model, one_by_one, ids, mask)
+    for t in range(300):
+        last = decode(model, one_by_one, more[:, t])
+    prefill(model, at_once, ids, mask)
+    with torch.inference_mode():
+        positions = at_once.tokens_seen[:, None] + torch.arange(300)
+        out = model(input_ids=more, position_ids=positions, past_key_values=at_once, use_cache=True)
+    assert (out.logits[:, -1] - last).abs().max() < 2e-4
+    assert all((t == BUDGET).all() for t in at_once.tokens_held)
+
+
+def test_never_more_than_the_budget_is_held_and_the_sinks_never_change():
+    model, ids = tiny_model(), prompt_ids(70)
+    cache = Method("streaming_llm", StreamingLLM(budget=BUDGET)).new_cache(model)
+    prefill(model, cache, ids)
+    sinks = [layer.storage.read()[0][:, :, :SINKS].clone() for layer in cache.layers]
+    for step in range(30):
+        decode(model, cache, prompt_ids(1, seed=step)[0])
+        assert all((t == BUDGET).all() for t in cache.tokens_held)
+    for layer, before in zip(cache.layers, sinks, strict=True):
+        assert torch.equal(layer.storage.read()[0][:, :, :SINKS], before)
+
+
+def test_memory_does_not_grow_with_the_stream():
+    model = tiny_model()
+    method = Method("streaming_llm", StreamingLLM(budget=BUDGET))
+    sizes = []
+    for length in (400, 1600):
+        cache = method.new_cache(model)
+        generate(model, cache, prompt_ids(length), max_new_tokens=20)
+        sizes.append(cache.kv_bytes_stored)
+    assert sizes[0] == sizes[1]
+
+
+def test_after_a_long_stream_a_token_in_the_middle_has_left_no_trace():
+    """True streaming: with L layers, a token L windows back cannot be felt. After a full prefill it can."""
+    model = tiny_model()
+    ids = prompt_ids(400)
+    changed = ids.clone()
+    changed[0, 200] = 1 + changed[0, 200] % 99
+    for mode, felt in (("true_stream", False), ("prefill_evict", True)):
+        method = Method("streaming_llm", StreamingLLM(budget=BUDGET, mode=mode))
+        a, b = (prefill(model, method.new_cache(model), x) for x in (ids, changed))
+        assert bool((a - b).abs().max() > 1e-6) is felt
+
+
+@pytest.mark.parametrize("rope", ["default", "linear", "llama3", "yarn"])
+def test_turning_is_moving_by_so_many_positions(rope):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    parameters = {"rope_type": rope, "rope_theta": 10000.0}
+    if rope != "default":
+        parameters["factor"] = 4.0
+    if rope in ("llama3", "yarn"):
+        parameters["original_max_position_embeddings"] = 256
+    if rope == "llama3":
+        parameters |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config = LlamaConfig(head_dim=16, num_attention_heads=4, hidden_size=64, rope_parameters=parameters)
+    embedding = LlamaRotaryEmbedding(config)
+    x = torch.randn(1, 2, 3, 16, generator=torch.Generator().manual_seed(0))
+    at = lambda p: apply_rotary_pos_emb(x, x, *embedding(x, torch.tensor([p])))[0]  # noqa: E731
+    turned = Rotary(config).turn(at([5, 90, 700]), torch.tensor([[3, -40, 300]]))
+    assert (turned - at([8, 50, 1000])).abs().max() < 1e-4
+
+
+def test_models_whose_positions_cannot_be_moved_are_refused():
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    with pytest.raises(InputError, match="reposition"):
+        Rotary(config)
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"budget": 4}, "method.selection.sinks"),
+        ({"sinks": -1}, "method.selection.sinks"),
+        ({"budget": 0.5}, "method.budget"),
+        ({"budget": 0}, "method.budget"),
+        ({"mode": "stream"}, "method.selection.mode"),
+        ({"reposition": "yes"}, "method.selection.reposition"),
+    ],
+)
+def test_values_that_cannot_be_used_name_the_key(options, key):
+    with pytest.raises(InputError) as error:
+        StreamingLLM(**options)
+    assert error.value.key == key
