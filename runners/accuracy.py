@@ -1,0 +1,398 @@
+"""Quality of a method on a task, paired with the full cache on the same examples.
+
+One pass over the examples serves several methods: those that read the prompt whole ride on one prefill and decode as
+one batch (``kvbench.methods.fan_out``). Each method has its own run folder, so who rode along changes nothing: a method
+that is already done is not run again, and one that was killed continues after its last complete example.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..analysis.stats import macro_mean, paired_difference
+from ..conf.errors import InputError, require
+from ..methods.base import KVCache, Method, kv_shape
+from ..methods.fan_out import FanOutCache
+from ..models.base import LoadedModel, ModelSource
+from ..tasks.base import Example, Task
+from . import provenance
+from .engine import Sampling, generate
+from .record import RunFolder
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The keys at the top of the configuration.
+
+    Attributes:
+        seed: of sampling and of everything a run draws.
+        batch_size: prompts per forward.
+        device: ``auto`` (CUDA when there is one), ``cpu``, ``cuda``, ``cuda:1`` ...
+        dtype: ``auto`` (float32 on the CPU, bfloat16 on CUDA), ``float32``, ``bfloat16`` or ``float16``.
+        results_dir: where run folders go.
+        config: the resolved configuration, as it is recorded.
+    """
+
+    seed: int = 0
+    batch_size: int = 1
+    device: str = "auto"
+    dtype: str = "auto"
+    results_dir: str = "results"
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require(isinstance(self.seed, int) and self.seed >= 0, "seed", self.seed, "must be a whole number >= 0")
+        require(
+            isinstance(self.batch_size, int) and self.batch_size >= 1, "batch_size", self.batch_size, "must be >= 1"
+        )
+        dtypes = ("auto", "float32", "bfloat16", "float16")
+        require(self.dtype in dtypes, "dtype", self.dtype, f"must be one of {', '.join(dtypes)}")
+        known = self.device in ("auto", "cpu", "cuda") or self.device.startswith("cuda:")
+        require(known, "device", self.device, "must be auto, cpu, cuda or cuda:<number>")
+        if self.device.startswith("cuda"):
+            require(torch.cuda.is_available(), "device", self.device, "no CUDA device is visible; use device=cpu")
+
+    @property
+    def torch_device(self) -> str:
+        """The device with ``auto`` resolved."""
+        return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype with ``auto`` resolved."""
+        if self.dtype == "auto":
+            return torch.bfloat16 if self.torch_device.startswith("cuda") else torch.float32
+        return getattr(torch, self.dtype)
+
+
+@dataclass
+class MethodRun:
+    """One method's run on disk."""
+
+    method: Method
+    folder: RunFolder
+    rows: dict[tuple[str, str], dict[str, Any]]  # (dataset, id) -> row of samples.jsonl
+
+    def scores(self, task: Task, examples: Sequence[Example]) -> dict[str, dict[str, float]]:
+        """{group of the task: {"dataset/id": score in [0, 100]}}."""
+        out: dict[str, dict[str, float]] = {}
+        for e in examples:
+            out.setdefault(task.group(e), {})[f"{e.dataset}/{e.id}"] = 100.0 * self.rows[(e.dataset, e.id)]["score"]
+        return out
+
+
+@dataclass
+class AccuracyRunner:
+    """``runner=accuracy``.
+
+    Attributes:
+        pair_with: methods that run on the same examples beside the one asked for, as text (``full``,
+            ``streaming_llm budget=256``); the command line turns them into methods. Empty: none.
+        budgets: run the method at each of these budgets, on one prefill; None: at ``method.budget`` alone.
+        chunk_size: tokens of a prompt fed at a time; None: all at once.
+        temperature, top_p: sampling; temperature 0 is greedy, which LongBench asks for.
+    """
+
+    pair_with: Sequence[str] = ("full",)
+    budgets: Sequence[int | float] | None = None
+    chunk_size: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        at = "runner."
+        require(
+            self.chunk_size is None or (isinstance(self.chunk_size, int) and self.chunk_size >= 1),
+            at + "chunk_size",
+            self.chunk_size,
+            "must be a number of tokens >= 1, or null",
+        )
+        require(self.temperature >= 0, at + "temperature", self.temperature, "must be >= 0")
+        require(0 < self.top_p <= 1, at + "top_p", self.top_p, "must be in (0, 1]")
+
+    def run(
+        self, source: ModelSource, methods: Sequence[Method], task: Task, settings: Settings, say: Callable[[str], None]
+    ) -> list[MethodRun]:
+        """Run every method on every example and write one record each.
+
+        Args:
+            source: where the model comes from.
+            methods: the methods asked for first, then those they are paired with; the last one named ``full`` is the
+                baseline of the paired differences.
+            task: the task.
+            settings: the top-level configuration.
+            say: prints a line for the person at the keyboard.
+
+        Returns:
+            The runs, in the order of ``methods``, all complete.
+        """
+        if source.random_weights:
+            raise InputError(
+                "model",
+                source.name,
+                "has random weights, so its answers mean nothing: use runner=efficiency, or a real model",
+            )
+        examples = task.examples()
+        data = task.source()
+        say(f"data: {data.name}, {len(examples)} examples, from {data.location}")
+        runs = [self._open(m, source, task, settings) for m in methods]
+        entered: list[RunFolder] = []
+        try:
+            for run in runs:
+                if not run.folder.done:
+                    entered.append(run.folder.__enter__())
+                run.rows = {(r["dataset"], r["id"]): r for r in run.folder.samples()}
+            started = time.time()
+            loaded = self._complete(runs, examples, source, task, settings, say)
+            for run in runs:
+                if not run.folder.done:
+                    self._finish(run, runs, examples, task, source, settings, loaded, time.time() - started)
+        finally:
+            for folder in entered:
+                folder.__exit__()
+        return runs
+
+    def _open(self, method: Method, source: ModelSource, task: Task, settings: Settings) -> MethodRun:
+        identity = {
+            "kind": "accuracy",
+            "method": method.identity(),
+            "model": {
+                "name": source.name,
+                "fingerprint": source.fingerprint(),
+                "max_prompt_tokens": getattr(source, "max_prompt_tokens", None),
+            },
+            "task": task.identity(),
+            "device": settings.torch_device.split(":")[0],
+            "dtype": str(settings.torch_dtype).removeprefix("torch."),
+            "seed": settings.seed,
+            "sampling": {"temperature": self.temperature, "top_p": self.top_p},
+        }
+        folder = RunFolder(Path(settings.results_dir), task.source().name, source.name, method.name, identity)
+        return MethodRun(method, folder, {})
+
+    def _complete(
+        self,
+        runs: list[MethodRun],
+        examples: list[Example],
+        source: ModelSource,
+        task: Task,
+        settings: Settings,
+        say: Callable[[str], None],
+    ) -> LoadedModel | None:
+        """Generate what is missing; returns the model, or None if nothing was."""
+        missing = [(e, [r for r in runs if not r.folder.done and (e.dataset, e.id) not in r.rows]) for e in examples]
+        missing = [(e, who) for e, who in missing if who]
+        for run in runs:
+            if run.folder.done:
+                say(f"{run.method.label}: already done, in {run.folder.path}")
+            elif run.rows:
+                say(f"{run.method.label}: continues after {len(run.rows)} of {len(examples)} examples")
+        if not missing:
+            return None
+        say(f"model: {source.name} on {settings.torch_device} in {settings.torch_dtype}")
+        loaded = source.load(settings.torch_device, settings.torch_dtype)
+        assert loaded.tokenizer is not None
+        work = self._batches(missing, task, loaded, settings.batch_size)
+        total = sum(len(ids) for batch in work for _, ids, _ in batch)
+        with tqdm(total=total, unit="tok", unit_scale=True, file=sys.stderr, smoothing=0.1) as bar:
+            for batch in work:
+                bar.set_description(batch[0][0].dataset)
+                self._run_batch(batch, task, loaded, settings)
+                bar.update(sum(len(ids) for _, ids, _ in batch))
+        return loaded
+
+    def _batches(
+        self, missing: list[tuple[Example, list[MethodRun]]], task: Task, loaded: LoadedModel, batch_size: int
+    ) -> list[list[tuple[Example, list[int], list[MethodRun]]]]:
+        """Examples of one data set that lack the same methods, sorted by length, in batches."""
+        limit = getattr(task, "max_length", None) or loaded.max_prompt_tokens
+        groups: dict[tuple[str, tuple[int, ...]], list[tuple[Example, list[int], list[MethodRun]]]] = {}
+        for example, who in missing:
+            ids = task.encode(example, loaded.tokenizer, limit)
+            if len(ids) + example.max_new_tokens > loaded.max_positions:
+                raise InputError(
+                    "task.max_length",
+                    limit,
+                    f"{example.dataset}/{example.id} has {len(ids)} prompt tokens and may produce "
+                    f"{example.max_new_tokens}, but {loaded.name} has {loaded.max_positions} positions; "
+                    "lower task.max_length or set task.truncate=middle",
+                )
+            key = (example.dataset, tuple(id(run) for run in who))
+            groups.setdefault(key, []).append((example, ids, who))
+        batches = []
+        for group in groups.values():
+            group.sort(key=lambda item: len(item[1]))
+            batches += [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
+        return batches
+
+    def _run_batch(
+        self,
+        batch: list[tuple[Example, list[int], list[MethodRun]]],
+        task: Task,
+        loaded: LoadedModel,
+        settings: Settings,
+    ) -> None:
+        """Generate for one batch with every method that lacks it, and append the rows."""
+        runs = batch[0][2]
+        for together in shared_prompts(runs):
+            caches = [run.method.new_cache(loaded.model) for run in together]
+            outputs = self._generate(caches, [(e, ids) for e, ids, _ in batch], loaded, settings)
+            for run, rows in zip(together, outputs, strict=True):
+                for (example, ids, _), row in zip(batch, rows, strict=True):
+                    score = task.score(example, row["prediction"])
+                    shape = kv_shape(loaded.model.config, loaded.model.dtype)
+                    full = {
+                        "dataset": example.dataset,
+                        "id": example.id,
+                        "method": run.method.label,
+                        "prediction": row["prediction"],
+                        "score": score,
+                        "prompt_tokens": len(ids),
+                        "new_tokens": row["new_tokens"],
+                        "kv_bytes_stored": row["kv_bytes_stored"],
+                        "kv_bytes_stored_end": row["kv_bytes_stored_end"],
+                        "kv_bytes_formula": run.method.bytes_formula(shape, len(ids)),
+                        "kv_bytes_full": Method("full").bytes_formula(shape, len(ids)),
+                        **{k: example.meta[k] for k in ("length", "row") if k in example.meta},
+                    }
+                    run.folder.append(full)
+                    run.rows[(example.dataset, example.id)] = full
+
+    def _generate(
+        self,
+        caches: list[KVCache],
+        prompts: list[tuple[Example, list[int]]],
+        loaded: LoadedModel,
+        settings: Settings,
+    ) -> list[list[dict[str, Any]]]:
+        """Outputs of every cache for every prompt: text, and bytes after the prompt and at the end."""
+        assert loaded.tokenizer is not None
+        example = prompts[0][0]
+        input_ids, mask = left_padded([ids for _, ids in prompts], loaded.tokenizer.pad_token_id, loaded.model.device)
+        cache = caches[0] if len(caches) == 1 else FanOutCache(caches)
+        after_prompt: list[int] = []
+        result = generate(
+            loaded.model,
+            cache,
+            input_ids,
+            mask,
+            max_new_tokens=example.max_new_tokens,
+            stop_ids=stop_ids(loaded, example.stop_tokens),
+            min_new_tokens=example.min_new_tokens,
+            sampling=Sampling(self.temperature, self.top_p, settings.seed),
+            chunk_size=self.chunk_size,
+            after_prefill=lambda: after_prompt.extend(c.kv_bytes_stored for c in caches),
+        )
+        batch = len(prompts)
+        return [
+            [
+                {
+                    "prediction": loaded.tokenizer.decode(tokens, skip_special_tokens=True),
+                    "new_tokens": len(tokens),
+                    "kv_bytes_stored": after_prompt[i] // batch,
+                    "kv_bytes_stored_end": c.kv_bytes_stored // batch,
+                }
+                for tokens in result.tokens[i * batch : (i + 1) * batch]
+            ]
+            for i, c in enumerate(caches)
+        ]
+
+    def _finish(
+        self,
+        run: MethodRun,
+        runs: list[MethodRun],
+        examples: list[Example],
+        task: Task,
+        source: ModelSource,
+        settings: Settings,
+        loaded: LoadedModel | None,
+        wall_s: float,
+    ) -> None:
+        """Write ``record.json``."""
+        rows = [run.rows[(e.dataset, e.id)] for e in examples]
+        scores = run.scores(task, examples)
+        baseline = next((r for r in runs if r.method.name == "full" and r is not run), None)
+        data = task.source()
+        record = {
+            "status": "done",
+            "kind": "accuracy",
+            "execution": "real",
+            "hash": run.folder.hash,
+            "identity": run.folder.identity,
+            "config": settings.config,
+            "task": data.name,
+            "model": source.name,
+            "method": run.method.name,
+            "method_label": run.method.label,
+            "budget": run.method.effective_budget,
+            "data": {
+                "name": data.name,
+                "revision": data.revision,
+                "sha256": dict(data.sha256),
+                "examples": dict(Counter(e.dataset for e in examples)),
+            },
+            "scores": {group: asdict(macro_mean({group: list(by_id.values())})) for group, by_id in scores.items()},
+            "average": asdict(macro_mean({group: list(by_id.values()) for group, by_id in scores.items()})),
+            "bytes": {
+                "kv_bytes_stored": fmean(r["kv_bytes_stored"] for r in rows),
+                "kv_bytes_stored_end": fmean(r["kv_bytes_stored_end"] for r in rows),
+                "kv_bytes_formula": fmean(r["kv_bytes_formula"] for r in rows),
+                "kv_bytes_full": fmean(r["kv_bytes_full"] for r in rows),
+                "kv_ratio": sum(r["kv_bytes_stored"] for r in rows) / sum(r["kv_bytes_full"] for r in rows),
+            },
+            "prompt_tokens": fmean(r["prompt_tokens"] for r in rows),
+            "batch_size": settings.batch_size,
+            "rode_with": [r.method.label for r in runs if r is not run],
+            "wall_s": round(wall_s, 1),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "provenance": provenance.collect(settings.torch_device),
+        }
+        if baseline is not None:
+            record["paired"] = {
+                "with": baseline.method.label,
+                "hash": baseline.folder.hash,
+                "difference": asdict(paired_difference(scores, baseline.scores(task, examples))),
+            }
+        run.folder.finish(record)
+
+
+def shared_prompts(runs: Sequence[MethodRun]) -> Iterator[list[MethodRun]]:
+    """Split runs into those that can share one reading of the prompt, and the others one by one."""
+    sharing = [r for r in runs if r.method.shares_prompt]
+    if sharing:
+        yield sharing
+    for run in runs:
+        if not run.method.shares_prompt:
+            yield [run]
+
+
+def left_padded(
+    prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(ids [B, T], mask [B, T]); the mask is None when all prompts are equally long."""
+    longest = max(len(p) for p in prompts)
+    ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    if all(len(p) == longest for p in prompts):
+        return ids, None
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return ids, mask
+
+
+def stop_ids(loaded: LoadedModel, stop_tokens: Sequence[str]) -> list[int]:
+    """Ids that end a generation: the model's own end-of-sequence ids, and the last token of each of ``stop_tokens``."""
+    assert loaded.tokenizer is not None
+    own = loaded.model.generation_config.eos_token_id
+    ids = set(own if isinstance(own, list) else [own]) | {loaded.tokenizer.eos_token_id}
+    for text in stop_tokens:
+        ids.add(loaded.tokenizer.encode(text, add_special_tokens=False)[-1])
+    return sorted(i for i in ids if i is not None)

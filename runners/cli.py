@@ -1,0 +1,232 @@
+"""``kvbench run`` and ``python run.py``: from the configuration to a finished run. The only file that knows Hydra."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ..conf.errors import InputError, one_of
+
+CONF = "pkg://kvbench.conf"
+USER_ERRORS = (InputError, HydraException, OmegaConfBaseException)
+STOPPED = 130  # exit status of a run that was interrupted, as the shell has it for Ctrl-C
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the configuration named on the command line.
+
+    Exit status: 0 done, 2 an input that cannot be used (one line says which), 130 interrupted (nothing lost).
+    """
+    if argv is not None:
+        sys.argv = ["kvbench run", *argv]
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(help_text())
+        return
+    # Hydra's own handler prints several lines and exits 1; with this set it lets the exception through to us.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        _hydra_main()
+    except KeyboardInterrupt:
+        print("\nstopped; every complete example is kept: run the same command again to continue", file=sys.stderr)
+        sys.exit(STOPPED)
+    except USER_ERRORS as error:
+        _exit_with(error)
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="config")
+def _hydra_main(config: DictConfig) -> None:
+    try:
+        run(config)
+    except USER_ERRORS as error:  # here, because Hydra would print the overrides before letting it through
+        _exit_with(error)
+
+
+def _exit_with(error: Exception) -> NoReturn:
+    """One line and exit status 2 for an input that cannot be used; anything else goes on as it is."""
+    cause = _input_error(error)
+    if cause is None:
+        raise error
+    print(f"error: {cause}", file=sys.stderr)
+    sys.exit(2)
+
+
+def run(config: DictConfig) -> None:
+    """Build the parts that the configuration names and hand them to the runner."""
+    from .accuracy import Settings  # torch is imported here, after the configuration has been found to exist
+    from .report import closing_table
+
+    method = instantiate(config.method)
+    runner = instantiate(config.runner)
+    task = instantiate(config.task)
+    source = instantiate(config.model)
+    settings = Settings(
+        **{key: config[key] for key in ("seed", "batch_size", "device", "dtype", "results_dir")},
+        config=recorded(config),
+    )
+    methods = [method]
+    if runner.budgets is not None:
+        methods = [instantiate(_with_budget(config.method, budget)) for budget in runner.budgets]
+    methods += [_named_method(text) for text in runner.pair_with]
+    distinct = list({str(m.identity()): m for m in methods}.values())
+    runs = runner.run(source, distinct, task, settings, lambda line: print(line, flush=True))
+    print()
+    print(closing_table([r.folder.record() for r in runs], [str(r.folder.path) for r in runs]))
+
+
+def recorded(config: DictConfig) -> dict[str, Any]:
+    """The resolved configuration as it goes into a record: paths of this machine are cut to their last part."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: clean(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [clean(v) for v in value]
+        return Path(value).name if isinstance(value, str) and os.path.isabs(os.path.expanduser(value)) else value
+
+    return {str(k): clean(v) for k, v in plain.items() if k != "results_dir"}
+
+
+def _with_budget(method: DictConfig, budget: float) -> DictConfig:
+    copy = method.copy()
+    copy.budget = budget
+    return copy
+
+
+def _named_method(text: str) -> Any:
+    """``"streaming_llm budget=256 selection.sinks=0"`` -> that method."""
+    name, *settings = text.split()
+    overrides = [f"method={name}", *(f"method.{setting}" for setting in settings)]
+    return instantiate(hydra.compose("config", overrides=overrides).method)
+
+
+# errors -------------------------------------------------------------------------------------------------------------
+
+
+def _input_error(error: BaseException) -> str | None:
+    """The one line for the person at the keyboard, or None: not the user's doing."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    for link in chain:
+        if isinstance(link, InputError):
+            return str(link)
+    for link in chain:
+        if isinstance(link, MissingConfigException) and link.missing_cfg_file:
+            group, _, name = str(link.missing_cfg_file).rpartition("/")
+            return str(InputError(group or "config", name, one_of(name, link.options or [])))
+    if isinstance(error, InstantiationException):
+        return None  # a bug in a constructor: the traceback is what helps
+    if isinstance(error, ConfigCompositionException):
+        unknown = _unknown_key(sys.argv[1:])
+        if unknown is not None:
+            return unknown
+    return " ".join(str(error).split("\n")[0].split())
+
+
+def _unknown_key(overrides: Sequence[str]) -> str | None:
+    """Which override names a key that does not exist, and which keys are there instead."""
+    groups = {name for name, _ in _groups(files("kvbench.conf"))}
+    chosen = [o for o in overrides if o.split("=", 1)[0].lstrip("+~") in groups and not o.startswith("-")]
+    with hydra.initialize_config_module("kvbench.conf", version_base="1.3"):
+        config = hydra.compose("config", overrides=chosen)
+    for override in overrides:
+        key, eq, _ = override.partition("=")
+        if not eq or key in groups or key.startswith(("+", "~", "-", "hydra")):
+            continue
+        node: Any = config
+        path = key.split(".")
+        for depth, part in enumerate(path):
+            if not isinstance(node, DictConfig) or part not in node:
+                options = [str(k) for k in node if k != "_target_"] if isinstance(node, DictConfig) else []
+                where = ".".join(path[:depth]) or "the configuration"
+                return f"{key}: {where} has no key {part}; {one_of(part, options, 'one of')}"
+            node = node._get_node(part)
+    return None
+
+
+# help ---------------------------------------------------------------------------------------------------------------
+
+
+def _groups(root: Traversable, prefix: str = "") -> Iterator[tuple[str, list[Traversable]]]:
+    """(group, its YAML files) for every folder of the configuration."""
+    for folder in sorted(
+        (p for p in root.iterdir() if p.is_dir() and not p.name.startswith("_")), key=lambda p: p.name
+    ):
+        options = sorted((p for p in folder.iterdir() if p.name.endswith(".yaml")), key=lambda p: p.name)
+        if options:
+            yield prefix + folder.name, options
+        yield from _groups(folder, f"{prefix}{folder.name}/")
+
+
+def help_text() -> str:
+    """The groups with their choices, and the keys of the default choices; all read from the YAML files' comments."""
+    root = files("kvbench.conf")
+    lines = [
+        "kvbench run GROUP=CHOICE ... KEY=VALUE ...      (python run.py takes the same)",
+        "",
+        "  kvbench run method=snapkv method.budget=512 task=longbench task.limit=5",
+        "  kvbench run method=snapkv 'runner.budgets=[128,256,512]'     several budgets on one prefill",
+        "  kvbench run -m method=full,snapkv,streaming_llm              one run after another",
+        "",
+        "Groups and their choices",
+    ]
+    for group, options in _groups(root):
+        lines.append(f"\n{group}=")
+        width = max(len(o.name) for o in options) - len(".yaml")
+        for option in options:
+            first = option.read_text(encoding="utf-8").splitlines()[0]
+            lines.append(f"  {option.name.removesuffix('.yaml'):<{width}}  {first.lstrip('# ')}")
+    lines.append("\nKeys")
+    for path, prefix in [("config.yaml", ""), *_defaults(root)]:
+        rows = list(_keys(root.joinpath(path).read_text(encoding="utf-8"), prefix))
+        if rows:
+            lines.append(f"\n{prefix.rstrip('.') or 'top level'} ({path})")
+            width = max(len(key) for key, _ in rows)
+            lines += [f"  {key:<{width}}  {comment}" for key, comment in rows]
+    lines.append("\nkvbench run --cfg job prints the whole configuration of a command without running it.")
+    return "\n".join(lines)
+
+
+def _defaults(root: Traversable) -> Iterator[tuple[str, str]]:
+    """(YAML file, key prefix) of the choices that a bare ``kvbench run`` makes."""
+    for entry in OmegaConf.create(root.joinpath("config.yaml").read_text(encoding="utf-8")).defaults:
+        if isinstance(entry, DictConfig):
+            ((group, choice),) = entry.items()
+            if choice is not None and not str(group).startswith("optional"):
+                yield f"{group}/{choice}.yaml", f"{group}."
+
+
+def _keys(text: str, prefix: str) -> Iterator[tuple[str, str]]:
+    """(key, "value   comment") of each YAML line that carries a comment."""
+    parents: list[tuple[int, str]] = []
+    for line in text.splitlines():
+        stripped = line.strip()
+        if not stripped or stripped.startswith(("#", "-")) or ":" not in stripped:
+            continue
+        indent = len(line) - len(line.lstrip())
+        while parents and parents[-1][0] >= indent:
+            parents.pop()
+        key, _, rest = stripped.partition(":")
+        value, _, comment = rest.partition(" #")
+        if comment:
+            yield prefix + ".".join([name for _, name in parents] + [key]), f"[{value.strip()}] {comment.strip()}"
+        parents.append((indent, key))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""What made a record: code, packages, machine. No host names, users or paths."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = (
+    "kvbench",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "hydra-core",
+    "lm-eval",
+    "numpy",
+    "scipy",
+    "rouge",
+    "jieba",
+    "rapidfuzz",
+    "gguf",
+    "triton",
+    "flash-attn",
+)
+
+
+def collect(device: str) -> dict[str, Any]:
+    """Everything a reader needs to judge or repeat a run, as plain data."""
+    return {
+        "git": _git(),
+        "packages": _packages(),
+        "python": platform.python_version(),
+        "hardware": _hardware(device),
+    }
+
+
+def _git() -> dict[str, Any]:
+    """Commit of the code that runs, and whether files it is made of differ from that commit."""
+    root = Path(__file__).resolve().parent
+
+    def ask(*args: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changed = ask("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)results")
+    return {"sha": ask("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
+
+
+def _packages() -> dict[str, str]:
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _hardware(device: str) -> dict[str, Any]:
+    info: dict[str, Any] = {
+        "device": device,
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "memory_gib": _memory_gib(),
+        "system": platform.system(),
+    }
+    if device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(torch.device(device))
+        info["gpu"] = properties.name
+        info["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
+        info["cuda"] = torch.version.cuda
+    return info
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (ValueError, OSError):
+        return None
