@@ -153,10 +153,12 @@ class AccuracyRunner:
                     entered.append(run.folder.__enter__())
                 run.rows = {(r["dataset"], r["id"]): r for r in run.folder.samples()}
             started = time.time()
-            loaded = self._complete(runs, examples, source, task, settings, say)
+            made_by = provenance.collect(settings.torch_device)  # now: the files may change while the run goes on
+            self._complete(runs, examples, source, task, settings, say)
             for run in runs:
                 if not run.folder.done:
-                    self._finish(run, runs, examples, task, source, settings, loaded, time.time() - started)
+                    wall_s = round(time.time() - started, 1)
+                    self._finish(run, runs, examples, task, settings, {"wall_s": wall_s, "provenance": made_by})
         finally:
             for folder in entered:
                 folder.__exit__()
@@ -188,8 +190,8 @@ class AccuracyRunner:
         task: Task,
         settings: Settings,
         say: Callable[[str], None],
-    ) -> LoadedModel | None:
-        """Generate what is missing; returns the model, or None if nothing was."""
+    ) -> None:
+        """Generate what is missing; loads the model only if something is."""
         missing = [(e, [r for r in runs if not r.folder.done and (e.dataset, e.id) not in r.rows]) for e in examples]
         missing = [(e, who) for e, who in missing if who]
         for run in runs:
@@ -198,7 +200,7 @@ class AccuracyRunner:
             elif run.rows:
                 say(f"{run.method.label}: continues after {len(run.rows)} of {len(examples)} examples")
         if not missing:
-            return None
+            return
         say(f"model: {source.name} on {settings.torch_device} in {settings.torch_dtype}")
         loaded = source.load(settings.torch_device, settings.torch_dtype)
         assert loaded.tokenizer is not None
@@ -209,7 +211,6 @@ class AccuracyRunner:
                 bar.set_description(batch[0][0].dataset)
                 self._run_batch(batch, task, loaded, settings)
                 bar.update(sum(len(ids) for _, ids, _ in batch))
-        return loaded
 
     def _batches(
         self, missing: list[tuple[Example, list[MethodRun]]], task: Task, loaded: LoadedModel, batch_size: int
@@ -313,10 +314,8 @@ class AccuracyRunner:
         runs: list[MethodRun],
         examples: list[Example],
         task: Task,
-        source: ModelSource,
         settings: Settings,
-        loaded: LoadedModel | None,
-        wall_s: float,
+        circumstances: dict[str, Any],
     ) -> None:
         """Write ``record.json``."""
         rows = [run.rows[(e.dataset, e.id)] for e in examples]
@@ -329,9 +328,10 @@ class AccuracyRunner:
             "execution": "real",
             "hash": run.folder.hash,
             "identity": run.folder.identity,
-            "config": settings.config,
+            # The command's configuration names one method; this record's own is the one in its identity.
+            "config": {**settings.config, "method": run.folder.identity["method"]},
             "task": data.name,
-            "model": source.name,
+            "model": run.folder.identity["model"]["name"],
             "method": run.method.name,
             "method_label": run.method.label,
             "budget": run.method.effective_budget,
@@ -353,9 +353,8 @@ class AccuracyRunner:
             "prompt_tokens": fmean(r["prompt_tokens"] for r in rows),
             "batch_size": settings.batch_size,
             "rode_with": [r.method.label for r in runs if r is not run],
-            "wall_s": round(wall_s, 1),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "provenance": provenance.collect(settings.torch_device),
+            **circumstances,
         }
         if baseline is not None:
             record["paired"] = {

@@ -134,7 +134,7 @@ class LongBench(Task):
         if limits:
             prompt = self._shorten(example, tokenizer, min(limits))
         if not example.chat or not getattr(tokenizer, "chat_template", None):
-            return list(tokenizer(prompt, truncation=False).input_ids)
+            return list(tokenizer(prompt, truncation=False, verbose=False).input_ids)
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}],
             tokenize=False,
@@ -143,7 +143,7 @@ class LongBench(Task):
             enable_thinking=False,
         )
         # The template has written the special tokens itself; the tokenizer would put a second <s> before them.
-        return list(tokenizer(text, truncation=False, add_special_tokens=False).input_ids)
+        return list(tokenizer(text, truncation=False, add_special_tokens=False, verbose=False).input_ids)
 
     def score(self, example: Example, prediction: str) -> float:
         """Best score over the accepted answers, in [0, 1]."""
@@ -155,7 +155,7 @@ class LongBench(Task):
         return f"{example.dataset}/{example.meta['bucket']}" if self.e else example.dataset
 
     def _shorten(self, example: Example, tokenizer: Any, max_length: int) -> str:
-        ids = tokenizer(example.prompt, truncation=False).input_ids
+        ids = tokenizer(example.prompt, truncation=False, verbose=False).input_ids
         if len(ids) <= max_length:
             return example.prompt
         if self.truncate == "none":
