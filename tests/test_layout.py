@@ -1,0 +1,239 @@
+"""Who may import whom (docs/decisions.md keeps the reasons), and what every YAML under ``conf`` starts with.
+
+The rules are read off the syntax tree of every file, relative imports included, so that an import inside a function or
+under ``TYPE_CHECKING`` counts too. Each rule is also shown to catch a file that breaks it.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ERRORS = "kvbench.conf.errors"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the files of one folder may import beside the standard library.
+
+    Attributes
+    ----------
+    own : tuple of str
+        Modules of this project, each with everything under it.
+    others : tuple of str or None
+        Third-party packages; None allows all but ``never``.
+    never : tuple of str
+        What dotted names may not start with (``transformers.AutoModel`` refuses ``AutoModelForCausalLM`` as well).
+    """
+
+    own: tuple[str, ...]
+    others: tuple[str, ...] | None = None
+    never: tuple[str, ...] = ()
+
+
+# A tokenizer may be looked at by a task; a model may not.
+MODEL_CLASSES = (
+    "transformers.models",
+    "transformers.modeling_utils",
+    "transformers.AutoModel",
+    "transformers.cache_utils",
+)
+
+RULES = {
+    "conf": Rule(own=("kvbench.conf",), others=()),
+    "methods": Rule(own=("kvbench.methods", ERRORS), others=("torch", "transformers", "numpy")),
+    "models": Rule(own=("kvbench.models", "kvbench.methods.sharing", ERRORS)),
+    "tasks": Rule(own=("kvbench.tasks", ERRORS), never=("torch", *MODEL_CLASSES)),
+    "runners": Rule(
+        own=(
+            "kvbench.runners",
+            "kvbench.conf",
+            "kvbench.methods",
+            "kvbench.models",
+            "kvbench.tasks",
+            "kvbench.analysis.stats",
+        )
+    ),
+    "analysis": Rule(own=("kvbench.analysis", ERRORS), never=("torch", "transformers")),
+}
+CONFIG_FRAMEWORK = ("hydra", "omegaconf")
+KNOWS_HYDRA = "runners/cli.py"
+
+
+def imports(source: str, file: str) -> Iterator[tuple[int, str]]:
+    """(line, absolute dotted name) of everything ``source`` imports, were it at ``file`` below the root.
+
+    ``from a import b`` gives ``a.b``: whether b is a module or a name in one cannot be seen, and need not be.
+    """
+    package = ("kvbench", *Path(file).parts[:-1])
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            for alias in node.names:
+                yield node.lineno, ".".join((*base, *([node.module] if node.module else []), alias.name))
+
+
+def below(name: str, tops: tuple[str, ...]) -> bool:
+    return any(name == top or name.startswith(f"{top}.") for top in tops)
+
+
+def violations(source: str, file: str) -> list[str]:
+    """One line for each import of ``source`` that a file at ``file`` may not have."""
+    rule = RULES.get(Path(file).parts[0]) if len(Path(file).parts) > 1 else None
+    found = []
+    for line, name in imports(source, file):
+        top = name.split(".")[0]
+        reason: str | None
+        if top in RULES:
+            reason = f"the import name is kvbench.{top}"
+        elif top == "run" or below(name, ("kvbench.run",)):
+            reason = "nothing imports run.py"
+        elif top in CONFIG_FRAMEWORK and file != KNOWS_HYDRA and not file.startswith("tests/"):
+            reason = f"only {KNOWS_HYDRA} knows Hydra"
+        elif rule is None or top in sys.stdlib_module_names:
+            continue
+        elif top == "kvbench":
+            reason = None if below(name, rule.own) else f"{Path(file).parts[0]} may import {', '.join(rule.own)}"
+        elif rule.others is not None and top not in rule.others:
+            reason = (
+                f"{Path(file).parts[0]} may import {', '.join(rule.others) or 'nothing'} beside the standard library"
+            )
+        else:
+            reason = f"{Path(file).parts[0]} does not use it" if name.startswith(rule.never) else None
+        if reason:
+            found.append(f"{file}:{line}: {name}: {reason}")
+    return found
+
+
+def python_files() -> list[str]:
+    folders = [*RULES, "scripts", "tests"]
+    files = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    return [path.relative_to(ROOT).as_posix() for path in [ROOT / "run.py", *files]]
+
+
+@pytest.mark.parametrize("file", python_files())
+def test_a_file_imports_only_what_its_folder_may(file: str) -> None:
+    assert violations((ROOT / file).read_text(encoding="utf-8"), file) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("methods/base.py", "import pandas"),
+        ("methods/base.py", "from ..models.base import LoadedModel"),
+        ("methods/selection/snapkv.py", "from ...tasks import base"),
+        ("methods/selection/snapkv.py", "def f():\n    from ...runners.engine import prefill"),
+        ("methods/selection/snapkv.py", "from ...conf import other"),
+        ("models/base.py", "from ..methods.base import KVCache"),
+        ("models/base.py", "import kvbench.runners.engine"),
+        ("tasks/longbench.py", "import torch"),
+        ("tasks/longbench.py", "import torch.nn.functional as F"),
+        ("tasks/longbench.py", "from transformers import AutoModelForCausalLM"),
+        ("tasks/longbench.py", "from transformers.models.llama import LlamaForCausalLM"),
+        ("tasks/longbench.py", "from ..methods import Method"),
+        ("runners/engine.py", "from ..analysis import tables"),
+        ("runners/engine.py", "from kvbench.analysis.plots import pareto"),
+        ("runners/engine.py", "import hydra.utils"),
+        ("runners/engine.py", "from omegaconf import OmegaConf"),
+        ("analysis/load.py", "import torch"),
+        ("analysis/load.py", "from transformers import AutoTokenizer"),
+        ("analysis/load.py", "if TYPE_CHECKING:\n    from ..runners.record import Record"),
+        ("analysis/load.py", "from ..tasks.base import Task"),
+        ("conf/errors.py", "from ..tasks.base import Task"),
+        ("conf/errors.py", "import numpy"),
+        ("tests/test_x.py", "import methods"),
+        ("scripts/x.py", "from models.base import ModelSource"),
+        ("scripts/x.py", "import hydra"),
+        ("runners/cli.py", "import run"),
+        ("tests/test_x.py", "from run import main"),
+        ("runners/cli.py", "from .. import run"),
+    ],
+)
+def test_each_rule_can_fail(file: str, source: str) -> None:
+    assert len(violations(source, file)) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        (
+            "methods/selection/snapkv.py",
+            "import math\nimport torch\nfrom ...conf.errors import require\nfrom .base import X",
+        ),
+        (
+            "methods/base.py",
+            "from .selection.base import Selection\nfrom .prompt import Prompt\nfrom . import attention",
+        ),
+        ("models/sharing.py", "from ..methods.sharing.cla import CLA\nimport huggingface_hub"),
+        (
+            "tasks/longbench.py",
+            "from transformers import PreTrainedTokenizerBase\nimport jieba\nfrom ..conf import errors",
+        ),
+        ("runners/accuracy.py", "from ..analysis.stats import Estimate\nfrom ..analysis import stats\nimport tqdm"),
+        ("runners/cli.py", "import hydra\nfrom omegaconf import OmegaConf"),
+        ("analysis/plots.py", "import matplotlib.pyplot as plt\nfrom .load import runs"),
+        ("run.py", "from kvbench.runners.cli import main"),
+    ],
+)
+def test_what_the_rules_allow(file: str, source: str) -> None:
+    assert violations(source, file) == []
+
+
+def modules(folder: str) -> list[str]:
+    files = sorted((ROOT / folder).rglob("*.py"))
+    names = ["kvbench." + ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
+    return [name.removesuffix(".__init__") for name in names]
+
+
+IMPORT_WITHOUT = """
+import importlib, sys
+
+class Missing:
+    def find_spec(name, path=None, target=None):
+        if name in sys.argv[1].split(","):
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Missing)
+for name in sys.argv[2:]:
+    importlib.import_module(name)
+"""
+
+
+def import_without(missing: str, names: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", IMPORT_WITHOUT, missing, *names], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("folder", "missing"), [("analysis", "torch,transformers"), ("tasks", "torch")])
+def test_a_machine_without_torch_will_do(folder: str, missing: str) -> None:
+    """Tables and plots are made on laptops; the tree above shows direct imports only, this shows all of them."""
+    result = import_without(missing, modules(folder))
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_module_that_needs_torch_would_be_noticed() -> None:
+    assert "torch" in import_without("torch", ["kvbench.models.base"]).stderr
+
+
+def description(text: str) -> str:
+    """The first line of a YAML file without its ``#``; empty when it is not a comment."""
+    first = text.split("\n", 1)[0]
+    return first.removeprefix("# ").strip() if first.startswith("# ") else ""
+
+
+@pytest.mark.parametrize("file", sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "conf").rglob("*.yaml")))
+def test_every_yaml_starts_with_what_it_is(file: str) -> None:
+    """``--help`` lists these lines."""
+    assert description((ROOT / file).read_text(encoding="utf-8")), f"{file}: the first line must be '# what this is'"
+
+
+def test_a_yaml_without_a_description_would_be_noticed() -> None:
+    assert description("# What it is\nname: x\n") == "What it is"
+    assert not any(map(description, ("name: x\n", "\n# late\n", "#\nname: x\n", "")))

