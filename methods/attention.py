@@ -35,7 +35,7 @@ def tag(key: torch.Tensor, cache: KVCache) -> torch.Tensor:
 
 
 def attention_function(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

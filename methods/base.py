@@ -184,6 +184,7 @@ class KVCache(Cache):
 
     recomputes = False
     copies = 1
+    layers: list[Any]  # CacheLayer, or FanOutLayer: transformers' own layer classes hold tensors in their own way
 
     def __init__(self, layers: Sequence[Any]):
         super().__init__(layers=list(layers))
@@ -266,6 +267,14 @@ class KVCache(Cache):
         """Position of the next token of every decode row: [copies x B] int64."""
         assert self.tokens_seen is not None, "no prompt yet"
         return self.tokens_seen.repeat(self.copies)
+
+    def extend(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where ``recomputes``: add columns of ids and mask; returns the whole sequence so far."""
+        raise NotImplementedError
+
+    def drop(self, member: int) -> None:
+        """Where ``copies`` > 1: leave out a member whose rows have all ended."""
+        raise NotImplementedError
 
     # bytes --------------------------------------------------------------------------------------------------------
 

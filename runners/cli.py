@@ -151,7 +151,7 @@ def _unknown_key(overrides: Sequence[str]) -> str | None:
         node: Any = config
         path = key.split(".")
         for depth, part in enumerate(path):
-            if not isinstance(node, DictConfig) or part not in node:
+            if not isinstance(node, DictConfig) or part not in node.keys():  # noqa: SIM118 (`in` is False for a ??? value)
                 options = [str(k) for k in node if k != "_target_"] if isinstance(node, DictConfig) else []
                 where = ".".join(path[:depth]) or "the configuration"
                 return f"{key}: {where} has no key {part}; {one_of(part, options, 'one of')}"
@@ -207,7 +207,7 @@ def _defaults(root: Traversable) -> Iterator[tuple[str, str]]:
     for entry in OmegaConf.create(root.joinpath("config.yaml").read_text(encoding="utf-8")).defaults:
         if isinstance(entry, DictConfig):
             ((group, choice),) = entry.items()
-            if choice is not None and not str(group).startswith("optional"):
+            if isinstance(group, str) and choice is not None and " " not in group:  # not "override ..."
                 yield f"{group}/{choice}.yaml", f"{group}."
 
 

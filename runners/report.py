@@ -1,9 +1,21 @@
-"""The closing table of a run, for the terminal."""
+"""The closing table of a run, for the terminal; and the same table again from finished runs.
+
+    python -m kvbench.runners.report results/reference/longbench-mini
+
+prints one table for each set of runs under the folder that share task, model, data and settings.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from ..conf.errors import InputError
+from .record import RECORD, SCHEMA
 
 
 def closing_table(records: Sequence[Mapping[str, Any]], paths: Sequence[str]) -> str:
@@ -63,3 +75,50 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         out.append("  ".join(cells).rstrip())
     out.insert(1, "  ".join("-" * w for w in widths))
     return out
+
+
+def comparable(record: Mapping[str, Any]) -> str:
+    """What two records must share to stand in one table: everything that decides the numbers but the method."""
+    return json.dumps({k: v for k, v in record["identity"].items() if k != "method"}, sort_keys=True)
+
+
+def read_records(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Every finished run under ``folder``, best average first.
+
+    Raises:
+        InputError: no run there; a record that is not JSON or of another schema.
+    """
+    found = []
+    for path in sorted(folder.rglob(RECORD)):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError:
+            raise InputError("RESULTS", path, "is not JSON") from None
+        if record.get("schema") != SCHEMA:
+            raise InputError("RESULTS", path, f"has schema {record.get('schema')}; this version reads {SCHEMA}")
+        found.append((path.parent, record))
+    if not found:
+        raise InputError("RESULTS", folder, f"holds no {RECORD}; `kvbench run results_dir={folder}` makes some")
+    return sorted(found, key=lambda pair: (pair[1]["method"], pair[1]["budget"] or 0))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the tables of every run under a folder; exit status 2 where there is none."""
+    parser = argparse.ArgumentParser(prog="python -m kvbench.runners.report", description=__doc__.split("\n")[0])
+    parser.add_argument("results", type=Path, help="a results folder, or any folder below it")
+    args = parser.parse_args(argv)
+    try:
+        found = read_records(args.results)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    tables: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+    for path, record in found:
+        tables.setdefault(comparable(record), []).append((path, record))
+    for together in tables.values():
+        print(closing_table([r for _, r in together], [str(p) for p, _ in together]), end="\n\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

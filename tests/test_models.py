@@ -19,6 +19,12 @@ import pytest
 import torch
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
 from kvbench.conf.errors import InputError
 from kvbench.models import embedded, hub
 from kvbench.models.base import LoadedModel, ModelSource
@@ -26,11 +32,6 @@ from kvbench.models.embedded import Embedded
 from kvbench.models.hub import HubModel, OutOfReach, ask_hub
 from kvbench.models.local import LocalModel
 from kvbench.models.random import SHAPES, RandomModel
-from omegaconf import OmegaConf
-from safetensors import SafetensorError
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from kvbench.runners.score import main
 
 TREC_CLASSES = ["Food", "Date"]

@@ -7,13 +7,14 @@ import math
 
 import pytest
 import torch
+from tiny_models import prompt_ids, tiny_model
+
 from kvbench.conf.errors import InputError
 from kvbench.methods.base import Method
 from kvbench.methods.prompt import Prompt
 from kvbench.methods.selection.base import resolve_budget
 from kvbench.methods.selection.snapkv import SnapKV, reduce_groups, window_attention
 from kvbench.runners.engine import decode, generate, prefill
-from tiny_models import prompt_ids, tiny_model
 
 
 def golden_prompt(query_heads: int, kv_heads: int, length: int = 40, dim: int = 8, window: int = 4) -> Prompt:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import left_pad, prompt_ids, tiny_model
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
 from kvbench.conf.errors import InputError
 from kvbench.methods.base import Method
 from kvbench.methods.rotary import Rotary
 from kvbench.methods.selection.streaming_llm import StreamingLLM
 from kvbench.runners.engine import decode, generate, prefill
-from tiny_models import left_pad, prompt_ids, tiny_model
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 BUDGET, SINKS = 20, 4
 

@@ -1,0 +1,177 @@
+"""How fast the engine is, as ratios from one run (absolute times on a shared machine say little).
+
+A language model answers in two phases. *Prefill* reads the prompt in one pass and is limited by arithmetic. *Decode*
+produces one token at a time; each step reads all weights and the whole KV cache once, so it is limited by memory
+bandwidth. A KV-cache method costs something in prefill (deciding what to keep) and gains in decode (less to read).
+
+Four ratios, each from alternating repetitions in this process, medians of all repetitions:
+
+1. decode      tokens/s of method=full in our engine / tokens/s of transformers' generate with its own cache (aim >= 1)
+2. compression time SnapKV spends choosing and copying / time of the prefill it is part of             (aim <= 0.04)
+3. fan-out     wall time of one run of 8 budgets on a shared prompt / one run of full                   (aim <= 2.5)
+4. bandwidth   bytes a decode step must read (weights + KV) per second / copy bandwidth, same run       (reported)
+
+    python scripts/bench_engine.py [--prompt-tokens 4096] [--new-tokens 64] [--repeats 5] [--dtype float32] [-o FILE]
+
+The last line of the output is the result as JSON; it also goes to FILE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from kvbench.methods.base import CacheLayer, KVCache, Method
+from kvbench.methods.fan_out import FanOutCache
+from kvbench.methods.selection.snapkv import SnapKV
+from kvbench.models.embedded import Embedded
+from kvbench.runners import provenance
+from kvbench.runners.engine import decode, generate, prefill
+
+BUDGETS = (64, 128, 192, 256, 384, 512, 768, 1024)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall time of one call; on CUDA, of its kernels too."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def alternating(repeats: int, *works: Callable[[], float]) -> list[list[float]]:
+    """Run the works in turn, so that a slow minute of the machine falls on all of them; the first round is warm-up."""
+    times: list[list[float]] = [[] for _ in works]
+    for i in range(repeats + 1):
+        for mine, work in zip(times, works, strict=True):
+            value = work()
+            if i:
+                mine.append(value)
+    return times
+
+
+def decode_seconds(model, cache: KVCache, ids: torch.Tensor, steps: int) -> float:
+    """Seconds per decode step after a prefill."""
+    token = prefill(model, cache, ids).argmax(-1)
+
+    def steps_of() -> None:
+        nonlocal token
+        for _ in range(steps):
+            token = decode(model, cache, token).argmax(-1)
+
+    return seconds(steps_of) / steps
+
+
+def transformers_decode_seconds(model, ids: torch.Tensor, steps: int) -> float:
+    """Seconds per decode step of ``generate``: two lengths, so that the prefill cancels out."""
+    how = {"do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
+    short = seconds(lambda: model.generate(ids, max_new_tokens=1, **how))
+    long = seconds(lambda: model.generate(ids, max_new_tokens=1 + steps, **how))
+    return (long - short) / steps
+
+
+def prefill_seconds(model, method: Method, ids: torch.Tensor) -> tuple[float, float]:
+    """(seconds of the whole prefill, seconds of it spent in compressing)."""
+    cache = method.new_cache(model)
+    spent = 0.0
+    absorb = CacheLayer.absorb
+
+    def timed(self: CacheLayer, prompts) -> None:
+        nonlocal spent
+        spent += seconds(lambda: absorb(self, prompts))
+
+    CacheLayer.absorb = timed  # type: ignore[method-assign]
+    try:
+        total = seconds(lambda: prefill(model, cache, ids))
+    finally:
+        CacheLayer.absorb = absorb  # type: ignore[method-assign]
+    return total, spent
+
+
+def copy_bandwidth(device: str, size: int = 1 << 28) -> float:
+    """Bytes per second of a large copy, reads and writes counted; best of ten."""
+    source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    return 2 * size / min(seconds(lambda: target.copy_(source)) for _ in range(10))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompt-tokens", type=int, default=4096)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("-o", "--output", type=Path)
+    args = parser.parse_args()
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, args.dtype)
+    ours = Embedded().load(device, dtype).model
+    theirs = AutoModelForCausalLM.from_config(ours.config, attn_implementation="sdpa", dtype=dtype).to(device).eval()
+    theirs.load_state_dict(ours.state_dict())
+    ids = torch.randint(1000, 40000, (1, args.prompt_tokens), generator=torch.Generator().manual_seed(0)).to(device)
+    full, snapkv = Method("full"), Method("snapkv", SnapKV(budget=512))
+    members = [Method("snapkv", SnapKV(budget=b)) for b in BUDGETS]
+    steps = args.new_tokens
+
+    def run_full() -> float:
+        return seconds(lambda: generate(ours, full.new_cache(ours), ids, max_new_tokens=steps))
+
+    def run_fan_out() -> float:
+        cache = FanOutCache([m.new_cache(ours) for m in members])
+        return seconds(lambda: generate(ours, cache, ids, max_new_tokens=steps))
+
+    print(f"{device}, {args.dtype}, {torch.get_num_threads()} threads, {args.prompt_tokens} + {steps} tokens")
+    engine, library = alternating(
+        args.repeats,
+        lambda: decode_seconds(ours, full.new_cache(ours), ids, steps),
+        lambda: transformers_decode_seconds(theirs, ids, steps),
+    )
+    print(f"decode: {1e3 * median(engine):.1f} ms, transformers {1e3 * median(library):.1f} ms per token", flush=True)
+    prefills = [prefill_seconds(ours, snapkv, ids) for _ in range(args.repeats + 1)][1:]
+    shares = [spent / (total - spent) for total, spent in prefills]
+    print(f"prefill: {median(t for t, _ in prefills):.2f} s, of it compressing {median(s for _, s in prefills):.3f} s")
+    one, eight = alternating(args.repeats, run_full, run_fan_out)
+    print(f"run: full {median(one):.2f} s, 8 budgets on one prompt {median(eight):.2f} s", flush=True)
+
+    weights = sum(p.numel() * p.element_size() for p in ours.parameters())
+    cache = full.new_cache(ours)
+    prefill(ours, cache, ids)
+    read = weights + cache.kv_bytes_logical
+    bandwidth = copy_bandwidth(device)
+    result = {
+        "decode_speed_full_over_transformers": median(library) / median(engine),
+        "compression_over_prefill": median(shares),
+        "fan_out_8_budgets_over_full": median(eight) / median(one),
+        "decode_bandwidth_over_copy_bandwidth": read / median(engine) / bandwidth,
+        "copy_bandwidth_gb_per_s": bandwidth / 1e9,
+        "repetitions_s": {
+            "decode_step_engine": engine,
+            "decode_step_transformers": library,
+            "prefill_and_compression": prefills,
+            "run_full": one,
+            "run_fan_out": eight,
+        },
+        "settings": {"prompt_tokens": args.prompt_tokens, "new_tokens": steps, "dtype": args.dtype, "device": device},
+        "provenance": provenance.collect(device),
+    }
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    for key in list(result)[:4]:
+        print(f"{key:<40} {result[key]:.3f}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

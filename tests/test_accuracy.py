@@ -1,0 +1,250 @@
+"""The accuracy runner end to end, through the command line, on a tiny local model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from local_model import Done, kvbench, save_local_model, save_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A folder with ``model/`` and ``data/`` (qasper and lcc)."""
+    folder = tmp_path_factory.mktemp("world")
+    save_local_model(folder / "model")
+    save_rows(folder / "data", "qasper", 6)
+    save_rows(folder / "data", "lcc", 5)
+    return folder
+
+
+def settings(world: Path, results: Path, *overrides: str) -> list[str]:
+    return [
+        "model=local",
+        f"model.path={world / 'model'}",
+        "model.max_prompt_tokens=700",
+        f"task.data_dir={world / 'data'}",
+        f"results_dir={results}",
+        "method=snapkv",
+        "method.budget=40",
+        *overrides,
+    ]
+
+
+def run(world: Path, results: Path, *overrides: str, status: int = 0) -> Done:
+    done = kvbench("run", *settings(world, results, *overrides))
+    assert done.returncode == status, done.stderr
+    return done
+
+
+def start(world: Path, results: Path, *overrides: str) -> subprocess.Popen[str]:
+    """The same in a process of its own, which can be killed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "run.py"), *settings(world, results, *overrides)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def stop_after(process: subprocess.Popen[str], results: Path, count: int, how: signal.Signals) -> Path:
+    """Send a signal once ``count`` examples are on disk; returns SnapKV's samples.jsonl."""
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        samples = list(results.glob("*/*/snapkv/*/samples.jsonl"))
+        if samples and samples[0].read_bytes().count(b"\n") >= count:
+            process.send_signal(how)
+            return samples[0]
+        time.sleep(0.02)
+    raise AssertionError(f"the run ended before it could be stopped: {process.communicate()}")
+
+
+def folders(results: Path) -> dict[str, Path]:
+    """{method label: run folder}."""
+    return {json.loads(p.read_text())["method_label"]: p.parent for p in results.glob("*/*/*/*/record.json")}
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory) -> tuple[Path, str]:
+    results = tmp_path_factory.mktemp("results")
+    return results, run(world, results).stdout
+
+
+def test_a_run_leaves_one_record_per_method_and_one_row_per_example(finished):
+    results, _ = finished
+    found = folders(results)
+    assert set(found) == {"snapkv 40", "full"}
+    for label, folder in found.items():
+        samples = rows(folder)
+        assert len(samples) == len({(r["dataset"], r["id"]) for r in samples}) == 11
+        assert {r["method"] for r in samples} == {label}
+        assert not (folder / ".lock").exists()
+
+
+def test_bytes_are_measured_and_agree_with_the_formula(finished):
+    """2 layers x 2 heads x 40 tokens x 16 channels x 2 (K and V) x 4 bytes."""
+    results, _ = finished
+    found = folders(results)
+    for row in rows(found["snapkv 40"]):
+        assert row["kv_bytes_stored"] == row["kv_bytes_formula"] == 2 * 2 * 40 * 16 * 2 * 4
+        assert row["kv_bytes_stored_end"] > row["kv_bytes_stored"]
+    for row in rows(found["full"]):
+        assert row["kv_bytes_stored"] == row["kv_bytes_full"] == 2 * 2 * row["prompt_tokens"] * 16 * 2 * 4
+
+
+def test_the_record_says_what_ran(finished):
+    results, _ = finished
+    record = json.loads((folders(results)["snapkv 40"] / "record.json").read_text())
+    assert record["schema"] == 1
+    assert record["status"] == "done"
+    assert record["execution"] == "real"
+    assert record["task"] == record["data"]["name"] == "longbench-subset"
+    assert record["data"]["examples"] == {"lcc": 5, "qasper": 6}
+    assert all(len(digest) == 64 for digest in record["data"]["sha256"].values())
+    assert record["identity"]["method"]["selection"]["budget"] == 40
+    assert record["provenance"]["packages"]["torch"]
+    assert record["provenance"]["hardware"]["device"] == "cpu"
+    assert record["paired"]["with"] == "full"
+    full = json.loads((folders(results)["full"] / "record.json").read_text())
+    expected = record["average"]["mean"] - full["average"]["mean"]
+    assert record["paired"]["difference"]["mean"] == pytest.approx(expected)
+    assert set(record["scores"]) == {"qasper", "lcc"}
+    mean = sum(s["mean"] for s in record["scores"].values()) / 2
+    assert record["average"]["mean"] == pytest.approx(mean)
+
+
+def test_no_path_of_this_machine_is_recorded(finished, world):
+    results, _ = finished
+    for folder in folders(results).values():
+        text = (folder / "record.json").read_text() + (folder / "samples.jsonl").read_text()
+        assert str(world) not in text
+        assert str(results) not in text
+
+
+def test_the_closing_table_shows_what_the_records_hold(finished):
+    results, out = finished
+    record = json.loads((folders(results)["snapkv 40"] / "record.json").read_text())
+    line = next(line for line in out.splitlines() if line.startswith("snapkv 40"))
+    assert f"{record['average']['mean']:.2f}" in line
+    assert f"{100 * record['bytes']['kv_ratio']:.1f} %" in line
+    assert str(folders(results)["full"]) in out
+
+
+def test_a_finished_run_is_not_run_again(finished, world):
+    results, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in results.rglob("*.json*")}
+    out = run(world, results).stdout
+    assert out.count("already done") == 2
+    assert "model:" not in out
+    assert {p: p.stat().st_mtime_ns for p in results.rglob("*.json*")} == before
+
+
+def test_another_budget_reuses_the_full_cache_of_the_first_run(finished, world):
+    results, _ = finished
+    out = run(world, results, "method.budget=50").stdout
+    assert "full: already done" in out
+    assert "paired" in json.loads((folders(results)["snapkv 50"] / "record.json").read_text())
+
+
+def test_who_rides_along_and_how_prompts_are_batched_change_no_prediction(finished, world, tmp_path):
+    """Alone, in a fan-out of four, in a padded batch of three and in chunks: the same text every time."""
+    results, _ = finished
+    expected = {(r["dataset"], r["id"]): r["prediction"] for r in rows(folders(results)["snapkv 40"])}
+    for i, overrides in enumerate(
+        (
+            ["runner.pair_with=[]"],
+            ["runner.budgets=[40,64,33]", "runner.pair_with=[full,'streaming_llm budget=50']"],
+            ["batch_size=3"],
+            ["runner.chunk_size=37"],
+        )
+    ):
+        other = tmp_path / str(i)
+        run(world, other, *overrides)
+        found = {(r["dataset"], r["id"]): r["prediction"] for r in rows(folders(other)["snapkv 40"])}
+        assert found == expected, overrides
+
+
+def test_a_run_killed_in_the_middle_continues_at_the_right_example(world, tmp_path):
+    """kill -9, a torn last line, and again: no example lost, none twice, the same scores as an undisturbed run."""
+    data = tmp_path / "data"
+    save_rows(data, "qasper", 25)
+    overrides = [f"task.data_dir={data}"]
+    undisturbed = tmp_path / "undisturbed"
+    run(world, undisturbed, *overrides)
+
+    results = tmp_path / "killed"
+    process = start(world, results, *overrides)
+    samples = stop_after(process, results, 5, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not list(results.glob("*/*/*/*/record.json"))
+    with samples.open("ab") as file:
+        file.write(b'{"dataset": "qasper", "id": "qasp')
+
+    out = run(world, results, *overrides).stdout
+    assert "continues after" in out
+    for label, folder in folders(undisturbed).items():
+        again = folders(results)[label]
+        assert len(rows(again)) == 25
+        key = lambda r: r["id"]  # noqa: E731
+        assert sorted(rows(again), key=key) == sorted(rows(folder), key=key)
+        ours, theirs = (json.loads((f / "record.json").read_text()) for f in (again, folder))
+        assert ours["scores"] == theirs["scores"]
+        assert ours["average"] == theirs["average"]
+
+
+def test_interrupting_keeps_what_is_complete(world, tmp_path):
+    data, results = tmp_path / "data", tmp_path / "results"
+    save_rows(data, "qasper", 25)
+    process = start(world, results, f"task.data_dir={data}")
+    samples = stop_after(process, results, 3, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "run the same command again" in errors
+    assert len(rows(samples.parent)) >= 3
+
+
+def test_a_second_process_on_the_same_run_is_told_so(world, tmp_path):
+    import filelock
+
+    results = tmp_path / "results"
+    run(world, results, "task.datasets=[lcc]")
+    folder = folders(results)["snapkv 40"]
+    (folder / "record.json").unlink()
+    with filelock.FileLock(folder / ".lock"):
+        errors = run(world, results, "task.datasets=[lcc]", status=2).stderr
+    assert "another process" in errors
+
+
+@pytest.mark.parametrize("full", ["samples.jsonl", "record.json.partial"])
+def test_a_full_disk_is_one_line_and_the_run_continues_later(world, tmp_path, monkeypatch, full):
+    """The device that is always full stands in for a full disk."""
+    from kvbench.conf.errors import InputError
+    from kvbench.runners.record import RunFolder
+
+    folder = RunFolder(tmp_path, "task", "model", "method", {"a": 1})
+    with folder:
+        folder.append({"dataset": "d", "id": "1"})
+        kept = (folder.path / "samples.jsonl").read_bytes()
+        real_open = Path.open
+
+        def open_full(self, *args, **kwargs):
+            return (
+                real_open(Path("/dev/full"), *args, **kwargs) if self.name == full else real_open(self, *args, **kwargs)
+            )
+
+        monkeypatch.setattr(Path, "open", open_full)
+        with pytest.raises(InputError, match="disk is full"):
+            folder.append({"id": "2"}) if full == "samples.jsonl" else folder.finish({"status": "done"})
+        monkeypatch.undo()
+        assert (folder.path / "samples.jsonl").read_bytes() == kept
+        assert not folder.done

@@ -1,0 +1,116 @@
+"""What a user who mistypes sees: one line with the key, the value and what is allowed; status 2; nothing written."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from local_model import kvbench, save_local_model, save_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    save_local_model(folder / "model")
+    save_rows(folder / "data", "qasper", 2)
+    save_rows(folder / "torn", "qasper", 2)
+    with (folder / "torn" / "qasper.jsonl").open("a") as file:
+        file.write('{"input": "cut of')
+    return folder
+
+
+BAD_INPUT = [
+    # overrides, what the one line must say
+    (["method=snapvk"], ["method=snapvk", "did you mean snapkv"]),
+    (["model=smolm2-135m"], ["model=smolm2-135m", "did you mean smollm2-135m"]),
+    (["task=longbnch"], ["task=longbnch", "longbench"]),
+    (["runner=acuracy"], ["runner=acuracy", "did you mean accuracy"]),
+    (["method/storage=dence"], ["method/storage=dence", "did you mean dense"]),
+    (["task.datasets=[qaspr]"], ["task.datasets=qaspr", "did you mean qasper"]),
+    (["method.buget=5"], ["method.buget", "did you mean budget"]),
+    (["sed=5"], ["sed", "did you mean seed"]),
+    (["method.budget=0"], ["method.budget=0", ">= 1"]),
+    (["method.budget=-4"], ["method.budget=-4"]),
+    (["method.budget=1.5"], ["method.budget=1.5", "(0, 1]"]),
+    (["method.budget=16"], ["method.selection.window=32", "method.budget=16"]),
+    (["method.selection.kernel=6"], ["method.selection.kernel=6", "odd"]),
+    (["runner.budgets=[64,0]"], ["method.budget=0"]),
+    (["runner.pair_with=[fulll]"], ["method=fulll", "full"]),
+    (["runner.chunk_size=0"], ["runner.chunk_size=0"]),
+    (["task.limit=0"], ["task.limit=0"]),
+    (["batch_size=0"], ["batch_size=0"]),
+    (["dtype=int8"], ["dtype=int8", "bfloat16"]),
+    (["device=tpu"], ["device=tpu", "cuda"]),
+    (["seed=-1"], ["seed=-1"]),
+    (["model=random"], ["model=random-tiny", "runner=efficiency"]),
+    (["task.data_dir=/no/such/folder"], ["task.data_dir=/no/such/folder"]),
+    (["task.data_dir={world}/model"], ["task.data_dir=", "qasper"]),
+    (["task.data_dir={world}/torn"], ["qasper.jsonl:3", "JSON"]),
+    (["model=local", "model.path={world}/nowhere"], ["model.path", "nowhere"]),
+    (["task.truncate=none", "task.max_length=20"], ["task.truncate=none", "20"]),
+    (["model.max_prompt_tokens=1020"], ["task.max_length", "positions"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "said"), BAD_INPUT, ids=[" ".join(o) for o, _ in BAD_INPUT])
+def test_bad_input_is_one_line(world, tmp_path, overrides, said):
+    good = [
+        "model=local",
+        f"model.path={world}/model",
+        "model.max_prompt_tokens=700",
+        f"task.data_dir={world}/data",
+        "task.datasets=[qasper]",
+        f"results_dir={tmp_path / 'results'}",
+    ]
+    theirs = [o.format(world=world) for o in overrides]
+    keys = {o.split("=")[0] for o in theirs}
+    if "model" in keys:
+        good = [o for o in good if not o.startswith("model")]
+    if theirs == ["model.max_prompt_tokens=1020"]:  # truncation to nearly all positions leaves no room for the answer
+        save_rows(world / "long", "qasper", 1, words=400)
+        theirs.append(f"task.data_dir={world}/long")
+        keys.add("task.data_dir")
+    good = [o for o in good if o.split("=")[0] not in keys]
+    done = kvbench("run", *good, *theirs)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(lines) == 1, done.stderr
+    for words in said:
+        assert words in lines[0]
+    assert not list(tmp_path.rglob("record.json"))
+    assert not list(tmp_path.rglob("samples.jsonl"))
+
+
+def test_help_lists_every_group_choice_and_key():
+    out = kvbench("run", "--help").stdout
+    for path in (ROOT / "conf").rglob("*.yaml"):
+        if path.name != "config.yaml":
+            assert path.stem in out
+    for key in ("method.budget", "task.limit", "task.data_dir", "results_dir", "runner.budgets", "seed"):
+        line = next(line for line in out.splitlines() if line.strip().startswith(key))
+        assert len(line.split()) > 3, f"{key} has no explanation"
+
+
+def test_commands():
+    assert kvbench("--help").returncode == 0
+    unknown = kvbench("rnu")
+    assert unknown.returncode == 2
+    assert "run" in unknown.stderr
+
+
+def test_run_py_from_any_folder_is_one_line_too_and_leaves_no_file_behind(tmp_path):
+    """The real process: the exit status, and nothing of Hydra's (log files, output folders) where the user stands."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "run.py"), "method.selection.kernel=4"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: method.selection.kernel=4: must be an odd number")
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,162 @@
+"""Prefill, decode and generation: the drawing of tokens, and the real model against transformers' own generate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import left_pad, prompt_ids, tiny_model
+
+from kvbench.methods.base import Method
+from kvbench.methods.fan_out import FanOutCache
+from kvbench.methods.selection.snapkv import SnapKV
+from kvbench.runners.engine import Sampling, generate, prefill
+
+
+def full(model):
+    return Method("full").new_cache(model)
+
+
+def test_a_stop_id_ends_a_row_and_is_not_part_of_it():
+    model, ids = tiny_model(), prompt_ids(20)
+    free = generate(model, full(model), ids, max_new_tokens=10).tokens[0]
+    stop = free[4]
+    stopped = generate(model, full(model), ids, max_new_tokens=10, stop_ids=[stop])
+    assert stopped.tokens[0] == free[: free.index(stop)]
+    assert stopped.steps == free.index(stop)
+
+
+def test_rows_end_on_their_own_and_do_not_disturb_each_other():
+    model = tiny_model()
+    prompts = [prompt_ids(20, 1), prompt_ids(12, 2)]
+    ids, mask = left_pad(prompts)
+    alone = [generate(model, full(model), p, max_new_tokens=10).tokens[0] for p in prompts]
+    stop = alone[0][2]
+    both = generate(model, full(model), ids, mask, max_new_tokens=10, stop_ids=[stop]).tokens
+    assert both[0] == alone[0][: alone[0].index(stop)]
+    assert both[1] == (alone[1][: alone[1].index(stop)] if stop in alone[1] else alone[1])
+
+
+def test_min_new_tokens_holds_the_stop_back():
+    model, ids = tiny_model(), prompt_ids(20)
+    first = generate(model, full(model), ids, max_new_tokens=1).tokens[0][0]
+    assert generate(model, full(model), ids, max_new_tokens=5, stop_ids=[first]).tokens[0] == []
+    held = generate(model, full(model), ids, max_new_tokens=5, stop_ids=[first], min_new_tokens=1).tokens[0]
+    assert len(held) >= 1
+    assert first not in held
+
+
+def test_members_of_a_fan_out_that_have_ended_are_left_out_and_the_others_go_on():
+    model, ids = tiny_model(), prompt_ids(60)
+    methods = [Method("full"), *(Method("snapkv", SnapKV(budget=b, window=4)) for b in (8, 16, 40))]
+    alone = [generate(model, m.new_cache(model), ids, max_new_tokens=12).tokens[0] for m in methods]
+    stop = alone[1][5]  # ends the second member early, whatever the others do
+    cache = FanOutCache([m.new_cache(model) for m in methods])
+    together = generate(model, cache, ids, max_new_tokens=12, stop_ids=[stop]).tokens
+    for mine, theirs in zip(together, alone, strict=True):
+        assert mine == (theirs[: theirs.index(stop)] if stop in theirs else theirs)
+    assert cache.copies < len(methods)
+
+
+def test_sampling_is_seeded_and_top_p_of_almost_nothing_is_greedy():
+    model, ids = tiny_model(), prompt_ids(20)
+    draw = lambda **how: generate(model, full(model), ids, max_new_tokens=12, sampling=Sampling(**how)).tokens  # noqa: E731
+    greedy = generate(model, full(model), ids, max_new_tokens=12).tokens
+    assert draw(temperature=1.5, seed=1) == draw(temperature=1.5, seed=1)
+    assert draw(temperature=1.5, seed=1) != draw(temperature=1.5, seed=2)
+    assert draw(temperature=1.5, top_p=1e-6) == greedy
+    assert draw(temperature=1e-6) == greedy
+
+
+def test_right_padding_is_refused():
+    model, ids = tiny_model(), prompt_ids(20)
+    mask = torch.ones_like(ids)
+    mask[0, -3:] = 0
+    with pytest.raises(ValueError, match="left padding"):
+        prefill(model, full(model), ids, mask)
+
+
+def test_a_model_that_goes_past_the_cache_is_noticed():
+    """After a library upgrade, published code fell back to full attention in silence: every method scored like full."""
+    model = tiny_model("qwen3")
+    cache = full(model)
+    attend = cache.attend
+    cache.attend = lambda layer, *args: attend(layer, *args) if layer != 1 else args[0]
+    with pytest.raises(RuntimeError, match="did not route"):
+        prefill(model, cache, prompt_ids(20))
+
+
+def test_zero_new_tokens_are_refused():
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        generate(tiny_model(), full(tiny_model()), prompt_ids(4), max_new_tokens=0)
+
+
+QUESTIONS = [
+    "What is the capital of France?",
+    "Name three colours.",
+    "Write one sentence about the sea.",
+    "How many days are there in a week?",
+    "What does a bee make?",
+    "Translate 'good morning' into Spanish.",
+    "Who wrote Hamlet?",
+    "What is 7 times 8?",
+    "List the planets of the solar system in order.",
+    "Explain what a key-value cache is.",
+    "Give a synonym of 'quick'.",
+    "What is the boiling point of water?",
+    "Complete: once upon a time",
+    "Why is the sky blue?",
+    "What language is spoken in Brazil?",
+    "Write a haiku about snow.",
+    "Which animal is the largest?",
+    "Describe a chair in one sentence.",
+    "What comes after Monday?",
+    "Write a Python function that adds two numbers.",
+]
+
+
+@pytest.mark.real_model
+def test_full_is_transformers_generate_token_for_token_alone_and_padded(smollm2):
+    """20 prompts x 64 greedy tokens on the real model, each alone and all in one left-padded batch."""
+    from transformers import AutoModelForCausalLM
+
+    ours, tokenizer = smollm2.model, smollm2.tokenizer
+    theirs = AutoModelForCausalLM.from_config(ours.config, attn_implementation="sdpa").eval()
+    theirs.load_state_dict(ours.state_dict())
+    chats = [
+        tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True)
+        for q in QUESTIONS
+    ]
+    greedy = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None, "pad_token_id": tokenizer.pad_token_id}
+    for chat in chats:
+        ids = tokenizer(chat, return_tensors="pt", add_special_tokens=False).input_ids
+        expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), **greedy)[0, ids.shape[1] :].tolist()
+        assert generate(ours, full(ours), ids, max_new_tokens=64).tokens[0] == expected
+    batch = tokenizer(chats, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    expected = theirs.generate(**batch, **greedy)[:, batch.input_ids.shape[1] :].tolist()
+    assert generate(ours, full(ours), batch.input_ids, batch.attention_mask, max_new_tokens=64).tokens == expected
+
+
+@pytest.mark.real_model
+def test_a_planted_number_survives_snapkv_and_not_a_window_without_it(smollm2):
+    """Quality that can be lost: SnapKV at a fifth of the bytes answers, a stream whose window has passed it cannot."""
+    from kvbench.methods.selection.streaming_llm import StreamingLLM
+
+    model, tokenizer = smollm2.model, smollm2.tokenizer
+    filler = "The garden was quiet, the bees went from flower to flower, and nobody was in a hurry. " * 60
+    text = (
+        f"{filler}The secret number of the tower is 58274. {filler}\n\nWhat is the secret number of the tower? "
+        "Answer with the number only."
+    )
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer(chat, return_tensors="pt", add_special_tokens=False).input_ids
+
+    def answer(method):
+        tokens = generate(model, method.new_cache(model), ids, max_new_tokens=24).tokens[0]
+        return tokenizer.decode(tokens)
+
+    assert ids.shape[1] > 2000
+    assert "58274" in answer(Method("full"))
+    assert "58274" in answer(Method("snapkv", SnapKV(budget=ids.shape[1] // 5)))
+    assert "58274" not in answer(Method("streaming_llm", StreamingLLM(budget=ids.shape[1] // 5)))
