@@ -7,8 +7,8 @@ Adding a model is one YAML under ``conf/model``; a Python file beside this one i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,6 +59,16 @@ class ModelSource(ABC):
 
     name: str
     random_weights: ClassVar[bool] = False
+    location_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that say where the weights are on this machine; they take no part in :meth:`identity`."""
+
+    def identity(self) -> dict[str, Any]:
+        """What decides this model's outputs, as plain data: fingerprint, prompt limit, chat template and the like."""
+        settings = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return {
+            "fingerprint": self.fingerprint(),
+            **{key: value for key, value in settings.items() if key not in self.location_fields},
+        }
 
     @abstractmethod
     def fingerprint(self) -> str:

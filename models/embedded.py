@@ -146,7 +146,7 @@ class Embedded(ModelSource):
         fingerprint = self.fingerprint()
         # tokenizer.json as it is: transformers' GPT2Tokenizer class would rebuild it without its digit splitting
         model, tokenizer = load_pretrained(
-            self.folder, device=device, dtype=dtype, local_files_only=True, tokenizer_class=PreTrainedTokenizerFast
+            self.folder, device=device, dtype=dtype, tokenizer_class=PreTrainedTokenizerFast
         )
         return LoadedModel(
             model=model,

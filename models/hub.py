@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from ..conf.errors import InputError, require
 from .base import LoadedModel, ModelSource
 from .pretrained import load_pretrained, prompt_limit
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+# Pickles are not even downloaded, nor the second copies of the weights that some repositories hold for other software.
+_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+_COPIES = ["consolidated*", "original/*", "onnx/*"]
+_INSTEAD = "use model=smollm2-135m, or model=local model.path=FOLDER"
 
 
 class OutOfReach(Exception):
@@ -61,8 +65,12 @@ def ask_hub(repo_id: str, revision: str, deadline_s: float = 10.0) -> str:
     if isinstance(result, RepositoryNotFoundError | RevisionNotFoundError):
         raise result
     if isinstance(result, Exception):  # the HTTP library's own classes, which change between releases of the client
-        raise OutOfReach(str(result).strip().splitlines()[0] if str(result).strip() else type(result).__name__)
+        raise OutOfReach(_first_line(result))
     return result
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @dataclass
@@ -127,30 +135,49 @@ class HubModel(ModelSource):
             raise InputError(
                 "model.repo_id",
                 self.repo_id,
-                f"the hub is out of reach ({error}) and {constants.HF_HUB_CACHE} has no copy; "
-                "use model=smollm2-135m, or model=local model.path=FOLDER",
+                f"the hub is out of reach ({error}) and {constants.HF_HUB_CACHE} has no copy; {_INSTEAD}",
             ) from error
 
     def fingerprint(self) -> str:
         """``owner/name@commit``."""
         return f"{self.repo_id}@{self.commit()}"
 
-    def load(self, device: str, dtype: torch.dtype) -> LoadedModel:
-        """See :meth:`ModelSource.load`; the files stay in the hub's own cache."""
+    def fetch(self) -> Path:
+        """The folder of the files in the hub's own cache, completed from the hub where it can be reached.
+
+        Raises
+        ------
+        InputError
+            The repository is gated, or something is missing and the hub does not give it.
+        """
         commit = self.commit()
         try:
             ask_hub(self.repo_id, commit)
-            offline = False
+            online = True
         except (RepositoryNotFoundError, RevisionNotFoundError, OutOfReach):
-            offline = True  # the cache may hold it; where it does not, load_pretrained says what is missing
-        model, tokenizer = load_pretrained(
-            self.repo_id,
-            device=device,
-            dtype=dtype,
-            revision=commit,
-            local_files_only=offline,
-            chat_template=self.chat_template,
-        )
+            online = False  # the cache may hold it all the same
+        try:
+            folder = snapshot_download(
+                self.repo_id,
+                revision=commit,
+                allow_patterns=_FILES,
+                ignore_patterns=_COPIES,
+                local_files_only=not online,
+            )
+        except Exception as error:  # the hub client's own classes, and those of its HTTP library
+            if isinstance(error, GatedRepoError):
+                reason = f"is gated: accept its licence at https://huggingface.co/{self.repo_id}, then `hf auth login`"
+            elif online:
+                reason = f"could not be fetched into {constants.HF_HUB_CACHE}: {_first_line(error)}"
+            else:
+                reason = f"is not in {constants.HF_HUB_CACHE}, and the hub does not answer for it; {_INSTEAD}"
+            raise InputError("model.repo_id", self.repo_id, reason) from error
+        return Path(folder)
+
+    def load(self, device: str, dtype: torch.dtype) -> LoadedModel:
+        """See :meth:`ModelSource.load`."""
+        folder = self.fetch()
+        model, tokenizer = load_pretrained(folder, device=device, dtype=dtype, chat_template=self.chat_template)
         positions = model.config.max_position_embeddings
         return LoadedModel(
             model=model,
@@ -158,5 +185,5 @@ class HubModel(ModelSource):
             name=self.name,
             max_prompt_tokens=prompt_limit(self.max_prompt_tokens, positions),
             max_positions=positions,
-            fingerprint=f"{self.repo_id}@{commit}",
+            fingerprint=f"{self.repo_id}@{folder.name}",  # .../snapshots/<commit>
         )

@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -32,6 +33,8 @@ class LocalModel(ModelSource):
     chat_template : str or None
         Jinja text that replaces the tokenizer's own chat template.
     """
+
+    location_fields: ClassVar[tuple[str, ...]] = ("path",)
 
     path: str
     name: str = "local"
@@ -73,9 +76,7 @@ class LocalModel(ModelSource):
 
     def load(self, device: str, dtype: torch.dtype) -> LoadedModel:
         """See :meth:`ModelSource.load`."""
-        model, tokenizer = load_pretrained(
-            self.folder, device=device, dtype=dtype, local_files_only=True, chat_template=self.chat_template
-        )
+        model, tokenizer = load_pretrained(self.folder, device=device, dtype=dtype, chat_template=self.chat_template)
         positions = model.config.max_position_embeddings
         limit = positions - _ANSWER_TOKENS if self.max_prompt_tokens is None else self.max_prompt_tokens
         return LoadedModel(

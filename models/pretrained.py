@@ -1,4 +1,4 @@
-"""The one call that turns a folder or a hub repository into a model and a tokenizer.
+"""The one call that turns a folder into a model and a tokenizer.
 
 Every source goes through it, so the safety rules stand in one place: safetensors only (a pickle can run code when it is
 opened), no code from the repository, and the padding that the caches are tested with.
@@ -16,29 +16,23 @@ from ..conf.errors import InputError, require
 
 
 def load_pretrained(
-    location: str | Path,
+    folder: Path,
     *,
     device: str,
     dtype: torch.dtype,
-    revision: str | None = None,
-    local_files_only: bool = False,
     tokenizer_class: Any = AutoTokenizer,
     chat_template: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal LM and its tokenizer with transformers.
+    """Load a causal LM and its tokenizer with transformers, asking no network for anything.
 
     Parameters
     ----------
-    location : str or Path
-        A folder, or a hub repository id.
+    folder : Path
+        ``config.json``, ``*.safetensors`` and the tokenizer's files.
     device : str
         Where the weights go, ``cpu`` or ``cuda``.
     dtype : torch.dtype
         Weights are converted to it while they are read.
-    revision : str, optional
-        Commit of a hub repository.
-    local_files_only : bool
-        Use what the hub cache holds and ask the hub for nothing.
     tokenizer_class
         What loads the tokenizer; ``PreTrainedTokenizerFast`` takes ``tokenizer.json`` exactly as it is.
     chat_template : str, optional
@@ -54,16 +48,16 @@ def load_pretrained(
     InputError
         Files are missing, the weights exist only as a pickle, or the model needs code of its own.
     """
-    where = {"revision": revision, "local_files_only": local_files_only, "trust_remote_code": False}
+    safe = {"local_files_only": True, "trust_remote_code": False}
     try:
-        tokenizer = tokenizer_class.from_pretrained(location, **where)
-        model: Any = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, use_safetensors=True, **where)
+        tokenizer = tokenizer_class.from_pretrained(folder, **safe)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **safe)
     except (OSError, ValueError) as error:  # transformers' words for files that are missing or of an unknown kind
         if "trust_remote_code" in str(error):
             reason = "it needs Python code from its own repository, which kvbench never runs"
         else:
             reason = " ".join(str(error).strip().splitlines()[:2])
-        raise InputError("model", location, f"cannot be loaded: {reason}") from error
+        raise InputError("model", folder, f"cannot be loaded: {reason}") from error
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     if tokenizer.pad_token is None:

@@ -168,11 +168,7 @@ class AccuracyRunner:
         identity = {
             "kind": "accuracy",
             "method": method.identity(),
-            "model": {
-                "name": source.name,
-                "fingerprint": source.fingerprint(),
-                "max_prompt_tokens": getattr(source, "max_prompt_tokens", None),
-            },
+            "model": source.identity(),
             "task": task.identity(),
             "device": settings.torch_device.split(":")[0],
             "dtype": str(settings.torch_dtype).removeprefix("torch."),

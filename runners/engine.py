@@ -8,7 +8,7 @@ The model is a transformers causal LM; everything that differs between methods h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -128,7 +128,7 @@ def generate(
     min_new_tokens: int = 0,
     sampling: Sampling | None = None,
     chunk_size: int | None = None,
-    after_prefill: object = None,
+    after_prefill: Callable[[], None] | None = None,
 ) -> Generation:
     """Prefill, then decode until every row has ended.
 
@@ -146,7 +146,7 @@ def generate(
     draw = _Drawer(sampling or Sampling(), stop_ids, min_new_tokens, input_ids.device)
     batch, members = input_ids.shape[0], cache.copies
     logits = prefill(model, cache, input_ids, attention_mask, chunk_size).repeat(members, 1)
-    if callable(after_prefill):
+    if after_prefill is not None:
         after_prefill()
 
     tokens: list[list[int]] = [[] for _ in range(batch * members)]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from importlib.resources import files
+
 import pytest
 import torch
 from tiny_models import left_pad, prompt_ids, tiny_model
@@ -142,21 +145,20 @@ def test_a_planted_number_survives_snapkv_and_not_a_window_without_it(smollm2):
     from kvbench.methods.selection.streaming_llm import StreamingLLM
 
     model, tokenizer = smollm2.model, smollm2.tokenizer
-    filler = "The garden was quiet, the bees went from flower to flower, and nobody was in a hurry. " * 60
-    text = (
-        f"{filler}The secret number of the tower is 58274. {filler}\n\nWhat is the secret number of the tower? "
-        "Answer with the number only."
-    )
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-    )
+    rows = files("kvbench.tasks").joinpath("data", "longbench_mini", "narrativeqa.jsonl").read_text(encoding="utf-8")
+    prose = json.loads(rows.splitlines()[0])["context"]
+    before, after = prose[:3500], prose[3500:7000]
+    question = "What is the secret number of the tower? Answer with the number only."
+    text = f"{before}\nThe secret number of the tower is 58274.\n{after}\n\n{question}"
+    message = [{"role": "user", "content": text}]
+    chat = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(chat, return_tensors="pt", add_special_tokens=False).input_ids
 
     def answer(method):
         tokens = generate(model, method.new_cache(model), ids, max_new_tokens=24).tokens[0]
         return tokenizer.decode(tokens)
 
-    assert ids.shape[1] > 2000
+    assert ids.shape[1] > 1500
     assert "58274" in answer(Method("full"))
-    assert "58274" in answer(Method("snapkv", SnapKV(budget=ids.shape[1] // 5)))
-    assert "58274" not in answer(Method("streaming_llm", StreamingLLM(budget=ids.shape[1] // 5)))
+    assert "58274" in answer(Method("snapkv", SnapKV(budget=512)))
+    assert "58274" not in answer(Method("streaming_llm", StreamingLLM(budget=512)))

@@ -17,7 +17,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
@@ -39,6 +44,23 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a tokenizer that has no pad token and no chat template."""
+    folder = tmp_path_factory.mktemp("saved")
+    RandomModel("tiny").load("cpu", torch.float32).model.save_pretrained(folder)
+    words = Tokenizer(WordLevel({"<unk>": 0, "</s>": 1, "hello": 2}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+def copy(folder: Path, to: Path) -> Path:
+    to.mkdir()
+    for file in folder.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    return to
 
 
 # --- the default model -----------------------------------------------------------------------------------------------
@@ -370,16 +392,41 @@ def test_what_the_hub_does_not_have(error: type, key: str, model_info: Mock) -> 
         hub_model().fingerprint()
 
 
-def test_a_hub_model_is_loaded_at_its_commit(model_info: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = Mock(return_value=(SimpleNamespace(config=SimpleNamespace(max_position_embeddings=128)), "tokenizer"))
-    monkeypatch.setattr(hub, "load_pretrained", load)
+@pytest.fixture
+def download(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """Stands for ``snapshot_download``: a tiny model in a folder named after its commit."""
+    fake = Mock(return_value=str(copy(saved, tmp_path / COMMIT)))
+    monkeypatch.setattr(hub, "snapshot_download", fake)
+    return fake
+
+
+def test_a_hub_model_is_loaded_at_its_commit(model_info: Mock, download: Mock) -> None:
     loaded = hub_model().load("cpu", torch.float32)
-    assert (loaded.fingerprint, loaded.max_positions, loaded.max_prompt_tokens) == (f"me/model@{COMMIT}", 128, 100)
-    assert load.call_args.kwargs["revision"] == COMMIT
-    assert load.call_args.kwargs["local_files_only"] is False
+    assert (loaded.fingerprint, loaded.max_positions, loaded.max_prompt_tokens) == (f"me/model@{COMMIT}", 2048, 100)
+    assert loaded.fingerprint == hub_model().fingerprint()
+    assert download.call_args.kwargs["revision"] == COMMIT
+    assert download.call_args.kwargs["local_files_only"] is False
+    assert not {"*", "*.bin", "*.pt"} & set(download.call_args.kwargs["allow_patterns"])
+
+
+def test_without_a_network_a_cached_hub_model_asks_for_nothing_more(model_info: Mock, download: Mock) -> None:
+    """transformers, given a repository id, would spend 23 s asking for a file that the repository does not have."""
     model_info.side_effect = ConnectionError("down")
     hub_model(revision=COMMIT).load("cpu", torch.float32)
-    assert load.call_args.kwargs["local_files_only"] is True
+    assert download.call_args.kwargs["local_files_only"] is True
+    download.side_effect = LocalEntryNotFoundError("not in the cache\nat all")
+    with pytest.raises(InputError, match="model=local") as error:
+        hub_model(revision=COMMIT).load("cpu", torch.float32)
+    assert "\n" not in str(error.value)
+
+
+def test_downloads_that_fail_are_one_line(model_info: Mock, download: Mock) -> None:
+    download.side_effect = GatedRepoError("403\nlong", response=Mock())
+    with pytest.raises(InputError, match=r"accept its licence at https://huggingface\.co/me/model"):
+        hub_model().fetch()
+    download.side_effect = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(InputError, match=r"could not be fetched into .*No space left"):
+        hub_model().fetch()
 
 
 @pytest.mark.parametrize("bad", ["model", "a/b/c", "../x", ""])
@@ -389,23 +436,6 @@ def test_repo_ids_are_checked(bad: str) -> None:
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with a tokenizer that has no pad token and no chat template."""
-    folder = tmp_path_factory.mktemp("saved")
-    RandomModel("tiny").load("cpu", torch.float32).model.save_pretrained(folder)
-    words = Tokenizer(WordLevel({"<unk>": 0, "</s>": 1, "hello": 2}, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
-    return folder
-
-
-def copy(folder: Path, to: Path) -> Path:
-    to.mkdir()
-    for file in folder.iterdir():
-        (to / file.name).write_bytes(file.read_bytes())
-    return to
 
 
 def test_a_folder_is_loaded(saved: Path) -> None:
