@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 
 from .attention import repeat_heads, tag, use_kvbench_attention
 from .prompt import Prompt, PromptReader, Rows
-from .selection.base import Selection
+from .selection.base import Selection, Step
 from .storage.base import KVShape, LayerStorage, Storage
 from .storage.dense import Dense
 
@@ -160,7 +160,7 @@ class CacheLayer(PromptReader):
             groups = query.shape[1] // key.shape[1]
             key, value = repeat_heads(key, groups), repeat_heads(value, groups)
         self.seen += query.shape[2]
-        return self.selection.attend(self.state, self.storage, query, key, value, scaling, new.valid)
+        return self.selection.attend(self.state, self.storage, Step(query, key, value, scaling, new.valid))
 
     def get_seq_length(self) -> int:
         """Columns fed so far (pads included): what transformers counts positions and masks by."""

@@ -39,6 +39,29 @@ def resolve_budget(budget: Budget, prompt_length: int) -> int:
 
 
 @dataclass(frozen=True)
+class Step:
+    """New tokens at one layer, after the prompt.
+
+    Attributes:
+        query: [B, H_q, n, D], after RoPE.
+        key, value: [B, H, n, D], with H the stored heads; keys after RoPE.
+        scaling: factor on the logits.
+        valid: [B, n] bool, False for pads among the new tokens; None: all real.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scaling: float
+    valid: torch.Tensor | None
+
+    def part(self, columns: slice) -> Step:
+        """Some of the new tokens."""
+        q, k, v = (x[:, :, columns] for x in (self.query, self.key, self.value))
+        return Step(q, k, v, self.scaling, None if self.valid is None else self.valid[:, columns])
+
+
+@dataclass(frozen=True)
 class Selection:
     """Keep everything: the base of every selection and the one of ``method=full``."""
 
@@ -71,32 +94,20 @@ class Selection:
     def after_prompt(self, state: Any, lengths: torch.Tensor) -> None:
         """Called once the prompt has been compressed; ``lengths`` [B] int64: real prompt tokens of each row."""
 
-    def attend(
-        self,
-        state: Any,
-        storage: LayerStorage,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float,
-        valid: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Append n new tokens, attend over everything held, drop what has to leave.
+    def attend(self, state: Any, storage: LayerStorage, step: Step) -> torch.Tensor:
+        """Append the step's tokens, attend over everything held, drop what has to leave.
 
         Args:
             state: what :meth:`new_state` made for this layer.
             storage: the layer's storage.
-            query: [B, H_q, n, D].
-            key, value: [B, H, n, D], with H the stored heads.
-            scaling: factor on the logits.
-            valid: [B, n] bool, False for pads among the new tokens; None: all real.
+            step: the new tokens.
 
         Returns:
             [B, H_q, n, D].
         """
-        storage.append(key, value, valid)
+        storage.append(step.key, step.value, step.valid)
         keys, values, held = storage.read()
-        return cached_attention(query, keys, values, scaling, held)
+        return cached_attention(step.query, keys, values, step.scaling, held)
 
     def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int) -> Sequence[int]:
         """Tokens held by each head of each layer after a prompt and ``new_tokens`` decode steps (for the formula)."""

@@ -30,7 +30,7 @@ from ..attention import cached_attention
 from ..prompt import Prompt
 from ..rotary import Rotary
 from ..storage.base import LayerStorage
-from .base import Budget, Selection, check_budget, resolve_budget
+from .base import Budget, Selection, Step, check_budget, resolve_budget
 
 BLOCK = 256
 """Prompt tokens that pass through the cache at a time in ``true_stream``; memory is O(BLOCK x (budget + BLOCK))."""
@@ -115,51 +115,29 @@ class StreamingLLM(Selection):
         state.fed = int(lengths.max())
         state.limit = torch.tensor([[resolve_budget(self.budget, n)] for n in lengths.tolist()], device=lengths.device)
 
-    def attend(
-        self,
-        state: StreamState,
-        storage: LayerStorage,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float,
-        valid: torch.Tensor | None,
-    ) -> torch.Tensor:
-        batch, _, n, _ = query.shape
+    def attend(self, state: StreamState, storage: LayerStorage, step: Step) -> torch.Tensor:
+        batch, n = step.query.shape[0], step.query.shape[2]
         if state.seen is None:
-            state.seen = torch.zeros(batch, dtype=torch.int64, device=query.device)
+            state.seen = torch.zeros(batch, dtype=torch.int64, device=step.query.device)
         if state.limit is None:
-            state.limit = torch.full((batch, 1), int(self.budget), device=query.device)
-        out = []
-        for start in range(0, n, BLOCK):
-            part = slice(start, min(n, start + BLOCK))
-            block_valid = None if valid is None else valid[:, part]
-            out.append(
-                self._step(state, storage, query[:, :, part], key[:, :, part], value[:, :, part], scaling, block_valid)
-            )
-        return out[0] if len(out) == 1 else torch.cat(out, dim=2)
+            state.limit = torch.full((batch, 1), int(self.budget), device=step.query.device)
+        blocks = [slice(start, min(n, start + BLOCK)) for start in range(0, n, BLOCK)]
+        if len(blocks) == 1:
+            return self._attend_block(state, storage, step)
+        return torch.cat([self._attend_block(state, storage, step.part(block)) for block in blocks], dim=2)
 
-    def _step(
-        self,
-        state: StreamState,
-        storage: LayerStorage,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float,
-        valid: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _attend_block(self, state: StreamState, storage: LayerStorage, step: Step) -> torch.Tensor:
         """Append one block, attend, evict down to the limit."""
         assert state.seen is not None and state.limit is not None
-        n = query.shape[2]
+        query, n = step.query, step.query.shape[2]
         # Real tokens that left before this block, [B, 1]: the slots after the sinks stand that far from their rank.
         evicted = state.seen[:, None] - (storage.tokens if state.fed else 0)
-        storage.append(key, value, valid)
+        storage.append(step.key, step.value, step.valid)
         keys, values, held = storage.read()
-        state.seen = state.seen + (n if valid is None else valid.sum(1))
+        state.seen = state.seen + (n if step.valid is None else step.valid.sum(1))
         state.fed += n
         if isinstance(self.budget, int) and state.fed <= self.budget:  # nothing has to leave yet
-            return cached_attention(query, keys, values, scaling, held)
+            return cached_attention(query, keys, values, step.scaling, held)
 
         slots = keys.shape[2]
         if held is None:
@@ -177,23 +155,24 @@ class StreamingLLM(Selection):
             own = torch.eye(n, dtype=torch.bool, device=query.device)
             visible = (visible & held) | F.pad(own, (slots - n, 0))  # a pad sees itself, for a softmax over something
         shift = (at - state.limit).clamp(min=0)  # how much further than in the cache a sink is, per query
-        out = self._attention(state.rotary, query, keys, values, scaling, visible, is_sink, shift, held is not None)
+        logits = self._logits(state.rotary, query, keys, is_sink, shift, ragged=held is not None)
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        logits = (logits.to(exact) * step.scaling).masked_fill(~visible[:, None, None], float("-inf"))
+        weights = logits.softmax(-1).to(values.dtype).flatten(2, 3)  # [B, H, g * n, S]
+        out = (weights @ values).reshape(query.shape)
         self._evict(storage, held, rank, sinks, recent)
         return out
 
-    def _attention(
+    def _logits(
         self,
         rotary: Rotary | None,
         query: torch.Tensor,
         keys: torch.Tensor,
-        values: torch.Tensor,
-        scaling: float,
-        visible: torch.Tensor,
         is_sink: torch.Tensor,
         shift: torch.Tensor,
         ragged: bool,
     ) -> torch.Tensor:
-        """Softmax attention in which the sinks' logits use the query turned back by ``shift``."""
+        """[B, H, g, n, S], unscaled; those of the sinks with the query turned back by ``shift``."""
         batch, query_heads, n, dim = query.shape
         heads = keys.shape[1]
 
@@ -201,19 +180,14 @@ class StreamingLLM(Selection):
             grouped = q.reshape(batch, heads, -1, dim) @ k.transpose(-1, -2)
             return grouped.reshape(batch, heads, query_heads // heads, n, -1)
 
-        logits = logits_of(query, keys)  # [B, H, g, n, S]
+        logits = logits_of(query, keys)
         if rotary is not None and self.sinks:
-            turned = rotary.turn(query, -shift)
-            if ragged:  # sinks stand in different slots of each row
-                logits = torch.where(is_sink[:, None, None, None, :], logits_of(turned, keys), logits)
-            else:
-                count = min(self.sinks, keys.shape[2])
-                first = logits_of(turned, keys[:, :, :count])
-                logits[..., :count] = torch.where(is_sink[:, None, None, None, :count], first, logits[..., :count])
-        exact = torch.promote_types(logits.dtype, torch.float32)
-        logits = (logits.to(exact) * scaling).masked_fill(~visible[:, None, None], float("-inf"))
-        weights = logits.softmax(-1).to(values.dtype).reshape(batch, heads, -1, keys.shape[2])
-        return (weights @ values).reshape(batch, query_heads, n, dim)
+            # Without padding the sinks stand in the first slots; with it, in different slots of each row.
+            count = keys.shape[2] if ragged else min(self.sinks, keys.shape[2])
+            turned = logits_of(rotary.turn(query, -shift), keys[:, :, :count])
+            sink = is_sink[:, None, None, None, :count]
+            logits[..., :count] = torch.where(sink, turned, logits[..., :count])
+        return logits
 
     def _evict(
         self,
