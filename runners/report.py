@@ -49,7 +49,7 @@ def closing_table(records: Sequence[Mapping[str, Any]], paths: Sequence[str]) ->
             row = [name, str(first["scores"][name]["n"])]
             by_set.append(row + [f"{r['scores'][name]['mean']:.2f}" for r in records])
         parts += [*_aligned(by_set), ""]
-    if first["task"].endswith("-mini"):
+    if "-mini" in first["task"]:
         parts.append("These are scores on the small bundled set, not LongBench scores.")
     if examples < 30:
         parts.append(

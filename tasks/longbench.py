@@ -99,7 +99,8 @@ class LongBench(Task):
         ``name`` is ``longbench`` only for all the official rows of every data set asked for: the hub's archive, or a
         folder or archive with the official number of rows. With fewer, or when ``limit`` leaves rows out, it is
         ``longbench-subset``: such a score cannot stand beside a published one. LongBench-E has ``longbench-e`` and
-        ``longbench-e-subset``, the bundled set is ``longbench-mini`` whatever the limit.
+        ``longbench-e-subset``, the bundled set is ``longbench-mini`` whatever the limit. The control without contexts
+        has ``-no-context`` behind any of them.
         """
         return self._load()[0]
 
@@ -170,7 +171,7 @@ class LongBench(Task):
             names = self._names_in(store, tried)
             files = {name: store.read(self._stem(name), SPECS[name], self.limit) for name in names}
             source = Source(
-                name=self._source_name(store, files),
+                name=self._source_name(store, files) + ("-no-context" if self.no_context else ""),
                 location=store.location,
                 revision=store.revision,
                 sha256={name: file.sha256 for name, file in files.items()},

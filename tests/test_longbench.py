@@ -217,7 +217,9 @@ def test_unicode_line_separators_and_braces_stay_inside_a_row(tmp_path: Path) ->
 def test_no_context_takes_only_the_context_out(tmp_path: Path) -> None:
     write(tmp_path, "hotpotqa", [row("hotpotqa", context="THE EVIDENCE")])
     (plain,) = LongBench(data_dir=str(tmp_path)).examples()
-    (control,) = LongBench(data_dir=str(tmp_path), no_context=True).examples()
+    task = LongBench(data_dir=str(tmp_path), no_context=True)
+    (control,) = task.examples()
+    assert task.source().name == "longbench-subset-no-context", "a control never stands among scores"
     assert control.prompt == plain.prompt.replace("THE EVIDENCE", "")
     assert control.prompt != plain.prompt
     assert control.answers == plain.answers
