@@ -7,10 +7,12 @@ that is already done is not run again, and one that was killed continues after i
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -146,11 +148,10 @@ class AccuracyRunner:
         data = task.source()
         say(f"data: {data.name}, {len(examples)} examples, from {data.location}")
         runs = [self._open(m, source, task, settings) for m in methods]
-        entered: list[RunFolder] = []
-        try:
+        with ExitStack() as locks:
             for run in runs:
                 if not run.folder.done:
-                    entered.append(run.folder.__enter__())
+                    locks.enter_context(run.folder)
                 run.rows = {(r["dataset"], r["id"]): r for r in run.folder.samples()}
             started = time.time()
             made_by = provenance.collect(settings.torch_device)  # now: the files may change while the run goes on
@@ -159,9 +160,6 @@ class AccuracyRunner:
                 if not run.folder.done:
                     wall_s = round(time.time() - started, 1)
                     self._finish(run, runs, examples, task, settings, {"wall_s": wall_s, "provenance": made_by})
-        finally:
-            for folder in entered:
-                folder.__exit__()
         return runs
 
     def _open(self, method: Method, source: ModelSource, task: Task, settings: Settings) -> MethodRun:
@@ -212,7 +210,7 @@ class AccuracyRunner:
         self, missing: list[tuple[Example, list[MethodRun]]], task: Task, loaded: LoadedModel, batch_size: int
     ) -> list[list[tuple[Example, list[int], list[MethodRun]]]]:
         """Examples of one data set that lack the same methods, sorted by length, in batches."""
-        limit = getattr(task, "max_length", None) or loaded.max_prompt_tokens
+        limit = task.max_length or loaded.max_prompt_tokens
         groups: dict[tuple[str, tuple[int, ...]], list[tuple[Example, list[int], list[MethodRun]]]] = {}
         for example, who in missing:
             ids = task.encode(example, loaded.tokenizer, limit)
@@ -241,19 +239,18 @@ class AccuracyRunner:
     ) -> None:
         """Generate for one batch with every method that lacks it, and append the rows."""
         runs = batch[0][2]
+        shape = kv_shape(loaded.model.config, loaded.model.dtype)
         for together in shared_prompts(runs):
             caches = [run.method.new_cache(loaded.model) for run in together]
             outputs = self._generate(caches, [(e, ids) for e, ids, _ in batch], loaded, settings)
             for run, rows in zip(together, outputs, strict=True):
                 for (example, ids, _), row in zip(batch, rows, strict=True):
-                    score = task.score(example, row["prediction"])
-                    shape = kv_shape(loaded.model.config, loaded.model.dtype)
-                    full = {
+                    line = {
                         "dataset": example.dataset,
                         "id": example.id,
                         "method": run.method.label,
                         "prediction": row["prediction"],
-                        "score": score,
+                        "score": task.score(example, row["prediction"]),
                         "prompt_tokens": len(ids),
                         "new_tokens": row["new_tokens"],
                         "kv_bytes_stored": row["kv_bytes_stored"],
@@ -262,8 +259,8 @@ class AccuracyRunner:
                         "kv_bytes_full": Method("full").bytes_formula(shape, len(ids)),
                         **{k: example.meta[k] for k in ("length", "row") if k in example.meta},
                     }
-                    run.folder.append(full)
-                    run.rows[(example.dataset, example.id)] = full
+                    run.folder.append(line)
+                    run.rows[(example.dataset, example.id)] = line
 
     def _generate(
         self,
@@ -286,7 +283,7 @@ class AccuracyRunner:
             max_new_tokens=example.max_new_tokens,
             stop_ids=stop_ids(loaded, example.stop_tokens),
             min_new_tokens=example.min_new_tokens,
-            sampling=Sampling(self.temperature, self.top_p, settings.seed),
+            sampling=Sampling(self.temperature, self.top_p, [row_seed(settings.seed, e) for e, _ in prompts]),
             chunk_size=self.chunk_size,
             after_prefill=lambda: after_prompt.extend(c.kv_bytes_stored for c in caches),
         )
@@ -381,6 +378,11 @@ def left_padded(
         return ids, None
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     return ids, mask
+
+
+def row_seed(seed: int, example: Example) -> int:
+    """Seed of one example's draws: the same whatever stands in its batch and whichever methods ride along."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{example.dataset}/{example.id}".encode()).digest()[:6], "big")
 
 
 def stop_ids(loaded: LoadedModel, stop_tokens: Sequence[str]) -> list[int]:

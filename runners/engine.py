@@ -95,12 +95,13 @@ class Sampling:
     Attributes:
         temperature: 0 is greedy.
         top_p: smallest set of tokens whose probability reaches this is drawn from.
-        seed: of the generator; one generator serves the whole call.
+        seeds: one seed per prompt row, or one for all. A row's draws depend on its own seed alone, not on its batch,
+            and the members of a fan-out draw the same numbers.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
-    seed: int = 0
+    seeds: int | Sequence[int] = 0
 
 
 @dataclass
@@ -143,8 +144,8 @@ def generate(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
-    draw = _Drawer(sampling or Sampling(), stop_ids, min_new_tokens, input_ids.device)
     batch, members = input_ids.shape[0], cache.copies
+    draw = _Drawer(sampling or Sampling(), stop_ids, min_new_tokens, batch, input_ids.device)
     logits = prefill(model, cache, input_ids, attention_mask, chunk_size).repeat(members, 1)
     if after_prefill is not None:
         after_prefill()
@@ -187,14 +188,17 @@ def _drop_ended_members(
 class _Drawer:
     """Draws the next token of every row from its logits."""
 
-    def __init__(self, sampling: Sampling, stop_ids: Sequence[int], min_new_tokens: int, device: torch.device):
+    def __init__(
+        self, sampling: Sampling, stop_ids: Sequence[int], min_new_tokens: int, batch: int, device: torch.device
+    ):
         self.sampling, self.min_new_tokens = sampling, min_new_tokens
         self.stop_ids = frozenset(stop_ids)
         self._stop = torch.tensor(sorted(self.stop_ids), dtype=torch.int64, device=device)
-        self._generator = torch.Generator(device=device).manual_seed(sampling.seed)
+        seeds = [sampling.seeds] * batch if isinstance(sampling.seeds, int) else sampling.seeds
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, logits: torch.Tensor, produced: int) -> torch.Tensor:
-        """[rows, vocabulary] -> [rows] int64; ``produced``: tokens each row has so far."""
+        """[rows, vocabulary] -> [rows] int64; rows are members x B. ``produced``: tokens each row has so far."""
         if produced < self.min_new_tokens and len(self._stop):
             logits = logits.index_fill(1, self._stop, float("-inf"))
         if self.sampling.temperature == 0.0:
@@ -203,5 +207,8 @@ class _Drawer:
         ordered, index = probabilities.sort(-1, descending=True)
         before = ordered.cumsum(-1) - ordered  # mass of the better tokens: the best one always stays
         ordered = ordered.masked_fill(before >= self.sampling.top_p, 0.0)
-        drawn = torch.multinomial(ordered, 1, generator=self._generator)
+        cumulative = ordered.cumsum(-1)
+        uniform = torch.stack([torch.rand(1, generator=g) for g in self._generators]).to(logits.device)  # [B, 1]
+        point = uniform.repeat(logits.shape[0] // len(self._generators), 1) * cumulative[:, -1:]
+        drawn = torch.searchsorted(cumulative, point, right=True).clamp(max=ordered.shape[-1] - 1)
         return index.gather(-1, drawn)[:, 0]

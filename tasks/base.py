@@ -61,6 +61,8 @@ class Task(ABC):
     """A task: see the module docstring. Subclasses are dataclasses whose fields are the YAML keys under ``task.``."""
 
     name: str
+    max_length: int | None = None
+    """Prompt tokens the user allows; None leaves the limit to the model."""
     location_fields: ClassVar[tuple[str, ...]] = ()
     """Fields that say where data is looked for, not what it is; they take no part in :meth:`identity`."""
 

@@ -64,10 +64,37 @@ def test_sampling_is_seeded_and_top_p_of_almost_nothing_is_greedy():
     model, ids = tiny_model(), prompt_ids(20)
     draw = lambda **how: generate(model, full(model), ids, max_new_tokens=12, sampling=Sampling(**how)).tokens  # noqa: E731
     greedy = generate(model, full(model), ids, max_new_tokens=12).tokens
-    assert draw(temperature=1.5, seed=1) == draw(temperature=1.5, seed=1)
-    assert draw(temperature=1.5, seed=1) != draw(temperature=1.5, seed=2)
+    assert draw(temperature=1.5, seeds=1) == draw(temperature=1.5, seeds=1)
+    assert draw(temperature=1.5, seeds=1) != draw(temperature=1.5, seeds=2)
     assert draw(temperature=1.5, top_p=1e-6) == greedy
     assert draw(temperature=1e-6) == greedy
+
+
+def test_a_rows_draws_depend_on_its_own_seed_alone():
+    model = tiny_model()
+    prompts = [prompt_ids(20, 1), prompt_ids(12, 2)]
+    ids, mask = left_pad(prompts)
+    hot = {"temperature": 1.5, "top_p": 0.9}
+    alone = [
+        generate(model, full(model), p, max_new_tokens=12, sampling=Sampling(**hot, seeds=[seed])).tokens[0]
+        for p, seed in zip(prompts, (5, 6), strict=True)
+    ]
+    both = generate(model, full(model), ids, mask, max_new_tokens=12, sampling=Sampling(**hot, seeds=[5, 6]))
+    assert both.tokens == alone
+    fan_out = FanOutCache([full(model), Method("snapkv", SnapKV(budget=100)).new_cache(model)])
+    members = generate(model, fan_out, ids, mask, max_new_tokens=12, sampling=Sampling(**hot, seeds=[5, 6]))
+    assert members.tokens == alone + alone
+
+
+def test_draws_follow_the_probabilities():
+    from kvbench.runners.engine import _Drawer
+
+    draw = _Drawer(Sampling(temperature=1.0, top_p=0.79, seeds=list(range(4000))), (), 0, 4000, torch.device("cpu"))
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(4000, 4)
+    counts = torch.bincount(draw(logits, 0), minlength=4) / 4000
+    # 0.79 is reached by the first two; what is left is drawn in proportion.
+    assert counts[2:].sum() == 0
+    assert abs(counts[0] - 0.625) < 0.03
 
 
 def test_right_padding_is_refused():
