@@ -28,6 +28,7 @@ PACKAGES = (
     "triton",
     "flash-attn",
 )
+CODE = ("conf", "methods", "models", "tasks", "runners", "analysis")
 
 
 def collect(device: str) -> dict[str, Any]:
@@ -51,8 +52,9 @@ def _git() -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # A new file of code counts as a change too; results and notes do not.
-    changed = ask("status", "--porcelain", "--untracked-files=all", "--", ":(top)*.py", ":(top)*.yaml")
+    # A new file counts as a change too; tests, scripts, notes and results are no part of what runs.
+    code = [f":(top){folder}/*.{ending}" for folder in CODE for ending in ("py", "yaml")]
+    changed = ask("status", "--porcelain", "--untracked-files=all", "--", *code)
     return {"sha": ask("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
 
 
