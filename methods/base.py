@@ -160,7 +160,10 @@ class CacheLayer(PromptReader):
             groups = query.shape[1] // key.shape[1]
             key, value = repeat_heads(key, groups), repeat_heads(value, groups)
         self.seen += query.shape[2]
-        return self.selection.attend(self.state, self.storage, Step(query, key, value, scaling, new.valid))
+        out = self.selection.attend(self.state, self.storage, Step(query, key, value, scaling, new.valid))
+        if self.seen == prompt_length:
+            self.storage.trim()
+        return out
 
     def get_seq_length(self) -> int:
         """Columns fed so far (pads included): what transformers counts positions and masks by."""

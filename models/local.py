@@ -14,8 +14,9 @@ from ..conf.errors import InputError, require
 from .base import LoadedModel, ModelSource
 from .pretrained import load_pretrained, prompt_limit
 
-# Positions kept back for the answer when no prompt limit is given: LongBench's longest generation is 512 tokens.
-_ANSWER_TOKENS = 512
+# Positions kept back when no prompt limit is given: LongBench's longest generation is 512 tokens, and the chat template
+# comes on top of the prompt.
+_ANSWER_TOKENS = 512 + 256
 
 
 @dataclass
@@ -29,7 +30,7 @@ class LocalModel(ModelSource):
     name : str
         The name shown in tables.
     max_prompt_tokens : int or None
-        Prompts are truncated to this, tokens; None is the model's positions less 512 for the answer.
+        Prompts are truncated to this, tokens; None is the model's positions less 768 for the template and the answer.
     chat_template : str or None
         Jinja text that replaces the tokenizer's own chat template.
     """

@@ -59,10 +59,15 @@ class Settings:
         )
         dtypes = ("auto", "float32", "bfloat16", "float16")
         require(self.dtype in dtypes, "dtype", self.dtype, f"must be one of {', '.join(dtypes)}")
+        require(isinstance(self.device, str), "device", self.device, "must be auto, cpu, cuda or cuda:<number>")
         known = self.device in ("auto", "cpu", "cuda") or self.device.startswith("cuda:")
         require(known, "device", self.device, "must be auto, cpu, cuda or cuda:<number>")
         if self.device.startswith("cuda"):
-            require(torch.cuda.is_available(), "device", self.device, "no CUDA device is visible; use device=cpu")
+            number = self.device.partition(":")[2] or "0"
+            there = number.isdigit() and int(number) < torch.cuda.device_count()
+            require(
+                there, "device", self.device, f"{torch.cuda.device_count()} CUDA devices are visible; use device=cpu"
+            )
 
     @property
     def torch_device(self) -> str:
@@ -113,6 +118,16 @@ class AccuracyRunner:
 
     def __post_init__(self) -> None:
         at = "runner."
+        for key in ("pair_with", "budgets"):  # one value is as good as a list of it
+            value = getattr(self, key)
+            if isinstance(value, str | int | float):
+                setattr(self, key, [value])
+        require(self.pair_with is not None, at + "pair_with", None, "must be a list of methods; [] for none")
+        require(self.budgets is None or len(self.budgets) > 0, at + "budgets", "[]", "must hold a budget, or be null")
+        for key in ("temperature", "top_p"):
+            value = getattr(self, key)
+            require(isinstance(value, int | float), at + key, value, "must be a number")
+            setattr(self, key, float(value))  # 0 and 0.0 are the same run
         require(
             self.chunk_size is None or (isinstance(self.chunk_size, int) and self.chunk_size >= 1),
             at + "chunk_size",
@@ -129,8 +144,8 @@ class AccuracyRunner:
 
         Args:
             source: where the model comes from.
-            methods: the methods asked for first, then those they are paired with; the last one named ``full`` is the
-                baseline of the paired differences.
+            methods: the methods asked for first, then those they are paired with; the plain full cache among them is
+                the baseline of the paired differences.
             task: the task.
             settings: the top-level configuration.
             say: prints a line for the person at the keyboard.
@@ -148,18 +163,20 @@ class AccuracyRunner:
         data = task.source()
         say(f"data: {data.name}, {len(examples)} examples, from {data.location}")
         runs = [self._open(m, source, task, settings) for m in methods]
+        made_by = provenance.collect(settings.torch_device)  # now: the files may change while the run goes on
         with ExitStack() as locks:
-            for run in runs:
+            # In one order everywhere, so that two jobs that share two runs cannot wait for each other for ever.
+            for run in sorted(runs, key=lambda r: r.folder.path):
                 if not run.folder.done:
                     locks.enter_context(run.folder)
                 run.rows = {(r["dataset"], r["id"]): r for r in run.folder.samples()}
             started = time.time()
-            made_by = provenance.collect(settings.torch_device)  # now: the files may change while the run goes on
-            self._complete(runs, examples, source, task, settings, say)
+            self._complete(runs, examples, source, task, settings, made_by, say)
             for run in runs:
                 if not run.folder.done:
                     wall_s = round(time.time() - started, 1)
                     self._finish(run, runs, examples, task, settings, {"wall_s": wall_s, "provenance": made_by})
+            self._pair(runs, examples, task)
         return runs
 
     def _open(self, method: Method, source: ModelSource, task: Task, settings: Settings) -> MethodRun:
@@ -173,6 +190,8 @@ class AccuracyRunner:
             "seed": settings.seed,
             "sampling": {"temperature": self.temperature, "top_p": self.top_p},
         }
+        if settings.batch_size > 1:  # prompts padded to a common length take more bytes; one at a time is the norm
+            identity["batch_size"] = settings.batch_size
         folder = RunFolder(Path(settings.results_dir), task.source().name, source.name, method.name, identity)
         return MethodRun(method, folder, {})
 
@@ -183,6 +202,7 @@ class AccuracyRunner:
         source: ModelSource,
         task: Task,
         settings: Settings,
+        made_by: dict[str, Any],
         say: Callable[[str], None],
     ) -> None:
         """Generate what is missing; loads the model only if something is."""
@@ -193,12 +213,19 @@ class AccuracyRunner:
                 say(f"{run.method.label}: already done, in {run.folder.path}")
             elif run.rows:
                 say(f"{run.method.label}: continues after {len(run.rows)} of {len(examples)} examples")
+                before = {s["git"]["sha"] for s in run.folder.sessions()}
+                if before - {made_by["git"]["sha"]}:
+                    say(f"{run.method.label}: its first examples were made by other code; the record lists both")
         if not missing:
             return
         say(f"model: {source.name} on {settings.torch_device} in {settings.torch_dtype}")
         loaded = source.load(settings.torch_device, settings.torch_dtype)
         assert loaded.tokenizer is not None
+        say(f"tokenising {len(missing)} prompts")
         work = self._batches(missing, task, loaded, settings.batch_size)
+        for run in {id(run): run for _, who in missing for run in who}.values():
+            session = {"after_examples": len(run.rows), "git": made_by["git"], "packages": made_by["packages"]}
+            run.folder.begin_session({**session, "chunk_size": self.chunk_size, "hardware": made_by["hardware"]})
         total = sum(len(ids) for batch in work for _, ids, _ in batch)
         with tqdm(total=total, unit="tok", unit_scale=True, file=sys.stderr, smoothing=0.1) as bar:
             for batch in work:
@@ -255,6 +282,7 @@ class AccuracyRunner:
                         "new_tokens": row["new_tokens"],
                         "kv_bytes_stored": row["kv_bytes_stored"],
                         "kv_bytes_stored_end": row["kv_bytes_stored_end"],
+                        "kv_bytes_logical": row["kv_bytes_logical"],
                         "kv_bytes_formula": run.method.bytes_formula(shape, len(ids)),
                         "kv_bytes_full": Method("full").bytes_formula(shape, len(ids)),
                         **{k: example.meta[k] for k in ("length", "row") if k in example.meta},
@@ -274,7 +302,7 @@ class AccuracyRunner:
         example = prompts[0][0]
         input_ids, mask = left_padded([ids for _, ids in prompts], loaded.tokenizer.pad_token_id, loaded.model.device)
         cache = caches[0] if len(caches) == 1 else FanOutCache(caches)
-        after_prompt: list[int] = []
+        after_prompt: list[tuple[int, int]] = []
         result = generate(
             loaded.model,
             cache,
@@ -285,7 +313,7 @@ class AccuracyRunner:
             min_new_tokens=example.min_new_tokens,
             sampling=Sampling(self.temperature, self.top_p, [row_seed(settings.seed, e) for e, _ in prompts]),
             chunk_size=self.chunk_size,
-            after_prefill=lambda: after_prompt.extend(c.kv_bytes_stored for c in caches),
+            after_prefill=lambda: after_prompt.extend((c.kv_bytes_stored, c.kv_bytes_logical) for c in caches),
         )
         batch = len(prompts)
         return [
@@ -293,7 +321,8 @@ class AccuracyRunner:
                 {
                     "prediction": loaded.tokenizer.decode(tokens, skip_special_tokens=True),
                     "new_tokens": len(tokens),
-                    "kv_bytes_stored": after_prompt[i] // batch,
+                    "kv_bytes_stored": after_prompt[i][0] // batch,
+                    "kv_bytes_logical": after_prompt[i][1] // batch,
                     "kv_bytes_stored_end": c.kv_bytes_stored // batch,
                 }
                 for tokens in result.tokens[i * batch : (i + 1) * batch]
@@ -313,7 +342,6 @@ class AccuracyRunner:
         """Write ``record.json``."""
         rows = [run.rows[(e.dataset, e.id)] for e in examples]
         scores = run.scores(task, examples)
-        baseline = next((r for r in runs if r.method.name == "full" and r is not run), None)
         data = task.source()
         record = {
             "status": "done",
@@ -339,6 +367,7 @@ class AccuracyRunner:
             "bytes": {
                 "kv_bytes_stored": fmean(r["kv_bytes_stored"] for r in rows),
                 "kv_bytes_stored_end": fmean(r["kv_bytes_stored_end"] for r in rows),
+                "kv_bytes_logical": fmean(r["kv_bytes_logical"] for r in rows),
                 "kv_bytes_formula": fmean(r["kv_bytes_formula"] for r in rows),
                 "kv_bytes_full": fmean(r["kv_bytes_full"] for r in rows),
                 "kv_ratio": sum(r["kv_bytes_stored"] for r in rows) / sum(r["kv_bytes_full"] for r in rows),
@@ -347,15 +376,24 @@ class AccuracyRunner:
             "batch_size": settings.batch_size,
             "rode_with": [r.method.label for r in runs if r is not run],
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "sessions": run.folder.sessions(),
             **circumstances,
         }
-        if baseline is not None:
-            record["paired"] = {
-                "with": baseline.method.label,
-                "hash": baseline.folder.hash,
-                "difference": asdict(paired_difference(scores, baseline.scores(task, examples))),
-            }
         run.folder.finish(record)
+
+    def _pair(self, runs: list[MethodRun], examples: list[Example], task: Task) -> None:
+        """Add the paired difference to every record that lacks it, also where the baseline came later."""
+        plain = Method("full").identity()
+        baseline = next((r for r in runs if r.method.identity() == plain), None)
+        if baseline is None:
+            return
+        for run in runs:
+            record = run.folder.record()
+            if run is baseline or "paired" in record:
+                continue
+            difference = paired_difference(run.scores(task, examples), baseline.scores(task, examples))
+            paired = {"with": baseline.method.label, "hash": baseline.folder.hash, "difference": asdict(difference)}
+            run.folder.finish({**record, "paired": paired})
 
 
 def shared_prompts(runs: Sequence[MethodRun]) -> Iterator[list[MethodRun]]:

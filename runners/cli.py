@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from ..conf.errors import InputError, one_of
 
 CONF = "pkg://kvbench.conf"
 USER_ERRORS = (InputError, HydraException, OmegaConfBaseException)
+_failed_jobs: list[str] = []  # of a sweep with -m
 STOPPED = 130  # exit status of a run that was interrupted, as the shell has it for Ctrl-C
 
 
@@ -35,8 +38,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     # Hydra's own handler prints several lines and exits 1; with this set it lets the exception through to us.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    _failed_jobs.clear()
     try:
         _hydra_main()
+        if _failed_jobs:
+            print(f"{len(_failed_jobs)} jobs failed; the others are done", file=sys.stderr)
+            sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; every complete example is kept: run the same command again to continue", file=sys.stderr)
         sys.exit(STOPPED)
@@ -49,7 +56,14 @@ def _hydra_main(config: DictConfig) -> None:
     try:
         run(config)
     except USER_ERRORS as error:  # here, because Hydra would print the overrides before letting it through
-        _exit_with(error)
+        if HydraConfig.get().mode != RunMode.MULTIRUN:
+            _exit_with(error)
+        cause = _input_error(error)
+        if cause is None:
+            raise
+        job = " ".join(HydraConfig.get().overrides.task)
+        print(f"error: {cause} (in the job {job})", file=sys.stderr)
+        _failed_jobs.append(job)
 
 
 def _exit_with(error: Exception) -> NoReturn:
@@ -126,6 +140,8 @@ def _input_error(error: BaseException) -> str | None:
         if isinstance(link, InputError):
             return str(link)
     for link in chain:
+        if isinstance(link, MissingMandatoryValue):
+            return f"{link.full_key or str(link).rpartition(' ')[2]}=???: must be given on the command line"
         if isinstance(link, MissingConfigException) and link.missing_cfg_file:
             group, _, name = str(link.missing_cfg_file).rpartition("/")
             return str(InputError(group or "config", name, one_of(name, link.options or [])))

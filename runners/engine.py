@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from ..conf.errors import InputError
 from ..methods.base import KVCache
 
 
@@ -44,6 +45,14 @@ def prefill(
     mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
     if cache.recomputes:
         return _forward_all(model, cache, input_ids, mask)
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic") and (mask is not None or (chunk_size or length) < length):
+        raise InputError(
+            "runner.chunk_size" if mask is None else "batch_size",
+            chunk_size if mask is None else input_ids.shape[0],
+            f"the model's RoPE ({rope['rope_type']}) depends on the length of what is fed together: "
+            "use batch_size=1 and runner.chunk_size=null",
+        )
     if mask is None:
         positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
     else:

@@ -1,5 +1,7 @@
 """A run's folder: ``samples.jsonl`` grows by one line per example, ``record.json`` is written last.
 
+``sessions.jsonl`` has a line for each process that worked on the run: which code, since which example.
+
 ``<results_dir>/<task>/<model>/<method>/<hash of what decides the numbers>``. A run that is started again continues
 after the last complete line; a folder with a ``record.json`` is done. Both files are read by ``kvbench.analysis``.
 """
@@ -10,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from ..conf.errors import InputError
 SCHEMA = 1
 """Version of both files; readers refuse one they do not know."""
 
-SAMPLES, RECORD = "samples.jsonl", "record.json"
+SAMPLES, SESSIONS, RECORD = "samples.jsonl", "sessions.jsonl", "record.json"
 
 
 def identity_hash(identity: Mapping[str, Any]) -> str:
@@ -33,34 +36,38 @@ def identity_hash(identity: Mapping[str, Any]) -> str:
 class RunFolder:
     """One run on disk. Use as a context manager: it holds a lock, so that two processes cannot write one run.
 
+    A second process waits for the first: jobs of a sweep share the run of the full cache that they are paired with.
+
     Args:
         root: ``results_dir``.
         task, model, method: names, as folders.
         identity: what decides the run's numbers; hashed into the last folder's name.
 
     Raises:
-        InputError: another process holds the run; a line of ``samples.jsonl`` before the last is not JSON.
+        InputError: the folder cannot be written; a line of ``samples.jsonl`` before the last is not JSON.
     """
 
     def __init__(self, root: Path, task: str, model: str, method: str, identity: Mapping[str, Any]):
         self.identity = dict(identity)
         self.hash = identity_hash(identity)
         self.path = root / task / model / method / self.hash
-        self._lock = filelock.FileLock(self.path / ".lock", timeout=0)
+        # Beside the runs and never deleted: a lock file that is removed can be locked twice.
+        self._lock = filelock.FileLock(root / ".locks" / f"{self.hash}.lock")
 
     def __enter__(self) -> RunFolder:
-        self.path.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock.acquire()
-        except filelock.Timeout:
-            raise InputError("results_dir", self.path, "another process is writing this run; wait for it") from None
+            Path(self._lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire(timeout=0)
+            except filelock.Timeout:
+                print(f"another process is writing {self.path}; waiting for it", file=sys.stderr, flush=True)
+                self._lock.acquire()
+        except OSError as error:
+            raise _disk_error(error, self.path) from error
         return self
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
-        (self.path / ".lock").unlink(missing_ok=True)
-        if self.path.is_dir() and not any(self.path.iterdir()):
-            self.path.rmdir()
 
     @property
     def done(self) -> bool:
@@ -68,15 +75,29 @@ class RunFolder:
         return (self.path / RECORD).is_file()
 
     def record(self) -> dict[str, Any]:
-        """The finished run's record."""
-        return json.loads((self.path / RECORD).read_text(encoding="utf-8"))
+        """The finished run's record.
+
+        Raises:
+            InputError: it is not JSON, or of another schema.
+        """
+        return read_record(self.path / RECORD)
 
     def samples(self) -> list[dict[str, Any]]:
         """Complete rows so far; what a killed process left of its last line is cut off the file.
 
         Only call with the lock held, or on a finished run.
         """
-        path = self.path / SAMPLES
+        return self._read_lines(self.path / SAMPLES)
+
+    def sessions(self) -> list[dict[str, Any]]:
+        """What :meth:`begin_session` was given, process by process."""
+        return self._read_lines(self.path / SESSIONS)
+
+    def begin_session(self, session: Mapping[str, Any]) -> None:
+        """Note that a process starts to work on this run."""
+        self._append_line(self.path / SESSIONS, session)
+
+    def _read_lines(self, path: Path) -> list[dict[str, Any]]:
         if not path.exists():
             return []
         data = path.read_bytes()
@@ -95,9 +116,13 @@ class RunFolder:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add one example's row; it is on disk when this returns."""
+        self._append_line(self.path / SAMPLES, row)
+
+    def _append_line(self, path: Path, row: Mapping[str, Any]) -> None:
         line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
         try:
-            with (self.path / SAMPLES).open("ab") as file:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as file:
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
@@ -120,9 +145,24 @@ class RunFolder:
         return target
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """A ``record.json``.
+
+    Raises:
+        InputError: it is not JSON, or of another schema.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        raise InputError("results_dir", path, "is not JSON; delete the folder to run it again") from None
+    if record.get("schema") != SCHEMA:
+        raise InputError("results_dir", path, f"has schema {record.get('schema')}; this version reads {SCHEMA}")
+    return record
+
+
 def _disk_error(error: OSError, path: Path) -> Exception:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return InputError("results_dir", path, "the disk is full; free some space and run again: it continues here")
-    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
         return InputError("results_dir", path, "cannot be written")
     return error

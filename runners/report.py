@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ..conf.errors import InputError
-from .record import RECORD, SCHEMA
+from .record import RECORD, read_record
 
 
 def closing_table(records: Sequence[Mapping[str, Any]], paths: Sequence[str]) -> str:
     """Score, full-cache score, paired difference and bytes of every record of one run, and where each lies."""
-    full = next((r for r in records if r["method"] == "full"), None)
+    full = next((r for r in records if is_full_cache(r)), None)
     header = ["method", "score", "95 % interval", "full", "difference", "95 % interval", "KV MiB", "KV kept"]
     lines = [header]
     for record in records:
@@ -56,12 +56,30 @@ def closing_table(records: Sequence[Mapping[str, Any]], paths: Sequence[str]) ->
             f"{examples} examples say little: the intervals above are wide. Drop task.limit for the whole set."
         )
     parts += [f"record: {path}" for path in paths]
+    parts += [f"next:   {line}" for line in next_commands(first, full)]
     return "\n".join(parts)
+
+
+def is_full_cache(record: Mapping[str, Any]) -> bool:
+    """Whether a record is the baseline: everything kept, uncompressed (``full`` on another storage is not)."""
+    method = record["identity"]["method"]
+    return method["selection"] == {"class": "Selection"} and method["storage"] == {"class": "Dense"}
+
+
+def next_commands(record: Mapping[str, Any], full: Mapping[str, Any] | None) -> list[str]:
+    """What to type after a run."""
+    commands = []
+    if record["identity"]["task"].get("limit") is not None:
+        commands.append("the same command without task.limit for every example; it continues if it is stopped")
+    if full is not None and record["method"] != "full" and record["budget"] is not None:
+        commands.append("'runner.budgets=[128,256,512]' for several budgets on one reading of each prompt")
+    commands.append("python -m kvbench.runners.report RESULTS_DIR for these tables again")
+    return commands
 
 
 def _interval(estimate: Mapping[str, Any], sign: str = "") -> str:
     if estimate["low"] is None:
-        return "(one example)"
+        return "(one per data set)"
     return f"[{estimate['low']:{sign}.2f}, {estimate['high']:{sign}.2f}]"
 
 
@@ -83,20 +101,14 @@ def comparable(record: Mapping[str, Any]) -> str:
 
 
 def read_records(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Every finished run under ``folder``, best average first.
+    """Every finished run under ``folder``, by method and budget.
 
     Raises:
         InputError: no run there; a record that is not JSON or of another schema.
     """
     found = []
     for path in sorted(folder.rglob(RECORD)):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError:
-            raise InputError("RESULTS", path, "is not JSON") from None
-        if record.get("schema") != SCHEMA:
-            raise InputError("RESULTS", path, f"has schema {record.get('schema')}; this version reads {SCHEMA}")
-        found.append((path.parent, record))
+        found.append((path.parent, read_record(path)))
     if not found:
         raise InputError("RESULTS", folder, f"holds no {RECORD}; `kvbench run results_dir={folder}` makes some")
     return sorted(found, key=lambda pair: (pair[1]["method"], pair[1]["budget"] or 0))

@@ -87,7 +87,7 @@ def test_a_run_leaves_one_record_per_method_and_one_row_per_example(finished):
         samples = rows(folder)
         assert len(samples) == len({(r["dataset"], r["id"]) for r in samples}) == 11
         assert {r["method"] for r in samples} == {label}
-        assert not (folder / ".lock").exists()
+        assert {p.name for p in folder.iterdir()} == {"record.json", "samples.jsonl", "sessions.jsonl"}
 
 
 def test_bytes_are_measured_and_agree_with_the_formula(finished):
@@ -213,16 +213,52 @@ def test_interrupting_keeps_what_is_complete(world, tmp_path):
     assert len(rows(samples.parent)) >= 3
 
 
-def test_a_second_process_on_the_same_run_is_told_so(world, tmp_path):
-    import filelock
-
+def test_a_second_process_on_the_same_run_waits_and_finds_it_done(world, tmp_path):
+    """Jobs of a sweep share the run of the full cache: the later one waits for it and uses it."""
     results = tmp_path / "results"
-    run(world, results, "task.datasets=[lcc]")
-    folder = folders(results)["snapkv 40"]
+    processes = [start(world, results, f"method.budget={budget}") for budget in (40, 50)]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    found = folders(results)
+    assert set(found) == {"snapkv 40", "snapkv 50", "full"}
+    assert all(len(rows(folder)) == 11 for folder in found.values())
+    for label in ("snapkv 40", "snapkv 50"):
+        assert json.loads((found[label] / "record.json").read_text())["paired"]["hash"] == found["full"].name
+
+
+def test_a_baseline_that_comes_later_still_gives_the_paired_difference(world, tmp_path):
+    run(world, tmp_path, "runner.pair_with=[]")
+    (alone,) = folders(tmp_path).values()
+    assert "paired" not in json.loads((alone / "record.json").read_text())
+    run(world, tmp_path)
+    record = json.loads((alone / "record.json").read_text())
+    assert record["paired"]["hash"] == folders(tmp_path)["full"].name
+    assert len(rows(alone)) == 11
+
+
+def test_a_padded_batch_has_a_run_of_its_own_and_says_what_padding_costs(world, tmp_path):
+    run(world, tmp_path, "runner.pair_with=[]", "method=full")
+    run(world, tmp_path, "runner.pair_with=[]", "method=full", "batch_size=3")
+    by_size = {json.loads(p.read_text())["batch_size"]: p.parent for p in tmp_path.rglob("record.json")}
+    single, padded = by_size[1], by_size[3]
+    assert sum(r["kv_bytes_stored"] for r in rows(single)) == sum(r["kv_bytes_formula"] for r in rows(single))
+    assert sum(r["kv_bytes_stored"] for r in rows(padded)) > sum(r["kv_bytes_formula"] for r in rows(padded))
+    assert abs(sum(r["kv_bytes_logical"] for r in rows(padded)) - sum(r["kv_bytes_formula"] for r in rows(padded))) < 11
+
+
+def test_a_resumed_run_lists_the_code_of_every_session(world, tmp_path):
+    run(world, tmp_path, "task.datasets=[lcc]")
+    folder = folders(tmp_path)["snapkv 40"]
     (folder / "record.json").unlink()
-    with filelock.FileLock(folder / ".lock"):
-        errors = run(world, results, "task.datasets=[lcc]", status=2).stderr
-    assert "another process" in errors
+    samples = (folder / "samples.jsonl").read_text().splitlines(keepends=True)
+    (folder / "samples.jsonl").write_text("".join(samples[:2]))
+    sessions = (folder / "sessions.jsonl").read_text().replace('"sha": "', '"sha": "0123')
+    (folder / "sessions.jsonl").write_text(sessions)
+    out = run(world, tmp_path, "task.datasets=[lcc]").stdout
+    record = json.loads((folder / "record.json").read_text())
+    assert [session["after_examples"] for session in record["sessions"]] == [0, 2]
+    if record["provenance"]["git"]["sha"]:
+        assert "made by other code" in out
 
 
 @pytest.mark.parametrize("full", ["samples.jsonl", "record.json.partial"])

@@ -41,6 +41,15 @@ BAD_INPUT = [
     (["method.selection.kernel=6"], ["method.selection.kernel=6", "odd"]),
     (["runner.budgets=[64,0]"], ["method.budget=0"]),
     (["runner.pair_with=[fulll]"], ["method=fulll", "full"]),
+    (["runner.pair_with=fulll"], ["method=fulll", "full"]),
+    (["runner.pair_with=null"], ["runner.pair_with=None", "[]"]),
+    (["runner.budgets=[]"], ["runner.budgets=[]"]),
+    (["runner.budgets=0"], ["method.budget=0"]),
+    (["runner.temperature=hot"], ["runner.temperature=hot", "number"]),
+    (["device=null"], ["device=None", "cuda"]),
+    (["device=cuda:9"], ["device=cuda:9", "CUDA devices"]),
+    (["results_dir={world}/model/config.json"], ["results_dir=", "cannot be written"]),
+    (["model=local"], ["model.path", "must be given"]),
     (["runner.chunk_size=0"], ["runner.chunk_size=0"]),
     (["task.limit=0"], ["task.limit=0"]),
     (["batch_size=0"], ["batch_size=0"]),
@@ -95,6 +104,25 @@ def test_help_lists_every_group_choice_and_key():
     for key in ("method.budget", "task.limit", "task.data_dir", "results_dir", "runner.budgets", "seed"):
         line = next(line for line in out.splitlines() if line.strip().startswith(key))
         assert len(line.split()) > 3, f"{key} has no explanation"
+
+
+def test_a_sweep_goes_on_after_a_bad_job_and_says_so(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = kvbench(
+        "run",
+        "-m",
+        "method=snapkv",
+        "method.budget=40,0",
+        "model=local",
+        f"model.path={world}/model",
+        "model.max_prompt_tokens=700",
+        f"task.data_dir={world}/data",
+        f"results_dir={tmp_path / 'results'}",
+    )
+    assert done.returncode == 2
+    assert "method.budget=0" in done.stderr
+    assert "1 jobs failed" in done.stderr
+    assert len(list(tmp_path.rglob("record.json"))) == 2
 
 
 def test_commands():

@@ -137,9 +137,7 @@ def test_bytes_are_the_formulas(text, kv_heads):
             ids = torch.cat([prompt_ids(length, seed) for seed in range(batch)])
             cache = method.new_cache(model)
             prefill(model, cache, ids)
-            # A stream's prompt went in block by block: it keeps the room it grew.
-            if method.shares_prompt:
-                assert cache.kv_bytes_stored == batch * method.bytes_formula(shape, length)
+            assert cache.kv_bytes_stored == batch * method.bytes_formula(shape, length)
             assert cache.kv_bytes_logical == batch * method.bytes_formula(shape, length)
             for token in some_tokens(3, batch):
                 decode(model, cache, token)

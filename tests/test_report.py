@@ -13,9 +13,11 @@ from kvbench.runners.report import closing_table, main
 def record(method: str, budget: int | None, mean: float, task: str = "longbench", seed: int = 0) -> dict:
     label = method if budget is None else f"{method} {budget}"
     estimate = {"mean": mean, "low": mean - 1, "high": mean + 1, "n": 40}
+    selection = {"class": "Selection"} if budget is None else {"class": "SnapKV", "budget": budget}
+    identity = {"name": method, "selection": selection, "storage": {"class": "Dense"}}
     made = {
         "schema": 1,
-        "identity": {"task": task, "seed": seed, "method": {"name": method, "budget": budget}},
+        "identity": {"task": {"name": task, "limit": None}, "seed": seed, "method": identity},
         "task": task,
         "model": "m",
         "method": method,

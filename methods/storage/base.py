@@ -55,6 +55,10 @@ class LayerStorage(ABC):
     def keep(self, slots: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         """Keep only ``slots``: [C] for all rows and heads alike, or [B, 1 or H, C]; increasing where valid."""
 
+    def trim(self) -> None:
+        """Give back room to grow; called once the prompt is in. A storage without such room has nothing to do."""
+        return
+
     @abstractmethod
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that must stay in memory for this layer (scales, indices and masks too)."""

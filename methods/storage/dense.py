@@ -78,6 +78,11 @@ class DenseLayer(LayerStorage):
             self._valid[:, :, :count] = valid
         self.length = count
 
+    def trim(self) -> None:
+        keys, values, valid = self.read()
+        if self._keys is not None and self._keys.shape[2] > self.length:
+            self.write(keys, values, valid)
+
     def tensors(self) -> list[torch.Tensor]:
         return [x for x in (self._keys, self._values, self._valid) if x is not None]
 
