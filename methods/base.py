@@ -76,7 +76,7 @@ class Method:
     def label(self) -> str:
         """Short name for tables: ``snapkv 512``, ``snapkv 512 + kivi4``."""
         text = self.name if self.effective_budget is None else f"{self.name} {self.effective_budget}"
-        return text if isinstance(self.storage, Dense) else f"{text} + {self.storage.name}"
+        return text if self.storage == Dense() else f"{text} + {self.storage.name}"
 
     @property
     def effective_budget(self) -> int | float | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..conf.errors import InputError, require
@@ -52,7 +53,7 @@ def load_pretrained(
     try:
         tokenizer = tokenizer_class.from_pretrained(folder, **safe)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **safe)
-    except (OSError, ValueError) as error:  # transformers' words for files that are missing or of an unknown kind
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # missing, torn, or of an unknown kind
         if "trust_remote_code" in str(error):
             reason = "it needs Python code from its own repository, which kvbench never runs"
         else:
@@ -69,9 +70,9 @@ def load_pretrained(
 def prompt_limit(max_prompt_tokens: int, max_positions: int) -> int:
     """``max_prompt_tokens``, refused when the model has fewer positions than that (both in tokens)."""
     require(
-        0 < max_prompt_tokens <= max_positions,
+        2 <= max_prompt_tokens <= max_positions,
         "model.max_prompt_tokens",
         max_prompt_tokens,
-        f"must be between 1 and the model's {max_positions} positions",
+        f"must be between 2 and the model's {max_positions} positions",
     )
     return max_prompt_tokens

@@ -54,6 +54,8 @@ def _git() -> dict[str, Any]:
 
     # A new file counts as a change too; tests, scripts, notes and results are no part of what runs.
     code = [f":(top){folder}/*.{ending}" for folder in CODE for ending in ("py", "yaml")]
+    if ask("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return {"sha": None, "dirty": None}  # an installed copy: the repository around it, if any, is another one
     changed = ask("status", "--porcelain", "--untracked-files=all", "--", *code)
     return {"sha": ask("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
 

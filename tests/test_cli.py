@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     save_local_model(folder / "model")
+    torn = save_local_model(folder / "torn-model") / "model.safetensors"
+    torn.write_bytes(torn.read_bytes()[:5000])
     save_rows(folder / "data", "qasper", 2)
     save_rows(folder / "torn", "qasper", 2)
     with (folder / "torn" / "qasper.jsonl").open("a") as file:
@@ -50,6 +52,7 @@ BAD_INPUT = [
     (["device=cuda:9"], ["device=cuda:9", "CUDA devices"]),
     (["results_dir={world}/model/config.json"], ["results_dir=", "cannot be written"]),
     (["model=local"], ["model.path", "must be given"]),
+    (["model=local", "model.path={world}/torn-model"], ["model=", "torn-model", "cannot be loaded"]),
     (["runner.chunk_size=0"], ["runner.chunk_size=0"]),
     (["task.limit=0"], ["task.limit=0"]),
     (["batch_size=0"], ["batch_size=0"]),

@@ -64,19 +64,17 @@ def test_a_budget_that_holds_everything_changes_nothing(text):
 def test_the_first_token_is_the_full_caches(text):
     model, ids = tiny_model(), prompt_ids(LONG)
     method = make(text)
-    if "streaming_llm" in text and "prefill_evict" not in text:
-        assert not method.shares_prompt
-        return  # its prompt tokens saw only the window: the one method here whose first token may differ
+    if method.selection.reads_prompt_by_steps:
+        return  # its prompt tokens never saw the whole prompt: the first token may differ
     full, _ = logits_of(model, Method("full"), ids, [])
     ours, _ = logits_of(model, method, ids, [])
     assert (ours - full).abs().max() < 1e-9
 
 
 def exact_attention(text: str) -> bool:
-    """Plain attention over what is held: not the re-positioned sinks (their own test is in test_streaming_llm.py)."""
-    if "no_cache" in text:
-        return False
-    return "streaming_llm" not in text or ("prefill_evict" in text and "reposition=false" in text)
+    """Plain attention over what is held, bit for bit; methods that re-position or round have tests of their own."""
+    method = make(text)
+    return method.shares_prompt and method.selection.keeps_positions and method.storage.is_exact
 
 
 @pytest.mark.parametrize("text", [t for t in METHODS if exact_attention(t)])
@@ -86,21 +84,25 @@ def test_attention_is_over_exactly_the_tokens_held(text, chunk_size):
     model = tiny_model()
     prompts = [prompt_ids(LONG, 1), prompt_ids(MIDDLE, 2), prompt_ids(SHORT, 3)]
     ids, mask = left_pad(prompts)
-    cache = make(text).new_cache(model)
+    method = make(text)
+    cache = method.new_cache(model)
     witnesses = watch(cache, mask)
     prefill(model, cache, ids, mask, chunk_size)
     for token in some_tokens(8, batch=3):
         decode(model, cache, token)
-    if "streaming_llm" not in text:  # there several tokens equal one after another: test_streaming_llm.py
+    if not method.selection.evicts_while_decoding:
         several = torch.cat([prompt_ids(4, 7), prompt_ids(4, 8), prompt_ids(4, 9)])
         with torch.inference_mode():
             positions = cache.tokens_seen[:, None] + torch.arange(4)
             model(input_ids=several, position_ids=positions, past_key_values=cache, use_cache=True)
+        fed = 12
+    else:
+        fed = 8
     assert all(w.steps >= 9 for w in witnesses)
-    for witness in witnesses:
+    for layer, witness in enumerate(witnesses):
         for row, prompt in zip(witness.held_columns(), prompts, strict=True):
-            for head in row:
-                assert len(head) <= max(BUDGET, prompt.shape[1] if text == "full" else 0) + 12
+            expected = method.selection.kept_tokens(prompt.shape[1], fed, len(witnesses))[layer]
+            assert [len(head) for head in row] == [expected] * len(row)
 
 
 @pytest.mark.parametrize("text", METHODS)
@@ -201,10 +203,12 @@ def test_bfloat16_agrees_with_float32(text):
     assert similarity > 0.95
 
 
-@pytest.mark.parametrize("text", [t for t in METHODS if t not in ("no_cache",)])
+@pytest.mark.parametrize("text", METHODS)
 def test_riding_on_a_shared_prompt_changes_nothing(text):
     model, method = tiny_model(), make(text)
     ids, mask = left_pad([prompt_ids(LONG, 1), prompt_ids(MIDDLE, 2)])
+    if method.new_cache(model).recomputes:
+        return
     if not method.shares_prompt:
         with pytest.raises(ValueError, match="cannot share"):
             FanOutCache([method.new_cache(model), Method("full").new_cache(model)])

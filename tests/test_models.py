@@ -444,7 +444,7 @@ def test_a_folder_is_loaded(saved: Path) -> None:
     assert loaded.tokenizer is not None
     assert loaded.model.dtype == torch.bfloat16
     assert not loaded.model.training
-    assert (loaded.max_positions, loaded.max_prompt_tokens) == (2048, 2048 - 512)
+    assert (loaded.max_positions, loaded.max_prompt_tokens) == (2048, 2048 - 768)
     assert (loaded.tokenizer.pad_token, loaded.tokenizer.padding_side) == ("</s>", "left")
     message = [{"role": "user", "content": "hello"}]
     assert loaded.tokenizer.apply_chat_template(message, tokenize=False) == "hello"
@@ -478,7 +478,7 @@ def test_folders_that_cannot_be_used(saved: Path, tmp_path: Path) -> None:
 
 
 def test_a_prompt_limit_beyond_the_positions_is_refused(saved: Path) -> None:
-    with pytest.raises(InputError, match=r"model\.max_prompt_tokens=4096: must be between 1 and the model's 2048"):
+    with pytest.raises(InputError, match=r"model\.max_prompt_tokens=4096: must be between 2 and the model's 2048"):
         LocalModel(str(saved), max_prompt_tokens=4096).load("cpu", torch.float32)
 
 

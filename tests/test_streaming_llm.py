@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from importlib.resources import files
+
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_models import left_pad, prompt_ids, tiny_model
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -127,6 +131,23 @@ def test_after_a_long_stream_a_token_in_the_middle_has_left_no_trace():
         method = Method("streaming_llm", StreamingLLM(budget=BUDGET, mode=mode))
         a, b = (prefill(model, method.new_cache(model), x) for x in (ids, changed))
         assert bool((a - b).abs().max() > 1e-6) is felt
+
+
+@pytest.mark.real_model
+@torch.inference_mode()
+def test_a_real_model_needs_the_sinks(smollm2):
+    """ST3, the paper's Table 2 in small: far beyond the window the loss stays finite, and explodes without sinks."""
+    rows = files("kvbench.tasks").joinpath("data", "longbench_mini", "narrativeqa.jsonl").read_text(encoding="utf-8")
+    prose = " ".join(json.loads(row)["context"] for row in rows.splitlines()[:2])
+    ids = smollm2.tokenizer(prose, return_tensors="pt").input_ids[:, :2000]
+    loss = {}
+    for sinks in (0, 4):
+        cache = Method("streaming_llm", StreamingLLM(budget=256, sinks=sinks)).new_cache(smollm2.model)
+        logits = smollm2.model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0]
+        loss[sinks] = F.cross_entropy(logits[600:-1].float(), ids[0, 601:]).item()
+        assert all((t == 256).all() for t in cache.tokens_held)
+    assert loss[4] < 5.0
+    assert loss[0] > loss[4] + 0.5
 
 
 @pytest.mark.parametrize("rope", ["default", "linear", "llama3", "yarn"])

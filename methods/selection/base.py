@@ -79,6 +79,16 @@ class Selection:
         return 0
 
     @property
+    def evicts_while_decoding(self) -> bool:
+        """Tokens leave after a step, so that several tokens at once are not one after another by themselves."""
+        return False
+
+    @property
+    def keeps_positions(self) -> bool:
+        """A step attends over the held tokens at their true positions: plain attention, which a test can recompute."""
+        return True
+
+    @property
     def stores_query_heads(self) -> bool:
         """Keys and values are stored once per query head instead of once per KV head."""
         return False

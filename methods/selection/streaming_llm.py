@@ -99,6 +99,14 @@ class StreamingLLM(Selection):
     def reads_prompt_by_steps(self) -> bool:
         return self.mode == "true_stream"
 
+    @property
+    def evicts_while_decoding(self) -> bool:
+        return True
+
+    @property
+    def keeps_positions(self) -> bool:
+        return not self.reposition
+
     def new_state(self, config: PretrainedConfig) -> StreamState:
         return StreamState(Rotary(config) if self.reposition else None)
 

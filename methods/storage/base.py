@@ -82,6 +82,11 @@ class Storage(ABC):
         """Name as typed on the command line."""
         return type(self).__name__.lower()
 
+    @property
+    def is_exact(self) -> bool:
+        """What is read back is bit for bit what was written."""
+        return False
+
     @abstractmethod
     def new_layers(self, num_layers: int) -> Sequence[LayerStorage]:
         """Empty storage for every layer of a model, for one batch."""

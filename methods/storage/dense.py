@@ -112,6 +112,10 @@ def _grown(x: torch.Tensor, used: int, capacity: int) -> torch.Tensor:
 class Dense(Storage):
     """Uncompressed storage; it has no options."""
 
+    @property
+    def is_exact(self) -> bool:
+        return True
+
     def new_layers(self, num_layers: int) -> Sequence[DenseLayer]:
         return [DenseLayer() for _ in range(num_layers)]
 
