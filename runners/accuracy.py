@@ -171,11 +171,21 @@ class AccuracyRunner:
                     locks.enter_context(run.folder)
                 run.rows = {(r["dataset"], r["id"]): r for r in run.folder.samples()}
             started = time.time()
-            self._complete(runs, examples, source, task, settings, made_by, say)
+            problem = None
+            try:
+                self._complete(runs, examples, source, task, settings, made_by, say)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                problem = str(error).splitlines()[0]
+                say(f"out of memory: {problem}")
             for run in runs:
                 if not run.folder.done:
-                    wall_s = round(time.time() - started, 1)
-                    self._finish(run, runs, examples, task, settings, {"wall_s": wall_s, "provenance": made_by})
+                    circumstances = {"wall_s": round(time.time() - started, 1), "provenance": made_by}
+                    complete = all((e.dataset, e.id) in run.rows for e in examples)
+                    if problem is not None and not complete:
+                        circumstances |= {"problem": problem, "examples_done": len(run.rows)}
+                    self._finish(run, runs, examples, task, settings, circumstances)
             self._pair(runs, examples, task)
         return runs
 
@@ -340,11 +350,9 @@ class AccuracyRunner:
         circumstances: dict[str, Any],
     ) -> None:
         """Write ``record.json``."""
-        rows = [run.rows[(e.dataset, e.id)] for e in examples]
-        scores = run.scores(task, examples)
         data = task.source()
         record = {
-            "status": "done",
+            "status": "oom" if "problem" in circumstances else "done",
             "kind": "accuracy",
             "execution": "real",
             "hash": run.folder.hash,
@@ -362,6 +370,21 @@ class AccuracyRunner:
                 "sha256": dict(data.sha256),
                 "examples": dict(Counter(e.dataset for e in examples)),
             },
+            "batch_size": settings.batch_size,
+            "rode_with": [r.method.label for r in runs if r is not run],
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "sessions": run.folder.sessions(),
+            **circumstances,
+        }
+        if record["status"] == "done":
+            record |= self._results(run, examples, task)
+        run.folder.finish(record)
+
+    def _results(self, run: MethodRun, examples: list[Example], task: Task) -> dict[str, Any]:
+        """Scores, intervals and bytes of a complete run."""
+        rows = [run.rows[(e.dataset, e.id)] for e in examples]
+        scores = run.scores(task, examples)
+        return {
             "scores": {group: asdict(macro_mean({group: list(by_id.values())})) for group, by_id in scores.items()},
             "average": asdict(macro_mean({group: list(by_id.values()) for group, by_id in scores.items()})),
             "bytes": {
@@ -373,23 +396,16 @@ class AccuracyRunner:
                 "kv_ratio": sum(r["kv_bytes_stored"] for r in rows) / sum(r["kv_bytes_full"] for r in rows),
             },
             "prompt_tokens": fmean(r["prompt_tokens"] for r in rows),
-            "batch_size": settings.batch_size,
-            "rode_with": [r.method.label for r in runs if r is not run],
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "sessions": run.folder.sessions(),
-            **circumstances,
         }
-        run.folder.finish(record)
 
     def _pair(self, runs: list[MethodRun], examples: list[Example], task: Task) -> None:
         """Add the paired difference to every record that lacks it, also where the baseline came later."""
         plain = Method("full").identity()
         baseline = next((r for r in runs if r.method.identity() == plain), None)
-        if baseline is None:
+        if baseline is None or not baseline.folder.done:
             return
         for run in runs:
-            record = run.folder.record()
-            if run is baseline or "paired" in record:
+            if run is baseline or not run.folder.done or "paired" in (record := run.folder.record()):
                 continue
             difference = paired_difference(run.scores(task, examples), baseline.scores(task, examples))
             paired = {"with": baseline.method.label, "hash": baseline.folder.hash, "difference": asdict(difference)}
@@ -416,6 +432,11 @@ def left_padded(
         return ids, None
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     return ids, mask
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA has a class for it; the CPU's allocator says so in words."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def row_seed(seed: int, example: Example) -> int:

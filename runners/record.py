@@ -71,8 +71,9 @@ class RunFolder:
 
     @property
     def done(self) -> bool:
-        """Whether ``record.json`` is there."""
-        return (self.path / RECORD).is_file()
+        """Whether there is a record of the whole run; one that ran out of memory is tried again."""
+        path = self.path / RECORD
+        return path.is_file() and read_record(path)["status"] == "done"
 
     def record(self) -> dict[str, Any]:
         """The finished run's record.

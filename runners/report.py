@@ -20,6 +20,13 @@ from .record import RECORD, read_record
 
 def closing_table(records: Sequence[Mapping[str, Any]], paths: Sequence[str]) -> str:
     """Score, full-cache score, paired difference and bytes of every record of one run, and where each lies."""
+    failed = [r for r in records if r["status"] == "oom"]
+    every, records = records, [r for r in records if r["status"] == "done"]
+    lost = [f"{r['method_label']}: out of memory after {r['examples_done']} examples ({r['problem']})" for r in failed]
+    if not records:
+        return "\n".join(
+            [f"{every[0]['task']} / {every[0]['model']}", "", *lost, *(f"record: {path}" for path in paths)]
+        )
     full = next((r for r in records if is_full_cache(r)), None)
     header = ["method", "score", "95 % interval", "full", "difference", "95 % interval", "KV MiB", "KV kept"]
     lines = [header]
@@ -55,6 +62,7 @@ def closing_table(records: Sequence[Mapping[str, Any]], paths: Sequence[str]) ->
         parts.append(
             f"{examples} examples say little: the intervals above are wide. Drop task.limit for the whole set."
         )
+    parts += lost
     parts += [f"record: {path}" for path in paths]
     parts += [f"next:   {line}" for line in next_commands(first, full)]
     return "\n".join(parts)

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from local_model import Done, kvbench, save_local_model, save_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -244,6 +245,32 @@ def test_a_padded_batch_has_a_run_of_its_own_and_says_what_padding_costs(world, 
     assert sum(r["kv_bytes_stored"] for r in rows(single)) == sum(r["kv_bytes_formula"] for r in rows(single))
     assert sum(r["kv_bytes_stored"] for r in rows(padded)) > sum(r["kv_bytes_formula"] for r in rows(padded))
     assert abs(sum(r["kv_bytes_logical"] for r in rows(padded)) - sum(r["kv_bytes_formula"] for r in rows(padded))) < 11
+
+
+def test_running_out_of_memory_is_a_result_and_the_run_can_be_tried_again(world, tmp_path, monkeypatch):
+    from kvbench.runners import accuracy
+
+    real, calls = accuracy.generate, []
+
+    def greedy_for_memory(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(accuracy, "generate", greedy_for_memory)
+    out = run(world, tmp_path).stdout
+    assert "out of memory" in out
+    for folder in folders(tmp_path).values():
+        record = json.loads((folder / "record.json").read_text())
+        assert (record["status"], record["examples_done"]) == ("oom", 3)
+        assert "scores" not in record
+    monkeypatch.undo()
+    out = run(world, tmp_path).stdout
+    assert "continues after 3 of 11" in out
+    for folder in folders(tmp_path).values():
+        assert json.loads((folder / "record.json").read_text())["status"] == "done"
+        assert len(rows(folder)) == 11
 
 
 def test_a_resumed_run_lists_the_code_of_every_session(world, tmp_path):

@@ -17,6 +17,7 @@ def record(method: str, budget: int | None, mean: float, task: str = "longbench"
     identity = {"name": method, "selection": selection, "storage": {"class": "Dense"}}
     made = {
         "schema": 1,
+        "status": "done",
         "identity": {"task": {"name": task, "limit": None}, "seed": seed, "method": identity},
         "task": task,
         "model": "m",
@@ -61,6 +62,14 @@ def test_runs_that_differ_in_more_than_the_method_stand_in_different_tables(tmp_
     snapkv = next(line for line in out.splitlines() if line.startswith("snapkv"))
     assert "22.00" in snapkv
     assert "99.00" not in snapkv
+
+
+def test_a_run_that_ran_out_of_memory_is_a_line_of_its_own():
+    lost = record("streaming_llm", 64, 0.0) | {"status": "oom", "problem": "CUDA out of memory", "examples_done": 3}
+    del lost["scores"], lost["average"], lost["bytes"]
+    text = closing_table([record("full", None, 22.0), lost], ["a", "b"])
+    assert "streaming_llm 64: out of memory after 3 examples" in text
+    assert "out of memory" in closing_table([lost], ["b"])
 
 
 @pytest.mark.parametrize(
