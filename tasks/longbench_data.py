@@ -187,7 +187,7 @@ def open_hub() -> Store:
     HubUnavailable
         The hub is out of reach or switched off; known after :data:`PROBE_TIMEOUT_S` for each name at the latest.
     InputError
-        The archive is not the pinned one.
+        The archive is not the pinned one, or the hub answers and the download fails.
     """
     archive, repo = _fetch_archive()
     with open(archive, "rb") as file:
@@ -217,12 +217,22 @@ def _fetch_archive() -> tuple[str, str]:
         try:
             # One request that does not retry tells whether there is a hub to download from.
             hub.get_hf_file_metadata(hub.hf_hub_url(repo, **wanted), timeout=PROBE_TIMEOUT_S)
-            return hub.hf_hub_download(repo, **wanted, etag_timeout=PROBE_TIMEOUT_S), repo
         except Exception as error:  # the HTTP library's own errors, which huggingface_hub changes between versions
-            tried.append(
-                f"{repo} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'})"
+            tried.append(f"{repo} ({_in_short(error)})")
+            continue
+        try:
+            return hub.hf_hub_download(repo, **wanted, etag_timeout=PROBE_TIMEOUT_S), repo
+        except Exception as error:
+            # There is a hub: a full disk or a lost connection must not quietly become another data set.
+            allowed = (
+                f"the download of {repo}/data.zip (114 MB) failed: {_in_short(error)}; run again, or task.source=mini"
             )
+            raise InputError("task.source", "hub", allowed) from error
     raise HubUnavailable(" and ".join(tried))
+
+
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'}"
 
 
 def _stems() -> list[str]:

@@ -438,6 +438,21 @@ class FakeHub:
         return str(self.archive)
 
 
+def test_a_download_that_fails_does_not_quietly_become_the_bundled_set(
+    monkeypatch: pytest.MonkeyPatch, archive: Path
+) -> None:
+    fake = FakeHub(monkeypatch, archive, longbench_data.HUB_REPOS)
+
+    def full_disk(*args: Any, **kwargs: Any) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", full_disk)
+    with pytest.raises(InputError, match=r"data\.zip .* could not be fetched: .*No space left") as error:
+        LongBench().source()
+    assert "\n" not in str(error.value)
+    assert fake.calls, "the hub was asked first"
+
+
 @pytest.fixture
 def archive(tmp_path: Path) -> Path:
     """A complete LongBench in the hub's format, with tiny rows."""
