@@ -447,7 +447,7 @@ def test_a_download_that_fails_does_not_quietly_become_the_bundled_set(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", full_disk)
-    with pytest.raises(InputError, match=r"data\.zip .* could not be fetched: .*No space left") as error:
+    with pytest.raises(InputError, match=r"the download of .*data\.zip .* failed: .*No space left") as error:
         LongBench().source()
     assert "\n" not in str(error.value)
     assert fake.calls, "the hub was asked first"
