@@ -33,6 +33,9 @@ class LocalModel(ModelSource):
         Prompts are truncated to this, tokens; None is the model's positions less 768 for the template and the answer.
     chat_template : str or None
         Jinja text that replaces the tokenizer's own chat template.
+    max_positions : int or None
+        Positions the model is good for, where its config names the length before RoPE was stretched; None: as the
+        config says.
     """
 
     location_fields: ClassVar[tuple[str, ...]] = ("path",)
@@ -41,6 +44,7 @@ class LocalModel(ModelSource):
     name: str = "local"
     max_prompt_tokens: int | None = None
     chat_template: str | None = None
+    max_positions: int | None = None
 
     def __post_init__(self) -> None:
         folder = self.folder
@@ -78,7 +82,7 @@ class LocalModel(ModelSource):
     def load(self, device: str, dtype: torch.dtype) -> LoadedModel:
         """See :meth:`ModelSource.load`."""
         model, tokenizer = load_pretrained(self.folder, device=device, dtype=dtype, chat_template=self.chat_template)
-        positions = model.config.max_position_embeddings
+        positions = self.max_positions or model.config.max_position_embeddings
         limit = positions - _ANSWER_TOKENS if self.max_prompt_tokens is None else self.max_prompt_tokens
         return LoadedModel(
             model=model,
