@@ -43,7 +43,7 @@ lock: ## resolve pyproject.toml in a clean environment and write requirements.lo
 	build/lock/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH)
 	build/lock/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH) --editable '.[eval,wandb,dev]' setuptools
 	@{ echo "# Every package of the environment, exactly. Written by \`make lock\` with $$(build/lock/bin/python --version);"; \
-	   echo "# installed by \`make install\`. On Linux with a GPU, torch also brings the CUDA packages it pins itself."; \
+	   echo "# installed by \`make install\`. PyPI's Linux build of torch also brings the CUDA packages that it pins."; \
 	   build/lock/bin/python -m pip freeze --all --exclude kvbench --exclude pip | sed 's/+cpu$$//'; } > requirements.lock
 	@rm -rf build/lock; echo "wrote requirements.lock: $$(grep -c == requirements.lock) packages"
 
@@ -61,7 +61,7 @@ endef
 $(VENV)/install.stamp: requirements.lock pyproject.toml
 	@if [ ! -x $(BIN)/python ]; then $(find_python); echo "creating $(VENV) with $$("$$python" --version)"; \
 		"$$python" -m venv $(VENV) || { rm -rf $(VENV); exit 2; }; fi
-	@echo "installing $$(grep -c == requirements.lock) packages from your package index into $(VENV), about 2 GB with torch"
+	@echo "installing $$(grep -c == requirements.lock) packages from your package index into $(VENV): about 2 GB with a CPU build of torch, more with CUDA"
 	$(PIP) install --requirement requirements.lock
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	$(PIP) check
