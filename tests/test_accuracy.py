@@ -50,7 +50,15 @@ def start(world: Path, results: Path, *overrides: str) -> subprocess.Popen[str]:
     """The same in a process of its own, which can be killed."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(ROOT / "run.py"), *settings(world, results, *overrides)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # Where the tests themselves run in the background, children would inherit that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def stop_after(process: subprocess.Popen[str], results: Path, count: int, how: signal.Signals) -> Path:
