@@ -12,7 +12,13 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -140,6 +146,9 @@ def _input_error(error: BaseException) -> str | None:
         if isinstance(link, InputError):
             return str(link)
     for link in chain:
+        if isinstance(link, OverrideParseException):
+            hint = "cannot be read; texts with blanks or signs need quotes of their own, as in 'key=[\"a b=1\",c]'"
+            return f"{link.override}: {hint}"
         if isinstance(link, MissingMandatoryValue):
             return f"{link.full_key or str(link).rpartition(' ')[2]}=???: must be given on the command line"
         if isinstance(link, MissingConfigException) and link.missing_cfg_file:

@@ -44,6 +44,7 @@ BAD_INPUT = [
     (["runner.budgets=[64,0]"], ["method.budget=0"]),
     (["runner.pair_with=[fulll]"], ["method=fulll", "full"]),
     (["runner.pair_with=fulll"], ["method=fulll", "full"]),
+    (["runner.pair_with=[streaming_llm budget=256]"], ["runner.pair_with=[streaming_llm budget=256]", "quotes"]),
     (["runner.pair_with=null"], ["runner.pair_with=None", "[]"]),
     (["runner.budgets=[]"], ["runner.budgets=[]"]),
     (["runner.budgets=0"], ["method.budget=0"]),
