@@ -82,7 +82,7 @@ class Settings:
         return getattr(torch, self.dtype)
 
 
-@dataclass
+@dataclass(eq=False)  # a run is itself; comparing two would compare all their rows
 class MethodRun:
     """One method's run on disk."""
 
@@ -216,10 +216,11 @@ class AccuracyRunner:
         say: Callable[[str], None],
     ) -> None:
         """Generate what is missing; loads the model only if something is."""
-        missing = [(e, [r for r in runs if not r.folder.done and (e.dataset, e.id) not in r.rows]) for e in examples]
+        unfinished = [run for run in runs if not run.folder.done]  # once: asking reads the record
+        missing = [(e, [r for r in unfinished if (e.dataset, e.id) not in r.rows]) for e in examples]
         missing = [(e, who) for e, who in missing if who]
         for run in runs:
-            if run.folder.done:
+            if run not in unfinished:
                 say(f"{run.method.label}: already done, in {run.folder.path}")
             elif run.rows:
                 say(f"{run.method.label}: continues after {len(run.rows)} of {len(examples)} examples")
@@ -286,13 +287,9 @@ class AccuracyRunner:
                         "dataset": example.dataset,
                         "id": example.id,
                         "method": run.method.label,
-                        "prediction": row["prediction"],
+                        **row,
                         "score": task.score(example, row["prediction"]),
                         "prompt_tokens": len(ids),
-                        "new_tokens": row["new_tokens"],
-                        "kv_bytes_stored": row["kv_bytes_stored"],
-                        "kv_bytes_stored_end": row["kv_bytes_stored_end"],
-                        "kv_bytes_logical": row["kv_bytes_logical"],
                         "kv_bytes_formula": run.method.bytes_formula(shape, len(ids)),
                         "kv_bytes_full": Method("full").bytes_formula(shape, len(ids)),
                         **{k: example.meta[k] for k in ("length", "row") if k in example.meta},

@@ -114,9 +114,7 @@ def read_records(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     Raises:
         InputError: no run there; a record that is not JSON or of another schema.
     """
-    found = []
-    for path in sorted(folder.rglob(RECORD)):
-        found.append((path.parent, read_record(path)))
+    found = [(path.parent, read_record(path)) for path in sorted(folder.rglob(RECORD))]
     if not found:
         raise InputError("RESULTS", folder, f"holds no {RECORD}; `kvbench run results_dir={folder}` makes some")
     return sorted(found, key=lambda pair: (pair[1]["method"], pair[1]["budget"] or 0))
