@@ -6,75 +6,24 @@ so a run on random weights never reports a score.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from importlib import resources
 from typing import ClassVar
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ..conf.errors import one_of, require
 from .base import LoadedModel, ModelSource
 from .pretrained import prompt_limit
 
-# Each as published in the config.json of the model it is named after.
+# One file a shape, as published in the config.json of the model it is named after (``tiny`` is for tests: every
+# structure of the big ones, in milliseconds). ``kvbench kv-size`` reads the same files.
 SHAPES: dict[str, PretrainedConfig] = {
-    "llama2-7b": LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        vocab_size=32000,
-        max_position_embeddings=4096,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        rms_norm_eps=1e-5,
-    ),
-    "llama2-13b": LlamaConfig(
-        hidden_size=5120,
-        intermediate_size=13824,
-        num_hidden_layers=40,
-        num_attention_heads=40,
-        num_key_value_heads=40,
-        vocab_size=32000,
-        max_position_embeddings=4096,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        rms_norm_eps=1e-5,
-    ),
-    "llama3-8b": LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        rms_norm_eps=1e-5,
-        bos_token_id=128000,
-        eos_token_id=128001,
-    ),
-    "mistral-7b": MistralConfig(  # v0.2: no sliding window
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=32000,
-        max_position_embeddings=32768,
-        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
-        rms_norm_eps=1e-5,
-        sliding_window=None,
-    ),
-    "tiny": LlamaConfig(  # for tests: every structure of the big ones (GQA, several layers), in milliseconds
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=512,
-        max_position_embeddings=2048,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    ),
+    file.name.removesuffix(".json"): AutoConfig.for_model(**json.loads(file.read_text(encoding="utf-8")))
+    for file in (resources.files("kvbench.models") / "shapes").iterdir()
+    if file.name.endswith(".json")
 }
 
 
@@ -85,7 +34,7 @@ class RandomModel(ModelSource):
     Attributes
     ----------
     shape : str
-        A key of ``SHAPES``.
+        The name of a file under ``models/shapes``, without ``.json``.
     seed : int
         Seed of the weights. The same seed gives the same weights on the same kind of device.
     name : str
@@ -126,9 +75,9 @@ class RandomModel(ModelSource):
         model.tie_weights()
         generator = torch.Generator(device).manual_seed(self.seed)
         with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 1:  # the norms' scales
-                    parameter.fill_(1.0)
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 1:  # the scales of the norms, and the biases some models add to q, k and v
+                    parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
                 else:
                     parameter.normal_(0.0, config.initializer_range, generator=generator)
         # RoPE's frequencies are a buffer computed when the module is made; `to_empty` left memory as it was there

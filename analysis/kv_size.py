@@ -1,0 +1,370 @@
+"""``kvbench kv-size``: the bytes of a KV cache as a calculation, a table or a heat map, for any model config.
+
+In each layer, every token leaves one key and one value of ``head_dim`` numbers per KV head:
+
+    KV bytes = batch x layers x kv_heads x tokens x head_dim x 2 x bits/8
+
+Each way of shrinking the cache lowers one of these factors. The formula is arithmetic on a config.json, so neither the
+model nor torch is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import math
+import re
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ..conf.errors import InputError, one_of, require
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DTYPE_BITS = {"float16": 16, "bfloat16": 16, "float32": 32, "int8": 8, "int4": 4}
+# In these a `sliding_window` without `layer_types` holds for every layer; elsewhere the file leaves open for which.
+EVERY_LAYER_SLIDES = ("mistral", "mixtral", "phi3", "phimoe", "starcoder2")
+# Fields that say: the formula does not describe this model.
+OTHER_CACHES = {
+    "kv_lora_rank": "multi-latent attention caches one compressed vector per token, not keys and values per head",
+    "num_kv_shared_layers": "some layers read the keys and values of others and hold none",
+    "attention_chunk_size": "chunked attention does not hold every token",
+    "global_head_dim": "head_dim differs between layers",
+    "block_configs": "the number of KV heads differs between layers",
+    "multi_query": "the KV heads are given in a way of its own; use --layers, --kv-heads and --head-dim",
+    "is_encoder_decoder": "the decoder caches keys and values of the encoder too",
+    "attn_layer_period": "only some of the layers hold keys and values",
+    "full_attention_interval": "only some of the layers hold keys and values",
+    "hybrid_override_pattern": "only some of the layers hold keys and values",
+}
+
+
+@dataclass(frozen=True)
+class KVConfig:
+    """What of a model decides the size of its KV cache.
+
+    Attributes
+    ----------
+    layers, kv_heads, head_dim : int
+        Layers, KV heads of each, numbers in one key.
+    query_heads : int or None
+        Query heads of a layer: as many as KV heads is MHA, several for each GQA, all for one MQA. Not in the formula.
+    name : str
+        Shown in tables and plots.
+    sliding_layers, sliding_window : int
+        How many of ``layers`` hold only the last ``sliding_window`` tokens.
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    query_heads: int | None = None
+    name: str = "this shape"
+    sliding_layers: int = 0
+    sliding_window: int = 0
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any], name: str, where: str = "config.json") -> KVConfig:
+        """Read the fields of a transformers ``config.json``, or of the ``text_config`` in it.
+
+        Raises
+        ------
+        InputError
+            A field is missing or not a number, or the formula does not hold for the model; ``where`` is named in it.
+        """
+        if isinstance(config.get("text_config"), dict):
+            config = config["text_config"]
+
+        def whole(field: str, default: int | None = None) -> int:
+            value = default if config.get(field) is None else config[field]
+            if value is None:
+                raise InputError(where, field, "the config lacks this field; it must be that of a language model")
+            require(type(value) is int and value > 0, f"{where}:{field}", value, "must be a whole number of at least 1")
+            return value
+
+        for field, reason in OTHER_CACHES.items():
+            if config.get(field):
+                raise InputError(f"{where}:{field}", config[field], f"the formula does not hold: {reason}")
+        layers, query_heads = whole("num_hidden_layers"), whole("num_attention_heads")
+        window = None if config.get("use_sliding_window") is False else config.get("sliding_window")
+        types = config.get("layer_types")
+        if types is None:
+            clear = window is None or config.get("model_type") in EVERY_LAYER_SLIDES
+            require(clear, f"{where}:sliding_window", window, "layer_types must say which layers slide")
+            types = ["full_attention" if window is None else "sliding_attention"] * layers
+        kinds = types if isinstance(types, list) else [types]
+        others = ", ".join(sorted({str(kind) for kind in kinds} - {"full_attention", "sliding_attention"}))
+        require(not others, f"{where}:layer_types", others, "the formula knows full_attention and sliding_attention")
+        allowed = f"must be {layers} entries, as num_hidden_layers says"
+        require(len(kinds) == layers, f"{where}:layer_types", f"{len(kinds)} entries", allowed)
+        sliding_layers = kinds.count("sliding_attention")
+        return cls(
+            layers=layers,
+            kv_heads=whole("num_key_value_heads", default=query_heads),
+            head_dim=whole("head_dim", default=whole("hidden_size") // query_heads),
+            query_heads=query_heads,
+            name=name,
+            sliding_layers=sliding_layers,
+            sliding_window=whole("sliding_window") if sliding_layers else 0,
+        )
+
+    def __str__(self) -> str:
+        kind = "MHA" if self.kv_heads == self.query_heads else "MQA" if self.kv_heads == 1 else "GQA"
+        query = f", {kind}: query heads {self.query_heads}" if self.query_heads else ""
+        sliding = f" ({self.sliding_layers} hold {self.sliding_window} tokens at most)" if self.sliding_layers else ""
+        return f"{self.name}: layers {self.layers}{sliding}{query}, KV heads {self.kv_heads}, head_dim {self.head_dim}"
+
+
+def kv_bytes(config: KVConfig, batch: int, tokens: int, bits: float) -> int:
+    """Bytes of the keys and values of ``batch`` sequences of ``tokens`` tokens each, rounded up to a whole byte.
+
+        batch x layers x kv_heads x tokens x head_dim x 2 x bits/8        (2: a key and a value)
+
+    A sliding layer counts min(tokens, window) tokens. ``bits`` per number is an average: a quantised cache has scales
+    and zero points besides (4-bit numbers in groups of 32, each with a 16-bit scale and zero point: 5 bits).
+    """
+    full_layers = config.layers - config.sliding_layers
+    layer_tokens = full_layers * tokens + config.sliding_layers * min(tokens, config.sliding_window)
+    return math.ceil(batch * layer_tokens * config.kv_heads * config.head_dim * 2 * bits / 8)
+
+
+def load(model: str) -> KVConfig:
+    """The model of a published name, or of a path to a config.json or to its folder; InputError if there is none."""
+    files = (resources.files("kvbench.models") / "shapes").iterdir()
+    published = {file.name.removesuffix(".json"): file for file in files if file.name.endswith(".json")}
+    if model in published:
+        return KVConfig.from_json(json.loads(published[model].read_text(encoding="utf-8")), model)
+    path = Path(model)
+    try:
+        path = path / "config.json" if path.is_dir() else path
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        allowed = f"{one_of(model, published)}; or a path to a config.json or to a folder with one"
+        raise InputError("--model", model, allowed) from error
+    except OSError as error:
+        raise InputError("--model", path, f"cannot be read: {error}") from error
+    except ValueError as error:
+        raise InputError("--model", path, f"is not JSON: {error}") from error
+    require(isinstance(config, dict), "--model", path, "must hold a JSON object, as a transformers config.json does")
+    name = path.resolve().parent.name if path.name == "config.json" else path.stem
+    return KVConfig.from_json(config, name, where=str(path))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is shown: ``rows`` (batches of one model, or with ``by_model`` models at one batch) against ``tokens``."""
+
+    title: str
+    rows: list[tuple[KVConfig, int]]
+    tokens: list[int]
+    bits: float
+    by_model: bool
+
+    def labels(self) -> list[str]:
+        return [config.name if self.by_model else str(batch) for config, batch in self.rows]
+
+    def sizes_bytes(self) -> list[list[int]]:
+        return [[kv_bytes(config, batch, tokens, self.bits) for tokens in self.tokens] for config, batch in self.rows]
+
+
+def calculation(grid: Grid) -> list[str]:
+    """Lines: the formula, the same with the numbers of the grid's only cell, its size."""
+    (config, batch), tokens, size = grid.rows[0], grid.tokens[0], grid.sizes_bytes()[0][0]
+    factors, numbers = "layers x kv_heads x tokens", f"{config.layers} x {config.kv_heads} x {tokens}"
+    per_token = f"; {human(kv_bytes(config, 1, 1, grid.bits))} per token"
+    if config.sliding_layers:
+        full_layers, held = config.layers - config.sliding_layers, min(tokens, config.sliding_window)
+        factors = "kv_heads x (full layers x tokens + sliding layers x min(tokens, window))"
+        numbers = f"{config.kv_heads} x ({full_layers} x {tokens} + {config.sliding_layers} x {held})"
+        per_token = ""  # not the same for all
+    return [
+        f"KV bytes = batch x {factors} x head_dim x 2 x bits/8",
+        f"         = {batch} x {numbers} x {config.head_dim} x 2 x {grid.bits:g}/8",
+        f"         = {size:,} bytes = {human(size)}{per_token}",
+    ]
+
+
+def table(grid: Grid) -> list[str]:
+    """Lines of a Markdown table, aligned so that it reads well as plain text."""
+    cells = [["model" if grid.by_model else "batch", *(f"{in_k(tokens)} tokens" for tokens in grid.tokens)]]
+    cells += [[label, *map(human, row)] for label, row in zip(grid.labels(), grid.sizes_bytes(), strict=True)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * (width - 1) + ":" for width in widths])
+    rows = (" | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
+    return [f"| {row} |" for row in rows]
+
+
+def page(grid: Grid, body: list[str]) -> str:
+    """``body`` between its title and what the models are."""
+    models = dict.fromkeys(f"* {config}" for config, _ in grid.rows)
+    return "\n".join([f"{grid.title} (k = 1024)", "", *body, "", *models, ""])
+
+
+def csv_table(grid: Grid) -> str:
+    """A row for each cell, in bytes."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["model", "layers", "kv_heads", "head_dim", "bits", "batch", "tokens", "kv_bytes"])
+    for (config, batch), sizes in zip(grid.rows, grid.sizes_bytes(), strict=True):
+        model = (config.name, config.layers, config.kv_heads, config.head_dim, f"{grid.bits:g}")
+        writer.writerows([*model, batch, *cell] for cell in zip(grid.tokens, sizes, strict=True))
+    return file.getvalue()
+
+
+def heat_map(grid: Grid) -> Figure:
+    """Rows against tokens; each cell is labelled with its size, its colour is the logarithm of that."""
+    from matplotlib.colors import LogNorm  # only here: a table need not wait for matplotlib
+    from matplotlib.figure import Figure
+
+    sizes = grid.sizes_bytes()
+    # From one power of two to another, so that the scale has ticks even when all cells are alike
+    low = min(map(min, sizes)).bit_length() - 1
+    high = max((max(map(max, sizes)) - 1).bit_length(), low + 1)
+    norm = LogNorm(2.0**low, 2.0**high)
+    width_inches = max(5.5, 2.8 + 0.95 * len(grid.tokens) + 0.08 * max(map(len, grid.labels())))
+    figure = Figure(figsize=(width_inches, max(3.0, 1.5 + 0.45 * len(sizes))), layout="constrained")
+    figure.suptitle(textwrap.fill(grid.title, int(10 * width_inches)), fontsize=11)
+    axes = figure.subplots()
+    image = axes.imshow(
+        [list(map(float, row)) for row in sizes], norm=norm, aspect="auto", origin="upper" if grid.by_model else "lower"
+    )
+    for y, row in enumerate(sizes):
+        for x, size in enumerate(row):
+            color = "white" if norm(size) < 0.6 else "black"
+            axes.text(x, y, human(size), ha="center", va="center", fontsize=9, color=color)
+    axes.set_xticks(range(len(grid.tokens)), [in_k(tokens) for tokens in grid.tokens])
+    axes.set_yticks(range(len(sizes)), grid.labels())
+    axes.set_xlabel("tokens per sequence (k = 1024)")
+    axes.set_ylabel("model" if grid.by_model else "batch (sequences)")
+    ticks = [2**exponent for exponent in range(low, high + 1, math.ceil((high - low) / 8))]
+    bar = figure.colorbar(image, ax=axes)
+    bar.set_label("KV cache (log scale)", labelpad=10)
+    bar.set_ticks(ticks, labels=[human(tick) for tick in ticks])
+    bar.minorticks_off()
+    return figure
+
+
+def human(size_bytes: int) -> str:
+    """``16 GiB``, ``22.5 KiB``: three digits, in the largest unit it reaches."""
+    power = min((size_bytes.bit_length() - 1) // 10, 4)
+    value = size_bytes / 1024**power
+    digits = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{digits} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def in_k(tokens: int) -> str:
+    """``32k`` for 32768; a number that is no multiple of 1024 stays as it is."""
+    return str(tokens) if tokens % 1024 else f"{tokens // 1024}k"
+
+
+def counts(flag: str, text: str) -> list[int]:
+    """``4k,32k`` as [4096, 32768]: ascending, each once."""
+    matches = [re.fullmatch(r"([1-9][0-9]{0,8})(k?)", part.strip().lower()) for part in text.split(",")]
+    allowed = "must be whole numbers of at least 1 with commas between them, as 1,2,4 or 4k,32k,128k (k = 1024)"
+    require(None not in matches, flag, text, allowed)
+    return sorted({int(match[1]) * (1024 if match[2] else 1) for match in matches if match})
+
+
+def grid_of(args: argparse.Namespace) -> Grid:
+    """What the command line asks for; InputError for what cannot be."""
+    shape = [args.layers, args.kv_heads, args.head_dim]
+    if shape != [None] * 3:
+        allowed = "must be left out, or else --layers, --kv-heads and --head-dim"
+        require(args.model is None, "--model", args.model, allowed)
+        for flag, size in zip(("--layers", "--kv-heads", "--head-dim"), shape, strict=True):
+            allowed = "must be at least 1, as --layers, --kv-heads and --head-dim together describe a model"
+            require(size is not None and size > 0, flag, size, allowed)
+        models = [KVConfig(*shape)]
+    else:
+        models = [load(name.strip()) for name in (args.model or "llama2-7b").split(",")]
+    batches = counts("--batch", args.batch)
+    by_model = len(models) > 1
+    require(not by_model or len(batches) == 1, "--batch", args.batch, "must be one number for several models")
+    require(args.bits is None or 0 < args.bits <= 64, "--bits", args.bits, "must be above 0 and at most 64")
+    stored_as = f"at {args.bits:g} bits" if args.bits else f"in {args.dtype}"
+    return Grid(
+        title=f"KV cache {f'by model, batch {batches[0]},' if by_model else f'of {models[0].name}'} {stored_as}",
+        rows=[(model, batch) for model in models for batch in batches],
+        tokens=counts("--tokens", args.tokens),
+        bits=args.bits or DTYPE_BITS[args.dtype],
+        by_model=by_model,
+    )
+
+
+def write(path: Path, grid: Grid) -> None:
+    """The table or heat map that the ending of ``path`` names; the whole file or InputError."""
+    endings = (".svg", ".png", ".csv", ".md")
+    require(path.suffix in endings, "-o", path, f"must end in {', '.join(endings)}")
+    file = io.BytesIO()
+    if path.suffix in (".csv", ".md"):
+        file.write((csv_table(grid) if path.suffix == ".csv" else page(grid, table(grid))).encode())
+    else:
+        from matplotlib import rc_context
+
+        undated = {"Date": None} if path.suffix == ".svg" else {}
+        with rc_context({"svg.hashsalt": "kvbench"}):  # undated and with this, the same grid gives the same file
+            heat_map(grid).savefig(file, format=path.suffix[1:], dpi=150, metadata=undated)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(file.getvalue())
+    except OSError as error:
+        raise InputError("-o", path, f"cannot be written: {error}") from error
+
+
+EXAMPLES = """examples:
+  kvbench kv-size --tokens 32k                        LLaMA-2-7B, the formula with its numbers: 16 GiB
+  kvbench kv-size --model llama3-8b --batch 1,4,16    a table, batch x tokens
+  kvbench kv-size --model llama2-70b --bits 2 --batch 1,2,4,8 --tokens 4k,16k,64k -o kv.svg
+                                                      a heat map
+  kvbench kv-size --model llama2-7b,llama3-8b,./mine --dtype bfloat16 -o kv.md
+                                                      models x tokens; mine/ holds a config.json
+  kvbench kv-size --layers 32 --kv-heads 1 --head-dim 128
+                                                      any shape, here of multi-query attention"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, like every other problem; argparse would print the usage too and leave the process."""
+        raise argparse.ArgumentError(None, message)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status: 0, or 2 when something could not be used."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog="kvbench kv-size", description=__doc__, epilog=EXAMPLES, formatter_class=formatter)
+    add = parser.add_argument
+    add("--model", metavar="NAME|PATH,...", help="published shapes, config.json files or their folders (llama2-7b)")
+    add("--layers", type=int, metavar="N", help="instead of a model: its layers")
+    add("--kv-heads", type=int, metavar="N", help="KV heads of each layer")
+    add("--head-dim", type=int, metavar="N", help="numbers in one key")
+    stored = parser.add_mutually_exclusive_group()
+    stored.add_argument("--dtype", choices=DTYPE_BITS, default="float16", help="of a stored number (float16)")
+    stored.add_argument("--bits", type=float, metavar="B", help="of a stored number on average, scales included")
+    add("--batch", default="1", metavar="N,...", help="sequences at once (1)")
+    add("--tokens", default="4k,32k,128k", metavar="N,...", help="tokens per sequence, k = 1024 (4k,32k,128k)")
+    add("-o", "--output", type=Path, metavar="FILE", help="a heat map (.svg, .png) or a table (.csv, .md)")
+    try:
+        args = parser.parse_args(argv)
+        grid = grid_of(args)
+        if args.output:
+            write(args.output, grid)
+            print(f"wrote {args.output}")
+        else:
+            single = len(grid.rows) == len(grid.tokens) == 1
+            print(page(grid, calculation(grid) if single else table(grid)), end="")
+    except (InputError, argparse.ArgumentError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
