@@ -7,7 +7,7 @@ hands it a tokenizer and gets ids back, hands it a prediction and gets a number 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -49,12 +49,14 @@ class Source:
         location: folder, archive or repository id.
         revision: commit of a hub repository, else None.
         sha256: data set name -> sha256 of the bytes its rows were read from.
+        note: what a reader of the numbers must know about the data (a file that is cut), one sentence.
     """
 
     name: str
     location: str
     revision: str | None
     sha256: Mapping[str, str]
+    note: str = ""
 
 
 class Task(ABC):
@@ -96,3 +98,7 @@ class Task(ABC):
     def group(self, example: Example) -> str:
         """Name of the score that ``example`` counts towards: its data set, unless a task splits data sets further."""
         return example.dataset
+
+    def averages(self, groups: Sequence[str]) -> Mapping[str, Sequence[str]]:
+        """Averages to report beside the one over all ``groups``: name -> the groups it is over."""
+        return {}

@@ -16,7 +16,7 @@ from ..conf.errors import InputError, one_of, require
 from .base import Example, Source, Task
 from .longbench_data import DatasetFile, HubUnavailable, Store, open_data_dir, open_hub, open_mini
 from .longbench_metrics import check_code_sim, example_score
-from .longbench_spec import E_DATASETS, SPECS, bucket
+from .longbench_spec import E_DATASETS, ENGLISH_16, SPECS, bucket
 
 log = logging.getLogger(__name__)
 
@@ -154,6 +154,10 @@ class LongBench(Task):
     def group(self, example: Example) -> str:
         """The data set; for LongBench-E the data set and its length bucket, ``qasper/0-4k``."""
         return f"{example.dataset}/{example.meta['bucket']}" if self.e else example.dataset
+
+    def averages(self, groups: Sequence[str]) -> Mapping[str, Sequence[str]]:
+        """The average that papers report, over the 16 English and code sets, where there are others beside them."""
+        return {"mean of 16 en": ENGLISH_16} if set(ENGLISH_16) < set(groups) else {}
 
     def _shorten(self, example: Example, tokenizer: Any, max_length: int) -> str:
         ids = tokenizer(example.prompt, truncation=False, verbose=False).input_ids

@@ -870,3 +870,13 @@ def test_the_task_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
     assert time.perf_counter() - start < 5
+
+
+def test_the_average_that_papers_report_is_over_the_16_sets_without_chinese() -> None:
+    task = LongBench(datasets=["qasper"])
+    every = [spec.name for spec in SPECS.values()]
+    ((_, over),) = task.averages(every).items()
+    assert len(over) == 16
+    assert not [name for name in over if name.endswith("_zh") or name in ("dureader", "vcsum", "lsht")]
+    assert task.averages(over) == {}, "it is the mean already"
+    assert task.averages(every[:5]) == {}, "a part of the sets has no such average"

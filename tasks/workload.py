@@ -1,0 +1,84 @@
+"""The contract between a workload and ``runner=efficiency``: token ids in, a number of tokens to generate, no scores.
+
+What a speed or memory measurement needs of a task is lengths; the text matters only in so far as a method looks at it.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from .base import Source
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and the length of its answer.
+
+    Attributes:
+        id: unique among the requests of a run.
+        prompt: token ids, ``(prompt_tokens,)``, without padding.
+        new_tokens: tokens to generate, 1 or more; an end-of-sequence token does not stop the generation.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    new_tokens: int
+
+
+class Workload(ABC):
+    """Requests to measure: see the module docstring. Subclasses are dataclasses whose fields are the YAML keys."""
+
+    name: str
+    location_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that say where data is looked for, not what it is; they take no part in :meth:`identity`."""
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the requests beside the seed, the count and the tokenizer: the settings and the data's sha256.
+
+        Plain data. May fetch.
+        """
+        source = self.source()
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.init}  # type: ignore[arg-type]
+        return {
+            **{k: v for k, v in settings.items() if k not in self.location_fields},
+            "class": type(self).__name__,
+            "source": source.name,
+            "sha256": dict(source.sha256),
+        }
+
+    @abstractmethod
+    def source(self) -> Source:
+        """Where the requests come from. ``name`` goes into result folders and tables. Resolved once; may fetch."""
+
+    @abstractmethod
+    def requests(self, tokenizer: Any, vocab_size: int, seed: int, count: int) -> list[Request]:
+        """The requests, in a fixed order; the same arguments give the same requests on every machine.
+
+        Args:
+            tokenizer: a transformers tokenizer, or None for a model that has none (random weights).
+            vocab_size: random token ids are below it.
+            seed: of everything that is drawn.
+            count: requests wanted. A workload of one shape gives exactly ``count``, and the first of them do not depend
+                on ``count``; a workload that is a sample of a data set (``sharegpt``) has its own size, ``task.limit``,
+                and gives that many whatever ``count`` is: the runner cuts it into batches.
+
+        Raises:
+            InputError: real text is asked for and there is no tokenizer; the data is missing or too small.
+        """
+
+
+def random_tokens(length: int, vocab_size: int, seed: int, index: int) -> tuple[int, ...]:
+    """``length`` token ids of request ``index``, uniform in ``[0, vocab_size)``; no id is left out, special or not.
+
+    Seeding with a string and :meth:`random.Random.random` are what Python promises to keep between versions.
+    """
+    draw = random.Random(f"{seed}:{index}").random
+    return tuple(int(draw() * vocab_size) for _ in range(length))
+
+
+def is_whole(value: object, at_least: int) -> bool:
+    """Whether a YAML value is a whole number (true and false are not) of ``at_least`` or more."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
