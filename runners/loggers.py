@@ -1,0 +1,222 @@
+"""Where a finished run is mirrored to, beside its folder. The folder is the record; a mirror that fails costs nothing.
+
+A logger is called once for each finished run, after its ``record.json`` has been written.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..conf.errors import InputError, one_of, require
+
+MODES = ("auto", "online", "offline")
+INIT_TIMEOUT_S = 20.0
+"""Longest wait for the server before the run is kept offline; wandb's own is 90 s."""
+FINISH_TIMEOUT_S = 60.0
+"""Longest wait for the upload of one run; without one, wandb waits for ever."""
+
+NOT_RESULTS = ("schema", "identity", "config", "data", "sessions", "provenance")
+"""Parts of a record whose numbers are no results."""
+
+
+class Logger:
+    """The contract; on its own it does nothing."""
+
+    def log(self, record: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], folder: Path) -> None:
+        """Mirror one finished run; never raises on account of the mirror.
+
+        Args:
+            record: the content of its ``record.json``.
+            samples: the rows of its ``samples.jsonl``, or none.
+            folder: the run's folder, ``<results_dir>/<task>/<model>/<method>/<hash>``.
+        """
+
+
+class NoLogger(Logger):
+    """``logger=none``: the run's folder is all there is."""
+
+
+@dataclass
+class WandbLogger(Logger):
+    """Weights & Biases, as a mirror.
+
+    The run's id is the record's hash, so that logging a run again updates it. Its config is the record's identity and
+    configuration, its summary the numbers of the record (:func:`numbers`). No console output, source code, command line
+    or system metrics are sent. wandb's own files go to ``<results_dir>/.wandb``.
+
+    Attributes:
+        project: project on the server.
+        entity: user or team; None for the account's default.
+        mode: ``online``, ``offline`` (send later with ``wandb sync``) or ``auto``: what the variable WANDB_MODE says,
+            else online with an API key (WANDB_API_KEY or ``wandb login``) and offline without. A server that cannot be
+            reached or refuses the key makes the rest of the process offline.
+        group: name to group runs by; None for ``<task>/<model>``.
+        samples: also send the rows of ``samples.jsonl``, predictions included, as a table.
+
+    Raises:
+        InputError: a key that cannot be used, or the package is missing; known before the run begins.
+    """
+
+    project: str = "kvbench"
+    entity: str | None = None
+    mode: str = "auto"
+    group: str | None = None
+    samples: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.mode in MODES, "logger.mode", self.mode, one_of(self.mode, MODES))
+        require(bool(self.project), "logger.project", self.project, "must name a project")
+        require(isinstance(self.samples, bool), "logger.samples", self.samples, "must be true or false")
+        try:
+            from wandb import init  # noqa: F401  (a folder `wandb` in the current directory can be imported as well)
+        except Exception as error:
+            allowed = f"the package wandb cannot be used ({_in_short(error)}): pip install 'kvbench[wandb]'"
+            raise InputError("logger", "wandb", allowed) from error
+        self._offline_because = ""
+        self._said_where = False
+
+    def log(self, record: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], folder: Path) -> None:
+        """See :meth:`Logger.log`. A failure is one line on stderr; so is, once, where offline runs lie."""
+        try:
+            below_results = Path(record["task"], record["model"], record["method"], record["hash"])
+            home = folder.resolve().parents[len(below_results.parts) - 1] / ".wandb"
+            home.mkdir(parents=True, exist_ok=True)
+            # wandb takes these from the environment only; without them it writes to the user's home as well.
+            with _environment(
+                WANDB_SILENT="true", WANDB_CACHE_DIR=str(home / "cache"), WANDB_DATA_DIR=str(home / "data")
+            ):
+                self._mirror(record, samples, home)
+        except Exception as error:  # whatever it is, the run is done and its folder is written
+            _say(f"run {record.get('hash')} is not mirrored: {_in_short(error)}; its record is in {folder}")
+
+    def _mirror(self, record: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], home: Path) -> None:
+        import wandb
+
+        if self._mode() == "disabled":
+            return
+        with self._start(record, home) as run:
+            run.summary.update(numbers(record))
+            if self.samples and samples:
+                columns: list[Any] = list(dict.fromkeys(key for row in samples for key in row))
+                table = wandb.Table(
+                    columns=columns,
+                    data=[[row.get(column) for column in columns] for row in samples],
+                    allow_mixed_types=True,
+                )
+                run.log({"samples": table})
+        if self._offline_because and not self._said_where:
+            place = home / "wandb" / "offline-run-*"
+            _say(f"{self._offline_because}; runs are kept offline, send them with: wandb sync {place}")
+            self._said_where = True
+
+    def _start(self, record: Mapping[str, Any], home: Path) -> Any:
+        """A run on the server or, if that fails, one on disk."""
+        import wandb
+
+        if not self._offline_because:
+            if self._mode() == "offline":
+                self._offline_because = "mode is offline"
+            else:
+                try:
+                    if _has_key():
+                        return self._init("online", record, home)
+                    self._offline_because = "no API key"
+                except Exception as error:  # of wandb, of the network underneath it, of the key's form
+                    self._offline_because = _in_short(error)
+                    # wandb's background process still holds the run's id, and would refuse it a second time.
+                    wandb.teardown()
+        return self._init("offline", record, home)
+
+    def _init(self, mode: Literal["online", "offline"], record: Mapping[str, Any], home: Path) -> Any:
+        import wandb
+
+        settings: dict[str, Any] = {
+            "init_timeout": INIT_TIMEOUT_S,
+            "finish_timeout": FINISH_TIMEOUT_S,
+            "finish_timeout_raises": True,
+            "silent": True,
+            "console": "off",
+            "disable_git": True,
+            "disable_code": True,
+            "x_disable_meta": True,
+            "x_disable_stats": True,
+        }
+        about = {key: record[key] for key in ("kind", "status", "task", "model", "method", "budget") if key in record}
+        return wandb.init(
+            project=self.project,
+            entity=self.entity,
+            id=record["hash"],
+            name=f"{record.get('method_label', record['method'])} {record['hash']}",
+            group=self.group or f"{record['task']}/{record['model']}",
+            job_type=record.get("kind"),
+            config={**about, "identity": record["identity"], "config": record["config"]},
+            allow_val_change=True,
+            resume="allow",
+            reinit="create_new",
+            mode=mode,
+            dir=str(home),
+            # Versions of wandb differ in what they know, and refuse what they do not.
+            settings=wandb.Settings(**{k: v for k, v in settings.items() if k in wandb.Settings.model_fields}),
+        )
+
+    def _mode(self) -> str:
+        asked = os.environ.get("WANDB_MODE") if self.mode == "auto" else self.mode
+        return "offline" if asked == "dryrun" else asked or "online"
+
+
+def numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    """Results of a record as flat numbers: ``scores/qasper/mean``, ``bytes/kv_ratio``, ``metrics/ttft_ms``.
+
+    Of a repeated measurement (a mapping with a ``median``) the median alone; no lists, and nothing that is not finite.
+    """
+
+    def walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, float]]:
+        if isinstance(value, Mapping):
+            if "median" in value:
+                yield from walk(value["median"], path)
+                return
+            for key, part in value.items():
+                yield from walk(part, (*path, str(key)))
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            yield "/".join(path), value
+
+    return dict(walk({key: value for key, value in record.items() if key not in NOT_RESULTS}, ()))
+
+
+def _has_key() -> bool:
+    """Whether wandb finds a key where it looks for one; it does not ask for one, nor the server about it."""
+    import wandb
+
+    try:
+        from wandb.sdk.lib.wbauth import authenticate_session
+    except ImportError:  # another version of wandb
+        return bool(os.environ.get("WANDB_API_KEY"))
+    host = wandb.setup().settings.base_url
+    return authenticate_session(host=host, source="kvbench", prompt=False, update_session=False) is not None
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Set the variables that the user has not set, for a while."""
+    ours = {key: value for key, value in values.items() if key not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for key in ours:
+            os.environ.pop(key, None)
+
+
+def _in_short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no detail')}"
+
+
+def _say(line: str) -> None:
+    print(f"wandb: {line}", file=sys.stderr, flush=True)
