@@ -22,6 +22,9 @@ class InputError(ValueError):
         self.key, self.value, self.allowed = key, value, allowed
         super().__init__(" ".join(f"{key}={value}: {allowed}".split()))
 
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:  # it crosses from a measuring process to its parent
+        return type(self), (self.key, str(self.value), self.allowed)
+
 
 def one_of(value: str, options: Iterable[str], what: str = "one of") -> str:
     """``"must be one of a, b, c; did you mean b?"`` for an unknown name, nearest names first."""

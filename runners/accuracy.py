@@ -13,12 +13,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from ..analysis.stats import macro_mean, paired_difference
@@ -28,58 +26,11 @@ from ..methods.fan_out import FanOutCache
 from ..models.base import LoadedModel, ModelSource
 from ..tasks.base import Example, Task
 from . import provenance
-from .engine import Sampling, generate
+from .engine import Sampling, generate, left_padded
+from .measure import is_out_of_memory
 from .record import RunFolder
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The keys at the top of the configuration.
-
-    Attributes:
-        seed: of sampling and of everything a run draws.
-        batch_size: prompts per forward.
-        device: ``auto`` (CUDA when there is one), ``cpu``, ``cuda``, ``cuda:1`` ...
-        dtype: ``auto`` (float32 on the CPU, bfloat16 on CUDA), ``float32``, ``bfloat16`` or ``float16``.
-        results_dir: where run folders go.
-        config: the resolved configuration, as it is recorded.
-    """
-
-    seed: int = 0
-    batch_size: int = 1
-    device: str = "auto"
-    dtype: str = "auto"
-    results_dir: str = "results"
-    config: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        require(isinstance(self.seed, int) and self.seed >= 0, "seed", self.seed, "must be a whole number >= 0")
-        require(
-            isinstance(self.batch_size, int) and self.batch_size >= 1, "batch_size", self.batch_size, "must be >= 1"
-        )
-        dtypes = ("auto", "float32", "bfloat16", "float16")
-        require(self.dtype in dtypes, "dtype", self.dtype, f"must be one of {', '.join(dtypes)}")
-        require(isinstance(self.device, str), "device", self.device, "must be auto, cpu, cuda or cuda:<number>")
-        known = self.device in ("auto", "cpu", "cuda") or self.device.startswith("cuda:")
-        require(known, "device", self.device, "must be auto, cpu, cuda or cuda:<number>")
-        if self.device.startswith("cuda"):
-            number = self.device.partition(":")[2] or "0"
-            there = number.isdigit() and int(number) < torch.cuda.device_count()
-            require(
-                there, "device", self.device, f"{torch.cuda.device_count()} CUDA devices are visible; use device=cpu"
-            )
-
-    @property
-    def torch_device(self) -> str:
-        """The device with ``auto`` resolved."""
-        return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype with ``auto`` resolved."""
-        if self.dtype == "auto":
-            return torch.bfloat16 if self.torch_device.startswith("cuda") else torch.float32
-        return getattr(torch, self.dtype)
+from .runs import BASELINE, open_run, record_head
+from .settings import Settings
 
 
 @dataclass(eq=False)  # a run is itself; comparing two would compare all their rows
@@ -153,6 +104,8 @@ class AccuracyRunner:
         Returns:
             The runs, in the order of ``methods``, all complete.
         """
+        if not isinstance(task, Task):
+            raise InputError("task", task.name, "is timed, not scored: use runner=efficiency, or task=longbench")
         if source.random_weights:
             raise InputError(
                 "model",
@@ -186,23 +139,14 @@ class AccuracyRunner:
                     if problem is not None and not complete:
                         circumstances |= {"problem": problem, "examples_done": len(run.rows)}
                     self._finish(run, runs, examples, task, settings, circumstances)
-            self._pair(runs, examples, task)
+        self._pair(runs, examples, task)  # with no lock held but the one of the record that is being amended
         return runs
 
     def _open(self, method: Method, source: ModelSource, task: Task, settings: Settings) -> MethodRun:
-        identity = {
-            "kind": "accuracy",
-            "method": method.identity(),
-            "model": source.identity(),
-            "task": task.identity(),
-            "device": settings.torch_device.split(":")[0],
-            "dtype": str(settings.torch_dtype).removeprefix("torch."),
-            "seed": settings.seed,
-            "sampling": {"temperature": self.temperature, "top_p": self.top_p},
-        }
+        further: dict[str, Any] = {"sampling": {"temperature": self.temperature, "top_p": self.top_p}}
         if settings.batch_size > 1:  # prompts padded to a common length take more bytes; one at a time is the norm
-            identity["batch_size"] = settings.batch_size
-        folder = RunFolder(Path(settings.results_dir), task.source().name, source.name, method.name, identity)
+            further["batch_size"] = settings.batch_size
+        folder = open_run("accuracy", method, source, task.source(), task.identity(), settings, **further)
         return MethodRun(method, folder, {})
 
     def _complete(
@@ -291,7 +235,7 @@ class AccuracyRunner:
                         "score": task.score(example, row["prediction"]),
                         "prompt_tokens": len(ids),
                         "kv_bytes_formula": run.method.bytes_formula(shape, len(ids)),
-                        "kv_bytes_full": Method("full").bytes_formula(shape, len(ids)),
+                        "kv_bytes_full": BASELINE.bytes_formula(shape, len(ids)),
                         **{k: example.meta[k] for k in ("length", "row") if k in example.meta},
                     }
                     run.folder.append(line)
@@ -347,32 +291,13 @@ class AccuracyRunner:
         circumstances: dict[str, Any],
     ) -> None:
         """Write ``record.json``."""
-        data = task.source()
-        record = {
-            "status": "oom" if "problem" in circumstances else "done",
-            "kind": "accuracy",
-            "execution": "real",
-            "hash": run.folder.hash,
-            "identity": run.folder.identity,
-            # The command's configuration names one method; this record's own is the one in its identity.
-            "config": {**settings.config, "method": run.folder.identity["method"]},
-            "task": data.name,
-            "model": run.folder.identity["model"]["name"],
-            "method": run.method.name,
-            "method_label": run.method.label,
-            "budget": run.method.effective_budget,
-            "data": {
-                "name": data.name,
-                "revision": data.revision,
-                "sha256": dict(data.sha256),
-                "examples": dict(Counter(e.dataset for e in examples)),
-            },
-            "batch_size": settings.batch_size,
-            "rode_with": [r.method.label for r in runs if r is not run],
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "sessions": run.folder.sessions(),
-            **circumstances,
-        }
+        record = record_head(
+            "oom" if "problem" in circumstances else "done", run.folder, run.method, task.source(), settings
+        )
+        record["data"]["examples"] = dict(Counter(e.dataset for e in examples))
+        record["rode_with"] = [r.method.label for r in runs if r is not run]
+        record["sessions"] = run.folder.sessions()
+        record |= circumstances
         if record["status"] == "done":
             record |= self._results(run, examples, task)
         run.folder.finish(record)
@@ -381,9 +306,14 @@ class AccuracyRunner:
         """Scores, intervals and bytes of a complete run."""
         rows = [run.rows[(e.dataset, e.id)] for e in examples]
         scores = run.scores(task, examples)
+        by_group = {group: list(by_id.values()) for group, by_id in scores.items()}
         return {
-            "scores": {group: asdict(macro_mean({group: list(by_id.values())})) for group, by_id in scores.items()},
-            "average": asdict(macro_mean({group: list(by_id.values()) for group, by_id in scores.items()})),
+            "scores": {group: asdict(macro_mean({group: values})) for group, values in by_group.items()},
+            "average": asdict(macro_mean(by_group)),
+            "averages": {
+                name: asdict(macro_mean({group: by_group[group] for group in over}))
+                for name, over in task.averages(list(by_group)).items()
+            },
             "bytes": {
                 "kv_bytes_stored": fmean(r["kv_bytes_stored"] for r in rows),
                 "kv_bytes_stored_end": fmean(r["kv_bytes_stored_end"] for r in rows),
@@ -397,16 +327,18 @@ class AccuracyRunner:
 
     def _pair(self, runs: list[MethodRun], examples: list[Example], task: Task) -> None:
         """Add the paired difference to every record that lacks it, also where the baseline came later."""
-        plain = Method("full").identity()
-        baseline = next((r for r in runs if r.method.identity() == plain), None)
+        baseline = next((r for r in runs if r.method.identity() == BASELINE.identity()), None)
         if baseline is None or not baseline.folder.done:
             return
         for run in runs:
-            if run is baseline or not run.folder.done or "paired" in (record := run.folder.record()):
+            if run is baseline or not run.folder.done or "paired" in run.folder.record():
                 continue
             difference = paired_difference(run.scores(task, examples), baseline.scores(task, examples))
-            paired = {"with": baseline.method.label, "hash": baseline.folder.hash, "difference": asdict(difference)}
-            run.folder.finish({**record, "paired": paired})
+            with run.folder:
+                run.folder.amend(
+                    "paired",
+                    {"with": baseline.method.label, "hash": baseline.folder.hash, "difference": asdict(difference)},
+                )
 
 
 def shared_prompts(runs: Sequence[MethodRun]) -> Iterator[list[MethodRun]]:
@@ -417,23 +349,6 @@ def shared_prompts(runs: Sequence[MethodRun]) -> Iterator[list[MethodRun]]:
     for run in runs:
         if not run.method.shares_prompt:
             yield [run]
-
-
-def left_padded(
-    prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(ids [B, T], mask [B, T]); the mask is None when all prompts are equally long."""
-    longest = max(len(p) for p in prompts)
-    ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    if all(len(p) == longest for p in prompts):
-        return ids, None
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    return ids, mask
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA has a class for it; the CPU's allocator says so in words."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def row_seed(seed: int, example: Example) -> int:

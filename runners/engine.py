@@ -97,6 +97,18 @@ def _forward_all(model: PreTrainedModel, cache: KVCache, ids: torch.Tensor, mask
     return out.logits[:, -1]
 
 
+def left_padded(
+    prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(ids [B, T], mask [B, T]); the mask is None when all prompts are equally long."""
+    longest = max(len(p) for p in prompts)
+    ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    if all(len(p) == longest for p in prompts):
+        return ids, None
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return ids, mask
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn.

@@ -19,12 +19,10 @@ from typing import Any
 
 import filelock
 
+from ..analysis.load import RECORD, SAMPLES, SCHEMA, read_record
 from ..conf.errors import InputError
 
-SCHEMA = 1
-"""Version of both files; readers refuse one they do not know."""
-
-SAMPLES, SESSIONS, RECORD = "samples.jsonl", "sessions.jsonl", "record.json"
+SESSIONS = "sessions.jsonl"
 
 
 def identity_hash(identity: Mapping[str, Any]) -> str:
@@ -134,6 +132,7 @@ class RunFolder:
         """Write ``record.json``, whole or not at all."""
         target, partial = self.path / RECORD, self.path / (RECORD + ".partial")
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             with partial.open("w", encoding="utf-8") as file:
                 json.dump({"schema": SCHEMA, **record}, file, indent=1, ensure_ascii=False, allow_nan=False)
                 file.write("\n")
@@ -145,20 +144,10 @@ class RunFolder:
             raise _disk_error(error, self.path) from error
         return target
 
-
-def read_record(path: Path) -> dict[str, Any]:
-    """A ``record.json``.
-
-    Raises:
-        InputError: it is not JSON, or of another schema.
-    """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
-        raise InputError("results_dir", path, "is not JSON; delete the folder to run it again") from None
-    if record.get("schema") != SCHEMA:
-        raise InputError("results_dir", path, f"has schema {record.get('schema')}; this version reads {SCHEMA}")
-    return record
+    def amend(self, key: str, value: Mapping[str, Any]) -> None:
+        """Add ``key`` to the finished record; call with the lock held."""
+        record = self.record()
+        self.finish({**{k: v for k, v in record.items() if k != "schema"}, key: value})
 
 
 def _disk_error(error: OSError, path: Path) -> Exception:

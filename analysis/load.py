@@ -1,0 +1,200 @@
+"""Finished runs read back from a results folder: their records, and which of them may stand in one table.
+
+    runs, problems = load(Path("results/reference"))
+    for group in comparable(runs): ...
+
+The format of ``record.json`` is fixed here, by its reader; ``kvbench.runners.record`` writes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ..conf.errors import InputError
+
+SCHEMA = 1
+"""Version of record.json and samples.jsonl; a record of another version is reported, not guessed at."""
+
+RECORD, SAMPLES = "record.json", "samples.jsonl"
+HEADLINES = ("score", "kv_bytes_stored", "kv_ratio", "ttft_ms", "tpot_ms", "decode_tokens_per_s", "peak_decode_bytes")
+"""Columns that :func:`frame` has whatever kinds of runs there are."""
+
+FIELDS = ("status", "kind", "hash", "identity", "task", "model", "method", "method_label", "budget", "data")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run.
+
+    Attributes:
+        path: its folder.
+        record: ``record.json`` as it is.
+        label: name for tables; see :func:`load`.
+    """
+
+    path: Path
+    record: Mapping[str, Any]
+    label: str
+
+    @property
+    def is_full_cache(self) -> bool:
+        """Everything kept, uncompressed: the baseline (``full`` on another storage is not)."""
+        method = self.record["identity"]["method"]
+        return method.get("selection") == {"class": "Selection"} and method.get("storage") == {"class": "Dense"}
+
+    @property
+    def done(self) -> bool:
+        """False for a run that was out of memory: it has no numbers."""
+        return self.record["status"] == "done"
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Rows of ``samples.jsonl``, one per example."""
+        return [json.loads(line) for line in (self.path / SAMPLES).read_text(encoding="utf-8").splitlines()]
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """One ``record.json``.
+
+    Raises:
+        InputError: it is not JSON, or of another schema, or lacks a field that every record has.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise InputError("results_dir", path, "is not JSON; delete the folder to run it again") from None
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        found = record.get("schema") if isinstance(record, dict) else None
+        raise InputError("results_dir", path, f"has schema {found}; this version reads {SCHEMA}")
+    missing = [field for field in FIELDS if field not in record]
+    if missing:
+        raise InputError("results_dir", path, f"lacks {', '.join(missing)}; delete the folder to run it again")
+    return record
+
+
+def load(folder: Path) -> tuple[list[Run], list[str]]:
+    """Every finished run under ``folder``, by method and budget, and a line for each record that cannot be read.
+
+    Runs of one table whose labels would be the same (``snapkv 512`` with two windows) are told apart by the settings
+    in which they differ.
+
+    Raises:
+        InputError: no record there at all.
+    """
+    paths = sorted(folder.rglob(RECORD))
+    if not paths:
+        raise InputError(
+            "RESULTS", folder, f"holds no finished run ({RECORD}); `kvbench run results_dir={folder}` makes some"
+        )
+    runs, problems = [], []
+    for path in paths:
+        try:
+            record = read_record(path)
+        except InputError as error:
+            problems.append(f"skipped: {error}")
+        else:
+            runs.append(Run(path.parent, record, record["method_label"]))
+    return _sorted(runs), problems
+
+
+def read_runs(folders: Iterable[Path]) -> list[Run]:
+    """The runs in these folders, in the order and with the labels of :func:`load`.
+
+    Raises:
+        InputError: one of them has no record that can be read.
+    """
+    records = [(folder, read_record(folder / RECORD)) for folder in folders]
+    return _sorted([Run(folder, record, record["method_label"]) for folder, record in records])
+
+
+def _sorted(runs: list[Run]) -> list[Run]:
+    return [run for group in comparable(sorted(runs, key=_order)) for run in _distinct(group)]
+
+
+def _order(run: Run) -> tuple[Any, ...]:
+    """The baseline first, then by budget, then by method: rows of one budget stand together."""
+    budget = run.record["budget"]
+    return (not run.is_full_cache, budget is not None, budget or 0, run.record["method"], run.label, run.record["hash"])
+
+
+def comparable(runs: Iterable[Run]) -> list[list[Run]]:
+    """Runs that differ in their method alone, group by group: what may stand in one table."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(settings_key(run.record), []).append(run)
+    return [groups[key] for key in sorted(groups)]
+
+
+def settings_key(record: Mapping[str, Any]) -> str:
+    """Everything that decides a run's numbers but its method, as one text; kind and task come first."""
+    rest = {k: v for k, v in record["identity"].items() if k != "method"}
+    return "\x00".join([record["kind"], record["task"], record["model"], json.dumps(rest, sort_keys=True)])
+
+
+def _distinct(group: Sequence[Run]) -> list[Run]:
+    """Labels made unique by the settings that differ."""
+    out = []
+    for run in group:
+        same = [other for other in group if other.label == run.label]
+        if len(same) == 1:
+            out.append(run)
+            continue
+        flat = {other.record["hash"]: _flat(other.record["identity"]["method"]) for other in same}
+        mine = flat[run.record["hash"]]
+        keys = sorted({k for f in flat.values() for k in f if len({str(g.get(k)) for g in flat.values()}) > 1})
+        told = ", ".join(f"{k.rpartition('.')[2]}={mine[k]}" for k in keys if k in mine)
+        out.append(Run(run.path, run.record, f"{run.label} ({told or run.record['hash']})"))
+    return out
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in nested.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return out
+
+
+def setting(record: Mapping[str, Any]) -> str:
+    """The settings of a group in words: dtype, device, batch size and the like."""
+    identity = record["identity"]
+    words = [identity["dtype"], f"on {identity['device']}"]
+    hardware = identity.get("hardware")
+    if hardware:
+        words.append(f"({hardware['gpu'] or hardware['cpu']}, {hardware['torch_threads']} threads)")
+    words.append(f"batch {identity.get('batch_size', 1)}")
+    limit = identity["task"].get("limit")
+    if limit is not None:
+        words.append(f"first {limit} of each set" if record["kind"] == "accuracy" else f"{limit} requests")
+    if identity["seed"]:
+        words.append(f"seed {identity['seed']}")
+    return ", ".join(words).replace(", (", " (").replace(f"{identity['dtype']}, on", f"{identity['dtype']} on")
+
+
+def frame(runs: Sequence[Run]) -> pd.DataFrame:
+    """Runs as a table for one's own analysis: a row a run, with what identifies it and its headline numbers.
+
+    Columns that a kind of run has no number for are NaN there: ``score`` for an efficiency run, ``tpot_ms`` for an
+    accuracy run.
+    """
+    rows = []
+    for run in runs:
+        record = run.record
+        row: dict[str, Any] = {key: record[key] for key in ("kind", "status", "task", "model", "method", "budget")}
+        row |= {"label": run.label, "dtype": record["identity"]["dtype"], "device": record["identity"]["device"]}
+        row |= record.get("bytes", {})
+        if "average" in record:
+            row |= {"score": record["average"]["mean"], "score_low": record["average"]["low"]}
+            row["score_high"] = record["average"]["high"]
+        row |= {name: spread["median"] for name, spread in record.get("metrics", {}).items()}
+        for phase in ("peak_prefill", "peak_decode"):
+            if record.get("memory", {}).get(phase):
+                row[f"{phase}_bytes"] = record["memory"][phase]["allocated"]
+        row |= {"hash": record["hash"], "path": str(run.path)}
+        rows.append(row)
+    made = pd.DataFrame(rows)
+    return made.reindex(columns=[*made.columns, *(c for c in HEADLINES if c not in made.columns)])

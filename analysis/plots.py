@@ -1,0 +1,391 @@
+"""Figures of finished runs, from their records alone: SVG, PNG, and the points behind each as CSV.
+
+    kvbench plot results/reference -o figures
+
+makes, for every group of comparable runs,
+
+* ``pareto-bytes-...``: score against the bytes of KV cache that a sequence takes, with 95 % intervals;
+* ``pareto-speed-...``: score against decode throughput, where the same methods were timed on the same model and dtype;
+* ``length-...``: time per token against prompt length, where one workload was measured at several lengths.
+
+A method has the same colour and marker in every figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import Bbox
+
+from ..conf.errors import InputError
+from .load import Run, comparable, load, setting
+from .pareto import frontier
+from .tables import MIB
+
+PALETTE = (
+    *("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#393b79"),
+    *("#843c39", "#637939", "#7b4173", "#e7969c", "#3182bd"),
+)
+MARKERS = "os^vDP*X<>hpd8H"
+
+# A look of their own for the families that are compared most; any other method gets one from its name.
+KNOWN = (
+    *("snapkv", "streaming_llm", "h2o", "tova", "pyramidkv", "ada_kv", "pyramid_infer", "kivi", "minicache"),
+    *("cla", "yoco", "lckv", "no_cache"),
+)
+
+
+@dataclass(frozen=True)
+class Look:
+    """Colour and marker of a method."""
+
+    color: str
+    marker: str
+
+
+def look(method: str) -> Look:
+    """The same for a method in every figure, whatever else is in it; the full cache is black."""
+    if method == "full":
+        return Look("#000000", "*")
+    if method in KNOWN:
+        number = KNOWN.index(method)
+    else:
+        number = int(hashlib.sha256(method.encode()).hexdigest(), 16) % len(PALETTE)
+    return Look(PALETTE[number], MARKERS[number])
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run in a figure.
+
+    Attributes:
+        family: points of one family are joined by a line: a method and its settings, whatever its budget.
+        mark: what stands beside the point: the budget.
+        x, y: where it stands; low and high: 95 % interval of y, or spread, or None.
+        runs: the folders that its numbers come from.
+    """
+
+    family: str
+    method: str
+    mark: str
+    x: float
+    y: float
+    low: float | None
+    high: float | None
+    runs: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure before it is drawn."""
+
+    name: str
+    title: str
+    x_label: str
+    y_label: str
+    points: list[Point]
+    draw: Callable[[Axes, Plot], None]
+
+
+# which figures there are ---------------------------------------------------------------------------------------------
+
+
+def plots(runs: Sequence[Run]) -> Iterator[Plot]:
+    """Every figure that these runs can fill."""
+    groups = comparable([run for run in runs if run.done])
+    scored = [g for g in groups if g[0].record["kind"] == "accuracy" and len(g) > 1]
+    timed = [g for g in groups if g[0].record["kind"] == "efficiency"]
+    for group in scored:
+        yield pareto_bytes(group)
+    for group in scored:
+        for speeds in timed:
+            plot = pareto_speed(group, speeds)
+            if plot is not None:
+                yield plot
+    yield from lengths(timed)
+
+
+def pareto_bytes(group: Sequence[Run]) -> Plot:
+    """Score against stored bytes of KV cache per sequence."""
+    points = []
+    for run in group:
+        average = run.record["average"]
+        stored = run.record["bytes"]["kv_bytes_stored"] / MIB
+        points.append(_point(run, stored, average["mean"], average["low"], average["high"], (run.path,)))
+    first = group[0].record
+    return Plot(
+        _name("pareto-bytes", group),
+        f"{_data_title(first)}, {first['model']}\n{setting(first)}",
+        "KV cache stored after the prompt, MiB per sequence (log)",
+        "mean score over the data sets",
+        [p for p in points if p.x > 0],  # no cache at all has no place on a logarithmic axis
+        _draw_pareto(left_is_better=True, log=True),
+    )
+
+
+def pareto_speed(group: Sequence[Run], speeds: Sequence[Run]) -> Plot | None:
+    """Score against decode throughput, of the methods that both groups have; None where they have fewer than two."""
+    first, timed = group[0].record, speeds[0].record
+    for key in ("model", "dtype", "device"):
+        if first["identity"][key] != timed["identity"][key]:
+            return None
+    by_method = {json.dumps(run.record["identity"]["method"], sort_keys=True): run for run in speeds}
+    points = []
+    for run in group:
+        match = by_method.get(json.dumps(run.record["identity"]["method"], sort_keys=True))
+        if match is not None:
+            average = run.record["average"]
+            x = match.record["metrics"]["decode_tokens_per_s"]["median"]
+            points.append(_point(run, x, average["mean"], average["low"], average["high"], (run.path, match.path)))
+    if len(points) < 2:
+        return None
+    return Plot(
+        _name(f"pareto-speed-{timed['task']}-batch{timed['identity']['batch_size']}", group),
+        f"{_data_title(first)}, {first['model']}\nspeed: {timed['task']}, {setting(timed)}",
+        "decode throughput, tokens/s (median)",
+        "mean score over the data sets",
+        points,
+        _draw_pareto(left_is_better=False, log=False),
+    )
+
+
+def lengths(timed: Sequence[Sequence[Run]]) -> Iterator[Plot]:
+    """Time per token against prompt length: workloads of one shape that differ in their prompt's length alone."""
+    families: dict[str, list[Run]] = {}
+    for group in timed:
+        identity = group[0].record["identity"]
+        if "prompt_tokens" in identity["task"]:
+            task = {k: v for k, v in identity["task"].items() if k not in ("prompt_tokens", "source")}
+            rest = {k: v for k, v in identity.items() if k not in ("method", "task")}
+            families.setdefault(json.dumps([task, rest], sort_keys=True), []).extend(group)
+    for family in families.values():
+        points = []
+        for run in family:
+            tpot = run.record["metrics"]["tpot_ms"]
+            x = run.record["identity"]["task"]["prompt_tokens"]
+            points.append(
+                Point(run.label, run.record["method"], "", x, tpot["median"], tpot["min"], tpot["max"], (run.path,))
+            )
+        if len({p.x for p in points}) < 2:
+            continue
+        first = family[0].record
+        yield Plot(
+            _name("length", family),
+            f"Time per output token, {first['model']}\n{setting(first)}",
+            "prompt length, tokens",
+            "TPOT, ms (median; bars: min to max)",
+            points,
+            _draw_lengths,
+        )
+
+
+def _point(run: Run, x: float, y: float, low: float | None, high: float | None, runs: tuple[Path, ...]) -> Point:
+    budget = run.record["budget"]
+    family = run.label if budget is None else run.label.replace(f" {budget}", "", 1)
+    return Point(family, run.record["method"], "" if budget is None else str(budget), x, y, low, high, runs)
+
+
+def _data_title(record: Mapping[str, Any]) -> str:
+    if "-mini" in record["task"]:
+        return f"{record['task']} (bundled set, not LongBench)"
+    return f"{record['task']} (part of the rows)" if "-subset" in record["task"] else str(record["task"])
+
+
+def _name(kind: str, group: Sequence[Run]) -> str:
+    """File name: what is shown, and a hash of the settings, so that two groups of one task do not overwrite."""
+    record = group[0].record
+    rest = {k: v for k, v in record["identity"].items() if k not in ("method", "task" if kind == "length" else "")}
+    number = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:6]
+    parts = [kind] + ([] if kind == "length" else [record["task"]]) + [record["model"], number]
+    return re.sub(r"[^A-Za-z0-9.+-]+", "-", "-".join(parts))
+
+
+# drawing ------------------------------------------------------------------------------------------------------------
+
+
+def _draw_pareto(left_is_better: bool, log: bool) -> Callable[[Axes, Plot], None]:
+    def draw(ax: Axes, plot: Plot) -> None:
+        for family, method, points in _families(plot.points):
+            style = look(method)
+            alone = method == "full"
+            ax.errorbar(
+                [p.x for p in points],
+                [p.y for p in points],
+                yerr=_bars(points),
+                color=style.color,
+                marker=style.marker,
+                markersize=10 if alone else 6,
+                linestyle="none" if len(points) == 1 else "-",
+                linewidth=1.4,
+                elinewidth=0.8,
+                capsize=2,
+                label=family,
+                zorder=4 if alone else 3,
+            )
+            if alone:
+                ax.axhline(points[0].y, color=style.color, linewidth=0.7, linestyle=":", zorder=1)
+        costs = [p.x if left_is_better else -p.x for p in plot.points]
+        best = [plot.points[i] for i in frontier(costs, [p.y for p in plot.points])]
+        where = "post" if left_is_better else "pre"
+        best.sort(key=lambda p: p.x)
+        ax.step(
+            [p.x for p in best],
+            [p.y for p in best],
+            where=where,  # type: ignore[arg-type]
+            color="#bbbbbb",
+            linewidth=5,
+            alpha=0.5,
+            zorder=0,
+            label="Pareto frontier",
+        )
+        if log:
+            ax.set_xscale("log", base=2)
+            ax.xaxis.set_major_locator(LogLocator(base=2, numticks=12))
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            ax.xaxis.set_minor_formatter(NullFormatter())
+
+    return draw
+
+
+def _draw_lengths(ax: Axes, plot: Plot) -> None:
+    for family, method, points in _families(plot.points):
+        style = look(method)
+        ax.errorbar(
+            [p.x for p in points],
+            [p.y for p in points],
+            yerr=_bars(points),
+            color=style.color,
+            marker=style.marker,
+            linewidth=1.4,
+            elinewidth=0.8,
+            capsize=2,
+            label=family,
+        )
+    ax.set_ylim(bottom=0)
+    ax.set_xlim(left=0)
+
+
+def _families(points: Sequence[Point]) -> Iterator[tuple[str, str, list[Point]]]:
+    """(family, method, its points by x)."""
+    for family in dict.fromkeys(p.family for p in points):
+        mine = sorted((p for p in points if p.family == family), key=lambda p: p.x)
+        yield family, mine[0].method, mine
+
+
+def _bars(points: Sequence[Point]) -> list[list[float]]:
+    """[[below ...], [above ...]]; 0 where there is no interval."""
+    return [
+        [0.0 if p.low is None else max(0.0, p.y - p.low) for p in points],
+        [0.0 if p.high is None else max(0.0, p.high - p.y) for p in points],
+    ]
+
+
+def _mark(figure: Figure, ax: Axes, points: Sequence[Point]) -> None:
+    """Write each point's budget beside it, at the first of a few places where it covers no other text or point."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    taken: list[Bbox] = []
+    spots = ax.transData.transform([(p.x, p.y) for p in points])
+    for p in points:
+        if not p.mark:
+            continue
+        for dx, dy in ((6, -12), (6, 6), (-6, 6), (-6, -12), (6, 16), (6, -22), (-6, 16), (-6, -22)):
+            text: Annotation = ax.annotate(
+                p.mark,
+                (p.x, p.y),
+                xytext=(dx, dy),
+                textcoords="offset points",
+                ha="left" if dx > 0 else "right",
+                fontsize=7.5,
+                color=look(p.method).color,
+            )
+            box = text.get_window_extent(renderer).padded(1)
+            if not any(box.overlaps(other) for other in taken) and not any(box.contains(x, y) for x, y in spots):
+                taken.append(box)
+                break
+            text.remove()
+
+
+# The same records give the same bytes: no date and no random ids in the SVG.
+STYLE: Any = {"svg.hashsalt": "kvbench", "font.size": 9, "axes.grid": True, "grid.alpha": 0.25}
+
+
+def figure(plot: Plot) -> Figure:
+    """The drawn figure; in a notebook it shows itself."""
+    with mpl.rc_context(STYLE):
+        made = Figure(figsize=(6.4, 4.4), layout="constrained")
+        ax = made.add_subplot()
+        plot.draw(ax, plot)
+        ax.set(xlabel=plot.x_label, ylabel=plot.y_label)
+        ax.set_title(plot.title, fontsize=9)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.margins(x=0.08, y=0.08)
+        made.legend(loc="outside right upper", fontsize=8, frameon=False)
+        _mark(made, ax, plot.points)
+    return made
+
+
+def save(plot: Plot, folder: Path) -> list[Path]:
+    """Write one figure as ``.svg`` and ``.png`` and its points, with the runs behind each, as ``.csv``.
+
+    Raises:
+        InputError: ``folder`` cannot be written.
+    """
+    out = [folder / f"{plot.name}.{ending}" for ending in ("svg", "png", "csv")]
+    made = figure(plot)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with mpl.rc_context(STYLE):
+            made.savefig(out[0], metadata={"Date": None})
+            made.savefig(out[1], dpi=160)
+        with out[2].open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["family", "budget", plot.x_label, plot.y_label, "low", "high", "runs"])
+            for p in plot.points:
+                writer.writerow([p.family, p.mark, p.x, p.y, p.low, p.high, " ".join(map(str, p.runs))])
+    except OSError as error:
+        raise InputError("-o", folder, f"cannot be written: {error.strerror}") from error
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``kvbench plot``; exit status 2 for an input that cannot be used."""
+    parser = argparse.ArgumentParser(
+        prog="kvbench plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path, help="a results folder, or any folder below it")
+    parser.add_argument("-o", "--output", type=Path, default=Path("figures"), help="folder for the files (./figures)")
+    args = parser.parse_args(argv)
+    try:
+        runs, problems = load(args.results)
+        for problem in problems:
+            print(problem, file=sys.stderr)
+        made = [path for plot in plots(runs) for path in save(plot, args.output)]
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if not made:
+        print(f"nothing to plot in {args.results}: a figure needs two comparable runs", file=sys.stderr)
+    for path in made:
+        print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,364 @@
+"""Tables of finished runs, from their records alone: Markdown, CSV or LaTeX.
+
+    kvbench table results/reference                  # Markdown, to read or to paste
+    kvbench table results/reference -o table.tex     # LaTeX (booktabs)
+    kvbench table results/reference -o cells.csv     # one row a number, with its interval and the run it came from
+
+Runs stand in one table only when nothing but the method differs: same model, same rows of the same data, same dtype,
+device and seed. So a score on the bundled set, on a subset and on all of LongBench can never meet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..conf.errors import InputError, one_of
+from .load import Run, comparable, load, setting
+
+MIB = 2**20
+
+# The LongBench paper's order and the short names that its tables (and SnapKV's) use.
+LONGBENCH = {
+    "narrativeqa": "NrtvQA",
+    "qasper": "Qasper",
+    "multifieldqa_en": "MF-en",
+    "multifieldqa_zh": "MF-zh",
+    "hotpotqa": "HotpotQA",
+    "2wikimqa": "2WikiMQA",
+    "musique": "Musique",
+    "dureader": "DuReader",
+    "gov_report": "GovReport",
+    "qmsum": "QMSum",
+    "multi_news": "MultiNews",
+    "vcsum": "VCSUM",
+    "trec": "TREC",
+    "triviaqa": "TriviaQA",
+    "samsum": "SAMSum",
+    "lsht": "LSHT",
+    "passage_count": "PCount",
+    "passage_retrieval_en": "PRe",
+    "passage_retrieval_zh": "PRz",
+    "lcc": "Lcc",
+    "repobench-p": "RB-P",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry.
+
+    Attributes:
+        text: as printed.
+        value, low, high, n: the number, its interval and the count behind it, for the CSV; None for words.
+        better: +1 where larger is better, -1 where smaller is, 0 where neither is a merit.
+        bold: the best of its column.
+    """
+
+    text: str
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    better: int = 0
+    bold: bool = False
+
+
+@dataclass
+class Table:
+    """One group of comparable runs.
+
+    Attributes:
+        title: task and model.
+        columns: headers; the first is the method's.
+        rows: cells, row by row; ``runs`` holds the run of each.
+        notes: sentences below the table.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[Cell]]
+    runs: list[Run]
+    notes: list[str] = field(default_factory=list)
+
+
+def tables(runs: Sequence[Run]) -> list[Table]:
+    """One table for each group of comparable runs."""
+    return [KINDS[group[0].record["kind"]](group) for group in comparable(runs) if group[0].record["kind"] in KINDS]
+
+
+def accuracy_table(runs: Sequence[Run], by_set: bool = True) -> Table:
+    """Scores by data set, their mean with its interval, the paired difference to the full cache, and bytes.
+
+    Args:
+        runs: one group of comparable runs, at least one.
+        by_set: a column for each data set; without them the table fits a terminal.
+    """
+    done = [run for run in runs if run.done]
+    names = list(done[0].record["scores"]) if done and by_set else []
+    names.sort(key=lambda name: list(LONGBENCH).index(name) if name in LONGBENCH else len(LONGBENCH))
+    further = list(done[0].record.get("averages", {})) if done else []
+    ends = ["mean", "95 % interval", "vs full", "95 % interval", "KV MiB", "KV kept", "run"]
+    rows = []
+    for run in runs:
+        record, name = run.record, Cell(run.label)
+        if not run.done:
+            rows.append([name, *_out_of_memory(record, len(names) + len(further) + len(ends) - 1), _run(run)])
+            continue
+        difference = record.get("paired", {}).get("difference")
+        held = record["bytes"]
+        rows.append(
+            [
+                name,
+                *(_score(record["scores"][n]) for n in names),
+                *(_score(record["averages"][n]) for n in further),
+                _score(record["average"]),
+                _interval(record["average"]),
+                Cell("-") if difference is None else _score(difference, "+"),
+                Cell("-") if difference is None else _interval(difference, "+"),
+                _number(held["kv_bytes_stored"] / MIB, 2),
+                _number(100 * held["kv_ratio"], 1, " %"),
+                _run(run),
+            ]
+        )
+    first = runs[0].record
+    examples = sum(first["data"]["examples"].values())
+    sets = len(first["data"]["examples"])
+    title = f"{first['task']} / {first['model']}: {examples} examples of {sets} data sets, {setting(first)}"
+    table = Table(title, ["method", *(LONGBENCH.get(n, n) for n in names), *further, *ends], rows, list(runs))
+    if "-mini" in first["task"]:
+        table.notes.append("Scores on the small bundled set, not LongBench scores.")
+    elif "-subset" in first["task"]:
+        table.notes.append("A part of LongBench's rows: not to be compared with published LongBench scores.")
+    if examples < 30:
+        table.notes.append(f"{examples} examples say little: mind the intervals.")
+    return _emphasised(table)
+
+
+def efficiency_table(runs: Sequence[Run]) -> Table:
+    """Times, throughput, bytes, peaks, and the speed-up against what the bytes allow."""
+    columns = [
+        *("method", "TTFT ms", "TPOT ms", "min - max", "prefill tok/s", "decode tok/s", "KV MiB", "peak prefill MiB"),
+        *("peak decode MiB", "MBU", "speed-up", "by bytes", "run"),
+    ]
+    rows = []
+    for run in runs:
+        record, name = run.record, Cell(run.label)
+        if not run.done:
+            rows.append([name, *_out_of_memory(record, len(columns) - 2), _run(run)])
+            continue
+        paired = record.get("paired")
+        tpot = record["metrics"]["tpot_ms"]
+        mbu = record["limit"]["mbu"]
+        rows.append(
+            [
+                name,
+                _metric(record, "ttft_ms", 1, -1),
+                _metric(record, "tpot_ms", 2, -1),
+                Cell(f"{tpot['min']:.2f} - {tpot['max']:.2f}"),
+                _metric(record, "prefill_tokens_per_s", 0, 1),
+                _metric(record, "decode_tokens_per_s", 1, 1),
+                _number(record["bytes"]["kv_bytes_stored"] / MIB, 2),
+                _peak(record, "peak_prefill"),
+                _peak(record, "peak_decode"),
+                Cell("-") if mbu is None else _number(mbu["median"], 2),
+                Cell("-") if paired is None else _number(paired["decode_speed_up"], 2, " x"),
+                Cell("-") if paired is None else _number(paired["decode_speed_up_by_bytes"], 2, " x"),
+                _run(run),
+            ]
+        )
+    first = runs[0].record
+    title = f"{first['task']} / {first['model']}: {setting(first)}"
+    table = Table(title, columns, rows, list(runs))
+    repeats = first["identity"]["runner"]["repeats"]
+    table.notes.append(f"Medians of {repeats} repetitions" + ("." if repeats >= 5 else ", which is few."))
+    for run in runs:
+        problems = [run.record.get(part, {}).get("problem") for part in ("memory", "bandwidth")]
+        table.notes += [f"{run.label}: {problem}." for problem in problems if problem]
+    return _emphasised(table)
+
+
+KINDS: Mapping[str, Callable[[Sequence[Run]], Table]] = {"accuracy": accuracy_table, "efficiency": efficiency_table}
+
+
+# cells --------------------------------------------------------------------------------------------------------------
+
+
+def _score(estimate: Mapping[str, Any], sign: str = "") -> Cell:
+    low, high, n = estimate["low"], estimate["high"], estimate["n"]
+    return Cell(f"{estimate['mean']:{sign}.2f}", estimate["mean"], low, high, n, better=1)
+
+
+def _interval(estimate: Mapping[str, Any], sign: str = "") -> Cell:
+    if estimate["low"] is None:
+        return Cell("one a set")
+    return Cell(f"[{estimate['low']:{sign}.2f}, {estimate['high']:{sign}.2f}]")
+
+
+def _number(value: float, digits: int, unit: str = "") -> Cell:
+    return Cell(f"{value:.{digits}f}{unit}", value)
+
+
+def _metric(record: Mapping[str, Any], name: str, digits: int, better: int) -> Cell:
+    spread = record["metrics"][name]
+    count = len(spread["repetitions"])
+    return Cell(f"{spread['median']:.{digits}f}", spread["median"], spread["min"], spread["max"], count, better)
+
+
+def _peak(record: Mapping[str, Any], phase: str) -> Cell:
+    peak = record["memory"][phase]
+    return Cell("-") if peak is None else Cell(f"{peak['allocated'] / MIB:.0f}", peak["allocated"] / MIB, better=-1)
+
+
+def _run(run: Run) -> Cell:
+    return Cell(run.record["hash"])
+
+
+def _out_of_memory(record: Mapping[str, Any], columns: int) -> list[Cell]:
+    return [Cell("out of memory"), *(Cell("") for _ in range(columns - 1))]
+
+
+def _emphasised(table: Table) -> Table:
+    """The best of every column in bold, among the rows of one budget; among all rows where no budget has two.
+
+    The full cache is what the others are measured against and takes no part.
+    """
+    blocks: dict[Any, list[int]] = {}
+    for i, run in enumerate(table.runs):
+        if run.done and not run.is_full_cache:
+            blocks.setdefault(run.record["budget"], []).append(i)
+    if all(len(block) < 2 for block in blocks.values()):
+        blocks = {None: [i for block in blocks.values() for i in block]}
+    for block in blocks.values():
+        for column in range(len(table.columns)):
+            cells = {i: table.rows[i][column] for i in block if table.rows[i][column].better}
+            merits = {i: cell.value * cell.better for i, cell in cells.items() if cell.value is not None}
+            best = max(merits.values(), default=0.0)
+            if len(set(merits.values())) > 1:  # where all are alike, none is best
+                for i in (i for i, merit in merits.items() if merit == best):
+                    table.rows[i][column] = replace(table.rows[i][column], bold=True)
+    return table
+
+
+# formats ------------------------------------------------------------------------------------------------------------
+
+
+def markdown(table: Table) -> str:
+    """A table that reads well as text too."""
+    body = [[f"**{c.text}**" if c.bold else c.text for c in row] for row in table.rows]
+    widths = [max(len(row[i]) for row in [table.columns, *body]) for i in range(len(table.columns))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = zip(cells, widths, strict=True)
+        return "| " + " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]) + " |"
+
+    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
+    notes = [f"\n{' '.join(table.notes)}"] if table.notes else []
+    return "\n".join([f"**{table.title}**", "", line(table.columns), rule, *map(line, body), *notes])
+
+
+def latex(table: Table) -> str:
+    """booktabs; the runs stand in a comment, because nobody prints a hash."""
+    shown = slice(0, len(table.columns) - 1)
+
+    def line(cells: Sequence[str]) -> str:
+        return "  " + " & ".join(cells) + r" \\"
+
+    body = [[rf"\textbf{{{_tex(c.text)}}}" if c.bold else _tex(c.text) for c in row[shown]] for row in table.rows]
+    head = [_tex(c) for c in table.columns[shown]]
+    runs = [f"% {run.label}: {run.path}" for run in table.runs]
+    return "\n".join(
+        [
+            *runs,
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{_tex(' '.join([table.title + '.', *table.notes]))}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
+            r"\toprule",
+            line(head),
+            r"\midrule",
+            *map(line, body),
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+        ]
+    )
+
+
+def _tex(text: str) -> str:
+    return "".join({c: f"\\{c}" for c in "%&_#$"}.get(c, c) for c in text)
+
+
+def cells_csv(made: Sequence[Table]) -> str:
+    """Long form: one row for each number of each table, with its interval and its run."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["task", "model", "setting", "method", "budget", "column", "value", "low", "high", "n", "run"])
+    for table in made:
+        for run, row in zip(table.runs, table.rows, strict=True):
+            r = run.record
+            head = [r["task"], r["model"], setting(r), run.label, r["budget"]]
+            for column, cell in zip(table.columns, row, strict=True):
+                if cell.value is not None:
+                    writer.writerow([*head, column, cell.value, cell.low, cell.high, cell.n, run.path])
+            if not run.done:
+                writer.writerow([*head, "status", r["status"], "", "", "", run.path])
+    return out.getvalue().rstrip("\n")
+
+
+FORMATS: Mapping[str, Callable[[Sequence[Table]], str]] = {
+    "md": lambda made: "\n\n".join(map(markdown, made)),
+    "csv": cells_csv,
+    "tex": lambda made: "% needs \\usepackage{booktabs}\n" + "\n\n".join(map(latex, made)),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``kvbench table``; exit status 2 for an input that cannot be used."""
+    parser = argparse.ArgumentParser(
+        prog="kvbench table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path, help="a results folder, or any folder below it")
+    parser.add_argument("-o", "--output", type=Path, help="a file ending in .md, .csv or .tex; default: the terminal")
+    parser.add_argument("--format", choices=sorted(FORMATS), help="default: as the file's ending says, else md")
+    args = parser.parse_args(argv)
+    try:
+        ending = args.format or ("md" if args.output is None else args.output.suffix.removeprefix("."))
+        if ending not in FORMATS:
+            raise InputError("-o", args.output, one_of(ending, FORMATS, "a file ending in one of"))
+        runs, problems = load(args.results)
+        for problem in problems:
+            print(problem, file=sys.stderr)
+        text = FORMATS[ending](tables(runs))
+        if args.output is None:
+            print(text)
+        else:
+            write(args.output, text + "\n")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def write(path: Path, text: str) -> None:
+    """Write a result for the user and say so.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError("-o", path, f"cannot be written: {error.strerror}") from error
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

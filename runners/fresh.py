@@ -1,0 +1,69 @@
+"""Run one function in a fresh Python process: nothing that an earlier measurement left behind can count in this one."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+A = TypeVar("A")
+R = TypeVar("R")
+
+
+class Killed(RuntimeError):
+    """The process was killed before it had a result: what the kernel does to it when memory runs out."""
+
+
+def in_fresh_process(function: Callable[[A], R], argument: A, environment: Mapping[str, str] | None = None) -> R:
+    """``function(argument)`` in a new process.
+
+    Args:
+        function: of a module that can be imported; it, its argument and its result are pickled.
+        argument: its only argument.
+        environment: variables to set before the process starts.
+
+    Raises:
+        Killed: the process was killed from outside.
+        Exception: whatever the function raised, with its message.
+    """
+    with tempfile.TemporaryDirectory(prefix="kvbench-") as folder:
+        call, answer = Path(folder, "call"), Path(folder, "answer")
+        call.write_bytes(pickle.dumps((function, argument)))
+        command = [sys.executable, "-m", __name__, str(call), str(answer)]
+        status = subprocess.run(command, env={**os.environ, **(environment or {})}).returncode
+        if status == -signal.SIGKILL:
+            raise Killed("the measuring process was killed, as happens when the machine runs out of memory")
+        if not answer.exists():
+            raise RuntimeError(f"the measuring process ended with status {status} and no result")
+        failed, value = pickle.loads(answer.read_bytes())
+    if failed:
+        raise value
+    return value
+
+
+def main(call: str, answer: str) -> None:
+    """The new process's side."""
+    function, argument = pickle.loads(Path(call).read_bytes())
+    try:
+        result = (False, function(argument))
+    except Exception as error:
+        error.add_note(f"in the measuring process: {traceback.format_exc()}")
+        try:
+            text = pickle.dumps((True, error))
+            pickle.loads(text)  # some exceptions pickle and cannot be read back
+        except Exception:
+            text = pickle.dumps((True, RuntimeError(f"{type(error).__name__}: {error}")))
+        Path(answer).write_bytes(text)
+        return
+    Path(answer).write_bytes(pickle.dumps(result))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,219 @@
+"""``runner=efficiency``: the arithmetic by hand, the clock against sleeps, memory against bytes, a whole run."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from local_model import kvbench, save_local_model
+from tiny_models import prompt_ids, tiny_model
+
+from kvbench.methods.base import Method
+from kvbench.methods.selection.snapkv import SnapKV
+from kvbench.models.random import RandomModel
+from kvbench.runners import efficiency
+from kvbench.runners.efficiency import Batch, Job, memory_pass, metrics, time_batch
+from kvbench.runners.fresh import Killed, in_fresh_process
+from kvbench.runners.measure import HONEST_MALLOC
+from kvbench.tasks.shape import Shape
+from kvbench.tasks.workload import Request
+
+TINY = ("model=random", "model.shape=tiny", "runner=efficiency", "device=cpu", "runner.repeats=2")
+
+
+def batch_of(*lengths: tuple[int, int]) -> Batch:
+    """Requests of (prompt tokens, new tokens), padded to the longest prompt."""
+    width = max(p for p, _ in lengths)
+    requests = [Request(str(i), (1,) * p, n) for i, (p, n) in enumerate(lengths)]
+    return Batch(requests, torch.ones(len(lengths), width, dtype=torch.long), None)
+
+
+def test_the_metrics_by_hand():
+    """Two batches, one repetition: (2 requests of 10 + 3 and 20 + 5), then (1 request of 40 + 9)."""
+    work = [batch_of((10, 3), (20, 5)), batch_of((40, 9))]
+    made = metrics(work, [[(0.5, 2.0), (1.5, 2.0)]])
+    expected = {
+        "ttft_ms": 1000 * (0.5 + 0.5 + 1.5) / 3,  # a request waits for its batch
+        "tpot_ms": 1000 * 4.0 / (4 + 8),  # steps after the first token: 5 - 1 and 9 - 1
+        "prefill_tokens_per_s": 70 / 2.0,  # no pads: 10 + 20 + 40
+        "decode_tokens_per_s": (2 + 4 + 8) / 4.0,  # 3 - 1, 5 - 1, 9 - 1: the first request's extra steps do not count
+        "output_tokens_per_s": 17 / 6.0,
+        "total_tokens_per_s": 87 / 6.0,
+    }
+    assert {k: v["median"] for k, v in made.items()} == pytest.approx(expected)
+
+
+def test_every_repetition_is_kept_and_the_median_is_the_middle_one():
+    made = metrics([batch_of((10, 11))], [[(1.0, 1.0)], [(1.0, 9.0)], [(1.0, 2.0)]])
+    assert made["tpot_ms"]["repetitions"] == pytest.approx([100.0, 900.0, 200.0])
+    assert (made["tpot_ms"]["median"], made["tpot_ms"]["min"], made["tpot_ms"]["max"]) == pytest.approx((200, 100, 900))
+
+
+def test_the_first_token_belongs_to_prefill_and_only_the_others_to_decode(monkeypatch):
+    """A prefill that sleeps 0.2 s and steps that sleep 0.05 s: the usual fault counts the first token as decoded."""
+    logits, steps = torch.zeros(1, 7), []
+
+    def slow_prefill(*_: object) -> torch.Tensor:
+        time.sleep(0.2)
+        return logits
+
+    def slow_decode(*_: object) -> torch.Tensor:
+        steps.append(1)
+        time.sleep(0.05)
+        return logits
+
+    monkeypatch.setattr(efficiency, "prefill", slow_prefill)
+    monkeypatch.setattr(efficiency, "decode", slow_decode)
+    start = time.monotonic()
+    ttft, decoding = time_batch(tiny_model(), Method("full"), batch_of((4, 5)), "cpu", None)
+    around = time.monotonic() - start
+    assert len(steps) == 4
+    assert ttft >= 0.2
+    assert decoding >= 4 * 0.05
+    assert ttft + decoding <= around
+
+
+def test_the_tokens_that_are_timed_are_the_tokens_that_generate_gives(monkeypatch):
+    """The timed loop must be the real one: same tokens as the engine's own generation."""
+    from kvbench.runners.engine import decode, generate
+
+    model, ids, fed = tiny_model(), prompt_ids(40), []
+
+    def spy(model, cache, token):
+        fed.append(token.tolist())
+        return decode(model, cache, token)
+
+    monkeypatch.setattr(efficiency, "decode", spy)
+    method = Method("snapkv", SnapKV(budget=16, window=4))
+    time_batch(model, method, Batch([Request("0", (1,) * 40, 9)], ids, None), "cpu", None)
+    assert [t for (t,) in fed] == generate(model, method.new_cache(model), ids, max_new_tokens=9).tokens[0][:-1]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> tuple[Path, dict[str, dict], str]:
+    """(results folder, records by label, output) of a small real run."""
+    folder = tmp_path_factory.mktemp("efficiency")
+    command = ("method=snapkv", "method.budget=64", "task.prompt_tokens=300", "task.new_tokens=5", "batch_size=2")
+    done = kvbench("run", *command, *TINY, f"results_dir={folder}")
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(p.read_text()) for p in folder.rglob("record.json")]
+    return folder, {r["method_label"]: r for r in records}, done.stdout
+
+
+def test_a_run_leaves_a_record_of_times_bytes_memory_and_limit(measured):
+    _, records, shown = measured
+    assert set(records) == {"snapkv 64", "full"}
+    for record in records.values():
+        assert (record["kind"], record["execution"], record["status"]) == ("efficiency", "real", "done")
+        assert len(record["metrics"]["tpot_ms"]["repetitions"]) == 2
+        assert [len(r) for r in record["repetitions"]] == [1, 1]
+        for repetition, tpot in zip(record["repetitions"], record["metrics"]["tpot_ms"]["repetitions"], strict=True):
+            assert 1000 * repetition[0]["decode_s"] / 4 == pytest.approx(tpot)
+        assert record["workload"]["batches"][0] == {
+            "requests": 2,
+            "prompt_tokens": 600,
+            "output_tokens": 10,
+            "longest_prompt": 300,
+            "steps": 5,
+        }
+        assert record["memory"]["peak_prefill"]["allocated"] >= record["memory"]["at_rest"]["allocated"] > 0
+        assert record["bytes"]["kv_bytes_stored"] == record["bytes"]["kv_bytes_formula"]
+    assert "| snapkv 64 |" in shown
+
+
+def test_bytes_and_the_predicted_speed_up_are_the_formula(measured):
+    """tiny: 4 layers, 2 KV heads, 16 channels, float32: 1024 bytes a token; 2 prompts."""
+    _, records, _ = measured
+    assert records["full"]["bytes"]["kv_bytes_stored"] == 2 * 300 * 1024
+    assert records["snapkv 64"]["bytes"]["kv_bytes_stored"] == 2 * 64 * 1024
+    # 4 layers x (q, o: 2 x 64 x 64; k, v: 2 x 64 x 32; MLP: 3 x 64 x 128; 2 norms of 64), a norm, the output layer
+    weights = 4 * (4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64) + 64 + 512 * 64)
+    read = {label: weights + 2 * 1024 * (kept + 2) for label, kept in (("full", 300), ("snapkv 64", 64))}
+    for label, value in read.items():
+        limit = records[label]["limit"]
+        assert limit["bytes_read_per_step"] == value
+        floor = 1000 * value / records[label]["bandwidth"]["copy_bytes_per_s"]
+        assert limit["mbu"]["median"] == pytest.approx(
+            sum(floor / t for t in records[label]["metrics"]["tpot_ms"]["repetitions"]) / 2
+        )
+    paired = records["snapkv 64"]["paired"]
+    assert paired["decode_speed_up_by_bytes"] == read["full"] / read["snapkv 64"]
+    assert paired["hash"] == records["full"]["hash"]
+
+
+def test_a_second_launch_measures_nothing(measured, monkeypatch):
+    folder, _, _ = measured
+    monkeypatch.setattr(efficiency, "in_fresh_process", None)
+    command = ("method=snapkv", "method.budget=64", "task.prompt_tokens=300", "task.new_tokens=5", "batch_size=2")
+    done = kvbench("run", *command, *TINY, f"results_dir={folder}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("already done") == 2
+
+
+def test_running_out_of_memory_is_a_result_and_the_next_method_runs(tmp_path, monkeypatch):
+    def measure(function, job, environment=None):
+        if job.method.name == "full":
+            raise Killed("the measuring process was killed, as happens when the machine runs out of memory")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nmore")
+
+    monkeypatch.setattr(efficiency, "in_fresh_process", measure)
+    done = kvbench("run", "method=snapkv", "task.prompt_tokens=300", *TINY, f"results_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    records = {r["method"]: r for r in map(json.loads, (p.read_text() for p in tmp_path.rglob("record.json")))}
+    assert {r["status"] for r in records.values()} == {"oom"}
+    assert records["snapkv"]["problem"] == "CUDA out of memory. Tried to allocate 20 GiB"
+    assert "out of memory" in done.stdout
+
+
+def test_any_other_error_is_not_hidden_as_out_of_memory(tmp_path, monkeypatch):
+    def broken(function, job, environment=None):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(efficiency, "in_fresh_process", broken)
+    with pytest.raises(ZeroDivisionError):
+        kvbench("run", "method=snapkv", *TINY, f"results_dir={tmp_path}")
+    assert not list(tmp_path.rglob("record.json"))
+
+
+def test_the_peak_while_decoding_falls_by_the_bytes_that_the_cache_lost():
+    """Within 10 %: 32 sequences of 2000 tokens are 62.5 MiB of cache on the tiny shape, 64 tokens of each are 2."""
+    peaks, stored = [], []
+    for method in (Method("full"), Method("snapkv", SnapKV(budget=64))):
+        job = Job(
+            RandomModel("tiny", max_positions=4096), method, Shape(2000, 4), "cpu", torch.float32, 0, 32, None, 0, 1
+        )
+        measured = in_fresh_process(memory_pass, job, HONEST_MALLOC)
+        if measured["memory"]["problem"]:
+            pytest.skip(measured["memory"]["problem"])
+        peaks.append(measured["memory"]["peak_decode"]["allocated"])
+        stored.append(measured["bytes"]["kv_bytes_stored_end"])
+    assert stored[0] - stored[1] > 50 * 2**20
+    assert peaks[0] - peaks[1] == pytest.approx(stored[0] - stored[1], rel=0.10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("task=longbench",), "is scored, not timed: use task=shape or task=sharegpt"),
+        (("runner.repeats=0",), "runner.repeats=0: must be a whole number >= 1"),
+        (("runner.warmups=-1",), "runner.warmups=-1: must be a whole number >= 0"),
+        (("task.new_tokens=1",), "task.new_tokens=1: must be 2 or more tokens"),
+        (("task.prompt_tokens=2047",), "task.prompt_tokens=2047: with 128 new tokens is beyond the 2048 positions"),
+        (("task.tokens=real",), "task.tokens=real"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, arguments, said):
+    done = kvbench("run", "method=full", *TINY, *arguments, f"results_dir={tmp_path}")
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_workload_cannot_be_scored(tmp_path):
+    folder = save_local_model(tmp_path / "model")
+    done = kvbench("run", "model=local", f"model.path={folder}", "task=shape", f"results_dir={tmp_path}")
+    assert done.returncode == 2
+    assert "task=shape: is timed, not scored: use runner=efficiency" in done.stderr

@@ -1,0 +1,107 @@
+"""The clock and the memory meter, against things whose time and size are known."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from kvbench.conf.errors import InputError
+from kvbench.runners import measure
+from kvbench.runners.fresh import Killed, in_fresh_process
+from kvbench.runners.measure import HONEST_MALLOC, MemoryMeter, copy_bandwidth, is_out_of_memory, now
+from kvbench.runners.settings import Settings
+
+MIB = 2**20
+
+PHASES = """
+import json, torch
+from kvbench.runners.measure import MemoryMeter
+
+meter = MemoryMeter("cpu")
+meter.reset()
+at_rest = meter.peak().allocated
+first = [torch.ones(5, 2**20) for _ in range(10)]     # 200 MiB, in blocks that glibc likes to keep
+peak_first = meter.peak().allocated
+del first
+meter.reset()
+second = torch.ones(15, 2**20)                        # 60 MiB
+peak_second = meter.peak().allocated
+print(json.dumps([at_rest, peak_first, peak_second]))
+"""
+
+
+def test_the_clock_sees_a_sleep():
+    """Against the sleep's own promise (never shorter) and another clock around it (never longer)."""
+    outer = time.monotonic()
+    start = now("cpu")
+    time.sleep(0.2)
+    measured = now("cpu") - start
+    assert 0.2 <= measured <= time.monotonic() - outer + 1e-3
+
+
+def test_the_meter_sees_an_allocation_and_that_it_was_freed():
+    """The second phase's peak must not hide under the first one's: the fault that makes all methods look alike."""
+    done = subprocess.run(
+        [sys.executable, "-c", PHASES], env={**os.environ, **HONEST_MALLOC}, capture_output=True, text=True, check=True
+    )
+    at_rest, first, second = (int(x) for x in done.stdout.strip("[] \n").split(","))
+    assert first - at_rest == pytest.approx(200 * MIB, rel=0.05)
+    assert second - at_rest == pytest.approx(60 * MIB, rel=0.05)
+
+
+def test_a_machine_without_a_resettable_peak_is_said_so(monkeypatch):
+    def refuse() -> None:
+        raise PermissionError("clear_refs")
+
+    monkeypatch.setattr(measure, "_reset_resident_peak", refuse)
+    meter = MemoryMeter("cpu")
+    meter.reset()
+    assert meter.peak() is None
+    assert "clear_refs" in meter.problem
+
+
+def test_bandwidth_is_what_a_copy_moves(monkeypatch):
+    """A copy that takes 10 ms on a clock of our own: 2 x size / 10 ms."""
+    ticks = iter(range(100))
+    monkeypatch.setattr(measure, "now", lambda device: 0.01 * next(ticks))
+    assert copy_bandwidth("cpu", size=1000, copies=3) == pytest.approx(2 * 1000 / 0.01)
+
+
+def test_no_room_to_measure_bandwidth_is_no_crash(monkeypatch):
+    def full(*args: object, **kwargs: object) -> torch.Tensor:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(measure.torch, "empty", full)
+    assert copy_bandwidth("cpu") is None
+
+
+def test_what_counts_as_out_of_memory():
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))
+
+
+def test_a_fresh_process_is_another_one_with_its_own_environment():
+    assert in_fresh_process(os.getenv, "KVBENCH_TEST", {"KVBENCH_TEST": "here"}) == "here"
+    assert os.getenv("KVBENCH_TEST") is None
+
+
+def test_an_error_in_a_fresh_process_comes_back_as_it_was():
+    with pytest.raises(FileNotFoundError, match="no-such-file"):
+        in_fresh_process(os.stat, "no-such-file")
+    with pytest.raises(InputError, match=r"device=cuda:99: .*CUDA devices are visible"):
+        in_fresh_process(functools.partial(Settings, 0, 1), "cuda:99")  # the error of a key, with key and value
+
+
+def test_a_killed_process_is_told_from_a_broken_one():
+    with pytest.raises(Killed):
+        in_fresh_process(signal.raise_signal, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="status -15"):
+        in_fresh_process(signal.raise_signal, signal.SIGTERM)

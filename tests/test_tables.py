@@ -1,0 +1,178 @@
+"""Tables from records alone: what may stand together, what is bold, what is said of runs without numbers."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+from records import accuracy, efficiency, estimate, save
+
+from kvbench.analysis.load import load
+from kvbench.analysis.tables import main, tables
+
+
+def made(folder, *records):
+    return tables(load(save(folder, *records))[0])
+
+
+def texts(table, label):
+    """{column: text} of one row; columns that occur twice keep the last."""
+    row = next(row for row in table.rows if row[0].text == label)
+    return dict(zip(table.columns, (cell.text for cell in row), strict=True))
+
+
+def cell(table, label, column):
+    row = next(row for row in table.rows if row[0].text == label)
+    return row[table.columns.index(column)]
+
+
+def test_a_row_holds_scores_interval_difference_and_bytes(tmp_path):
+    (table,) = made(tmp_path, accuracy("snapkv", 128, 20.0), accuracy("full", None, 22.0))
+    assert [row[0].text for row in table.rows] == ["full", "snapkv 128"]  # the baseline first
+    row = [c.text for c in table.rows[1]]
+    assert row[:6] == ["snapkv 128", "19.00", "21.00", "20.00", "[19.00, 21.00]", "-2.00"]
+    assert row[6:] == ["[-3.00, -1.00]", "2.00", "3.1 %", "a-snapkv-128"]
+    assert table.columns[1:3] == ["Qasper", "Lcc"]  # the paper's order and names
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        accuracy("full", None, 99.0, task="longbench-mini"),
+        accuracy("full", None, 99.0, task="longbench-subset"),
+        accuracy("full", None, 99.0, seed=1),
+        accuracy("full", None, 99.0, dtype="bfloat16"),
+    ],
+)
+def test_runs_that_differ_in_more_than_the_method_never_meet(tmp_path, other):
+    found = made(tmp_path, accuracy("snapkv", 128, 20.0), accuracy("full", None, 22.0), other)
+    assert sorted(len(table.rows) for table in found) == [1, 2]
+
+
+def test_names_say_what_kind_of_score_it_is(tmp_path):
+    notes = {
+        t.title.split(" ")[0]: " ".join(t.notes)
+        for t in made(
+            tmp_path, *(accuracy("full", None, 1.0, task=f"longbench{end}") for end in ("", "-mini", "-subset"))
+        )
+    }
+    assert "not LongBench scores" in notes["longbench-mini"]
+    assert "part of LongBench" in notes["longbench-subset"]
+    assert "LongBench" not in notes["longbench"]
+
+
+def test_bold_is_the_best_of_one_budget_and_never_the_full_cache(tmp_path):
+    (table,) = made(
+        tmp_path,
+        accuracy("full", None, 30.0),
+        accuracy("snapkv", 128, 20.0),
+        accuracy("h2o", 128, 21.0),
+        accuracy("snapkv", 256, 25.0),
+        accuracy("h2o", 256, 24.0),
+    )
+    bold = {row[0].text for row in table.rows if row[table.columns.index("mean")].bold}
+    assert bold == {"h2o 128", "snapkv 256"}
+
+
+def test_bold_over_all_rows_where_each_budget_has_one_and_nowhere_when_all_are_alike(tmp_path):
+    one, two = accuracy("snapkv", 128, 20.0), accuracy("snapkv", 256, 25.0)
+    one["scores"]["lcc"] = two["scores"]["lcc"] = estimate(0.0)
+    (table,) = made(tmp_path, one, two)
+    assert cell(table, "snapkv 256", "mean").bold
+    assert not cell(table, "snapkv 128", "mean").bold
+    assert not cell(table, "snapkv 128", "Lcc").bold
+
+
+def test_less_time_and_memory_is_better_more_speed_is_better(tmp_path):
+    (table,) = made(
+        tmp_path, efficiency("snapkv", 128, 5.0), efficiency("h2o", 128, 8.0), efficiency("full", None, 9.0)
+    )
+    assert cell(table, "snapkv 128", "TPOT ms").bold
+    assert cell(table, "snapkv 128", "decode tok/s").bold
+    assert not cell(table, "h2o 128", "TPOT ms").bold
+    row = texts(table, "snapkv 128")
+    assert (row["TPOT ms"], row["min - max"], row["decode tok/s"]) == ("5.00", "4.50 - 5.50", "200.0")
+    assert (row["peak decode MiB"], row["speed-up"], row["by bytes"]) == ("600", "1.50 x", "2.00 x")
+
+
+def test_a_machine_that_cannot_measure_something_has_a_dash_and_a_reason(tmp_path):
+    record = efficiency("full", None, 9.0)
+    record["memory"] = {"problem": "no peak here", "peak_prefill": None, "peak_decode": None}
+    record["limit"]["mbu"] = None
+    record["bandwidth"] = {"copy_bytes_per_s": None, "problem": "no room for the copy"}
+    (table,) = made(tmp_path, record)
+    row = texts(table, "full")
+    assert row["peak decode MiB"] == row["MBU"] == "-"
+    assert "no peak here" in " ".join(table.notes)
+    assert "no room for the copy" in " ".join(table.notes)
+
+
+@pytest.mark.parametrize("kind", ["accuracy", "efficiency"])
+def test_a_run_without_memory_keeps_its_row(tmp_path, kind):
+    maker = accuracy if kind == "accuracy" else efficiency
+    lost = maker("snapkv", 64, 1.0) | {"status": "oom", "problem": "CUDA out of memory"}
+    for key in ("scores", "average", "averages", "bytes", "metrics", "memory", "limit", "paired"):
+        lost.pop(key, None)
+    (table,) = made(tmp_path, lost, maker("full", None, 9.0))
+    assert [c.text for c in table.rows[1]][:2] == ["snapkv 64", "out of memory"]
+    assert all(len(row) == len(table.columns) for row in table.rows)
+    assert len(made(tmp_path / "alone", lost)) == 1
+
+
+def test_two_settings_of_one_method_are_told_apart(tmp_path):
+    other = accuracy("snapkv", 128, 21.0)
+    other["identity"]["method"]["selection"]["window"] = 16
+    other["hash"] = "other"
+    (table,) = made(tmp_path, accuracy("snapkv", 128, 20.0), other)
+    assert {row[0].text for row in table.rows} == {"snapkv 128 (window=32)", "snapkv 128 (window=16)"}
+
+
+def test_csv_names_the_run_and_interval_of_every_number(tmp_path, capsys):
+    save(tmp_path, accuracy("snapkv", 128, 20.0), accuracy("full", None, 22.0))
+    assert main([str(tmp_path), "--format", "csv"]) == 0
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    mean = next(r for r in rows if r["method"] == "snapkv 128" and r["column"] == "mean")
+    assert (float(mean["value"]), float(mean["low"]), float(mean["high"]), mean["n"]) == (20.0, 19.0, 21.0, "40")
+    assert json.loads((load(tmp_path)[0][1].path / "record.json").read_text())["budget"] == 128
+    assert mean["run"] == str(load(tmp_path)[0][1].path)
+    assert all(r["run"] for r in rows)
+
+
+def test_latex_escapes_and_names_its_runs(tmp_path, capsys):
+    save(tmp_path, accuracy("ada_kv", 128, 20.0), accuracy("h2o", 128, 22.0))
+    assert main([str(tmp_path), "--format", "tex"]) == 0
+    out = capsys.readouterr().out
+    assert r"ada\_kv 128 & " in out
+    assert r"\textbf{22.00}" in out
+    assert r"3.1 \%" in out
+    assert f"% ada_kv 128: {tmp_path}" in out
+
+
+def test_broken_records_are_reported_and_the_others_shown(tmp_path, capsys):
+    save(tmp_path, accuracy("full", None, 22.0))
+    for name, content in (("cut", '{"schema": 1, "sta'), ("new", '{"schema": 99}'), ("odd", '{"schema": 1}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "record.json").write_text(content)
+    assert main([str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    assert "| full" in shown.out
+    errors = shown.err.splitlines()
+    assert len(errors) == 3
+    assert "cut/record.json: is not JSON" in errors[0]
+    assert "has schema 99; this version reads 1" in errors[1]
+    assert "lacks status" in errors[2]
+
+
+def test_an_empty_folder_says_what_to_run(tmp_path, capsys):
+    assert main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: RESULTS={tmp_path}: holds no finished run")
+
+
+def test_an_unknown_ending_and_an_unwritable_file_are_one_line(tmp_path, capsys):
+    save(tmp_path, accuracy("full", None, 22.0))
+    assert main([str(tmp_path), "-o", "table.xls"]) == 2
+    assert "must be a file ending in one of csv, md, tex" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main([str(tmp_path), "-o", str(tmp_path / "file" / "t.md")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
