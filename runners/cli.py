@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
+import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -11,7 +14,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
@@ -19,23 +25,28 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from ..conf.errors import InputError, one_of
+from .sweep import LOG, SweepLog, describe, end_of_sweep
 
 CONF = "pkg://kvbench.conf"
 USER_ERRORS = (InputError, HydraException, OmegaConfBaseException)
-_failed_jobs: list[str] = []  # of a sweep with -m
+# Our launchers have the names of the plugins' own, so Hydra checks their types against those: as wanted, and no news.
+# Here and not in `main`, because the processes of the launchers compose the configuration too.
+warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
 STOPPED = 130  # exit status of a run that was interrupted, as the shell has it for Ctrl-C
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the configuration named on the command line.
 
-    Exit status: 0 done, 2 an input that cannot be used (one line says which), 130 interrupted (nothing lost).
+    Exit status: 0 done; 2 an input that cannot be used (one line says which), or a sweep with jobs that are not done
+    (its last lines say which); 130 interrupted (nothing lost).
     """
     if argv is not None:
         sys.argv = ["kvbench run", *argv]
@@ -44,52 +55,130 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     # Hydra's own handler prints several lines and exits 1; with this set it lets the exception through to us.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    _failed_jobs.clear()
+    os.environ.pop(LOG, None)  # a sweep started from within a job of another one has a log of its own
+    status = 0
     try:
         _hydra_main()
-        if _failed_jobs:
-            print(f"{len(_failed_jobs)} jobs failed; the others are done", file=sys.stderr)
-            sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; every complete example is kept: run the same command again to continue", file=sys.stderr)
-        sys.exit(STOPPED)
+        status = STOPPED
     except USER_ERRORS as error:
-        _exit_with(error)
+        log = SweepLog.current()
+        if log is None or not log.read().any_started:
+            if log is not None:
+                log.remove()
+            _exit_with(error)
+        _say(error)
+        status = 2
+    except Exception as error:
+        log = SweepLog.current()
+        if log is None:
+            raise
+        # The jobs keep their exceptions to themselves (_sweep_job), so this is the launcher: no Slurm here, a partition
+        # that does not exist, a killed worker. Its traceback is long and says little: it goes to the log.
+        log.launcher_failed(error)
+        print(f"error: hydra/launcher={log.read().launcher}: {describe(error)}", file=sys.stderr)
+        status = 2
+    status = end_of_sweep(status)
+    if status:
+        sys.exit(status)
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
 def _hydra_main(config: DictConfig) -> None:
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        _sweep_job(config)
+        return
     try:
         run(config)
     except USER_ERRORS as error:  # here, because Hydra would print the overrides before letting it through
-        if HydraConfig.get().mode != RunMode.MULTIRUN:
-            _exit_with(error)
-        cause = _input_error(error)
-        if cause is None:
-            raise
-        job = " ".join(HydraConfig.get().overrides.task)
-        print(f"error: {cause} (in the job {job})", file=sys.stderr)
-        _failed_jobs.append(job)
+        _exit_with(error)
 
 
 def _exit_with(error: Exception) -> NoReturn:
     """One line and exit status 2 for an input that cannot be used; anything else goes on as it is."""
+    _say(error)
+    sys.exit(2)
+
+
+def _say(error: Exception) -> None:
     cause = _input_error(error)
     if cause is None:
         raise error
     print(f"error: {cause}", file=sys.stderr)
-    sys.exit(2)
+
+
+# sweeps -------------------------------------------------------------------------------------------------------------
+
+
+class SweepStart(Callback):
+    """What ``conf/config.yaml`` has Hydra call in the submitting process, before the launcher is built.
+
+    It is the first to know that there is a sweep (``-m``, or ``hydra.mode: MULTIRUN`` in a YAML file) and where its
+    ``results_dir`` is, and the last to run before a launcher hands its environment on.
+    """
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Refuse a launcher that is not installed, and begin the sweep's log."""
+        launcher = config.hydra.runtime.choices["hydra/launcher"]
+        try:
+            if not _is_installed(config.hydra.launcher["_target_"]):
+                raise InputError("hydra/launcher", launcher, "needs the cluster extra: pip install 'kvbench[cluster]'")
+            jobs = _planned_jobs(config)
+            SweepLog.begin(config.results_dir, launcher, jobs)
+        except USER_ERRORS as error:  # out of here Hydra would make it a warning and go on
+            _exit_with(error)
+        print(f"sweep of {len(jobs) if jobs else 'some'} jobs, hydra/launcher={launcher}", flush=True)
+
+
+def _is_installed(target: str) -> bool:
+    try:
+        return importlib.util.find_spec(target.rpartition(".")[0]) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _planned_jobs(config: DictConfig) -> list[list[str]] | None:
+    """The overrides of each job, by number; None from a sweeper that decides as it goes."""
+    sweeper = config.hydra.sweeper
+    if sweeper["_target_"] != f"{BasicSweeper.__module__}.{BasicSweeper.__name__}":
+        return None
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    swept = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+    overrides = parser.parse_overrides([*swept, *config.hydra.overrides.task])
+    (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+    return jobs
+
+
+def _sweep_job(config: DictConfig) -> None:
+    """One job, in whichever process: what goes wrong is said and noted, and the other jobs go on."""
+    job, overrides = HydraConfig.get().job.num, list(HydraConfig.get().overrides.task)
+    log = SweepLog.of_job()
+    log.started(job, overrides)
+    try:
+        run(config)
+    except Exception as error:
+        cause = _input_error(error) if isinstance(error, USER_ERRORS) else None
+        if cause is None:
+            traceback.print_exc()
+            log.failed(job, describe(error), error)
+        else:
+            print(f"error: {cause} (in the job {' '.join(overrides)})", file=sys.stderr)
+            log.failed(job, cause)
+    else:
+        log.done(job)
 
 
 def run(config: DictConfig) -> None:
     """Build the parts that the configuration names and hand them to the runner."""
-    from .accuracy import Settings  # torch is imported here, after the configuration has been found to exist
-    from .report import closing_table
+    from .report import closing
+    from .settings import Settings  # torch is imported here, after the configuration has been found to exist
 
     method = instantiate(config.method)
     runner = instantiate(config.runner)
     task = instantiate(config.task)
     source = instantiate(config.model)
+    logger = instantiate(config.logger)
     settings = Settings(
         **{key: config[key] for key in ("seed", "batch_size", "device", "dtype", "results_dir")},
         config=recorded(config),
@@ -100,8 +189,10 @@ def run(config: DictConfig) -> None:
     methods += [_named_method(text) for text in runner.pair_with]
     distinct = list({str(m.identity()): m for m in methods}.values())
     runs = runner.run(source, distinct, task, settings, lambda line: print(line, flush=True))
+    for run in runs:
+        logger.log(run.folder.record(), run.folder.samples(), run.folder.path)
     print()
-    print(closing_table([r.folder.record() for r in runs], [str(r.folder.path) for r in runs]))
+    print(closing([r.folder.path for r in runs], settings.results_dir))
 
 
 def recorded(config: DictConfig) -> dict[str, Any]:
@@ -167,6 +258,7 @@ def _unknown_key(overrides: Sequence[str]) -> str | None:
     """Which override names a key that does not exist, and which keys are there instead."""
     groups = {name for name, _ in _groups(files("kvbench.conf"))}
     chosen = [o for o in overrides if o.split("=", 1)[0].lstrip("+~") in groups and not o.startswith("-")]
+    chosen = [o.split(",")[0] for o in chosen if "(" not in o]  # of a sweep's choices, the first will do
     with hydra.initialize_config_module("kvbench.conf", version_base="1.3"):
         config = hydra.compose("config", overrides=chosen)
     for override in overrides:
@@ -201,6 +293,8 @@ def _groups(root: Traversable, prefix: str = "") -> Iterator[tuple[str, list[Tra
 def help_text() -> str:
     """The groups with their choices, and the keys of the default choices; all read from the YAML files' comments."""
     root = files("kvbench.conf")
+    # Where the jobs of a sweep run is Hydra's business, not a part of the experiment: its group comes last.
+    groups = sorted(_groups(root), key=lambda group: group[0].startswith("hydra/"))
     lines = [
         "kvbench run GROUP=CHOICE ... KEY=VALUE ...      (python run.py takes the same)",
         "",
@@ -210,11 +304,11 @@ def help_text() -> str:
         "",
         "Groups and their choices",
     ]
-    for group, options in _groups(root):
+    for group, options in groups:
         lines.append(f"\n{group}=")
         width = max(len(o.name) for o in options) - len(".yaml")
         for option in options:
-            first = option.read_text(encoding="utf-8").splitlines()[0]
+            first = option.read_text(encoding="utf-8").removeprefix("# @package _global_\n").splitlines()[0]
             lines.append(f"  {option.name.removesuffix('.yaml'):<{width}}  {first.lstrip('# ')}")
     lines.append("\nKeys")
     for path, prefix in [("config.yaml", ""), *_defaults(root)]:
@@ -223,7 +317,8 @@ def help_text() -> str:
             lines.append(f"\n{prefix.rstrip('.') or 'top level'} ({path})")
             width = max(len(key) for key, _ in rows)
             lines += [f"  {key:<{width}}  {comment}" for key, comment in rows]
-    lines.append("\nkvbench run --cfg job prints the whole configuration of a command without running it.")
+    lines.append("\nkvbench run --cfg job prints the whole configuration of a command without running it;")
+    lines.append("kvbench run --cfg hydra -p hydra.launcher hydra/launcher=submitit_slurm prints a launcher's keys.")
     return "\n".join(lines)
 
 

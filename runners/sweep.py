@@ -1,0 +1,242 @@
+"""What a sweep says at its end, whichever processes or machines its jobs ran in.
+
+The jobs of a sweep share no memory: joblib and submitit start processes, Slurm starts them on other machines. So they
+share a file, ``<results_dir>/.sweeps/<id>.jsonl``, to which each appends when it starts and when it ends. Its path is
+in the environment variable :data:`LOG`, which every launcher hands on to its jobs. A job that was killed shows by what
+is missing. The submitting process reads the file when the launcher comes back.
+
+Lines, each with ``event`` and ``time`` (UTC):
+``sweep`` (``launcher``; ``jobs``: each one's overrides, null when the sweeper makes them up as it goes), ``started``
+(``job``: its number; ``overrides``; once more after each time limit), ``done`` (``job``), ``failed`` (``job``,
+``reason``, ``traceback`` or null), ``launcher`` (``reason``, ``traceback``: what ended the launcher itself).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from traceback import format_exception
+from typing import Any
+
+import filelock
+
+from ..conf.errors import InputError
+
+LOG = "KVBENCH_SWEEP_LOG"
+"""Environment variable with the absolute path of the log of the sweep that this process belongs to."""
+
+AGAIN = "run the same command again: what is done is skipped, the rest continues or is tried again"
+
+
+@dataclass
+class Job:
+    """One job as the log has it.
+
+    Attributes
+    ----------
+    overrides : list of str
+        What it was started with.
+    state : str
+        ``waiting`` (never started), ``started`` (and not ended), ``done`` or ``failed``: the last that was noted.
+    reason : str
+        Why it failed, on one line; empty otherwise.
+    """
+
+    overrides: list[str]
+    state: str = "waiting"
+    reason: str = ""
+
+
+@dataclass
+class Outcome:
+    """A log, read.
+
+    Attributes
+    ----------
+    jobs : dict of int to Job
+        By number; those that never started only where the sweeper said beforehand which there would be.
+    launcher : str
+        As in ``hydra/launcher=``; empty when the log was lost.
+    """
+
+    jobs: dict[int, Job] = field(default_factory=dict)
+    launcher: str = ""
+
+    def count(self, state: str) -> int:
+        """How many jobs are in that state."""
+        return sum(job.state == state for job in self.jobs.values())
+
+    @property
+    def complete(self) -> bool:
+        """Whether every job is done."""
+        return self.count("done") == len(self.jobs)
+
+    @property
+    def any_started(self) -> bool:
+        """Whether there is anything to report."""
+        return self.count("waiting") < len(self.jobs)
+
+    def lines(self) -> list[str]:
+        """What to tell the person who started the sweep: counts, then one line for each job that is not done."""
+        shared = set.intersection(*(set(job.overrides) for job in self.jobs.values())) if self.jobs else set()
+
+        def name(job: Job) -> str:
+            own = [override for override in job.overrides if override not in shared]
+            return " ".join(own or job.overrides)
+
+        phrases = [("failed", "jobs failed"), ("started", "killed or still running"), ("waiting", "never started")]
+        counts = ", ".join(f"{self.count(state)} {phrase}" for state, phrase in phrases if self.count(state))
+        first = f"{self.count('done')} of {len(self.jobs)} jobs done" + (f"; {counts}" if counts else "")
+        failed = [f"  failed: {name(job)}: {job.reason}" for job in self.jobs.values() if job.state == "failed"]
+        unfinished = [f"  killed or still running: {name(job)}" for job in self.jobs.values() if job.state == "started"]
+        return [first, *failed, *unfinished, *([] if self.complete else [AGAIN])]
+
+
+@dataclass(frozen=True)
+class SweepLog:
+    """The file, for the submitting process and for a job.
+
+    Attributes
+    ----------
+    path : Path
+        ``<results_dir>/.sweeps/<id>.jsonl``, absolute.
+    """
+
+    path: Path
+
+    @classmethod
+    def begin(cls, results_dir: str | Path, launcher: str, jobs: Sequence[Sequence[str]] | None) -> SweepLog:
+        """Start a log and make it that of this process and of all that it starts.
+
+        Args:
+            results_dir: relative to the working directory, as in the runs.
+            launcher: as in ``hydra/launcher=``.
+            jobs: the overrides of each job, by number; None: not known beforehand.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"  # in order of time, and no two alike
+        log = cls(Path(results_dir).absolute() / ".sweeps" / f"{name}.jsonl")
+        log._append("sweep", launcher=launcher, jobs=None if jobs is None else [list(job) for job in jobs])
+        os.environ[LOG] = str(log.path)
+        return log
+
+    @classmethod
+    def current(cls) -> SweepLog | None:
+        """The log of the sweep that this process belongs to, if it belongs to one."""
+        path = os.environ.get(LOG)
+        return cls(Path(path)) if path else None
+
+    @classmethod
+    def of_job(cls) -> SweepLog:
+        """The same in a job.
+
+        Raises:
+            InputError: the job was started without the environment of the process that submitted it.
+        """
+        log = cls.current()
+        if log is None:
+            raise InputError(
+                LOG, "", "is not set in this job; it must inherit the submitter's environment (sbatch --export=ALL)"
+            )
+        return log
+
+    def started(self, job: int, overrides: Sequence[str]) -> None:
+        """Note that a job starts, for the first time or once more."""
+        self._append("started", job=job, overrides=list(overrides))
+
+    def done(self, job: int) -> None:
+        """Note that a job has all of its results."""
+        self._append("done", job=job)
+
+    def failed(self, job: int, reason: str, error: BaseException | None = None) -> None:
+        """Note why a job failed; with the traceback of ``error`` where the reason alone does not explain it."""
+        self._append("failed", job=job, reason=reason, traceback=None if error is None else _traceback(error))
+
+    def launcher_failed(self, error: BaseException) -> None:
+        """Note what ended the launcher."""
+        self._append("launcher", reason=describe(error), traceback=_traceback(error))
+
+    def remove(self) -> None:
+        """Take back the log of a sweep that never began."""
+        self.path.unlink(missing_ok=True)
+
+    def read(self) -> Outcome:
+        """The state of every job, from the last line about it.
+
+        A line that is not whole (the disk was full) is passed over: its job then counts as not ended, and running the
+        sweep again puts that right.
+        """
+        outcome = Outcome()
+        for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
+            try:
+                event = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if event["event"] == "sweep":
+                outcome.launcher = event["launcher"]
+                for number, overrides in enumerate(event["jobs"] or []):
+                    outcome.jobs.setdefault(number, Job(overrides))
+            elif "job" in event:
+                job = outcome.jobs.setdefault(event["job"], Job(event.get("overrides", [])))
+                job.state, job.reason = event["event"], event.get("reason", "")
+        return outcome
+
+    def _append(self, event: str, **fields: Any) -> None:
+        noted = {"event": event, "time": datetime.now(UTC).isoformat(timespec="seconds"), **fields}
+        line = (json.dumps(noted, ensure_ascii=False) + "\n").encode()
+        # Appending is atomic on a local disk and not on NFS, where two machines can write at the same place. Taking a
+        # lock also makes an NFS client look for the file's true end.
+        lock = filelock.FileLock(self.path.parents[1] / ".locks" / "sweeps.lock")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            Path(lock.lock_file).parent.mkdir(exist_ok=True)
+            with lock, open(self.path, "ab", buffering=0) as file:
+                file.write(line)
+                os.fsync(file.fileno())
+        except OSError as error:
+            problem = f"the sweep's log cannot be written: {error.strerror}"
+            raise InputError("results_dir", self.path.parents[1], problem) from error
+
+
+def describe(error: BaseException) -> str:
+    """``ExceptionType: message`` on one line of bearable length."""
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message[:300]}".removesuffix(": ")
+
+
+def _traceback(error: BaseException) -> str:
+    return "".join(format_exception(error))
+
+
+def shown(path: Path) -> str:
+    """As short as it can be named from here."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def end_of_sweep(status: int) -> int:
+    """Say how the sweep of this process ended, if it is in one.
+
+    Args:
+        status: the exit status so far: 0, 2 when an error has been said, 130 when interrupted.
+
+    Returns:
+        The exit status: 2 in place of 0 when a job is not done.
+    """
+    log = SweepLog.current()
+    if log is None:
+        return status
+    outcome = log.read()
+    if status == 2 and not outcome.any_started:  # the error is the whole story
+        return status
+    where = sys.stdout if outcome.complete else sys.stderr
+    print("", *outcome.lines(), f"sweep log: {shown(log.path)}", sep="\n", file=where, flush=True)
+    return status or (0 if outcome.complete else 2)
