@@ -89,7 +89,10 @@ def _hydra_main(config: DictConfig) -> None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         _sweep_job(config)
         return
+    launcher = HydraConfig.get().runtime.choices["hydra/launcher"]
     try:
+        if launcher != "basic":  # Hydra would run it here, on the login node, and say nothing
+            raise InputError("hydra/launcher", launcher, "starts the jobs of a sweep: add -m")
         run(config)
     except USER_ERRORS as error:  # here, because Hydra would print the overrides before letting it through
         _exit_with(error)
@@ -259,8 +262,11 @@ def _unknown_key(overrides: Sequence[str]) -> str | None:
     groups = {name for name, _ in _groups(files("kvbench.conf"))}
     chosen = [o for o in overrides if o.split("=", 1)[0].lstrip("+~") in groups and not o.startswith("-")]
     chosen = [o.split(",")[0] for o in chosen if "(" not in o]  # of a sweep's choices, the first will do
-    with hydra.initialize_config_module("kvbench.conf", version_base="1.3"):
-        config = hydra.compose("config", overrides=chosen)
+    try:
+        with hydra.initialize_config_module("kvbench.conf", version_base="1.3"):
+            config = hydra.compose("config", overrides=chosen)
+    except HydraException:  # the choices themselves do not fit; Hydra's own line says how
+        return None
     for override in overrides:
         key, eq, _ = override.partition("=")
         if not eq or key in groups or key.startswith(("+", "~", "-", "hydra")):

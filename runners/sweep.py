@@ -91,7 +91,7 @@ class Outcome:
             own = [override for override in job.overrides if override not in shared]
             return " ".join(own or job.overrides)
 
-        phrases = [("failed", "jobs failed"), ("started", "killed or still running"), ("waiting", "never started")]
+        phrases = [("failed", "failed"), ("started", "killed or still running"), ("waiting", "never started")]
         counts = ", ".join(f"{self.count(state)} {phrase}" for state, phrase in phrases if self.count(state))
         first = f"{self.count('done')} of {len(self.jobs)} jobs done" + (f"; {counts}" if counts else "")
         failed = [f"  failed: {name(job)}: {job.reason}" for job in self.jobs.values() if job.state == "failed"]

@@ -31,6 +31,10 @@ BAD_INPUT = [
     (["method=snapvk"], ["method=snapvk", "did you mean snapkv"]),
     (["model=smolm2-135m"], ["model=smolm2-135m", "did you mean smollm2-135m"]),
     (["task=longbnch"], ["task=longbnch", "longbench"]),
+    (["experiment=pareto_quik"], ["experiment=pareto_quik", "did you mean pareto_quick"]),
+    (["hydra/launcher=joblib"], ["hydra/launcher=joblib", "add -m"]),
+    (["logger=wandbb"], ["logger=wandbb", "did you mean wandb"]),
+    (["task=shape"], ["task=shape", "runner=efficiency"]),
     (["runner=acuracy"], ["runner=acuracy", "did you mean accuracy"]),
     (["method/storage=dence"], ["method/storage=dence", "did you mean dense"]),
     (["task.datasets=[qaspr]"], ["task.datasets=qaspr", "did you mean qasper"]),
@@ -125,7 +129,7 @@ def test_a_sweep_goes_on_after_a_bad_job_and_says_so(world, tmp_path, monkeypatc
     )
     assert done.returncode == 2
     assert "method.budget=0" in done.stderr
-    assert "1 jobs failed" in done.stderr
+    assert "1 failed" in done.stderr
     assert len(list(tmp_path.rglob("record.json"))) == 2
 
 
