@@ -37,7 +37,6 @@ from .record import RunFolder
 from .runs import BASELINE, open_run, record_head
 from .settings import Settings
 
-
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # two loads per method; a bar for each would bury what is said
 
 
