@@ -62,7 +62,7 @@ class Method:
         """Bytes that one sequence should take after a prompt and ``new_tokens`` further tokens, by the formula."""
         tokens = self.selection.kept_tokens(prompt_length, new_tokens, shape.layers)
         heads = shape.query_heads if self.selection.stores_query_heads else shape.kv_heads
-        return self.storage.bytes_formula(tokens, heads, shape)
+        return self.storage.bytes_formula(tokens, heads, shape) + self.selection.state_bytes(tokens, heads)
 
     def identity(self) -> dict[str, Any]:
         """What decides this method's numbers, as plain data: class and values of its parts (not what is only shown)."""
@@ -97,6 +97,18 @@ class NewTokens:
     valid: torch.Tensor | None
 
 
+@dataclass(frozen=True)
+class KeptRows:
+    """What stays of the rows of one prompt length: see :class:`.selection.base.Kept`; ``length`` in tokens."""
+
+    rows: Rows
+    length: int
+    keys: torch.Tensor
+    values: torch.Tensor
+    valid: torch.Tensor | None
+    scores: torch.Tensor | None
+
+
 class CacheLayer(PromptReader):
     """One layer: reads the prompt, keeps what the selection says in the storage, then takes step after step."""
 
@@ -110,39 +122,44 @@ class CacheLayer(PromptReader):
 
     def absorb(self, prompts: list[tuple[Rows, Prompt]]) -> None:
         """Compress the prompt: every group of rows gets its selection, then all are stored as one batch."""
-        kept = []
+        groups = []
         for rows, prompt in prompts:
             keys, values = prompt.keys, prompt.values
-            slots = self.selection.select(prompt)
+            kept = self.selection.select(prompt, self.state)
             if self.selection.stores_query_heads:
                 keys, values = repeat_heads(keys, prompt.groups), repeat_heads(values, prompt.groups)
-            if slots is not None:
-                index = slots[..., None].expand(-1, -1, -1, keys.shape[-1])
+            if kept.slots is not None:
+                index = kept.slots[..., None].expand(-1, -1, -1, keys.shape[-1])
                 keys, values = keys.gather(2, index), values.gather(2, index)
-            kept.append((rows, prompt.length, keys, values))
-        lengths = self._store(kept)
-        self.selection.after_prompt(self.state, lengths)
+            groups.append(KeptRows(rows, prompt.length, keys, values, kept.valid, kept.scores))
+        lengths, scores = self._store(groups)
+        self.selection.after_prompt(self.state, lengths, scores)
 
-    def _store(self, kept: list[tuple[Rows, int, torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-        """Write the groups as one batch, padded on the left to the longest; returns the prompt lengths [B]."""
-        rows, length, keys, values = kept[0]
-        if len(kept) == 1:
-            self.storage.write(keys, values)
-            return torch.full((keys.shape[0],), length, dtype=torch.int64, device=keys.device)
-        batch = sum(k.shape[0] for _, _, k, _ in kept)
-        width = max(k.shape[2] for _, _, k, _ in kept)
-        all_keys = keys.new_zeros(batch, keys.shape[1], width, keys.shape[3])
-        all_values = torch.zeros_like(all_keys)
-        valid = torch.zeros(batch, 1, width, dtype=torch.bool, device=keys.device)
+    def _store(self, groups: list[KeptRows]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Write the groups as one batch, padded on the left to the longest; returns prompt lengths [B] and scores."""
+        first = groups[0]
+        if len(groups) == 1:
+            self.storage.write(first.keys, first.values, first.valid)
+            lengths = torch.full((first.keys.shape[0],), first.length, dtype=torch.int64, device=first.keys.device)
+            return lengths, first.scores
+        batch = sum(g.keys.shape[0] for g in groups)
+        width = max(g.keys.shape[2] for g in groups)
+        heads = max(1 if g.valid is None else g.valid.shape[1] for g in groups)
+        keys = first.keys.new_zeros(batch, first.keys.shape[1], width, first.keys.shape[3])
+        values = torch.zeros_like(keys)
+        valid = torch.zeros(batch, heads, width, dtype=torch.bool, device=keys.device)
         lengths = torch.zeros(batch, dtype=torch.int64, device=keys.device)
-        for rows, length, keys, values in kept:
-            start = width - keys.shape[2]
-            all_keys[rows.index, :, start:] = keys
-            all_values[rows.index, :, start:] = values
-            valid[rows.index, :, start:] = True
-            lengths[rows.index] = length
-        self.storage.write(all_keys, all_values, None if bool(valid.all()) else valid)
-        return lengths
+        scores = None if first.scores is None else first.scores.new_zeros(*keys.shape[:3])
+        for g in groups:
+            start = width - g.keys.shape[2]
+            keys[g.rows.index, :, start:] = g.keys
+            values[g.rows.index, :, start:] = g.values
+            valid[g.rows.index, :, start:] = True if g.valid is None else g.valid
+            lengths[g.rows.index] = g.length
+            if scores is not None and g.scores is not None:
+                scores[g.rows.index, :, start:] = g.scores
+        self.storage.write(keys, values, None if bool(valid.all()) else valid)
+        return lengths, scores
 
     def attend(
         self,
@@ -172,6 +189,11 @@ class CacheLayer(PromptReader):
     def tensors(self) -> list[torch.Tensor]:
         """Everything this layer holds in memory."""
         return self.storage.tensors() + self.selection.state_tensors(self.state)
+
+    @property
+    def logical_bytes(self) -> int:
+        """Bytes of the real tokens held and of what the selection keeps count of."""
+        return self.storage.logical_bytes + sum(t.nbytes for t in self.selection.state_tensors(self.state))
 
 
 class KVCache(Cache):
@@ -289,7 +311,7 @@ class KVCache(Cache):
     @property
     def kv_bytes_logical(self) -> int:
         """Bytes of the real tokens held, without padding and room to grow."""
-        return sum(layer.storage.logical_bytes for layer in self.layers)
+        return sum(layer.logical_bytes for layer in self.layers)
 
     @property
     def tokens_held(self) -> list[torch.Tensor]:

@@ -20,19 +20,20 @@ class Rotary:
 
     Args:
         config: the model's configuration.
+        key, value: the setting that asks for it, for the error.
 
     Raises:
         InputError: the model's RoPE changes its frequencies with the length, or pairs its channels in another way.
     """
 
-    def __init__(self, config: PretrainedConfig):
+    def __init__(self, config: PretrainedConfig, key: str = "method.selection.reposition", value: object = True):
         rope = getattr(config, "rope_parameters", None) or {}
         kind = rope.get("rope_type", "default")
         if "rope_theta" not in rope or kind not in _RELATIVE or config.model_type in _INTERLEAVED:
             raise InputError(
-                "method.selection.reposition",
-                True,
-                f"model type {config.model_type} with RoPE type {kind} cannot be re-positioned; set it to false",
+                key,
+                value,
+                f"needs RoPE that can be turned, and that of model type {config.model_type} (type {kind}) cannot be",
             )
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         if kind == "default":

@@ -1,8 +1,9 @@
 """What several test files share."""
 
+import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -18,6 +19,15 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the shared test data is not at {folder}; set KVBENCH_TEST_DATA to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def golden(shared_data: Path) -> dict[str, Any]:
+    """Kept-index sets made by the published implementations."""
+    path = shared_data.parent / "methods" / "golden.json"
+    if not path.exists():
+        pytest.skip(f"no golden sets at {path}")
+    return json.loads(path.read_text())
 
 
 @pytest.fixture(scope="session")

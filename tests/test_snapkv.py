@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
 import torch
+from golden import golden_prompt
 from tiny_models import prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
@@ -15,24 +15,6 @@ from kvbench.methods.prompt import Prompt
 from kvbench.methods.selection.base import resolve_budget
 from kvbench.methods.selection.snapkv import SnapKV, reduce_groups, window_attention
 from kvbench.runners.engine import decode, generate, prefill
-
-
-def golden_prompt(query_heads: int, kv_heads: int, length: int = 40, dim: int = 8, window: int = 4) -> Prompt:
-    """The analytic inputs of the golden file: closed formulas, so that nothing has to be stored."""
-    h, t, d = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (query_heads, length, dim)), indexing="ij")
-    query = 1.5 * torch.sin(1.7 * (h + 1) + 0.9 * (t + 1) * (d + 1) + 0.31 * t * h)
-    h, t, d = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (kv_heads, length, dim)), indexing="ij")
-    keys = 1.5 * torch.cos(0.6 * (h + 1) * (d + 1) + 1.3 * t + 0.17 * t * t * (d + 1))
-    return Prompt(query[None, :, -window:], keys[None], keys[None].clone(), dim**-0.5, 0, 1)
-
-
-@pytest.fixture(scope="session")
-def golden(shared_data):
-    path = shared_data.parent / "methods" / "golden.json"
-    if not path.exists():
-        pytest.skip(f"no golden sets at {path}")
-    return json.loads(path.read_text())
-
 
 AVERAGE_CASES = [
     ("snapkv_mha C=12 w=4 k=5 avgpool", 4, {"kernel": 5}),
@@ -50,14 +32,14 @@ AVERAGE_CASES = [
 @pytest.mark.parametrize(("name", "kv_heads", "options"), AVERAGE_CASES)
 def test_golden_sets_with_average_pooling(golden, name, kv_heads, options):
     selection = SnapKV(budget=12, window=4, pooling="avg", **options)
-    assert selection.select(golden_prompt(4, kv_heads))[0].tolist() == golden[name]
+    assert selection.select(golden_prompt(4, kv_heads)).slots[0].tolist() == golden[name]
 
 
 @pytest.mark.parametrize("kernel", [5, 7])
 def test_golden_sets_with_max_pooling(golden, kernel):
     """Max pooling ties a peak with its neighbours: the pooled scores of the kept tokens are compared, not indices."""
     selection, prompt = SnapKV(budget=12, window=4, kernel=kernel, pooling="max"), golden_prompt(4, 4)
-    kept, scores = selection.select(prompt)[0], selection.score(prompt)[0]
+    kept, scores = selection.select(prompt).slots[0], selection.score(prompt)[0]
     for head, theirs in enumerate(golden[f"snapkv_mha C=12 w=4 k={kernel} maxpool"]):
         ours = sorted(scores[head, kept[head, :8]].tolist())
         assert ours == pytest.approx(sorted(scores[head, theirs[:8]].tolist()), abs=1e-12)
@@ -95,7 +77,7 @@ def naive_pool(votes: list[float], kernel: int, how: str) -> list[float]:
 @pytest.mark.parametrize("reduce", ["mean", "max", "sum"])
 def test_kept_tokens_are_the_best_by_a_naive_triple_loop(pooling, reduce):
     prompt, w, kernel, budget = random_prompt(), 6, 5, 20
-    kept = SnapKV(budget=budget, window=w, kernel=kernel, pooling=pooling, group_reduce=reduce).select(prompt)
+    kept = SnapKV(budget=budget, window=w, kernel=kernel, pooling=pooling, group_reduce=reduce).select(prompt).slots
     combine = {"mean": lambda p: sum(p) / 2, "max": max, "sum": sum}[reduce]
     for row in range(2):
         for head in range(2):
@@ -111,7 +93,7 @@ def test_a_planted_needle_and_its_neighbours_are_kept():
     prompt = random_prompt()
     needle = 17
     prompt.keys[:, :, needle] = 20 * prompt.query.mean(2).unflatten(1, (2, 2)).mean(2)
-    kept = SnapKV(budget=14, window=6, kernel=5, pooling="max").select(prompt)
+    kept = SnapKV(budget=14, window=6, kernel=5, pooling="max").select(prompt).slots
     for head in kept[0].tolist():
         assert set(range(needle - 2, needle + 3)) <= set(head)
 
@@ -128,8 +110,8 @@ def test_a_query_of_the_window_does_not_see_later_keys_of_the_window():
 def test_one_kv_head_per_query_head_is_the_same_in_both_granularities():
     prompt = random_prompt(query_heads=4, kv_heads=4)
     options = {"budget": 20, "window": 6, "kernel": 5, "pooling": "avg"}
-    per_kv = SnapKV(granularity="kv_head", **options).select(prompt)
-    assert torch.equal(per_kv, SnapKV(granularity="query_head", **options).select(prompt))
+    per_kv = SnapKV(granularity="kv_head", **options).select(prompt).slots
+    assert torch.equal(per_kv, SnapKV(granularity="query_head", **options).select(prompt).slots)
 
 
 def test_repeated_kv_heads_give_the_kv_head_result():
@@ -137,7 +119,7 @@ def test_repeated_kv_heads_give_the_kv_head_result():
     prompt = random_prompt(query_heads=2, kv_heads=2)
     doubled = Prompt(prompt.query.repeat_interleave(2, 1), prompt.keys, prompt.values, prompt.scaling, 0, 1)
     options = {"budget": 20, "window": 6, "kernel": 5, "pooling": "avg"}
-    assert torch.equal(SnapKV(**options).select(prompt), SnapKV(**options).select(doubled))
+    assert torch.equal(SnapKV(**options).select(prompt).slots, SnapKV(**options).select(doubled).slots)
 
 
 def test_reduce_groups_takes_neighbouring_query_heads():

@@ -1,14 +1,16 @@
 """The contract of a selection: which tokens a layer keeps.
 
-A new token method is a subclass of :class:`TopKSelection` with one ``score`` function, or of :class:`Selection` with
-``select`` (what stays of a prompt) and ``attend`` (what a step sees, and what leaves after it).
+A new token method is a subclass of :class:`TopKSelection` with one ``score`` function. One whose tokens leave while
+decoding too is a subclass of :class:`.evicting.EvictingSelection`, or of :class:`Selection` with ``select`` (what
+stays of a prompt) and ``attend`` (what a step sees, and what leaves after it).
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import PretrainedConfig
@@ -62,6 +64,25 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What stays of a prompt at one layer.
+
+    Attributes:
+        slots: int64 [R, H, C], prompt tokens by position, increasing per head where valid; None: all of them.
+        valid: bool [R, H, C], False where a head keeps fewer than C (on the left); None: all real.
+        scores: float32 [R, H, C], what the method goes on counting for each kept token; None: nothing.
+    """
+
+    slots: torch.Tensor | None = None
+    valid: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+
+
+ALL_QUERIES = sys.maxsize
+"""As an observation window: a method that scores with every query of the prompt."""
+
+
+@dataclass(frozen=True)
 class Selection:
     """Keep everything: the base of every selection and the one of ``method=full``."""
 
@@ -94,15 +115,21 @@ class Selection:
         return False
 
     def new_state(self, config: PretrainedConfig) -> Any:
-        """State of one layer for one batch, handed to :meth:`after_prompt` and :meth:`attend`; made fresh each time."""
+        """State of one layer for one batch, handed to the methods below; made fresh each time."""
         return None
 
-    def select(self, prompt: Prompt) -> torch.Tensor | None:
-        """Prompt tokens to keep: int64 [R, H, C], strictly increasing per head, or None: all of them."""
-        return None
+    def select(self, prompt: Prompt, state: Any = None) -> Kept:
+        """What to keep of a prompt."""
+        return Kept()
 
-    def after_prompt(self, state: Any, lengths: torch.Tensor) -> None:
-        """Called once the prompt has been compressed; ``lengths`` [B] int64: real prompt tokens of each row."""
+    def after_prompt(self, state: Any, lengths: torch.Tensor, scores: torch.Tensor | None) -> None:
+        """Called once the prompt has been compressed.
+
+        Args:
+            state: what :meth:`new_state` made for this layer.
+            lengths: [B] int64, real prompt tokens of each row.
+            scores: [B, H, S] float32, those that :meth:`select` gave, slot for slot as stored (0 in padding), or None.
+        """
 
     def attend(self, state: Any, storage: LayerStorage, step: Step) -> torch.Tensor:
         """Append the step's tokens, attend over everything held, drop what has to leave.
@@ -127,6 +154,10 @@ class Selection:
         """Tensors of ``state`` that must stay in memory; they count as stored bytes."""
         return []
 
+    def state_bytes(self, tokens: Sequence[int], heads: int) -> int:
+        """Their bytes by the formula, for one sequence with ``tokens[l]`` in each of ``heads`` heads of layer l."""
+        return 0
+
 
 @dataclass(frozen=True)
 class TopKSelection(Selection):
@@ -140,11 +171,14 @@ class TopKSelection(Selection):
     budget: Budget
     window: int
 
+    least_window: ClassVar[int] = 1
+    """Smallest ``window`` that makes sense; a method that scores every token by itself may protect none."""
+
     def __post_init__(self) -> None:
         check_budget(self.budget)
-        require(
-            isinstance(self.window, int) and self.window >= 1, "method.selection.window", self.window, "must be >= 1"
-        )
+        least = self.least_window
+        allowed = f"must be a whole number >= {least}"
+        require(isinstance(self.window, int) and self.window >= least, "method.selection.window", self.window, allowed)
         if isinstance(self.budget, int):
             require(
                 self.window <= self.budget,
@@ -153,23 +187,27 @@ class TopKSelection(Selection):
                 f"must be at most method.budget={self.budget}, which includes the window",
             )
 
-    def score(self, prompt: Prompt) -> torch.Tensor:
+    def score(self, prompt: Prompt, state: Any) -> torch.Tensor:
         """Score of every prompt token before the window: [R, H, T - window]; the largest stay."""
         raise NotImplementedError
 
-    def select(self, prompt: Prompt) -> torch.Tensor | None:
-        budget = resolve_budget(self.budget, prompt.length)
+    def layer_budgets(self, prompt_length: int, layers: int) -> Sequence[int]:
+        """Tokens that each layer keeps per head of a prompt of ``prompt_length``, window included."""
+        return [min(prompt_length, resolve_budget(self.budget, prompt_length))] * layers
+
+    def select(self, prompt: Prompt, state: Any = None) -> Kept:
+        budget = self.layer_budgets(prompt.length, prompt.num_layers)[prompt.layer_idx]
         if prompt.length <= budget:
-            return None
+            return Kept()
         # A fraction of a short prompt may be less than the window: then the budget's last tokens are what stays.
         window = min(self.window, budget)
         recent = torch.arange(prompt.length - window, prompt.length, device=prompt.keys.device)
         if budget == window:
             heads = prompt.query.shape[1] if self.stores_query_heads else prompt.keys.shape[1]
-            return recent.expand(prompt.keys.shape[0], heads, -1)
-        scores = self.score(prompt)[..., : prompt.length - window]
+            return Kept(recent.expand(prompt.keys.shape[0], heads, -1))
+        scores = self.score(prompt, state)[..., : prompt.length - window]
         best = scores.topk(budget - window, dim=-1, sorted=False).indices.sort(dim=-1).values
-        return torch.cat([best, recent.expand(*best.shape[:2], -1)], dim=-1)
+        return Kept(torch.cat([best, recent.expand(*best.shape[:2], -1)], dim=-1))
 
     def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int) -> Sequence[int]:
-        return [min(prompt_length, resolve_budget(self.budget, prompt_length)) + new_tokens] * layers
+        return [kept + new_tokens for kept in self.layer_budgets(prompt_length, layers)]

@@ -1,9 +1,9 @@
 """SnapKV (Li et al., 2024, arXiv 2404.14469): the prompt's last queries vote for the tokens worth keeping.
 
-Section 3 and Listing 1 of the paper: the attention that the last ``window`` queries pay to each earlier token is summed
-over those queries, smoothed along the sequence by 1-D pooling (so that the neighbours of a hit stay with it), and the
-``budget - window`` best tokens of every head are kept beside the window itself. Compression happens once, after the
-layer's own attention over the whole prompt; generated tokens are all kept.
+Section 3 and Listing 1 of the paper: the attention that the last ``window`` queries pay to each earlier token is
+summed over those queries, smoothed along the sequence by 1-D pooling (so that the neighbours of a hit stay with it),
+and the ``budget - window`` best tokens of every head are kept beside the window itself. Compression happens once,
+after the layer's own attention over the whole prompt; generated tokens are all kept.
 
 What the published code does differently: it expands the KV heads to query heads before compressing, so its cache is
 H_q / H_kv times larger than its token count says (``granularity=query_head`` does the same and counts those bytes).
@@ -12,6 +12,7 @@ H_q / H_kv times larger than its token count says (``granularity=query_head`` do
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,7 @@ class SnapKV(TopKSelection):
     def stores_query_heads(self) -> bool:
         return self.granularity == "query_head"
 
-    def score(self, prompt: Prompt) -> torch.Tensor:
+    def score(self, prompt: Prompt, state: Any = None) -> torch.Tensor:
         """Pooled votes of the tokens before the window: [R, H, T - w], float32, H stored heads."""
         votes = window_attention(prompt).sum(dim=2)  # [R, H_q, T]
         votes = votes[..., : prompt.length - prompt.query.shape[2]]

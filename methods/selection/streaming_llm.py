@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ from ..attention import cached_attention
 from ..prompt import Prompt
 from ..rotary import Rotary
 from ..storage.base import LayerStorage
-from .base import Budget, Selection, Step, check_budget, resolve_budget
+from .base import Budget, Kept, Selection, Step, check_budget, resolve_budget
 
 BLOCK = 256
 """Prompt tokens that pass through the cache at a time in ``true_stream``; memory is O(BLOCK x (budget + BLOCK))."""
@@ -110,15 +111,15 @@ class StreamingLLM(Selection):
     def new_state(self, config: PretrainedConfig) -> StreamState:
         return StreamState(Rotary(config) if self.reposition else None)
 
-    def select(self, prompt: Prompt) -> torch.Tensor | None:
+    def select(self, prompt: Prompt, state: Any = None) -> Kept:
         budget = resolve_budget(self.budget, prompt.length)
         if prompt.length <= budget:
-            return None
+            return Kept()
         kept = torch.arange(budget, device=prompt.keys.device)
         kept[min(self.sinks, budget - 1) :] += prompt.length - budget
-        return kept.expand(prompt.keys.shape[0], prompt.keys.shape[1], -1)
+        return Kept(kept.expand(prompt.keys.shape[0], prompt.keys.shape[1], -1))
 
-    def after_prompt(self, state: StreamState, lengths: torch.Tensor) -> None:
+    def after_prompt(self, state: StreamState, lengths: torch.Tensor, scores: torch.Tensor | None) -> None:
         state.seen = lengths.clone()
         state.fed = int(lengths.max())
         state.limit = torch.tensor([[resolve_budget(self.budget, n)] for n in lengths.tolist()], device=lengths.device)

@@ -1,0 +1,144 @@
+"""Methods that hold a fixed number of tokens: after each step, once its attention is computed, the worst one leaves.
+
+A subclass says what a token is worth (:meth:`EvictingSelection.observe`) and how many of the last tokens are safe.
+Rows of a batch may hold different numbers of tokens; with several tokens in one step each is fed by itself, so that a
+step of n tokens is n steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from ..storage.base import LayerStorage
+from .base import Budget, Selection, Step, check_budget, resolve_budget
+
+
+@dataclass
+class EvictingState:
+    """One layer and batch.
+
+    Attributes:
+        scores: [B, H, S] float32, what each held token is worth so far; None where a method keeps no account.
+        limit: [B, 1] int64, tokens that each row may hold.
+        most: the largest of them as a plain number, which costs no look at the device.
+    """
+
+    scores: torch.Tensor | None = None
+    limit: torch.Tensor | None = None
+    most: int = 0
+
+
+@dataclass(frozen=True)
+class EvictingSelection(Selection):
+    """Attend, then let go of what is worth least.
+
+    Attributes:
+        budget: tokens held per head, or a fraction of the prompt.
+    """
+
+    budget: Budget = 1024
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
+
+    @property
+    def evicts_while_decoding(self) -> bool:
+        return True
+
+    def recent(self, limit: int) -> int:
+        """How many of the last tokens may not leave, of ``limit`` held ones."""
+        return 0
+
+    def observe(self, state: EvictingState, weights: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+        """Take account of a step's attention.
+
+        Args:
+            state: the layer's state; ``scores`` does not hold the new token yet.
+            weights: [B, H, g, S] float32, attention of the new token's g query heads per stored head over all S slots,
+                its own the last.
+            real: [B] bool, False for a row whose new token is a pad; None: all real.
+
+        Returns:
+            [B, 1 or H, S] float32: what each token is worth; the least leaves (of all heads alike where it is 1).
+        """
+        raise NotImplementedError
+
+    def new_state(self, config: PretrainedConfig) -> EvictingState:
+        return EvictingState()
+
+    def after_prompt(self, state: EvictingState, lengths: torch.Tensor, scores: torch.Tensor | None) -> None:
+        limits = [resolve_budget(self.budget, n) for n in lengths.tolist()]
+        state.limit = torch.tensor([[n] for n in limits], device=lengths.device)
+        state.most = max(limits)
+        state.scores = scores
+
+    def attend(self, state: EvictingState, storage: LayerStorage, step: Step) -> torch.Tensor:
+        n = step.query.shape[2]
+        return torch.cat([self._attend_one(state, storage, step.part(slice(i, i + 1))) for i in range(n)], dim=2)
+
+    def _attend_one(self, state: EvictingState, storage: LayerStorage, step: Step) -> torch.Tensor:
+        storage.append(step.key, step.value, step.valid)
+        keys, values, held = storage.read()
+        batch, query_heads, _, dim = step.query.shape
+        grouped = step.query.reshape(batch, keys.shape[1], -1, dim)  # [B, H, g, D]
+        logits = grouped @ keys.transpose(-1, -2)
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        logits = logits.to(exact) * step.scaling
+        if held is not None:
+            visible = held.clone()
+            visible[..., -1] = True  # a pad sees itself, for a softmax over something
+            logits = logits.masked_fill(~visible[:, :, None], float("-inf"))
+        weights = logits.softmax(-1)
+        out = (weights.to(values.dtype) @ values).reshape(batch, query_heads, 1, dim)
+        worth = self.observe(state, weights.float(), None if step.valid is None else step.valid[:, 0])
+        self._evict(state, storage, held, worth)
+        return out
+
+    def _evict(
+        self, state: EvictingState, storage: LayerStorage, held: torch.Tensor | None, worth: torch.Tensor
+    ) -> None:
+        """Let the least worthy token leave where more are held than the limit."""
+        assert state.limit is not None
+        slots = worth.shape[-1]
+        if slots <= state.most and held is None:  # padding is on the left: more slots than tokens, never fewer
+            return
+        limit = state.limit[:, :, None]  # [B, 1, 1]
+        count = torch.full_like(limit, slots) if held is None else held.sum(-1, keepdim=True)  # [B, 1 or H, 1]
+        over = count > limit
+        rank = torch.arange(slots, device=worth.device)  # real tokens end at the last slot
+        safe = torch.tensor([self.recent(int(n)) for n in state.limit[:, 0].tolist()], device=worth.device)
+        protected = rank >= slots - safe[:, None, None]
+        worth = worth.masked_fill(protected, float("inf"))
+        if held is not None:
+            worth = worth.masked_fill(~held, float("inf"))
+        victim = worth.argmin(-1, keepdim=True)  # [B, 1 or H, 1]
+        if held is None and bool(over.all()):
+            kept = rank[:-1] + (rank[:-1] >= victim)
+            self._keep(state, storage, kept, None)
+            return
+        stay = torch.ones_like(worth, dtype=torch.bool) if held is None else held.expand_as(worth).clone()
+        stay &= ~((rank == victim) & over)
+        width = int(stay.sum(-1).max())
+        if width == slots:
+            return
+        order = stay.int().sort(dim=-1, stable=True).indices[..., slots - width :]
+        valid = stay.gather(-1, order)
+        self._keep(state, storage, order, None if bool(valid.all()) else valid)
+
+    def _keep(
+        self, state: EvictingState, storage: LayerStorage, slots: torch.Tensor, valid: torch.Tensor | None
+    ) -> None:
+        storage.keep(slots, valid)
+        if state.scores is not None:
+            state.scores = state.scores.gather(-1, slots.expand(*state.scores.shape[:2], -1))
+
+    def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int) -> Sequence[int]:
+        return [min(prompt_length + new_tokens, resolve_budget(self.budget, prompt_length))] * layers
+
+    def state_tensors(self, state: Any) -> list[torch.Tensor]:
+        return [] if state.scores is None else [state.scores]

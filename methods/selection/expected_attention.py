@@ -1,0 +1,88 @@
+"""Expected attention (Devoto et al., 2025, arXiv 2510.00636): a key is worth what queries to come will pay to it.
+
+Section 3: the queries of a head, before RoPE, are taken to be normally distributed with the mean and covariance of the
+prompt's. Averaging RoPE's rotation over the next ``future`` positions gives the mean m and covariance S of the queries
+to come, and for a key k the expectation of exp(q.k / sqrt(D)) is exp(m.k / sqrt(D) + k.S.k / (2 D)). Normalised over
+the prompt, averaged over a group's query heads and multiplied by the length of the value, it is the token's score. The
+first tokens (attention sinks) take no part in the statistics and are always kept.
+
+The paper multiplies by the length of the value after the output projection; here it is the value's own, so that a
+method needs nothing of the model but its cache (the authors' library does the same).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from transformers import PretrainedConfig
+
+from ...conf.errors import require
+from ..prompt import Prompt
+from ..rotary import Rotary
+from .base import ALL_QUERIES, Budget, TopKSelection
+
+
+@dataclass(frozen=True)
+class ExpectedAttention(TopKSelection):
+    """The expectation in closed form.
+
+    Attributes:
+        budget: tokens kept per head, sinks and window included, or a fraction of the prompt.
+        window: last tokens that are always kept.
+        future: positions after the prompt over which the rotation is averaged.
+        sinks: first tokens that are always kept and left out of the statistics.
+        epsilon: added to the attention before it is multiplied by the value's length.
+    """
+
+    budget: Budget = 1024
+    window: int = 0
+    future: int = 512
+    sinks: int = 4
+    epsilon: float = 0.0
+
+    least_window: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at = "method.selection."
+        for key, least in (("future", 1), ("sinks", 0)):
+            value = getattr(self, key)
+            require(isinstance(value, int) and value >= least, at + key, value, f"must be a whole number >= {least}")
+        require(self.epsilon >= 0, at + "epsilon", self.epsilon, "must be >= 0")
+
+    @property
+    def observation_window(self) -> int:
+        return ALL_QUERIES
+
+    def new_state(self, config: PretrainedConfig) -> Rotary:
+        return Rotary(config, "method", "expected_attention")
+
+    def score(self, prompt: Prompt, state: Rotary) -> torch.Tensor:
+        """[R, H_kv, T - window], float32; infinite for the sinks."""
+        rows, _, length, dim = prompt.query.shape
+        sinks = min(self.sinks, length - 1)
+        at = torch.arange(length, device=prompt.query.device).expand(rows, -1)
+        queries = state.turn(prompt.query.float(), -at)[:, :, sinks:]  # before RoPE
+        mean = queries.mean(dim=2)  # [R, H_q, D]
+        centred = queries - mean[:, :, None]
+        covariance = centred.transpose(-1, -2) @ centred / queries.shape[2]  # [R, H_q, D, D]
+        rotation = self._mean_rotation(state, length, dim, prompt.query.device)
+        mean = mean @ rotation
+        covariance = rotation.T @ covariance @ rotation
+
+        keys = prompt.keys.float().repeat_interleave(prompt.groups, dim=1)  # [R, H_q, T, D]
+        logits = (keys @ mean[..., None])[..., 0] * prompt.scaling
+        logits = logits + (keys @ covariance * keys).sum(-1) * prompt.scaling**2 / 2
+        logits[..., :sinks] = float("-inf")
+        attention = logits.softmax(dim=-1).unflatten(1, (-1, prompt.groups)).mean(dim=2)  # [R, H_kv, T]
+        scores = (attention + self.epsilon) * prompt.values.float().norm(dim=-1)
+        scores[..., :sinks] = float("inf")
+        return scores[..., : length - self.window]
+
+    def _mean_rotation(self, rotary: Rotary, length: int, dim: int, device: torch.device) -> torch.Tensor:
+        """[D, D]: ``x @ rotation`` is the mean of x turned to each of the positions to come."""
+        unit = torch.eye(dim, device=device)[None, :, None]  # [1, D, 1, D], one unit vector a "head"
+        steps = torch.arange(length, length + self.future, device=device)[None]  # [1, future]
+        return rotary.turn(unit.expand(-1, -1, self.future, -1), steps).mean(dim=2)[0]

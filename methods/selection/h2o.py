@@ -1,0 +1,116 @@
+"""H2O (Zhang et al., 2023, arXiv 2306.14048): keep the heavy hitters, the tokens that have drawn most attention so far.
+
+Algorithm 1 and appendix A: every held token carries the sum of the attention it has been paid by all queries up to
+now, the prompt's included. After each step the token with the smallest sum leaves, among those that are not in the
+recent half of the budget. Sums, not averages: the authors tried averages and found them worse (appendix B.2).
+
+The prompt's sums are those of the full causal attention matrix. They are taken in blocks of queries, so that memory
+grows with the prompt and not with its square. The published code runs on multi-head attention; with grouped queries
+the heads of a group are averaged into their KV head's sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ...conf.errors import require
+from ..prompt import Prompt
+from ..storage.base import LayerStorage
+from .base import ALL_QUERIES, Kept, Selection, Step, resolve_budget
+from .evicting import EvictingSelection, EvictingState
+
+BLOCK = 256
+"""Queries whose attention is computed at a time."""
+
+
+@dataclass(frozen=True)
+class H2O(EvictingSelection):
+    """H2O's rule.
+
+    Attributes:
+        budget: tokens held per head, heavy hitters and recent ones together, or a fraction of the prompt.
+        recent_share: share of the budget for the most recent tokens (half in the paper); 1 is a sliding window.
+        prefill_only: evict once, after the prompt, and keep every generated token (later papers' H2O rows).
+    """
+
+    recent_share: float = 0.5
+    prefill_only: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at = "method.selection."
+        share = self.recent_share
+        require(
+            isinstance(share, int | float) and 0 <= share <= 1, at + "recent_share", share, "must be between 0 and 1"
+        )
+        require(isinstance(self.prefill_only, bool), at + "prefill_only", self.prefill_only, "must be true or false")
+
+    @property
+    def evicts_while_decoding(self) -> bool:
+        return not self.prefill_only
+
+    @property
+    def observation_window(self) -> int:
+        return ALL_QUERIES
+
+    def recent(self, limit: int) -> int:
+        return int(self.recent_share * limit)
+
+    def select(self, prompt: Prompt, state: Any = None) -> Kept:
+        budget = resolve_budget(self.budget, prompt.length)
+        if self.prefill_only and prompt.length <= budget:
+            return Kept()
+        scores = attention_received(prompt)  # [R, H_kv, T]
+        if prompt.length > budget:
+            recent = self.recent(budget)
+            older = scores[..., : prompt.length - recent]
+            heavy = older.topk(budget - recent, dim=-1, sorted=False).indices.sort(dim=-1).values
+            last = torch.arange(prompt.length - recent, prompt.length, device=scores.device)
+            slots = torch.cat([heavy, last.expand(*heavy.shape[:2], -1)], dim=-1)
+            return Kept(slots, scores=None if self.prefill_only else scores.gather(-1, slots))
+        return Kept(scores=scores)
+
+    def observe(self, state: EvictingState, weights: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+        assert state.scores is not None
+        received = weights.mean(dim=2)  # [B, H, S]
+        if real is not None:
+            received = received * real[:, None, None]
+        state.scores = F.pad(state.scores, (0, 1)) + received
+        return state.scores
+
+    def attend(self, state: EvictingState, storage: LayerStorage, step: Step) -> torch.Tensor:
+        if self.prefill_only:
+            return Selection.attend(self, state, storage, step)
+        return super().attend(state, storage, step)
+
+    def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int) -> Sequence[int]:
+        if self.prefill_only:
+            return [min(prompt_length, resolve_budget(self.budget, prompt_length)) + new_tokens] * layers
+        return super().kept_tokens(prompt_length, new_tokens, layers)
+
+    def state_bytes(self, tokens: Sequence[int], heads: int) -> int:
+        """One float32 sum for each held token of each head."""
+        return 0 if self.prefill_only else 4 * heads * sum(tokens)
+
+
+def attention_received(prompt: Prompt) -> torch.Tensor:
+    """Column sums of the causal attention matrix, averaged over the query heads of a group: [R, H_kv, T], float32."""
+    rows, _, length, dim = prompt.query.shape
+    heads = prompt.keys.shape[1]
+    grouped = prompt.query.reshape(rows, heads, prompt.groups, length, dim)
+    sums = torch.zeros(rows, heads, length, dtype=torch.float32, device=prompt.query.device)
+    for start in range(0, length, BLOCK):
+        end = min(length, start + BLOCK)
+        n = end - start
+        queries = grouped[:, :, :, start:end].reshape(rows, heads, prompt.groups * n, dim)
+        logits = (queries @ prompt.keys[:, :, :end].transpose(-1, -2)).float() * prompt.scaling
+        logits = logits.reshape(rows, heads, prompt.groups, n, end)
+        future = torch.ones(n, n, dtype=torch.bool, device=logits.device).triu(1)
+        logits[..., start:].masked_fill_(future, float("-inf"))
+        sums[..., :end] += logits.softmax(dim=-1).sum(dim=(2, 3))
+    return sums / prompt.groups

@@ -1,0 +1,187 @@
+"""H2O and TOVA against naive simulators in float64 that recompute everything from stored rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from golden import golden_prompt
+from tiny_models import left_pad, prompt_ids, tiny_model
+
+from kvbench.conf.errors import InputError
+from kvbench.methods.base import Method
+from kvbench.methods.prompt import Prompt
+from kvbench.methods.selection import h2o
+from kvbench.methods.selection.base import Step
+from kvbench.methods.selection.evicting import EvictingState
+from kvbench.methods.selection.h2o import H2O, attention_received
+from kvbench.methods.selection.tova import TOVA
+from kvbench.methods.storage.dense import DenseLayer
+from kvbench.runners.engine import decode, prefill
+
+D = 8
+
+
+def test_golden_sets_of_h2o(golden):
+    kept = H2O(budget=12, recent_share=1 / 3).select(golden_prompt(window=40))
+    assert kept.slots[0].tolist() == golden["h2o_prefill recent=4 heavy=8 (full causal accumulation)"]
+    assert torch.equal(kept.scores, attention_received(golden_prompt(window=40)).gather(-1, kept.slots))
+
+
+def test_golden_set_of_tova(golden):
+    kept = TOVA(budget=12).select(golden_prompt(window=1)).slots[0]
+    assert kept.tolist() == [golden["tova cache=12 (prefill reduce)"]] * 4
+
+
+def random_prompt(query_heads: int, kv_heads: int, length: int, seed: int = 0) -> Prompt:
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (
+        torch.randn(1, h, length, D, generator=g, dtype=torch.float64) for h in (query_heads, kv_heads, kv_heads)
+    )
+    return Prompt(3 * q, k, v, D**-0.5, 0, 1)
+
+
+def causal_matrix(prompt: Prompt) -> torch.Tensor:
+    """[H_q, T, T], row by row."""
+    out = torch.zeros(prompt.query.shape[1], prompt.length, prompt.length, dtype=torch.float64)
+    for j in range(out.shape[0]):
+        for i in range(prompt.length):
+            logits = prompt.keys[0, j // prompt.groups, : i + 1] @ prompt.query[0, j, i] * prompt.scaling
+            out[j, i, : i + 1] = logits.softmax(0)
+    return out
+
+
+@pytest.mark.parametrize("block", [1, 7, 64])
+def test_column_sums_in_blocks_are_those_of_the_whole_matrix(monkeypatch, block):
+    monkeypatch.setattr(h2o, "BLOCK", block)
+    prompt = random_prompt(4, 2, 23)
+    expected = causal_matrix(prompt).sum(1).unflatten(0, (2, 2)).mean(1)
+    assert (attention_received(prompt)[0].double() - expected).abs().max() < 1e-5
+
+
+def test_column_sums_are_causal_and_add_up_to_the_queries():
+    prompt = random_prompt(2, 2, 19)
+    sums = attention_received(prompt)
+    assert sums.sum(-1)[0].tolist() == pytest.approx([19.0, 19.0], rel=1e-5)
+    shorter = Prompt(prompt.query[:, :, :12], prompt.keys[:, :, :12], prompt.values[:, :, :12], prompt.scaling, 0, 1)
+    later = prompt.query.clone()
+    later[:, :, 12:] += 5.0  # what later queries look at moves no earlier row
+    changed = Prompt(later, prompt.keys, prompt.values, prompt.scaling, 0, 1)
+    assert torch.allclose(causal_matrix(changed)[:, :12], causal_matrix(prompt)[:, :12])
+    assert torch.all(sums[0, :, :12] >= attention_received(shorter)[0] - 1e-5)
+
+
+def stream(selection, prompt: Prompt, steps: int, query_heads: int, kv_heads: int):
+    """Feed a prompt and ``steps`` tokens through one layer; yields (new q, k, v, output, held keys) of each step."""
+    storage, state = DenseLayer(), EvictingState()
+    kept = selection.select(prompt, state)
+    slots = torch.arange(prompt.length).expand(1, kv_heads, -1) if kept.slots is None else kept.slots
+    index = slots[..., None].expand(-1, -1, -1, D)
+    storage.write(prompt.keys.gather(2, index), prompt.values.gather(2, index))
+    selection.after_prompt(state, torch.tensor([prompt.length]), kept.scores)
+    g = torch.Generator().manual_seed(99)
+    for _ in range(steps):
+        q, k, v = (torch.randn(1, h, 1, D, generator=g, dtype=torch.float64) for h in (query_heads, kv_heads, kv_heads))
+        q = 3 * q
+        out = selection.attend(state, storage, Step(q, k, v, D**-0.5, None))
+        yield q, k, v, out, storage.read()[0], state
+
+
+@pytest.mark.parametrize(("query_heads", "kv_heads"), [(2, 2), (4, 2)])
+@pytest.mark.parametrize("length", [6, 12, 30])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_h2o_is_the_naive_simulator(query_heads, kv_heads, length, share):
+    """Positions held, by a simulator with one Python list per head; the victim of a step took part in its output."""
+    budget, steps = 12, 15
+    prompt = random_prompt(query_heads, kv_heads, length)
+    recent, groups = int(share * budget), query_heads // kv_heads
+    matrix = causal_matrix(prompt)
+    keys = [list(prompt.keys[0, h]) for h in range(kv_heads)]
+    values = [list(prompt.values[0, h]) for h in range(kv_heads)]
+    sums = matrix.sum(1).unflatten(0, (kv_heads, groups)).mean(1)
+    score = [sums[h].tolist() for h in range(kv_heads)]
+    held = [list(range(length)) for _ in range(kv_heads)]
+
+    def evict(h: int) -> None:
+        while len(held[h]) > budget:
+            older = held[h][: len(held[h]) - recent]
+            held[h].remove(min(older, key=lambda t: score[h][t]))
+
+    def evict_prompt(h: int) -> None:
+        older = sorted(held[h][: length - recent], key=lambda t: -score[h][t])[: budget - recent]
+        held[h] = sorted(older) + held[h][length - recent :]
+
+    for h in range(kv_heads):
+        if length > budget:
+            evict_prompt(h)
+    for i, (q, k, v, out, stored, state) in enumerate(stream(H2O(budget, share), prompt, steps, query_heads, kv_heads)):
+        for h in range(kv_heads):
+            keys[h].append(k[0, h, 0])
+            values[h].append(v[0, h, 0])
+            score[h].append(0.0)
+            held[h].append(length + i)
+            for j in range(groups):
+                head = h * groups + j
+                weights = (torch.stack([keys[h][t] for t in held[h]]) @ q[0, head, 0] * D**-0.5).softmax(0)
+                expected = weights @ torch.stack([values[h][t] for t in held[h]])
+                assert (out[0, head, 0] - expected).abs().max() < 1e-9
+                for t, weight in zip(held[h], weights.tolist(), strict=True):
+                    score[h][t] += weight / groups
+            evict(h)
+            assert torch.equal(stored[0, h], torch.stack([keys[h][t] for t in held[h]])), f"step {i}, head {h}"
+            assert held[h][-1] == length + i or recent == 0
+            assert state.scores[0, h].tolist() == pytest.approx([score[h][t] for t in held[h]], abs=1e-4)
+
+
+@pytest.mark.parametrize("length", [6, 12, 30])
+def test_tova_is_the_naive_simulator(length):
+    budget, query_heads, kv_heads = 12, 4, 2
+    prompt = random_prompt(query_heads, kv_heads, length)
+    last = causal_matrix(prompt)[:, -1].mean(0)
+    keys = [prompt.keys[0, :, t] for t in range(length)]  # [H_kv, D] each
+    held = sorted(sorted(range(length), key=lambda t: -last[t])[:budget])
+    for i, (q, k, _, _, stored, _) in enumerate(stream(TOVA(budget), prompt, 15, query_heads, kv_heads)):
+        keys.append(k[0, :, 0])
+        held.append(length + i)
+        worth = torch.zeros(len(held), dtype=torch.float64)
+        for j in range(query_heads):
+            logits = torch.stack([keys[t][j // 2] for t in held]) @ q[0, j, 0] * D**-0.5
+            worth += logits.softmax(0) / query_heads
+        if len(held) > budget:
+            del held[int(worth.argmin())]
+        assert torch.equal(stored[0], torch.stack([keys[t] for t in held], dim=1)), f"step {i}"
+        assert stored.shape[2] == min(length + i + 1, budget)
+
+
+def test_h2o_without_heavy_hitters_is_a_sliding_window():
+    model = tiny_model()
+    cache = Method("h2o", H2O(budget=10, recent_share=1.0)).new_cache(model)
+    prefill(model, cache, prompt_ids(30))
+    before = cache.layers[0].storage.read()[0].clone()
+    decode(model, cache, torch.tensor([5]))
+    after = cache.layers[0].storage.read()[0]
+    assert torch.equal(after[:, :, :-1], before[:, :, 1:])
+
+
+@pytest.mark.parametrize("selection", [H2O(0.5), TOVA(0.5), H2O(11), TOVA(11)], ids=str)
+def test_rows_of_different_lengths_have_their_own_limits(selection):
+    """A fraction of each prompt, or one number that only the longer prompts reach."""
+    model, method = tiny_model(), Method("x", selection)
+    prompts = [prompt_ids(30, 1), prompt_ids(8, 2), prompt_ids(17, 3)]
+    ids, mask = left_pad(prompts)
+    cache = method.new_cache(model)
+    prefill(model, cache, ids, mask)
+    for i in range(12):
+        decode(model, cache, torch.tensor([3 + i, 4 + i, 5 + i]))
+        for held in cache.tokens_held:
+            expected = [
+                min(p.shape[1] + i + 1, 11 if selection.budget == 11 else int(p.shape[1] / 2 + 0.5)) for p in prompts
+            ]
+            assert held[:, 0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "options", [{"recent_share": 1.5}, {"recent_share": "half"}, {"prefill_only": 3}, {"budget": 0}]
+)
+def test_bad_settings(options):
+    with pytest.raises(InputError, match=r"method\."):
+        H2O(**options)

@@ -1,0 +1,153 @@
+"""Methods that are one scoring function: against their formulas in plain loops, and against a simulation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from kvbench.conf.errors import InputError
+from kvbench.methods.prompt import Prompt
+from kvbench.methods.rotary import Rotary
+from kvbench.methods.selection.expected_attention import ExpectedAttention
+from kvbench.methods.selection.key_diff import KeyDiff
+from kvbench.methods.selection.random_tokens import RandomTokens
+
+D = 16  # of the tiny models
+
+
+def rotated(x: torch.Tensor, start: int = 0) -> torch.Tensor:
+    """Llama's own RoPE on [1, H, T, D], positions from ``start``."""
+    rope = LlamaRotaryEmbedding(tiny_model().config).double()
+    cos, sin = rope(x, torch.arange(start, start + x.shape[2])[None])
+    return apply_rotary_pos_emb(x, x, cos.double(), sin.double())[0]
+
+
+def random_prompt(
+    length: int = 40, query_heads: int = 4, kv_heads: int = 2, bias: float = 1.0
+) -> tuple[Prompt, torch.Tensor]:
+    """A prompt whose queries have a mean and a covariance worth the name; and the queries before RoPE."""
+    length, g = 40, torch.Generator().manual_seed(3)
+    mix = torch.randn(query_heads, D, D, generator=g, dtype=torch.float64) / math.sqrt(D)
+    raw = torch.randn(1, query_heads, length, D, generator=g, dtype=torch.float64) @ mix
+    raw = raw + bias * torch.randn(1, query_heads, 1, D, generator=g, dtype=torch.float64)
+    k, v = (torch.randn(1, kv_heads, length, D, generator=g, dtype=torch.float64) for _ in range(2))
+    return Prompt(rotated(raw), rotated(k), v, D**-0.5, 1, 3), raw
+
+
+def test_key_diff_is_minus_the_cosine_to_the_mean_direction():
+    prompt, _ = random_prompt()
+    scores = KeyDiff(budget=8).score(prompt, None)
+    for h in range(2):
+        directions = [k / k.norm() for k in prompt.keys[0, h]]
+        anchor = sum(directions) / len(directions)
+        for t, k in enumerate(prompt.keys[0, h]):
+            assert scores[0, h, t].item() == pytest.approx(-float(k @ anchor / k.norm() / anchor.norm()), abs=1e-5)
+
+
+def test_key_diff_keeps_the_odd_one_out():
+    keys = torch.ones(1, 1, 20, D)
+    keys[0, 0, 7] *= -1
+    keys[0, 0, 12, ::2] *= -1
+    prompt = Prompt(torch.zeros(1, 1, 0, D), keys, keys, 1.0, 0, 1)
+    assert KeyDiff(budget=2).select(prompt).slots.tolist() == [[[7, 12]]]
+
+
+def test_random_scores_depend_on_seed_layer_and_length_alone():
+    prompt, _ = random_prompt()
+    other = Prompt(prompt.query * 2, prompt.keys + 1, prompt.values, 1.0, 1, 3)
+    deeper = Prompt(prompt.query, prompt.keys, prompt.values, 1.0, 2, 3)
+    kept = RandomTokens(budget=20, window=4).select(prompt).slots
+    assert torch.equal(kept, RandomTokens(budget=20, window=4).select(other).slots)
+    assert not torch.equal(kept, RandomTokens(budget=20, window=4).select(deeper).slots)
+    assert not torch.equal(kept, RandomTokens(budget=20, window=4, seed=1).select(prompt).slots)
+    assert not torch.equal(kept[:, 0], kept[:, 1])
+    assert kept[0, 0, -4:].tolist() == [36, 37, 38, 39]
+
+
+def test_random_tokens_are_uniform():
+    """Each of 36 candidates is kept 16 times in 36, over 400 seeds: within five standard deviations."""
+    prompt, _ = random_prompt()
+    count = torch.zeros(40)
+    for seed in range(400):
+        count += torch.bincount(RandomTokens(20, 4, seed).select(prompt).slots[0, 0], minlength=40)
+    share = 16 / 36
+    assert (count[:36] - 400 * share).abs().max() < 5 * math.sqrt(400 * share * (1 - share))
+
+
+def naive_expected(prompt: Prompt, raw: torch.Tensor, method: ExpectedAttention) -> torch.Tensor:
+    """The paper's closed form in loops, with Llama's own rotation one future position at a time."""
+    length, sinks = prompt.length, method.sinks
+    future = [
+        rotated(torch.eye(D, dtype=torch.float64)[None, :, None], length + i)[0, :, 0] for i in range(method.future)
+    ]
+    rotation = sum(future) / method.future  # rows: unit vectors turned, averaged
+    out = torch.zeros(prompt.keys.shape[1], length, dtype=torch.float64)
+    for j in range(prompt.query.shape[1]):
+        h = j // prompt.groups
+        queries = raw[0, j, sinks:]
+        mean = queries.mean(0)
+        covariance = (queries - mean).T @ (queries - mean) / len(queries)
+        mean, covariance = mean @ rotation, rotation.T @ covariance @ rotation
+        z = torch.tensor(
+            [float((k @ mean) * D**-0.5 + k @ covariance @ k / (2 * D)) for k in prompt.keys[0, h, sinks:]],
+            dtype=torch.float64,
+        ).softmax(0)
+        out[h, sinks:] += z / prompt.groups
+    out = (out + method.epsilon) * prompt.values[0].norm(dim=-1)
+    out[:, :sinks] = torch.inf
+    return out
+
+
+@pytest.mark.parametrize(("sinks", "epsilon", "future"), [(4, 0.0, 16), (0, 0.02, 5)])
+def test_expected_attention_is_the_papers_closed_form(sinks, epsilon, future):
+    prompt, raw = random_prompt()
+    method = ExpectedAttention(budget=12, sinks=sinks, epsilon=epsilon, future=future)
+    ours = method.score(prompt, Rotary(tiny_model().config))
+    expected = naive_expected(prompt, raw, method)[None]
+    finite = expected.isfinite()
+    assert torch.equal(finite, ours.isfinite())
+    assert torch.allclose(ours.double()[finite], expected[finite], rtol=1e-3, atol=1e-7)
+
+
+def test_expected_attention_ranks_as_sampled_queries_do():
+    """Queries drawn from the prompt's distribution and turned to future positions pay attention in the same order."""
+    prompt, raw = random_prompt(query_heads=1, kv_heads=1, bias=2.0)
+    prompt = Prompt(prompt.query, prompt.keys, torch.ones_like(prompt.values), prompt.scaling, 1, 3)
+    method = ExpectedAttention(budget=12, sinks=0, future=8)
+    ours = method.score(prompt, Rotary(tiny_model().config))[0, 0].double()
+    mean, centred = raw[0, 0].mean(0), raw[0, 0] - raw[0, 0].mean(0)
+    factor = torch.linalg.cholesky(centred.T @ centred / 40 + 1e-9 * torch.eye(D, dtype=torch.float64))
+    g = torch.Generator().manual_seed(0)
+    drawn = mean + torch.randn(4000, D, generator=g, dtype=torch.float64) @ factor.T
+    total = torch.zeros(40, dtype=torch.float64)
+    for position in range(40, 48):
+        turned = rotated(drawn[None, :, None], position)[0, :, 0]
+        total += (turned @ prompt.keys[0, 0].T * D**-0.5).exp().sum(0)
+    ranks = [x.argsort().argsort().double() for x in (ours, total)]
+    assert torch.corrcoef(torch.stack(ranks))[0, 1] > 0.9
+
+
+def test_sinks_stay():
+    prompt, _ = random_prompt()
+    kept = ExpectedAttention(budget=6, sinks=4).select(prompt, Rotary(tiny_model().config)).slots
+    assert kept[0, :, :4].tolist() == [[0, 1, 2, 3]] * 2
+
+
+@pytest.mark.parametrize(
+    ("make", "key"),
+    [
+        (lambda: ExpectedAttention(future=0), "future"),
+        (lambda: ExpectedAttention(sinks=-1), "sinks"),
+        (lambda: ExpectedAttention(epsilon=-1.0), "epsilon"),
+        (lambda: KeyDiff(window=-1), "window"),
+        (lambda: RandomTokens(window=0), "window"),
+        (lambda: RandomTokens(seed=-1), "seed"),
+    ],
+)
+def test_bad_settings(make, key):
+    with pytest.raises(InputError, match=rf"method\.selection\.{key}"):
+        make()
