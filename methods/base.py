@@ -74,9 +74,9 @@ class Method:
 
     @property
     def label(self) -> str:
-        """Short name for tables: ``snapkv 512``, ``snapkv 512 + kivi4``."""
+        """Short name for tables: ``snapkv 512``, ``snapkv 512 + kivi4``; how exact storages differ is bytes alone."""
         text = self.name if self.effective_budget is None else f"{self.name} {self.effective_budget}"
-        return text if self.storage == Dense() else f"{text} + {self.storage.name}"
+        return text if self.storage.is_exact else f"{text} + {self.storage.name}"
 
     @property
     def effective_budget(self) -> int | float | None:
@@ -178,6 +178,7 @@ class CacheLayer(PromptReader):
             key, value = repeat_heads(key, groups), repeat_heads(value, groups)
         self.seen += query.shape[2]
         out = self.selection.attend(self.state, self.storage, Step(query, key, value, scaling, new.valid))
+        self.storage.settle()
         if self.seen == prompt_length:
             self.storage.trim()
         return out

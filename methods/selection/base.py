@@ -16,7 +16,6 @@ import torch
 from transformers import PretrainedConfig
 
 from ...conf.errors import require
-from ..attention import cached_attention
 from ..prompt import Prompt
 from ..storage.base import LayerStorage
 
@@ -110,6 +109,11 @@ class Selection:
         return True
 
     @property
+    def heads_differ(self) -> bool:
+        """The heads of a layer keep different numbers of tokens (their mean is what :meth:`kept_tokens` gives)."""
+        return False
+
+    @property
     def stores_query_heads(self) -> bool:
         """Keys and values are stored once per query head instead of once per KV head."""
         return False
@@ -143,8 +147,7 @@ class Selection:
             [B, H_q, n, D].
         """
         storage.append(step.key, step.value, step.valid)
-        keys, values, held = storage.read()
-        return cached_attention(step.query, keys, values, step.scaling, held)
+        return storage.attend(step.query, step.scaling, step.valid)
 
     def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int) -> Sequence[int]:
         """Tokens held by each head of each layer after a prompt and ``new_tokens`` decode steps (for the formula)."""

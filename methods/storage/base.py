@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..attention import cached_attention
+
 
 @dataclass(frozen=True)
 class KVShape:
@@ -54,6 +56,23 @@ class LayerStorage(ABC):
     @abstractmethod
     def keep(self, slots: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         """Keep only ``slots``: [C] for all rows and heads alike, or [B, 1 or H, C]; increasing where valid."""
+
+    def attend(self, query: torch.Tensor, scaling: float, valid: torch.Tensor | None) -> torch.Tensor:
+        """Attention of n new tokens, already appended, over everything held: [B, H_q, n, D] -> the same shape.
+
+        A storage that does not hold its tokens as one tensor can do better than read them all into one.
+
+        Args:
+            query: of the last n tokens.
+            scaling: factor on the logits.
+            valid: [B, n], False for pads among the new tokens; None: all real.
+        """
+        keys, values, held = self.read()
+        return cached_attention(query, keys, values, scaling, held)
+
+    def settle(self) -> None:
+        """A step's attention is done: represent what has become old in the way of old tokens."""
+        return
 
     def trim(self) -> None:
         """Give back room to grow; called once the prompt is in. A storage without such room has nothing to do."""

@@ -1,0 +1,176 @@
+"""Storage head by head: every head of every row is a segment with a length of its own, and takes room for no more.
+
+Where all segments are equally long they are one tensor; where they are not (Ada-KV's heads, prompts of different
+lengths in one batch) the segments of one length share a tensor. No padding is ever stored, and attention runs once for
+each length. What a segment's tokens look like in memory is up to the :class:`Segments` behind it: as they are
+(``ragged.py``), or in few bits (``kivi.py``).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+
+from ..attention import cached_attention
+from .base import LayerStorage
+
+
+class Segments(ABC):
+    """Equally long segments: keys and values of N heads, [N, S, D]."""
+
+    @abstractmethod
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Add n tokens [N, n, D] to every segment; must not keep the given tensors alive."""
+
+    @abstractmethod
+    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(keys, values) [N, S, D] in the compute dtype."""
+
+    @abstractmethod
+    def take(self, index: torch.Tensor) -> Segments:
+        """Some of the segments, [M] int64, as segments of their own: bit for bit the same tokens."""
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """S, tokens."""
+
+    @abstractmethod
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor that must stay in memory."""
+
+    @property
+    @abstractmethod
+    def logical_bytes(self) -> int:
+        """Bytes without room to grow."""
+
+    def settle(self) -> None:
+        """A step's attention is done: represent what has become old in the way of old tokens."""
+        return
+
+    def trim(self) -> None:
+        """Give back room to grow."""
+        return
+
+
+class SegmentedLayer(LayerStorage):
+    """A layer as groups of segments. Segment ``b * H + h`` is head h of row b.
+
+    Args:
+        new: makes empty segments; the first ``append`` says how many.
+    """
+
+    def __init__(self, new: Callable[[], Segments]):
+        self._new = new
+        self._groups: list[tuple[torch.Tensor, Segments]] = []  # (segment numbers [N], segments)
+        self._shape = (0, 0, 0)  # B, H, D
+
+    def write(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        batch, heads, slots, dim = keys.shape
+        self._shape = (batch, heads, dim)
+        everything = torch.arange(batch * heads, device=keys.device)
+        self._groups = [(everything, self._new())]
+        self.append(keys, values, None if valid is None else valid.expand(batch, heads, slots))
+        for _, segments in self._groups:
+            segments.trim()
+        self.settle()
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        """``valid`` [B, n], or [B, H, n] in :meth:`write`; real tokens are the last of their row."""
+        batch, heads, n, dim = keys.shape
+        if not self._groups:
+            self.write(keys, values, None if valid is None else valid[:, None])
+            return
+        keys, values = keys.reshape(-1, n, dim), values.reshape(-1, n, dim)
+        if valid is None:
+            for index, segments in self._groups:
+                segments.append(_rows(keys, index), _rows(values, index))
+            return
+        counts = valid[:, None] if valid.dim() == 2 else valid
+        counts = counts.expand(batch, heads, n).sum(-1).flatten()  # real tokens of each segment
+        groups = []
+        for index, segments in self._groups:
+            mine = counts[index]
+            for count in mine.unique().tolist():
+                within = (mine == count).nonzero()[:, 0]
+                part = segments if len(within) == len(index) else segments.take(within)
+                if count:
+                    part.append(keys[index[within], n - count :], values[index[within], n - count :])
+                groups.append((index[within], part))
+        self._groups = groups
+
+    def read(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Padded on the left to the longest segment, for this call only."""
+        batch, heads, dim = self._shape
+        if len(self._groups) == 1:
+            keys, values = self._groups[0][1].read()
+            return keys.unflatten(0, (batch, heads)), values.unflatten(0, (batch, heads)), None
+        width = max(s.length for _, s in self._groups)
+        parts = [(index, s.length, *s.read()) for index, s in self._groups]
+        keys = parts[0][2].new_zeros(batch * heads, width, dim)
+        values = torch.zeros_like(keys)
+        valid = torch.zeros(batch * heads, width, dtype=torch.bool, device=keys.device)
+        for index, length, k, v in parts:
+            keys[index, width - length :] = k
+            values[index, width - length :] = v
+            valid[index, width - length :] = True
+        keys, values, valid = (x.unflatten(0, (batch, heads)) for x in (keys, values, valid))
+        return keys, values, None if bool(valid.all()) else valid
+
+    def attend(self, query: torch.Tensor, scaling: float, valid: torch.Tensor | None) -> torch.Tensor:
+        batch, query_heads, n, dim = query.shape
+        segments = self._shape[0] * self._shape[1]
+        rows = query.reshape(segments, -1, n, dim)  # [B * H, g, n, D]
+        out = torch.zeros_like(rows)
+        for index, group in self._groups:
+            real = n  # a row's pads, if any, are its first new columns, and are not stored
+            if valid is not None:
+                real = int(valid[index[0] // self._shape[1]].sum())
+            if not real:
+                continue
+            keys, values = group.read()
+            attended = cached_attention(_rows(rows, index)[:, :, n - real :], keys[:, None], values[:, None], scaling)
+            out[index, :, n - real :] = attended
+        return out.reshape(batch, query_heads, n, dim)
+
+    def settle(self) -> None:
+        for _, segments in self._groups:
+            segments.settle()
+
+    def keep(self, slots: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        keys, values, held = self.read()
+        batch, heads, dim = self._shape
+        if slots.dim() == 1:
+            slots = slots.expand(batch, 1, -1)
+        slots = slots.expand(-1, heads, -1)
+        real = None if held is None else held.gather(2, slots)
+        if valid is not None:
+            real = valid.expand_as(slots) if real is None else real & valid
+        index = slots[..., None].expand(-1, -1, -1, dim)
+        self.write(keys.gather(2, index), values.gather(2, index), real)
+
+    def trim(self) -> None:
+        for _, segments in self._groups:
+            segments.trim()
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [t for _, segments in self._groups for t in segments.tensors()]
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        batch, heads, _ = self._shape
+        out = torch.zeros(batch * heads, dtype=torch.int64, device=self._groups[0][0].device)
+        for index, segments in self._groups:
+            out[index] = segments.length
+        return out.unflatten(0, (batch, heads))
+
+    @property
+    def logical_bytes(self) -> int:
+        return sum(segments.logical_bytes for _, segments in self._groups)
+
+
+def _rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """x[index], without a copy when that is all of it."""
+    return x if len(index) == x.shape[0] else x[index]

@@ -1,0 +1,104 @@
+"""Ada-KV: the published implementation's sets, and what must hold of heads that share a budget."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from golden import golden_prompt
+from tiny_models import prompt_ids, tiny_model
+
+from kvbench.conf.errors import InputError
+from kvbench.methods.base import Method, kv_shape
+from kvbench.methods.selection.ada_kv import AdaKV
+from kvbench.methods.selection.pyramidkv import PyramidKV
+from kvbench.methods.selection.snapkv import SnapKV
+from kvbench.methods.storage.dense import Dense
+from kvbench.methods.storage.ragged import Ragged
+from kvbench.runners.engine import decode, prefill
+
+
+def kept_by_head(selection, prompt) -> list[list[int]]:
+    kept = selection.select(prompt)
+    valid = torch.ones_like(kept.slots, dtype=torch.bool) if kept.valid is None else kept.valid
+    return [s[v].tolist() for s, v in zip(kept.slots[0], valid[0], strict=True)]
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.2, 0.5])
+def test_golden_sets(golden, floor):
+    """Lengths and, because max pooling makes ties, the pooled scores of the kept tokens instead of their indices."""
+    selection, prompt = AdaKV(budget=12, window=4, kernel=7, floor=floor, rounding="published"), golden_prompt()
+    name = f"adakv floor={floor} base=12 w=4 k=7 maxpool"
+    ours, theirs = kept_by_head(selection, prompt), golden[f"{name} kept"]
+    assert [len(head) for head in ours] == golden[f"{name} head_lens"]
+    scores = selection.score(prompt)[0]
+    for head in range(4):
+        assert ours[head][-4:] == [36, 37, 38, 39]
+        a, b = (sorted(scores[head, kept[:-4]].tolist()) for kept in (ours[head], theirs[head]))
+        assert a == pytest.approx(b, abs=1e-6)
+
+
+def test_a_floor_of_one_is_snapkv():
+    ada = AdaKV(budget=12, window=4, kernel=5, pooling="avg", floor=1)
+    snapkv = SnapKV(budget=12, window=4, kernel=5, pooling="avg")
+    assert torch.equal(ada.select(golden_prompt()).slots, snapkv.select(golden_prompt()).slots)
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.2, 0.37, 0.5, 1.0])
+@pytest.mark.parametrize("base", [1, 3, 10, 24])
+@pytest.mark.parametrize("seed", range(4))
+def test_head_budgets_add_up_and_respect_the_floor(floor, base, seed):
+    scores = torch.rand(3, 5, 30, generator=torch.Generator().manual_seed(seed)) ** 3
+    caps = AdaKV(budget=40, floor=floor).head_budgets(scores, base)
+    assert caps.sum(-1).tolist() == [5 * base] * 3
+    assert int(caps.min()) >= int(floor * base)
+    assert int(caps.max()) <= 30
+
+
+def test_equal_heads_share_equally():
+    scores = torch.rand(1, 1, 30, generator=torch.Generator().manual_seed(0)).expand(1, 4, 30)
+    assert AdaKV(budget=40, floor=0.0).head_budgets(scores, 8).tolist() == [[8, 8, 8, 8]]
+
+
+def test_what_is_kept_is_worth_at_least_what_snapkv_keeps():
+    """A global choice is the best one for its total (theorem 3.1 of the paper, on the pooled votes)."""
+    prompt = golden_prompt()
+    ada = AdaKV(budget=12, window=4, kernel=5, pooling="avg", floor=0.0)
+    scores = ada.score(prompt)[0]
+
+    def mass(selection) -> float:
+        return sum(
+            float(scores[h, [t for t in kept if t < 36]].sum())
+            for h, kept in enumerate(kept_by_head(selection, prompt))
+        )
+
+    assert mass(ada) > mass(SnapKV(budget=12, window=4, kernel=5, pooling="avg"))
+
+
+def test_the_pyramid_gives_each_layer_its_total():
+    options = {"budget": 12, "window": 4, "beta": 4, "kernel": 5, "pooling": "avg"}
+    budgets = PyramidKV(**options).layer_budgets(40, 4)
+    for layer in range(4):
+        prompt = golden_prompt(layer_idx=layer, num_layers=4)
+        assert sum(map(len, kept_by_head(AdaKV(**options, layers="pyramid"), prompt))) == 4 * budgets[layer]
+
+
+def test_heads_really_differ_and_only_the_padded_storage_pays_for_it():
+    model, ids = tiny_model(), torch.cat([prompt_ids(70, s) for s in range(3)])
+    shape, caches = kv_shape(model.config, model.dtype), {}
+    for storage in (Ragged(), Dense()):
+        method = Method("ada_kv", AdaKV(budget=24, window=4, floor=0.0), storage)
+        cache = method.new_cache(model)
+        prefill(model, cache, ids)
+        caches[storage.name] = cache
+        assert cache.kv_bytes_logical == 3 * method.bytes_formula(shape, 70)
+    held = caches["ragged"].tokens_held[0]
+    assert held.min() < 24 < held.max()
+    assert caches["ragged"].kv_bytes_stored == caches["ragged"].kv_bytes_logical < caches["dense"].kv_bytes_stored
+    token = torch.tensor([3, 4, 5])
+    assert torch.allclose(decode(model, caches["ragged"], token), decode(model, caches["dense"], token), atol=1e-9)
+
+
+@pytest.mark.parametrize("options", [{"floor": 1.2}, {"floor": "x"}, {"layers": "cone"}, {"rounding": "down"}])
+def test_bad_settings(options):
+    with pytest.raises(InputError, match=r"method\.selection\."):
+        AdaKV(**options)
