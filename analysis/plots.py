@@ -19,6 +19,7 @@ import hashlib
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -281,9 +282,9 @@ def _draw_lengths(ax: Axes, plot: Plot) -> None:
 
 
 def _families(points: Sequence[Point]) -> Iterator[tuple[str, str, list[Point]]]:
-    """(family, method, its points by x)."""
+    """(family, method, its points by budget, or by x where they have none)."""
     for family in dict.fromkeys(p.family for p in points):
-        mine = sorted((p for p in points if p.family == family), key=lambda p: p.x)
+        mine = sorted((p for p in points if p.family == family), key=lambda p: float(p.mark) if p.mark else p.x)
         yield family, mine[0].method, mine
 
 
@@ -333,7 +334,9 @@ def figure(plot: Plot) -> Figure:
         ax = made.add_subplot()
         plot.draw(ax, plot)
         ax.set(xlabel=plot.x_label, ylabel=plot.y_label)
-        ax.set_title(plot.title, fontsize=9)
+        # Beside the legend there is room for so many characters.
+        title = "\n".join(line for part in plot.title.split("\n") for line in textwrap.wrap(part, 64))
+        ax.set_title(title, fontsize=9)
         ax.spines[["top", "right"]].set_visible(False)
         ax.margins(x=0.08, y=0.08)
         made.legend(loc="outside right upper", fontsize=8, frameon=False)

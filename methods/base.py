@@ -19,6 +19,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from ..conf.errors import InputError
 from .attention import repeat_heads, tag, use_kvbench_attention
 from .prompt import Prompt, PromptReader, Rows
 from .selection.base import Selection, Step
@@ -42,6 +43,21 @@ class Method:
     storage: Storage = field(default_factory=Dense)
     budget: int | float | None = None
 
+    def __post_init__(self) -> None:
+        if self.storage.needs_the_same_tokens and not self.selection.keeps_everything:
+            raise InputError(
+                "method/storage",
+                self.storage.name,
+                f"shares tokens between layers, and under method={self.name} each layer keeps its own; use method=full",
+            )
+        if self.selection.evicts_while_decoding and not self.storage.is_exact:
+            raise InputError(
+                "method/storage",
+                self.storage.name,
+                f"holds rounded tokens, and method={self.name} lets tokens leave while decoding, which would round the "
+                "others again and again; use method/storage=dense, or a method that evicts after the prompt alone",
+            )
+
     @property
     def shares_prompt(self) -> bool:
         """Whether other methods can ride on the same reading of the prompt (``fan_out.py``)."""
@@ -62,7 +78,8 @@ class Method:
         """Bytes that one sequence should take after a prompt and ``new_tokens`` further tokens, by the formula."""
         tokens = self.selection.kept_tokens(prompt_length, new_tokens, shape.layers)
         heads = shape.query_heads if self.selection.stores_query_heads else shape.kv_heads
-        return self.storage.bytes_formula(tokens, heads, shape) + self.selection.state_bytes(tokens, heads)
+        stored = self.storage.bytes_formula(tokens, heads, shape, new_tokens)
+        return stored + self.selection.state_bytes(tokens, heads)
 
     def identity(self) -> dict[str, Any]:
         """What decides this method's numbers, as plain data: class and values of its parts (not what is only shown)."""
@@ -76,6 +93,8 @@ class Method:
     def label(self) -> str:
         """Short name for tables: ``snapkv 512``, ``snapkv 512 + kivi4``; how exact storages differ is bytes alone."""
         text = self.name if self.effective_budget is None else f"{self.name} {self.effective_budget}"
+        if self.storage.name.startswith(self.name):  # the method is its storage: ``kivi4``
+            return self.storage.name
         return text if self.storage.is_exact else f"{text} + {self.storage.name}"
 
     @property
@@ -125,6 +144,7 @@ class CacheLayer(PromptReader):
         groups = []
         for rows, prompt in prompts:
             keys, values = prompt.keys, prompt.values
+            self._refuse_what_is_not_finite(prompt)
             kept = self.selection.select(prompt, self.state)
             if self.selection.stores_query_heads:
                 keys, values = repeat_heads(keys, prompt.groups), repeat_heads(values, prompt.groups)
@@ -134,6 +154,16 @@ class CacheLayer(PromptReader):
             groups.append(KeptRows(rows, prompt.length, keys, values, kept.valid, kept.scores))
         lengths, scores = self._store(groups)
         self.selection.after_prompt(self.state, lengths, scores)
+
+    def _refuse_what_is_not_finite(self, prompt: Prompt) -> None:
+        """One NaN would win every vote and stay, and the text would be garbage without a word."""
+        total = prompt.keys.sum(dtype=torch.float32) + prompt.values.sum(dtype=torch.float32)
+        if not bool(total.isfinite()):
+            raise InputError(
+                "model",
+                f"layer {self.layer_idx}",
+                f"gave {type(self.selection).__name__} keys or values that are NaN or infinite; try dtype=float32",
+            )
 
     def _store(self, groups: list[KeptRows]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Write the groups as one batch, padded on the left to the longest; returns prompt lengths [B] and scores."""

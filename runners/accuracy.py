@@ -29,7 +29,7 @@ from . import provenance
 from .engine import Sampling, generate, left_padded
 from .measure import is_out_of_memory
 from .record import RunFolder
-from .runs import BASELINE, open_run, record_head
+from .runs import BASELINE, PairedRunner, open_run, record_head
 from .settings import Settings
 
 
@@ -50,41 +50,23 @@ class MethodRun:
 
 
 @dataclass
-class AccuracyRunner:
-    """``runner=accuracy``.
+class AccuracyRunner(PairedRunner):
+    """``runner=accuracy``; several budgets of one method ride on one prefill.
 
     Attributes:
-        pair_with: methods that run on the same examples beside the one asked for, as text (``full``,
-            ``streaming_llm budget=256``); the command line turns them into methods. Empty: none.
-        budgets: run the method at each of these budgets, on one prefill; None: at ``method.budget`` alone.
-        chunk_size: tokens of a prompt fed at a time; None: all at once.
         temperature, top_p: sampling; temperature 0 is greedy, which LongBench asks for.
     """
 
-    pair_with: Sequence[str] = ("full",)
-    budgets: Sequence[int | float] | None = None
-    chunk_size: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at = "runner."
-        for key in ("pair_with", "budgets"):  # one value is as good as a list of it
-            value = getattr(self, key)
-            if isinstance(value, str | int | float):
-                setattr(self, key, [value])
-        require(self.pair_with is not None, at + "pair_with", None, "must be a list of methods; [] for none")
-        require(self.budgets is None or len(self.budgets) > 0, at + "budgets", "[]", "must hold a budget, or be null")
         for key in ("temperature", "top_p"):
             value = getattr(self, key)
             require(isinstance(value, int | float), at + key, value, "must be a number")
             setattr(self, key, float(value))  # 0 and 0.0 are the same run
-        require(
-            self.chunk_size is None or (isinstance(self.chunk_size, int) and self.chunk_size >= 1),
-            at + "chunk_size",
-            self.chunk_size,
-            "must be a number of tokens >= 1, or null",
-        )
         require(self.temperature >= 0, at + "temperature", self.temperature, "must be >= 0")
         require(0 < self.top_p <= 1, at + "top_p", self.top_p, "must be in (0, 1]")
 

@@ -220,9 +220,10 @@ def _with_budget(method: DictConfig, budget: float) -> DictConfig:
 
 
 def _named_method(text: str) -> Any:
-    """``"streaming_llm budget=256 selection.sinks=0"`` -> that method."""
+    """``"streaming_llm budget=256 selection.sinks=0"``, ``"snapkv storage=kivi4"`` -> that method."""
     name, *settings = text.split()
-    overrides = [f"method={name}", *(f"method.{setting}" for setting in settings)]
+    overrides = [f"method={name}"]
+    overrides += [f"method/{s}" if s.startswith("storage=") else f"method.{s}" for s in settings]
     return instantiate(hydra.compose("config", overrides=overrides).method)
 
 

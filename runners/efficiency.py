@@ -34,7 +34,7 @@ from .engine import decode, left_padded, prefill
 from .fresh import Killed, in_fresh_process
 from .measure import HONEST_MALLOC, MemoryMeter, copy_bandwidth, is_out_of_memory, now
 from .record import RunFolder
-from .runs import BASELINE, open_run, record_head
+from .runs import BASELINE, PairedRunner, open_run, record_head
 from .settings import Settings
 
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # two loads per method; a bar for each would bury what is said
@@ -102,40 +102,23 @@ class EfficiencyRun:
 
 
 @dataclass
-class EfficiencyRunner:
-    """``runner=efficiency``.
+class EfficiencyRunner(PairedRunner):
+    """``runner=efficiency``; every method and budget is measured by itself, one after another.
 
     Attributes:
-        pair_with: methods measured beside the one asked for, as text; see ``runner=accuracy``.
-        budgets: measure the method at each of these budgets, one after another; None: at ``method.budget`` alone.
         warmups: repetitions that are dropped.
         repeats: repetitions that are recorded, all of them.
-        chunk_size: tokens of a prompt fed at a time; None: all at once.
     """
 
-    pair_with: Sequence[str] = ("full",)
-    budgets: Sequence[int | float] | None = None
     warmups: int = 1
     repeats: int = 5
-    chunk_size: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at = "runner."
-        for key in ("pair_with", "budgets"):  # one value is as good as a list of it
-            value = getattr(self, key)
-            if isinstance(value, str | int | float):
-                setattr(self, key, [value])
-        require(self.pair_with is not None, at + "pair_with", None, "must be a list of methods; [] for none")
-        require(self.budgets is None or len(self.budgets) > 0, at + "budgets", "[]", "must hold a budget, or be null")
         for key, least in (("warmups", 0), ("repeats", 1)):
             value = getattr(self, key)
             require(isinstance(value, int) and value >= least, at + key, value, f"must be a whole number >= {least}")
-        require(
-            self.chunk_size is None or (isinstance(self.chunk_size, int) and self.chunk_size >= 1),
-            at + "chunk_size",
-            self.chunk_size,
-            "must be a number of tokens >= 1, or null",
-        )
 
     def run(
         self,

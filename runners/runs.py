@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..conf.errors import require
 from ..methods.base import Method
 from ..models.base import ModelSource
 from ..tasks.base import Source
@@ -15,6 +17,37 @@ from .settings import Settings
 
 BASELINE = Method("full")
 """The plain cache in the compute dtype: what every method is compared with."""
+
+
+@dataclass
+class PairedRunner:
+    """What every runner of methods takes.
+
+    Attributes:
+        pair_with: methods that run on the same data beside the one asked for, as text (``full``,
+            ``streaming_llm budget=256``, ``snapkv storage=kivi4``); the command line makes methods of them. []: none.
+        budgets: run the method at each of these budgets; None: at ``method.budget`` alone.
+        chunk_size: tokens of a prompt fed at a time; None: all at once.
+    """
+
+    pair_with: Sequence[str] = ("full",)
+    budgets: Sequence[int | float] | None = None
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        at = "runner."
+        for key in ("pair_with", "budgets"):  # one value is as good as a list of it
+            value = getattr(self, key)
+            if isinstance(value, str | int | float):
+                setattr(self, key, [value])
+        require(self.pair_with is not None, at + "pair_with", None, "must be a list of methods; [] for none")
+        require(self.budgets is None or len(self.budgets) > 0, at + "budgets", "[]", "must hold a budget, or be null")
+        require(
+            self.chunk_size is None or (isinstance(self.chunk_size, int) and self.chunk_size >= 1),
+            at + "chunk_size",
+            self.chunk_size,
+            "must be a number of tokens >= 1, or null",
+        )
 
 
 def open_run(

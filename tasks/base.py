@@ -59,17 +59,15 @@ class Source:
     note: str = ""
 
 
-class Task(ABC):
-    """A task: see the module docstring. Subclasses are dataclasses whose fields are the YAML keys under ``task.``."""
+class Described(ABC):
+    """A dataclass whose fields are the YAML keys under ``task.``, and whose data comes from somewhere."""
 
     name: str
-    max_length: int | None = None
-    """Prompt tokens the user allows; None leaves the limit to the model."""
     location_fields: ClassVar[tuple[str, ...]] = ()
     """Fields that say where data is looked for, not what it is; they take no part in :meth:`identity`."""
 
     def identity(self) -> dict[str, Any]:
-        """What decides this task's examples and scores, as plain data: its settings and the data's sha256."""
+        """The settings and the data's sha256 as plain data: what decides the numbers beside seed and tokenizer."""
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.init}  # type: ignore[arg-type]
         source = self.source()
         return {
@@ -81,7 +79,14 @@ class Task(ABC):
 
     @abstractmethod
     def source(self) -> Source:
-        """Where the examples come from. Resolved once; may fetch."""
+        """Where the data comes from; its name goes into result folders and tables. Resolved once; may fetch."""
+
+
+class Task(Described):
+    """A task: see the module docstring."""
+
+    max_length: int | None = None
+    """Prompt tokens the user allows; None leaves the limit to the model."""
 
     @abstractmethod
     def examples(self) -> list[Example]:

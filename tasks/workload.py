@@ -6,11 +6,11 @@ What a speed or memory measurement needs of a task is lengths; the text matters 
 from __future__ import annotations
 
 import random
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any
 
-from .base import Source
+from .base import Described
 
 
 @dataclass(frozen=True)
@@ -28,30 +28,8 @@ class Request:
     new_tokens: int
 
 
-class Workload(ABC):
-    """Requests to measure: see the module docstring. Subclasses are dataclasses whose fields are the YAML keys."""
-
-    name: str
-    location_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields that say where data is looked for, not what it is; they take no part in :meth:`identity`."""
-
-    def identity(self) -> dict[str, Any]:
-        """What decides the requests beside the seed, the count and the tokenizer: the settings and the data's sha256.
-
-        Plain data. May fetch.
-        """
-        source = self.source()
-        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.init}  # type: ignore[arg-type]
-        return {
-            **{k: v for k, v in settings.items() if k not in self.location_fields},
-            "class": type(self).__name__,
-            "source": source.name,
-            "sha256": dict(source.sha256),
-        }
-
-    @abstractmethod
-    def source(self) -> Source:
-        """Where the requests come from. ``name`` goes into result folders and tables. Resolved once; may fetch."""
+class Workload(Described):
+    """Requests to measure: see the module docstring."""
 
     @abstractmethod
     def requests(self, tokenizer: Any, vocab_size: int, seed: int, count: int) -> list[Request]:

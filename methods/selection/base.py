@@ -94,6 +94,11 @@ class Selection:
         return False
 
     @property
+    def keeps_everything(self) -> bool:
+        """Every layer and head holds all tokens."""
+        return type(self) is Selection
+
+    @property
     def observation_window(self) -> int:
         """How many of the prompt's last queries :meth:`select` looks at."""
         return 0

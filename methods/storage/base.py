@@ -106,10 +106,22 @@ class Storage(ABC):
         """What is read back is bit for bit what was written."""
         return False
 
+    @property
+    def needs_the_same_tokens(self) -> bool:
+        """Layers share what they hold, so all of them must hold the same tokens."""
+        return False
+
     @abstractmethod
     def new_layers(self, num_layers: int) -> Sequence[LayerStorage]:
         """Empty storage for every layer of a model, for one batch."""
 
     @abstractmethod
-    def bytes_formula(self, tokens: Sequence[int], heads: int, shape: KVShape) -> int:
-        """Bytes of one sequence: ``tokens[l]`` tokens in each of ``heads`` heads of layer l."""
+    def bytes_formula(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int = 0) -> int:
+        """Bytes of one sequence.
+
+        Args:
+            tokens: ``tokens[l]`` are held in each head of layer l.
+            heads: stored heads per layer.
+            shape: the model's.
+            new_tokens: how many tokens came after the prompt.
+        """

@@ -119,6 +119,6 @@ class Dense(Storage):
     def new_layers(self, num_layers: int) -> Sequence[DenseLayer]:
         return [DenseLayer() for _ in range(num_layers)]
 
-    def bytes_formula(self, tokens: Sequence[int], heads: int, shape: KVShape) -> int:
+    def bytes_formula(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int = 0) -> int:
         """sum over layers of 2 x heads x tokens x head_dim x element_bytes."""
         return 2 * heads * shape.head_dim * shape.element_bytes * sum(tokens)

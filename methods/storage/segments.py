@@ -73,9 +73,8 @@ class SegmentedLayer(LayerStorage):
         everything = torch.arange(batch * heads, device=keys.device)
         self._groups = [(everything, self._new())]
         self.append(keys, values, None if valid is None else valid.expand(batch, heads, slots))
-        for _, segments in self._groups:
-            segments.trim()
         self.settle()
+        self.trim()
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         """``valid`` [B, n], or [B, H, n] in :meth:`write`; real tokens are the last of their row."""

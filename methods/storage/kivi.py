@@ -1,0 +1,237 @@
+"""KIVI (Liu et al., 2024, arXiv 2402.02750): keys in few bits per channel, values in few bits per token.
+
+Section 3: some channels of the keys are far larger than others for all tokens, so keys are quantised in groups of
+tokens of one channel; values have no such channels and are quantised in groups of channels of one token. Each group
+has its own smallest value and step (asymmetric, round to nearest). The most recent tokens stay as they are: keys until
+a block of ``residual`` tokens is full and can be quantised as one, values for exactly ``residual`` tokens. A step's
+attention reads them before they are rounded, and the prompt's attention is computed on full keys and values, so the
+first token is exact.
+
+The bytes are real: codes are packed, and kept tokens are not held twice. Reading expands one layer at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from ...conf.errors import InputError, require
+from .base import KVShape, Storage
+from .dense import GROWTH
+from .segments import SegmentedLayer, Segments
+
+BITS = (2, 4, 8)
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """[..., n] uint8 codes below 2 ** bits -> [..., n x bits / 8] uint8; n must fill whole bytes."""
+    each = 8 // bits
+    parts = codes.unflatten(-1, (-1, each))
+    out = torch.zeros_like(parts[..., 0])
+    for i in range(each):
+        out |= parts[..., i] << (bits * i)
+    return out
+
+
+def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse of :func:`pack`."""
+    each, mask = 8 // bits, 2**bits - 1
+    return torch.stack([(packed >> (bits * i)) & mask for i in range(each)], dim=-1).flatten(-2)
+
+
+@dataclass
+class Quantized:
+    """Groups of numbers in few bits.
+
+    Attributes:
+        codes: [..., n x bits / 8] uint8.
+        scale, zero: [..., n / group], step and smallest value of each group, in 16 bits.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.codes, self.scale, self.zero]
+
+
+def quantize(x: torch.Tensor, bits: int, group: int) -> Quantized:
+    """Round [..., n] in groups of ``group`` along the last dimension.
+
+    The codes are chosen for scale and zero as they are stored, rounded to 16 bits, so nothing is off by that rounding.
+    """
+    half = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16
+    exact = torch.promote_types(x.dtype, torch.float32)
+    groups = x.to(exact).unflatten(-1, (-1, group))
+    zero = groups.amin(-1).to(half)
+    scale = ((groups.amax(-1) - zero.to(exact)) / (2**bits - 1)).to(half)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a group of one value: every code is 0
+    codes = ((groups - zero.to(exact)[..., None]) / scale.to(exact)[..., None]).round().clamp(0, 2**bits - 1)
+    return Quantized(pack(codes.to(torch.uint8).flatten(-2), bits), scale, zero)
+
+
+def dequantize(q: Quantized, bits: int, dtype: torch.dtype) -> torch.Tensor:
+    """[..., n] in ``dtype``."""
+    exact = torch.promote_types(dtype, torch.float32)
+    codes = unpack(q.codes, bits)
+    groups = codes.unflatten(-1, (q.scale.shape[-1], -1)).to(exact)
+    return (groups * q.scale.to(exact)[..., None] + q.zero.to(exact)[..., None]).flatten(-2).to(dtype)
+
+
+class KiviSegments(Segments):
+    """N heads of equal length: quantised blocks of keys, quantised values, and the recent ones of both as they are."""
+
+    def __init__(self, bits: int, group: int, residual: int):
+        self.bits, self.group, self.residual = bits, group, residual
+        self._blocks: Quantized | None = None  # keys: [N, blocks, D, residual] tokens last, in groups of tokens
+        self._old: Quantized | None = None  # values: [N, capacity, D] in groups of channels
+        self._old_length = 0
+        self._keys: torch.Tensor | None = None  # [N, recent, D]
+        self._values: torch.Tensor | None = None
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        # `cat` copies in any case: neither may a slice of a prompt stay alive.
+        self._keys = keys.clone() if self._keys is None else torch.cat([self._keys, keys], dim=1)
+        self._values = values.clone() if self._values is None else torch.cat([self._values, values], dim=1)
+
+    def settle(self) -> None:
+        assert self._keys is not None and self._values is not None
+        full = self._keys.shape[1] // self.residual * self.residual
+        if full:
+            blocks = self._keys[:, :full].unflatten(1, (-1, self.residual)).transpose(2, 3)
+            self._blocks = _joined(self._blocks, quantize(blocks, self.bits, self.group))
+            self._keys = self._keys[:, full:].clone()
+        over = self._values.shape[1] - self.residual
+        if over > 0:
+            self._append_old(quantize(self._values[:, :over], self.bits, self._channels(self._values.shape[2])))
+            self._values = self._values[:, over:].clone()
+
+    def _channels(self, dim: int) -> int:
+        """Channels of a value that are quantised together; a head narrower than the group is one group."""
+        channels = min(self.group, dim)
+        if dim % channels:
+            raise InputError("method.storage.group", self.group, f"must divide the model's head_dim of {dim}")
+        return channels
+
+    def _append_old(self, new: Quantized) -> None:
+        start, n = self._old_length, new.codes.shape[1]
+        if self._old is None:
+            self._old = new
+        else:
+            if start + n > self._old.codes.shape[1]:
+                self._resize(start + max(n, GROWTH))
+            for mine, theirs in zip(self._old.tensors(), new.tensors(), strict=True):
+                mine[:, start : start + n] = theirs
+        self._old_length = start + n
+
+    def _resize(self, capacity: int) -> None:
+        assert self._old is not None
+        grown = []
+        for old in self._old.tensors():
+            new = old.new_empty(old.shape[0], capacity, old.shape[2])
+            new[:, : self._old_length] = old[:, : self._old_length]
+            grown.append(new)
+        self._old = Quantized(*grown)
+
+    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self._keys is not None and self._values is not None, "read before append"
+        keys, values = [self._keys], [self._values]
+        dtype = self._keys.dtype
+        if self._blocks is not None:
+            keys.insert(0, dequantize(self._blocks, self.bits, dtype).transpose(2, 3).flatten(1, 2))
+        if self._old is not None:
+            used = Quantized(*(t[:, : self._old_length] for t in self._old.tensors()))
+            values.insert(0, dequantize(used, self.bits, dtype))
+        return torch.cat(keys, dim=1), torch.cat(values, dim=1)
+
+    def take(self, index: torch.Tensor) -> Segments:
+        out = KiviSegments(self.bits, self.group, self.residual)
+        if self._keys is not None and self._values is not None:
+            out._keys, out._values, out._old_length = self._keys[index], self._values[index], self._old_length
+            out._blocks, out._old = (
+                None if q is None else Quantized(*(t[index] for t in q.tensors())) for q in (self._blocks, self._old)
+            )
+        return out
+
+    def trim(self) -> None:
+        if self._old is not None and self._old.codes.shape[1] > self._old_length:
+            self._resize(self._old_length)
+
+    @property
+    def length(self) -> int:
+        return 0 if self._values is None else self._old_length + self._values.shape[1]
+
+    def tensors(self) -> list[torch.Tensor]:
+        quantized = [t for q in (self._blocks, self._old) if q is not None for t in q.tensors()]
+        return quantized + [t for t in (self._keys, self._values) if t is not None]
+
+    @property
+    def logical_bytes(self) -> int:
+        if self._old is None:
+            return sum(t.nbytes for t in self.tensors())
+        room = sum(t[:, self._old_length :].numel() * t.element_size() for t in self._old.tensors())
+        return sum(t.nbytes for t in self.tensors()) - room
+
+
+def _joined(a: Quantized | None, b: Quantized) -> Quantized:
+    if a is None:
+        return b
+    return Quantized(*(torch.cat(pair, dim=1) for pair in zip(a.tensors(), b.tensors(), strict=True)))
+
+
+@dataclass(frozen=True)
+class Kivi(Storage):
+    """KIVI's storage.
+
+    Attributes:
+        bits: of a code: 2, 4 or 8.
+        group: numbers that share a scale and a zero (32 in the paper); a narrower head is one group for its values.
+        residual: recent tokens kept as they are, a multiple of ``group`` (128 in the paper).
+    """
+
+    bits: int = 4
+    group: int = 32
+    residual: int = 128
+
+    def __post_init__(self) -> None:
+        at = "method.storage."
+        require(self.bits in BITS, at + "bits", self.bits, "must be 2, 4 or 8")
+        require(
+            isinstance(self.group, int) and self.group >= 1 and self.group * self.bits % 8 == 0,
+            at + "group",
+            self.group,
+            f"must be a whole number whose {self.bits}-bit codes fill whole bytes",
+        )
+        require(
+            isinstance(self.residual, int) and self.residual >= 1 and self.residual % self.group == 0,
+            at + "residual",
+            self.residual,
+            f"must be a multiple of method.storage.group={self.group}",
+        )
+
+    @property
+    def name(self) -> str:
+        return f"kivi{self.bits}"
+
+    def new_layers(self, num_layers: int) -> Sequence[SegmentedLayer]:
+        new = partial(KiviSegments, self.bits, self.group, self.residual)
+        return [SegmentedLayer(new) for _ in range(num_layers)]
+
+    def bytes_formula(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int = 0) -> int:
+        """Per head and layer: codes, a 16-bit scale and zero per group, and the recent tokens as they are.
+
+        With heads of different lengths it is the formula of their mean, because each has its own last block.
+        """
+        return sum(heads * self._head_bytes(n, shape) for n in tokens)
+
+    def _head_bytes(self, tokens: int, shape: KVShape) -> int:
+        dim = shape.head_dim
+        keys, values = tokens - tokens % self.residual, max(0, tokens - self.residual)
+        codes = (keys + values) * dim * self.bits // 8
+        groups = keys // self.group * dim + values * (dim // min(self.group, dim))
+        recent = 2 * tokens - keys - values
+        return codes + 2 * 2 * groups + recent * dim * shape.element_bytes

@@ -1,0 +1,335 @@
+"""MiniCache (Liu et al., 2024, arXiv 2405.14366): in the deeper half, two neighbouring layers share one cache.
+
+Section 4: from layer ``start`` on, layers are taken in pairs. For each token and head the keys of a pair (and likewise
+the values) are split into length and direction. The two directions are merged into one by spherical interpolation,
+``t`` of the way from the lower layer to the upper one; both lengths are kept, so each layer's vector comes back with
+its own length and the shared direction. Tokens whose directions differ most are retained: both layers keep them as
+they are.
+
+The prompt's attention is computed on full keys and values, so the first token is exact. A pair is merged as soon as
+its upper layer has read the prompt, and a new token as soon as the upper layer's step is done; until then the lower
+layer reads it as it is.
+
+No code was published, and the paper leaves choices open, which are keys here: a vector is one head of one token;
+tokens are retained head by head, keys and values by themselves; ``retention: top_ratio`` retains the share ``gamma``
+of the prompt (the share that the paper's memory formula counts), ``range_distinct`` those beyond ``d_max - gamma
+(d_max - d_min)`` of the prompt's angles (what the text describes), and ``range_literal`` those below ``d_min + gamma
+(d_max - d_min)`` (the rule as printed, which retains the tokens that are *most* alike). Merging commutes with RoPE, so
+it makes no difference that keys are merged after it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ...conf.errors import require
+from .base import KVShape, LayerStorage, Storage
+from .dense import GROWTH, DenseLayer
+
+RETENTIONS = ("top_ratio", "range_distinct", "range_literal")
+NEAR = 1e-3
+"""Radians from 0 within which directions count as one (sin is in a denominator), and from pi as opposite."""
+
+
+def angle_between(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Angle of directions of length one [..., D]: [...]; exact for small angles too, where an arccos is not."""
+    return 2 * torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1))
+
+
+def slerp(lower: torch.Tensor, upper: torch.Tensor, t: float) -> torch.Tensor:
+    """The direction ``t`` of the way from ``lower`` to ``upper``, both [..., D] of length one."""
+    angle = angle_between(lower, upper)[..., None]
+    sine = angle.sin()
+    near = angle < NEAR
+    safe = torch.where(near, torch.ones_like(sine), sine)
+    first = torch.where(near, torch.full_like(angle, 1 - t), ((1 - t) * angle).sin() / safe)
+    second = torch.where(near, torch.full_like(angle, t), (t * angle).sin() / safe)
+    return F.normalize(first * lower + second * upper, dim=-1)
+
+
+@dataclass
+class Merged:
+    """The keys (or the values) of a pair of layers.
+
+    Attributes:
+        direction: [B, H, capacity, D], shared.
+        lengths: [2, B, H, capacity], of the lower and the upper layer.
+        retained: [B, H, R] int32, slots held as they are; -1 where a row or head has fewer than R.
+        exact: [2, B, H, R, D], those tokens of both layers.
+        threshold: [B, H] angle that decides for later tokens; None: none of them is retained.
+    """
+
+    direction: torch.Tensor
+    lengths: torch.Tensor
+    retained: torch.Tensor
+    exact: torch.Tensor
+    threshold: torch.Tensor | None
+
+    def tensors(self) -> list[torch.Tensor]:
+        rest = [] if self.threshold is None else [self.threshold]
+        return [self.direction, self.lengths, self.retained, self.exact, *rest]
+
+
+class Pair:
+    """Two layers. Each appends its own new tokens; the upper one's ``settle`` merges them."""
+
+    def __init__(self, t: float, gamma: float, retention: str):
+        self.t, self.gamma, self.retention = t, gamma, retention
+        self.length = 0  # slots merged
+        self.valid: torch.Tensor | None = None  # [B, 1, S], of all slots, merged and new
+        self.keys: Merged | None = None
+        self.values: Merged | None = None
+        self.new: list[tuple[torch.Tensor, torch.Tensor] | None] = [None, None]
+
+    def append(self, which: int, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None) -> None:
+        """New tokens [B, H, n, D] of one layer; ``valid`` [B, 1, n] or None."""
+        mine = self.new[which]
+        if which == 0:
+            self._extend_valid(keys, valid)
+        if mine is None:
+            self.new[which] = (keys.clone(), values.clone())
+        else:
+            self.new[which] = (torch.cat([mine[0], keys], dim=2), torch.cat([mine[1], values], dim=2))
+
+    def _extend_valid(self, keys: torch.Tensor, valid: torch.Tensor | None) -> None:
+        if valid is None and self.valid is None:
+            return
+        batch, n = keys.shape[0], keys.shape[2]
+        held = self.length + (0 if self.new[0] is None else self.new[0][0].shape[2])
+        ones = torch.ones(batch, 1, max(held, n), dtype=torch.bool, device=keys.device)
+        before = ones[..., :held] if self.valid is None else self.valid
+        self.valid = torch.cat([before, ones[..., :n] if valid is None else valid], dim=-1)
+
+    def read(self, which: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(keys, values) of one layer as it sees them: merged tokens restored, new ones as they are."""
+        out = []
+        new = self.new[which]
+        for i, merged in enumerate((self.keys, self.values)):
+            parts = [] if merged is None else [self._restored(merged, which)]
+            parts += [] if new is None else [new[i]]
+            out.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=2))
+        return out[0], out[1]
+
+    def _restored(self, merged: Merged, which: int) -> torch.Tensor:
+        x = merged.direction[:, :, : self.length] * merged.lengths[which][:, :, : self.length, None]
+        if not merged.retained.shape[2]:
+            return x
+        # What a row or head has fewer of goes to a slot behind the last one, which is cut off again.
+        at = torch.where(merged.retained >= 0, merged.retained, self.length).long()
+        at = at[..., None].expand(-1, -1, -1, x.shape[3])
+        return F.pad(x, (0, 0, 0, 1)).scatter(2, at, merged.exact[which])[:, :, :-1]
+
+    def merge(self) -> None:
+        """Both layers are done with their new tokens: keep one direction, two lengths, and what must not be merged."""
+        lower, upper = self.new
+        assert lower is not None and upper is not None, "the upper layer is done before the lower one"
+        n = lower[0].shape[2]
+        valid = None if self.valid is None else self.valid[..., self.length :]
+        self.keys = self._merged(self.keys, lower[0], upper[0], valid)
+        self.values = self._merged(self.values, lower[1], upper[1], valid)
+        self.length += n
+        self.new = [None, None]
+
+    def _merged(
+        self, before: Merged | None, lower: torch.Tensor, upper: torch.Tensor, valid: torch.Tensor | None
+    ) -> Merged:
+        exact = torch.promote_types(lower.dtype, torch.float32)
+        both = torch.stack([lower, upper]).to(exact)
+        lengths = both.norm(dim=-1)
+        directions = F.normalize(both, dim=-1)
+        angle = angle_between(directions[0], directions[1])  # [B, H, n]
+        direction = slerp(directions[0], directions[1], self.t)
+        # Opposite directions have nothing between them, and a vector without length has none.
+        must = (angle > math.pi - NEAR) | (lengths.amin(0) == 0)
+        real = torch.ones_like(must) if valid is None else valid.expand_as(must)
+        if before is None:
+            retain, threshold = self._retain(angle, must & real, real)
+        else:
+            threshold, retain = before.threshold, must & real
+            if self.gamma == 1:
+                retain = real
+            elif threshold is not None:
+                retain |= self._beyond(angle, threshold) & real
+        index, kept = _slots(retain, self.length)
+        at = (index - self.length).long().clamp(min=0)[..., None].expand(-1, -1, -1, lower.shape[3])
+        exact_tokens = torch.stack([x.gather(2, at) for x in (lower, upper)]) * kept[..., None].to(lower.dtype)
+        made = Merged(direction.to(lower.dtype), lengths.to(lower.dtype), index, exact_tokens, threshold)
+        return made if before is None else self._joined(before, made)
+
+    def _retain(
+        self, angle: torch.Tensor, must: torch.Tensor, real: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Which of the prompt's tokens stay as they are [B, H, n], and the threshold for later ones [B, H]."""
+        if self.gamma in (0, 1):
+            return (real if self.gamma else must), None
+        if self.retention == "top_ratio":
+            count = (self.gamma * real.sum(-1).to(torch.float64)).ceil()  # [B, H]
+            order = torch.where(real, angle, -math.inf).argsort(dim=-1, descending=True, stable=True)
+            places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+            rank = torch.empty_like(order).scatter_(-1, order, places)
+            return (rank < count[..., None]) | must, None
+        lowest = torch.where(real, angle, math.inf).amin(-1)
+        highest = torch.where(real, angle, -math.inf).amax(-1)
+        width = self.gamma * (highest - lowest)
+        threshold = lowest + width if self.retention == "range_literal" else highest - width
+        return (self._beyond(angle, threshold) & real) | must, threshold
+
+    def _beyond(self, angle: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+        """Whether an angle [B, H, n] is on the side of the threshold [B, H] that is retained."""
+        at = threshold[..., None]
+        return angle < at if self.retention == "range_literal" else angle > at
+
+    def _joined(self, before: Merged, new: Merged) -> Merged:
+        n, end = new.direction.shape[2], self.length + new.direction.shape[2]
+        direction, lengths = before.direction, before.lengths
+        if end > direction.shape[2]:
+            room = max(n, GROWTH) - (direction.shape[2] - self.length)
+            direction = F.pad(direction, (0, 0, 0, room))
+            lengths = F.pad(lengths, (0, room))
+        direction[:, :, self.length : end] = new.direction
+        lengths[..., self.length : end] = new.lengths
+        if not new.retained.shape[2]:
+            return Merged(direction, lengths, before.retained, before.exact, before.threshold)
+        return Merged(
+            direction,
+            lengths,
+            torch.cat([before.retained, new.retained], dim=2),
+            torch.cat([before.exact, new.exact], dim=3),
+            before.threshold,
+        )
+
+    def tensors(self) -> list[torch.Tensor]:
+        out = [t for merged in (self.keys, self.values) if merged is not None for t in merged.tensors()]
+        out += [t for new in self.new if new is not None for t in new]
+        return out + ([] if self.valid is None else [self.valid])
+
+    @property
+    def room(self) -> int:
+        """Bytes of allocated slots that hold nothing yet."""
+        unused = 0
+        for merged in (self.keys, self.values):
+            if merged is not None:
+                unused += merged.direction[:, :, self.length :].numel() * merged.direction.element_size()
+                unused += merged.lengths[..., self.length :].numel() * merged.lengths.element_size()
+        return unused
+
+
+def _slots(retain: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slots that are True [B, H, n], counted from ``start``: (int32 [B, H, R] with -1 for none, bool [B, H, R])."""
+    width = int(retain.sum(-1).max())
+    order = retain.int().sort(dim=-1, descending=True, stable=True).indices[..., :width]
+    kept = retain.gather(-1, order)
+    return torch.where(kept, order + start, -1).to(torch.int32), kept
+
+
+class PairLayer(LayerStorage):
+    """One layer of a pair, 0 the lower and 1 the upper. What they share is counted with the lower one."""
+
+    def __init__(self, pair: Pair, which: int):
+        self.pair, self.which = pair, which
+
+    def write(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        self.pair.append(self.which, keys, values, valid)
+        self.settle()
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        self.pair.append(self.which, keys, values, None if valid is None else valid[:, None])
+
+    def settle(self) -> None:
+        if self.which == 1:
+            self.pair.merge()
+
+    def read(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        return *self.pair.read(self.which), self.pair.valid
+
+    def keep(self, slots: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        raise NotImplementedError("tokens cannot leave a pair of layers")
+
+    def tensors(self) -> list[torch.Tensor]:
+        return self.pair.tensors() if self.which == 0 else []
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        keys, _, valid = self.read()
+        if valid is None:
+            return torch.full((keys.shape[0], 1), keys.shape[2], dtype=torch.int64, device=keys.device)
+        return valid.sum(-1)
+
+    @property
+    def logical_bytes(self) -> int:
+        """Padding of rows of different lengths included: lengths and directions of a pair have one shape."""
+        return sum(t.nbytes for t in self.tensors()) - (self.pair.room if self.which == 0 else 0)
+
+
+@dataclass(frozen=True)
+class MiniCache(Storage):
+    """MiniCache's storage.
+
+    Attributes:
+        start: first layer of the first pair; None: the middle. With an odd number of layers from there on, the last one
+            stays as it is.
+        t: where the shared direction lies between the lower layer's (0) and the upper layer's (1); 0.6 in the paper.
+        gamma: how much is retained, 0.05 in the paper; 0 nothing, 1 everything.
+        retention: ``top_ratio``, ``range_distinct`` or ``range_literal``; see the module's docstring.
+    """
+
+    start: int | None = None
+    t: float = 0.6
+    gamma: float = 0.05
+    retention: str = "top_ratio"
+
+    def __post_init__(self) -> None:
+        at = "method.storage."
+        start = self.start
+        ok = start is None or (isinstance(start, int) and start >= 0)
+        require(ok, at + "start", start, "must be a layer's number, or null for the middle")
+        for key in ("t", "gamma"):
+            value = getattr(self, key)
+            require(isinstance(value, int | float) and 0 <= value <= 1, at + key, value, "must be between 0 and 1")
+        require(
+            self.retention in RETENTIONS, at + "retention", self.retention, f"must be one of {', '.join(RETENTIONS)}"
+        )
+
+    @property
+    def needs_the_same_tokens(self) -> bool:
+        return True
+
+    def first_pair(self, num_layers: int) -> int:
+        """Number of the first merged layer.
+
+        Raises:
+            InputError: the model has no such layer.
+        """
+        start = num_layers // 2 if self.start is None else self.start
+        require(start <= num_layers, "method.storage.start", start, f"must be at most the model's {num_layers} layers")
+        return start
+
+    def new_layers(self, num_layers: int) -> Sequence[LayerStorage]:
+        start = self.first_pair(num_layers)
+        layers: list[LayerStorage] = [DenseLayer() for _ in range(start)]
+        while len(layers) + 1 < num_layers:
+            pair = Pair(self.t, self.gamma, self.retention)
+            layers += [PairLayer(pair, 0), PairLayer(pair, 1)]
+        return layers + [DenseLayer() for _ in range(num_layers - len(layers))]
+
+    def bytes_formula(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int = 0) -> int:
+        """Whole layers as they are; a pair one direction, two lengths, and the retained tokens twice, with their slots.
+
+        ``top_ratio`` retains a share of the prompt and no later token. The range rules retain a number of tokens that
+        depends on the data: the formula then counts none.
+        """
+        size, dim = shape.element_bytes, shape.head_dim
+        start = self.first_pair(len(tokens))
+        pairs = (len(tokens) - start) // 2
+        total = 2 * heads * dim * size * (sum(tokens[:start]) + sum(tokens[start + 2 * pairs :]))
+        for held in tokens[start : start + 2 * pairs : 2]:
+            retained = held
+            if self.gamma < 1:
+                retained = math.ceil(self.gamma * (held - new_tokens)) if self.retention == "top_ratio" else 0
+            total += 2 * heads * (held * (dim + 2) * size + retained * (2 * dim * size + 4))
+        return total

@@ -1,0 +1,190 @@
+"""KIVI: the quantiser by hand, which tokens are rounded when, and the bytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import prompt_ids, tiny_model
+
+from kvbench.conf.errors import InputError
+from kvbench.methods.base import Method, kv_shape
+from kvbench.methods.selection.h2o import H2O
+from kvbench.methods.selection.snapkv import SnapKV
+from kvbench.methods.storage.base import KVShape
+from kvbench.methods.storage.kivi import Kivi, KiviSegments, dequantize, pack, quantize, unpack
+from kvbench.runners.engine import decode, generate, prefill
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("count", [8, 24, 64])
+def test_packing_is_lossless(bits, count):
+    codes = torch.randint(0, 2**bits, (3, 5, count), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    packed = pack(codes, bits)
+    assert packed.shape == (3, 5, count * bits // 8)
+    assert torch.equal(unpack(packed, bits), codes)
+
+
+def test_golden_group(golden):
+    want = golden["kivi"]["2bit group [-1.0,0.2,0.9,2.0]"]
+    q = quantize(torch.tensor([-1.0, 0.2, 0.9, 2.0]), bits=2, group=4)
+    assert unpack(q.codes, 2).tolist() == want["q"]
+    assert (q.zero.item(), q.scale.item()) == (want["zero"], want["scale"])
+    assert dequantize(q, 2, torch.float32).tolist() == pytest.approx(want["dequant"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_no_number_is_further_off_than_half_a_step(bits, dtype):
+    x = (5 * numbers(4, 6, 64)).to(dtype)
+    q = quantize(x, bits, 32)
+    error = (dequantize(q, bits, dtype).float() - x.float()).abs().unflatten(-1, (-1, 32))
+    # Beside half a step: the largest number may lie above what a scale rounded to 16 bits reaches, and the result is
+    # itself rounded to the dtype.
+    eps = torch.finfo(q.scale.dtype).eps
+    slack = q.scale.float() * (2**bits - 1) * eps + x.float().abs().amax() * (eps + torch.finfo(dtype).eps)
+    assert (error <= (q.scale.float() / 2 + slack)[..., None]).all()
+
+
+def test_numbers_on_the_grid_and_constant_groups_are_exact():
+    grid = torch.arange(16.0).repeat(2, 4)
+    assert torch.equal(dequantize(quantize(grid, 4, 16), 4, torch.float32), grid)
+    constant = torch.full((2, 32), 0.75)
+    assert torch.equal(dequantize(quantize(constant, 2, 32), 2, torch.float32), constant)
+
+
+def filled(keys: torch.Tensor, values: torch.Tensor, bits: int = 2, residual: int = 32) -> KiviSegments:
+    segments = KiviSegments(bits, 16, residual)
+    segments.append(keys, values)
+    segments.settle()
+    return segments
+
+
+@pytest.mark.parametrize("length", [100, 128, 129, 300, 512])
+def test_golden_split_into_rounded_and_recent_tokens(golden, length):
+    keys, values = numbers(1, length, 32), numbers(1, length, 32, seed=1)
+    segments = filled(keys, values, residual=128)
+    k, v = segments.read()
+    want = golden["kivi"]["split of T tokens (R=128)"][str(length)]
+    exact_keys = int((k == keys).all(-1)[0].sum())
+    exact_values = int((v == values).all(-1)[0].sum())
+    assert sorted([exact_keys, exact_values, length - exact_keys, length - exact_values]) == sorted(want.values())
+    assert torch.equal(k[:, length - length % 128 :], keys[:, length - length % 128 :])
+    assert torch.equal(v[:, max(0, length - 128) :], values[:, max(0, length - 128) :])
+
+
+def test_an_outlier_channel_of_keys_and_an_outlier_token_of_values_stay_alone():
+    keys, values = numbers(2, 64, 32), numbers(2, 64, 32, seed=1)
+    plain = filled(keys, values).read()
+    big_keys, big_values = keys.clone(), values.clone()
+    big_keys[:, :, 5] *= 1000
+    big_values[:, 7] *= 1000
+    changed = filled(big_keys, big_values).read()
+    others = [c for c in range(32) if c != 5]
+    assert torch.equal(plain[0][:, :, others], changed[0][:, :, others])
+    tokens = [t for t in range(64) if t != 7]
+    assert torch.equal(plain[1][:, tokens], changed[1][:, tokens])
+
+
+@pytest.mark.parametrize("prompt", [1, 20, 32, 33, 70])
+def test_token_by_token_is_the_same_as_all_at_once(prompt):
+    """Blocks lie at multiples of the residual length, whenever the tokens came."""
+    keys, values = numbers(2, 110, 32), numbers(2, 110, 32, seed=1)
+    grown = filled(keys[:, :prompt], values[:, :prompt])
+    for t in range(prompt, 110):
+        grown.append(keys[:, t : t + 1], values[:, t : t + 1])
+        grown.settle()
+    whole = filled(keys, values)
+    for a, b in zip(grown.read(), whole.read(), strict=True):
+        assert torch.equal(a, b)
+    assert grown.logical_bytes == whole.logical_bytes
+    assert grown.length == 110
+
+
+def test_a_token_is_read_exactly_in_its_own_step_and_rounded_after():
+    keys, values = numbers(2, 32, 32), numbers(2, 32, 32, seed=1)
+    segments = filled(keys[:, :31], values[:, :31])
+    segments.append(keys[:, 31:], values[:, 31:])
+    assert torch.equal(segments.read()[0], keys)
+    segments.settle()
+    assert not torch.equal(segments.read()[0], keys)
+
+
+@pytest.mark.parametrize(("bits", "ratio"), [(2, 3.0), (4, 5.0), (8, 9.0)])
+def test_bytes_of_a_long_sequence_approach_the_published_bits(bits, ratio):
+    """bits + 32 / group per number: two 16-bit numbers for each group of 32."""
+    shape = KVShape(layers=1, kv_heads=1, head_dim=128, element_bytes=2, query_heads=1)
+    length = 128 * 8000
+    quantised = Kivi(bits).bytes_formula([length], 1, shape)
+    assert 8 * quantised / (2 * length * 128) == pytest.approx(ratio, rel=1e-3)
+
+
+@pytest.mark.parametrize(("length", "bits", "ratio"), [(512, 2, 3.46), (512, 4, 2.51), (4096, 2, 5.0), (4096, 4, 3.09)])
+def test_published_ratios_at_finite_lengths(length, bits, ratio):
+    shape = KVShape(layers=32, kv_heads=32, head_dim=128, element_bytes=2, query_heads=32)
+    full = 2 * 32 * 32 * 128 * 2 * length
+    assert full / Kivi(bits).bytes_formula([length] * 32, 32, shape) == pytest.approx(ratio, abs=0.01)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("length", [5, 16, 17, 70])
+def test_measured_bytes_are_the_formulas(bits, length):
+    model = tiny_model()
+    method = Method("kivi", storage=Kivi(bits, group=8, residual=16))
+    shape = kv_shape(model.config, model.dtype)
+    cache = method.new_cache(model)
+    prefill(model, cache, torch.cat([prompt_ids(length, s) for s in range(2)]))
+    assert cache.kv_bytes_stored == cache.kv_bytes_logical == 2 * method.bytes_formula(shape, length)
+    for i in range(40):
+        decode(model, cache, torch.tensor([3 + i, 4]))
+        assert cache.kv_bytes_logical == 2 * method.bytes_formula(shape, length, i + 1)
+
+
+def test_more_bits_are_nearer_to_the_full_cache():
+    model, ids = tiny_model(dtype=torch.float32), prompt_ids(90)
+    tokens = generate(model, Method("full").new_cache(model), ids, max_new_tokens=20).tokens[0]
+
+    def logits(method: Method) -> torch.Tensor:
+        cache = method.new_cache(model)
+        return torch.stack([prefill(model, cache, ids), *(decode(model, cache, torch.tensor([t])) for t in tokens)])
+
+    full = logits(Method("full"))
+    errors = [(logits(Method("kivi", storage=Kivi(b, 8, 8))) - full)[1:].norm().item() for b in (2, 4, 8)]
+    assert errors[0] > 2 * errors[1] > 4 * errors[2] > 0
+
+
+def test_on_top_of_snapkv_the_bytes_of_both_are_saved():
+    model = tiny_model()
+    shape = kv_shape(model.config, model.dtype)
+    method = Method("snapkv", SnapKV(budget=40, window=8), Kivi(4, group=8, residual=8))
+    cache = method.new_cache(model)
+    prefill(model, cache, prompt_ids(90))
+    assert (
+        cache.kv_bytes_stored
+        == method.bytes_formula(shape, 90)
+        < Method("snapkv", SnapKV(40, 8)).bytes_formula(shape, 90)
+    )
+    assert [int(t[0, 0]) for t in cache.tokens_held] == [40] * 3
+    assert method.label == "snapkv 40 + kivi4"
+
+
+def test_what_cannot_be_composed_says_so():
+    with pytest.raises(InputError, match=r"method/storage=kivi4: holds rounded tokens, and method=h2o"):
+        Method("h2o", H2O(budget=10), Kivi())
+
+
+@pytest.mark.parametrize(
+    "options", [{"bits": 3}, {"bits": 2, "group": 2}, {"group": 24}, {"residual": 100}, {"residual": 0}, {"group": 0}]
+)
+def test_bad_settings(options):
+    with pytest.raises(InputError, match=r"method\.storage\."):
+        Kivi(**options)
+
+
+def test_a_group_that_does_not_divide_the_head_is_refused():
+    model = tiny_model()
+    with pytest.raises(InputError, match=r"method\.storage\.group=12: must divide the model's head_dim of 16"):
+        prefill(model, Method("kivi", storage=Kivi(4, 12, 12)).new_cache(model), prompt_ids(40))
