@@ -1,0 +1,66 @@
+"""What bfloat16 changes in what is kept, on the real model's own queries and keys."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from test_contract import NAMES, make
+
+from kvbench.methods.base import CacheLayer, Method, kv_shape
+from kvbench.methods.prompt import Prompt
+from kvbench.methods.selection.base import ALL_QUERIES
+from kvbench.runners.engine import prefill
+
+TEXT = Path(__file__).resolve().parents[1] / "LICENSE"
+LAYERS = (0, 9, 19, 29)
+
+
+@pytest.fixture(scope="module")
+def prompts(smollm2) -> dict[torch.dtype, dict[int, Prompt]]:
+    """What four layers see of 1000 tokens of real text, with all queries, in both dtypes."""
+    ids = torch.tensor([smollm2.tokenizer(TEXT.read_text(encoding="utf-8")).input_ids[:1000]])
+    seen: dict[torch.dtype, dict[int, Prompt]] = {}
+    absorb = CacheLayer.absorb
+    for dtype in (torch.float32, torch.bfloat16):
+        model = copy.deepcopy(smollm2.model).to(dtype)
+        mine = seen.setdefault(dtype, {})
+
+        def keep(self, groups, mine=mine):
+            mine[self.layer_idx] = groups[0][1]
+            absorb(self, groups)
+
+        cache = Method("full").new_cache(model)
+        for layer in cache.layers:
+            layer.observation_window = ALL_QUERIES
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(CacheLayer, "absorb", keep)
+            prefill(model, cache, ids)
+    assert kv_shape(smollm2.model.config, torch.float32).layers == 30
+    return seen
+
+
+def kept_sets(method: Method, prompt: Prompt, config) -> list[set[int]]:
+    """Tokens that each head keeps, from the queries that the method asks for."""
+    window = min(method.selection.observation_window, prompt.length)
+    query = prompt.query[:, :, prompt.length - window :]
+    asked = Prompt(query, prompt.keys, prompt.values, prompt.scaling, prompt.layer_idx, prompt.num_layers)
+    kept = method.selection.select(asked, method.selection.new_state(config))
+    assert kept.slots is not None
+    valid = torch.ones_like(kept.slots, dtype=torch.bool) if kept.valid is None else kept.valid
+    return [set(s[v].tolist()) for s, v in zip(kept.slots[0], valid[0], strict=True)]
+
+
+@pytest.mark.parametrize("text", [name for name in NAMES if not make(name).selection.keeps_everything])
+def test_the_tokens_kept_in_bfloat16_are_those_of_float32(text, smollm2, prompts):
+    """More than 95 % of them, over four layers."""
+    method, config = make(text, budget=256), smollm2.model.config
+    shared = total = 0
+    for layer in LAYERS:
+        exact, rounded = (kept_sets(method, prompts[d][layer], config) for d in (torch.float32, torch.bfloat16))
+        for a, b in zip(exact, rounded, strict=True):
+            shared += len(a & b)
+            total += len(a)
+    assert shared / total > 0.95
