@@ -189,7 +189,7 @@ def run(config: DictConfig) -> None:
     methods = [method]
     if runner.budgets is not None:
         methods = [instantiate(_with_budget(config.method, budget)) for budget in runner.budgets]
-    methods += [_named_method(text) for text in runner.pair_with]
+    methods += [named_method(text) for text in runner.pair_with]
     distinct = list({str(m.identity()): m for m in methods}.values())
     runs = runner.run(source, distinct, task, settings, lambda line: print(line, flush=True))
     for run in runs:
@@ -219,12 +219,15 @@ def _with_budget(method: DictConfig, budget: float) -> DictConfig:
     return copy
 
 
-def _named_method(text: str) -> Any:
+def named_method(text: str) -> Any:
     """``"streaming_llm budget=256 selection.sinks=0"``, ``"snapkv storage=kivi4"`` -> that method."""
     name, *settings = text.split()
     overrides = [f"method={name}"]
     overrides += [f"method/{s}" if s.startswith("storage=") else f"method.{s}" for s in settings]
-    return instantiate(hydra.compose("config", overrides=overrides).method)
+    if GlobalHydra.instance().is_initialized():  # inside a run
+        return instantiate(hydra.compose("config", overrides=overrides).method)
+    with hydra.initialize_config_module("kvbench.conf", version_base="1.3"):
+        return instantiate(hydra.compose("config", overrides=overrides).method)
 
 
 # errors -------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,6 @@ BAD_INPUT = [
     (["experiment=pareto_quik"], ["experiment=pareto_quik", "did you mean pareto_quick"]),
     (["hydra/launcher=joblib"], ["hydra/launcher=joblib", "add -m"]),
     (["logger=wandbb"], ["logger=wandbb", "did you mean wandb"]),
-    (["task=shape"], ["task=shape", "runner=efficiency"]),
     (["runner=acuracy"], ["runner=acuracy", "did you mean accuracy"]),
     (["method/storage=dence"], ["method/storage=dence", "did you mean dense"]),
     (["task.datasets=[qaspr]"], ["task.datasets=qaspr", "did you mean qasper"]),
