@@ -28,6 +28,13 @@ HEADLINES = ("score", "kv_bytes_stored", "kv_ratio", "ttft_ms", "tpot_ms", "deco
 FIELDS = ("status", "kind", "hash", "identity", "task", "model", "method", "method_label", "budget", "data")
 
 
+RESULTS = {
+    "accuracy": ("scores", "average", "bytes"),
+    "efficiency": ("metrics", "bytes", "memory", "limit", "bandwidth", "workload"),
+}
+"""Fields of a finished run by its kind."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One finished run.
@@ -71,7 +78,8 @@ def read_record(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         found = record.get("schema") if isinstance(record, dict) else None
         raise InputError("results_dir", path, f"has schema {found}; this version reads {SCHEMA}")
-    missing = [field for field in FIELDS if field not in record]
+    wanted = FIELDS + (RESULTS.get(str(record.get("kind")), ()) if record.get("status") == "done" else ())
+    missing = [field for field in wanted if field not in record]
     if missing:
         raise InputError("results_dir", path, f"lacks {', '.join(missing)}; delete the folder to run it again")
     return record
@@ -137,19 +145,34 @@ def settings_key(record: Mapping[str, Any]) -> str:
 
 
 def _distinct(group: Sequence[Run]) -> list[Run]:
-    """Labels made unique by the settings that differ."""
+    """Labels that tell a method's settings wherever the group has it with more than one."""
+    families: dict[str, dict[str, dict[str, Any]]] = {}  # method and storage -> family -> its settings
+    for run in group:
+        families.setdefault(_name(run), {})[family(run.record)] = _settings(run.record)
     out = []
     for run in group:
-        same = [other for other in group if other.label == run.label]
-        if len(same) == 1:
-            out.append(run)
-            continue
-        flat = {other.record["hash"]: _flat(other.record["identity"]["method"]) for other in same}
-        mine = flat[run.record["hash"]]
-        keys = sorted({k for f in flat.values() for k in f if len({str(g.get(k)) for g in flat.values()}) > 1})
+        same = families[_name(run)]
+        mine = same[family(run.record)]
+        keys = sorted({k for f in same.values() for k in f if len({str(g.get(k)) for g in same.values()}) > 1})
         told = ", ".join(f"{k.rpartition('.')[2]}={mine[k]}" for k in keys if k in mine)
-        out.append(Run(run.path, run.record, f"{run.label} ({told or run.record['hash']})"))
+        out.append(Run(run.path, run.record, f"{run.label} ({told})" if told else run.label))
     return out
+
+
+def family(record: Mapping[str, Any]) -> str:
+    """A method and its settings but for the budget: what one curve of a figure is of."""
+    return json.dumps(_settings(record), sort_keys=True)
+
+
+def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    flat = _flat(record["identity"]["method"])
+    return {k: v for k, v in flat.items() if k != "selection.budget"}
+
+
+def _name(run: Run) -> str:
+    """A label without its budget: ``snapkv``, ``snapkv + kivi4``."""
+    budget = run.record["budget"]
+    return str(run.record["method_label"]).replace(f" {budget}", "", 1)
 
 
 def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

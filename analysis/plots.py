@@ -20,6 +20,7 @@ import json
 import re
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ PALETTE = (
     *("#843c39", "#637939", "#7b4173", "#e7969c", "#3182bd"),
 )
 MARKERS = "os^vDP*X<>hpd8H"
+LINES = ("-", "--", ":", "-.")
 
 # A look of their own for the families that are compared most; any other method gets one from its name.
 KNOWN = (
@@ -156,7 +158,7 @@ def pareto_speed(group: Sequence[Run], speeds: Sequence[Run]) -> Plot | None:
     if len(points) < 2:
         return None
     return Plot(
-        _name(f"pareto-speed-{timed['task']}-batch{timed['identity']['batch_size']}", group),
+        _name(f"pareto-speed-{timed['task']}-batch{timed['identity']['batch_size']}", group, speeds),
         f"{_data_title(first)}, {first['model']}\nspeed: {timed['task']}, {setting(timed)}",
         "decode throughput, tokens/s (median)",
         "mean score over the data sets",
@@ -207,10 +209,11 @@ def _data_title(record: Mapping[str, Any]) -> str:
     return f"{record['task']} (part of the rows)" if "-subset" in record["task"] else str(record["task"])
 
 
-def _name(kind: str, group: Sequence[Run]) -> str:
-    """File name: what is shown, and a hash of the settings, so that two groups of one task do not overwrite."""
-    record = group[0].record
-    rest = {k: v for k, v in record["identity"].items() if k not in ("method", "task" if kind == "length" else "")}
+def _name(kind: str, *groups: Sequence[Run]) -> str:
+    """File name: what is shown, and a hash of all settings, so that no two figures have the same one."""
+    record = groups[0][0].record
+    left_out = ("method", "task") if kind == "length" else ("method",)
+    rest = [{k: v for k, v in g[0].record["identity"].items() if k not in left_out} for g in groups]
     number = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:6]
     parts = [kind] + ([] if kind == "length" else [record["task"]]) + [record["model"], number]
     return re.sub(r"[^A-Za-z0-9.+-]+", "-", "-".join(parts))
@@ -221,8 +224,11 @@ def _name(kind: str, group: Sequence[Run]) -> str:
 
 def _draw_pareto(left_is_better: bool, log: bool) -> Callable[[Axes, Plot], None]:
     def draw(ax: Axes, plot: Plot) -> None:
+        seen: Counter[str] = Counter()
         for family, method, points in _families(plot.points):
             style = look(method)
+            line = LINES[seen[method] % len(LINES)]  # several settings of one method share its colour, not its line
+            seen[method] += 1
             alone = method == "full"
             ax.errorbar(
                 [p.x for p in points],
@@ -231,7 +237,7 @@ def _draw_pareto(left_is_better: bool, log: bool) -> Callable[[Axes, Plot], None
                 color=style.color,
                 marker=style.marker,
                 markersize=10 if alone else 6,
-                linestyle="none" if len(points) == 1 else "-",
+                linestyle="none" if len(points) == 1 else line,
                 linewidth=1.4,
                 elinewidth=0.8,
                 capsize=2,

@@ -59,6 +59,7 @@ class Cell:
         value, low, high, n: the number, its interval and the count behind it, for the CSV; None for words.
         better: +1 where larger is better, -1 where smaller is, 0 where neither is a merit.
         bold: the best of its column.
+        measured: low and high are the least and greatest of repeated measurements, not an interval of a mean.
     """
 
     text: str
@@ -68,6 +69,7 @@ class Cell:
     n: int | None = None
     better: int = 0
     bold: bool = False
+    measured: bool = False
 
 
 @dataclass
@@ -138,13 +140,28 @@ def accuracy_table(runs: Sequence[Run], by_set: bool = True) -> Table:
         table.notes.append("A part of LongBench's rows: not to be compared with published LongBench scores.")
     if examples < 30:
         table.notes.append(f"{examples} examples say little: mind the intervals.")
+    quantised = [r.label for r in runs if r.record["identity"]["method"]["storage"]["class"] not in ("Dense", "Ragged")]
+    if quantised and first["identity"]["dtype"] == "float32":
+        table.notes.append(
+            f"What {', '.join(quantised)} keeps is a share of a 32-bit cache; of a 16-bit one it is larger."
+        )
+    table.notes += _made_by(runs)
     return _emphasised(table)
 
 
 def efficiency_table(runs: Sequence[Run]) -> Table:
     """Times, throughput, bytes, peaks, and the speed-up against what the bytes allow."""
     columns = [
-        *("method", "TTFT ms", "TPOT ms", "min - max", "prefill tok/s", "decode tok/s", "KV MiB", "peak prefill MiB"),
+        *(
+            "method",
+            "TTFT ms",
+            "TPOT ms",
+            "min - max",
+            "prefill tok/s",
+            "decode tok/s",
+            "KV MiB, batch",
+            "peak prefill MiB",
+        ),
         *("peak decode MiB", "MBU", "speed-up", "by bytes", "run"),
     ]
     rows = []
@@ -178,6 +195,13 @@ def efficiency_table(runs: Sequence[Run]) -> Table:
     table = Table(title, columns, rows, list(runs))
     repeats = first["identity"]["runner"]["repeats"]
     table.notes.append(f"Medians of {repeats} repetitions" + ("." if repeats >= 5 else ", which is few."))
+    table.notes.append(
+        "speed-up: TPOT of full / TPOT; by bytes: the same if a step took as long as reading the weights and the cache "
+        "once; MBU: how near it came to that, at the bandwidth of a copy."
+    )
+    if first["identity"]["device"] == "cpu":
+        table.notes.append("Peaks are of the whole process (resident set).")
+    table.notes += _made_by(runs)
     for run in runs:
         problems = [run.record.get(part, {}).get("problem") for part in ("memory", "bandwidth")]
         table.notes += [f"{run.label}: {problem}." for problem in problems if problem]
@@ -185,6 +209,21 @@ def efficiency_table(runs: Sequence[Run]) -> Table:
 
 
 KINDS: Mapping[str, Callable[[Sequence[Run]], Table]] = {"accuracy": accuracy_table, "efficiency": efficiency_table}
+
+
+def _made_by(runs: Sequence[Run]) -> list[str]:
+    """What a reader must know of the code behind a table: changed files, or more than one version of something."""
+    made = [run.record.get("provenance", {}) for run in runs]
+    notes = []
+    if any(m.get("git", {}).get("dirty") for m in made):
+        notes.append("Made by code that differs from its commit.")
+    for what, versions in (
+        ("commit", {str(m.get("git", {}).get("sha"))[:7] for m in made}),
+        ("torch", {m.get("packages", {}).get("torch") for m in made}),
+    ):
+        if len(versions) > 1:
+            notes.append(f"Runs of more than one {what}: {', '.join(sorted(map(str, versions)))}.")
+    return notes
 
 
 # cells --------------------------------------------------------------------------------------------------------------
@@ -208,7 +247,9 @@ def _number(value: float, digits: int, unit: str = "") -> Cell:
 def _metric(record: Mapping[str, Any], name: str, digits: int, better: int) -> Cell:
     spread = record["metrics"][name]
     count = len(spread["repetitions"])
-    return Cell(f"{spread['median']:.{digits}f}", spread["median"], spread["min"], spread["max"], count, better)
+    return Cell(
+        f"{spread['median']:.{digits}f}", spread["median"], spread["min"], spread["max"], count, better, measured=True
+    )
 
 
 def _peak(record: Mapping[str, Any], phase: str) -> Cell:
@@ -238,12 +279,25 @@ def _emphasised(table: Table) -> Table:
     for block in blocks.values():
         for column in range(len(table.columns)):
             cells = {i: table.rows[i][column] for i in block if table.rows[i][column].better}
-            merits = {i: cell.value * cell.better for i, cell in cells.items() if cell.value is not None}
-            best = max(merits.values(), default=0.0)
-            if len(set(merits.values())) > 1:  # where all are alike, none is best
-                for i in (i for i, merit in merits.items() if merit == best):
-                    table.rows[i][column] = replace(table.rows[i][column], bold=True)
+            for i in _best(cells):
+                table.rows[i][column] = replace(table.rows[i][column], bold=True)
     return table
+
+
+def _best(cells: Mapping[Any, Cell]) -> list[Any]:
+    """Keys of the best cells; none where all print alike, or where a measurement is not clear of the others' range."""
+    merits = {i: cell.value * cell.better for i, cell in cells.items() if cell.value is not None}
+    if len({cells[i].text for i in merits}) < 2:
+        return []
+    best = max(merits.values())
+    top = [i for i in merits if cells[i].text == cells[max(merits, key=merits.__getitem__)].text]
+    for i in top:
+        if cells[i].measured:
+            worst_of_mine = min(cells[i].better * (cells[i].low or 0.0), cells[i].better * (cells[i].high or 0.0))
+            others = [c for k, c in cells.items() if k not in top]
+            if any(max(c.better * (c.low or 0.0), c.better * (c.high or 0.0)) >= worst_of_mine for c in others):
+                return []
+    return top if best > -float("inf") else []
 
 
 # formats ------------------------------------------------------------------------------------------------------------

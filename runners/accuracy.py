@@ -12,7 +12,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -27,9 +26,9 @@ from ..models.base import LoadedModel, ModelSource
 from ..tasks.base import Example, Task
 from . import provenance
 from .engine import Sampling, generate, left_padded
-from .measure import is_out_of_memory
+from .measure import is_out_of_memory, release_memory
 from .record import RunFolder
-from .runs import BASELINE, PairedRunner, open_run, record_head
+from .runs import BASELINE, PairedRunner, in_turns, open_run, record_head
 from .settings import Settings
 
 
@@ -40,6 +39,7 @@ class MethodRun:
     method: Method
     folder: RunFolder
     rows: dict[tuple[str, str], dict[str, Any]]  # (dataset, id) -> row of samples.jsonl
+    problem: str | None = None  # why it cannot go on: out of memory
 
     def scores(self, task: Task, examples: Sequence[Example]) -> dict[str, dict[str, float]]:
         """{group of the task: {"dataset/id": score in [0, 100]}}."""
@@ -99,28 +99,20 @@ class AccuracyRunner(PairedRunner):
         say(f"data: {data.name}, {len(examples)} examples, from {data.location}")
         runs = [self._open(m, source, task, settings) for m in methods]
         made_by = provenance.collect(settings.torch_device)  # now: the files may change while the run goes on
-        with ExitStack() as locks:
-            # In one order everywhere, so that two jobs that share two runs cannot wait for each other for ever.
-            for run in sorted(runs, key=lambda r: r.folder.path):
-                if not run.folder.done:
-                    locks.enter_context(run.folder)
-                run.rows = {(r["dataset"], r["id"]): r for r in run.folder.samples()}
+
+        def work(mine: list[MethodRun]) -> None:
             started = time.time()
-            problem = None
-            try:
-                self._complete(runs, examples, source, task, settings, made_by, say)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                problem = str(error).splitlines()[0]
-                say(f"out of memory: {problem}")
-            for run in runs:
+            for run in mine:
+                run.rows = {(r["dataset"], r["id"]): r for r in run.folder.samples()}
+            self._complete(mine, examples, source, task, settings, made_by, say)
+            for run in mine:
                 if not run.folder.done:
                     circumstances = {"wall_s": round(time.time() - started, 1), "provenance": made_by}
-                    complete = all((e.dataset, e.id) in run.rows for e in examples)
-                    if problem is not None and not complete:
-                        circumstances |= {"problem": problem, "examples_done": len(run.rows)}
-                    self._finish(run, runs, examples, task, settings, circumstances)
+                    if run.problem is not None:
+                        circumstances |= {"problem": run.problem, "examples_done": len(run.rows)}
+                    self._finish(run, mine, examples, task, settings, circumstances)
+
+        in_turns(runs, work, say)
         self._pair(runs, examples, task)  # with no lock held but the one of the record that is being amended
         return runs
 
@@ -156,7 +148,14 @@ class AccuracyRunner(PairedRunner):
         if not missing:
             return
         say(f"model: {source.name} on {settings.torch_device} in {settings.torch_dtype}")
-        loaded = source.load(settings.torch_device, settings.torch_dtype)
+        try:
+            loaded = source.load(settings.torch_device, settings.torch_dtype)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            for run in unfinished:
+                run.problem = f"loading the model: {str(error).splitlines()[0]}"
+            return
         assert loaded.tokenizer is not None
         say(f"tokenising {len(missing)} prompts")
         work = self._batches(missing, task, loaded, settings.batch_size)
@@ -167,7 +166,7 @@ class AccuracyRunner(PairedRunner):
         with tqdm(total=total, unit="tok", unit_scale=True, file=sys.stderr, smoothing=0.1) as bar:
             for batch in work:
                 bar.set_description(batch[0][0].dataset)
-                self._run_batch(batch, task, loaded, settings)
+                self._run_batch(batch, task, loaded, settings, say)
                 bar.update(sum(len(ids) for _, ids, _ in batch))
 
     def _batches(
@@ -200,13 +199,33 @@ class AccuracyRunner(PairedRunner):
         task: Task,
         loaded: LoadedModel,
         settings: Settings,
+        say: Callable[[str], None],
     ) -> None:
-        """Generate for one batch with every method that lacks it, and append the rows."""
-        runs = batch[0][2]
+        """Generate for one batch with every method that lacks it, and append the rows.
+
+        Where several caches at once are too much for the memory they are tried one by one, so that a method that fits
+        is not lost to one that does not.
+        """
         shape = kv_shape(loaded.model.config, loaded.model.dtype)
-        for together in shared_prompts(runs):
-            caches = [run.method.new_cache(loaded.model) for run in together]
-            outputs = self._generate(caches, [(e, ids) for e, ids, _ in batch], loaded, settings)
+        groups = list(shared_prompts([run for run in batch[0][2] if run.problem is None]))
+        while groups:
+            together, problem = groups.pop(0), ""
+            try:
+                caches = [run.method.new_cache(loaded.model) for run in together]
+                outputs = self._generate(caches, [(e, ids) for e, ids, _ in batch], loaded, settings)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                problem = str(error).splitlines()[0]
+            if problem:  # outside of the handler: the error holds the caches' tensors alive
+                caches = []
+                release_memory(settings.torch_device)
+                if len(together) > 1:
+                    groups = [[run] for run in together] + groups
+                else:
+                    together[0].problem = problem
+                    say(f"{together[0].method.label}: out of memory: {problem}")
+                continue
             for run, rows in zip(together, outputs, strict=True):
                 for (example, ids, _), row in zip(batch, rows, strict=True):
                     line = {

@@ -15,9 +15,9 @@ another method, and the second can set the allocator so that what is freed is se
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from statistics import fmean, median
 from typing import Any
@@ -32,9 +32,9 @@ from ..tasks.workload import Request, Workload
 from . import provenance
 from .engine import decode, left_padded, prefill
 from .fresh import Killed, in_fresh_process
-from .measure import HONEST_MALLOC, MemoryMeter, copy_bandwidth, is_out_of_memory, now
+from .measure import HONEST_MALLOC, MemoryMeter, copy_bandwidth, is_out_of_memory, now, one_at_a_time
 from .record import RunFolder
-from .runs import BASELINE, PairedRunner, open_run, record_head
+from .runs import BASELINE, PairedRunner, in_turns, open_run, record_head
 from .settings import Settings
 
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # two loads per method; a bar for each would bury what is said
@@ -151,23 +151,28 @@ class EfficiencyRunner(PairedRunner):
             "batch_size": settings.batch_size,
             "hardware": {k: hardware.get(k) for k in ("cpu", "gpu", "torch_threads")},
             "runner": {"warmups": self.warmups, "repeats": self.repeats, "chunk_size": self.chunk_size},
+            # A time is that of some code: after a change the baseline is measured again with the rest.
+            "code": made_by["git"]["sha"],
+            "torch": made_by["packages"].get("torch"),
         }
         runs = [
             EfficiencyRun(m, open_run("efficiency", m, source, data, task.identity(), settings, **further))
             for m in methods
         ]
-        with ExitStack() as locks:
-            for run in sorted(runs, key=lambda r: r.folder.path):  # in one order everywhere: no two jobs can deadlock
-                if not run.folder.done:
-                    locks.enter_context(run.folder)
-            for run in runs:
+
+        def work(mine: list[EfficiencyRun]) -> None:
+            for run in mine:
                 if run.folder.done:
                     say(f"{run.method.label}: already done, in {run.folder.path}")
                     continue
-                say(f"{run.method.label}: {self.warmups} + {self.repeats} timed repetitions, then memory")
-                status, results = self._measure(run.method, source, task, settings)
+                with one_at_a_time(settings.torch_device, say):
+                    say(f"{run.method.label}: {self.warmups} + {self.repeats} timed repetitions, then memory")
+                    load = os.getloadavg()[0]
+                    status, results = self._measure(run.method, source, task, settings)
                 head = record_head(status, run.folder, run.method, data, settings)
-                run.folder.finish({**head, "provenance": made_by, **results})
+                run.folder.finish({**head, "provenance": made_by, "load_average_before": load, **results})
+
+        in_turns(runs, work, say)
         _pair(runs)
         return runs
 
@@ -196,7 +201,7 @@ class EfficiencyRunner(PairedRunner):
             problem = str(error).splitlines()[0]
             print(f"{method.label}: out of memory: {problem}", file=sys.stderr)
             return "oom", {"problem": problem}
-        return "done", {**times, **memory, **_against_the_limit(times, memory)}
+        return "done", {**times, **memory, **_against_the_limit(times)}
 
 
 # the measuring processes --------------------------------------------------------------------------------------------
@@ -251,6 +256,7 @@ def time_pass(job: Job) -> dict[str, Any]:
             "prompt_tokens": sum(b.prompt_tokens for b in work),
             "output_tokens": sum(b.output_tokens for b in work),
         },
+        "bytes_read_per_step": bytes_read_per_step(work, loaded.model, job.method),
         "bandwidth": {
             "copy_bytes_per_s": bandwidth,
             "problem": None if bandwidth is not None else "no memory for the copy that measures it",
@@ -297,6 +303,25 @@ def metrics(work: Sequence[Batch], repetitions: Sequence[Sequence[tuple[float, f
     return {key: _spread([row[key] for row in rows]) for key in rows[0]}
 
 
+def bytes_read_per_step(work: Sequence[Batch], model: PreTrainedModel, method: Method) -> float:
+    """Bytes that a decode step must read at least, on average over all steps: the weights, and the batch's caches.
+
+    The caches by the formula, halfway between a batch's first step and its last. A step looks up single rows of the
+    embedding; only where it is the output layer too is the table read whole.
+    """
+    shape = kv_shape(model.config, model.dtype)
+    table: Any = model.get_input_embeddings()
+    tied = table.weight is model.get_output_embeddings().weight
+    weights = sum(p.nbytes for p in model.parameters()) - (0 if tied else table.weight.nbytes)
+    total = 0.0
+    for batch in work:
+        lengths = [len(r.prompt) for r in batch.requests]
+        first = sum(method.bytes_formula(shape, n) for n in lengths)
+        last = sum(method.bytes_formula(shape, n, batch.steps - 1) for n in lengths)
+        total += (batch.steps - 1) * (weights + (first + last) / 2)
+    return total / sum(batch.steps - 1 for batch in work)
+
+
 def _spread(values: Sequence[float]) -> dict[str, Any]:
     return {"median": median(values), "min": min(values), "max": max(values), "repetitions": list(values)}
 
@@ -326,11 +351,6 @@ def memory_pass(job: Job) -> dict[str, Any]:
     peak_decode = meter.peak()
 
     shape = kv_shape(model.config, job.dtype)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    # A step looks up a row of the embedding; only where it is the output layer too is the table read whole.
-    table: Any = model.get_input_embeddings()
-    tied = table.weight is model.get_output_embeddings().weight
-    looked_up = 0 if tied else table.weight.numel() * job.dtype.itemsize
     return {
         "bytes": {
             "kv_bytes_stored": stored,
@@ -339,8 +359,8 @@ def memory_pass(job: Job) -> dict[str, Any]:
             "kv_bytes_logical_end": cache.kv_bytes_logical,
             "kv_bytes_formula": sum(job.method.bytes_formula(shape, len(r.prompt)) for r in batch.requests),
             "kv_bytes_full": sum(BASELINE.bytes_formula(shape, len(r.prompt)) for r in batch.requests),
-            "weight_bytes": weights,
-            "weight_bytes_read": weights - looked_up,
+            "weight_bytes": sum(p.nbytes for p in model.parameters()),
+            "requests": len(batch.requests),
         },
         "memory": {
             "what": "allocator" if job.device.startswith("cuda") else "resident set",
@@ -356,11 +376,9 @@ def memory_pass(job: Job) -> dict[str, Any]:
 # what the numbers mean ----------------------------------------------------------------------------------------------
 
 
-def _against_the_limit(times: dict[str, Any], memory: dict[str, Any]) -> dict[str, Any]:
-    """A decode step reads the weights and the cache once: how near it came to the time that this takes."""
-    held = memory["bytes"]
-    # The cache grows evenly from the first step to the last.
-    read = held["weight_bytes_read"] + (held["kv_bytes_logical"] + held["kv_bytes_logical_end"]) / 2
+def _against_the_limit(times: dict[str, Any]) -> dict[str, Any]:
+    """How near a decode step came to the time that reading the weights and the cache once takes."""
+    read = times["bytes_read_per_step"]
     bandwidth = times["bandwidth"]["copy_bytes_per_s"]
     floor_ms = None if bandwidth is None else 1e3 * read / bandwidth
     tpots = times["metrics"]["tpot_ms"]["repetitions"]

@@ -11,10 +11,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import os
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import filelock
 import torch
 
 KIB = 1024
@@ -55,6 +60,29 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
+def release_memory(device: str) -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def one_at_a_time(device: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold this machine's lock for measuring on ``device``: two measurements at once would measure each other."""
+    kind = "cpu" if not device.startswith("cuda") else device.replace(":", "-")
+    lock = filelock.FileLock(Path(tempfile.gettempdir()) / f"kvbench-{os.getuid()}-measuring-{kind}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        say(f"another process is measuring on the {kind}; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 @dataclass(frozen=True)
 class Peak:
     """Highest mark of memory since the last reset.
@@ -91,12 +119,11 @@ class MemoryMeter:
 
     def reset(self) -> None:
         """Start a new phase: what earlier phases freed is given back first, so that it cannot count here."""
-        gc.collect()
+        release_memory(self.device)
         if self.problem is not None:
             return
         if self.device.startswith("cuda"):
             torch.cuda.synchronize(self.device)
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             _reset_resident_peak()

@@ -12,7 +12,6 @@ import errno
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ def identity_hash(identity: Mapping[str, Any]) -> str:
 class RunFolder:
     """One run on disk. Use as a context manager: it holds a lock, so that two processes cannot write one run.
 
-    A second process waits for the first: jobs of a sweep share the run of the full cache that they are paired with.
+    Jobs of a sweep share the run of the full cache that they are paired with: see :func:`.runs.in_turns`.
 
     Args:
         root: ``results_dir``.
@@ -53,18 +52,25 @@ class RunFolder:
         self._lock = filelock.FileLock(root / ".locks" / f"{self.hash}.lock")
 
     def __enter__(self) -> RunFolder:
-        try:
-            Path(self._lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
-            try:
-                self._lock.acquire(timeout=0)
-            except filelock.Timeout:
-                print(f"another process is writing {self.path}; waiting for it", file=sys.stderr, flush=True)
-                self._lock.acquire()
-        except OSError as error:
-            raise _disk_error(error, self.path) from error
+        self.acquire()
         return self
 
+    def acquire(self, wait: bool = True) -> bool:
+        """Lock the run; without ``wait`` False where another process is writing it."""
+        try:
+            Path(self._lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=-1 if wait else 0)
+        except filelock.Timeout:
+            return False
+        except OSError as error:
+            raise _disk_error(error, self.path) from error
+        return True
+
     def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give the lock back."""
         self._lock.release()
 
     @property

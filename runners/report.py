@@ -37,6 +37,10 @@ def _next(group: Sequence[Run], results_dir: str) -> list[str]:
     """What to type after a run."""
     first = group[0].record
     commands = []
+    if not all(run.done for run in group):
+        commands.append(
+            "for more room: runner.chunk_size=1024, a smaller batch_size, or 'runner.pair_with=[]' without full"
+        )
     if first["kind"] == "accuracy" and first["identity"]["task"].get("limit") is not None:
         commands.append("the same command without task.limit for every example; it continues if it is stopped")
     if len(group) == 2 and any(run.record["budget"] is not None for run in group):

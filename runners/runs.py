@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from ..conf.errors import require
 from ..methods.base import Method
@@ -99,3 +100,46 @@ def record_head(status: str, folder: RunFolder, method: Method, data: Source, se
         "batch_size": settings.batch_size,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+class HasFolder(Protocol):
+    """A run with its folder."""
+
+    folder: RunFolder
+
+
+R = TypeVar("R", bound=HasFolder)
+
+
+def in_turns(runs: Sequence[R], work: Callable[[list[R]], None], say: Callable[[str], None]) -> None:
+    """Do the runs that no other process is doing, then wait for the others.
+
+    Jobs of a sweep share the run of the full cache: the first one does it, the others do their own meanwhile. A lock
+    is given back before another one is waited for, so no two jobs can wait for each other. What the other process left
+    undone is done here.
+
+    Args:
+        runs: all runs of a command.
+        work: does some of them: those that are done already (to read them) and those that are locked for this process.
+        say: prints a line for the person at the keyboard.
+    """
+    left = sorted(runs, key=lambda run: run.folder.path)
+    wait = False
+    while left:
+        mine: list[R] = []
+        theirs: list[R] = []
+        with ExitStack() as locks:
+            for run in left:
+                if run.folder.done:
+                    mine.append(run)
+                elif run.folder.acquire(wait=wait and not mine):
+                    locks.callback(run.folder.release)
+                    mine.append(run)
+                else:
+                    theirs.append(run)
+            order = {id(run): place for place, run in enumerate(runs)}
+            if mine:
+                work(sorted(mine, key=lambda run: order[id(run)]))
+        for run in theirs:
+            say(f"another process is writing {run.folder.path}; waiting for it")
+        left, wait = theirs, True

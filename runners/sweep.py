@@ -75,8 +75,8 @@ class Outcome:
 
     @property
     def complete(self) -> bool:
-        """Whether every job is done."""
-        return self.count("done") == len(self.jobs)
+        """Whether every job is done, as far as the log says; one that was lost says nothing."""
+        return bool(self.launcher) and self.count("done") == len(self.jobs)
 
     @property
     def any_started(self) -> bool:
@@ -93,6 +93,8 @@ class Outcome:
 
         phrases = [("failed", "failed"), ("started", "killed or still running"), ("waiting", "never started")]
         counts = ", ".join(f"{self.count(state)} {phrase}" for state, phrase in phrases if self.count(state))
+        if not self.launcher:
+            return ["the sweep's log is lost, so nothing is known of its jobs", AGAIN]
         first = f"{self.count('done')} of {len(self.jobs)} jobs done" + (f"; {counts}" if counts else "")
         failed = [f"  failed: {name(job)}: {job.reason}" for job in self.jobs.values() if job.state == "failed"]
         unfinished = [f"  killed or still running: {name(job)}" for job in self.jobs.values() if job.state == "started"]

@@ -74,6 +74,7 @@ def efficiency(method: str, budget: int | None, tpot_ms: float, prompt_tokens: i
     }
     made["bandwidth"] = {"copy_bytes_per_s": 1e10, "problem": None}
     made["limit"] = {"mbu": spread(0.5)}
+    made["workload"] = {"prompt_tokens": prompt_tokens, "output_tokens": 65}
     if method != "full":
         made["paired"] = {"with": "full", "decode_speed_up": 1.5, "decode_speed_up_by_bytes": 2.0}
     return made

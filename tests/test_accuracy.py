@@ -281,6 +281,30 @@ def test_running_out_of_memory_is_a_result_and_the_run_can_be_tried_again(world,
         assert len(rows(folder)) == 11
 
 
+def test_a_method_that_fits_is_not_lost_to_a_baseline_that_does_not(world, tmp_path, monkeypatch):
+    """The very case that a compressed cache is for: together and full are too much, SnapKV alone is not."""
+    from kvbench.runners import accuracy
+
+    real = accuracy.generate
+
+    def room_for_the_compressed_one(model, cache, *args, **kwargs):
+        members = getattr(cache, "members", [cache])
+        if any(m.layers[0].selection.keeps_everything for m in members):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+        return real(model, cache, *args, **kwargs)
+
+    monkeypatch.setattr(accuracy, "generate", room_for_the_compressed_one)
+    out = run(world, tmp_path).stdout
+    found = folders(tmp_path)
+    records = {label: json.loads((folder / "record.json").read_text()) for label, folder in found.items()}
+    assert records["snapkv 40"]["status"] == "done"
+    assert len(rows(found["snapkv 40"])) == 11
+    assert "paired" not in records["snapkv 40"]
+    assert (records["full"]["status"], records["full"]["examples_done"]) == ("oom", 0)
+    assert "full: out of memory after 0 examples" in out
+    assert "runner.chunk_size" in out
+
+
 def test_a_resumed_run_lists_the_code_of_every_session(world, tmp_path):
     run(world, tmp_path, "task.datasets=[lcc]")
     folder = folders(tmp_path)["snapkv 40"]

@@ -133,3 +133,28 @@ def test_what_cannot_be_plotted_is_said(tmp_path, capsys, broken):
     else:
         assert main([str(tmp_path), "-o", str(tmp_path / "f")]) == 2
         assert "holds no finished run" in capsys.readouterr().err
+
+
+def test_two_settings_of_a_method_are_two_curves(tmp_path):
+    runs = [accuracy("snapkv", budget, 18.0 + budget / 100) for budget in (64, 128)]
+    for budget in (64, 128):
+        other = accuracy("snapkv", budget, 17.0)
+        other["identity"]["method"]["selection"]["window"] = 16
+        other["hash"] += "-16"
+        runs.append(other)
+    ((_, plot),) = drawn(tmp_path, *runs).items()
+    assert {p.family for p in plot.points} == {"snapkv (window=32)", "snapkv (window=16)"}
+    ax = Figure().add_subplot()
+    plot.draw(ax, plot)
+    lines = {line.get_linestyle() for line in ax.get_lines() if len(line.get_xdata()) == 2}
+    assert {"-", "--"} <= lines
+
+
+def test_the_same_workload_on_two_machines_gives_two_figures(tmp_path):
+    runs = [accuracy("full", None, 22.0), accuracy("snapkv", 128, 18.0)]
+    here, there = ([efficiency("full", None, 10.0), efficiency("snapkv", 128, 5.0)] for _ in range(2))
+    for record in there:
+        record["identity"]["hardware"]["torch_threads"] = 8
+        record["hash"] += "-8"
+    names = [p.name for p in plots(load(save(tmp_path, *runs, *here, *there))[0]) if p.name.startswith("pareto-speed")]
+    assert len(names) == len(set(names)) == 2

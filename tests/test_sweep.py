@@ -398,3 +398,9 @@ def test_the_slurm_script_says_what_it_takes():
     done = subprocess.run([str(ONE_NODE_SLURM), "strat"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "takes nothing, --install or stop" in done.stderr
+
+
+def test_a_lost_log_is_not_taken_for_success(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(LOG, str(tmp_path / "gone.jsonl"))
+    assert sweep.end_of_sweep(0) == 2
+    assert "log is lost" in capsys.readouterr().err

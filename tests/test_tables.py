@@ -176,3 +176,49 @@ def test_an_unknown_ending_and_an_unwritable_file_are_one_line(tmp_path, capsys)
     (tmp_path / "file").write_text("")
     assert main([str(tmp_path), "-o", str(tmp_path / "file" / "t.md")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_times_whose_ranges_overlap_have_no_best_one(tmp_path):
+    """5.0 and 5.5 ms, each give or take 10 %: one is not faster than the other on this evidence."""
+    (table,) = made(
+        tmp_path, efficiency("snapkv", 128, 5.0), efficiency("h2o", 128, 5.5), efficiency("full", None, 9.0)
+    )
+    assert not cell(table, "snapkv 128", "TPOT ms").bold
+    assert not cell(table, "snapkv 128", "peak decode MiB").bold  # both print 600
+
+
+def test_every_run_of_a_method_with_two_settings_tells_which(tmp_path):
+    """Also where no two labels collide: a window of 16 at one budget and of 32 at another are not one method."""
+    other = accuracy("snapkv", 256, 21.0)
+    other["identity"]["method"]["selection"]["window"] = 16
+    (table,) = made(tmp_path, accuracy("snapkv", 128, 20.0), other, accuracy("full", None, 22.0))
+    assert {row[0].text for row in table.rows} == {"full", "snapkv 128 (window=32)", "snapkv 256 (window=16)"}
+
+
+def test_code_that_differs_is_told(tmp_path):
+    one, two = accuracy("full", None, 22.0), accuracy("snapkv", 128, 20.0)
+    one["provenance"] = {"git": {"sha": "a" * 40, "dirty": False}, "packages": {"torch": "2.13.0"}}
+    two["provenance"] = {"git": {"sha": "b" * 40, "dirty": True}, "packages": {"torch": "2.14.0"}}
+    (table,) = made(tmp_path, one, two)
+    notes = " ".join(table.notes)
+    assert "more than one commit: aaaaaaa, bbbbbbb." in notes
+    assert "more than one torch: 2.13.0, 2.14.0." in notes
+    assert "differs from its commit" in notes
+
+
+def test_bits_on_a_32_bit_cache_are_told(tmp_path):
+    record = accuracy("kivi", None, 20.0)
+    record["identity"]["method"]["selection"] = {"class": "Selection"}
+    record["identity"]["method"]["storage"] = {"class": "Kivi", "bits": 4}
+    (table,) = made(tmp_path, record, accuracy("full", None, 22.0))
+    assert "share of a 32-bit cache" in " ".join(table.notes)
+    record["identity"]["dtype"] = "bfloat16"
+    assert "32-bit" not in " ".join(made(tmp_path / "half", record)[0].notes)
+
+
+def test_a_record_without_its_results_is_skipped_too(tmp_path, capsys):
+    torn = accuracy("snapkv", 128, 20.0)
+    del torn["bytes"]
+    save(tmp_path, torn, accuracy("full", None, 22.0))
+    assert main([str(tmp_path)]) == 0
+    assert "lacks bytes" in capsys.readouterr().err
