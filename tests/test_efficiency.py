@@ -179,7 +179,10 @@ def test_any_other_error_is_not_hidden_as_out_of_memory(tmp_path, monkeypatch):
 
 
 def test_the_peak_while_decoding_falls_by_the_bytes_that_the_cache_lost():
-    """Within 10 %: 32 sequences of 2000 tokens are 62.5 MiB of cache on the tiny shape, 64 tokens of each are 2."""
+    """32 sequences of 2000 tokens are 62.5 MiB of cache on the tiny shape, 64 tokens of each are 2.
+
+    A buffer that grows is held twice for a moment, which is one of the eight of this shape's four layers.
+    """
     peaks, stored = [], []
     for method in (Method("full"), Method("snapkv", SnapKV(budget=64))):
         job = Job(
@@ -191,7 +194,8 @@ def test_the_peak_while_decoding_falls_by_the_bytes_that_the_cache_lost():
         peaks.append(measured["memory"]["peak_decode"]["allocated"])
         stored.append(measured["bytes"]["kv_bytes_stored_end"])
     assert stored[0] - stored[1] > 50 * 2**20
-    assert peaks[0] - peaks[1] == pytest.approx(stored[0] - stored[1], rel=0.10)
+    saved = stored[0] - stored[1]
+    assert 0.95 * saved < peaks[0] - peaks[1] < 1.05 * (saved + stored[0] / 8)
 
 
 @pytest.mark.parametrize(
