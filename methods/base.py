@@ -35,7 +35,7 @@ class Method:
         name: as typed after ``method=``.
         selection: which tokens each layer keeps.
         storage: how kept tokens are represented.
-        budget: the value of ``method.budget``, for display; the selection holds the one that counts.
+        budget: where the key ``method.budget`` stands; the selection takes its own from there and is what counts.
     """
 
     name: str
@@ -139,12 +139,14 @@ class CacheLayer(PromptReader):
         self.selection, self.state, self.storage = selection, state, storage
         self.reading = not selection.reads_prompt_by_steps
 
+    def names(self) -> str:
+        return type(self.selection).__name__
+
     def absorb(self, prompts: list[tuple[Rows, Prompt]]) -> None:
         """Compress the prompt: every group of rows gets its selection, then all are stored as one batch."""
         groups = []
         for rows, prompt in prompts:
             keys, values = prompt.keys, prompt.values
-            self._refuse_what_is_not_finite(prompt)
             kept = self.selection.select(prompt, self.state)
             if self.selection.stores_query_heads:
                 keys, values = repeat_heads(keys, prompt.groups), repeat_heads(values, prompt.groups)
@@ -154,16 +156,6 @@ class CacheLayer(PromptReader):
             groups.append(KeptRows(rows, prompt.length, keys, values, kept.valid, kept.scores))
         lengths, scores = self._store(groups)
         self.selection.after_prompt(self.state, lengths, scores)
-
-    def _refuse_what_is_not_finite(self, prompt: Prompt) -> None:
-        """One NaN would win every vote and stay, and the text would be garbage without a word."""
-        total = prompt.keys.sum(dtype=torch.float32) + prompt.values.sum(dtype=torch.float32)
-        if not bool(total.isfinite()):
-            raise InputError(
-                "model",
-                f"layer {self.layer_idx}",
-                f"gave {type(self.selection).__name__} keys or values that are NaN or infinite; try dtype=float32",
-            )
 
     def _store(self, groups: list[KeptRows]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Write the groups as one batch, padded on the left to the longest; returns prompt lengths [B] and scores."""

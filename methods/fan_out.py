@@ -26,6 +26,9 @@ class FanOutLayer(PromptReader):
         self.members = [m.layers[layer_idx] for m in members]
         super().__init__(layer_idx, num_layers, max(m.observation_window for m in self.members))
 
+    def names(self) -> str:
+        return ", ".join(dict.fromkeys(member.names() for member in self.members))
+
     def absorb(self, prompts: list[tuple[Rows, Prompt]]) -> None:
         for member in self.members:
             member.absorb([(rows, _last_queries(prompt, member.observation_window)) for rows, prompt in prompts])

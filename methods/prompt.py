@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..conf.errors import InputError
 from .attention import causal_attention
 
 
@@ -81,6 +82,10 @@ class PromptReader(ABC):
         self._queries: torch.Tensor | None = None
 
     @abstractmethod
+    def names(self) -> str:
+        """The methods that read here, for an error."""
+
+    @abstractmethod
     def absorb(self, prompts: list[tuple[Rows, Prompt]]) -> None:
         """Take the whole prompt: compress it and keep what is kept. Called once, with all rows of the batch."""
 
@@ -129,8 +134,19 @@ class PromptReader(ABC):
         if end >= whole:
             self.reading = False
             queries, self._keys, self._values, self._queries = self._queries, None, None, None
+            self._refuse_what_is_not_finite(keys, values)
             self.absorb([(r, self._view(r, queries, keys, values, scaling)) for r in rows])
         return out
+
+    def _refuse_what_is_not_finite(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """One NaN would win every vote and stay, and the text would be garbage without a word."""
+        total = keys.sum(dtype=torch.float32) + values.sum(dtype=torch.float32)
+        if not bool(total.isfinite()):
+            raise InputError(
+                "model",
+                f"layer {self.layer_idx}",
+                f"gave {self.names()} keys or values that are NaN or infinite; try dtype=float32",
+            )
 
     def _view(self, r: Rows, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> Prompt:
         keys, values, queries = (r.take(x) for x in (keys, values, queries))

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ...conf.errors import require
 from ..prompt import Prompt
-from .base import Kept, TopKSelection
+from .base import Kept, TopKSelection, slots_that_stay
 from .pyramidkv import PyramidKV
 
 
@@ -65,15 +66,9 @@ class AdaKV(PyramidKV):
             return super().select(prompt, state)
         scores = self.score(prompt, state)[..., : prompt.length - window]  # [R, H, N]
         caps = self.head_budgets(scores, budget - window)
-        order = scores.argsort(dim=-1, descending=True, stable=True)
-        rank = torch.empty_like(order).scatter_(
-            -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
-        )
-        stay = torch.nn.functional.pad(rank < caps[..., None], (0, window), value=True)  # [R, H, T]
-        width = int(caps.max()) + window
-        slots = stay.int().sort(dim=-1, stable=True).indices[..., prompt.length - width :]
-        valid = stay.gather(-1, slots)
-        return Kept(slots, None if bool(valid.all()) else valid)
+        rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        stay = F.pad(rank < caps[..., None], (0, window), value=True)  # [R, H, T]
+        return Kept(*slots_that_stay(stay))
 
     def head_budgets(self, scores: torch.Tensor, base: int) -> torch.Tensor:
         """Tokens that each head keeps beside the window: [R, H] int64, adding up to H x ``base``.

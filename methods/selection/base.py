@@ -77,6 +77,17 @@ class Kept:
     scores: torch.Tensor | None = None
 
 
+def slots_that_stay(stay: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Slots marked True in ``stay`` [..., S], in their order and ending at the right: (int64 [..., C], valid or None).
+
+    C is the most that any row or head has; ``valid`` is False where one has fewer, None where all have as many.
+    """
+    width = int(stay.sum(-1).max())
+    slots = stay.int().sort(dim=-1, stable=True).indices[..., stay.shape[-1] - width :]
+    valid = stay.gather(-1, slots)
+    return slots, None if bool(valid.all()) else valid
+
+
 ALL_QUERIES = sys.maxsize
 """As an observation window: a method that scores with every query of the prompt."""
 

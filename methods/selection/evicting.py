@@ -15,7 +15,7 @@ import torch
 from transformers import PretrainedConfig
 
 from ..storage.base import LayerStorage
-from .base import Budget, Selection, Step, check_budget, resolve_budget
+from .base import Budget, Selection, Step, check_budget, resolve_budget, slots_that_stay
 
 
 @dataclass
@@ -25,11 +25,13 @@ class EvictingState:
     Attributes:
         scores: [B, H, S] float32, what each held token is worth so far; None where a method keeps no account.
         limit: [B, 1] int64, tokens that each row may hold.
-        most: the largest of them as a plain number, which costs no look at the device.
+        safe: [B, 1] int64, how many of the last tokens may not leave.
+        most: the largest limit as a plain number, which costs no look at the device.
     """
 
     scores: torch.Tensor | None = None
     limit: torch.Tensor | None = None
+    safe: torch.Tensor | None = None
     most: int = 0
 
 
@@ -74,6 +76,7 @@ class EvictingSelection(Selection):
     def after_prompt(self, state: EvictingState, lengths: torch.Tensor, scores: torch.Tensor | None) -> None:
         limits = [resolve_budget(self.budget, n) for n in lengths.tolist()]
         state.limit = torch.tensor([[n] for n in limits], device=lengths.device)
+        state.safe = torch.tensor([[self.recent(n)] for n in limits], device=lengths.device)
         state.most = max(limits)
         state.scores = scores
 
@@ -103,7 +106,7 @@ class EvictingSelection(Selection):
         self, state: EvictingState, storage: LayerStorage, held: torch.Tensor | None, worth: torch.Tensor
     ) -> None:
         """Let the least worthy token leave where more are held than the limit."""
-        assert state.limit is not None
+        assert state.limit is not None and state.safe is not None
         slots = worth.shape[-1]
         if slots <= state.most and held is None:  # padding is on the left: more slots than tokens, never fewer
             return
@@ -111,8 +114,7 @@ class EvictingSelection(Selection):
         count = torch.full_like(limit, slots) if held is None else held.sum(-1, keepdim=True)  # [B, 1 or H, 1]
         over = count > limit
         rank = torch.arange(slots, device=worth.device)  # real tokens end at the last slot
-        safe = torch.tensor([self.recent(int(n)) for n in state.limit[:, 0].tolist()], device=worth.device)
-        protected = rank >= slots - safe[:, None, None]
+        protected = rank >= slots - state.safe[:, :, None]
         worth = worth.masked_fill(protected, float("inf"))
         if held is not None:
             worth = worth.masked_fill(~held, float("inf"))
@@ -123,12 +125,9 @@ class EvictingSelection(Selection):
             return
         stay = torch.ones_like(worth, dtype=torch.bool) if held is None else held.expand_as(worth).clone()
         stay &= ~((rank == victim) & over)
-        width = int(stay.sum(-1).max())
-        if width == slots:
-            return
-        order = stay.int().sort(dim=-1, stable=True).indices[..., slots - width :]
-        valid = stay.gather(-1, order)
-        self._keep(state, storage, order, None if bool(valid.all()) else valid)
+        kept, valid = slots_that_stay(stay)
+        if kept.shape[-1] < slots:
+            self._keep(state, storage, kept, valid)
 
     def _keep(
         self, state: EvictingState, storage: LayerStorage, slots: torch.Tensor, valid: torch.Tensor | None

@@ -31,7 +31,7 @@ from ..attention import cached_attention
 from ..prompt import Prompt
 from ..rotary import Rotary
 from ..storage.base import LayerStorage
-from .base import Budget, Kept, Selection, Step, check_budget, resolve_budget
+from .base import Budget, Kept, Selection, Step, check_budget, resolve_budget, slots_that_stay
 
 BLOCK = 256
 """Prompt tokens that pass through the cache at a time in ``true_stream``; memory is O(BLOCK x (budget + BLOCK))."""
@@ -217,12 +217,10 @@ class StreamingLLM(Selection):
             held = torch.ones(recent.shape[0], 1, rank.shape[1], dtype=torch.bool, device=rank.device)
         count = held[:, 0].sum(1, keepdim=True)
         stay = held[:, 0] & ((rank < sinks) | (rank >= count - recent))
-        width = int(stay.sum(1).max())
-        if width == stay.shape[1] and bool(stay.all()):
+        if bool(stay.all()):
             return
-        order = stay.int().sort(dim=1, stable=True).indices[:, stay.shape[1] - width :]
-        kept_valid = stay.gather(1, order)
-        storage.keep(order[:, None], None if bool(kept_valid.all()) else kept_valid[:, None])
+        kept, valid = slots_that_stay(stay[:, None])
+        storage.keep(kept, valid)
 
     def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int) -> Sequence[int]:
         return [min(prompt_length + new_tokens, resolve_budget(self.budget, prompt_length))] * layers

@@ -40,10 +40,10 @@ class DenseLayer(LayerStorage):
             return
         if start + n > self._keys.shape[2]:
             capacity = start + max(n, GROWTH)
-            self._keys = _grown(self._keys, start, capacity)
-            self._values = _grown(self._values, start, capacity)
+            self._keys = grown(self._keys, start, capacity)
+            self._values = grown(self._values, start, capacity)
             if self._valid is not None:
-                self._valid = _grown(self._valid[..., None], start, capacity)[..., 0]
+                self._valid = grown(self._valid, start, capacity)
         if valid is not None and self._valid is None:
             self._valid = torch.ones(keys.shape[0], 1, self._keys.shape[2], dtype=torch.bool, device=keys.device)
         self._keys[:, :, start : start + n] = keys
@@ -101,10 +101,10 @@ class DenseLayer(LayerStorage):
         return 2 * slots * dim * keys.element_size()
 
 
-def _grown(x: torch.Tensor, used: int, capacity: int) -> torch.Tensor:
-    """A buffer of ``capacity`` slots in dimension 2 that begins with the ``used`` slots of ``x``."""
-    out = x.new_empty(x.shape[0], x.shape[1], capacity, x.shape[3])
-    out[:, :, :used] = x[:, :, :used]
+def grown(x: torch.Tensor, used: int, capacity: int, dim: int = 2) -> torch.Tensor:
+    """A buffer of ``capacity`` slots in dimension ``dim`` that begins with the ``used`` slots of ``x``."""
+    out = x.new_empty(*x.shape[:dim], capacity, *x.shape[dim + 1 :])
+    out.narrow(dim, 0, used).copy_(x.narrow(dim, 0, used))
     return out
 
 

@@ -20,7 +20,7 @@ import torch
 
 from ...conf.errors import InputError, require
 from .base import KVShape, Storage
-from .dense import GROWTH
+from .dense import GROWTH, grown
 from .segments import SegmentedLayer, Segments
 
 BITS = (2, 4, 8)
@@ -130,12 +130,7 @@ class KiviSegments(Segments):
 
     def _resize(self, capacity: int) -> None:
         assert self._old is not None
-        grown = []
-        for old in self._old.tensors():
-            new = old.new_empty(old.shape[0], capacity, old.shape[2])
-            new[:, : self._old_length] = old[:, : self._old_length]
-            grown.append(new)
-        self._old = Quantized(*grown)
+        self._old = Quantized(*(grown(t, self._old_length, capacity, dim=1) for t in self._old.tensors()))
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._keys is not None and self._values is not None, "read before append"

@@ -169,9 +169,7 @@ class Pair:
             return (real if self.gamma else must), None
         if self.retention == "top_ratio":
             count = (self.gamma * real.sum(-1).to(torch.float64)).ceil()  # [B, H]
-            order = torch.where(real, angle, -math.inf).argsort(dim=-1, descending=True, stable=True)
-            places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-            rank = torch.empty_like(order).scatter_(-1, order, places)
+            rank = torch.where(real, angle, -math.inf).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
             return (rank < count[..., None]) | must, None
         lowest = torch.where(real, angle, math.inf).amin(-1)
         highest = torch.where(real, angle, -math.inf).amax(-1)

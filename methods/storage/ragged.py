@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .base import KVShape, Storage
-from .dense import GROWTH
+from .dense import GROWTH, grown
 from .segments import SegmentedLayer, Segments
 
 
@@ -38,11 +38,7 @@ class DenseSegments(Segments):
 
     def _resize(self, capacity: int) -> None:
         assert self._keys is not None and self._values is not None
-        for name in ("_keys", "_values"):
-            old = getattr(self, name)
-            new = old.new_empty(old.shape[0], capacity, old.shape[2])
-            new[:, : self._length] = old[:, : self._length]
-            setattr(self, name, new)
+        self._keys, self._values = (grown(x, self._length, capacity, dim=1) for x in (self._keys, self._values))
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._keys is not None and self._values is not None, "read before append"
