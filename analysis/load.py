@@ -56,6 +56,12 @@ class Run:
         return method.get("selection") == {"class": "Selection"} and method.get("storage") == {"class": "Dense"}
 
     @property
+    def curve(self) -> str:
+        """The label without its budget (``snapkv + kivi4``): what one curve of a figure is of."""
+        budget = self.record["budget"]
+        return self.label if budget is None else self.label.replace(f" {budget}", "", 1)
+
+    @property
     def done(self) -> bool:
         """False for a run that was out of memory: it has no numbers."""
         return self.record["status"] == "done"
@@ -146,33 +152,22 @@ def settings_key(record: Mapping[str, Any]) -> str:
 
 def _distinct(group: Sequence[Run]) -> list[Run]:
     """Labels that tell a method's settings wherever the group has it with more than one."""
-    families: dict[str, dict[str, dict[str, Any]]] = {}  # method and storage -> family -> its settings
+    settings: dict[str, list[dict[str, Any]]] = {}  # of each curve
     for run in group:
-        families.setdefault(_name(run), {})[family(run.record)] = _settings(run.record)
+        settings.setdefault(run.curve, []).append(_settings(run.record))
     out = []
     for run in group:
-        same = families[_name(run)]
-        mine = same[family(run.record)]
-        keys = sorted({k for f in same.values() for k in f if len({str(g.get(k)) for g in same.values()}) > 1})
+        same, mine = settings[run.curve], _settings(run.record)
+        keys = sorted({k for s in same for k in s if len({str(other.get(k)) for other in same}) > 1})
         told = ", ".join(f"{k.rpartition('.')[2]}={mine[k]}" for k in keys if k in mine)
         out.append(Run(run.path, run.record, f"{run.label} ({told})" if told else run.label))
     return out
 
 
-def family(record: Mapping[str, Any]) -> str:
-    """A method and its settings but for the budget: what one curve of a figure is of."""
-    return json.dumps(_settings(record), sort_keys=True)
-
-
 def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's settings but for the budget."""
     flat = _flat(record["identity"]["method"])
     return {k: v for k, v in flat.items() if k != "selection.budget"}
-
-
-def _name(run: Run) -> str:
-    """A label without its budget: ``snapkv``, ``snapkv + kivi4``."""
-    budget = run.record["budget"]
-    return str(run.record["method_label"]).replace(f" {budget}", "", 1)
 
 
 def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -125,11 +125,7 @@ def plots(runs: Sequence[Run]) -> Iterator[Plot]:
 
 def pareto_bytes(group: Sequence[Run]) -> Plot:
     """Score against stored bytes of KV cache per sequence."""
-    points = []
-    for run in group:
-        average = run.record["average"]
-        stored = run.record["bytes"]["kv_bytes_stored"] / MIB
-        points.append(_point(run, stored, average["mean"], average["low"], average["high"], (run.path,)))
+    points = [_point(run, run.record["bytes"]["kv_bytes_stored"] / MIB, run.path) for run in group]
     first = group[0].record
     return Plot(
         _name("pareto-bytes", group),
@@ -152,9 +148,7 @@ def pareto_speed(group: Sequence[Run], speeds: Sequence[Run]) -> Plot | None:
     for run in group:
         match = by_method.get(json.dumps(run.record["identity"]["method"], sort_keys=True))
         if match is not None:
-            average = run.record["average"]
-            x = match.record["metrics"]["decode_tokens_per_s"]["median"]
-            points.append(_point(run, x, average["mean"], average["low"], average["high"], (run.path, match.path)))
+            points.append(_point(run, match.record["metrics"]["decode_tokens_per_s"]["median"], run.path, match.path))
     if len(points) < 2:
         return None
     return Plot(
@@ -197,10 +191,11 @@ def lengths(timed: Sequence[Sequence[Run]]) -> Iterator[Plot]:
         )
 
 
-def _point(run: Run, x: float, y: float, low: float | None, high: float | None, runs: tuple[Path, ...]) -> Point:
-    budget = run.record["budget"]
-    family = run.label if budget is None else run.label.replace(f" {budget}", "", 1)
-    return Point(family, run.record["method"], "" if budget is None else str(budget), x, y, low, high, runs)
+def _point(run: Run, x: float, *runs: Path) -> Point:
+    """A run's mean score with its interval at ``x``."""
+    score, budget = run.record["average"], run.record["budget"]
+    mark = "" if budget is None else str(budget)
+    return Point(run.curve, run.record["method"], mark, x, score["mean"], score["low"], score["high"], runs)
 
 
 def _data_title(record: Mapping[str, Any]) -> str:

@@ -289,15 +289,15 @@ def _best(cells: Mapping[Any, Cell]) -> list[Any]:
     merits = {i: cell.value * cell.better for i, cell in cells.items() if cell.value is not None}
     if len({cells[i].text for i in merits}) < 2:
         return []
-    best = max(merits.values())
-    top = [i for i in merits if cells[i].text == cells[max(merits, key=merits.__getitem__)].text]
+    best = cells[max(merits, key=merits.__getitem__)]
+    top = [i for i in merits if cells[i].text == best.text]
     for i in top:
         if cells[i].measured:
             worst_of_mine = min(cells[i].better * (cells[i].low or 0.0), cells[i].better * (cells[i].high or 0.0))
             others = [c for k, c in cells.items() if k not in top]
             if any(max(c.better * (c.low or 0.0), c.better * (c.high or 0.0)) >= worst_of_mine for c in others):
                 return []
-    return top if best > -float("inf") else []
+    return top
 
 
 # formats ------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -27,18 +27,15 @@ from ..tasks.base import Example, Task
 from . import provenance
 from .engine import Sampling, generate, left_padded
 from .measure import is_out_of_memory, release_memory
-from .record import RunFolder
-from .runs import BASELINE, PairedRunner, in_turns, open_run, record_head
+from .runs import BASELINE, MethodRun, PairedRunner, finished_baseline, in_turns, open_run, record_head
 from .settings import Settings
 
 
-@dataclass(eq=False)  # a run is itself; comparing two would compare all their rows
-class MethodRun:
-    """One method's run on disk."""
+@dataclass(eq=False)
+class ScoredRun(MethodRun):
+    """A run and its examples so far."""
 
-    method: Method
-    folder: RunFolder
-    rows: dict[tuple[str, str], dict[str, Any]]  # (dataset, id) -> row of samples.jsonl
+    rows: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)  # (dataset, id) -> row of samples.jsonl
     problem: str | None = None  # why it cannot go on: out of memory
 
     def scores(self, task: Task, examples: Sequence[Example]) -> dict[str, dict[str, float]]:
@@ -72,7 +69,7 @@ class AccuracyRunner(PairedRunner):
 
     def run(
         self, source: ModelSource, methods: Sequence[Method], task: Task, settings: Settings, say: Callable[[str], None]
-    ) -> list[MethodRun]:
+    ) -> list[ScoredRun]:
         """Run every method on every example and write one record each.
 
         Args:
@@ -100,7 +97,7 @@ class AccuracyRunner(PairedRunner):
         runs = [self._open(m, source, task, settings) for m in methods]
         made_by = provenance.collect(settings.torch_device)  # now: the files may change while the run goes on
 
-        def work(mine: list[MethodRun]) -> None:
+        def work(mine: list[ScoredRun]) -> None:
             started = time.time()
             for run in mine:
                 run.rows = {(r["dataset"], r["id"]): r for r in run.folder.samples()}
@@ -116,16 +113,16 @@ class AccuracyRunner(PairedRunner):
         self._pair(runs, examples, task)  # with no lock held but the one of the record that is being amended
         return runs
 
-    def _open(self, method: Method, source: ModelSource, task: Task, settings: Settings) -> MethodRun:
+    def _open(self, method: Method, source: ModelSource, task: Task, settings: Settings) -> ScoredRun:
         further: dict[str, Any] = {"sampling": {"temperature": self.temperature, "top_p": self.top_p}}
         if settings.batch_size > 1:  # prompts padded to a common length take more bytes; one at a time is the norm
             further["batch_size"] = settings.batch_size
         folder = open_run("accuracy", method, source, task.source(), task.identity(), settings, **further)
-        return MethodRun(method, folder, {})
+        return ScoredRun(method, folder)
 
     def _complete(
         self,
-        runs: list[MethodRun],
+        runs: list[ScoredRun],
         examples: list[Example],
         source: ModelSource,
         task: Task,
@@ -170,11 +167,11 @@ class AccuracyRunner(PairedRunner):
                 bar.update(sum(len(ids) for _, ids, _ in batch))
 
     def _batches(
-        self, missing: list[tuple[Example, list[MethodRun]]], task: Task, loaded: LoadedModel, batch_size: int
-    ) -> list[list[tuple[Example, list[int], list[MethodRun]]]]:
+        self, missing: list[tuple[Example, list[ScoredRun]]], task: Task, loaded: LoadedModel, batch_size: int
+    ) -> list[list[tuple[Example, list[int], list[ScoredRun]]]]:
         """Examples of one data set that lack the same methods, sorted by length, in batches."""
         limit = task.max_length or loaded.max_prompt_tokens
-        groups: dict[tuple[str, tuple[int, ...]], list[tuple[Example, list[int], list[MethodRun]]]] = {}
+        groups: dict[tuple[str, tuple[int, ...]], list[tuple[Example, list[int], list[ScoredRun]]]] = {}
         for example, who in missing:
             ids = task.encode(example, loaded.tokenizer, limit)
             if len(ids) + example.max_new_tokens > loaded.max_positions:
@@ -195,7 +192,7 @@ class AccuracyRunner(PairedRunner):
 
     def _run_batch(
         self,
-        batch: list[tuple[Example, list[int], list[MethodRun]]],
+        batch: list[tuple[Example, list[int], list[ScoredRun]]],
         task: Task,
         loaded: LoadedModel,
         settings: Settings,
@@ -284,8 +281,8 @@ class AccuracyRunner(PairedRunner):
 
     def _finish(
         self,
-        run: MethodRun,
-        runs: list[MethodRun],
+        run: ScoredRun,
+        runs: list[ScoredRun],
         examples: list[Example],
         task: Task,
         settings: Settings,
@@ -303,7 +300,7 @@ class AccuracyRunner(PairedRunner):
             record |= self._results(run, examples, task)
         run.folder.finish(record)
 
-    def _results(self, run: MethodRun, examples: list[Example], task: Task) -> dict[str, Any]:
+    def _results(self, run: ScoredRun, examples: list[Example], task: Task) -> dict[str, Any]:
         """Scores, intervals and bytes of a complete run."""
         rows = [run.rows[(e.dataset, e.id)] for e in examples]
         scores = run.scores(task, examples)
@@ -326,10 +323,10 @@ class AccuracyRunner(PairedRunner):
             "prompt_tokens": fmean(r["prompt_tokens"] for r in rows),
         }
 
-    def _pair(self, runs: list[MethodRun], examples: list[Example], task: Task) -> None:
+    def _pair(self, runs: list[ScoredRun], examples: list[Example], task: Task) -> None:
         """Add the paired difference to every record that lacks it, also where the baseline came later."""
-        baseline = next((r for r in runs if r.method.identity() == BASELINE.identity()), None)
-        if baseline is None or not baseline.folder.done:
+        baseline = finished_baseline(runs)
+        if baseline is None:
             return
         for run in runs:
             if run is baseline or not run.folder.done or "paired" in run.folder.record():
@@ -342,7 +339,7 @@ class AccuracyRunner(PairedRunner):
                 )
 
 
-def shared_prompts(runs: Sequence[MethodRun]) -> Iterator[list[MethodRun]]:
+def shared_prompts(runs: Sequence[ScoredRun]) -> Iterator[list[ScoredRun]]:
     """Split runs into those that can share one reading of the prompt, and the others one by one."""
     sharing = [r for r in runs if r.method.shares_prompt]
     if sharing:

@@ -33,8 +33,7 @@ from . import provenance
 from .engine import decode, left_padded, prefill
 from .fresh import Killed, in_fresh_process
 from .measure import HONEST_MALLOC, MemoryMeter, copy_bandwidth, is_out_of_memory, now, one_at_a_time
-from .record import RunFolder
-from .runs import BASELINE, PairedRunner, in_turns, open_run, record_head
+from .runs import BASELINE, MethodRun, PairedRunner, finished_baseline, in_turns, open_run, record_head
 from .settings import Settings
 
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # two loads per method; a bar for each would bury what is said
@@ -94,14 +93,6 @@ class Batch:
 
 
 @dataclass
-class EfficiencyRun:
-    """One method's run on disk."""
-
-    method: Method
-    folder: RunFolder
-
-
-@dataclass
 class EfficiencyRunner(PairedRunner):
     """``runner=efficiency``; every method and budget is measured by itself, one after another.
 
@@ -127,7 +118,7 @@ class EfficiencyRunner(PairedRunner):
         task: Workload,
         settings: Settings,
         say: Callable[[str], None],
-    ) -> list[EfficiencyRun]:
+    ) -> list[MethodRun]:
         """Measure every method and write one record each.
 
         Args:
@@ -156,11 +147,10 @@ class EfficiencyRunner(PairedRunner):
             "torch": made_by["packages"].get("torch"),
         }
         runs = [
-            EfficiencyRun(m, open_run("efficiency", m, source, data, task.identity(), settings, **further))
-            for m in methods
+            MethodRun(m, open_run("efficiency", m, source, data, task.identity(), settings, **further)) for m in methods
         ]
 
-        def work(mine: list[EfficiencyRun]) -> None:
+        def work(mine: list[MethodRun]) -> None:
             for run in mine:
                 if run.folder.done:
                     say(f"{run.method.label}: already done, in {run.folder.path}")
@@ -391,36 +381,31 @@ def _against_the_limit(times: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _pair(runs: Sequence[EfficiencyRun]) -> None:
+def _pair(runs: Sequence[MethodRun]) -> None:
     """Add to every record what its method gains over the full cache: by its bytes, and as measured."""
-    baseline = next((r for r in runs if r.method.identity() == BASELINE.identity() and r.folder.done), None)
+    baseline = finished_baseline(runs)
     if baseline is None:
         return
     full = baseline.folder.record()
     for run in runs:
-        if run is baseline or not run.folder.done:
+        if run is baseline or not run.folder.done or "paired" in (record := run.folder.record()):
             continue
-        record = run.folder.record()
-        if "paired" in record:
-            continue
-
-        def ratio(metric: str, a: dict[str, Any] = full, b: dict[str, Any] = record) -> float:
-            return a["metrics"][metric]["median"] / b["metrics"][metric]["median"]
-
-        def saved(phase: str, a: dict[str, Any] = full, b: dict[str, Any] = record) -> int | None:
-            if a["memory"][phase] is None or b["memory"][phase] is None:
-                return None
-            return a["memory"][phase]["allocated"] - b["memory"][phase]["allocated"]
-
         paired = {
             "with": baseline.method.label,
             "hash": baseline.folder.hash,
             "decode_speed_up_by_bytes": full["limit"]["bytes_read_per_step"] / record["limit"]["bytes_read_per_step"],
-            "decode_speed_up": ratio("tpot_ms"),
-            "prefill_slow_down": 1.0 / ratio("ttft_ms"),
+            "decode_speed_up": full["metrics"]["tpot_ms"]["median"] / record["metrics"]["tpot_ms"]["median"],
+            "prefill_slow_down": record["metrics"]["ttft_ms"]["median"] / full["metrics"]["ttft_ms"]["median"],
             "kv_bytes_saved_end": full["bytes"]["kv_bytes_stored_end"] - record["bytes"]["kv_bytes_stored_end"],
-            "peak_decode_bytes_saved": saved("peak_decode"),
-            "peak_prefill_bytes_saved": saved("peak_prefill"),
+            "peak_decode_bytes_saved": _peak_saved(full, record, "peak_decode"),
+            "peak_prefill_bytes_saved": _peak_saved(full, record, "peak_prefill"),
         }
         with run.folder:
             run.folder.amend("paired", paired)
+
+
+def _peak_saved(full: dict[str, Any], record: dict[str, Any], phase: str) -> int | None:
+    """Bytes; None where a machine cannot measure the peak."""
+    if full["memory"][phase] is None or record["memory"][phase] is None:
+        return None
+    return full["memory"][phase]["allocated"] - record["memory"][phase]["allocated"]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from ..conf.errors import require
 from ..methods.base import Method
@@ -102,13 +102,20 @@ def record_head(status: str, folder: RunFolder, method: Method, data: Source, se
     }
 
 
-class HasFolder(Protocol):
-    """A run with its folder."""
+@dataclass(eq=False)  # a run is itself
+class MethodRun:
+    """One method's run on disk."""
 
+    method: Method
     folder: RunFolder
 
 
-R = TypeVar("R", bound=HasFolder)
+R = TypeVar("R", bound=MethodRun)
+
+
+def finished_baseline(runs: Sequence[R]) -> R | None:
+    """The run of the plain full cache among ``runs``, if it is there and done."""
+    return next((r for r in runs if r.method.identity() == BASELINE.identity() and r.folder.done), None)
 
 
 def in_turns(runs: Sequence[R], work: Callable[[list[R]], None], say: Callable[[str], None]) -> None:
@@ -123,6 +130,7 @@ def in_turns(runs: Sequence[R], work: Callable[[list[R]], None], say: Callable[[
         work: does some of them: those that are done already (to read them) and those that are locked for this process.
         say: prints a line for the person at the keyboard.
     """
+    order = {id(run): place for place, run in enumerate(runs)}
     left = sorted(runs, key=lambda run: run.folder.path)
     wait = False
     while left:
@@ -137,7 +145,6 @@ def in_turns(runs: Sequence[R], work: Callable[[list[R]], None], say: Callable[[
                     mine.append(run)
                 else:
                     theirs.append(run)
-            order = {id(run): place for place, run in enumerate(runs)}
             if mine:
                 work(sorted(mine, key=lambda run: order[id(run)]))
         for run in theirs:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -34,19 +33,19 @@ from kvbench.methods.selection.snapkv import SnapKV
 from kvbench.models.embedded import Embedded
 from kvbench.runners import provenance
 from kvbench.runners.engine import decode, generate, prefill
+from kvbench.runners.measure import copy_bandwidth, now
 
 BUDGETS = (64, 128, 192, 256, 384, 512, 768, 1024)
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one call; on CUDA, of its kernels too."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+    """Wall time of one call, all that it queued included."""
+    start = now(DEVICE)
     work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return now(DEVICE) - start
 
 
 def alternating(repeats: int, *works: Callable[[], float]) -> list[list[float]]:
@@ -98,13 +97,6 @@ def prefill_seconds(model, method: Method, ids: torch.Tensor) -> tuple[float, fl
     return total, spent
 
 
-def copy_bandwidth(device: str, size: int = 1 << 28) -> float:
-    """Bytes per second of a large copy, reads and writes counted; best of ten."""
-    source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
-    target = torch.empty_like(source)
-    return 2 * size / min(seconds(lambda: target.copy_(source)) for _ in range(10))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt-tokens", type=int, default=4096)
@@ -114,12 +106,11 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, args.dtype)
-    ours = Embedded().load(device, dtype).model
-    theirs = AutoModelForCausalLM.from_config(ours.config, attn_implementation="sdpa", dtype=dtype).to(device).eval()
+    ours = Embedded().load(DEVICE, dtype).model
+    theirs = AutoModelForCausalLM.from_config(ours.config, attn_implementation="sdpa", dtype=dtype).to(DEVICE).eval()
     theirs.load_state_dict(ours.state_dict())
-    ids = torch.randint(1000, 40000, (1, args.prompt_tokens), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.randint(1000, 40000, (1, args.prompt_tokens), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     full, snapkv = Method("full"), Method("snapkv", SnapKV(budget=512))
     members = [Method("snapkv", SnapKV(budget=b)) for b in BUDGETS]
     steps = args.new_tokens
@@ -131,7 +122,7 @@ def main() -> None:
         cache = FanOutCache([m.new_cache(ours) for m in members])
         return seconds(lambda: generate(ours, cache, ids, max_new_tokens=steps))
 
-    print(f"{device}, {args.dtype}, {torch.get_num_threads()} threads, {args.prompt_tokens} + {steps} tokens")
+    print(f"{DEVICE}, {args.dtype}, {torch.get_num_threads()} threads, {args.prompt_tokens} + {steps} tokens")
     engine, library = alternating(
         args.repeats,
         lambda: decode_seconds(ours, full.new_cache(ours), ids, steps),
@@ -148,7 +139,7 @@ def main() -> None:
     cache = full.new_cache(ours)
     prefill(ours, cache, ids)
     read = weights + cache.kv_bytes_logical
-    bandwidth = copy_bandwidth(device)
+    bandwidth = copy_bandwidth(DEVICE)
     result = {
         "decode_speed_full_over_transformers": median(library) / median(engine),
         "compression_over_prefill": median(shares),
@@ -162,8 +153,8 @@ def main() -> None:
             "run_full": one,
             "run_fan_out": eight,
         },
-        "settings": {"prompt_tokens": args.prompt_tokens, "new_tokens": steps, "dtype": args.dtype, "device": device},
-        "provenance": provenance.collect(device),
+        "settings": {"prompt_tokens": args.prompt_tokens, "new_tokens": steps, "dtype": args.dtype, "device": DEVICE},
+        "provenance": provenance.collect(DEVICE),
     }
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from bench_engine import alternating, decode_seconds, prefill_seconds
+from bench_engine import DEVICE, alternating, decode_seconds, prefill_seconds
 
 from kvbench.methods.base import Method, kv_shape
 from kvbench.models.embedded import Embedded
@@ -73,13 +73,12 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Embedded().load(device, getattr(torch, args.dtype)).model
+    model = Embedded().load(DEVICE, getattr(torch, args.dtype)).model
     lengths = [int(n) for n in args.lengths.split(",")]
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1000, 40000, (4, max(lengths)), generator=generator).to(device)
+    ids = torch.randint(1000, 40000, (4, max(lengths)), generator=generator).to(DEVICE)
     rows: dict[str, Any] = {}
-    print(f"{device}, {args.dtype}, {torch.get_num_threads()} threads, budget {args.budget}")
+    print(f"{DEVICE}, {args.dtype}, {torch.get_num_threads()} threads, budget {args.budget}")
     for label, method in methods(args.budget).items():
         row: dict[str, Any] = {"compression_over_prefill": {}, "bytes": {}}
         for length in lengths:
@@ -96,7 +95,7 @@ def main() -> None:
             f"stored {one['stored'] / 2**20:.2f} MiB, formula {one['formula'] / 2**20:.2f} MiB",
             flush=True,
         )
-    result = {"methods": rows, "settings": vars(args) | {"output": None}, "provenance": provenance.collect(device)}
+    result = {"methods": rows, "settings": vars(args) | {"output": None}, "provenance": provenance.collect(DEVICE)}
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -16,7 +16,7 @@ from ..conf.errors import InputError, one_of, require
 from .base import Source
 from .longbench_data import DatasetFile, open_mini
 from .longbench_spec import SPECS
-from .workload import Request, Workload, is_whole, random_tokens
+from .workload import Request, Workload, check_shape, random_tokens
 
 TOKENS = ("random", "real")
 
@@ -40,13 +40,7 @@ class Shape(Workload):
     tokens: str = "random"
 
     def __post_init__(self) -> None:
-        require(is_whole(self.prompt_tokens, 1), "task.prompt_tokens", self.prompt_tokens, "must be 1 or more tokens")
-        require(
-            is_whole(self.new_tokens, 2),
-            "task.new_tokens",
-            self.new_tokens,
-            "must be 2 or more tokens: time per output token needs two",
-        )
+        check_shape(self.prompt_tokens, self.new_tokens)
         require(self.tokens in TOKENS, "task.tokens", self.tokens, one_of(self.tokens, TOKENS))
 
     def source(self) -> Source:

@@ -22,7 +22,7 @@ from typing import Any
 from ..conf.errors import InputError, one_of, require
 from .base import Source
 from .longbench_data import PROBE_TIMEOUT_S
-from .workload import Request, Workload, is_whole, random_tokens
+from .workload import Request, Workload, check_shape, is_whole, random_tokens
 
 FILE = "ShareGPT_V3_unfiltered_cleaned_split.json"
 HUB_REPO = "anon8231489123/ShareGPT_Vicuna_unfiltered"
@@ -64,13 +64,7 @@ class ShareGPT(Workload):
         self._loaded: tuple[Source, Conversations] | None = None
         require(is_whole(self.limit, 1), "task.limit", self.limit, "must be a whole number, 1 or more")
         require(self.lengths in LENGTHS, "task.lengths", self.lengths, one_of(self.lengths, LENGTHS))
-        require(is_whole(self.prompt_tokens, 1), "task.prompt_tokens", self.prompt_tokens, "must be 1 or more tokens")
-        require(
-            is_whole(self.new_tokens, 2),
-            "task.new_tokens",
-            self.new_tokens,
-            "must be 2 or more tokens: time per output token needs two",
-        )
+        check_shape(self.prompt_tokens, self.new_tokens)
 
     def identity(self) -> dict[str, Any]:
         """See :meth:`.Workload.identity`; the shape is left out where it decides nothing."""

@@ -10,6 +10,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+from ..conf.errors import require
 from .base import Described
 
 
@@ -55,6 +56,13 @@ def random_tokens(length: int, vocab_size: int, seed: int, index: int) -> tuple[
     """
     draw = random.Random(f"{seed}:{index}").random
     return tuple(int(draw() * vocab_size) for _ in range(length))
+
+
+def check_shape(prompt_tokens: Any, new_tokens: Any) -> None:
+    """Raise InputError unless these are lengths of a prompt and of an answer, in tokens."""
+    require(is_whole(prompt_tokens, 1), "task.prompt_tokens", prompt_tokens, "must be 1 or more tokens")
+    allowed = "must be 2 or more tokens: time per output token needs two"
+    require(is_whole(new_tokens, 2), "task.new_tokens", new_tokens, allowed)
 
 
 def is_whole(value: object, at_least: int) -> bool:
