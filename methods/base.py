@@ -216,7 +216,7 @@ class CacheLayer(PromptReader):
     @property
     def logical_bytes(self) -> int:
         """Bytes of the real tokens held and of what the selection keeps count of."""
-        return self.storage.logical_bytes + sum(t.nbytes for t in self.selection.state_tensors(self.state))
+        return self.storage.logical_bytes + self.selection.logical_state_bytes(self.state, self.storage.tokens)
 
 
 class KVCache(Cache):

@@ -10,10 +10,11 @@ from tiny_models import left_pad, prompt_ids, tiny_model
 from kvbench.conf.errors import InputError
 from kvbench.methods.base import Method
 from kvbench.methods.prompt import Prompt
-from kvbench.methods.selection import h2o
+from kvbench.methods.selection import evicting, h2o, streaming_llm
 from kvbench.methods.selection.base import Step
 from kvbench.methods.selection.evicting import EvictingState
 from kvbench.methods.selection.h2o import H2O, attention_received
+from kvbench.methods.selection.streaming_llm import StreamingLLM
 from kvbench.methods.selection.tova import TOVA
 from kvbench.methods.storage.dense import DenseLayer
 from kvbench.runners.engine import decode, prefill
@@ -71,7 +72,7 @@ def test_column_sums_are_causal_and_add_up_to_the_queries():
 
 
 def stream(selection, prompt: Prompt, steps: int, query_heads: int, kv_heads: int):
-    """Feed a prompt and ``steps`` tokens through one layer; yields (new q, k, v, output, held keys) of each step."""
+    """Feed a prompt and ``steps`` tokens through one layer; yields (q, k, v, output, held keys, scores) of each step."""
     storage, state = DenseLayer(), EvictingState()
     kept = selection.select(prompt, state)
     slots = torch.arange(prompt.length).expand(1, kv_heads, -1) if kept.slots is None else kept.slots
@@ -83,14 +84,20 @@ def stream(selection, prompt: Prompt, steps: int, query_heads: int, kv_heads: in
         q, k, v = (torch.randn(1, h, 1, D, generator=g, dtype=torch.float64) for h in (query_heads, kv_heads, kv_heads))
         q = 3 * q
         out = selection.attend(state, storage, Step(q, k, v, D**-0.5, None))
-        yield q, k, v, out, storage.read()[0], state
+        keys, _, valid = storage.read()
+        real = torch.ones(1, 1, keys.shape[2], dtype=torch.bool) if valid is None else valid
+        real = real.expand(1, kv_heads, -1)[0]
+        scores = None if state.scores is None else [state.scores[0, h][real[h]] for h in range(kv_heads)]
+        yield q, k, v, out, [keys[0, h][real[h]] for h in range(kv_heads)], scores
 
 
 @pytest.mark.parametrize(("query_heads", "kv_heads"), [(2, 2), (4, 2)])
 @pytest.mark.parametrize("length", [6, 12, 30])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_h2o_is_the_naive_simulator(query_heads, kv_heads, length, share):
+@pytest.mark.parametrize("hidden", [1, 4])
+def test_h2o_is_the_naive_simulator(query_heads, kv_heads, length, share, hidden, monkeypatch):
     """Positions held, by a simulator with one Python list per head; the victim of a step took part in its output."""
+    monkeypatch.setattr(evicting, "HIDDEN", hidden)  # gaps are closed at every step, or at every fourth
     budget, steps = 12, 15
     prompt = random_prompt(query_heads, kv_heads, length)
     recent, groups = int(share * budget), query_heads // kv_heads
@@ -113,7 +120,7 @@ def test_h2o_is_the_naive_simulator(query_heads, kv_heads, length, share):
     for h in range(kv_heads):
         if length > budget:
             evict_prompt(h)
-    for i, (q, k, v, out, stored, state) in enumerate(stream(H2O(budget, share), prompt, steps, query_heads, kv_heads)):
+    for i, (q, k, v, out, stored, scores) in enumerate(stream(H2O(budget, share), prompt, steps, query_heads, kv_heads)):
         for h in range(kv_heads):
             keys[h].append(k[0, h, 0])
             values[h].append(v[0, h, 0])
@@ -127,13 +134,15 @@ def test_h2o_is_the_naive_simulator(query_heads, kv_heads, length, share):
                 for t, weight in zip(held[h], weights.tolist(), strict=True):
                     score[h][t] += weight / groups
             evict(h)
-            assert torch.equal(stored[0, h], torch.stack([keys[h][t] for t in held[h]])), f"step {i}, head {h}"
+            assert torch.equal(stored[h], torch.stack([keys[h][t] for t in held[h]])), f"step {i}, head {h}"
             assert held[h][-1] == length + i or recent == 0
-            assert state.scores[0, h].tolist() == pytest.approx([score[h][t] for t in held[h]], abs=1e-4)
+            assert scores[h].tolist() == pytest.approx([score[h][t] for t in held[h]], abs=1e-4)
 
 
 @pytest.mark.parametrize("length", [6, 12, 30])
-def test_tova_is_the_naive_simulator(length):
+@pytest.mark.parametrize("hidden", [1, 4])
+def test_tova_is_the_naive_simulator(length, hidden, monkeypatch):
+    monkeypatch.setattr(evicting, "HIDDEN", hidden)
     budget, query_heads, kv_heads = 12, 4, 2
     prompt = random_prompt(query_heads, kv_heads, length)
     last = causal_matrix(prompt)[:, -1].mean(0)
@@ -148,8 +157,8 @@ def test_tova_is_the_naive_simulator(length):
             worth += logits.softmax(0) / query_heads
         if len(held) > budget:
             del held[int(worth.argmin())]
-        assert torch.equal(stored[0], torch.stack([keys[t] for t in held], dim=1)), f"step {i}"
-        assert stored.shape[2] == min(length + i + 1, budget)
+        assert torch.equal(torch.stack(stored), torch.stack([keys[t] for t in held], dim=1)), f"step {i}"
+        assert len(stored[0]) == min(length + i + 1, budget)
 
 
 def test_h2o_without_heavy_hitters_is_a_sliding_window():
@@ -158,8 +167,10 @@ def test_h2o_without_heavy_hitters_is_a_sliding_window():
     prefill(model, cache, prompt_ids(30))
     before = cache.layers[0].storage.read()[0].clone()
     decode(model, cache, torch.tensor([5]))
-    after = cache.layers[0].storage.read()[0]
-    assert torch.equal(after[:, :, :-1], before[:, :, 1:])
+    after, _, valid = cache.layers[0].storage.read()
+    assert valid.sum(-1).unique().tolist() == [10]
+    assert torch.equal(after[:, :, 1:-1], before[:, :, 1:])
+    assert not valid[:, :, 0].any()
 
 
 @pytest.mark.parametrize("selection", [H2O(0.5), TOVA(0.5), H2O(11), TOVA(11)], ids=str)
@@ -185,3 +196,23 @@ def test_rows_of_different_lengths_have_their_own_limits(selection):
 def test_bad_settings(options):
     with pytest.raises(InputError, match=r"method\."):
         H2O(**options)
+
+
+@pytest.mark.parametrize(
+    "selection", [H2O(11), H2O(0.5), TOVA(11), StreamingLLM(11), StreamingLLM(0.5, mode="prefill_evict")], ids=str
+)
+def test_when_gaps_are_closed_changes_nothing(selection, monkeypatch):
+    """In a padded batch and over 20 steps: closed at every step, at every fifth, and never."""
+    model, method = tiny_model(), Method("x", selection)
+    ids, mask = left_pad([prompt_ids(30, 1), prompt_ids(8, 2), prompt_ids(17, 3)])
+    logits, held = {}, {}
+    for hidden in (1, 5, 64):
+        monkeypatch.setattr(evicting, "HIDDEN", hidden)
+        monkeypatch.setattr(streaming_llm, "HIDDEN", hidden)
+        cache = method.new_cache(model)
+        logits[hidden] = [prefill(model, cache, ids, mask)]
+        logits[hidden] += [decode(model, cache, torch.tensor([3 + i, 4 + i, 5 + i])) for i in range(20)]
+        held[hidden] = torch.stack([t.expand(-1, 2) for t in cache.tokens_held])
+    for hidden in (5, 64):
+        assert (torch.stack(logits[hidden]) - torch.stack(logits[1])).abs().max() < 1e-9
+        assert torch.equal(held[hidden], held[1])

@@ -88,6 +88,9 @@ def slots_that_stay(stay: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | No
     return slots, None if bool(valid.all()) else valid
 
 
+HIDDEN = 64
+"""Tokens that may have left at decode steps and still take room: moving the others together is then done that rarely."""
+
 ALL_QUERIES = sys.maxsize
 """As an observation window: a method that scores with every query of the prompt."""
 
@@ -172,6 +175,10 @@ class Selection:
     def state_tensors(self, state: Any) -> list[torch.Tensor]:
         """Tensors of ``state`` that must stay in memory; they count as stored bytes."""
         return []
+
+    def logical_state_bytes(self, state: Any, tokens: torch.Tensor) -> int:
+        """Bytes of ``state`` but for room that no token takes; ``tokens`` [B, 1 or H] are held."""
+        return sum(t.nbytes for t in self.state_tensors(state))
 
     def state_bytes(self, tokens: Sequence[int], heads: int) -> int:
         """Their bytes by the formula, for one sequence with ``tokens[l]`` in each of ``heads`` heads of layer l."""

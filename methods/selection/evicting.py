@@ -15,7 +15,7 @@ import torch
 from transformers import PretrainedConfig
 
 from ..storage.base import LayerStorage
-from .base import Budget, Selection, Step, check_budget, resolve_budget, slots_that_stay
+from .base import HIDDEN, Budget, Selection, Step, check_budget, resolve_budget, slots_that_stay
 
 
 @dataclass
@@ -27,12 +27,14 @@ class EvictingState:
         limit: [B, 1] int64, tokens that each row may hold.
         safe: [B, 1] int64, how many of the last tokens may not leave.
         most: the largest limit as a plain number, which costs no look at the device.
+        hidden: how many tokens at most have left since the others were last moved together.
     """
 
     scores: torch.Tensor | None = None
     limit: torch.Tensor | None = None
     safe: torch.Tensor | None = None
     most: int = 0
+    hidden: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,51 +95,56 @@ class EvictingSelection(Selection):
         exact = torch.promote_types(logits.dtype, torch.float32)
         logits = logits.to(exact) * step.scaling
         if held is not None:
-            visible = held.clone()
-            visible[..., -1] = True  # a pad sees itself, for a softmax over something
+            visible = held
+            if step.valid is not None:
+                visible = held.clone()
+                visible[..., -1] = True  # a pad sees itself, for a softmax over something
             logits = logits.masked_fill(~visible[:, :, None], float("-inf"))
         weights = logits.softmax(-1)
         out = (weights.to(values.dtype) @ values).reshape(batch, query_heads, 1, dim)
         worth = self.observe(state, weights.float(), None if step.valid is None else step.valid[:, 0])
-        self._evict(state, storage, held, worth)
+        self._evict(state, storage, held, worth, at_once=step.valid is not None)
         return out
 
     def _evict(
-        self, state: EvictingState, storage: LayerStorage, held: torch.Tensor | None, worth: torch.Tensor
+        self,
+        state: EvictingState,
+        storage: LayerStorage,
+        held: torch.Tensor | None,
+        worth: torch.Tensor,
+        at_once: bool,
     ) -> None:
-        """Let the least worthy token leave where more are held than the limit."""
+        """Let the least worthy token leave where more are held than the limit; its slot is used again later.
+
+        ``at_once``: close the gaps now, so that the real tokens end at the last slot again (a pad was appended).
+        """
         assert state.limit is not None and state.safe is not None
         slots = worth.shape[-1]
         if slots <= state.most and held is None:  # padding is on the left: more slots than tokens, never fewer
             return
         limit = state.limit[:, :, None]  # [B, 1, 1]
         count = torch.full_like(limit, slots) if held is None else held.sum(-1, keepdim=True)  # [B, 1 or H, 1]
-        over = count > limit
-        rank = torch.arange(slots, device=worth.device)  # real tokens end at the last slot
-        protected = rank >= slots - state.safe[:, :, None]
-        worth = worth.masked_fill(protected, float("inf"))
-        if held is not None:
-            worth = worth.masked_fill(~held, float("inf"))
-        victim = worth.argmin(-1, keepdim=True)  # [B, 1 or H, 1]
-        if held is None and bool(over.all()):
-            kept = rank[:-1] + (rank[:-1] >= victim)
-            self._keep(state, storage, kept, None)
+        stay = torch.ones_like(worth, dtype=torch.bool) if held is None else held.expand_as(worth)
+        rank = torch.arange(slots, device=worth.device)
+        protected = rank >= slots - state.safe[:, :, None]  # the last slots hold the last tokens, without a gap
+        victim = worth.masked_fill(protected | ~stay, float("inf")).argmin(-1, keepdim=True)  # [B, 1 or H, 1]
+        stay = stay.scatter(-1, victim, stay.gather(-1, victim) & (count <= limit))
+        state.hidden += 1
+        if state.hidden < HIDDEN and not at_once and storage.hide(stay):
             return
-        stay = torch.ones_like(worth, dtype=torch.bool) if held is None else held.expand_as(worth).clone()
-        stay &= ~((rank == victim) & over)
+        state.hidden = 0
         kept, valid = slots_that_stay(stay)
-        if kept.shape[-1] < slots:
-            self._keep(state, storage, kept, valid)
-
-    def _keep(
-        self, state: EvictingState, storage: LayerStorage, slots: torch.Tensor, valid: torch.Tensor | None
-    ) -> None:
-        storage.keep(slots, valid)
+        storage.keep(kept, valid)
         if state.scores is not None:
-            state.scores = state.scores.gather(-1, slots.expand(*state.scores.shape[:2], -1))
+            state.scores = state.scores.gather(-1, kept.expand(*state.scores.shape[:2], -1))
 
     def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int) -> Sequence[int]:
         return [min(prompt_length + new_tokens, resolve_budget(self.budget, prompt_length))] * layers
+
+    def logical_state_bytes(self, state: Any, tokens: torch.Tensor) -> int:
+        if state.scores is None:
+            return 0
+        return state.scores.element_size() * int(tokens.expand(-1, state.scores.shape[1]).sum())
 
     def state_tensors(self, state: Any) -> list[torch.Tensor]:
         return [] if state.scores is None else [state.scores]

@@ -31,7 +31,7 @@ from ..attention import cached_attention
 from ..prompt import Prompt
 from ..rotary import Rotary
 from ..storage.base import LayerStorage
-from .base import Budget, Kept, Selection, Step, check_budget, resolve_budget, slots_that_stay
+from .base import HIDDEN, Budget, Kept, Selection, Step, check_budget, resolve_budget, slots_that_stay
 
 BLOCK = 256
 """Prompt tokens that pass through the cache at a time in ``true_stream``; memory is O(BLOCK x (budget + BLOCK))."""
@@ -46,12 +46,16 @@ class StreamState:
         seen: real tokens fed so far, [B] int64; None before the first.
         limit: tokens a row may hold between steps, [B, 1] int64; None until it is known.
         fed: tokens fed so far as a plain number, an upper bound of ``seen`` that costs no device sync.
+        padded: rows differ in length, so that the sinks of each stand in slots of their own.
+        hidden: how many steps ago the held tokens were last moved together.
     """
 
     rotary: Rotary | None
     seen: torch.Tensor | None = None
     limit: torch.Tensor | None = None
     fed: int = 0
+    padded: bool = False
+    hidden: int = 0
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,7 @@ class StreamingLLM(Selection):
     def after_prompt(self, state: StreamState, lengths: torch.Tensor, scores: torch.Tensor | None) -> None:
         state.seen = lengths.clone()
         state.fed = int(lengths.max())
+        state.padded = bool((lengths != state.fed).any())
         state.limit = torch.tensor([[resolve_budget(self.budget, n)] for n in lengths.tolist()], device=lengths.device)
 
     def attend(self, state: StreamState, storage: LayerStorage, step: Step) -> torch.Tensor:
@@ -141,6 +146,7 @@ class StreamingLLM(Selection):
         query, n = step.query, step.query.shape[2]
         # Real tokens that left before this block, [B, 1]: the slots after the sinks stand that far from their rank.
         evicted = state.seen[:, None] - (storage.tokens if state.fed else 0)
+        state.padded |= step.valid is not None
         storage.append(step.key, step.value, step.valid)
         keys, values, held = storage.read()
         state.seen = state.seen + (n if step.valid is None else step.valid.sum(1))
@@ -161,15 +167,16 @@ class StreamingLLM(Selection):
         age = at[:, :, None] - position[:, None, :]  # [B, n, S]
         visible = (age >= 0) & (is_sink[:, None, :] | (age <= recent[:, :, None]))
         if held is not None:
-            own = torch.eye(n, dtype=torch.bool, device=query.device)
-            visible = (visible & held) | F.pad(own, (slots - n, 0))  # a pad sees itself, for a softmax over something
+            visible = visible & held
+            if step.valid is not None:  # a pad sees itself, for a softmax over something
+                visible = visible | F.pad(torch.eye(n, dtype=torch.bool, device=query.device), (slots - n, 0))
         shift = (at - state.limit).clamp(min=0)  # how much further than in the cache a sink is, per query
-        logits = self._logits(state.rotary, query, keys, is_sink, shift, ragged=held is not None)
+        logits = self._logits(state.rotary, query, keys, is_sink, shift, state.padded)
         exact = torch.promote_types(logits.dtype, torch.float32)
         logits = (logits.to(exact) * step.scaling).masked_fill(~visible[:, None, None], float("-inf"))
         weights = logits.softmax(-1).to(values.dtype).flatten(2, 3)  # [B, H, g * n, S]
         out = (weights @ values).reshape(query.shape)
-        self._evict(storage, held, rank, sinks, recent)
+        self._evict(state, storage, held, rank, sinks, recent, at_once=n > 1 or step.valid is not None)
         return out
 
     def _logits(
@@ -179,7 +186,7 @@ class StreamingLLM(Selection):
         keys: torch.Tensor,
         is_sink: torch.Tensor,
         shift: torch.Tensor,
-        ragged: bool,
+        padded: bool,
     ) -> torch.Tensor:
         """[B, H, g, n, S], unscaled; those of the sinks with the query turned back by ``shift``."""
         batch, query_heads, n, dim = query.shape
@@ -192,7 +199,7 @@ class StreamingLLM(Selection):
         logits = logits_of(query, keys)
         if rotary is not None and self.sinks:
             # Without padding the sinks stand in the first slots; with it, in different slots of each row.
-            count = keys.shape[2] if ragged else min(self.sinks, keys.shape[2])
+            count = keys.shape[2] if padded else min(self.sinks, keys.shape[2])
             turned = logits_of(rotary.turn(query, -shift), keys[:, :, :count])
             sink = is_sink[:, None, None, None, :count]
             logits[..., :count] = torch.where(sink, turned, logits[..., :count])
@@ -200,27 +207,26 @@ class StreamingLLM(Selection):
 
     def _evict(
         self,
+        state: StreamState,
         storage: LayerStorage,
         held: torch.Tensor | None,
         rank: torch.Tensor,
         sinks: torch.Tensor,
         recent: torch.Tensor,
+        at_once: bool,
     ) -> None:
-        """Drop what is neither a sink nor recent."""
-        if held is None and isinstance(self.budget, int):
-            slots, first = rank.shape[1], min(self.sinks, self.budget - 1)
-            if slots > self.budget:
-                kept = torch.cat([rank[0, :first], rank[0, slots - (self.budget - first) :]])
-                storage.keep(kept)
-            return
+        """Drop what is neither a sink nor recent; ``at_once``: give its room back now."""
+        batch, slots = recent.shape[0], rank.shape[1]
         if held is None:
-            held = torch.ones(recent.shape[0], 1, rank.shape[1], dtype=torch.bool, device=rank.device)
+            held = torch.ones(batch, 1, slots, dtype=torch.bool, device=rank.device)
         count = held[:, 0].sum(1, keepdim=True)
-        stay = held[:, 0] & ((rank < sinks) | (rank >= count - recent))
-        if bool(stay.all()):
+        stay = (held[:, 0] & ((rank < sinks) | (rank >= count - recent)))[:, None]
+        state.hidden += 1
+        if state.hidden < HIDDEN and not at_once and storage.hide(stay):
             return
-        kept, valid = slots_that_stay(stay[:, None])
-        storage.keep(kept, valid)
+        state.hidden = 0
+        if not bool(stay.all()):
+            storage.keep(*slots_that_stay(stay))
 
     def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int) -> Sequence[int]:
         return [min(prompt_length + new_tokens, resolve_budget(self.budget, prompt_length))] * layers

@@ -38,7 +38,8 @@ class LayerStorage(ABC):
     """Keys and values of one layer for one batch.
 
     Slots are in the order of the tokens. ``valid`` masks [B, 1 or H, S] mark the slots that hold a real token: rows
-    (or heads) of a batch that keep fewer tokens than the longest one are padded on the left.
+    (or heads) of a batch that keep fewer tokens than the longest one are padded on the left, and a token that was
+    hidden leaves a hole.
     """
 
     @abstractmethod
@@ -56,6 +57,14 @@ class LayerStorage(ABC):
     @abstractmethod
     def keep(self, slots: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         """Keep only ``slots``: [C] for all rows and heads alike, or [B, 1 or H, C]; increasing where valid."""
+
+    def hide(self, stay: torch.Tensor) -> bool:
+        """Let the tokens that are False in ``stay`` [B, 1 or H, S] leave without moving the others.
+
+        Their slots are invalid from now on and are used again after the next :meth:`keep`. Returns whether this
+        storage can do so; where it cannot, nothing has happened and ``keep`` is the way.
+        """
+        return False
 
     def attend(self, query: torch.Tensor, scaling: float, valid: torch.Tensor | None) -> torch.Tensor:
         """Attention of n new tokens, already appended, over everything held: [B, H_q, n, D] -> the same shape.

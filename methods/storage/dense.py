@@ -52,6 +52,13 @@ class DenseLayer(LayerStorage):
             self._valid[:, :, start : start + n] = True if valid is None else valid[:, None]
         self.length = start + n
 
+    def hide(self, stay: torch.Tensor) -> bool:
+        assert self._keys is not None, "hide before write"
+        if self._valid is None or self._valid.shape[1] != stay.shape[1]:
+            self._valid = torch.ones(*stay.shape[:2], self._keys.shape[2], dtype=torch.bool, device=stay.device)
+        self._valid[:, :, : self.length] = stay
+        return True
+
     def read(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         assert self._keys is not None and self._values is not None, "read before write"
         n = self.length
