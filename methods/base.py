@@ -61,7 +61,7 @@ class Method:
     @property
     def shares_prompt(self) -> bool:
         """Whether other methods can ride on the same reading of the prompt (``fan_out.py``)."""
-        return not self.selection.reads_prompt_by_steps
+        return self.selection.reads_whole_prompt
 
     def new_cache(self, model: PreTrainedModel) -> KVCache:
         """An empty cache for one batch of ``model``, which is switched to kvbench's attention function."""
@@ -72,14 +72,16 @@ class Method:
             CacheLayer(i, config.num_hidden_layers, self.selection, self.selection.new_state(config), storage[i])
             for i in range(config.num_hidden_layers)
         ]
-        return KVCache(layers)
+        cache = KVCache(layers)
+        self.selection.attach(model, cache)
+        return cache
 
     def bytes_formula(self, shape: KVShape, prompt_length: int, new_tokens: int = 0) -> int:
         """Bytes that one sequence should take after a prompt and ``new_tokens`` further tokens, by the formula."""
         tokens = self.selection.kept_tokens(prompt_length, new_tokens, shape.layers)
         heads = shape.query_heads if self.selection.stores_query_heads else shape.kv_heads
         stored = self.storage.bytes_formula(tokens, heads, shape, new_tokens)
-        return stored + self.selection.state_bytes(tokens, heads)
+        return stored + self.selection.state_bytes(prompt_length, new_tokens, shape.layers, heads)
 
     def identity(self) -> dict[str, Any]:
         """What decides this method's numbers, as plain data: class and values of its parts (not what is only shown)."""
@@ -110,10 +112,12 @@ class NewTokens:
     Attributes:
         rows: the batch grouped by leading pads, while the prompt is read.
         valid: [B, n] bool, False for pads; None: all real.
+        prompt_length: columns of the whole prompt; None: this forward is all of it.
     """
 
     rows: list[Rows]
     valid: torch.Tensor | None
+    prompt_length: int | None
 
 
 @dataclass(frozen=True)
@@ -190,18 +194,17 @@ class CacheLayer(PromptReader):
         value: torch.Tensor,
         scaling: float,
         new: NewTokens,
-        prompt_length: int | None,
     ) -> torch.Tensor:
         """One forward of this layer: [B, H_q, n, D] queries in, the same shape out."""
         if self.reading:
-            return self.read_prompt(query, key, value, scaling, new.rows, prompt_length)
+            return self.read_prompt(query, key, value, scaling, new.rows, new.prompt_length)
         if self.selection.stores_query_heads:
             groups = query.shape[1] // key.shape[1]
             key, value = repeat_heads(key, groups), repeat_heads(value, groups)
         self.seen += query.shape[2]
         out = self.selection.attend(self.state, self.storage, Step(query, key, value, scaling, new.valid))
         self.storage.settle()
-        if self.seen == prompt_length:
+        if self.seen == new.prompt_length:
             self.storage.trim()
         return out
 
@@ -226,6 +229,7 @@ class KVCache(Cache):
         prompt_length: columns of the whole prompt, set before a prompt is fed in chunks; None: the first forward is
             all of it.
         tokens_seen: real tokens of each row so far, [B] int64; the next token's position.
+        new_tokens: what the forward under way adds.
         copies: rows a decode step has per row of the prompt (more than one in ``fan_out.py``).
         recomputes: holds no keys and values; the engine feeds it the whole sequence at each step (``no_cache.py``).
     """
@@ -238,7 +242,7 @@ class KVCache(Cache):
         super().__init__(layers=list(layers))
         self.prompt_length: int | None = None
         self.tokens_seen: torch.Tensor | None = None
-        self._new: NewTokens | None = None
+        self.new_tokens: NewTokens | None = None
 
     # transformers' side -------------------------------------------------------------------------------------------
 
@@ -287,9 +291,9 @@ class KVCache(Cache):
     ) -> torch.Tensor:
         """Attention of one layer: [B, H_q, n, D] queries, [B, H_kv, n, D] keys and values -> [B, H_q, n, D]."""
         if layer_idx == 0:
-            self._new = self._begin(query, padding_mask)
-        assert self._new is not None
-        return self.layers[layer_idx].attend(query, key, value, scaling, self._new, self.prompt_length)
+            self.new_tokens = self._begin(query, padding_mask)
+        assert self.new_tokens is not None
+        return self.layers[layer_idx].attend(query, key, value, scaling, self.new_tokens)
 
     def _begin(self, query: torch.Tensor, padding_mask: torch.Tensor | None) -> NewTokens:
         """Look at a forward's padding once, for all of its layers."""
@@ -309,7 +313,7 @@ class KVCache(Cache):
             self.tokens_seen = torch.zeros(batch, dtype=torch.int64, device=query.device)
         # In a fan-out the copies of a row are fed alike: the first ones stand for all.
         self.tokens_seen = self.tokens_seen + (n if valid is None else valid[: self.batch_size].sum(1))
-        return NewTokens(rows, valid)
+        return NewTokens(rows, valid, self.prompt_length)
 
     def next_positions(self) -> torch.Tensor:
         """Position of the next token of every decode row: [copies x B] int64."""

@@ -41,17 +41,16 @@ class FanOutLayer(PromptReader):
         value: torch.Tensor,
         scaling: float,
         new: NewTokens,
-        prompt_length: int | None,
     ) -> torch.Tensor:
         if self.reading:
-            return self.read_prompt(query, key, value, scaling, new.rows, prompt_length)
+            return self.read_prompt(query, key, value, scaling, new.rows, new.prompt_length)
         self.seen += query.shape[2]
         share = query.shape[0] // len(self.members)
         out = []
         for i, member in enumerate(self.members):
             mine = slice(i * share, (i + 1) * share)
-            valid = None if new.valid is None else new.valid[mine]
-            out.append(member.attend(query[mine], key[mine], value[mine], scaling, NewTokens([], valid), prompt_length))
+            theirs = NewTokens([], None if new.valid is None else new.valid[mine], new.prompt_length)
+            out.append(member.attend(query[mine], key[mine], value[mine], scaling, theirs))
         return torch.cat(out)
 
     def get_seq_length(self) -> int:
@@ -76,7 +75,7 @@ class FanOutCache(KVCache):
     """
 
     def __init__(self, members: Sequence[KVCache]):
-        if any(layer.selection.reads_prompt_by_steps for m in members for layer in m.layers):
+        if not all(layer.selection.reads_whole_prompt for m in members for layer in m.layers):
             raise ValueError("a method that does not read the prompt whole cannot share a reading of it")
         num_layers = len(members[0].layers)
         super().__init__([FanOutLayer(i, num_layers, members) for i in range(num_layers)])

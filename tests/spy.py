@@ -26,7 +26,7 @@ class Witness:
         self._attend = layer.attend
         layer.attend = self.attend  # type: ignore[method-assign]
 
-    def attend(self, query, key, value, scaling, new, prompt_length):
+    def attend(self, query, key, value, scaling, new):
         batch, _, n, _ = query.shape
         held = None if self.layer.reading or self.keys is None else self.held_columns()
         before = 0 if self.keys is None else self.keys.shape[2]
@@ -44,7 +44,7 @@ class Witness:
             self.keys = torch.cat([self.keys, key], 2)
             self.values = torch.cat([self.values, value], 2)
             self.real = torch.cat([self.real, more], 1)
-        out = self._attend(query, key, value, scaling, new, prompt_length)
+        out = self._attend(query, key, value, scaling, new)
         self.check(query, out, scaling, held, before)
         self.steps += 1
         return out

@@ -72,7 +72,7 @@ def test_column_sums_are_causal_and_add_up_to_the_queries():
 
 
 def stream(selection, prompt: Prompt, steps: int, query_heads: int, kv_heads: int):
-    """Feed a prompt and ``steps`` tokens through one layer; yields (q, k, v, output, held keys, scores) of each step."""
+    """Feed a prompt and ``steps`` tokens through one layer; yields (q, k, v, output, keys held, scores)."""
     storage, state = DenseLayer(), EvictingState()
     kept = selection.select(prompt, state)
     slots = torch.arange(prompt.length).expand(1, kv_heads, -1) if kept.slots is None else kept.slots
@@ -120,7 +120,9 @@ def test_h2o_is_the_naive_simulator(query_heads, kv_heads, length, share, hidden
     for h in range(kv_heads):
         if length > budget:
             evict_prompt(h)
-    for i, (q, k, v, out, stored, scores) in enumerate(stream(H2O(budget, share), prompt, steps, query_heads, kv_heads)):
+    for i, (q, k, v, out, stored, scores) in enumerate(
+        stream(H2O(budget, share), prompt, steps, query_heads, kv_heads)
+    ):
         for h in range(kv_heads):
             keys[h].append(k[0, h, 0])
             values[h].append(v[0, h, 0])

@@ -10,14 +10,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ...conf.errors import require
 from ..prompt import Prompt
 from ..storage.base import LayerStorage
+
+if TYPE_CHECKING:
+    from ..base import KVCache
 
 Budget = int | float
 """Tokens kept per layer, the protected window included (int), or a fraction of the prompt (float in (0, 1])."""
@@ -89,7 +92,7 @@ def slots_that_stay(stay: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | No
 
 
 HIDDEN = 64
-"""Tokens that may have left at decode steps and still take room: moving the others together is then done that rarely."""
+"""Steps after which the slots of tokens that have left are closed by moving the others together."""
 
 ALL_QUERIES = sys.maxsize
 """As an observation window: a method that scores with every query of the prompt."""
@@ -101,11 +104,16 @@ class Selection:
 
     @property
     def reads_prompt_by_steps(self) -> bool:
-        """The prompt goes through the cache token by token (in effect) instead of being read whole.
-
-        Its attention output then differs from the full model's, so no other method can ride on the same reading.
-        """
+        """The prompt goes through the cache token by token (in effect) instead of being read whole."""
         return False
+
+    @property
+    def reads_whole_prompt(self) -> bool:
+        """Every layer attends over the complete prompt, so that the first token is the full cache's.
+
+        If not, no other method can ride on the same reading.
+        """
+        return not self.reads_prompt_by_steps
 
     @property
     def keeps_everything(self) -> bool:
@@ -140,6 +148,9 @@ class Selection:
     def new_state(self, config: PretrainedConfig) -> Any:
         """State of one layer for one batch, handed to the methods below; made fresh each time."""
         return None
+
+    def attach(self, model: PreTrainedModel, cache: KVCache) -> None:
+        """Called with every new cache; a selection that reaches beyond its layer's cache sees the model here."""
 
     def select(self, prompt: Prompt, state: Any = None) -> Kept:
         """What to keep of a prompt."""
@@ -180,8 +191,8 @@ class Selection:
         """Bytes of ``state`` but for room that no token takes; ``tokens`` [B, 1 or H] are held."""
         return sum(t.nbytes for t in self.state_tensors(state))
 
-    def state_bytes(self, tokens: Sequence[int], heads: int) -> int:
-        """Their bytes by the formula, for one sequence with ``tokens[l]`` in each of ``heads`` heads of layer l."""
+    def state_bytes(self, prompt_length: int, new_tokens: int, layers: int, heads: int) -> int:
+        """Their bytes by the formula, for one sequence; ``heads`` are stored in each layer."""
         return 0
 
 

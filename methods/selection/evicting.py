@@ -87,22 +87,8 @@ class EvictingSelection(Selection):
         return torch.cat([self._attend_one(state, storage, step.part(slice(i, i + 1))) for i in range(n)], dim=2)
 
     def _attend_one(self, state: EvictingState, storage: LayerStorage, step: Step) -> torch.Tensor:
-        storage.append(step.key, step.value, step.valid)
-        keys, values, held = storage.read()
-        batch, query_heads, _, dim = step.query.shape
-        grouped = step.query.reshape(batch, keys.shape[1], -1, dim)  # [B, H, g, D]
-        logits = grouped @ keys.transpose(-1, -2)
-        exact = torch.promote_types(logits.dtype, torch.float32)
-        logits = logits.to(exact) * step.scaling
-        if held is not None:
-            visible = held
-            if step.valid is not None:
-                visible = held.clone()
-                visible[..., -1] = True  # a pad sees itself, for a softmax over something
-            logits = logits.masked_fill(~visible[:, :, None], float("-inf"))
-        weights = logits.softmax(-1)
-        out = (weights.to(values.dtype) @ values).reshape(batch, query_heads, 1, dim)
-        worth = self.observe(state, weights.float(), None if step.valid is None else step.valid[:, 0])
+        out, weights, held = attend_and_weigh(storage, step)
+        worth = self.observe(state, weights, None if step.valid is None else step.valid[:, 0])
         self._evict(state, storage, held, worth, at_once=step.valid is not None)
         return out
 
@@ -148,3 +134,28 @@ class EvictingSelection(Selection):
 
     def state_tensors(self, state: Any) -> list[torch.Tensor]:
         return [] if state.scores is None else [state.scores]
+
+
+def attend_and_weigh(storage: LayerStorage, step: Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Append one token per row and attend, with the weights in view.
+
+    Returns:
+        (output [B, H_q, 1, D]; weights [B, H, g, S] float32 over all slots, the new token's the last; which slots
+        hold a real token [B, 1 or H, S], or None: all).
+    """
+    storage.append(step.key, step.value, step.valid)
+    keys, values, held = storage.read()
+    batch, query_heads, _, dim = step.query.shape
+    grouped = step.query.reshape(batch, keys.shape[1], -1, dim)  # [B, H, g, D]
+    logits = grouped @ keys.transpose(-1, -2)
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    logits = logits.to(exact) * step.scaling
+    if held is not None:
+        visible = held
+        if step.valid is not None:
+            visible = held.clone()
+            visible[..., -1] = True  # a pad sees itself, for a softmax over something
+        logits = logits.masked_fill(~visible[:, :, None], float("-inf"))
+    weights = logits.softmax(-1)
+    out = (weights.to(values.dtype) @ values).reshape(batch, query_heads, 1, dim)
+    return out, weights.float(), held

@@ -93,9 +93,9 @@ class H2O(EvictingSelection):
             return [min(prompt_length, resolve_budget(self.budget, prompt_length)) + new_tokens] * layers
         return super().kept_tokens(prompt_length, new_tokens, layers)
 
-    def state_bytes(self, tokens: Sequence[int], heads: int) -> int:
+    def state_bytes(self, prompt_length: int, new_tokens: int, layers: int, heads: int) -> int:
         """One float32 sum for each held token of each head."""
-        return 0 if self.prefill_only else 4 * heads * sum(tokens)
+        return 0 if self.prefill_only else 4 * heads * sum(self.kept_tokens(prompt_length, new_tokens, layers))
 
 
 def attention_received(prompt: Prompt) -> torch.Tensor:

@@ -1,0 +1,295 @@
+"""PyramidInfer against golden lengths, and against a naive model in float64 whose tokens are entries of a list."""
+
+from __future__ import annotations
+
+import gc
+from itertools import pairwise
+
+import pytest
+import torch
+from tiny_models import left_pad, prompt_ids, tiny_model
+
+from kvbench.conf.errors import InputError
+from kvbench.methods.base import Method
+from kvbench.methods.selection.pyramid_infer import PyramidInfer
+from kvbench.runners.engine import decode, generate, prefill
+
+# Lengths of 512 tokens in 32 layers, as the published code gives them for the paper's 7B setting.
+GOLDEN_7B = [
+    *(512, 512, 511, 510, 509, 507, 504, 500, 495, 489, 481, 472, 462, 450, 437, 423),
+    *(408, 392, 376, 359, 342, 325, 308, 292, 276, 261, 246, 232, 219, 207, 196, 186),
+]
+
+
+def test_golden_lengths():
+    assert list(PyramidInfer().layer_lengths(512, 32)) == GOLDEN_7B
+    larger = PyramidInfer(prefill_decay_ratio=0.8, interval=2).layer_lengths(512, 40)
+    assert list(larger[-5:]) == [180] * 5
+    assert sum(larger) / (40 * 512) == pytest.approx(0.7229, abs=1e-4)
+
+
+@pytest.mark.parametrize(("p", "ratio"), [(0.9, 0.757), (0.8, 0.666), (0.7, 0.629), (0.5, 0.580), (0.2, 0.556)])
+def test_golden_ratios(p, ratio):
+    assert sum(PyramidInfer(prefill_decay_ratio=p).layer_lengths(512, 32)) / (32 * 512) == pytest.approx(
+        ratio, abs=6e-4
+    )
+
+
+def test_the_first_generated_window_goes_after_147_steps():
+    rule = PyramidInfer()
+    assert rule.progress(512, 146, 32).lengths[0] == 512 + 146
+    assert rule.progress(512, 147, 32).lengths[0] == 512 + 147 - 2
+    assert rule.progress(512, 147, 32).lengths[-1] == 186 + 147 - 15
+
+
+def test_bytes_after_256_tokens_with_either_trigger():
+    """0.772 of the full cache by a layer's own length; 0.313 (and 136 tokens in the deepest) as published."""
+    own, published = (PyramidInfer(trigger=t).progress(512, 256, 32).lengths for t in ("own_length", "published"))
+    assert sum(own) / (32 * 768) == pytest.approx(0.772, abs=5e-4)
+    assert sum(published) / (32 * 768) == pytest.approx(0.313, abs=3e-3)
+    assert published[-1] == 136
+    assert all(ours >= at_prompt for ours, at_prompt in zip(own, GOLDEN_7B, strict=True))
+
+
+def rotated(x: torch.Tensor, position: int, theta: float) -> torch.Tensor:
+    """RoPE of [H, D] at one position, with angles in float32 as the model has them."""
+    half = x.shape[-1] // 2
+    angle = position / theta ** (torch.arange(half, dtype=torch.float32) / half)
+    cos, sin = angle.cos().double(), angle.sin().double()
+    a, b = x[:, :half], x[:, half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class NaiveLayer:
+    """Tokens as list entries: {"id", "k", "v"}; a token's id is its position in the sequence."""
+
+    def __init__(self, layer, theta: float):
+        self.layer, self.theta = layer, theta
+        self.tokens: list[dict] = []
+        self.rows: dict[int, dict[int, float]] = {}  # query id -> token id -> attention, averaged over heads
+        self.settled_windows = 0
+        self.settled = 0
+
+    def forward(self, x: torch.Tensor, position: int) -> torch.Tensor:
+        """One token [hidden] through the layer; it stays in ``tokens``."""
+        attn, normed = self.layer.self_attn, self.layer.input_layernorm(x)
+        q, k, v = (f(normed).view(-1, 16) for f in (attn.q_proj, attn.k_proj, attn.v_proj))
+        q, k = rotated(q, position, self.theta), rotated(k, position, self.theta)
+        self.tokens.append({"id": position, "k": k, "v": v})
+        out, mean = [], torch.zeros(len(self.tokens), dtype=torch.float64)
+        for j in range(q.shape[0]):
+            head = j * k.shape[0] // q.shape[0]
+            keys = torch.stack([t["k"][head] for t in self.tokens])
+            weights = (keys @ q[j] / 4).softmax(0)
+            mean += weights / q.shape[0]
+            out.append(weights @ torch.stack([t["v"][head] for t in self.tokens]))
+        self.rows[position] = dict(zip([t["id"] for t in self.tokens], mean.tolist(), strict=True))
+        x = x + attn.o_proj(torch.cat(out))
+        return x + self.layer.mlp(self.layer.post_attention_layernorm(x))
+
+    def worth(self, token: int, queries: list[int], heaviest: float) -> float:
+        weights = torch.linspace(1.0, heaviest, len(queries), dtype=torch.float64).tolist()
+        return sum(w * self.rows[q].get(token, 0.0) for w, q in zip(weights, queries, strict=True))
+
+    def leave_all_but(self, candidates: list[int], count: int, queries: list[int], heaviest: float) -> None:
+        best = sorted(candidates, key=lambda t: -self.worth(t, queries, heaviest))[:count]
+        self.tokens = [t for t in self.tokens if t["id"] not in candidates or t["id"] in best]
+
+
+class NaiveModel:
+    """A whole model with PyramidInfer's rule, from its description."""
+
+    def __init__(self, model, rule: PyramidInfer):
+        self.model, self.rule = model, rule
+        theta = model.config.rope_parameters["rope_theta"]
+        self.layers = [NaiveLayer(layer, theta) for layer in model.model.layers]
+        self.length = 0
+        self.prompt = 0
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model.lm_head(self.model.model.norm(x))
+
+    def read(self, ids: list[int]) -> torch.Tensor:
+        lengths = self.rule.layer_lengths(len(ids), len(self.layers))
+        recent = int(self.rule.recent_ratio * len(ids)) + 1
+        going = {i: self.model.model.embed_tokens(torch.tensor(token)) for i, token in enumerate(ids)}
+        self.prompt = self.length = len(ids)
+        for n, layer in enumerate(self.layers):
+            assert len(going) == lengths[n]
+            going = {i: layer.forward(x, i) for i, x in going.items()}
+            layer.settled = len(going)
+            if n + 1 < len(self.layers) and lengths[n + 1] < len(going):
+                here = list(going)
+                queries, context = here[-recent:], here[:-recent]
+                worth = {t: layer.worth(t, queries, self.rule.distance_weight) for t in context}
+                worth |= dict.fromkeys(here[: self.rule.sinks], float("inf"))
+                best = sorted(context, key=lambda t: -worth[t])[: lengths[n + 1] - recent]
+                assert set(here[: self.rule.sinks]) <= set(best) or len(best) < self.rule.sinks
+                going = {i: x for i, x in going.items() if i in best or i in queries}
+        return self.logits(going[len(ids) - 1])
+
+    def step(self, token: int) -> torch.Tensor:
+        x = self.model.model.embed_tokens(torch.tensor(token))
+        position, self.length = self.length, self.length + 1
+        recent = int(self.rule.recent_ratio * (len(self.layers[0].tokens) + 1))
+        for n, layer in enumerate(self.layers):
+            x = layer.forward(x, position)
+            if self.rule.trigger == "own_length":
+                self.thin_own(n, layer, recent)
+            elif self.rule.trigger == "published":
+                self.thin_published(n, layer, recent)
+        return self.logits(x)
+
+    def thin_own(self, n: int, layer: NaiveLayer, recent: int) -> None:
+        size = self.rule.gen_window
+        window = [self.prompt + layer.settled_windows * size + i for i in range(size)]
+        queries = list(range(window[-1] + 1, self.length))
+        if len(queries) >= max(1, recent):
+            layer.leave_all_but(
+                window, self.rule.stay_of_window(n, len(self.layers)), queries, self.rule.distance_weight
+            )
+            layer.settled_windows += 1
+
+    def thin_published(self, n: int, layer: NaiveLayer, recent: int) -> None:
+        if self.length - recent - layer.settled < self.rule.gen_window:
+            return
+        ids = [t["id"] for t in layer.tokens]
+        older = ids[: len(ids) - 1 - recent][-self.rule.gen_window :]
+        queries = sorted(layer.rows)[-1 - recent :]
+        layer.leave_all_but(older, self.rule.stay_of_window(n, len(self.layers)), queries, self.rule.distance_weight)
+        layer.settled = len(layer.tokens) - recent
+
+
+RULES = [
+    PyramidInfer(prefill_decay_ratio=0.5, strategy="constant", min_context=0, recent_ratio=0.1, gen_window=4),
+    PyramidInfer(prefill_decay_ratio=0.3, strategy="linear", min_context=5, recent_ratio=0.0, gen_window=3),
+    PyramidInfer(prefill_decay_ratio=0.2, min_context=3, sinks=1, recent_ratio=0.2, gen_window=2, distance_weight=3.0),
+    PyramidInfer(
+        prefill_decay_ratio=0.5, strategy="constant", min_context=0, recent_ratio=0.1, gen_window=4, trigger="published"
+    ),
+    PyramidInfer(prefill_decay_ratio=0.5, strategy="constant", min_context=0, interval=2, trigger="never"),
+    PyramidInfer(budget=12, strategy="constant", min_context=0, recent_ratio=0.1, trigger="never"),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", RULES, ids=range(len(RULES)))
+@pytest.mark.parametrize("padded", [False, True])
+def test_it_is_the_naive_model(rule, padded):
+    """Logits of prompt and 24 steps, and the tokens held; alone, and as the rows of a left-padded batch."""
+    model = tiny_model()
+    prompts = [prompt_ids(23, 1), prompt_ids(14, 2), prompt_ids(23, 3)] if padded else [prompt_ids(23, 1)]
+    ids, mask = left_pad(prompts)
+    naive = [NaiveModel(model, rule) for _ in prompts]
+    cache = Method("x", rule).new_cache(model)
+    ours = prefill(model, cache, ids, mask)
+    theirs = torch.stack([n.read(p[0].tolist()) for n, p in zip(naive, prompts, strict=True)])
+    assert (ours - theirs).abs().max() < 1e-8
+    for i in range(24):
+        tokens = [3 + i, 40 + i, 70 + i][: len(prompts)]
+        ours = decode(model, cache, torch.tensor(tokens))
+        theirs = torch.stack([n.step(t) for n, t in zip(naive, tokens, strict=True)])
+        assert (ours - theirs).abs().max() < 1e-8, f"step {i}"
+        for layer, held in enumerate(cache.tokens_held):
+            assert held[:, 0].tolist() == [len(n.layers[layer].tokens) for n in naive]
+            expected = [rule.kept_tokens(p.shape[1], i + 1, 3)[layer] for p in prompts]
+            assert held[:, 0].tolist() == expected
+
+
+def test_without_dropping_it_is_the_full_model_bit_for_bit():
+    model, ids = tiny_model(dtype=torch.float32), prompt_ids(60)
+    rule = PyramidInfer(prefill_decay_ratio=1.0, trigger="never", min_context=0)
+    ours = generate(model, Method("x", rule).new_cache(model), ids, max_new_tokens=20)
+    assert ours.tokens == generate(model, Method("full").new_cache(model), ids, max_new_tokens=20).tokens
+    a, b = (prefill(model, m.new_cache(model), ids) for m in (Method("x", rule), Method("full")))
+    assert torch.equal(a, b)
+
+
+def test_later_layers_project_fewer_tokens():
+    model, ids = tiny_model(), prompt_ids(50)
+    rule = PyramidInfer(prefill_decay_ratio=0.5, strategy="constant", min_context=0)
+    seen = []
+    handles = [
+        layer.self_attn.k_proj.register_forward_hook(lambda _, x, __: seen.append(x[0].shape[1]))
+        for layer in model.model.layers
+    ]
+    prefill(model, Method("x", rule).new_cache(model), ids)
+    for handle in handles:
+        handle.remove()
+    assert seen == list(rule.layer_lengths(50, 3))
+    assert seen[0] == 50 > seen[1] > seen[2]
+
+
+def test_sinks_and_the_last_ones_survive_and_each_layer_holds_a_part_of_the_one_before():
+    model = tiny_model()
+    rule = PyramidInfer(prefill_decay_ratio=0.4, strategy="constant", min_context=0, sinks=3)
+    cache = Method("x", rule).new_cache(model)
+    prefill(model, cache, prompt_ids(50))
+    held = [list(range(50))]
+    for layer in cache.layers[:-1]:
+        (chosen,) = layer.state.chosen
+        held.append([held[-1][i] for i in chosen[0].tolist()])
+    for earlier, later in pairwise(held):
+        assert set(later) < set(earlier)
+    for columns in held:
+        assert columns == sorted(set(columns))
+        assert columns[:3] == [0, 1, 2]
+        assert columns[-11:] == list(range(39, 50))
+
+
+def test_hooks_are_gone_after_the_prompt_and_leave_other_caches_alone():
+    model, ids = tiny_model(), prompt_ids(40)
+    rule = PyramidInfer(prefill_decay_ratio=0.5, strategy="constant", min_context=0)
+
+    def hooks() -> int:
+        return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.model.layers)
+
+    before = prefill(model, Method("full").new_cache(model), ids)
+    cache, unused = (Method("x", rule).new_cache(model) for _ in range(2))
+    assert hooks() == 6
+    assert torch.equal(prefill(model, Method("full").new_cache(model), ids), before)
+    assert cache.get_seq_length() == 0
+    prefill(model, cache, ids)
+    assert hooks() == 3
+    del unused
+    gc.collect()
+    prefill(model, Method("full").new_cache(model), ids)
+    assert hooks() == 0
+    decode(model, cache, torch.tensor([7]))
+
+
+@pytest.mark.parametrize("budget", [0.5, 0.4, 150])
+def test_a_budget_is_the_mean_over_the_layers(budget):
+    rule = PyramidInfer(budget=budget, strategy="constant", recent_ratio=0.1, min_context=16)
+    for length in (300, 451, 700):
+        wanted = budget if isinstance(budget, int) else round(budget * length)
+        mean = sum(rule.layer_lengths(length, 30)) / 30
+        assert wanted - 0.04 * length <= mean <= wanted
+    assert rule.layer_lengths(100, 30) == (100,) * 30 or isinstance(budget, float)
+
+
+def test_a_budget_that_cannot_be_met_says_what_can():
+    with pytest.raises(InputError, match=r"method\.budget=64: cannot be met on a prompt of 1000 tokens.*at least \d+"):
+        PyramidInfer(budget=64).layer_lengths(1000, 30)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"budget": 0},
+        {"prefill_decay_ratio": 1.5},
+        {"strategy": "square"},
+        {"interval": 0},
+        {"recent_ratio": 1.0},
+        {"min_context": -1},
+        {"sinks": "four"},
+        {"distance_weight": 0},
+        {"trigger": "sometimes"},
+        {"gen_window": 0},
+        {"gen_keep_ratio": 2},
+    ],
+    ids=str,
+)
+def test_bad_settings(options):
+    with pytest.raises(InputError, match=r"method\."):
+        PyramidInfer(**options)
