@@ -31,7 +31,7 @@ class FanOutLayer(PromptReader):
 
     def absorb(self, prompts: list[tuple[Rows, Prompt]]) -> None:
         for member in self.members:
-            member.absorb([(rows, _last_queries(prompt, member.observation_window)) for rows, prompt in prompts])
+            member.absorb([(rows, prompt.last_queries(member.observation_window)) for rows, prompt in prompts])
             member.seen, member.reading = self.seen, False
 
     def attend(
@@ -58,11 +58,6 @@ class FanOutLayer(PromptReader):
 
     def tensors(self) -> list[torch.Tensor]:
         return [t for member in self.members for t in member.tensors()]
-
-
-def _last_queries(prompt: Prompt, window: int) -> Prompt:
-    query = prompt.query[:, :, max(0, prompt.query.shape[2] - window) :]
-    return Prompt(query, prompt.keys, prompt.values, prompt.scaling, prompt.layer_idx, prompt.num_layers)
 
 
 class FanOutCache(KVCache):

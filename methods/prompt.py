@@ -9,7 +9,8 @@ tokens before attention and before any method looks at them, so no method can sc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -44,6 +45,7 @@ class Prompt:
         keys, values: [R, H_kv, T, D], keys after RoPE.
         scaling: factor on the logits.
         layer_idx, num_layers: which layer of how many.
+        found: what has been worked out about this prompt; methods that read it together share it (:meth:`once`).
     """
 
     query: torch.Tensor
@@ -52,6 +54,23 @@ class Prompt:
     scaling: float
     layer_idx: int
     num_layers: int
+    found: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def once(self, what: str, work_out: Callable[[Prompt], torch.Tensor]) -> torch.Tensor:
+        """``work_out(self)``, computed for the first that asks; not to be changed in place.
+
+        Args:
+            what: its name; with the number of queries in view, it must say all that the result depends on.
+        """
+        key = (what, self.query.shape[2])
+        if key not in self.found:
+            self.found[key] = work_out(self)
+        return self.found[key]
+
+    def last_queries(self, window: int) -> Prompt:
+        """The same prompt with fewer queries in view."""
+        query = self.query[:, :, max(0, self.query.shape[2] - window) :]
+        return replace(self, query=query)
 
     @property
     def length(self) -> int:

@@ -180,7 +180,7 @@ class AccuracyRunner(PairedRunner):
                     limit,
                     f"{example.dataset}/{example.id} has {len(ids)} prompt tokens and may produce "
                     f"{example.max_new_tokens}, but {loaded.name} has {loaded.max_positions} positions; "
-                    "lower task.max_length or set task.truncate=middle",
+                    "the prompts must be shorter (see conf/task for the keys that say how long they are)",
                 )
             key = (example.dataset, tuple(id(run) for run in who))
             groups.setdefault(key, []).append((example, ids, who))

@@ -107,3 +107,22 @@ class Task(Described):
     def averages(self, groups: Sequence[str]) -> Mapping[str, Sequence[str]]:
         """Averages to report beside the one over all ``groups``: name -> the groups it is over."""
         return {}
+
+
+def prompt_tokens(prompt: str, tokenizer: Any, chat: bool) -> list[int]:
+    """Token ids of a whole prompt, in the tokenizer's chat template where it has one and ``chat`` asks for it."""
+    if not chat or not getattr(tokenizer, "chat_template", None):
+        return list(tokenizer(prompt, truncation=False, verbose=False).input_ids)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        tokenize=False,
+        add_generation_prompt=True,
+        # Templates that do not know it ignore it; a generation limit of 32 tokens leaves no room to think aloud.
+        enable_thinking=False,
+    )
+    return plain_tokens(text, tokenizer)
+
+
+def plain_tokens(text: str, tokenizer: Any) -> list[int]:
+    """Token ids of text alone; a template has written its special tokens itself, and a second <s> would be wrong."""
+    return list(tokenizer(text, truncation=False, add_special_tokens=False, verbose=False).input_ids)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..conf.errors import InputError, one_of, require
-from .base import Example, Source, Task
+from .base import Example, Source, Task, prompt_tokens
 from .longbench_data import DatasetFile, HubUnavailable, Store, open_data_dir, open_hub, open_mini
 from .longbench_metrics import check_code_sim, example_score
 from .longbench_spec import E_DATASETS, ENGLISH_16, SPECS, bucket
@@ -134,17 +134,7 @@ class LongBench(Task):
         prompt = example.prompt
         if limits:
             prompt = self._shorten(example, tokenizer, min(limits))
-        if not example.chat or not getattr(tokenizer, "chat_template", None):
-            return list(tokenizer(prompt, truncation=False, verbose=False).input_ids)
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            tokenize=False,
-            add_generation_prompt=True,
-            # Templates that do not know it ignore it; a generation limit of 32 tokens leaves no room to think aloud.
-            enable_thinking=False,
-        )
-        # The template has written the special tokens itself; the tokenizer would put a second <s> before them.
-        return list(tokenizer(text, truncation=False, add_special_tokens=False, verbose=False).input_ids)
+        return prompt_tokens(prompt, tokenizer, example.chat)
 
     def score(self, example: Example, prediction: str) -> float:
         """Best score over the accepted answers, in [0, 1]."""

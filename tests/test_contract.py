@@ -24,7 +24,7 @@ from kvbench.runners.engine import decode, generate, prefill
 NAMES = sorted(p.name.removesuffix(".yaml") for p in files("kvbench.conf").joinpath("method").iterdir() if p.is_file())
 VARIANTS = [
     "snapkv granularity=query_head",
-    "snapkv pooling=avg kernel=5 group_reduce=max",
+    "snapkv pooling=avg kernel=5 group_reduce=max score_dtype=model",
     "streaming_llm mode=prefill_evict",
     "streaming_llm mode=prefill_evict reposition=false",
     "streaming_llm reposition=false",

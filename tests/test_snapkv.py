@@ -11,9 +11,14 @@ from tiny_models import prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
 from kvbench.methods.base import Method
+from kvbench.methods.fan_out import FanOutCache
 from kvbench.methods.prompt import Prompt
+from kvbench.methods.selection import snapkv
+from kvbench.methods.selection.ada_kv import AdaKV
 from kvbench.methods.selection.base import resolve_budget
+from kvbench.methods.selection.pyramidkv import PyramidKV
 from kvbench.methods.selection.snapkv import SnapKV, reduce_groups, window_attention
+from kvbench.methods.storage.ragged import Ragged
 from kvbench.runners.engine import decode, generate, prefill
 
 AVERAGE_CASES = [
@@ -190,3 +195,27 @@ def test_values_that_cannot_be_used_name_the_key(options, key):
         SnapKV(**options)
     assert error.value.key == key
     assert "\n" not in str(error.value)
+
+
+def test_score_dtype_model_rounds_the_attention_before_the_sum():
+    g = torch.Generator().manual_seed(3)
+    query, keys = (torch.randn(1, h, n, 16, generator=g).bfloat16() for h, n in ((4, 8), (2, 200)))
+    prompt = Prompt(query, keys, keys, 0.25, 0, 1)
+    rounded = SnapKV(budget=20, window=8, kernel=1, score_dtype="model").score(prompt)
+    attention = window_attention(prompt).bfloat16()
+    expected = attention.double().sum(2)[..., :192].unflatten(1, (2, 2)).mean(2)
+    assert ((rounded.double() - expected).abs() <= expected * 2**-8).all()  # one rounding of the sum
+    exact = SnapKV(budget=20, window=8, kernel=1).score(prompt)
+    assert not torch.equal(rounded, exact)
+    assert SnapKV(budget=20, window=8, score_dtype="model").select(prompt).slots.shape == (1, 2, 20)
+
+
+def test_methods_on_one_reading_work_out_the_same_thing_once(monkeypatch):
+    """Five budgets of SnapKV and two methods built on its vote: one attention of the window per layer."""
+    calls = []
+    monkeypatch.setattr(snapkv, "window_attention", lambda prompt: calls.append(1) or window_attention(prompt))
+    model = tiny_model()
+    methods = [Method("x", SnapKV(budget=b, window=8)) for b in (10, 20, 30, 40, 50)]
+    methods += [Method("x", PyramidKV(budget=20, window=8)), Method("x", AdaKV(budget=20, window=8), Ragged())]
+    prefill(model, FanOutCache([m.new_cache(model) for m in methods]), prompt_ids(60))
+    assert len(calls) == model.config.num_hidden_layers

@@ -36,7 +36,7 @@ class AdaKV(PyramidKV):
         floor: share of the mean that every head keeps whatever the others have (alpha; 0.2 in the paper); 1 is SnapKV.
         layers: ``uniform``, or ``pyramid``: PyramidKV's budgets over the layers, with ``beta``.
         rounding: ``exact`` or ``published``, of the heads' budgets and of the pyramid's.
-        kernel, pooling, granularity, group_reduce: see :class:`.snapkv.SnapKV`.
+        kernel, pooling, granularity, group_reduce, score_dtype: see :class:`.snapkv.SnapKV`.
     """
 
     window: int = 32

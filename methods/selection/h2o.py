@@ -65,7 +65,7 @@ class H2O(EvictingSelection):
         budget = resolve_budget(self.budget, prompt.length)
         if self.prefill_only and prompt.length <= budget:
             return Kept()
-        scores = attention_received(prompt)  # [R, H_kv, T]
+        scores = prompt.once("attention_received", attention_received)  # [R, H_kv, T]
         if prompt.length > budget:
             recent = self.recent(budget)
             older = scores[..., : prompt.length - recent]

@@ -28,7 +28,7 @@ class PyramidKV(SnapKV):
         window: observation window (8 in the paper).
         beta: how steep the pyramid is: the last layer's prefix budget is ``b / beta`` (20 in the paper); 1 is SnapKV.
         rounding: ``exact`` (the layers' budgets add up to ``layers x budget``) or ``published``.
-        kernel, pooling, granularity, group_reduce: see :class:`.snapkv.SnapKV`.
+        kernel, pooling, granularity, group_reduce, score_dtype: see :class:`.snapkv.SnapKV`.
     """
 
     window: int = 8

@@ -33,6 +33,8 @@ class SnapKV(TopKSelection):
         pooling: ``max`` or ``avg``. Max pooling makes ties; which of the tied tokens survives is arbitrary.
         granularity: ``kv_head`` votes and stores per KV head; ``query_head`` is the published variant.
         group_reduce: how the query heads of a group are reduced to their KV head's vote: ``mean``, ``max`` or ``sum``.
+        score_dtype: ``float32``; or ``model``, whose precision the published code rounds the attention to before it is
+            summed.
     """
 
     budget: Budget = 1024
@@ -41,6 +43,7 @@ class SnapKV(TopKSelection):
     pooling: str = "max"
     granularity: str = "kv_head"
     group_reduce: str = "mean"
+    score_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,6 +67,8 @@ class SnapKV(TopKSelection):
             self.group_reduce,
             "must be mean, max or sum",
         )
+        dtype = self.score_dtype
+        require(dtype in ("float32", "model"), at + "score_dtype", dtype, "must be float32 or model")
 
     @property
     def observation_window(self) -> int:
@@ -75,11 +80,17 @@ class SnapKV(TopKSelection):
 
     def score(self, prompt: Prompt, state: Any = None) -> torch.Tensor:
         """Pooled votes of the tokens before the window: [R, H, T - w], float32, H stored heads."""
-        votes = window_attention(prompt).sum(dim=2)  # [R, H_q, T]
+        votes = prompt.once(f"votes in {self.score_dtype}", self._votes)  # [R, H_q, T]
         votes = votes[..., : prompt.length - prompt.query.shape[2]]
         if not self.stores_query_heads:
             votes = reduce_groups(votes, prompt.groups, self.group_reduce)
         return pool(votes, self.kernel, self.pooling)
+
+    def _votes(self, prompt: Prompt) -> torch.Tensor:
+        attention = prompt.once("window_attention", window_attention)
+        if self.score_dtype == "model":
+            attention = attention.to(prompt.query.dtype)
+        return attention.sum(dim=2).to(torch.promote_types(attention.dtype, torch.float32))
 
 
 def window_attention(prompt: Prompt) -> torch.Tensor:

@@ -34,7 +34,7 @@ class TOVA(EvictingSelection):
         budget = resolve_budget(self.budget, prompt.length)
         if prompt.length <= budget:
             return Kept()
-        worth = window_attention(prompt)[:, :, -1].mean(dim=1)  # [R, T]
+        worth = prompt.once("window_attention", window_attention)[:, :, -1].mean(dim=1)  # [R, T]
         best = worth.topk(budget, dim=-1, sorted=False).indices.sort(dim=-1).values
         return Kept(best[:, None].expand(-1, prompt.keys.shape[1], -1))
 
