@@ -76,10 +76,21 @@ def quantize(x: torch.Tensor, bits: int, group: int) -> Quantized:
 
 def dequantize(q: Quantized, bits: int, dtype: torch.dtype) -> torch.Tensor:
     """[..., n] in ``dtype``."""
-    exact = torch.promote_types(dtype, torch.float32)
-    codes = unpack(q.codes, bits)
-    groups = codes.unflatten(-1, (q.scale.shape[-1], -1)).to(exact)
-    return (groups * q.scale.to(exact)[..., None] + q.zero.to(exact)[..., None]).flatten(-2).to(dtype)
+    out = torch.empty(*q.codes.shape[:-1], q.codes.shape[-1] * 8 // bits, dtype=dtype, device=q.codes.device)
+    dequantize_into(q, bits, out)
+    return out
+
+
+def dequantize_into(q: Quantized, bits: int, out: torch.Tensor) -> None:
+    """The same into ``out`` [..., n], in its dtype and whatever its strides: every number is written once."""
+    each, mask = 8 // bits, 2**bits - 1
+    exact = torch.promote_types(out.dtype, torch.float32)
+    numbers = torch.empty(*q.codes.shape, each, dtype=exact, device=out.device)
+    for i in range(each):
+        numbers[..., i] = (q.codes >> (bits * i)) & mask
+    groups = numbers.flatten(-2).unflatten(-1, (q.scale.shape[-1], -1))
+    groups.mul_(q.scale[..., None]).add_(q.zero[..., None])
+    out.copy_(groups.flatten(-2))
 
 
 class KiviSegments(Segments):
@@ -134,14 +145,18 @@ class KiviSegments(Segments):
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._keys is not None and self._values is not None, "read before append"
-        keys, values = [self._keys], [self._values]
-        dtype = self._keys.dtype
+        shape = (self._keys.shape[0], self.length, self._keys.shape[2])
+        keys, values = self._keys.new_empty(shape), self._values.new_empty(shape)
+        recent = self._keys.shape[1]
+        keys[:, self.length - recent :] = self._keys
+        values[:, self._old_length :] = self._values
         if self._blocks is not None:
-            keys.insert(0, dequantize(self._blocks, self.bits, dtype).transpose(2, 3).flatten(1, 2))
+            blocks = keys[:, : self.length - recent].unflatten(1, (-1, self.residual))
+            dequantize_into(self._blocks, self.bits, blocks.transpose(2, 3))
         if self._old is not None:
             used = Quantized(*(t[:, : self._old_length] for t in self._old.tensors()))
-            values.insert(0, dequantize(used, self.bits, dtype))
-        return torch.cat(keys, dim=1), torch.cat(values, dim=1)
+            dequantize_into(used, self.bits, values[:, : self._old_length])
+        return keys, values
 
     def take(self, index: torch.Tensor) -> Segments:
         out = KiviSegments(self.bits, self.group, self.residual)

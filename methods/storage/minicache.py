@@ -107,22 +107,27 @@ class Pair:
 
     def read(self, which: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(keys, values) of one layer as it sees them: merged tokens restored, new ones as they are."""
-        out = []
         new = self.new[which]
-        for i, merged in enumerate((self.keys, self.values)):
-            parts = [] if merged is None else [self._restored(merged, which)]
-            parts += [] if new is None else [new[i]]
-            out.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=2))
-        return out[0], out[1]
+        if self.keys is None or self.values is None:
+            assert new is not None, "read before append"
+            return new
+        return (
+            self._restored(self.keys, which, None if new is None else new[0]),
+            self._restored(self.values, which, None if new is None else new[1]),
+        )
 
-    def _restored(self, merged: Merged, which: int) -> torch.Tensor:
-        x = merged.direction[:, :, : self.length] * merged.lengths[which][:, :, : self.length, None]
-        if not merged.retained.shape[2]:
-            return x
-        # What a row or head has fewer of goes to a slot behind the last one, which is cut off again.
-        at = torch.where(merged.retained >= 0, merged.retained, self.length).long()
-        at = at[..., None].expand(-1, -1, -1, x.shape[3])
-        return F.pad(x, (0, 0, 0, 1)).scatter(2, at, merged.exact[which])[:, :, :-1]
+    def _restored(self, merged: Merged, which: int, new: torch.Tensor | None) -> torch.Tensor:
+        direction, n = merged.direction[:, :, : self.length], self.length
+        more = 0 if new is None else new.shape[2]
+        # One slot behind the last one takes what a row or head has fewer retained tokens of.
+        x = direction.new_empty(*direction.shape[:2], n + more + 1, direction.shape[3])
+        torch.mul(direction, merged.lengths[which][:, :, :n, None], out=x[:, :, :n])
+        if merged.retained.shape[2]:
+            at = torch.where(merged.retained >= 0, merged.retained, n + more).long()
+            x.scatter_(2, at[..., None].expand(-1, -1, -1, x.shape[3]), merged.exact[which])
+        if new is not None:
+            x[:, :, n : n + more] = new
+        return x[:, :, : n + more]
 
     def merge(self) -> None:
         """Both layers are done with their new tokens: keep one direction, two lengths, and what must not be merged."""
