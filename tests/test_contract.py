@@ -40,6 +40,7 @@ VARIANTS = [
     "pyramid_infer strategy=constant min_context=0 trigger=never storage=kivi4 storage.residual=8 storage.group=8",
     "pyramid_infer strategy=constant min_context=0 interval=2",
     "kivi storage.residual=16 storage.group=8",
+    "minicache storage=minicache_kivi4 storage.residual=16 storage.group=8",
     "snapkv storage=kivi2 storage.residual=16 storage.group=8",
 ]
 METHODS = NAMES + VARIANTS

@@ -42,6 +42,18 @@ def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.stack([(packed >> (bits * i)) & mask for i in range(each)], dim=-1).flatten(-2)
 
 
+def channels_together(group: int, dim: int) -> int:
+    """Channels of a value that are quantised together; a head narrower than the group is one group.
+
+    Raises:
+        InputError: the group does not divide the head.
+    """
+    channels = min(group, dim)
+    if dim % channels:
+        raise InputError("method.storage.group", group, f"must divide the model's head_dim of {dim}")
+    return channels
+
+
 @dataclass
 class Quantized:
     """Groups of numbers in few bits.
@@ -118,15 +130,9 @@ class KiviSegments(Segments):
             self._keys = self._keys[:, full:].clone()
         over = self._values.shape[1] - self.residual
         if over > 0:
-            self._append_old(quantize(self._values[:, :over], self.bits, self._channels(self._values.shape[2])))
+            channels = channels_together(self.group, self._values.shape[2])
+            self._append_old(quantize(self._values[:, :over], self.bits, channels))
             self._values = self._values[:, over:].clone()
-
-    def _channels(self, dim: int) -> int:
-        """Channels of a value that are quantised together; a head narrower than the group is one group."""
-        channels = min(self.group, dim)
-        if dim % channels:
-            raise InputError("method.storage.group", self.group, f"must divide the model's head_dim of {dim}")
-        return channels
 
     def _append_old(self, new: Quantized) -> None:
         start, n = self._old_length, new.codes.shape[1]

@@ -21,7 +21,7 @@ it makes no difference that keys are merged after it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 from ...conf.errors import require
 from .base import KVShape, LayerStorage, Storage
-from .dense import GROWTH, DenseLayer
+from .dense import GROWTH, DenseLayer, grown
 
 RETENTIONS = ("top_ratio", "range_distinct", "range_literal")
 NEAR = 1e-3
@@ -52,19 +52,51 @@ def slerp(lower: torch.Tensor, upper: torch.Tensor, t: float) -> torch.Tensor:
     return F.normalize(first * lower + second * upper, dim=-1)
 
 
+class Directions:
+    """Shared directions of merged tokens, as they are: [B, H, capacity, D], the first ``length`` of it in use."""
+
+    def __init__(self, x: torch.Tensor):
+        self.x, self.length = x, x.shape[2]
+
+    def append(self, x: torch.Tensor) -> None:
+        """Directions [B, H, n, D] of further tokens."""
+        n, end = x.shape[2], self.length + x.shape[2]
+        if end > self.x.shape[2]:
+            self.x = grown(self.x, self.length, self.length + max(n, GROWTH))
+        self.x[:, :, self.length : end] = x
+        self.length = end
+
+    def multiply_into(self, lengths: torch.Tensor, out: torch.Tensor) -> None:
+        """Vectors of these ``lengths`` [B, H, length] into ``out`` [B, H, length, D]."""
+        torch.mul(self.x[:, :, : self.length], lengths[..., None], out=out)
+
+    def take(self, index: torch.Tensor) -> Directions:
+        """Those of some rows."""
+        return Directions(self.x[index, :, : self.length])
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor that must stay in memory."""
+        return [self.x]
+
+    @property
+    def room(self) -> int:
+        """Bytes that hold nothing yet."""
+        return self.x[:, :, self.length :].numel() * self.x.element_size()
+
+
 @dataclass
 class Merged:
     """The keys (or the values) of a pair of layers.
 
     Attributes:
-        direction: [B, H, capacity, D], shared.
+        directions: shared by both layers.
         lengths: [2, B, H, capacity], of the lower and the upper layer.
         retained: [B, H, R] int32, slots held as they are; -1 where a row or head has fewer than R.
         exact: [2, B, H, R, D], those tokens of both layers.
         threshold: [B, H] angle that decides for later tokens; None: none of them is retained.
     """
 
-    direction: torch.Tensor
+    directions: Directions
     lengths: torch.Tensor
     retained: torch.Tensor
     exact: torch.Tensor
@@ -72,19 +104,40 @@ class Merged:
 
     def tensors(self) -> list[torch.Tensor]:
         rest = [] if self.threshold is None else [self.threshold]
-        return [self.direction, self.lengths, self.retained, self.exact, *rest]
+        return [*self.directions.tensors(), self.lengths, self.retained, self.exact, *rest]
+
+    def take(self, index: torch.Tensor) -> Merged:
+        """That of some rows."""
+        threshold = None if self.threshold is None else self.threshold[index]
+        lengths, exact = self.lengths[:, index], self.exact[:, index]
+        return Merged(self.directions.take(index), lengths, self.retained[index], exact, threshold)
 
 
 class Pair:
-    """Two layers. Each appends its own new tokens; the upper one's ``settle`` merges them."""
+    """Two layers. Each appends its own new tokens; when the upper one is done with a step they are merged.
 
-    def __init__(self, t: float, gamma: float, retention: str):
+    Args:
+        t, gamma, retention: see :class:`MiniCache`.
+        block: tokens are merged so many at a time; those of an incomplete block wait as they are.
+        new_directions: (directions [B, H, n, D], whether they are keys') -> how they are held.
+    """
+
+    def __init__(
+        self,
+        t: float,
+        gamma: float,
+        retention: str,
+        block: int = 1,
+        new_directions: Callable[[torch.Tensor, bool], Directions] = lambda x, _: Directions(x),
+    ):
         self.t, self.gamma, self.retention = t, gamma, retention
+        self.block, self.new_directions = block, new_directions
         self.length = 0  # slots merged
         self.valid: torch.Tensor | None = None  # [B, 1, S], of all slots, merged and new
         self.keys: Merged | None = None
         self.values: Merged | None = None
         self.new: list[tuple[torch.Tensor, torch.Tensor] | None] = [None, None]
+        self._parts: dict[tuple[int, ...], Pair] = {}
 
     def append(self, which: int, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None) -> None:
         """New tokens [B, H, n, D] of one layer; ``valid`` [B, 1, n] or None."""
@@ -117,14 +170,14 @@ class Pair:
         )
 
     def _restored(self, merged: Merged, which: int, new: torch.Tensor | None) -> torch.Tensor:
-        direction, n = merged.direction[:, :, : self.length], self.length
+        n, exact = self.length, merged.exact
         more = 0 if new is None else new.shape[2]
         # One slot behind the last one takes what a row or head has fewer retained tokens of.
-        x = direction.new_empty(*direction.shape[:2], n + more + 1, direction.shape[3])
-        torch.mul(direction, merged.lengths[which][:, :, :n, None], out=x[:, :, :n])
+        x = exact.new_empty(*exact.shape[1:3], n + more + 1, exact.shape[4])
+        merged.directions.multiply_into(merged.lengths[which][:, :, :n], x[:, :, :n])
         if merged.retained.shape[2]:
             at = torch.where(merged.retained >= 0, merged.retained, n + more).long()
-            x.scatter_(2, at[..., None].expand(-1, -1, -1, x.shape[3]), merged.exact[which])
+            x.scatter_(2, at[..., None].expand(-1, -1, -1, x.shape[3]), exact[which])
         if new is not None:
             x[:, :, n : n + more] = new
         return x[:, :, : n + more]
@@ -133,15 +186,27 @@ class Pair:
         """Both layers are done with their new tokens: keep one direction, two lengths, and what must not be merged."""
         lower, upper = self.new
         assert lower is not None and upper is not None, "the upper layer is done before the lower one"
-        n = lower[0].shape[2]
-        valid = None if self.valid is None else self.valid[..., self.length :]
-        self.keys = self._merged(self.keys, lower[0], upper[0], valid)
-        self.values = self._merged(self.values, lower[1], upper[1], valid)
+        waiting = lower[0].shape[2]
+        n = waiting // self.block * self.block
+        if not n:
+            return
+        valid = None if self.valid is None else self.valid[..., self.length : self.length + n]
+        keys, values = ((lower[i][:, :, :n], upper[i][:, :, :n]) for i in range(2))
+        self.keys = self._merged(self.keys, *keys, valid, is_keys=True)
+        self.values = self._merged(self.values, *values, valid, is_keys=False)
         self.length += n
-        self.new = [None, None]
+        if n == waiting:
+            self.new = [None, None]
+        else:
+            self.new = [(x[0][:, :, n:].clone(), x[1][:, :, n:].clone()) for x in (lower, upper)]
 
     def _merged(
-        self, before: Merged | None, lower: torch.Tensor, upper: torch.Tensor, valid: torch.Tensor | None
+        self,
+        before: Merged | None,
+        lower: torch.Tensor,
+        upper: torch.Tensor,
+        valid: torch.Tensor | None,
+        is_keys: bool,
     ) -> Merged:
         exact = torch.promote_types(lower.dtype, torch.float32)
         both = torch.stack([lower, upper]).to(exact)
@@ -163,8 +228,10 @@ class Pair:
         index, kept = _slots(retain, self.length)
         at = (index - self.length).long().clamp(min=0)[..., None].expand(-1, -1, -1, lower.shape[3])
         exact_tokens = torch.stack([x.gather(2, at) for x in (lower, upper)]) * kept[..., None].to(lower.dtype)
-        made = Merged(direction.to(lower.dtype), lengths.to(lower.dtype), index, exact_tokens, threshold)
-        return made if before is None else self._joined(before, made)
+        direction, lengths = direction.to(lower.dtype), lengths.to(lower.dtype)
+        if before is None:
+            return Merged(self.new_directions(direction, is_keys), lengths, index, exact_tokens, threshold)
+        return self._joined(before, direction, lengths, index, exact_tokens)
 
     def _retain(
         self, angle: torch.Tensor, must: torch.Tensor, real: torch.Tensor
@@ -187,39 +254,54 @@ class Pair:
         at = threshold[..., None]
         return angle < at if self.retention == "range_literal" else angle > at
 
-    def _joined(self, before: Merged, new: Merged) -> Merged:
-        n, end = new.direction.shape[2], self.length + new.direction.shape[2]
-        direction, lengths = before.direction, before.lengths
-        if end > direction.shape[2]:
-            room = max(n, GROWTH) - (direction.shape[2] - self.length)
-            direction = F.pad(direction, (0, 0, 0, room))
-            lengths = F.pad(lengths, (0, room))
-        direction[:, :, self.length : end] = new.direction
-        lengths[..., self.length : end] = new.lengths
-        if not new.retained.shape[2]:
-            return Merged(direction, lengths, before.retained, before.exact, before.threshold)
-        return Merged(
-            direction,
-            lengths,
-            torch.cat([before.retained, new.retained], dim=2),
-            torch.cat([before.exact, new.exact], dim=3),
-            before.threshold,
-        )
+    def _joined(
+        self,
+        before: Merged,
+        direction: torch.Tensor,
+        lengths: torch.Tensor,
+        retained: torch.Tensor,
+        exact: torch.Tensor,
+    ) -> Merged:
+        n, end = direction.shape[2], self.length + direction.shape[2]
+        before.directions.append(direction)
+        if end > before.lengths.shape[3]:
+            room = max(n, GROWTH) if self.block == 1 else n
+            before.lengths = grown(before.lengths, self.length, self.length + room, dim=3)
+        before.lengths[..., self.length : end] = lengths
+        if retained.shape[2]:
+            before.retained = torch.cat([before.retained, retained], dim=2)
+            before.exact = torch.cat([before.exact, exact], dim=3)
+        return before
 
-    def tensors(self) -> list[torch.Tensor]:
-        out = [t for merged in (self.keys, self.values) if merged is not None for t in merged.tensors()]
-        out += [t for new in self.new if new is not None for t in new]
-        return out + ([] if self.valid is None else [self.valid])
+    def part(self, index: torch.Tensor) -> Pair:
+        """Some of the rows, as a pair of their own; the same one for both layers, which ask one after the other."""
+        key = tuple(index.tolist())
+        if key not in self._parts:
+            part = Pair(self.t, self.gamma, self.retention, self.block, self.new_directions)
+            part.length = self.length
+            part.valid = None if self.valid is None else self.valid[index]
+            part.keys, part.values = (None if m is None else m.take(index) for m in (self.keys, self.values))
+            part.new = [None if x is None else (x[0][index], x[1][index]) for x in self.new]
+            self._parts[key] = part
+        return self._parts[key]
 
-    @property
-    def room(self) -> int:
-        """Bytes of allocated slots that hold nothing yet."""
-        unused = 0
+    def tensors(self, which: int) -> list[torch.Tensor]:
+        """What one layer holds; what they share is the lower one's (0)."""
+        new = self.new[which]
+        out = [] if new is None else list(new)
+        if which == 0:
+            out += [t for merged in (self.keys, self.values) if merged is not None for t in merged.tensors()]
+            out += [] if self.valid is None else [self.valid]
+        return out
+
+    def logical_bytes(self, which: int) -> int:
+        """Bytes of :meth:`tensors` but for room to grow."""
+        total = sum(t.nbytes for t in self.tensors(which))
         for merged in (self.keys, self.values):
-            if merged is not None:
-                unused += merged.direction[:, :, self.length :].numel() * merged.direction.element_size()
-                unused += merged.lengths[..., self.length :].numel() * merged.lengths.element_size()
-        return unused
+            if which == 0 and merged is not None:
+                total -= merged.directions.room
+                total -= merged.lengths[..., self.length :].numel() * merged.lengths.element_size()
+        return total
 
 
 def _slots(retain: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -254,7 +336,7 @@ class PairLayer(LayerStorage):
         raise NotImplementedError("tokens cannot leave a pair of layers")
 
     def tensors(self) -> list[torch.Tensor]:
-        return self.pair.tensors() if self.which == 0 else []
+        return self.pair.tensors(self.which)
 
     @property
     def tokens(self) -> torch.Tensor:
@@ -266,7 +348,7 @@ class PairLayer(LayerStorage):
     @property
     def logical_bytes(self) -> int:
         """Padding of rows of different lengths included: lengths and directions of a pair have one shape."""
-        return sum(t.nbytes for t in self.tensors()) - (self.pair.room if self.which == 0 else 0)
+        return self.pair.logical_bytes(self.which)
 
 
 @dataclass(frozen=True)

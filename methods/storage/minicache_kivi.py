@@ -1,0 +1,166 @@
+"""MiniCache on KIVI, the paper's "4-bit MiniCache" (Liu et al., 2024, arXiv 2405.14366): both at once, in real bytes.
+
+Layers below ``start`` are KIVI's. In a pair of layers ``residual`` tokens are merged and quantised together once there
+are as many: the shared directions in few bits (those of keys per channel, those of values per token, as in KIVI),
+lengths and retained tokens in 16 bits. Tokens that do not fill a block stay as they are, in both layers. The paper does
+not say how the two are put together; aligning them at KIVI's blocks rounds every number once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .base import KVShape, LayerStorage
+from .kivi import Kivi, Quantized, channels_together, dequantize_into, quantize
+from .minicache import Directions, MiniCache, Pair
+from .segments import SegmentedLayer, Segments
+
+
+class QuantizedDirections(Directions):
+    """Shared directions in few bits: keys' in groups of tokens of one channel, values' in groups of channels.
+
+    Args:
+        x: [B, H, n, D]; for keys, n fills whole groups.
+        bits, group: see :class:`.kivi.Kivi`.
+        is_keys: which of the two.
+    """
+
+    def __init__(self, x: torch.Tensor, bits: int, group: int, is_keys: bool):
+        self.bits, self.group, self.is_keys = bits, group, is_keys
+        self.length = x.shape[2]
+        self._codes = self._quantized(x)
+
+    def _quantized(self, x: torch.Tensor) -> Quantized:
+        """Keys: [B, H, D, n] codes, tokens last; values: [B, H, n, D]."""
+        if self.is_keys:
+            return quantize(x.transpose(2, 3), self.bits, self.group)
+        return quantize(x, self.bits, channels_together(self.group, x.shape[3]))
+
+    def append(self, x: torch.Tensor) -> None:
+        along = 3 if self.is_keys else 2
+        pairs = zip(self._codes.tensors(), self._quantized(x).tensors(), strict=True)
+        self._codes = Quantized(*(torch.cat(pair, dim=along) for pair in pairs))
+        self.length += x.shape[2]
+
+    def multiply_into(self, lengths: torch.Tensor, out: torch.Tensor) -> None:
+        dequantize_into(self._codes, self.bits, out.transpose(2, 3) if self.is_keys else out)
+        out.mul_(lengths[..., None])
+
+    def take(self, index: torch.Tensor) -> Directions:
+        part = object.__new__(QuantizedDirections)
+        part.bits, part.group, part.is_keys, part.length = self.bits, self.group, self.is_keys, self.length
+        part._codes = Quantized(*(t[index] for t in self._codes.tensors()))
+        return part
+
+    def tensors(self) -> list[torch.Tensor]:
+        return self._codes.tensors()
+
+    @property
+    def room(self) -> int:
+        return 0
+
+
+class PairSegments(Segments):
+    """One layer of a pair whose rows are segments: [N, 1, S, D] in the pair."""
+
+    def __init__(self, pair: Pair, which: int):
+        self.pair, self.which = pair, which
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.pair.append(self.which, keys[:, None], values[:, None], None)
+
+    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self.pair.read(self.which)
+        return keys[:, 0], values[:, 0]
+
+    def take(self, index: torch.Tensor) -> Segments:
+        return PairSegments(self.pair.part(index), self.which)
+
+    def settle(self) -> None:
+        if self.which == 1:
+            self.pair.merge()
+
+    @property
+    def length(self) -> int:
+        new = self.pair.new[self.which]
+        return self.pair.length + (0 if new is None else new[0].shape[2])
+
+    def tensors(self) -> list[torch.Tensor]:
+        return self.pair.tensors(self.which)
+
+    @property
+    def logical_bytes(self) -> int:
+        return self.pair.logical_bytes(self.which)
+
+
+@dataclass(frozen=True)
+class MiniCacheKivi(MiniCache):
+    """MiniCache whose directions, and whose unmerged layers, are quantised.
+
+    Attributes:
+        start, t, gamma, retention: see :class:`.minicache.MiniCache`.
+        bits, group, residual: see :class:`.kivi.Kivi`.
+    """
+
+    bits: int = 4
+    group: int = 32
+    residual: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.kivi  # noqa: B018  the bits' settings are checked there
+
+    @property
+    def kivi(self) -> Kivi:
+        """The storage of the layers that are not merged."""
+        return Kivi(self.bits, self.group, self.residual)
+
+    @property
+    def name(self) -> str:
+        return f"minicache_kivi{self.bits}"
+
+    def new_layers(self, num_layers: int) -> Sequence[LayerStorage]:
+        start, unmerged = self.first_pair(num_layers), self.kivi.new_layers(num_layers)
+        layers: list[LayerStorage] = list(unmerged[:start])
+        while len(layers) + 1 < num_layers:
+            layers += self._new_pair()
+        return layers + list(unmerged[len(layers) :])
+
+    def _new_pair(self) -> list[LayerStorage]:
+        pairs: list[Pair] = []  # the one under way: the lower layer, which is written first, begins it
+
+        def directions(x: torch.Tensor, is_keys: bool) -> Directions:
+            return QuantizedDirections(x, self.bits, self.group, is_keys)
+
+        def lower() -> Segments:
+            pairs[:] = [Pair(self.t, self.gamma, self.retention, self.residual, directions)]
+            return PairSegments(pairs[0], 0)
+
+        return [SegmentedLayer(lower), SegmentedLayer(lambda: PairSegments(pairs[0], 1))]
+
+    def bytes_formula(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int = 0) -> int:
+        """As MiniCache's and KIVI's: a pair has the codes of one layer, four lengths a token, retained tokens twice.
+
+        With ``top_ratio`` the share ``gamma`` is retained of the tokens that are merged first, the prompt's as a rule;
+        the range rules retain a number of tokens that depends on the data, and the formula counts none.
+        """
+        size, dim = shape.element_bytes, shape.head_dim
+        start = self.first_pair(len(tokens))
+        pairs = (len(tokens) - start) // 2
+        single = [*tokens[:start], *tokens[start + 2 * pairs :]]
+        total = self.kivi.bytes_formula(single, heads, shape, new_tokens)
+        for held in tokens[start : start + 2 * pairs : 2]:
+            merged = held - held % self.residual
+            at_first = held - new_tokens - (held - new_tokens) % self.residual or min(merged, self.residual)
+            retained = merged
+            if self.gamma < 1:
+                retained = math.ceil(self.gamma * at_first) if self.retention == "top_ratio" else 0
+            groups = merged // self.group * dim + merged * (dim // min(self.group, dim))
+            codes = 2 * merged * dim * self.bits // 8 + 2 * 2 * groups
+            unmerged = 2 * 2 * (held - merged) * dim * size
+            total += heads * (codes + 4 * merged * size + 2 * retained * (2 * dim * size + 4) + unmerged)
+        return total
