@@ -1,20 +1,22 @@
 """What each method costs in prefill and gains in decode, as ratios from one run, and its bytes against the formula.
 
-For every method in ``conf/method`` that holds a cache, at its default settings but for the budget:
+For every method in ``conf/method`` that holds a cache, at its default settings but for the budget (where it has one):
 
 1. compression: time spent choosing and copying / time of the rest of the prefill, at each prompt length
-2. decode:      time per step / that of the full cache, at the longest prompt; the two alternate
-3. bytes:       stored after the longest prompt and 64 further tokens, in a batch of 1 and of 4, against the formula
-                (what is stored beyond it is room to grow, named beside it)
+2. prefill:     time of the whole prefill / that of the full cache
+3. decode:      time per step / that of the full cache, at the longest prompt; the two alternate
+4. bytes:       stored after the longest prompt and 64 further tokens, in a batch of 1 and of 4, against the formula.
+                What is stored beyond it is room to grow; logical bytes leave that out
 
     python scripts/bench_methods.py [--lengths 4096,8000] [--budget 1024] [--repeats 3] [--dtype float32] [-o FILE]
 
-The last line of the output is the result as JSON; it also goes to FILE.
+The last line of the output is the result as JSON; it also goes to FILE. ``--table FILE`` prints such a file as a table.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from importlib.resources import files
 from pathlib import Path
@@ -22,9 +24,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from bench_engine import DEVICE, alternating, decode_seconds, prefill_seconds
+from bench_engine import DEVICE, alternating, prefill_seconds, seconds
 
-from kvbench.methods.base import Method, kv_shape
+from kvbench.methods.base import KVCache, Method, kv_shape
+from kvbench.methods.fan_out import FanOutCache
 from kvbench.models.embedded import Embedded
 from kvbench.runners import provenance
 from kvbench.runners.cli import named_method
@@ -32,36 +35,78 @@ from kvbench.runners.engine import decode, prefill
 
 STEPS = 16
 NEW_TOKENS = 64
+BATCHES = (1, 4)
 
 
 def methods(budget: int) -> dict[str, Method]:
     """Every method of ``conf/method`` that holds a cache, by label."""
     folder = files("kvbench.conf").joinpath("method")
     names = sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
-    made = [named_method(f"{name} budget={budget}") for name in names if name != "no_cache"]
+    made = [named_method(name) for name in names if name != "no_cache"]
+    made = [
+        m if m.effective_budget is None else named_method(f"{name} budget={budget}")
+        for m, name in zip(made, (n for n in names if n != "no_cache"), strict=True)
+    ]
     return {m.label: m for m in made}
 
 
-def bytes_held(model: Any, method: Method, ids: torch.Tensor) -> dict[str, int]:
-    """Stored, logical and by the formula, after a prompt and NEW_TOKENS tokens."""
-    cache = method.new_cache(model)
-    token = prefill(model, cache, ids).argmax(-1)
-    for _ in range(NEW_TOKENS):
+def steps(model: Any, cache: KVCache, count: int) -> None:
+    """Feed ``count`` tokens to every row."""
+    token = torch.full_like(cache.next_positions(), 1000)
+    for _ in range(count):
         token = decode(model, cache, token).argmax(-1)
-    shape = kv_shape(model.config, model.dtype)
-    formula = ids.shape[0] * method.bytes_formula(shape, ids.shape[1], NEW_TOKENS)
-    return {"stored": cache.kv_bytes_stored, "logical": cache.kv_bytes_logical, "formula": formula}
 
 
-def decode_over_full(model: Any, method: Method, ids: torch.Tensor, repeats: int) -> float:
-    """Median time of a step / that of the full cache, the two in turn."""
-    full = Method("full")
-    ours, theirs = alternating(
-        repeats,
-        lambda: decode_seconds(model, method.new_cache(model), ids, STEPS),
-        lambda: decode_seconds(model, full.new_cache(model), ids, STEPS),
-    )
+def decode_over_full(model: Any, cache: KVCache, full: KVCache, repeats: int) -> float:
+    """Median time of a step / that of the full cache, the two in turn; the full cache starts from its prompt."""
+
+    def of_full() -> float:
+        mine = copy.deepcopy(full)
+        return seconds(lambda: steps(model, mine, STEPS))
+
+    ours, theirs = alternating(repeats, lambda: seconds(lambda: steps(model, cache, STEPS)), of_full)
     return median(ours) / median(theirs)
+
+
+def bytes_held(model: Any, made: dict[str, Method], ids: torch.Tensor) -> dict[str, dict[str, int]]:
+    """Stored, logical and by the formula, after the prompts and NEW_TOKENS tokens; one reading for many."""
+    sharing = {label: m.new_cache(model) for label, m in made.items() if m.shares_prompt}
+    together = FanOutCache(list(sharing.values()))
+    prefill(model, together, ids)
+    steps(model, together, NEW_TOKENS)
+    caches: dict[str, KVCache] = dict(sharing)
+    for label, m in made.items():
+        if label not in sharing:
+            caches[label] = m.new_cache(model)
+            prefill(model, caches[label], ids)
+            steps(model, caches[label], NEW_TOKENS)
+    shape = kv_shape(model.config, model.dtype)
+    return {
+        label: {
+            "stored": caches[label].kv_bytes_stored,
+            "logical": caches[label].kv_bytes_logical,
+            "formula": ids.shape[0] * m.bytes_formula(shape, ids.shape[1], NEW_TOKENS),
+        }
+        for label, m in made.items()
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as markdown."""
+    rows = result["methods"]
+    lengths = list(next(iter(rows.values()))["compression_over_prefill"])
+    head = [*(f"compression, {n}" for n in lengths), *(f"prefill / full, {n}" for n in lengths), "decode / full"]
+    head += [f"MiB, batch {b}" for b in BATCHES] + ["room to grow", "logical - formula"]
+    lines = ["| method | " + " | ".join(head) + " |", "|---" + "|---:" * len(head) + "|"]
+    for label, row in rows.items():
+        cells = [f"{row['compression_over_prefill'][n]:.3f}" for n in lengths]
+        cells += [f"{row['prefill_over_full'][n]:.2f}" for n in lengths] + [f"{row['decode_over_full']:.2f}"]
+        cells += [f"{row['bytes'][str(b)]['stored'] / 2**20:.2f}" for b in BATCHES]
+        one, four = (row["bytes"][str(b)] for b in BATCHES)
+        cells += [f"{(one['stored'] - one['logical']) / 2**20:.2f}"]
+        cells += [f"{one['logical'] - one['formula']} and {four['logical'] - four['formula']}"]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -71,31 +116,47 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print a result as a table and stop")
     args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(args.table.read_text())))
+        return
 
     model = Embedded().load(DEVICE, getattr(torch, args.dtype)).model
     lengths = [int(n) for n in args.lengths.split(",")]
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1000, 40000, (4, max(lengths)), generator=generator).to(DEVICE)
-    rows: dict[str, Any] = {}
+    ids = torch.randint(1000, 40000, (max(BATCHES), max(lengths)), generator=generator).to(DEVICE)
     print(f"{DEVICE}, {args.dtype}, {torch.get_num_threads()} threads, budget {args.budget}")
-    for label, method in methods(args.budget).items():
-        row: dict[str, Any] = {"compression_over_prefill": {}, "bytes": {}}
+    full = Method("full").new_cache(model)
+    prefill(model, full, ids[:1, : lengths[-1]])
+    made = methods(args.budget)
+    rows: dict[str, Any] = {}
+    for label, method in made.items():
+        row: dict[str, Any] = {"compression_over_prefill": {}, "prefill_over_full": {}, "bytes": {}}
         for length in lengths:
-            timed = [prefill_seconds(model, method, ids[:1, :length]) for _ in range(args.repeats + 1)][1:]
-            row["compression_over_prefill"][length] = median(spent / (total - spent) for total, spent in timed)
-        row["decode_over_full"] = decode_over_full(model, method, ids[:1, : lengths[-1]], args.repeats)
-        for batch in (1, 4):
-            row["bytes"][batch] = bytes_held(model, method, ids[:batch, : lengths[-1]])
+            ours: list[tuple[float, float]] = []
+
+            def once(length=length, ours=ours, method=method) -> float:
+                ours.append(prefill_seconds(model, method, ids[:1, :length]))
+                return ours[-1][0]
+
+            mine, theirs = alternating(
+                args.repeats, once, lambda n=length: prefill_seconds(model, Method("full"), ids[:1, :n])[0]
+            )
+            row["compression_over_prefill"][str(length)] = median(s / (total - s) for total, s in ours[1:])
+            row["prefill_over_full"][str(length)] = median(mine) / median(theirs)
+        cache = method.new_cache(model)
+        prefill(model, cache, ids[:1, : lengths[-1]])
+        row["decode_over_full"] = decode_over_full(model, cache, full, args.repeats)
         rows[label] = row
         shares = "  ".join(f"{n}: {share:.3f}" for n, share in row["compression_over_prefill"].items())
-        one = row["bytes"][1]
-        print(
-            f"{label:<26} compression {shares}   decode / full {row['decode_over_full']:.2f}   "
-            f"stored {one['stored'] / 2**20:.2f} MiB, formula {one['formula'] / 2**20:.2f} MiB",
-            flush=True,
-        )
-    result = {"methods": rows, "settings": vars(args) | {"output": None}, "provenance": provenance.collect(DEVICE)}
+        print(f"{label:<26} compression {shares}   decode / full {row['decode_over_full']:.2f}", flush=True)
+    for batch in BATCHES:
+        for label, held in bytes_held(model, made, ids[:batch, : lengths[-1]]).items():
+            rows[label]["bytes"][str(batch)] = held
+    settings = vars(args) | {"output": None, "table": None, "steps": STEPS, "new_tokens": NEW_TOKENS}
+    result = {"methods": rows, "settings": settings, "provenance": provenance.collect(DEVICE)}
+    print(table(result))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -164,7 +164,8 @@ def test_bytes_are_the_formulas(text, kv_heads):
             ids = torch.cat([prompt_ids(length, seed) for seed in range(batch)])
             cache = method.new_cache(model)
             prefill(model, cache, ids)
-            assert cache.kv_bytes_stored == batch * method.bytes_formula(shape, length)
+            padding = cache.kv_bytes_stored - batch * method.bytes_formula(shape, length)
+            assert 0 <= padding <= shape.layers * method.storage.padding_bytes
             assert cache.kv_bytes_logical == batch * method.bytes_formula(shape, length)
             for token in some_tokens(3, batch):
                 decode(model, cache, token)

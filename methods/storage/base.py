@@ -120,6 +120,11 @@ class Storage(ABC):
         """Layers share what they hold, so all of them must hold the same tokens."""
         return False
 
+    @property
+    def padding_bytes(self) -> int:
+        """Bytes that a layer of a batch may take beyond the formula because it packs whole units."""
+        return 0
+
     @abstractmethod
     def new_layers(self, num_layers: int) -> Sequence[LayerStorage]:
         """Empty storage for every layer of a model, for one batch."""

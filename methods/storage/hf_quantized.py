@@ -1,0 +1,138 @@
+"""transformers' own quantised cache (``QuantizedCache`` with the quanto backend), to compare with.
+
+It resembles KIVI and is another method: the whole prompt is quantised at once, nothing of it stays as it is, keys and
+values alike are rounded in groups of channels of one token, and whenever ``residual`` tokens have come since, the whole
+cache is expanded and rounded again, so that old tokens are rounded once more each time. The layer class is
+transformers'; here it gets rows of one length at a time, and its bytes are counted.
+
+Needs the package optimum-quanto (``pip install 'kvbench[quanto]'``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers.cache_utils import QuantoQuantizedLayer
+
+from ...conf.errors import InputError, require
+from .base import KVShape, Storage
+from .kivi import channels_together
+from .segments import SegmentedLayer, Segments
+
+
+class HFSegments(Segments):
+    """N heads of equal length in one of transformers' layers, [N, 1, S, D]."""
+
+    def __init__(self, bits: int, group: int, residual: int):
+        self.bits, self.group, self.residual = bits, group, residual
+        self._layer: Any = None  # a QuantoQuantizedLayer once there are tokens; its tensors are typed too loosely
+        self._now: tuple[torch.Tensor, torch.Tensor] | None = None  # what a step attends over, before it is rounded
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        if self._layer is None:
+            group = channels_together(self.group, keys.shape[2])
+            self._layer = QuantoQuantizedLayer(self.bits, 0, 0, group, self.residual)
+        self._now = self._layer.update(keys[:, None], values[:, None])
+
+    def settle(self) -> None:
+        self._now = None
+
+    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        layer, now = self._layer, self._now
+        assert layer is not None, "read before append"
+        if now is None:
+            keys, values = (layer._dequantize(x) for x in (layer._quantized_keys, layer._quantized_values))
+            if layer.keys.numel():
+                keys, values = torch.cat([keys, layer.keys], dim=2), torch.cat([values, layer.values], dim=2)
+        else:
+            keys, values = now
+        return keys[:, 0], values[:, 0]
+
+    def take(self, index: torch.Tensor) -> Segments:
+        if self._layer is not None:
+            raise NotImplementedError("rows of a batch that go on by different numbers of tokens, with hf_quantized")
+        return HFSegments(self.bits, self.group, self.residual)
+
+    @property
+    def length(self) -> int:
+        return 0 if self._layer is None else self._layer.get_seq_length()
+
+    def tensors(self) -> list[torch.Tensor]:
+        layer = self._layer
+        if layer is None:
+            return []
+        quantized = [*plain_tensors(layer._quantized_keys), *plain_tensors(layer._quantized_values)]
+        return quantized + [t for t in (layer.keys, layer.values) if t.numel()]
+
+    @property
+    def logical_bytes(self) -> int:
+        """Without the padding of codes, which are packed by whole groups."""
+        layer = self._layer
+        if layer is None:
+            return 0
+        codes = scales = 0
+        for x in (layer._quantized_keys, layer._quantized_values):
+            codes += x.numel() * self.bits // 8
+            scales += sum(t.nbytes for t in plain_tensors(x) if t.is_floating_point())
+        return codes + scales + layer.keys.nbytes + layer.values.nbytes
+
+
+def plain_tensors(x: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors in memory behind a tensor subclass."""
+    if not hasattr(x, "__tensor_flatten__"):
+        return [x]
+    names, _ = x.__tensor_flatten__()
+    return [t for name in names for t in plain_tensors(getattr(x, name))]
+
+
+@dataclass(frozen=True)
+class HFQuantized(Storage):
+    """transformers' quantised cache.
+
+    Attributes:
+        bits: of a code: 2 or 4.
+        group: numbers that share a scale and a zero (64 by transformers' default); a narrower head is one group.
+        residual: how many tokens come between two roundings of everything (128 by default).
+    """
+
+    bits: int = 4
+    group: int = 64
+    residual: int = 128
+
+    def __post_init__(self) -> None:
+        at = "method.storage."
+        require(self.bits in (2, 4), at + "bits", self.bits, "must be 2 or 4")
+        for key in ("group", "residual"):
+            value = getattr(self, key)
+            require(isinstance(value, int) and value >= 1, at + key, value, "must be a whole number >= 1")
+
+    @property
+    def name(self) -> str:
+        return f"hf_quantized{self.bits}"
+
+    @property
+    def padding_bytes(self) -> int:
+        return 2 * self.group
+
+    def new_layers(self, num_layers: int) -> Sequence[SegmentedLayer]:
+        if find_spec("optimum") is None or find_spec("optimum.quanto") is None:
+            raise InputError(
+                "method/storage", self.name, "needs the package optimum-quanto: pip install 'kvbench[quanto]'"
+            )
+        new = partial(HFSegments, self.bits, self.group, self.residual)
+        return [SegmentedLayer(new) for _ in range(num_layers)]
+
+    def bytes_formula(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int = 0) -> int:
+        """Codes, and a scale and a zero in the compute dtype for each group; the latest tokens as they are.
+
+        They are counted from the prompt's end: the step at which ``residual`` of them have come rounds everything.
+        """
+        size, dim = shape.element_bytes, shape.head_dim
+        recent = new_tokens % self.residual
+        old = dim * self.bits // 8 + 2 * size * (dim // min(self.group, dim))
+        return sum(2 * heads * ((n - recent) * old + recent * dim * size) for n in tokens)

@@ -1,0 +1,82 @@
+"""transformers' quantised cache in our storage, against transformers' own ``generate`` with it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import prompt_ids, tiny_model
+from transformers.cache_utils import QuantizedCache
+
+from kvbench.conf.errors import InputError
+from kvbench.methods.base import Method, kv_shape
+from kvbench.methods.storage import hf_quantized
+from kvbench.methods.storage.hf_quantized import HFQuantized
+from kvbench.methods.storage.kivi import Kivi
+from kvbench.runners.engine import decode, generate, prefill
+
+pytest.importorskip("optimum.quanto")
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("residual", [4, 128])
+def test_it_is_transformers_own(bits, residual):
+    """The same tokens from the same model, over ten roundings of everything and over none."""
+    model, ids = tiny_model(dtype=torch.float32), torch.cat([prompt_ids(50, 1), prompt_ids(50, 2)])
+    storage = HFQuantized(bits=bits, group=16, residual=residual)
+    ours = generate(model, Method("x", storage=storage).new_cache(model), ids, max_new_tokens=40).tokens
+    cache = QuantizedCache("quanto", model.config, nbits=bits, q_group_size=16, residual_length=residual)
+    model.set_attn_implementation("sdpa")
+    try:
+        theirs = model.generate(ids, past_key_values=cache, max_new_tokens=40, do_sample=False)
+    finally:
+        model.set_attn_implementation("kvbench")
+    assert theirs[:, 50:].tolist() == ours
+    full = generate(model, Method("full").new_cache(model), ids, max_new_tokens=40).tokens
+    assert bits == 4 or ours != full  # two bits show
+
+
+def test_old_tokens_are_rounded_again_and_kivis_are_not():
+    """What tells the two apart: after 8 more roundings the prompt's keys have moved."""
+    model, ids = tiny_model(dtype=torch.float32), prompt_ids(48)
+    moved = {}
+    for storage in (HFQuantized(bits=4, group=16, residual=4), Kivi(bits=4, group=4, residual=4)):
+        cache = Method("x", storage=storage).new_cache(model)
+        prefill(model, cache, ids)
+        before = cache.layers[0].storage.read()[1][:, :, :40].clone()
+        for i in range(32):
+            decode(model, cache, torch.tensor([i + 1]))
+        after = cache.layers[0].storage.read()[1][:, :, :40]
+        moved[storage.name] = (after - before).abs().max().item()
+    assert moved["kivi4"] == 0
+    assert moved["hf_quantized4"] > 0, moved
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_bytes_at_every_step(batch):
+    model = tiny_model(dtype=torch.bfloat16)
+    method = Method("x", storage=HFQuantized(group=16, residual=5))
+    shape, cache = kv_shape(model.config, model.dtype), method.new_cache(model)
+    prefill(model, cache, torch.cat([prompt_ids(20, i) for i in range(batch)]))
+    for n in range(1, 13):
+        decode(model, cache, torch.arange(batch) + n)
+        formula = batch * method.bytes_formula(shape, 20, n)
+        assert cache.kv_bytes_logical == formula
+        assert 0 <= cache.kv_bytes_stored - formula <= shape.layers * method.storage.padding_bytes
+
+
+def test_without_the_package_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(hf_quantized, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"hf_quantized4: needs the package optimum-quanto: pip install"):
+        Method("x", storage=HFQuantized()).new_cache(tiny_model())
+
+
+@pytest.mark.parametrize("options", [{"bits": 8}, {"group": 0}, {"residual": 0}], ids=str)
+def test_bad_settings(options):
+    with pytest.raises(InputError, match=r"method\.storage\."):
+        HFQuantized(**options)
+
+
+def test_a_group_that_does_not_divide_the_head():
+    model = tiny_model()
+    with pytest.raises(InputError, match=r"method\.storage\.group=12: must divide"):
+        prefill(model, Method("x", storage=HFQuantized(group=12)).new_cache(model), prompt_ids(10))
