@@ -11,7 +11,7 @@ from kvbench.methods.base import Method, kv_shape
 from kvbench.methods.selection.h2o import H2O
 from kvbench.methods.selection.snapkv import SnapKV
 from kvbench.methods.storage.base import KVShape
-from kvbench.methods.storage.kivi import Kivi, KiviSegments, dequantize, pack, quantize, unpack
+from kvbench.methods.storage.kivi import Kivi, KiviSegments, channels_together, dequantize, pack, quantize, unpack
 from kvbench.runners.engine import decode, generate, prefill
 
 
@@ -188,3 +188,10 @@ def test_a_group_that_does_not_divide_the_head_is_refused():
     model = tiny_model()
     with pytest.raises(InputError, match=r"method\.storage\.group=12: must divide the model's head_dim of 16"):
         prefill(model, Method("kivi", storage=Kivi(4, 12, 12)).new_cache(model), prompt_ids(40))
+
+
+def test_a_head_whose_codes_do_not_fill_bytes():
+    with pytest.raises(InputError, match=r"method\.storage\.bits=2: does not fill whole bytes with .* head_dim of 6"):
+        channels_together(32, 6, 2)
+    assert channels_together(32, 6, 4) == 6
+    assert channels_together(32, 64, 2) == 32

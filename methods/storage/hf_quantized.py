@@ -35,7 +35,7 @@ class HFSegments(Segments):
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         if self._layer is None:
-            group = channels_together(self.group, keys.shape[2])
+            group = channels_together(self.group, keys.shape[2], self.bits)
             self._layer = QuantoQuantizedLayer(self.bits, 0, 0, group, self.residual)
         self._now = self._layer.update(keys[:, None], values[:, None])
 

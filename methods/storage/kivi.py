@@ -42,15 +42,17 @@ def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.stack([(packed >> (bits * i)) & mask for i in range(each)], dim=-1).flatten(-2)
 
 
-def channels_together(group: int, dim: int) -> int:
+def channels_together(group: int, dim: int, bits: int) -> int:
     """Channels of a value that are quantised together; a head narrower than the group is one group.
 
     Raises:
-        InputError: the group does not divide the head.
+        InputError: the group does not divide the head, or the head's codes do not fill whole bytes.
     """
     channels = min(group, dim)
     if dim % channels:
         raise InputError("method.storage.group", group, f"must divide the model's head_dim of {dim}")
+    if dim * bits % 8:
+        raise InputError("method.storage.bits", bits, f"does not fill whole bytes with the model's head_dim of {dim}")
     return channels
 
 
@@ -130,7 +132,7 @@ class KiviSegments(Segments):
             self._keys = self._keys[:, full:].clone()
         over = self._values.shape[1] - self.residual
         if over > 0:
-            channels = channels_together(self.group, self._values.shape[2])
+            channels = channels_together(self.group, self._values.shape[2], self.bits)
             self._append_old(quantize(self._values[:, :over], self.bits, channels))
             self._values = self._values[:, over:].clone()
 

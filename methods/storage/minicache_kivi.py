@@ -38,7 +38,7 @@ class QuantizedDirections(Directions):
         """Keys: [B, H, D, n] codes, tokens last; values: [B, H, n, D]."""
         if self.is_keys:
             return quantize(x.transpose(2, 3), self.bits, self.group)
-        return quantize(x, self.bits, channels_together(self.group, x.shape[3]))
+        return quantize(x, self.bits, channels_together(self.group, x.shape[3], self.bits))
 
     def append(self, x: torch.Tensor) -> None:
         along = 3 if self.is_keys else 2
