@@ -3,6 +3,7 @@
     kvbench table results/reference                  # Markdown, to read or to paste
     kvbench table results/reference -o table.tex     # LaTeX (booktabs)
     kvbench table results/reference -o cells.csv     # one row a number, with its interval and the run it came from
+    kvbench table results/reference --by-budget      # scores alone: a row a method, a column a budget
 
 Runs stand in one table only when nothing but the method differs: same model, same rows of the same data, same dtype,
 device and seed. So a score on the bundled set, on a subset and on all of LongBench can never meet.
@@ -17,6 +18,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ..conf.errors import InputError, one_of
@@ -149,6 +151,42 @@ def accuracy_table(runs: Sequence[Run], by_set: bool = True) -> Table:
     return _emphasised(table)
 
 
+def budget_tables(runs: Sequence[Run]) -> list[Table]:
+    """Scores of each group of comparable runs: a row a method and a column a budget, and the runs that have none.
+
+    Budgets are those in tokens; a fraction of the prompt stands with the runs that have no budget.
+    """
+    made = []
+    for group in comparable([r for r in runs if r.record["kind"] == "accuracy" and r.done]):
+        by_curve: dict[str, dict[int, Run]] = {}
+        others = []
+        for run in group:
+            budget = run.record["budget"]
+            if isinstance(budget, int) and not run.is_full_cache:
+                by_curve.setdefault(run.curve, {})[budget] = run
+            else:
+                others.append(run)
+        title = accuracy_table(group, by_set=False).title
+        budgets = sorted({b for row in by_curve.values() for b in row})
+        if by_curve:
+            rows = [
+                [Cell(curve), *(_with_interval(row[b]) if b in row else Cell("") for b in budgets)]
+                for curve, row in sorted(by_curve.items())
+            ]
+            first = [next(iter(row.values())) for _, row in sorted(by_curve.items())]
+            kept = [fmean(row[b].record["bytes"]["kv_ratio"] for row in by_curve.values() if b in row) for b in budgets]
+            shares = ", ".join(f"{b}: {100 * k:.1f} %" for b, k in zip(budgets, kept, strict=True))
+            notes = [f"Mean score and its 95 % interval. Bytes kept of the full cache, mean of the methods: {shares}."]
+            made.append(Table(title, ["method / budget", *map(str, budgets)], rows, first, notes))
+        if others:
+            rows = [
+                [Cell(run.label), _with_interval(run), _number(100 * run.record["bytes"]["kv_ratio"], 1, " %")]
+                for run in others
+            ]
+            made.append(Table(title, ["method", "score", "KV kept"], rows, others, _made_by(group)))
+    return made
+
+
 def efficiency_table(runs: Sequence[Run]) -> Table:
     """Times, throughput, bytes, peaks, and the speed-up against what the bytes allow."""
     columns = [
@@ -232,6 +270,13 @@ def _made_by(runs: Sequence[Run]) -> list[str]:
 def _score(estimate: Mapping[str, Any], sign: str = "") -> Cell:
     low, high, n = estimate["low"], estimate["high"], estimate["n"]
     return Cell(f"{estimate['mean']:{sign}.2f}", estimate["mean"], low, high, n, better=1)
+
+
+def _with_interval(run: Run) -> Cell:
+    estimate = run.record["average"]
+    if estimate["low"] is None:
+        return Cell(f"{estimate['mean']:.1f}", estimate["mean"])
+    return Cell(f"{estimate['mean']:.1f} [{estimate['low']:.0f}, {estimate['high']:.0f}]", estimate["mean"])
 
 
 def _interval(estimate: Mapping[str, Any], sign: str = "") -> Cell:
@@ -381,6 +426,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("results", type=Path, help="a results folder, or any folder below it")
     parser.add_argument("-o", "--output", type=Path, help="a file ending in .md, .csv or .tex; default: the terminal")
     parser.add_argument("--format", choices=sorted(FORMATS), help="default: as the file's ending says, else md")
+    parser.add_argument(
+        "--by-budget", action="store_true", help="scores alone, a row a method and a column a budget (md, tex)"
+    )
     args = parser.parse_args(argv)
     try:
         ending = args.format or ("md" if args.output is None else args.output.suffix.removeprefix("."))
@@ -389,7 +437,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs, problems = load(args.results)
         for problem in problems:
             print(problem, file=sys.stderr)
-        text = FORMATS[ending](tables(runs))
+        if args.by_budget and ending == "csv":
+            raise InputError("--by-budget", "csv", "has a run in each cell: leave it out, the csv names every number")
+        text = FORMATS[ending](budget_tables(runs) if args.by_budget else tables(runs))
         if args.output is None:
             print(text)
         else:

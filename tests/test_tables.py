@@ -222,3 +222,21 @@ def test_a_record_without_its_results_is_skipped_too(tmp_path, capsys):
     save(tmp_path, torn, accuracy("full", None, 22.0))
     assert main([str(tmp_path)]) == 0
     assert "lacks bytes" in capsys.readouterr().err
+
+
+def test_by_budget_is_a_row_a_method_and_a_column_a_budget(tmp_path, capsys):
+    for budget, mean in ((128, 10.0), (256, 20.0)):
+        save(tmp_path / f"s{budget}", accuracy("snapkv", budget, mean))
+    save(tmp_path / "h256", accuracy("h2o", 256, 15.0))
+    save(tmp_path / "full", accuracy("full", None, 22.0))
+    save(tmp_path / "oom", accuracy("h2o", 128, 1.0) | {"status": "oom"})
+    assert main([str(tmp_path), "--by-budget"]) == 0
+    out = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|")]
+    assert ["method / budget", "128", "256"] in rows
+    assert ["snapkv", "10.0 [9, 11]", "20.0 [19, 21]"] in rows
+    assert ["h2o", "", "15.0 [14, 16]"] in rows
+    assert ["full", "22.0 [21, 23]", "100.0 %"] in rows
+    assert "128: 3.1 %, 256: 6.2 %" in out
+    assert main([str(tmp_path), "--by-budget", "-o", str(tmp_path / "x.csv")]) == 2
+    assert "--by-budget=csv" in capsys.readouterr().err
