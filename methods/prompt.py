@@ -131,7 +131,7 @@ class PromptReader(ABC):
         start, end = self.seen, self.seen + query.shape[2]
         whole = end if prompt_length is None else prompt_length
         keys, values = self._collect(key, value, start, end, whole)
-        out = torch.zeros_like(query) if any(r.pads for r in rows) else None
+        out = torch.zeros_like(query) if len(rows) > 1 or rows[0].pads else None
         for r in rows:
             first = max(r.pads, start)  # column of the first real query of this chunk
             if first >= end:

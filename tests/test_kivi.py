@@ -11,12 +11,32 @@ from kvbench.methods.base import Method, kv_shape
 from kvbench.methods.selection.h2o import H2O
 from kvbench.methods.selection.snapkv import SnapKV
 from kvbench.methods.storage.base import KVShape
-from kvbench.methods.storage.kivi import Kivi, KiviSegments, channels_together, dequantize, pack, quantize, unpack
+from kvbench.methods.storage.kivi import (
+    Kivi,
+    KiviSegments,
+    Quantized,
+    channels_together,
+    dequantize_into,
+    pack,
+    quantize,
+)
 from kvbench.runners.engine import decode, generate, prefill
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def dequantize(q: Quantized, bits: int, dtype: torch.dtype) -> torch.Tensor:
+    out = torch.empty(*q.codes.shape[:-1], q.codes.shape[-1] * 8 // bits, dtype=dtype)
+    dequantize_into(q, bits, out)
+    return out
+
+
+def unpack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes are what a scale of 1 and a smallest value of 0 restore."""
+    groups = torch.ones(*codes.shape[:-1], 1)
+    return dequantize(Quantized(codes, groups, 0 * groups), bits, torch.float32).to(torch.uint8)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

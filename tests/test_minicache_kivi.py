@@ -116,20 +116,24 @@ def test_it_is_the_naive_construction(bits):
                             assert error.max() < step
 
 
-def test_a_step_by_step_cache_is_the_prompts():
-    """Tokens that come one by one end in the same blocks as a prompt's; the first is exact."""
-    model, ids = tiny_model(dtype=torch.float32), prompt_ids(64)
-    method = Method("x", storage=MiniCacheKivi(start=1, gamma=0.0, bits=8, **SMALL))
-    at_once, in_steps = (method.new_cache(model) for _ in range(2))
-    first = prefill(model, at_once, ids)
-    assert (first - prefill(model, Method("full").new_cache(model), ids)).abs().max() < 1e-5
-    prefill(model, in_steps, ids[:, :16])
-    for i in range(16, 64):
-        decode(model, in_steps, ids[:, i])
-    for a, b in zip(at_once.layers, in_steps.layers, strict=True):
-        assert torch.equal(a.storage.tokens, b.storage.tokens)
-    ours, theirs = (torch.cat([t.flatten() for t in c.layers[1].tensors()]).numel() for c in (at_once, in_steps))
-    assert ours == theirs
+def test_tokens_that_come_one_by_one_end_in_the_same_blocks():
+    """Bit for bit, at any length; the prompt's attention comes before all of this, so the first token is exact."""
+    k1, v1, k2, v2 = pair_of_tokens(70)
+    storage = MiniCacheKivi(start=0, gamma=0.0, bits=4, **SMALL)
+    for prompt in (5, 16, 40):
+        lower, upper = storage.new_layers(2)
+        lower.write(k1[:, :, :prompt], v1[:, :, :prompt])
+        upper.write(k2[:, :, :prompt], v2[:, :, :prompt])
+        for i in range(prompt, 70):
+            lower.append(k1[:, :, i : i + 1], v1[:, :, i : i + 1])
+            lower.settle()
+            upper.append(k2[:, :, i : i + 1], v2[:, :, i : i + 1])
+            upper.settle()
+        at_once = storage.new_layers(2)
+        at_once[0].write(k1, v1)
+        at_once[1].write(k2, v2)
+        assert torch.equal(both_read(lower, upper), both_read(*at_once))
+        assert not torch.equal(both_read(lower, upper)[0], k1)
 
 
 @pytest.mark.parametrize(("start", "gamma", "ratio"), [(16, 0.05, 3.80), (8, 0.05, 4.19), (8, 0.0, 4.97)])

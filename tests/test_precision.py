@@ -50,7 +50,7 @@ def kept_sets(method: Method, prompt: Prompt, config) -> list[set[int]]:
     asked = Prompt(query, prompt.keys, prompt.values, prompt.scaling, prompt.layer_idx, prompt.num_layers)
     state = method.selection.new_state(config)
     if isinstance(method.selection, PyramidInfer):  # it says which tokens go on to the next layer
-        state.layer_idx, state.shared = prompt.layer_idx, Sequences(lambda: None, [prompt.length])
+        state.layer_idx, state.shared = prompt.layer_idx, Sequences(lambda: None, prompt.num_layers, [prompt.length])
         method.selection.select(asked, state)
         (chosen,) = state.chosen
         return [set(range(prompt.length) if chosen is None else chosen[0].tolist())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from itertools import pairwise
 
@@ -10,8 +11,11 @@ import torch
 from tiny_models import left_pad, prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
-from kvbench.methods.base import Method
+from kvbench.methods.base import Method, kv_shape
 from kvbench.methods.selection.pyramid_infer import PyramidInfer
+from kvbench.methods.selection.streaming_llm import StreamingLLM
+from kvbench.methods.storage.dense import Dense
+from kvbench.methods.storage.ragged import Ragged
 from kvbench.runners.engine import decode, generate, prefill
 
 # Lengths of 512 tokens in 32 layers, as the published code gives them for the paper's 7B setting.
@@ -174,11 +178,11 @@ RULES = [
 
 @torch.no_grad()
 @pytest.mark.parametrize("rule", RULES, ids=range(len(RULES)))
-@pytest.mark.parametrize("padded", [False, True])
-def test_it_is_the_naive_model(rule, padded):
+@pytest.mark.parametrize("lengths", [[23], [23, 14, 23], [20, 21], [21, 20, 20]], ids=str)  # 20 and 21 meet: 11, then 7
+def test_it_is_the_naive_model(rule, lengths):
     """Logits of prompt and 24 steps, and the tokens held; alone, and as the rows of a left-padded batch."""
     model = tiny_model()
-    prompts = [prompt_ids(23, 1), prompt_ids(14, 2), prompt_ids(23, 3)] if padded else [prompt_ids(23, 1)]
+    prompts = [prompt_ids(length, seed) for seed, length in enumerate(lengths)]
     ids, mask = left_pad(prompts)
     naive = [NaiveModel(model, rule) for _ in prompts]
     cache = Method("x", rule).new_cache(model)
@@ -220,15 +224,23 @@ def test_later_layers_project_fewer_tokens():
     assert seen[0] == 50 > seen[1] > seen[2]
 
 
-def test_sinks_and_the_last_ones_survive_and_each_layer_holds_a_part_of_the_one_before():
+def test_sinks_and_the_last_ones_survive_and_each_layer_holds_a_part_of_the_one_before(monkeypatch):
     model = tiny_model()
     rule = PyramidInfer(prefill_decay_ratio=0.4, strategy="constant", min_context=0, sinks=3)
     cache = Method("x", rule).new_cache(model)
+    chosen = []
+    select = PyramidInfer.select
+
+    def watched(self, prompt, state=None):
+        kept = select(self, prompt, state)
+        chosen.append(state.chosen[-1])
+        return kept
+
+    monkeypatch.setattr(PyramidInfer, "select", watched)
     prefill(model, cache, prompt_ids(50))
     held = [list(range(50))]
-    for layer in cache.layers[:-1]:
-        (chosen,) = layer.state.chosen
-        held.append([held[-1][i] for i in chosen[0].tolist()])
+    for going_on in chosen[:-1]:
+        held.append([held[-1][i] for i in going_on[0].tolist()])
     for earlier, later in pairwise(held):
         assert set(later) < set(earlier)
     for columns in held:
@@ -293,3 +305,62 @@ def test_a_budget_that_cannot_be_met_says_what_can():
 def test_bad_settings(options):
     with pytest.raises(InputError, match=r"method\."):
         PyramidInfer(**options)
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if r.trigger != "never"], ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+def test_several_tokens_at_once_are_one_after_the_other(rule, padded):
+    model = tiny_model()
+    ids, mask = left_pad([prompt_ids(40, 1), prompt_ids(31, 2)] if padded else [prompt_ids(40, 1)])
+    more = torch.cat([prompt_ids(32, 3 + i) for i in range(ids.shape[0])])
+    at_once, in_turn = (Method("x", rule).new_cache(model) for _ in range(2))
+    for cache in (at_once, in_turn):
+        prefill(model, cache, ids, mask)
+    with torch.inference_mode():
+        positions = at_once.tokens_seen[:, None] + torch.arange(32)
+        ours = model(input_ids=more, position_ids=positions, past_key_values=at_once, use_cache=True).logits
+    theirs = torch.stack([decode(model, in_turn, more[:, i]) for i in range(32)], dim=1)
+    assert (ours - theirs).abs().max() < 1e-9
+    for a, b in zip(at_once.tokens_held, in_turn.tokens_held, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nothing_of_the_prompts_reading_stays_in_memory_and_a_copy_goes_on_alone():
+    model = tiny_model()
+    rule = PyramidInfer(prefill_decay_ratio=0.5, strategy="constant", min_context=0, recent_ratio=0.1, gen_window=4)
+    cache = Method("x", rule).new_cache(model)
+    prefill(model, cache, prompt_ids(50))
+    assert all(layer.state.chosen == [] and layer.state.rows == [] for layer in cache.layers)
+    assert cache.layers[0].state.shared.columns is None
+    other = copy.deepcopy(cache)
+    expected = torch.stack([decode(model, cache, torch.tensor([i + 1])) for i in range(12)])
+    del cache
+    gc.collect()
+    assert torch.equal(torch.stack([decode(model, other, torch.tensor([i + 1])) for i in range(12)]), expected)
+
+
+@pytest.mark.parametrize("selection", [RULES[0], StreamingLLM(12), StreamingLLM(0.5, mode="prefill_evict")], ids=str)
+def test_on_ragged_storage_too(selection):
+    model = tiny_model()
+    ids, mask = left_pad([prompt_ids(40, 1), prompt_ids(23, 2)])
+    made = []
+    for storage in (Dense(), Ragged()):
+        cache = Method("x", selection, storage).new_cache(model)
+        logits = [prefill(model, cache, ids, mask)]
+        made.append(torch.stack(logits + [decode(model, cache, torch.tensor([i + 1, i + 2])) for i in range(20)]))
+    assert (made[0] - made[1]).abs().max() < 1e-9
+
+
+def test_published_rows_are_all_that_is_stored():
+    model = tiny_model()
+    method = Method("x", RULES[3])
+    cache, shape = method.new_cache(model), kv_shape(model.config, model.dtype)
+    prefill(model, cache, prompt_ids(40))
+    for n in range(1, 30):
+        decode(model, cache, torch.tensor([n]))
+        state = [t for layer in cache.layers for t in layer.selection.state_tensors(layer.state)]
+        assert sum(t.untyped_storage().nbytes() for t in state) == rule_bytes(method, n, shape)
+
+
+def rule_bytes(method, new_tokens, shape):
+    return method.selection.state_bytes(40, new_tokens, shape.layers, shape.kv_heads)

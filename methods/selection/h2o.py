@@ -24,8 +24,8 @@ from ..storage.base import LayerStorage
 from .base import ALL_QUERIES, Kept, Selection, Step, resolve_budget
 from .evicting import EvictingSelection, EvictingState
 
-BLOCK = 256
-"""Queries whose attention is computed at a time."""
+BLOCK = 64
+"""Queries whose attention is computed at a time on a CPU, so that it stays in its cache; on CUDA eight times more."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,12 @@ def attention_received(prompt: Prompt) -> torch.Tensor:
     heads = prompt.keys.shape[1]
     grouped = prompt.query.reshape(rows, heads, prompt.groups, length, dim)
     sums = torch.zeros(rows, heads, length, dtype=torch.float32, device=prompt.query.device)
-    for start in range(0, length, BLOCK):
-        end = min(length, start + BLOCK)
+    block = 8 * BLOCK if sums.is_cuda else BLOCK
+    for start in range(0, length, block):
+        end = min(length, start + block)
         n = end - start
         queries = grouped[:, :, :, start:end].reshape(rows, heads, prompt.groups * n, dim)
-        logits = (queries @ prompt.keys[:, :, :end].transpose(-1, -2)).float() * prompt.scaling
+        logits = (queries @ prompt.keys[:, :, :end].transpose(-1, -2)).float().mul_(prompt.scaling)
         logits = logits.reshape(rows, heads, prompt.groups, n, end)
         future = torch.ones(n, n, dtype=torch.bool, device=logits.device).triu(1)
         logits[..., start:].masked_fill_(future, float("-inf"))

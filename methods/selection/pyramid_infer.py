@@ -35,14 +35,13 @@ from ..prompt import Prompt, Rows
 from ..storage.base import LayerStorage
 from .base import ALL_QUERIES, Budget, Kept, Selection, Step, check_budget, resolve_budget, slots_that_stay
 from .evicting import attend_and_weigh
+from .h2o import BLOCK
 
 if TYPE_CHECKING:
     from ..base import KVCache
 
 STRATEGIES = ("cosine", "linear", "constant")
 TRIGGERS = ("own_length", "published", "never")
-BLOCK = 256
-"""Queries whose attention is computed at a time."""
 GRID = 1024
 """Decay ratios tried to meet a budget: 0, 1 / GRID, ..., 1."""
 
@@ -53,14 +52,16 @@ class Sequences:
 
     Attributes:
         cache: gives the cache while it lives.
+        layers: how many there are.
         prompts: tokens of each group of rows' whole prompt.
-        recent: R of each row at the step under way.
+        recent: R of each row, for every token of the step under way.
         columns: [B, W] columns of the batch that the layer under way reads (anything in padding); None: all.
     """
 
     cache: Callable[[], KVCache | None]
+    layers: int
     prompts: list[int] = field(default_factory=list)
-    recent: list[int] = field(default_factory=list)
+    recent: list[list[int]] = field(default_factory=list)
     columns: torch.Tensor | None = None
 
 
@@ -75,7 +76,7 @@ class PyramidState:
         rows: where published, [R, 1 + R, T] attention of each group's recent queries, until the prompt is in.
         lengths: tokens held, of each row.
         settled: how many of them need no more thinning, of each row.
-        limit: tokens below which nothing leaves, of each row.
+        limit: tokens below which nothing leaves, of each row: a budget that holds the whole prompt.
         seen: tokens fed, of each row.
         recent: R of each row at the step under way, from the first layer's length.
         record: what is remembered of later tokens' attention.
@@ -177,6 +178,11 @@ class PyramidInfer(Selection):
         """R: recent tokens beside the last one, of ``length``."""
         return int(self.recent_ratio * length)
 
+    def limit(self, prompt_length: int) -> int:
+        """Tokens up to which nothing leaves a layer: a budget that holds the whole prompt; 0: there is none."""
+        budget = 0 if self.budget is None else resolve_budget(self.budget, prompt_length)
+        return budget if budget >= prompt_length else 0
+
     def layer_lengths(self, prompt_length: int, layers: int) -> tuple[int, ...]:
         """Prompt tokens that each layer holds.
 
@@ -233,7 +239,13 @@ class PyramidInfer(Selection):
         return PyramidState()
 
     def attach(self, model: PreTrainedModel, cache: KVCache) -> None:
-        shared = Sequences(weakref.ref(cache))
+        if not hasattr(model.get_decoder(), "layers") or not hasattr(model.get_decoder(), "rotary_emb"):
+            raise InputError(
+                "method",
+                "pyramid_infer",
+                f"drops tokens between decoder layers that share one RoPE, and {type(model).__name__} is not built so",
+            )
+        shared = Sequences(weakref.ref(cache), len(cache.layers))
         for i, layer in enumerate(cache.layers):
             layer.state.layer_idx, layer.state.shared = i, shared
         hook_layers(model, shared)
@@ -283,7 +295,7 @@ class PyramidInfer(Selection):
         for group, whole in zip(rows, state.shared.prompts, strict=True):
             for row in range(len(state.seen)) if group.index is None else group.index.tolist():
                 state.seen[row] = whole
-        state.limit = [0 if self.budget is None else resolve_budget(self.budget, n) for n in state.seen]
+        state.limit = [self.limit(n) for n in state.seen]
         if self.trigger == "own_length":
             state.record = WindowSums.empty(len(state.lengths), lengths.device)
         elif self.trigger == "published":
@@ -296,9 +308,12 @@ class PyramidInfer(Selection):
         if self.trigger == "never":
             return super().attend(state, storage, step)
         n = step.query.shape[2]
-        return torch.cat([self._attend_one(state, storage, step.part(slice(i, i + 1))) for i in range(n)], dim=2)
+        assert state.shared is not None
+        if state.layer_idx == 0:
+            state.shared.recent = []
+        return torch.cat([self._attend_one(state, storage, step.part(slice(i, i + 1)), i) for i in range(n)], dim=2)
 
-    def _attend_one(self, state: PyramidState, storage: LayerStorage, step: Step) -> torch.Tensor:
+    def _attend_one(self, state: PyramidState, storage: LayerStorage, step: Step, number: int) -> torch.Tensor:
         out, weights, held = attend_and_weigh(storage, step)
         attention = weights.mean(dim=(1, 2))  # [B, S]
         assert state.shared is not None and state.record is not None
@@ -307,11 +322,11 @@ class PyramidInfer(Selection):
             state.lengths[row] += is_real
             state.seen[row] += is_real
         if state.layer_idx == 0:
-            state.shared.recent = [self.recent(n) for n in state.lengths]
-        state.recent = state.shared.recent
+            state.shared.recent.append([self.recent(n) for n in state.lengths])
+        state.recent = state.shared.recent[number]
         if step.valid is not None:  # the row of a pad stands still: put its tokens at the end again
             assert held is not None
-            kept, valid = slots_that_stay(held)
+            kept, valid = slots_that_stay(held[:, :1])
             storage.keep(kept, valid)
             attention = attention.gather(1, kept[:, 0]) * step.valid
             held = valid
@@ -321,9 +336,7 @@ class PyramidInfer(Selection):
 
     def _thin_out(self, state: PyramidState, storage: LayerStorage, slots: int, held: torch.Tensor | None) -> None:
         assert state.shared is not None and state.record is not None
-        cache = state.shared.cache()
-        assert cache is not None
-        stay = self.stay_of_window(state.layer_idx, len(cache.layers))
+        stay = self.stay_of_window(state.layer_idx, state.shared.layers)
         staying = None
         for row, length in enumerate(state.lengths):
             settled, recent = state.settled[row], state.recent[row]
@@ -335,7 +348,7 @@ class PyramidInfer(Selection):
                 if staying is None:
                     shape = (len(state.lengths), 1, slots)
                     staying = torch.ones(shape, dtype=torch.bool, device=storage.tokens.device)
-                    staying = staying if held is None else held.expand(shape).clone()
+                    staying = staying if held is None else held[:, :1].clone()
                 worth = state.record.score(self, state, row, first, number)
                 mark = torch.zeros(number, dtype=torch.bool, device=worth.device)
                 mark[worth.topk(left, sorted=False).indices] = True
@@ -362,14 +375,15 @@ def recent_attention(prompt: Prompt, count: int) -> Iterator[tuple[int, torch.Te
     length, heads = prompt.length, prompt.keys.shape[1]
     keys = prompt.keys.transpose(-1, -2)
     columns = torch.arange(length, device=keys.device)
-    for start in range(0, count, BLOCK):
-        n = min(BLOCK, count - start)
+    block = 8 * BLOCK if keys.is_cuda else BLOCK
+    for start in range(0, count, block):
+        n = min(block, count - start)
         first = length - count + start  # position of the block's first query among the layer's tokens
         at = prompt.query.shape[2] - count + start
         queries = prompt.query[:, :, at : at + n].reshape(rows, heads, -1, dim)
-        logits = (queries @ keys).float().unflatten(2, (-1, n)) * prompt.scaling  # [R, H, g, n, T]
+        logits = (queries @ keys).float().mul_(prompt.scaling).unflatten(2, (-1, n))  # [R, H, g, n, T]
         future = columns[None] > first + torch.arange(n, device=keys.device)[:, None]
-        yield start, logits.masked_fill(future, float("-inf")).softmax(-1).mean(dim=(1, 2))
+        yield start, logits.masked_fill_(future, float("-inf")).softmax(-1).mean(dim=(1, 2))
 
 
 @lru_cache(maxsize=4096)
@@ -412,7 +426,7 @@ def _lengths_with(rule: PyramidInfer, decay: float, prompt_length: int, layers: 
 def _progress(rule: PyramidInfer, prompt_length: int, new_tokens: int, layers: int) -> Progress:
     lengths = list(rule.layer_lengths(prompt_length, layers))
     settled, recent = list(lengths), rule.recent(prompt_length)
-    limit = 0 if rule.budget is None else resolve_budget(rule.budget, prompt_length)
+    limit = rule.limit(prompt_length)
     for step in range(1, new_tokens + 1):
         recent = rule.recent(lengths[0] + 1)
         for i in range(layers):
@@ -462,7 +476,9 @@ class WindowSums:
             if real is not None:
                 new = torch.where(real, new, F.pad(old, (longer, 0)))
             sums.append(new)
-        count = torch.tensor(waiting, device=device)[:, None]
+        # Rows of one length need no look at the host's numbers by the device.
+        alike = min(waiting) == width
+        count = torch.full((1, 1), width, device=device) if alike else torch.tensor(waiting, device=device)[:, None]
         number = torch.arange(width, device=device) - (width - count)  # [B, W], of each slot's token among the waiting
         after = (number // rule.gen_window + 1) * rule.gen_window  # number of the first query that counts
         order = count - 1 - after
@@ -519,7 +535,7 @@ class AttentionRows:
         if real is not None:
             still = F.pad(self.rows, (longer, 0, 1, 0))
             new = torch.where(real[:, :, None], new, still)
-        self.rows = new[:, max(0, new.shape[1] - queries) :].contiguous()
+        self.rows = new[:, max(0, new.shape[1] - queries) :].clone()  # a view would keep all of it
 
     def score(self, rule: PyramidInfer, state: PyramidState, row: int, first: int, number: int) -> torch.Tensor:
         """Worth of ``number`` tokens from slot ``first`` of a row's tokens: [number]."""
@@ -562,6 +578,8 @@ def hook_layers(model: PreTrainedModel, shared: Sequences) -> None:
         if cache is not None and mine:
             for layer in cache.layers:
                 layer.seen = cache.layers[0].seen
+                layer.state.chosen = []
+            shared.columns = None
             done()
 
     order = {layer: i for i, layer in enumerate(layers)}

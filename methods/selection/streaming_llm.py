@@ -145,10 +145,11 @@ class StreamingLLM(Selection):
         assert state.seen is not None and state.limit is not None
         query, n = step.query, step.query.shape[2]
         # Real tokens that left before this block, [B, 1]: the slots after the sinks stand that far from their rank.
-        evicted = state.seen[:, None] - (storage.tokens if state.fed else 0)
+        evicted = state.seen[:, None] - (storage.tokens[:, :1] if state.fed else 0)
         state.padded |= step.valid is not None
         storage.append(step.key, step.value, step.valid)
         keys, values, held = storage.read()
+        held = None if held is None else held[:, :1]  # all heads alike
         state.seen = state.seen + (n if step.valid is None else step.valid.sum(1))
         state.fed += n
         if isinstance(self.budget, int) and state.fed <= self.budget:  # nothing has to leave yet

@@ -55,7 +55,11 @@ class HFSegments(Segments):
 
     def take(self, index: torch.Tensor) -> Segments:
         if self._layer is not None:
-            raise NotImplementedError("rows of a batch that go on by different numbers of tokens, with hf_quantized")
+            raise InputError(
+                "batch_size",
+                self._layer.keys.shape[0],
+                "method/storage=hf_quantized cannot feed different numbers of tokens to the rows of a batch; use 1",
+            )
         return HFSegments(self.bits, self.group, self.residual)
 
     @property

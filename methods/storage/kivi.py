@@ -36,12 +36,6 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return out
 
 
-def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """The inverse of :func:`pack`."""
-    each, mask = 8 // bits, 2**bits - 1
-    return torch.stack([(packed >> (bits * i)) & mask for i in range(each)], dim=-1).flatten(-2)
-
-
 def channels_together(group: int, dim: int, bits: int) -> int:
     """Channels of a value that are quantised together; a head narrower than the group is one group.
 
@@ -88,15 +82,8 @@ def quantize(x: torch.Tensor, bits: int, group: int) -> Quantized:
     return Quantized(pack(codes.to(torch.uint8).flatten(-2), bits), scale, zero)
 
 
-def dequantize(q: Quantized, bits: int, dtype: torch.dtype) -> torch.Tensor:
-    """[..., n] in ``dtype``."""
-    out = torch.empty(*q.codes.shape[:-1], q.codes.shape[-1] * 8 // bits, dtype=dtype, device=q.codes.device)
-    dequantize_into(q, bits, out)
-    return out
-
-
 def dequantize_into(q: Quantized, bits: int, out: torch.Tensor) -> None:
-    """The same into ``out`` [..., n], in its dtype and whatever its strides: every number is written once."""
+    """Restore into ``out`` [..., n], in its dtype and whatever its strides: every number is written once."""
     each, mask = 8 // bits, 2**bits - 1
     exact = torch.promote_types(out.dtype, torch.float32)
     numbers = torch.empty(*q.codes.shape, each, dtype=exact, device=out.device)

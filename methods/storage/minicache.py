@@ -185,6 +185,8 @@ class Pair:
     def merge(self) -> None:
         """Both layers are done with their new tokens: keep one direction, two lengths, and what must not be merged."""
         lower, upper = self.new
+        if lower is None and upper is None:  # a step of pads alone
+            return
         assert lower is not None and upper is not None, "the upper layer is done before the lower one"
         waiting = lower[0].shape[2]
         n = waiting // self.block * self.block

@@ -140,7 +140,7 @@ class MiniCacheKivi(MiniCache):
             pairs[:] = [Pair(self.t, self.gamma, self.retention, self.residual, directions)]
             return PairSegments(pairs[0], 0)
 
-        return [SegmentedLayer(lower), SegmentedLayer(lambda: PairSegments(pairs[0], 1))]
+        return [SegmentedLayer(lower), SegmentedLayer(lambda: PairSegments(pairs.pop(), 1))]
 
     def bytes_formula(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int = 0) -> int:
         """As MiniCache's and KIVI's: a pair has the codes of one layer, four lengths a token, retained tokens twice.
