@@ -354,7 +354,7 @@ def _contains(prediction: str, answer: str) -> bool:
     """Whether the answer stands in the prediction, blanks and case aside; a number must not go on at either end."""
     wanted = _plain(answer)
     if wanted.isdigit():
-        prediction = re.sub(r"(?<=\d),(?=\d{3})", "", prediction)  # 12,345 is 12345
+        prediction = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", prediction)  # 12,345 is 12345
     before = r"(?<!\d)" if wanted[0].isdigit() else ""
     behind = r"(?!\d)" if wanted[-1].isdigit() else ""
     return re.search(before + re.escape(wanted) + behind, _plain(prediction)) is not None
