@@ -149,15 +149,14 @@ def main() -> None:
         for length in lengths:
             mine, theirs = [], []
             for _ in range(args.repeats):
-                mine.append(prefill_seconds(model, method, ids[:1, :length]))
+                cache = method.new_cache(model)
+                mine.append(prefill_seconds(model, cache, ids[:1, :length]))
                 if not method.shares_prompt:
-                    theirs.append(prefill_seconds(model, Method("full"), ids[:1, :length])[0])
+                    theirs.append(prefill_seconds(model, Method("full").new_cache(model), ids[:1, :length])[0])
             share = median(spent / (total - spent) for total, spent in mine)
             row["compression_over_prefill"][str(length)] = share
             own = median(total for total, _ in mine)
             row["prefill_over_full"][str(length)] = own / median(theirs) if theirs else 1 + share
-        cache = method.new_cache(model)
-        prefill(model, cache, ids[:1, : lengths[-1]])
         row["decode_over_full"] = decode_over_full(model, cache, full, args.repeats)
         rows[label] = row
         shares = "  ".join(f"{n}: {share:.3f}" for n, share in row["compression_over_prefill"].items())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tiny_models import prompt_ids, tiny_model
@@ -49,6 +51,15 @@ def test_old_tokens_are_rounded_again_and_kivis_are_not():
         moved[storage.name] = (after - before).abs().max().item()
     assert moved["kivi4"] == 0
     assert moved["hf_quantized4"] > 0, moved
+
+
+def test_a_copy_goes_on_alone():
+    model = tiny_model(dtype=torch.float32)
+    cache = Method("x", storage=HFQuantized(group=16, residual=4)).new_cache(model)
+    prefill(model, cache, prompt_ids(30))
+    other = copy.deepcopy(cache)
+    ours, theirs = (torch.stack([decode(model, c, torch.tensor([i + 1])) for i in range(10)]) for c in (cache, other))
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -10,6 +10,7 @@ Needs the package optimum-quanto (``pip install 'kvbench[quanto]'``).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,12 @@ class HFSegments(Segments):
         self.bits, self.group, self.residual = bits, group, residual
         self._layer: Any = None  # a QuantoQuantizedLayer once there are tokens; its tensors are typed too loosely
         self._now: tuple[torch.Tensor, torch.Tensor] | None = None  # what a step attends over, before it is rounded
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HFSegments:
+        """quanto's tensors cannot be copied deeply, and need not be: the layer replaces them and never writes to them."""
+        other = HFSegments(self.bits, self.group, self.residual)
+        other._layer, other._now = copy.copy(self._layer), self._now
+        return other
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         if self._layer is None:
