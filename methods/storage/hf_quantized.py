@@ -35,7 +35,7 @@ class HFSegments(Segments):
         self._now: tuple[torch.Tensor, torch.Tensor] | None = None  # what a step attends over, before it is rounded
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HFSegments:
-        """quanto's tensors cannot be copied deeply, and need not be: the layer replaces them and never writes to them."""
+        """quanto's tensors cannot be copied deeply, and need not be: the layer replaces them, never writes to them."""
         other = HFSegments(self.bits, self.group, self.residual)
         other._layer, other._now = copy.copy(self._layer), self._now
         return other
