@@ -75,18 +75,26 @@ def decode_over_full(model: Any, cache: KVCache, full: KVCache, repeats: int) ->
     return median(ours for ours, _ in rounds) / median(theirs for _, theirs in rounds)
 
 
+@torch.inference_mode()
+def feed(model: Any, cache: KVCache, count: int) -> None:
+    """``count`` further tokens in every row, in one forward: what is held then does not depend on how they came."""
+    positions = cache.next_positions()[:, None] + torch.arange(count, device=DEVICE)
+    ids = torch.full_like(positions, 1000)
+    model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
 def bytes_held(model: Any, made: dict[str, Method], ids: torch.Tensor) -> dict[str, dict[str, int]]:
     """Stored, logical and by the formula, after the prompts and NEW_TOKENS tokens; one reading for many."""
     sharing = {label: m.new_cache(model) for label, m in made.items() if m.shares_prompt}
     together = FanOutCache(list(sharing.values()))
     prefill(model, together, ids)
-    steps(model, together, NEW_TOKENS)
+    feed(model, together, NEW_TOKENS)
     caches: dict[str, KVCache] = dict(sharing)
     for label, m in made.items():
         if label not in sharing:
             caches[label] = m.new_cache(model)
             prefill(model, caches[label], ids)
-            steps(model, caches[label], NEW_TOKENS)
+            feed(model, caches[label], NEW_TOKENS)
     shape = kv_shape(model.config, model.dtype)
     return {
         label: {
