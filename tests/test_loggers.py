@@ -111,7 +111,8 @@ def test_every_reference_record_gives_numbers() -> None:
     for path in records:
         record = json.loads(path.read_text("utf-8"))
         headline = {"accuracy": "average/mean", "efficiency": "metrics/tpot_ms"}[record["kind"]]
-        assert numbers(record)[headline] > 0, path
+        value = numbers(record)[headline]
+        assert value > 0 or (value == 0 and record["kind"] == "accuracy"), path  # a method may find no needle at all
         assert numbers(record)["bytes/kv_bytes_stored"] >= 0, path
 
 
