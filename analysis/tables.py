@@ -133,9 +133,9 @@ def accuracy_table(runs: Sequence[Run], by_set: bool = True) -> Table:
         )
     first = runs[0].record
     examples = sum(first["data"]["examples"].values())
-    sets = len(first["data"]["examples"])
-    title = f"{first['task']} / {first['model']}: {examples} examples of {sets} data sets, {setting(first)}"
-    table = Table(title, ["method", *(LONGBENCH.get(n, n) for n in names), *further, *ends], rows, list(runs))
+    table = Table(
+        _accuracy_title(first), ["method", *(LONGBENCH.get(n, n) for n in names), *further, *ends], rows, list(runs)
+    )
     if "-mini" in first["task"]:
         table.notes.append("Scores on the small bundled set, not LongBench scores.")
     elif "-subset" in first["task"]:
@@ -149,6 +149,12 @@ def accuracy_table(runs: Sequence[Run], by_set: bool = True) -> Table:
         )
     table.notes += _made_by(runs)
     return _emphasised(table)
+
+
+def _accuracy_title(record: Mapping[str, Any]) -> str:
+    examples = record["data"]["examples"]
+    count = sum(examples.values())
+    return f"{record['task']} / {record['model']}: {count} examples of {len(examples)} data sets, {setting(record)}"
 
 
 def budget_tables(runs: Sequence[Run]) -> list[Table]:
@@ -166,14 +172,15 @@ def budget_tables(runs: Sequence[Run]) -> list[Table]:
                 by_curve.setdefault(run.curve, {})[budget] = run
             else:
                 others.append(run)
-        title = accuracy_table(group, by_set=False).title
+        title = _accuracy_title(group[0].record)
         budgets = sorted({b for row in by_curve.values() for b in row})
         if by_curve:
+            by_curve = dict(sorted(by_curve.items()))
             rows = [
                 [Cell(curve), *(_with_interval(row[b]) if b in row else Cell("") for b in budgets)]
-                for curve, row in sorted(by_curve.items())
+                for curve, row in by_curve.items()
             ]
-            first = [next(iter(row.values())) for _, row in sorted(by_curve.items())]
+            first = [next(iter(row.values())) for row in by_curve.values()]
             kept = [fmean(row[b].record["bytes"]["kv_ratio"] for row in by_curve.values() if b in row) for b in budgets]
             shares = ", ".join(f"{b}: {100 * k:.1f} %" for b, k in zip(budgets, kept, strict=True))
             notes = [f"Mean score and its 95 % interval. Bytes kept of the full cache, mean of the methods: {shares}."]

@@ -5,6 +5,7 @@ Every room may import this module; it imports nothing of the project.
 
 import difflib
 from collections.abc import Iterable
+from typing import TypeGuard
 
 
 class InputError(ValueError):
@@ -38,3 +39,8 @@ def require(condition: bool, key: str, value: object, allowed: str) -> None:
     """Raise :class:`InputError` unless ``condition`` holds."""
     if not condition:
         raise InputError(key, value, allowed)
+
+
+def is_whole(value: object, at_least: float = float("-inf")) -> TypeGuard[int]:
+    """Whether a YAML value is a whole number (true and false are not) of ``at_least`` or more."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least

@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -39,6 +40,14 @@ BUDGETS = (64, 128, 192, 256, 384, 512, 768, 1024)
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def finish(result: Mapping[str, Any], output: Path | None) -> None:
+    """Print a script's result as the last line, and write it where the user wants it."""
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -155,12 +164,9 @@ def main() -> None:
         "settings": {"prompt_tokens": args.prompt_tokens, "new_tokens": steps, "dtype": args.dtype, "device": DEVICE},
         "provenance": provenance.collect(DEVICE),
     }
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
     for key in list(result)[:4]:
         print(f"{key:<40} {result[key]:.3f}")
-    print(json.dumps(result))
+    finish(result, args.output)
 
 
 if __name__ == "__main__":

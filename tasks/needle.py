@@ -22,7 +22,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from ..conf.errors import InputError, one_of, require
+from ..conf.errors import InputError, is_whole, one_of, require
 from .base import Example, Source, Task, plain_tokens, prompt_tokens
 from .longbench_metrics import rouge
 
@@ -105,14 +105,14 @@ class Needle(Task):
         self.depths = _depths(self.depths)
         for key in ("per_cell", "needles", "max_new_tokens"):
             value = getattr(self, key)
-            require(_whole(value) and value >= 1, at + key, value, "must be a whole number, 1 or more")
+            require(is_whole(value, 1), at + key, value, "must be a whole number, 1 or more")
         allowed = f"must be 1 to {len(PLACES)}, the number of places"
         require(self.needles <= len(PLACES), at + "needles", self.needles, allowed)
-        require(_whole(self.seed), at + "seed", self.seed, "must be a whole number")
+        require(is_whole(self.seed), at + "seed", self.seed, "must be a whole number")
         require(self.metric in METRICS, at + "metric", self.metric, one_of(self.metric, METRICS))
         require(isinstance(self.chat, bool), at + "chat", self.chat, "must be true or false")
         limit = self.max_length
-        ok = limit is None or (_whole(limit) and limit >= 1)
+        ok = limit is None or is_whole(limit, 1)
         require(ok, at + "max_length", limit, "must be null or a whole number of tokens, 1 or more")
         self.haystack = None if self.haystack is None else str(self.haystack)
         own = {key: getattr(self, key) for key in ("needle", "question", "answer")}
@@ -368,14 +368,14 @@ def _lengths(value: Any) -> tuple[int, ...]:
     key, allowed = "task.lengths", "must be a list of different whole numbers of tokens, such as [2048,4096]"
     require(isinstance(value, Sequence) and not isinstance(value, str), key, value, allowed)
     lengths = tuple(value)
-    ok = bool(lengths) and all(_whole(length) and length >= 1 for length in lengths)
+    ok = bool(lengths) and all(is_whole(length, 1) for length in lengths)
     require(ok and len(set(lengths)) == len(lengths), key, list(lengths), allowed)
     return lengths
 
 
 def _depths(value: Any) -> tuple[float, ...]:
     key, allowed = "task.depths", "must be 2 or more (their number), or a list of different depths in [0,1]"
-    if _whole(value):
+    if is_whole(value):
         require(value >= 2, key, value, allowed)
         return tuple(i / (value - 1) for i in range(value))
     require(isinstance(value, Sequence) and not isinstance(value, str), key, value, allowed)
@@ -385,7 +385,3 @@ def _depths(value: Any) -> tuple[float, ...]:
     apart = len({f"{depth:.3f}" for depth in depths}) == len(depths)
     require(apart, key, list(depths), "must differ in the first three decimals: an example is named by them")
     return tuple(float(depth) for depth in depths)
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..conf.errors import InputError, one_of, require
+from ..conf.errors import InputError, is_whole, one_of, require
 from .base import Source
 from .longbench_data import PROBE_TIMEOUT_S
-from .workload import Request, Workload, check_shape, is_whole, random_tokens
+from .workload import Request, Workload, check_shape, random_tokens
 
 FILE = "ShareGPT_V3_unfiltered_cleaned_split.json"
 HUB_REPO = "anon8231489123/ShareGPT_Vicuna_unfiltered"

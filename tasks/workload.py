@@ -10,7 +10,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-from ..conf.errors import require
+from ..conf.errors import is_whole, require
 from .base import Described
 
 
@@ -63,8 +63,3 @@ def check_shape(prompt_tokens: Any, new_tokens: Any) -> None:
     require(is_whole(prompt_tokens, 1), "task.prompt_tokens", prompt_tokens, "must be 1 or more tokens")
     allowed = "must be 2 or more tokens: time per output token needs two"
     require(is_whole(new_tokens, 2), "task.new_tokens", new_tokens, allowed)
-
-
-def is_whole(value: object, at_least: int) -> bool:
-    """Whether a YAML value is a whole number (true and false are not) of ``at_least`` or more."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least

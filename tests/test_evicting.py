@@ -10,12 +10,13 @@ from tiny_models import left_pad, prompt_ids, tiny_model
 from kvbench.conf.errors import InputError
 from kvbench.methods.base import Method
 from kvbench.methods.prompt import Prompt
-from kvbench.methods.selection import evicting, h2o, streaming_llm
+from kvbench.methods.selection import h2o
 from kvbench.methods.selection.base import Step
 from kvbench.methods.selection.evicting import EvictingState
 from kvbench.methods.selection.h2o import H2O, attention_received
 from kvbench.methods.selection.streaming_llm import StreamingLLM
 from kvbench.methods.selection.tova import TOVA
+from kvbench.methods.storage import dense
 from kvbench.methods.storage.dense import DenseLayer
 from kvbench.runners.engine import decode, prefill
 
@@ -97,7 +98,7 @@ def stream(selection, prompt: Prompt, steps: int, query_heads: int, kv_heads: in
 @pytest.mark.parametrize("hidden", [1, 4])
 def test_h2o_is_the_naive_simulator(query_heads, kv_heads, length, share, hidden, monkeypatch):
     """Positions held, by a simulator with one Python list per head; the victim of a step took part in its output."""
-    monkeypatch.setattr(evicting, "HIDDEN", hidden)  # gaps are closed at every step, or at every fourth
+    monkeypatch.setattr(dense, "HIDDEN", hidden)  # gaps are closed at every step, or at every fourth
     budget, steps = 12, 15
     prompt = random_prompt(query_heads, kv_heads, length)
     recent, groups = int(share * budget), query_heads // kv_heads
@@ -144,7 +145,7 @@ def test_h2o_is_the_naive_simulator(query_heads, kv_heads, length, share, hidden
 @pytest.mark.parametrize("length", [6, 12, 30])
 @pytest.mark.parametrize("hidden", [1, 4])
 def test_tova_is_the_naive_simulator(length, hidden, monkeypatch):
-    monkeypatch.setattr(evicting, "HIDDEN", hidden)
+    monkeypatch.setattr(dense, "HIDDEN", hidden)
     budget, query_heads, kv_heads = 12, 4, 2
     prompt = random_prompt(query_heads, kv_heads, length)
     last = causal_matrix(prompt)[:, -1].mean(0)
@@ -209,8 +210,7 @@ def test_when_gaps_are_closed_changes_nothing(selection, monkeypatch):
     ids, mask = left_pad([prompt_ids(30, 1), prompt_ids(8, 2), prompt_ids(17, 3)])
     logits, held = {}, {}
     for hidden in (1, 5, 64):
-        monkeypatch.setattr(evicting, "HIDDEN", hidden)
-        monkeypatch.setattr(streaming_llm, "HIDDEN", hidden)
+        monkeypatch.setattr(dense, "HIDDEN", hidden)
         cache = method.new_cache(model)
         logits[hidden] = [prefill(model, cache, ids, mask)]
         logits[hidden] += [decode(model, cache, torch.tensor([3 + i, 4 + i, 5 + i])) for i in range(20)]

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 
 from ...conf.errors import require
 from ..prompt import Prompt
-from .base import Kept, TopKSelection, slots_that_stay
+from ..storage.base import slots_that_stay
+from .base import Kept, TopKSelection
 from .pyramidkv import PyramidKV
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ...conf.errors import require
+from ...conf.errors import is_whole, require
 from ..prompt import Prompt
 from ..storage.base import LayerStorage
 
@@ -29,7 +29,7 @@ Budget = int | float
 def check_budget(budget: Any, key: str = "method.budget") -> None:
     """Raise InputError unless ``budget`` is an int >= 1 or a float in (0, 1]."""
     allowed = "must be a whole number of tokens >= 1, or a fraction of the prompt in (0, 1]"
-    if isinstance(budget, int) and not isinstance(budget, bool):
+    if is_whole(budget):
         require(budget >= 1, key, budget, allowed)
     else:
         require(isinstance(budget, float) and 0.0 < budget <= 1.0, key, budget, allowed)
@@ -64,6 +64,10 @@ class Step:
         q, k, v = (x[:, :, columns] for x in (self.query, self.key, self.value))
         return Step(q, k, v, self.scaling, None if self.valid is None else self.valid[:, columns])
 
+    def tokens(self) -> list[Step]:
+        """The new tokens one by one."""
+        return [self.part(slice(i, i + 1)) for i in range(self.query.shape[2])]
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -79,20 +83,6 @@ class Kept:
     valid: torch.Tensor | None = None
     scores: torch.Tensor | None = None
 
-
-def slots_that_stay(stay: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Slots marked True in ``stay`` [..., S], in their order and ending at the right: (int64 [..., C], valid or None).
-
-    C is the most that any row or head has; ``valid`` is False where one has fewer, None where all have as many.
-    """
-    width = int(stay.sum(-1).max())
-    slots = stay.int().sort(dim=-1, stable=True).indices[..., stay.shape[-1] - width :]
-    valid = stay.gather(-1, slots)
-    return slots, None if bool(valid.all()) else valid
-
-
-HIDDEN = 64
-"""Steps after which the slots of tokens that have left are closed by moving the others together."""
 
 ALL_QUERIES = sys.maxsize
 """As an observation window: a method that scores with every query of the prompt."""

@@ -15,7 +15,7 @@ import torch
 from transformers import PretrainedConfig
 
 from ..storage.base import LayerStorage
-from .base import HIDDEN, Budget, Selection, Step, check_budget, resolve_budget, slots_that_stay
+from .base import Budget, Selection, Step, check_budget, resolve_budget
 
 
 @dataclass
@@ -27,14 +27,12 @@ class EvictingState:
         limit: [B, 1] int64, tokens that each row may hold.
         safe: [B, 1] int64, how many of the last tokens may not leave.
         most: the largest limit as a plain number, which costs no look at the device.
-        hidden: how many tokens at most have left since the others were last moved together.
     """
 
     scores: torch.Tensor | None = None
     limit: torch.Tensor | None = None
     safe: torch.Tensor | None = None
     most: int = 0
-    hidden: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,8 +81,7 @@ class EvictingSelection(Selection):
         state.scores = scores
 
     def attend(self, state: EvictingState, storage: LayerStorage, step: Step) -> torch.Tensor:
-        n = step.query.shape[2]
-        return torch.cat([self._attend_one(state, storage, step.part(slice(i, i + 1))) for i in range(n)], dim=2)
+        return torch.cat([self._attend_one(state, storage, token) for token in step.tokens()], dim=2)
 
     def _attend_one(self, state: EvictingState, storage: LayerStorage, step: Step) -> torch.Tensor:
         out, weights, held = attend_and_weigh(storage, step)
@@ -115,14 +112,9 @@ class EvictingSelection(Selection):
         protected = rank >= slots - state.safe[:, :, None]  # the last slots hold the last tokens, without a gap
         victim = worth.masked_fill(protected | ~stay, float("inf")).argmin(-1, keepdim=True)  # [B, 1 or H, 1]
         stay = stay.scatter(-1, victim, stay.gather(-1, victim) & (count <= limit))
-        state.hidden += 1
-        if state.hidden < HIDDEN and not at_once and storage.hide(stay):
-            return
-        state.hidden = 0
-        kept, valid = slots_that_stay(stay)
-        storage.keep(kept, valid)
-        if state.scores is not None:
-            state.scores = state.scores.gather(-1, kept.expand(*state.scores.shape[:2], -1))
+        moved = storage.drop(stay, at_once)
+        if moved is not None and state.scores is not None:
+            state.scores = state.scores.gather(-1, moved.expand(*state.scores.shape[:2], -1))
 
     def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int) -> Sequence[int]:
         return [min(prompt_length + new_tokens, resolve_budget(self.budget, prompt_length))] * layers

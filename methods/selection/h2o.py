@@ -11,7 +11,7 @@ the heads of a group are averaged into their KV head's sum.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,18 +100,30 @@ class H2O(EvictingSelection):
 
 def attention_received(prompt: Prompt) -> torch.Tensor:
     """Column sums of the causal attention matrix, averaged over the query heads of a group: [R, H_kv, T], float32."""
-    rows, _, length, dim = prompt.query.shape
-    heads = prompt.keys.shape[1]
-    grouped = prompt.query.reshape(rows, heads, prompt.groups, length, dim)
-    sums = torch.zeros(rows, heads, length, dtype=torch.float32, device=prompt.query.device)
-    block = 8 * BLOCK if sums.is_cuda else BLOCK
-    for start in range(0, length, block):
-        end = min(length, start + block)
-        n = end - start
-        queries = grouped[:, :, :, start:end].reshape(rows, heads, prompt.groups * n, dim)
+    shape = (*prompt.keys.shape[:2], prompt.length)
+    sums = torch.zeros(shape, dtype=torch.float32, device=prompt.query.device)
+    for _, attention in attention_blocks(prompt, prompt.length):
+        sums[..., : attention.shape[-1]] += attention.sum(dim=(2, 3))
+    return sums / prompt.groups
+
+
+def attention_blocks(prompt: Prompt, count: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Causal attention of the prompt's last ``count`` queries, in blocks of queries, so that memory grows with T alone.
+
+    Yields:
+        (number of the block's first query, [R, H_kv, g, n, columns] float32); a block has columns up to its last query.
+    """
+    rows, _, held, dim = prompt.query.shape
+    heads, length = prompt.keys.shape[1], prompt.length
+    grouped = prompt.query.reshape(rows, heads, prompt.groups, held, dim)
+    block = 8 * BLOCK if grouped.is_cuda else BLOCK
+    for start in range(0, count, block):
+        n = min(block, count - start)
+        first, end = length - count + start, length - count + start + n  # positions of the block's queries
+        at = held - count + start
+        queries = grouped[:, :, :, at : at + n].reshape(rows, heads, prompt.groups * n, dim)
         logits = (queries @ prompt.keys[:, :, :end].transpose(-1, -2)).float().mul_(prompt.scaling)
         logits = logits.reshape(rows, heads, prompt.groups, n, end)
         future = torch.ones(n, n, dtype=torch.bool, device=logits.device).triu(1)
-        logits[..., start:].masked_fill_(future, float("-inf"))
-        sums[..., :end] += logits.softmax(dim=-1).sum(dim=(2, 3))
-    return sums / prompt.groups
+        logits[..., first:].masked_fill_(future, float("-inf"))
+        yield start, logits.softmax(dim=-1)

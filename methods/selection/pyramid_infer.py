@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -30,12 +30,12 @@ import torch
 import torch.nn.functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ...conf.errors import InputError, require
+from ...conf.errors import InputError, is_whole, require
 from ..prompt import Prompt, Rows
-from ..storage.base import LayerStorage
-from .base import ALL_QUERIES, Budget, Kept, Selection, Step, check_budget, resolve_budget, slots_that_stay
+from ..storage.base import LayerStorage, slots_that_stay
+from .base import ALL_QUERIES, Budget, Kept, Selection, Step, check_budget, resolve_budget
 from .evicting import attend_and_weigh
-from .h2o import BLOCK
+from .h2o import attention_blocks
 
 if TYPE_CHECKING:
     from ..base import KVCache
@@ -152,8 +152,7 @@ class PyramidInfer(Selection):
         require(isinstance(ratio, int | float) and 0 <= ratio < 1, at + "recent_ratio", ratio, "must be in [0, 1)")
         for key, least in (("interval", 1), ("min_context", 0), ("sinks", 0), ("gen_window", 1)):
             value = getattr(self, key)
-            ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
-            require(ok, at + key, value, f"must be a whole number >= {least}")
+            require(is_whole(value, least), at + key, value, f"must be a whole number >= {least}")
         weight = self.distance_weight
         require(isinstance(weight, int | float) and weight > 0, at + "distance_weight", weight, "must be above 0")
         for key, allowed in (("strategy", STRATEGIES), ("trigger", TRIGGERS)):
@@ -267,10 +266,12 @@ class PyramidInfer(Selection):
         weights = torch.linspace(1.0, self.distance_weight, recent, device=prompt.keys.device)
         score = torch.zeros(prompt.keys.shape[0], prompt.length, device=prompt.keys.device)
         rows = []
-        for start, attention in recent_attention(prompt, recent):
-            score += torch.einsum("q,rqt->rt", weights[start : start + attention.shape[1]], attention)
+        for start, block in attention_blocks(prompt, recent):
+            attention = block.mean(dim=(1, 2))  # [R, n, columns]
+            n, columns = attention.shape[1:]
+            score[:, :columns] += torch.einsum("q,rqt->rt", weights[start : start + n], attention)
             if published:
-                rows.append(attention)
+                rows.append(F.pad(attention, (0, prompt.length - columns)))
         if published:
             state.rows.append(torch.cat(rows, dim=1))
         if going_on == prompt.length:
@@ -307,11 +308,10 @@ class PyramidInfer(Selection):
     def attend(self, state: PyramidState, storage: LayerStorage, step: Step) -> torch.Tensor:
         if self.trigger == "never":
             return super().attend(state, storage, step)
-        n = step.query.shape[2]
         assert state.shared is not None
         if state.layer_idx == 0:
             state.shared.recent = []
-        return torch.cat([self._attend_one(state, storage, step.part(slice(i, i + 1)), i) for i in range(n)], dim=2)
+        return torch.cat([self._attend_one(state, storage, token, i) for i, token in enumerate(step.tokens())], dim=2)
 
     def _attend_one(self, state: PyramidState, storage: LayerStorage, step: Step, number: int) -> torch.Tensor:
         out, weights, held = attend_and_weigh(storage, step)
@@ -345,11 +345,10 @@ class PyramidInfer(Selection):
                 continue
             left = min(stay, number)
             if left < number:
-                if staying is None:
-                    shape = (len(state.lengths), 1, slots)
-                    staying = torch.ones(shape, dtype=torch.bool, device=storage.tokens.device)
-                    staying = staying if held is None else held[:, :1].clone()
                 worth = state.record.score(self, state, row, first, number)
+                if staying is None:
+                    every = torch.ones(len(state.lengths), 1, slots, dtype=torch.bool, device=worth.device)
+                    staying = every if held is None else held[:, :1].clone()
                 mark = torch.zeros(number, dtype=torch.bool, device=worth.device)
                 mark[worth.topk(left, sorted=False).indices] = True
                 at = slots - length + first
@@ -363,27 +362,6 @@ class PyramidInfer(Selection):
 
     def state_tensors(self, state: Any) -> list[torch.Tensor]:
         return [] if state.record is None else state.record.tensors()
-
-
-def recent_attention(prompt: Prompt, count: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Attention of the last ``count`` queries over the prompt, averaged over all heads, in blocks of queries.
-
-    Yields:
-        (number of the block's first query, [R, n, T] float32).
-    """
-    rows, _, _, dim = prompt.query.shape
-    length, heads = prompt.length, prompt.keys.shape[1]
-    keys = prompt.keys.transpose(-1, -2)
-    columns = torch.arange(length, device=keys.device)
-    block = 8 * BLOCK if keys.is_cuda else BLOCK
-    for start in range(0, count, block):
-        n = min(block, count - start)
-        first = length - count + start  # position of the block's first query among the layer's tokens
-        at = prompt.query.shape[2] - count + start
-        queries = prompt.query[:, :, at : at + n].reshape(rows, heads, -1, dim)
-        logits = (queries @ keys).float().mul_(prompt.scaling).unflatten(2, (-1, n))  # [R, H, g, n, T]
-        future = columns[None] > first + torch.arange(n, device=keys.device)[:, None]
-        yield start, logits.masked_fill_(future, float("-inf")).softmax(-1).mean(dim=(1, 2))
 
 
 @lru_cache(maxsize=4096)

@@ -31,7 +31,7 @@ from ..attention import cached_attention
 from ..prompt import Prompt
 from ..rotary import Rotary
 from ..storage.base import LayerStorage
-from .base import HIDDEN, Budget, Kept, Selection, Step, check_budget, resolve_budget, slots_that_stay
+from .base import Budget, Kept, Selection, Step, check_budget, resolve_budget
 
 BLOCK = 256
 """Prompt tokens that pass through the cache at a time in ``true_stream``; memory is O(BLOCK x (budget + BLOCK))."""
@@ -47,7 +47,6 @@ class StreamState:
         limit: tokens a row may hold between steps, [B, 1] int64; None until it is known.
         fed: tokens fed so far as a plain number, an upper bound of ``seen`` that costs no device sync.
         padded: rows differ in length, so that the sinks of each stand in slots of their own.
-        hidden: how many steps ago the held tokens were last moved together.
     """
 
     rotary: Rotary | None
@@ -55,7 +54,6 @@ class StreamState:
     limit: torch.Tensor | None = None
     fed: int = 0
     padded: bool = False
-    hidden: int = 0
 
 
 @dataclass(frozen=True)
@@ -177,7 +175,7 @@ class StreamingLLM(Selection):
         logits = (logits.to(exact) * step.scaling).masked_fill(~visible[:, None, None], float("-inf"))
         weights = logits.softmax(-1).to(values.dtype).flatten(2, 3)  # [B, H, g * n, S]
         out = (weights @ values).reshape(query.shape)
-        self._evict(state, storage, held, rank, sinks, recent, at_once=n > 1 or step.valid is not None)
+        self._evict(storage, held, rank, sinks, recent, at_once=n > 1 or step.valid is not None)
         return out
 
     def _logits(
@@ -208,7 +206,6 @@ class StreamingLLM(Selection):
 
     def _evict(
         self,
-        state: StreamState,
         storage: LayerStorage,
         held: torch.Tensor | None,
         rank: torch.Tensor,
@@ -222,12 +219,7 @@ class StreamingLLM(Selection):
             held = torch.ones(batch, 1, slots, dtype=torch.bool, device=rank.device)
         count = held[:, 0].sum(1, keepdim=True)
         stay = (held[:, 0] & ((rank < sinks) | (rank >= count - recent)))[:, None]
-        state.hidden += 1
-        if state.hidden < HIDDEN and not at_once and storage.hide(stay):
-            return
-        state.hidden = 0
-        if not bool(stay.all()):
-            storage.keep(*slots_that_stay(stay))
+        storage.drop(stay, at_once)
 
     def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int) -> Sequence[int]:
         return [min(prompt_length + new_tokens, resolve_budget(self.budget, prompt_length))] * layers

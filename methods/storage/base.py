@@ -34,12 +34,23 @@ class KVShape:
     query_heads: int
 
 
+def slots_that_stay(stay: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Slots marked True in ``stay`` [..., S], in their order and ending at the right: (int64 [..., C], valid or None).
+
+    C is the most that any row or head has; ``valid`` is False where one has fewer, None where all have as many.
+    """
+    width = int(stay.sum(-1).max())
+    slots = stay.int().sort(dim=-1, stable=True).indices[..., stay.shape[-1] - width :]
+    valid = stay.gather(-1, slots)
+    return slots, None if bool(valid.all()) else valid
+
+
 class LayerStorage(ABC):
     """Keys and values of one layer for one batch.
 
     Slots are in the order of the tokens. ``valid`` masks [B, 1 or H, S] mark the slots that hold a real token: rows
     (or heads) of a batch that keep fewer tokens than the longest one are padded on the left, and a token that was
-    hidden leaves a hole.
+    dropped may leave a hole.
     """
 
     @abstractmethod
@@ -58,13 +69,20 @@ class LayerStorage(ABC):
     def keep(self, slots: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         """Keep only ``slots``: [C] for all rows and heads alike, or [B, 1 or H, C]; increasing where valid."""
 
-    def hide(self, stay: torch.Tensor) -> bool:
-        """Let the tokens that are False in ``stay`` [B, 1 or H, S] leave without moving the others.
+    def drop(self, stay: torch.Tensor, at_once: bool) -> torch.Tensor | None:
+        """Let the tokens that are False in ``stay`` [B, 1 or H, S] leave.
 
-        Their slots are invalid from now on and are used again after the next :meth:`keep`. Returns whether this
-        storage can do so; where it cannot, nothing has happened and ``keep`` is the way.
+        A storage may leave holes for a while instead of moving the others together; ``at_once``: not this time.
+
+        Returns:
+            The slots that were moved together, int64 [B, 1 or H, C], for whoever counts something for each slot; None:
+            no token has moved.
         """
-        return False
+        slots, valid = slots_that_stay(stay)
+        if valid is None and slots.shape[-1] == stay.shape[-1]:
+            return None
+        self.keep(slots, valid)
+        return slots
 
     def attend(self, query: torch.Tensor, scaling: float, valid: torch.Tensor | None) -> torch.Tensor:
         """Attention of n new tokens, already appended, over everything held: [B, H_q, n, D] -> the same shape.

@@ -12,6 +12,9 @@ from .base import KVShape, LayerStorage, Storage
 GROWTH = 128
 """Slots added at a time when a layer grows, so that a step writes in place instead of copying the whole layer."""
 
+HIDDEN = 64
+"""Steps with tokens that leave after which the others are moved together; until then their slots are holes."""
+
 
 class DenseLayer(LayerStorage):
     """[B, H, capacity, D] buffers of which the first ``length`` slots are in use.
@@ -25,6 +28,7 @@ class DenseLayer(LayerStorage):
         self._keys: torch.Tensor | None = None
         self._values: torch.Tensor | None = None
         self._valid: torch.Tensor | None = None
+        self._drops = 0  # since tokens were last moved together
 
     def write(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         # A copy, always: a slice, or a view of a fused projection, would keep its whole parent in memory.
@@ -52,12 +56,16 @@ class DenseLayer(LayerStorage):
             self._valid[:, :, start : start + n] = True if valid is None else valid[:, None]
         self.length = start + n
 
-    def hide(self, stay: torch.Tensor) -> bool:
-        assert self._keys is not None, "hide before write"
+    def drop(self, stay: torch.Tensor, at_once: bool) -> torch.Tensor | None:
+        self._drops += 1
+        if at_once or self._drops >= HIDDEN:
+            self._drops = 0
+            return super().drop(stay, at_once)
+        assert self._keys is not None, "drop before write"
         if self._valid is None or self._valid.shape[1] != stay.shape[1]:
             self._valid = torch.ones(*stay.shape[:2], self._keys.shape[2], dtype=torch.bool, device=stay.device)
         self._valid[:, :, : self.length] = stay
-        return True
+        return None
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         assert self._keys is not None and self._values is not None, "read before write"
