@@ -12,6 +12,7 @@ from tiny_models import left_pad, prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
 from kvbench.methods.base import Method, kv_shape
+from kvbench.methods.selection import pyramid_infer
 from kvbench.methods.selection.pyramid_infer import PyramidInfer
 from kvbench.methods.selection.streaming_llm import StreamingLLM
 from kvbench.methods.storage.dense import Dense
@@ -179,8 +180,9 @@ RULES = [
 @torch.no_grad()
 @pytest.mark.parametrize("rule", RULES, ids=range(len(RULES)))
 @pytest.mark.parametrize("lengths", [[23], [23, 14, 23], [20, 21], [21, 20, 20]], ids=str)  # 20 and 21 meet: 11, then 7
-def test_it_is_the_naive_model(rule, lengths):
+def test_it_is_the_naive_model(rule, lengths, monkeypatch):
     """Logits of prompt and 24 steps, and the tokens held; alone, and as the rows of a left-padded batch."""
+    monkeypatch.setattr(pyramid_infer, "ROOM", 5)
     model = tiny_model()
     prompts = [prompt_ids(length, seed) for seed, length in enumerate(lengths)]
     ids, mask = left_pad(prompts)
@@ -323,6 +325,33 @@ def test_several_tokens_at_once_are_one_after_the_other(rule, padded):
     assert (ours - theirs).abs().max() < 1e-9
     for a, b in zip(at_once.tokens_held, in_turn.tokens_held, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if r.trigger == "own_length"], ids=str)
+@pytest.mark.parametrize("still", [0, 1])
+def test_a_row_whose_token_is_a_pad_stands_still(rule, still, monkeypatch):
+    """A further turn of 30 tokens, three at a time, in which one row has nothing to say for a while."""
+    monkeypatch.setattr(pyramid_infer, "ROOM", 2)
+    model = tiny_model()
+    real = torch.ones(2, 30, dtype=torch.bool)
+    real[still, 10:25] = False
+    told = torch.cat([prompt_ids(30, 5), prompt_ids(30, 6)])
+    ids, mask = left_pad([prompt_ids(40, 1), prompt_ids(31, 2)])
+    cache = Method("x", rule).new_cache(model)
+    prefill(model, cache, ids, mask)
+    logits = []
+    for new in (slice(i, i + 3) for i in range(0, 30, 3)):
+        positions = cache.next_positions()[:, None] + (real[:, new].cumsum(1) - 1).clamp_min(0)
+        mask = torch.cat([mask, real[:, new].long()], dim=1)
+        with torch.inference_mode():
+            out = model(told[:, new], attention_mask=mask, position_ids=positions, past_key_values=cache)
+        logits.append(out.logits)
+    logits = torch.cat(logits, dim=1)
+    for row, prompt in enumerate((prompt_ids(40, 1), prompt_ids(31, 2))):
+        alone = Method("x", rule).new_cache(model)
+        prefill(model, alone, prompt)
+        theirs = torch.cat([decode(model, alone, t[None]) for t in told[row, real[row]]])
+        assert (logits[row, real[row]] - theirs).abs().max() < 1e-9
 
 
 def test_nothing_of_the_prompts_reading_stays_in_memory_and_a_copy_goes_on_alone():

@@ -44,6 +44,8 @@ STRATEGIES = ("cosine", "linear", "constant")
 TRIGGERS = ("own_length", "published", "never")
 GRID = 1024
 """Decay ratios tried to meet a budget: 0, 1 / GRID, ..., 1."""
+ROOM = 256
+"""Columns added at once to the sums over generated tokens."""
 
 
 @dataclass
@@ -92,6 +94,10 @@ class PyramidState:
     seen: list[int] = field(default_factory=list)
     recent: list[int] = field(default_factory=list)
     record: WindowSums | AttentionRows | None = None
+
+    def waiting(self) -> list[int]:
+        """Generated tokens of each row that wait to be thinned out."""
+        return [n - s for n, s in zip(self.lengths, self.settled, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -315,7 +321,6 @@ class PyramidInfer(Selection):
 
     def _attend_one(self, state: PyramidState, storage: LayerStorage, step: Step, number: int) -> torch.Tensor:
         out, weights, held = attend_and_weigh(storage, step)
-        attention = weights.mean(dim=(1, 2))  # [B, S]
         assert state.shared is not None and state.record is not None
         real = [True] * len(state.lengths) if step.valid is None else step.valid[:, 0].tolist()
         for row, is_real in enumerate(real):
@@ -328,10 +333,10 @@ class PyramidInfer(Selection):
             assert held is not None
             kept, valid = slots_that_stay(held[:, :1])
             storage.keep(kept, valid)
-            attention = attention.gather(1, kept[:, 0]) * step.valid
+            weights = weights.gather(3, kept[:, :, None].expand(*weights.shape[:3], -1))
             held = valid
-        state.record.observe(self, state, attention, step.valid)
-        self._thin_out(state, storage, attention.shape[1], held)
+        state.record.observe(self, state, weights, step.valid)
+        self._thin_out(state, storage, weights.shape[3], held)
         return out
 
     def _thin_out(self, state: PyramidState, storage: LayerStorage, slots: int, held: torch.Tensor | None) -> None:
@@ -358,10 +363,13 @@ class PyramidInfer(Selection):
         if staying is not None:
             kept, valid = slots_that_stay(staying)
             storage.keep(kept, valid)
-            state.record.keep(kept[:, 0], state)
+            state.record.keep(kept[:, 0])
 
     def state_tensors(self, state: Any) -> list[torch.Tensor]:
         return [] if state.record is None else state.record.tensors()
+
+    def logical_state_bytes(self, state: Any, tokens: torch.Tensor) -> int:
+        return 0 if state.record is None else state.record.logical_bytes(state)
 
 
 @lru_cache(maxsize=4096)
@@ -430,53 +438,77 @@ class WindowSums:
     number, where the published code keeps a row of attention for each query.
 
     Attributes:
-        plain, by_number: [B, W] float32, of the last W slots.
+        plain, by_number: [B, C] float32; of the columns before ``end`` the last W belong to the last W slots held, and
+            the ones after it are zero.
+        end: columns in use.
     """
 
     plain: torch.Tensor
     by_number: torch.Tensor
+    end: int
 
     @staticmethod
     def empty(batch: int, device: torch.device) -> WindowSums:
-        return WindowSums(*(torch.zeros(batch, 0, device=device) for _ in range(2)))
+        plain, by_number = (torch.zeros(batch, 0, device=device) for _ in range(2))
+        return WindowSums(plain, by_number, 0)
 
     def observe(
-        self, rule: PyramidInfer, state: PyramidState, attention: torch.Tensor, real: torch.Tensor | None
+        self, rule: PyramidInfer, state: PyramidState, weights: torch.Tensor, real: torch.Tensor | None
     ) -> None:
-        """Add a step's attention [B, S]; where ``real`` is False nothing is added."""
-        device = attention.device
-        waiting = [n - s for n, s in zip(state.lengths, state.settled, strict=True)]
-        width = max(waiting)
-        longer = width - self.plain.shape[1]
-        sums = []
-        for old in (self.plain, self.by_number):
-            new = F.pad(old, (longer - 1, 1))
-            if real is not None:
-                new = torch.where(real, new, F.pad(old, (longer, 0)))
-            sums.append(new)
-        # Rows of one length need no look at the host's numbers by the device.
-        alike = min(waiting) == width
-        count = torch.full((1, 1), width, device=device) if alike else torch.tensor(waiting, device=device)[:, None]
-        number = torch.arange(width, device=device) - (width - count)  # [B, W], of each slot's token among the waiting
-        after = (number // rule.gen_window + 1) * rule.gen_window  # number of the first query that counts
-        order = count - 1 - after
-        paid = torch.where((number >= 0) & (order >= 0), attention[:, attention.shape[1] - width :], 0.0)
-        self.plain, self.by_number = sums[0] + paid, sums[1] + paid * order
+        """Add a step's attention [B, H, g, S]; where ``real`` is False nothing is added."""
+        waiting = state.waiting()
+        width, window = max(waiting), rule.gen_window
+        self._make_room(width)
+        self.end += 1
+        if real is not None:  # the row of a pad stands still, and its columns end at the new one all the same
+            for sums in (self.plain, self.by_number):
+                used = sums[:, : self.end]
+                used[:, 1:] = torch.where(real, used[:, 1:], used[:, :-1])
+        # Up to the last token, in any row, whose window was complete before this step.
+        observed = max(width - n + (n - 1) // window * window if n > window else 0 for n in waiting)
+        if not observed:
+            return
+        at = slice(self.end - width, self.end - width + observed)
+        first = weights.shape[3] - width
+        paid = weights[..., first : first + observed].mean(dim=(1, 2))
+        if min(waiting) == width and real is None:  # rows of one length need no look at the host's numbers
+            number = torch.arange(observed, device=paid.device)
+            order = (width - 1 - window) - number // window * window
+        else:
+            count = torch.tensor(waiting, device=paid.device)[:, None]
+            number = torch.arange(observed, device=paid.device) - (width - count)  # [B, observed]
+            order = (count - 1 - window) - number // window * window
+            counts = (number >= 0) & (order >= 0)
+            paid = torch.where(counts if real is None else counts & real, paid, 0.0)
+        self.plain[:, at] += paid
+        self.by_number[:, at] += paid * order
+
+    def _make_room(self, width: int) -> None:
+        """For one more column; what belongs to slots whose tokens wait no longer goes."""
+        if self.end < self.plain.shape[1]:
+            return
+        stay = min(self.end, width)
+        grown = []
+        for sums in (self.plain, self.by_number):
+            new = sums.new_zeros(sums.shape[0], stay + ROOM)
+            new[:, :stay] = sums[:, self.end - stay :]
+            grown.append(new)
+        self.plain, self.by_number = grown
+        self.end = stay
 
     def score(self, rule: PyramidInfer, state: PyramidState, row: int, first: int, number: int) -> torch.Tensor:
         """Worth of ``number`` tokens from slot ``first`` of a row's tokens: [number]."""
-        waiting = state.lengths[row] - state.settled[row]
-        queries = waiting - number
-        slope = (rule.distance_weight - 1) / max(1, queries - 1)
-        at = self.plain.shape[1] - waiting
+        waiting = state.waiting()[row]
+        slope = (rule.distance_weight - 1) / max(1, waiting - number - 1)
+        at = self.end - waiting
         window = slice(at, at + number)
         return self.plain[row, window] + slope * self.by_number[row, window]
 
-    def keep(self, slots: torch.Tensor, state: PyramidState) -> None:
-        """Tokens have left; those that wait now are the last ones of each row."""
-        width = max(n - s for n, s in zip(state.lengths, state.settled, strict=True))
-        start = self.plain.shape[1] - width
-        self.plain, self.by_number = self.plain[:, start:].clone(), self.by_number[:, start:].clone()
+    def keep(self, slots: torch.Tensor) -> None:
+        """Tokens have left that waited first; those that still wait are the last ones as before."""
+
+    def logical_bytes(self, state: PyramidState) -> int:
+        return 8 * sum(state.waiting())
 
     def tensors(self) -> list[torch.Tensor]:
         return [self.plain, self.by_number]
@@ -504,9 +536,12 @@ class AttentionRows:
         return AttentionRows(out)
 
     def observe(
-        self, rule: PyramidInfer, state: PyramidState, attention: torch.Tensor, real: torch.Tensor | None
+        self, rule: PyramidInfer, state: PyramidState, weights: torch.Tensor, real: torch.Tensor | None
     ) -> None:
-        """Add a step's attention [B, S]; where ``real`` is False nothing is added."""
+        """Add a step's attention [B, H, g, S]; where ``real`` is False nothing is added."""
+        attention = weights.mean(dim=(1, 2))
+        if real is not None:
+            attention = attention * real
         slots, queries = attention.shape[1], 1 + max(state.recent)
         longer = slots - self.rows.shape[2]
         new = torch.cat([F.pad(self.rows, (longer - 1, 1)), attention[:, None]], dim=1)
@@ -522,9 +557,12 @@ class AttentionRows:
         weights = torch.linspace(1.0, rule.distance_weight, last.shape[0], device=last.device)
         return weights @ last
 
-    def keep(self, slots: torch.Tensor, state: PyramidState) -> None:
+    def keep(self, slots: torch.Tensor) -> None:
         """Only ``slots`` [B, C] are held from now on."""
         self.rows = self.rows.gather(2, slots[:, None].expand(-1, self.rows.shape[1], -1))
+
+    def logical_bytes(self, state: PyramidState) -> int:
+        return self.rows.nbytes
 
     def tensors(self) -> list[torch.Tensor]:
         return [self.rows]
