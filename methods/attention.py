@@ -42,6 +42,8 @@ def attention_function(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    strict: bool = False,
+    new_kv: tuple[torch.Tensor, torch.Tensor] | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer, as transformers calls it.
@@ -53,6 +55,8 @@ def attention_function(
         attention_mask: the 2-D padding mask [B, tokens seen + n], True where a token is real, or None: no padding.
         scaling: factor on the logits; 1 / sqrt(D) when None.
         sliding_window: the model's own window for this layer, if it has one.
+        strict, new_kv: of kvbench's own models (:mod:`.sharing.model`): no token sees itself; what the layer adds where
+            that is not what it attends over.
 
     Returns:
         ([B, n, H_q, D], None).
@@ -62,8 +66,8 @@ def attention_function(
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     cache: KVCache | None = getattr(key, "kvbench_cache", None)
-    seen = query.shape[2] if cache is None else cache.get_seq_length(module.layer_idx) + query.shape[2]
-    if sliding_window is not None and seen > sliding_window:
+    seen = 0 if cache is None else cache.get_seq_length(module.layer_idx) + key.shape[2]
+    if cache is not None and not cache.keeps_windows and sliding_window is not None and seen > sliding_window:
         raise InputError(
             "model",
             type(module).__name__,
@@ -71,9 +75,9 @@ def attention_function(
             f"use a model without a window, or task.max_length below {sliding_window}",
         )
     if cache is None:  # a forward without a cache: scoring, or method=no_cache
-        out = uncached_attention(query, key, value, scaling, attention_mask)
+        out = uncached_attention(query, key, value, scaling, attention_mask, strict, sliding_window)
     else:
-        out = cache.attend(module.layer_idx, query, key, value, scaling, attention_mask)
+        out = cache.attend(module.layer_idx, query, key, value, scaling, attention_mask, new_kv)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -98,18 +102,27 @@ def repeat_heads(x: torch.Tensor, times: int) -> torch.Tensor:
     return x if times == 1 else x.repeat_interleave(times, dim=1)
 
 
-def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+def causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, strict: bool = False
+) -> torch.Tensor:
     """Causal attention of the last n tokens of a sequence over all of it (rows without padding).
 
     Args:
         query: [B, H_q, n, D], the queries of positions S - n .. S - 1.
         key, value: [B, H_kv, S, D] with S >= n.
         scaling: factor on the logits.
+        strict: no token sees itself; the first token of all sees nothing, and its output is zero.
 
     Returns:
         [B, H_q, n, D].
     """
     n, length = query.shape[2], key.shape[2]
+    if strict:  # token i sees what token i - 1 sees of a sequence that is one token shorter
+        lead = int(n == length)
+        out = torch.zeros_like(query)
+        if n > lead:
+            out[:, :, lead:] = causal_attention(query[:, :, lead:], key[:, :, :-1], value[:, :, :-1], scaling)
+        return out
     if n < length:
         return cached_attention(query, key, value, scaling)
     if query.is_cuda:
@@ -157,9 +170,6 @@ def cached_attention(
 ) -> torch.Tensor:
     """Attention of n new tokens over a cache whose last n slots are those tokens.
 
-    The query heads of a group are laid side by side as extra query rows of their KV head, so keys and values are never
-    expanded: [B, H_kv, g * n, D] against [B, H_kv, S, D].
-
     Args:
         query: [B, H_q, n, D].
         keys, values: [B, H, S, D] with H dividing H_q.
@@ -169,21 +179,64 @@ def cached_attention(
     Returns:
         [B, H_q, n, D].
     """
+    mask = visibility(query.shape[2], keys.shape[2], valid, query.device)
+    if mask is not None and mask.shape[2] != query.shape[2]:
+        mask = mask.expand(-1, -1, query.shape[2], -1)
+    return masked_attention(query, keys, values, scaling, mask)
+
+
+def masked_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Attention under a bool mask [B or 1, H or 1, n, S] (None: everything is visible); [B, H_q, n, D] in and out.
+
+    The query heads of a group are laid side by side as extra query rows of their KV head, so keys and values are never
+    expanded: [B, H_kv, g * n, D] against [B, H_kv, S, D].
+    """
     batch, query_heads, n, dim = query.shape
     heads = keys.shape[1]
     groups = query_heads // heads
-    mask = visibility(n, keys.shape[2], valid, query.device)
     if mask is not None and groups > 1 and n > 1:
-        mask = mask.expand(-1, -1, n, -1).repeat(1, 1, groups, 1)
+        mask = mask.repeat(1, 1, groups, 1)
     rows = query.reshape(batch, heads, groups * n, dim)
     out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scaling)
     return out.reshape(batch, query_heads, n, dim)
 
 
 def uncached_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, attention_mask: torch.Tensor | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    attention_mask: torch.Tensor | None,
+    strict: bool = False,
+    window: int | None = None,
 ) -> torch.Tensor:
-    """Causal attention of whole rows that may be padded on either side; [B, H_q, T, D] -> [B, H_q, T, D]."""
-    if attention_mask is None or bool(attention_mask.all()):
-        return causal_attention(query, key, value, scaling)
-    return cached_attention(query, key, value, scaling, attention_mask.bool()[:, None, :])
+    """Causal attention of the last n tokens of whole rows, which may be padded on either side.
+
+    Args:
+        query: [B, H_q, n, D].
+        key, value: [B, H_kv, T, D].
+        scaling: factor on the logits.
+        attention_mask: [B, T], True for a real token; None: no padding.
+        strict: no token sees itself.
+        window: tokens that each one sees, itself included; None: all before it.
+
+    Returns:
+        [B, H_q, n, D]; zero where a token sees nothing.
+    """
+    n, length = query.shape[2], key.shape[2]
+    padded = attention_mask is not None and not bool(attention_mask.all())
+    if not padded and (window is None or length <= window):
+        return causal_attention(query, key, value, scaling, strict)
+    at = torch.arange(length, device=query.device)
+    age = at[length - n :, None] - at[None]
+    visible = age >= int(strict)
+    if window is not None:
+        visible = visible & (age < window)
+    visible = visible[None, None]
+    if padded:
+        assert attention_mask is not None
+        visible = visible & attention_mask.bool()[:, None, None, :]
+    sees = visible.any(-1, keepdim=True)
+    return masked_attention(query, key, value, scaling, visible | ~sees).masked_fill(~sees, 0.0)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,11 @@ from transformers.cache_utils import Cache
 from ..conf.errors import InputError
 from .attention import repeat_heads, tag, use_kvbench_attention
 from .prompt import Prompt, PromptReader, Rows
-from .selection.base import Selection, Step
+from .selection.base import ALL_QUERIES, Selection, Step
+from .selection.streaming_llm import BLOCK, StreamingLLM
+from .sharing.base import Sharing
+from .sharing.plan import FULL, LINEAR, SLIDING, Plan, Use, plan_of
+from .sharing.recurrent import RecurrentLayer
 from .storage.base import KVShape, LayerStorage, Storage
 from .storage.dense import Dense
 
@@ -35,12 +39,14 @@ class Method:
         name: as typed after ``method=``.
         selection: which tokens each layer keeps.
         storage: how kept tokens are represented.
+        sharing: which layers own keys and values at all, a part of the model; None: as the model at hand has it.
         budget: where the key ``method.budget`` stands; the selection takes its own from there and is what counts.
     """
 
     name: str
     selection: Selection = field(default_factory=Selection)
     storage: Storage = field(default_factory=Dense)
+    sharing: Sharing | None = None
     budget: int | float | None = None
 
     def __post_init__(self) -> None:
@@ -57,22 +63,73 @@ class Method:
                 f"holds rounded tokens, and method={self.name} lets tokens leave while decoding, which would round the "
                 "others again and again; use method/storage=dense, or a method that evicts after the prompt alone",
             )
+        if self.sharing is not None and self.sharing.shares:
+            self._check_sharing()
 
     @property
     def shares_prompt(self) -> bool:
         """Whether other methods can ride on the same reading of the prompt (``fan_out.py``)."""
         return self.selection.reads_whole_prompt
 
+    def _check_sharing(self) -> None:
+        """What cannot be held where layers share keys and values."""
+        if self.selection.spans_layers:
+            raise InputError(
+                "method",
+                self.name,
+                "drops tokens between layers, which then cannot share keys and values; use it on a plain model",
+            )
+        if self.storage.needs_the_same_tokens:
+            raise InputError(
+                "method/storage",
+                self.storage.name,
+                "merges neighbouring layers' keys and values, and here layers share them already; use dense or kivi4",
+            )
+        if self.selection.stores_query_heads:
+            raise InputError(
+                "method.selection.granularity",
+                "query_head",
+                "would store keys for the query heads of every layer that shares them; use kv_head",
+            )
+
     def new_cache(self, model: PreTrainedModel) -> KVCache:
-        """An empty cache for one batch of ``model``, which is switched to kvbench's attention function."""
+        """An empty cache for one batch of ``model``, which is switched to kvbench's attention function.
+
+        Where layers of the model share keys and values, there is a cache layer for each that owns some: one choice of
+        tokens, by the queries of all that attend over them. A sliding layer holds its window whatever the method.
+
+        Raises:
+            InputError: the method cannot be used on a model that shares as this one does.
+        """
         use_kvbench_attention(model)
         config = model.config.get_text_config()
-        storage = self.storage.new_layers(config.num_hidden_layers)
-        layers = [
-            CacheLayer(i, config.num_hidden_layers, self.selection, self.selection.new_state(config), storage[i])
-            for i in range(config.num_hidden_layers)
-        ]
-        cache = KVCache(layers)
+        plan = plan_of(config)
+        if plan.shares:
+            self._check_sharing()
+        if plan.looks_up and self.selection.reads_prompt_by_steps:
+            raise InputError(
+                "method",
+                self.name,
+                "takes a prompt step by step, and a model whose layers refer up encodes it in several passes; "
+                "use method.selection.mode=prefill_evict",
+            )
+        full = [i for i, kind in enumerate(plan.layer_types) if kind == FULL]
+        storage = iter(self.storage.new_layers(len(full)))
+        layers: list[Any] = []
+        for kind in plan.layer_types:
+            if kind == LINEAR:
+                layers.append(RecurrentLayer())
+                continue
+            selection = self.selection
+            held: LayerStorage = Dense().new_layers(1)[0]
+            if kind == SLIDING:
+                assert plan.window is not None
+                selection = StreamingLLM(plan.window - 1, sinks=0, reposition=False)
+            else:
+                held = next(storage)
+            number = sum(k == kind for k in plan.layer_types[: len(layers)])
+            layers.append(CacheLayer(number, len(full), selection, selection.new_state(config), held))
+        cache = KVCache(layers, plan)
         self.selection.attach(model, cache)
         return cache
 
@@ -81,13 +138,16 @@ class Method:
         tokens = self.selection.kept_tokens(prompt_length, new_tokens, shape.layers)
         heads = shape.query_heads if self.selection.stores_query_heads else shape.kv_heads
         stored = self.storage.bytes_formula(tokens, heads, shape, new_tokens)
-        return stored + self.selection.state_bytes(prompt_length, new_tokens, shape.layers, heads)
+        state = self.selection.state_bytes(prompt_length, new_tokens, shape.layers, heads)
+        return stored + state + shape.fixed_bytes(prompt_length + new_tokens)
 
     def identity(self) -> dict[str, Any]:
         """What decides this method's numbers, as plain data: class and values of its parts (not what is only shown)."""
         parts: dict[str, Any] = {"name": self.name}
-        for part in ("selection", "storage"):
+        for part in ("selection", "storage", "sharing"):
             value = getattr(self, part)
+            if value is None:  # a run from before there was such a part is the same run
+                continue
             parts[part] = {"class": type(value).__name__, **asdict(value)}
         return parts
 
@@ -146,6 +206,14 @@ class CacheLayer(PromptReader):
     def names(self) -> str:
         return type(self.selection).__name__
 
+    @property
+    def evicts_while_decoding(self) -> bool:
+        return self.selection.evicts_while_decoding
+
+    @property
+    def reads_prompt_by_steps(self) -> bool:
+        return self.selection.reads_prompt_by_steps
+
     def absorb(self, prompts: list[tuple[Rows, Prompt]]) -> None:
         """Compress the prompt: every group of rows gets its selection, then all are stored as one batch."""
         groups = []
@@ -194,23 +262,33 @@ class CacheLayer(PromptReader):
         value: torch.Tensor,
         scaling: float,
         new: NewTokens,
+        use: Use,
+        new_kv: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """One forward of this layer: [B, H_q, n, D] queries in, the same shape out."""
+        """One layer of the model comes here: [B, H_q, n, D] queries in, the same shape out."""
         if self.reading:
-            return self.read_prompt(query, key, value, scaling, new.rows, new.prompt_length)
+            return self.read_prompt(query, key, value, scaling, new.rows, new.prompt_length, use, new_kv)
+        if new_kv is not None:
+            key, value = new_kv
         if self.selection.stores_query_heads:
             groups = query.shape[1] // key.shape[1]
             key, value = repeat_heads(key, groups), repeat_heads(value, groups)
-        self.seen += query.shape[2]
-        out = self.selection.attend(self.state, self.storage, Step(query, key, value, scaling, new.valid))
-        self.storage.settle()
-        if self.seen == new.prompt_length:
-            self.storage.trim()
+        out = self.selection.attend(self.state, self.storage, Step(query, key, value, scaling, new.valid, use))
+        if use.last:
+            self.seen += key.shape[2]
+            self.storage.settle()
+            if self.seen == new.prompt_length:
+                self.storage.trim()
         return out
 
     def get_seq_length(self) -> int:
         """Columns fed so far (pads included): what transformers counts positions and masks by."""
         return self.seen
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """Real tokens held, [B, 1 or H], int64."""
+        return self.storage.tokens
 
     def tensors(self) -> list[torch.Tensor]:
         """Everything this layer holds in memory."""
@@ -226,6 +304,9 @@ class KVCache(Cache):
     """The cache of one batch. Make it with :meth:`Method.new_cache`; it is used once and thrown away.
 
     Attributes:
+        layers: cache layers; ``plan`` says which layers of the model use which.
+        plan: see :class:`.sharing.plan.Plan`.
+        rehearsing: the forward under way is a pass that will be done again: nothing may be kept of it.
         prompt_length: columns of the whole prompt, set before a prompt is fed in chunks; None: the first forward is
             all of it.
         tokens_seen: real tokens of each row so far, [B] int64; the next token's position.
@@ -238,8 +319,10 @@ class KVCache(Cache):
     copies = 1
     layers: list[Any]  # CacheLayer, or FanOutLayer: transformers' own layer classes hold tensors in their own way
 
-    def __init__(self, layers: Sequence[Any]):
+    def __init__(self, layers: Sequence[Any], plan: Plan):
         super().__init__(layers=list(layers))
+        self.plan = plan
+        self.rehearsing = False
         self.prompt_length: int | None = None
         self.tokens_seen: torch.Tensor | None = None
         self.new_tokens: NewTokens | None = None
@@ -253,7 +336,9 @@ class KVCache(Cache):
         return tag(key_states, self), value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.layers[layer_idx].get_seq_length()
+        if self.plan.layer_types[self.plan.cache_layer[layer_idx]] == LINEAR:
+            layer_idx = self._first_layer
+        return self.layers[self.plan.cache_layer[layer_idx]].get_seq_length()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.get_seq_length(layer_idx) + query_length, 0
@@ -288,29 +373,53 @@ class KVCache(Cache):
         value: torch.Tensor,
         scaling: float,
         padding_mask: torch.Tensor | None,
+        new_kv: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Attention of one layer: [B, H_q, n, D] queries, [B, H_kv, n, D] keys and values -> [B, H_q, n, D]."""
-        if layer_idx == 0:
-            self.new_tokens = self._begin(query, padding_mask)
-        assert self.new_tokens is not None
-        return self.layers[layer_idx].attend(query, key, value, scaling, self.new_tokens)
+        """Attention of one layer of the model.
 
-    def _begin(self, query: torch.Tensor, padding_mask: torch.Tensor | None) -> NewTokens:
+        Args:
+            layer_idx: which.
+            query: [B, H_q, m, D] of the last m of n new columns.
+            key, value: [B, H_kv, n, D], what the new columns show.
+            scaling: factor on the logits.
+            padding_mask: [B, columns so far + n], or None: no padding.
+            new_kv: what the new columns leave in the cache, where that is not ``key`` and ``value``.
+
+        Returns:
+            [B, H_q, m, D].
+        """
+        if layer_idx == self._first_layer:
+            self.new_tokens = self._begin(key, padding_mask)
+        assert self.new_tokens is not None
+        use = self.plan.uses[layer_idx]
+        if self.rehearsing:
+            use = Use(writes=False, strict=use.strict, last=False, counts=False)
+        layer = self.layers[self.plan.cache_layer[layer_idx]]
+        return layer.attend(query, key, value, scaling, self.new_tokens, use, new_kv)
+
+    @property
+    def _first_layer(self) -> int:
+        """The model's first layer that comes here in a forward."""
+        return next(i for i, c in enumerate(self.plan.cache_layer) if self.plan.layer_types[c] != LINEAR)
+
+    def _begin(self, key: torch.Tensor, padding_mask: torch.Tensor | None) -> NewTokens:
         """Look at a forward's padding once, for all of its layers."""
-        batch, n = query.shape[0], query.shape[2]
-        layer = self.layers[0]
+        batch, n = key.shape[0], key.shape[2]
+        reading = any(layer.reading for layer in self.layers)
         valid = None
         rows = [Rows(0, None)]
-        in_prompt = layer.reading or (self.prompt_length is not None and layer.seen < self.prompt_length)
+        in_prompt = reading or (self.prompt_length is not None and self.get_seq_length() < self.prompt_length)
         if padding_mask is not None and (in_prompt or n > 1):  # after the prompt a single new token is a real one
             mask = padding_mask.bool()
             valid = mask[:, -n:]
             if bool(valid.all()):
                 valid = None
-            if layer.reading:
+            if reading:
                 rows = rows_by_padding(mask)
+        if self.rehearsing:
+            return NewTokens(rows, valid, self.prompt_length)
         if self.tokens_seen is None:
-            self.tokens_seen = torch.zeros(batch, dtype=torch.int64, device=query.device)
+            self.tokens_seen = torch.zeros(batch, dtype=torch.int64, device=key.device)
         # In a fan-out the copies of a row are fed alike: the first ones stand for all.
         self.tokens_seen = self.tokens_seen + (n if valid is None else valid[: self.batch_size].sum(1))
         return NewTokens(rows, valid, self.prompt_length)
@@ -328,6 +437,48 @@ class KVCache(Cache):
         """Where ``copies`` > 1: leave out a member whose rows have all ended."""
         raise NotImplementedError
 
+    # the sharing models' side -------------------------------------------------------------------------------------
+
+    @property
+    def reads_whole_prompt(self) -> bool:
+        """Every layer that is not the same for all methods attends over the complete prompt."""
+        kinds = zip(self.layers, self.plan.layer_types, strict=True)
+        return all(layer.selection.reads_whole_prompt for layer, kind in kinds if kind == FULL)
+
+    @property
+    def keeps_windows(self) -> bool:
+        """The sliding layers have cache layers of their own kind."""
+        return SLIDING in self.plan.layer_types
+
+    @property
+    def most_columns(self) -> int | None:
+        """New columns that a forward may bring now; None: any number.
+
+        Where several layers of the model share a cache layer, what leaves it leaves after the last of them: columns
+        between which something leaves, or of which a layer above holds the keys, have to come in turn.
+        """
+        most = []
+        for number, layer in enumerate(self.layers):
+            if layer.reading:
+                continue
+            uses = [u for u, c in zip(self.plan.uses, self.plan.cache_layer, strict=True) if c == number]
+            if len(uses) > 1 and layer.evicts_while_decoding:
+                most.append(BLOCK if layer.reads_prompt_by_steps else 1)
+            if any(use.strict for use in uses):
+                most.append(1)
+        return min(most, default=None)
+
+    def queries_wanted(self, layer_idx: int) -> int:
+        """Last queries of a forward that the cache layer of a layer of the model wants to see; 0: none."""
+        layer = self.layers[self.plan.cache_layer[layer_idx]]
+        return layer.observation_window if layer.reading else ALL_QUERIES
+
+    def update_recurrent_state(  # type: ignore[override]
+        self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> None:
+        """Keep the state of a retention layer."""
+        self.layers[self.plan.cache_layer[layer_idx]].update(recurrent_states)
+
     # bytes --------------------------------------------------------------------------------------------------------
 
     @property
@@ -343,7 +494,7 @@ class KVCache(Cache):
     @property
     def tokens_held(self) -> list[torch.Tensor]:
         """Real tokens held: one [B, 1 or H] tensor a layer."""
-        return [layer.storage.tokens for layer in self.layers]
+        return [layer.tokens for layer in self.layers]
 
 
 def stored_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -376,10 +527,22 @@ def rows_by_padding(mask: torch.Tensor) -> list[Rows]:
 def kv_shape(config: PretrainedConfig, dtype: torch.dtype) -> KVShape:
     """What the byte formulas need, from a transformers config."""
     config = config.get_text_config()
+    plan = plan_of(config)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    linear = plan.layer_types.count(LINEAR)
     return KVShape(
-        layers=config.num_hidden_layers,
+        layers=plan.layer_types.count(FULL),
         kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        head_dim=head_dim,
         element_bytes=dtype.itemsize,
         query_heads=config.num_attention_heads,
+        sliding_layers=plan.layer_types.count(SLIDING),
+        window=plan.window or 0,
+        recurrent_bytes=linear * (config.retention_heads * head_dim**2 * 4 if linear else 0),
     )
+
+
+def full_shape(config: PretrainedConfig, dtype: torch.dtype) -> KVShape:
+    """The same for the plain model of this size: every layer with keys and values of its own."""
+    layers = config.get_text_config().num_hidden_layers
+    return replace(kv_shape(config, dtype), layers=layers, sliding_layers=0, window=0, recurrent_bytes=0)

@@ -8,12 +8,14 @@ decode.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
 
-from .base import KVCache, NewTokens
+from .base import CacheLayer, KVCache, NewTokens
 from .prompt import Prompt, PromptReader, Rows
+from .sharing.plan import LINEAR, Use
 
 
 class FanOutLayer(PromptReader):
@@ -22,9 +24,10 @@ class FanOutLayer(PromptReader):
     is_sliding = False
     is_compileable = False
 
-    def __init__(self, layer_idx: int, num_layers: int, members: Sequence[KVCache]):
-        self.members = [m.layers[layer_idx] for m in members]
-        super().__init__(layer_idx, num_layers, max(m.observation_window for m in self.members))
+    def __init__(self, members: Sequence[CacheLayer]):
+        self.members = list(members)
+        first = self.members[0]
+        super().__init__(first.layer_idx, first.num_layers, max(m.observation_window for m in self.members))
 
     def names(self) -> str:
         return ", ".join(dict.fromkeys(member.names() for member in self.members))
@@ -41,23 +44,70 @@ class FanOutLayer(PromptReader):
         value: torch.Tensor,
         scaling: float,
         new: NewTokens,
+        use: Use,
+        new_kv: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         if self.reading:
-            return self.read_prompt(query, key, value, scaling, new.rows, new.prompt_length)
-        self.seen += query.shape[2]
+            return self.read_prompt(query, key, value, scaling, new.rows, new.prompt_length, use, new_kv)
+        if use.last:
+            self.seen += key.shape[2]
         share = query.shape[0] // len(self.members)
         out = []
         for i, member in enumerate(self.members):
             mine = slice(i * share, (i + 1) * share)
             theirs = NewTokens([], None if new.valid is None else new.valid[mine], new.prompt_length)
-            out.append(member.attend(query[mine], key[mine], value[mine], scaling, theirs))
+            written = None if new_kv is None else (new_kv[0][mine], new_kv[1][mine])
+            out.append(member.attend(query[mine], key[mine], value[mine], scaling, theirs, use, written))
         return torch.cat(out)
+
+    @property
+    def evicts_while_decoding(self) -> bool:
+        return any(member.evicts_while_decoding for member in self.members)
+
+    @property
+    def reads_prompt_by_steps(self) -> bool:
+        return all(member.reads_prompt_by_steps for member in self.members)
 
     def get_seq_length(self) -> int:
         return self.seen
 
     def tensors(self) -> list[torch.Tensor]:
         return [t for member in self.members for t in member.tensors()]
+
+
+class FanOutWindow(FanOutLayer):
+    """A sliding layer: every member holds the same window, so the first one reads the prompt for all."""
+
+    def __init__(self, members: Sequence[CacheLayer]):
+        super().__init__(members)
+        self.reading = False
+        self._prompt_is_in = False
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        new: NewTokens,
+        use: Use,
+        new_kv: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        if self._prompt_is_in:
+            return super().attend(query, key, value, scaling, new, use, new_kv)
+        first = self.members[0]
+        out = first.attend(query, key, value, scaling, new, use, new_kv)
+        self.seen = first.seen
+        if use.last and new.prompt_length in (None, self.seen):
+            self._prompt_is_in = True
+            for member in self.members[1:]:
+                member.seen, member.state, member.storage = copy.deepcopy((first.seen, first.state, first.storage))
+        return out
+
+
+def fan_out_layer(members: Sequence[CacheLayer]) -> FanOutLayer:
+    """The members' cache layers of one place as one."""
+    return FanOutWindow(members) if members[0].reads_prompt_by_steps else FanOutLayer(members)
 
 
 class FanOutCache(KVCache):
@@ -70,10 +120,12 @@ class FanOutCache(KVCache):
     """
 
     def __init__(self, members: Sequence[KVCache]):
-        if not all(layer.selection.reads_whole_prompt for m in members for layer in m.layers):
+        if any(LINEAR in m.plan.layer_types for m in members):
+            raise ValueError("a retention layer's state is one for all rows, so its prompt cannot be shared")
+        if not all(m.reads_whole_prompt for m in members):
             raise ValueError("a method that does not read the prompt whole cannot share a reading of it")
-        num_layers = len(members[0].layers)
-        super().__init__([FanOutLayer(i, num_layers, members) for i in range(num_layers)])
+        together = zip(*(m.layers for m in members), strict=True)
+        super().__init__([fan_out_layer(layers) for layers in together], members[0].plan)
         self.members = list(members)
 
     @property

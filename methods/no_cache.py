@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .attention import use_kvbench_attention
 from .base import KVCache, Method
+from .sharing.plan import Plan, plan_of
 from .storage.base import KVShape
 
 
@@ -23,8 +24,8 @@ class NoCacheState(KVCache):
 
     recomputes = True
 
-    def __init__(self) -> None:
-        super().__init__(layers=[])
+    def __init__(self, plan: Plan) -> None:
+        super().__init__([], plan)
         self._ids: torch.Tensor | None = None
         self._mask: torch.Tensor | None = None
 
@@ -52,7 +53,7 @@ class NoCache(Method):
 
     def new_cache(self, model: PreTrainedModel) -> KVCache:
         use_kvbench_attention(model)
-        return NoCacheState()
+        return NoCacheState(plan_of(model.config.get_text_config()))
 
     def bytes_formula(self, shape: KVShape, prompt_length: int, new_tokens: int = 0) -> int:
         return 0

@@ -16,6 +16,7 @@ import torch
 
 from ..conf.errors import InputError
 from .attention import causal_attention
+from .sharing.plan import Use
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,12 @@ class Prompt:
 
     Attributes:
         query: [R, H_q, W, D], the queries of the last W tokens, after RoPE; W is what the selection asked for as
-            ``observation_window``, or the prompt's length if that is shorter.
+            ``observation_window``, or the prompt's length if that is shorter. Where several layers of the model attend
+            over these keys, H_q counts the heads of all of them, those that share a KV head side by side.
         keys, values: [R, H_kv, T, D], keys after RoPE.
         scaling: factor on the logits.
         layer_idx, num_layers: which layer of how many.
+        blind: [H_q / H_kv] bool, True for the query heads of a group that do not see their own token; None: all do.
         found: what has been worked out about this prompt; methods that read it together share it (:meth:`once`).
     """
 
@@ -54,6 +57,7 @@ class Prompt:
     scaling: float
     layer_idx: int
     num_layers: int
+    blind: torch.Tensor | None = None
     found: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def once(self, what: str, work_out: Callable[[Prompt], torch.Tensor]) -> torch.Tensor:
@@ -98,7 +102,10 @@ class PromptReader(ABC):
         self.reading = True
         self._keys: torch.Tensor | None = None  # [B, H_kv, prompt length, D] while a chunked prompt is read
         self._values: torch.Tensor | None = None
-        self._queries: torch.Tensor | None = None
+        self._written = 0  # columns put down
+        self._queries: list[torch.Tensor] = []  # of each layer that comes here, in turn
+        self._strict: list[bool] = []
+        self._turn = 0  # which of them comes now
 
     @abstractmethod
     def names(self) -> str:
@@ -116,24 +123,65 @@ class PromptReader(ABC):
         scaling: float,
         rows: list[Rows],
         prompt_length: int | None,
+        use: Use,
+        new_kv: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Attend over the prompt so far; with its last chunk, absorb it.
+        """Attend over the prompt so far; with its last chunk and last use, absorb it.
 
         Args:
-            query: [B, H_q, n, D], key and value: [B, H_kv, n, D], of this chunk.
+            query: [B, H_q, m, D], of the last m of the chunk's n columns: a layer may leave out what nobody asks for.
+            key, value: [B, H_kv, n, D], of this chunk; what is attended over beside the chunks before.
             scaling: factor on the logits.
             rows: the batch, grouped by leading pads.
             prompt_length: columns of the whole prompt, or None: this chunk is all of it.
+            use: what this layer of the model does here.
+            new_kv: what is written, where that is not ``key`` and ``value``.
 
         Returns:
-            [B, H_q, n, D]; zero where the query is a pad.
+            [B, H_q, m, D]; zero where the query is a pad.
         """
-        start, end = self.seen, self.seen + query.shape[2]
+        start, end = self.seen, self.seen + key.shape[2]
         whole = end if prompt_length is None else prompt_length
-        keys, values = self._collect(key, value, start, end, whole)
+        if use.writes and new_kv is None:
+            self._collect(key, value, start, end, whole)
+        keys, values = self._so_far(key, value, start, end, use)
+        if use.writes and new_kv is not None:
+            self._collect(*new_kv, start, end, whole)
+        out = self._attend_rows(query, keys, values, scaling, rows, end, use.strict)
+        if use.counts:
+            self._note(query, use.strict)
+        if use.last and use.counts:
+            self.seen, self._turn = end, 0
+            if end >= whole:
+                self._finish(scaling, rows)
+        return out
+
+    def _so_far(
+        self, key: torch.Tensor, value: torch.Tensor, start: int, end: int, use: Use
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all columns up to ``end``, the new ones as given."""
+        if start == 0:
+            return key, value
+        assert self._keys is not None and self._values is not None
+        if self._written == end and not use.strict and use.counts:  # the new ones have been put down as given
+            return self._keys[:, :, :end], self._values[:, :, :end]
+        return torch.cat([self._keys[:, :, :start], key], dim=2), torch.cat([self._values[:, :, :start], value], dim=2)
+
+    def _attend_rows(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scaling: float,
+        rows: list[Rows],
+        end: int,
+        strict: bool,
+    ) -> torch.Tensor:
+        """Attention of the columns up to ``end``, each group of rows without its pads."""
+        start = end - query.shape[2]  # column of the first query
         out = torch.zeros_like(query) if len(rows) > 1 or rows[0].pads else None
         for r in rows:
-            first = max(r.pads, start)  # column of the first real query of this chunk
+            first = max(r.pads, start)  # column of the first real query
             if first >= end:
                 continue
             attended = causal_attention(
@@ -141,21 +189,41 @@ class PromptReader(ABC):
                 r.take(keys)[:, :, r.pads :],
                 r.take(values)[:, :, r.pads :],
                 scaling,
+                strict=strict,
             )
             if out is None:
                 out = attended
             else:
                 out[slice(None) if r.index is None else r.index, :, first - start :] = attended
         assert out is not None
-        self.seen = end
-        tail = query if self._queries is None else torch.cat([self._queries, query], dim=2)
-        self._queries = tail[:, :, max(0, tail.shape[2] - self.observation_window) :]
-        if end >= whole:
-            self.reading = False
-            queries, self._keys, self._values, self._queries = self._queries, None, None, None
-            self._refuse_what_is_not_finite(keys, values)
-            self.absorb([(r, self._view(r, queries, keys, values, scaling)) for r in rows])
         return out
+
+    def _note(self, query: torch.Tensor, strict: bool) -> None:
+        """Remember the last queries of the layer whose turn it is."""
+        if self._turn == len(self._queries):
+            self._queries.append(query)
+            self._strict.append(strict)
+        else:
+            self._queries[self._turn] = torch.cat([self._queries[self._turn], query], dim=2)
+        tail = self._queries[self._turn]
+        self._queries[self._turn] = tail[:, :, max(0, tail.shape[2] - self.observation_window) :]
+        self._turn += 1
+
+    def _finish(self, scaling: float, rows: list[Rows]) -> None:
+        """The prompt is in: hand it over."""
+        keys, values, queries = self._keys, self._values, self._queries
+        assert keys is not None and values is not None
+        self.reading, self._keys, self._values, self._queries = False, None, None, []
+        query, blind = queries[0], None
+        if len(queries) > 1:
+            heads = keys.shape[1]
+            grouped = [q.unflatten(1, (heads, -1)) for q in queries]  # [B, H_kv, g, W, D]
+            query = torch.cat(grouped, dim=2).flatten(1, 2)
+        if any(self._strict):
+            flags = [s for s, q in zip(self._strict, queries, strict=True) for _ in range(q.shape[1] // keys.shape[1])]
+            blind = torch.tensor(flags, device=keys.device)
+        self._refuse_what_is_not_finite(keys, values)
+        self.absorb([(r, self._view(r, query, blind, keys, values, scaling)) for r in rows])
 
     def _refuse_what_is_not_finite(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """One NaN would win every vote and stay, and the text would be garbage without a word."""
@@ -167,21 +235,28 @@ class PromptReader(ABC):
                 f"gave {self.names()} keys or values that are NaN or infinite; try dtype=float32",
             )
 
-    def _view(self, r: Rows, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> Prompt:
+    def _view(
+        self,
+        r: Rows,
+        queries: torch.Tensor,
+        blind: torch.Tensor | None,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scaling: float,
+    ) -> Prompt:
         keys, values, queries = (r.take(x) for x in (keys, values, queries))
         keys, values = keys[:, :, r.pads :], values[:, :, r.pads :]
         queries = queries[:, :, max(0, queries.shape[2] - keys.shape[2]) :]
-        return Prompt(queries, keys, values, scaling, self.layer_idx, self.num_layers)
+        return Prompt(queries, keys, values, scaling, self.layer_idx, self.num_layers, blind)
 
-    def _collect(
-        self, key: torch.Tensor, value: torch.Tensor, start: int, end: int, whole: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of columns 0 .. end - 1; a prompt that comes in one piece is not copied."""
+    def _collect(self, key: torch.Tensor, value: torch.Tensor, start: int, end: int, whole: int) -> None:
+        """Put down the keys and values of columns start .. end - 1; a prompt that comes in one piece is not copied."""
+        self._written = end
         if start == 0 and end == whole:
-            return key, value
+            self._keys, self._values = key, value
+            return
         if self._keys is None or self._values is None:
             shape = (key.shape[0], key.shape[1], whole, key.shape[3])
             self._keys, self._values = key.new_empty(shape), value.new_empty(shape)
         self._keys[:, :, start:end] = key
         self._values[:, :, start:end] = value
-        return self._keys[:, :, :end], self._values[:, :, :end]

@@ -69,7 +69,7 @@ def prefill(
             use_cache=True,
             logits_to_keep=1,
         ).logits
-    if any(layer.get_seq_length() != length for layer in cache.layers):
+    if any(cache.get_seq_length(i) != length for i in range(len(cache.plan.cache_layer))):
         raise RuntimeError(f"{type(model).__name__} did not route every layer's attention through the kvbench cache")
     return logits[:, -1]
 

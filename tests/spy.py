@@ -23,31 +23,44 @@ class Witness:
         self.values: torch.Tensor | None = None
         self.real: torch.Tensor | None = None  # [B, columns]
         self.steps = 0
+        self.first = True  # the next use is the first one of a forward
+        self.before = 0  # columns before that forward
+        self.held = None  # columns held before it, or None: all, in the prompt
         self._attend = layer.attend
         layer.attend = self.attend  # type: ignore[method-assign]
 
-    def attend(self, query, key, value, scaling, new):
-        batch, _, n, _ = query.shape
-        held = None if self.layer.reading or self.keys is None else self.held_columns()
-        before = 0 if self.keys is None else self.keys.shape[2]
+    def attend(self, query, key, value, scaling, new, use, new_kv=None):
+        if not use.counts:  # a pass that will be done again
+            return self._attend(query, key, value, scaling, new, use, new_kv)
+        reading = self.layer.reading
+        if self.first:
+            self.held = None if reading or self.keys is None else self.held_columns()
+            self.before = 0 if self.keys is None else self.keys.shape[2]
+        if use.writes:
+            self.remember(*((key, value) if new_kv is None else new_kv), new)
+        out = self._attend(query, key, value, scaling, new, use, new_kv)
+        if not (reading and use.strict):  # while the prompt is read that is an approximation, tested elsewhere
+            self.check(query, out, scaling, key.shape[2], use.strict)
+        self.first = use.last
+        self.steps += use.last
+        return out
+
+    def remember(self, key, value, new):
+        batch, _, n, _ = key.shape
         if self.keys is None:
             real = (
                 torch.ones(batch, n, dtype=torch.bool) if self.prompt_mask is None else self.prompt_mask[:, :n].bool()
             )
             self.keys, self.values, self.real = key, value, real
-        else:
-            more = torch.ones(batch, n, dtype=torch.bool)
-            if self.layer.reading and self.prompt_mask is not None:
-                more = self.prompt_mask[:, before : before + n].bool()
-            elif new.valid is not None:
-                more = new.valid
-            self.keys = torch.cat([self.keys, key], 2)
-            self.values = torch.cat([self.values, value], 2)
-            self.real = torch.cat([self.real, more], 1)
-        out = self._attend(query, key, value, scaling, new)
-        self.check(query, out, scaling, held, before)
-        self.steps += 1
-        return out
+            return
+        more = torch.ones(batch, n, dtype=torch.bool)
+        if self.layer.reading and self.prompt_mask is not None:
+            more = self.prompt_mask[:, self.before : self.before + n].bool()
+        elif new.valid is not None:
+            more = new.valid
+        self.keys = torch.cat([self.keys, key], 2)
+        self.values = torch.cat([self.values, value], 2)
+        self.real = torch.cat([self.real, more], 1)
 
     def held_columns(self) -> list[list[list[int]]]:
         """Columns held by each row and stored head, in slot order; every one a real token, key and value aligned."""
@@ -71,19 +84,22 @@ class Witness:
             columns.append(per_head)
         return columns
 
-    def check(self, query, out, scaling, held, before) -> None:
+    def check(self, query, out, scaling, new, strict) -> None:
+        """``new`` columns have come, of which the last ones ask; ``strict``: not about themselves."""
+        held, before = self.held, self.before
         groups = query.shape[1] // self.keys.shape[1]
         for b in range(query.shape[0]):
             for j in range(query.shape[1]):
                 for i in range(query.shape[2]):
-                    at = before + i
-                    if not self.real[b, at]:
+                    at = before + new - query.shape[2] + i
+                    if at < self.real.shape[1] and not self.real[b, at]:
                         continue
+                    end = at + (not strict)
                     if held is None:
-                        seen = [c for c in range(at + 1) if self.real[b, c]]
+                        seen = [c for c in range(end) if self.real[b, c]]
                     else:
                         stored = held[b][j * len(held[b]) // query.shape[1]]
-                        seen = stored + [c for c in range(before, at + 1) if self.real[b, c]]
+                        seen = stored + [c for c in range(before, end) if self.real[b, c]]
                     k, v = self.keys[b, j // groups, seen].double(), self.values[b, j // groups, seen].double()
                     weights = torch.softmax(k @ query[b, j, i].double() * scaling, 0)
                     error = (weights @ v - out[b, j, i].double()).abs().max().item()

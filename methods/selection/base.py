@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ...conf.errors import is_whole, require
 from ..prompt import Prompt
+from ..sharing.plan import Use
 from ..storage.base import LayerStorage
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class Step:
         key, value: [B, H, n, D], with H the stored heads; keys after RoPE.
         scaling: factor on the logits.
         valid: [B, n] bool, False for pads among the new tokens; None: all real.
+        use: what this layer of the model does here. Where several share the keys and values, each of them comes in
+            turn with its own query; one of them writes, and what leaves, leaves after the last.
     """
 
     query: torch.Tensor
@@ -58,11 +61,17 @@ class Step:
     value: torch.Tensor
     scaling: float
     valid: torch.Tensor | None
+    use: Use = field(default_factory=Use)
+
+    def append_to(self, storage: LayerStorage, *, before_attention: bool) -> None:
+        """Write the new tokens, if this is the use and the moment; one that is hidden from itself comes after."""
+        if self.use.writes and before_attention != self.use.strict:
+            storage.append(self.key, self.value, self.valid)
 
     def part(self, columns: slice) -> Step:
         """Some of the new tokens."""
         q, k, v = (x[:, :, columns] for x in (self.query, self.key, self.value))
-        return Step(q, k, v, self.scaling, None if self.valid is None else self.valid[:, columns])
+        return Step(q, k, v, self.scaling, None if self.valid is None else self.valid[:, columns], self.use)
 
     def tokens(self) -> list[Step]:
         """The new tokens one by one."""
@@ -131,6 +140,11 @@ class Selection:
         return False
 
     @property
+    def spans_layers(self) -> bool:
+        """What one layer does depends on another one, so that every layer must have keys and values of its own."""
+        return False
+
+    @property
     def stores_query_heads(self) -> bool:
         """Keys and values are stored once per query head instead of once per KV head."""
         return False
@@ -166,8 +180,10 @@ class Selection:
         Returns:
             [B, H_q, n, D].
         """
-        storage.append(step.key, step.value, step.valid)
-        return storage.attend(step.query, step.scaling, step.valid)
+        step.append_to(storage, before_attention=True)
+        out = storage.attend(step.query, step.scaling, step.valid)
+        step.append_to(storage, before_attention=False)
+        return out
 
     def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int) -> Sequence[int]:
         """Tokens held by each head of each layer after a prompt and ``new_tokens`` decode steps (for the formula)."""

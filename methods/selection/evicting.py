@@ -8,10 +8,11 @@ step of n tokens is n steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import PretrainedConfig
 
 from ..storage.base import LayerStorage
@@ -27,12 +28,14 @@ class EvictingState:
         limit: [B, 1] int64, tokens that each row may hold.
         safe: [B, 1] int64, how many of the last tokens may not leave.
         most: the largest limit as a plain number, which costs no look at the device.
+        weights: attention that the layers of the model which share these tokens have paid in the step under way.
     """
 
     scores: torch.Tensor | None = None
     limit: torch.Tensor | None = None
     safe: torch.Tensor | None = None
     most: int = 0
+    weights: list[torch.Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,16 @@ class EvictingSelection(Selection):
 
     def _attend_one(self, state: EvictingState, storage: LayerStorage, step: Step) -> torch.Tensor:
         out, weights, held = attend_and_weigh(storage, step)
+        if (
+            not step.use.last or step.use.strict or state.weights
+        ):  # several layers of the model: what leaves is decided by all of them
+            state.weights.append(weights)
+            if not step.use.last:
+                return out
+            keys, _, held = storage.read()
+            slots = keys.shape[2]  # a layer that came before the new token was written paid it nothing
+            weights = torch.cat([F.pad(w, (0, slots - w.shape[3])) for w in state.weights], dim=2)
+            state.weights = []
         worth = self.observe(state, weights, None if step.valid is None else step.valid[:, 0])
         self._evict(state, storage, held, worth, at_once=step.valid is not None)
         return out
@@ -132,10 +145,10 @@ def attend_and_weigh(storage: LayerStorage, step: Step) -> tuple[torch.Tensor, t
     """Append one token per row and attend, with the weights in view.
 
     Returns:
-        (output [B, H_q, 1, D]; weights [B, H, g, S] float32 over all slots, the new token's the last; which slots
-        hold a real token [B, 1 or H, S], or None: all).
+        (output [B, H_q, 1, D]; weights [B, H, g, S] float32 over all slots seen, the new token's the last unless it
+        does not see itself; which slots hold a real token [B, 1 or H, S], or None: all).
     """
-    storage.append(step.key, step.value, step.valid)
+    step.append_to(storage, before_attention=True)
     keys, values, held = storage.read()
     batch, query_heads, _, dim = step.query.shape
     grouped = step.query.reshape(batch, keys.shape[1], -1, dim)  # [B, H, g, D]
@@ -150,4 +163,5 @@ def attend_and_weigh(storage: LayerStorage, step: Step) -> tuple[torch.Tensor, t
         logits = logits.masked_fill(~visible[:, :, None], float("-inf"))
     weights = logits.softmax(-1)
     out = (weights.to(values.dtype) @ values).reshape(batch, query_heads, 1, dim)
+    step.append_to(storage, before_attention=False)
     return out, weights.float(), held

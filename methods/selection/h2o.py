@@ -23,6 +23,7 @@ from ..prompt import Prompt
 from ..storage.base import LayerStorage
 from .base import ALL_QUERIES, Kept, Selection, Step, resolve_budget
 from .evicting import EvictingSelection, EvictingState
+from .snapkv import attention_from, hide_future
 
 BLOCK = 64
 """Queries whose attention is computed at a time on a CPU, so that it stays in its cache; on CUDA eight times more."""
@@ -124,6 +125,5 @@ def attention_blocks(prompt: Prompt, count: int) -> Iterator[tuple[int, torch.Te
         queries = grouped[:, :, :, at : at + n].reshape(rows, heads, prompt.groups * n, dim)
         logits = (queries @ prompt.keys[:, :, :end].transpose(-1, -2)).float().mul_(prompt.scaling)
         logits = logits.reshape(rows, heads, prompt.groups, n, end)
-        future = torch.ones(n, n, dtype=torch.bool, device=logits.device).triu(1)
-        logits[..., first:].masked_fill_(future, float("-inf"))
-        yield start, logits.softmax(dim=-1)
+        hide_future(logits, first, prompt.blind)
+        yield start, attention_from(logits, prompt.blind)

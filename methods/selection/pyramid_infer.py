@@ -170,6 +170,10 @@ class PyramidInfer(Selection):
         return False
 
     @property
+    def spans_layers(self) -> bool:
+        return True
+
+    @property
     def evicts_while_decoding(self) -> bool:
         return self.trigger != "never"
 

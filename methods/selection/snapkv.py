@@ -105,9 +105,29 @@ def window_attention(prompt: Prompt) -> torch.Tensor:
     logits = (grouped @ prompt.keys.transpose(-1, -2)).reshape(rows, query_heads, w, length)
     logits = logits.float() if logits.dtype != torch.float64 else logits
     logits = logits * prompt.scaling
-    future = torch.ones(w, w, dtype=torch.bool, device=logits.device).triu(1)
-    logits[..., length - w :].masked_fill_(future, float("-inf"))
-    return logits.softmax(dim=-1)
+    hide_future(logits.view(rows, heads, prompt.groups, w, length), length - w, prompt.blind)
+    return attention_from(logits, prompt.blind)
+
+
+def hide_future(logits: torch.Tensor, first: int, blind: torch.Tensor | None) -> None:
+    """Mask, in place, what queries do not see.
+
+    Args:
+        logits: [R, H_kv, g, n, columns], of the queries of positions ``first`` .. ``first + n - 1``.
+        first: see there; columns from there on are the queries' own.
+        blind: [g] bool, query heads whose tokens do not see themselves; None: all do.
+    """
+    n = logits.shape[3]
+    future = torch.ones(n, n, dtype=torch.bool, device=logits.device).triu(1)
+    if blind is not None:
+        future = future | (blind[:, None, None] & torch.eye(n, dtype=torch.bool, device=logits.device))
+    logits[..., first : first + n].masked_fill_(future, float("-inf"))
+
+
+def attention_from(logits: torch.Tensor, blind: torch.Tensor | None) -> torch.Tensor:
+    """Softmax over the last dimension; a token that sees nothing, the first of a blind head, pays nothing."""
+    weights = logits.softmax(dim=-1)
+    return weights if blind is None else weights.nan_to_num(0.0)
 
 
 def reduce_groups(votes: torch.Tensor, groups: int, how: str) -> torch.Tensor:

@@ -47,6 +47,7 @@ class StreamState:
         limit: tokens a row may hold between steps, [B, 1] int64; None until it is known.
         fed: tokens fed so far as a plain number, an upper bound of ``seen`` that costs no device sync.
         padded: rows differ in length, so that the sinks of each stand in slots of their own.
+        evicted: real tokens that left before the step under way, [B, 1] int64; None between steps.
     """
 
     rotary: Rotary | None
@@ -54,6 +55,7 @@ class StreamState:
     limit: torch.Tensor | None = None
     fed: int = 0
     padded: bool = False
+    evicted: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -142,16 +144,21 @@ class StreamingLLM(Selection):
         """Append one block, attend, evict down to the limit."""
         assert state.seen is not None and state.limit is not None
         query, n = step.query, step.query.shape[2]
-        # Real tokens that left before this block, [B, 1]: the slots after the sinks stand that far from their rank.
-        evicted = state.seen[:, None] - (storage.tokens[:, :1] if state.fed else 0)
+        if state.evicted is None:
+            # Real tokens that left before this block: the slots after the sinks stand that far from their rank.
+            state.evicted = state.seen[:, None] - (storage.tokens[:, :1] if state.fed else 0)
+        evicted, seen, fed = state.evicted, state.seen, state.fed + n
         state.padded |= step.valid is not None
-        storage.append(step.key, step.value, step.valid)
+        step.append_to(storage, before_attention=True)
         keys, values, held = storage.read()
         held = None if held is None else held[:, :1]  # all heads alike
-        state.seen = state.seen + (n if step.valid is None else step.valid.sum(1))
-        state.fed += n
-        if isinstance(self.budget, int) and state.fed <= self.budget:  # nothing has to leave yet
-            return cached_attention(query, keys, values, step.scaling, held)
+        if step.use.last:
+            state.seen = state.seen + (n if step.valid is None else step.valid.sum(1))
+            state.fed, state.evicted = fed, None
+        if isinstance(self.budget, int) and fed <= self.budget:  # nothing has to leave yet
+            out = cached_attention(query, keys, values, step.scaling, held)
+            step.append_to(storage, before_attention=False)
+            return out
 
         slots = keys.shape[2]
         if held is None:
@@ -162,7 +169,7 @@ class StreamingLLM(Selection):
         recent = state.limit - sinks
         is_sink = rank < sinks
         position = torch.where(is_sink, rank, rank + evicted)  # [B, S], true positions
-        at = position[:, -n:]  # [B, n], of the queries
+        at = seen[:, None] if step.use.strict else position[:, -n:]  # [B, n], of the queries
         age = at[:, :, None] - position[:, None, :]  # [B, n, S]
         visible = (age >= 0) & (is_sink[:, None, :] | (age <= recent[:, :, None]))
         if held is not None:
@@ -175,7 +182,11 @@ class StreamingLLM(Selection):
         logits = (logits.to(exact) * step.scaling).masked_fill(~visible[:, None, None], float("-inf"))
         weights = logits.softmax(-1).to(values.dtype).flatten(2, 3)  # [B, H, g * n, S]
         out = (weights @ values).reshape(query.shape)
-        self._evict(storage, held, rank, sinks, recent, at_once=n > 1 or step.valid is not None)
+        step.append_to(storage, before_attention=False)
+        if step.use.last:
+            if step.use.strict:  # the new token has come since
+                rank, held = F.pad(rank, (0, 1), value=slots), None if held is None else F.pad(held, (0, 1), value=True)
+            self._evict(storage, held, rank, sinks, recent, at_once=n > 1 or step.valid is not None)
         return out
 
     def _logits(

@@ -20,11 +20,14 @@ class KVShape:
     """What the byte formulas need to know of a model.
 
     Attributes:
-        layers: decoder layers that own keys and values.
+        layers: decoder layers that own keys and values and attend over all tokens.
         kv_heads: KV heads per layer.
         head_dim: channels per head.
         element_bytes: bytes of one element in the compute dtype.
         query_heads: query heads per layer (a method that stores per query head multiplies by them).
+        sliding_layers: decoder layers that own keys and values and attend over a window.
+        window: tokens that those see, the newest included; one less is held between steps.
+        recurrent_bytes: of the layers that hold a state of fixed size instead.
     """
 
     layers: int
@@ -32,6 +35,15 @@ class KVShape:
     head_dim: int
     element_bytes: int
     query_heads: int
+    sliding_layers: int = 0
+    window: int = 0
+    recurrent_bytes: int = 0
+
+    def fixed_bytes(self, tokens: int) -> int:
+        """Bytes of one sequence that no method changes: windows and states, after ``tokens`` tokens."""
+        held = min(tokens, max(0, self.window - 1))
+        a_token = 2 * self.kv_heads * self.head_dim * self.element_bytes
+        return self.sliding_layers * held * a_token + self.recurrent_bytes
 
 
 def slots_that_stay(stay: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -1,0 +1,51 @@
+"""The contract of a way of sharing: which layers own keys and values, as a part of the model.
+
+A new one is a frozen dataclass with :meth:`Sharing.source` in a file beside this one, and one YAML in ``conf/method``.
+What it says becomes a model's config (:class:`.config.KVShareLlamaConfig`), and weights have to be trained for it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .plan import FULL
+
+
+@dataclass(frozen=True)
+class Sharing(ABC):
+    """A layer -> KV-source map for any number of layers, and what else of the architecture goes with it."""
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """Short name, from which trained weights are found: ``cla2``, ``yoco``, ``lckv-w2``."""
+
+    @abstractmethod
+    def source(self, layers: int) -> list[int]:
+        """For each of ``layers`` layers, the one whose keys and values it attends over.
+
+        Raises:
+            InputError: it cannot be done with so few layers.
+        """
+
+    def layer_types(self, layers: int) -> list[str]:
+        """Type of each layer, see :data:`.plan.LAYER_TYPES`."""
+        return [FULL] * layers
+
+    def further(self, shape: Mapping[str, Any]) -> dict[str, Any]:
+        """Further keys of the config; ``shape`` are those of the plain model."""
+        return {}
+
+    @property
+    def shares(self) -> bool:
+        """Some layer has no keys and values of its own."""
+        return True
+
+    def config_keys(self, shape: Mapping[str, Any]) -> dict[str, Any]:
+        """What makes a plain Llama's config keys ``shape`` this architecture."""
+        layers = shape["num_hidden_layers"]
+        keys = {"kv_source_layers": self.source(layers), "layer_types": self.layer_types(layers)}
+        return keys | self.further(shape)

@@ -1,0 +1,109 @@
+"""The family of maps of Wu et al. (2024, arXiv 2410.14442): how layers are cut into blocks, and which layer serves
+one.
+
+    pizza      the lowest layers keep their own keys and values, one block takes the rest
+    sandwich   layers at both ends keep their own, one block in the middle
+    lasagna    equal blocks
+
+and the source of a block is its ``bottom``, ``middle`` or ``top`` layer. CLA is lasagna-bottom, YOCO is pizza-bottom,
+Layer-Condensed KV is sandwich-top. With a source in the middle only the layers up to it are encoded in several passes.
+An explicit ``map`` stands for anything else: the ablations of the CLA paper, MixAttention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...conf.errors import InputError, is_whole, require
+from .base import Sharing
+from .config import ENCODINGS
+
+PARTITIONS = ("pizza", "sandwich", "lasagna")
+POSITIONS = ("bottom", "middle", "top")
+
+
+@dataclass(frozen=True)
+class KVShare(Sharing):
+    """The family.
+
+    Attributes:
+        kv_layers: layers with keys and values of their own.
+        partition: ``pizza``, ``sandwich`` or ``lasagna``.
+        position: of a block's source: ``bottom``, ``middle`` or ``top``.
+        force_first_kv: the lowest layer has its own whatever the map says (the paper found quality to drop without).
+        separate_kv_norm: keys and values have an RMSNorm of their own before them.
+        iter_forward, iter_backward, encode: see :class:`.lckv.LCKV`; for sources above.
+        map: the source of every layer, instead of ``partition`` and ``position``; None: as they say.
+    """
+
+    kv_layers: int = 3
+    partition: str = "sandwich"
+    position: str = "middle"
+    force_first_kv: bool = True
+    separate_kv_norm: bool = False
+    iter_forward: int = 7
+    iter_backward: int = 2
+    encode: str = "iterative"
+    map: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        at = "method.sharing."
+        for key, least in (("kv_layers", 1), ("iter_forward", 0), ("iter_backward", 1)):
+            value = getattr(self, key)
+            require(is_whole(value, least), at + key, value, f"must be a whole number >= {least}")
+        for key, allowed in (("partition", PARTITIONS), ("position", POSITIONS), ("encode", ENCODINGS)):
+            value = getattr(self, key)
+            require(value in allowed, at + key, value, f"must be one of {', '.join(allowed)}")
+        for key in ("force_first_kv", "separate_kv_norm"):
+            value = getattr(self, key)
+            require(isinstance(value, bool), at + key, value, "must be true or false")
+        if self.map is not None:
+            whole = isinstance(self.map, Sequence) and all(is_whole(i, 0) for i in self.map)
+            text = "must be a list of layer numbers, one for each layer"
+            require(whole and len(self.map) > 0, at + "map", self.map, text)
+            object.__setattr__(self, "map", tuple(self.map))
+
+    @property
+    def label(self) -> str:
+        if self.map is not None:
+            return "map-" + "-".join(str(i) for i in self.map)
+        return f"{self.partition}-{self.position}-{self.kv_layers}"
+
+    def source(self, layers: int) -> list[int]:
+        if self.map is not None:
+            if len(self.map) != layers:
+                raise InputError(
+                    "method.sharing.map", list(self.map), f"must have {layers} entries, one for each layer"
+                )
+            return list(self.map)
+        require(
+            self.kv_layers <= layers,
+            "method.sharing.kv_layers",
+            self.kv_layers,
+            f"must be at most {layers}, the layers",
+        )
+        source = list(range(layers))
+        for first, end in self._blocks(layers):
+            served_by = {"bottom": first, "middle": (first + end - 1) // 2, "top": end - 1}[self.position]
+            source[first:end] = [served_by] * (end - first)
+        if self.force_first_kv and source[0] != 0:
+            source[0] = 0
+        return source
+
+    def _blocks(self, layers: int) -> list[tuple[int, int]]:
+        """(first layer, one after the last) of each block."""
+        own = self.kv_layers - 1
+        if self.partition == "pizza":
+            return [(own, layers)]
+        if self.partition == "sandwich":
+            return [((own + 1) // 2, layers - own // 2)]
+        short = layers // self.kv_layers
+        sizes = [short + (i >= self.kv_layers - layers % self.kv_layers) for i in range(self.kv_layers)]
+        ends = [sum(sizes[: i + 1]) for i in range(self.kv_layers)]
+        return [(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+    def further(self, shape: Mapping[str, Any]) -> dict[str, Any]:
+        keys = ("separate_kv_norm", "iter_forward", "iter_backward", "encode")
+        return {key: getattr(self, key) for key in keys}

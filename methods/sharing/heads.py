@@ -1,0 +1,46 @@
+"""Fewer KV heads: grouped-query (Ainslie et al., 2023, arXiv 2305.13245) and multi-query attention (Shazeer, 2019).
+
+Not a sharing between layers but between the query heads of one layer, and the baseline that the CLA paper builds on:
+the same model class with the map "every layer its own".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...conf.errors import is_whole, require
+from .base import Sharing
+
+
+@dataclass(frozen=True)
+class Heads(Sharing):
+    """The number of KV heads.
+
+    Attributes:
+        kv_heads: KV heads of each layer; None: as many as query heads (multi-head attention).
+    """
+
+    kv_heads: int | None = None
+
+    def __post_init__(self) -> None:
+        heads = self.kv_heads
+        allowed = "must be a whole number >= 1, or null for as many as query heads"
+        require(heads is None or is_whole(heads, 1), "method.sharing.kv_heads", heads, allowed)
+
+    @property
+    def label(self) -> str:
+        return {None: "mha", 1: "mqa"}.get(self.kv_heads, f"gqa{self.kv_heads}")
+
+    @property
+    def shares(self) -> bool:
+        return False
+
+    def source(self, layers: int) -> list[int]:
+        return list(range(layers))
+
+    def further(self, shape: Mapping[str, Any]) -> dict[str, Any]:
+        heads, allowed = shape["num_attention_heads"], self.kv_heads
+        require(allowed is None or heads % allowed == 0, "method.sharing.kv_heads", allowed, f"must divide {heads}")
+        return {"num_key_value_heads": allowed or heads}

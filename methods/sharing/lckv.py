@@ -1,0 +1,78 @@
+"""Layer-Condensed KV Cache (Wu and Tu, 2024, arXiv 2405.10637): the middle layers attend over the top one's cache.
+
+Section 3.1: the queries of all layers of a condensed block meet the keys and values of its top layer; ``warmup``
+layers, half below and half above it, keep standard attention. A token's own keys and values do not exist yet when the
+lower layers run, so those layers do not see the token itself, and the first token sees nothing.
+
+A decode step is one ordinary pass. A prompt, or a training sequence, is encoded by repeated passes over the block
+(section 3.2): ``iter_forward + iter_backward`` of them, of which the last ``iter_backward`` carry gradients. That
+converges to what feeding tokens one by one gives, which ``encode=exact`` computes in full.
+
+The published code exists in two variants (``style``): ``fresh`` (its main branch) hides a token from itself where the
+source is above; ``paper`` (the paper's) does so in every layer, and the top layer attends over the pass before. Its
+main branch must not be taken as an oracle: its first row sees the future, and its decoding does not match its
+encoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...conf.errors import InputError, is_whole, require
+from .base import Sharing
+from .config import ENCODINGS, UPWARD_STYLES
+
+
+@dataclass(frozen=True)
+class LCKV(Sharing):
+    """The map, and how sequences are encoded.
+
+    Attributes:
+        warmup: w; layers with standard attention, half of them (rounded down) below the block.
+        iter_forward, iter_backward: m and b (7 and 2 in the paper).
+        kv_loss_weight: of the change of the shared keys and values in the last pass (0 in the paper's main runs).
+        style: ``fresh`` or ``paper``.
+        encode: ``iterative`` or ``exact``.
+    """
+
+    warmup: int = 2
+    iter_forward: int = 7
+    iter_backward: int = 2
+    kv_loss_weight: float = 0.0
+    style: str = "fresh"
+    encode: str = "iterative"
+
+    def __post_init__(self) -> None:
+        at = "method.sharing."
+        for key, least in (("warmup", 0), ("iter_forward", 0), ("iter_backward", 1)):
+            value = getattr(self, key)
+            require(is_whole(value, least), at + key, value, f"must be a whole number >= {least}")
+        weight = self.kv_loss_weight
+        require(isinstance(weight, int | float) and weight >= 0, at + "kv_loss_weight", weight, "must be >= 0")
+        for key, allowed in (("style", UPWARD_STYLES), ("encode", ENCODINGS)):
+            value = getattr(self, key)
+            require(value in allowed, at + key, value, f"must be one of {', '.join(allowed)}")
+
+    @property
+    def label(self) -> str:
+        return f"lckv-w{self.warmup}" + ("-paper" if self.style == "paper" else "")
+
+    def source(self, layers: int) -> list[int]:
+        if self.warmup > layers - 2:
+            raise InputError(
+                "method.sharing.warmup", self.warmup, f"leaves no two of {layers} layers to share; at most {layers - 2}"
+            )
+        below = self.warmup // 2
+        top = layers - (self.warmup - below) - 1
+        return [i if i < below or i > top else top for i in range(layers)]
+
+    def further(self, shape: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "iter_forward": self.iter_forward,
+            "iter_backward": self.iter_backward,
+            "kv_loss_weight": float(self.kv_loss_weight),
+            "upward_style": self.style,
+            "encode": self.encode,
+        }

@@ -1,0 +1,39 @@
+"""The cache layer of a gated-retention layer: one matrix per head, whatever the number of tokens."""
+
+from __future__ import annotations
+
+import torch
+
+
+class RecurrentLayer:
+    """Holds the state that the layer hands over after each forward."""
+
+    is_sliding = False  # read by transformers
+    is_compileable = False
+    reading = False
+    evicts_while_decoding = reads_prompt_by_steps = False
+    observation_window = 0
+
+    def __init__(self) -> None:
+        self.recurrent_states: list[torch.Tensor | None] = [None]
+
+    @property
+    def is_recurrent_states_initialized(self) -> list[bool]:
+        return [self.recurrent_states[0] is not None]
+
+    def update(self, state: torch.Tensor) -> None:
+        """Keep ``state`` [B, H, D, D] instead of the one before."""
+        self.recurrent_states[0] = state
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """No token is held, [B, 1] zeros."""
+        state = self.recurrent_states[0]
+        return torch.zeros(0 if state is None else state.shape[0], 1, dtype=torch.int64)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [state for state in self.recurrent_states if state is not None]
+
+    @property
+    def logical_bytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors())

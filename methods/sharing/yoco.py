@@ -1,0 +1,68 @@
+"""YOCO (Sun et al., 2024, arXiv 2405.05254): one set of keys and values for the upper half of the model.
+
+Section 2: the lower half (the self-decoder) has a memory of constant size, a sliding window or gated retention; the
+layer above it makes keys and values once, from its own input through a norm of their own, and all upper layers (the
+cross-decoder) attend over those. While a prompt is read only the self-decoder and those keys and values are needed for
+all of its tokens; the upper layers run for the last one alone, which is exact.
+
+The authors' code has RoPE frequencies of its own; here they are Llama's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...conf.errors import is_whole, require
+from .base import Sharing
+from .plan import FULL, LINEAR, SLIDING
+
+MIXERS = {"swa": SLIDING, "gated_retention": LINEAR, "full": FULL}
+
+
+@dataclass(frozen=True)
+class YOCO(Sharing):
+    """The map and the layer types.
+
+    Attributes:
+        self_layers: layers of the self-decoder; None: half of them.
+        mixer: of the self-decoder: ``swa`` (sliding window), ``gated_retention``, or ``full`` (plain attention, a stage
+            of converting a plain model).
+        window: tokens that a sliding layer sees, the newest included (1024 in the paper).
+        separate_kv_norm: keys and values have an RMSNorm of their own before them, in every layer that makes some.
+    """
+
+    self_layers: int | None = None
+    mixer: str = "swa"
+    window: int = 1024
+    separate_kv_norm: bool = True
+
+    def __post_init__(self) -> None:
+        at = "method.sharing."
+        layers = self.self_layers
+        require(layers is None or is_whole(layers, 1), at + "self_layers", layers, "must be >= 1, or null for half")
+        require(self.mixer in MIXERS, at + "mixer", self.mixer, f"must be one of {', '.join(MIXERS)}")
+        require(is_whole(self.window, 2), at + "window", self.window, "must be a whole number >= 2")
+        norm = self.separate_kv_norm
+        require(isinstance(norm, bool), at + "separate_kv_norm", norm, "must be true or false")
+
+    @property
+    def label(self) -> str:
+        return {"swa": "yoco", "gated_retention": "yoco-gret", "full": "yoco-full"}[self.mixer]
+
+    def below(self, layers: int) -> int:
+        """Layers of the self-decoder, of ``layers``."""
+        below = layers // 2 if self.self_layers is None else self.self_layers
+        require(1 <= below < layers, "method.sharing.self_layers", below, f"must be between 1 and {layers - 1}")
+        return below
+
+    def source(self, layers: int) -> list[int]:
+        return [min(i, self.below(layers)) for i in range(layers)]
+
+    def layer_types(self, layers: int) -> list[str]:
+        return [MIXERS[self.mixer] if i < self.below(layers) else FULL for i in range(layers)]
+
+    def further(self, shape: Mapping[str, Any]) -> dict[str, Any]:
+        window = self.window if self.mixer == "swa" else None
+        return {"sliding_window": window, "separate_kv_norm": self.separate_kv_norm}

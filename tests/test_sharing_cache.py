@@ -1,0 +1,286 @@
+"""Sharing models under the engine: one cache layer for each source, whatever the method and the storage."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sharing_models import DOWNWARD, RETENTION, SHAPE, UPWARD, name_of, shared_model
+from spy import Witness
+from tiny_models import left_pad
+from transformers import DynamicCache
+
+from kvbench.conf.errors import InputError
+from kvbench.methods.base import Method, full_shape, kv_shape
+from kvbench.methods.fan_out import FanOutCache
+from kvbench.methods.no_cache import NoCache
+from kvbench.methods.selection.ada_kv import AdaKV
+from kvbench.methods.selection.base import Selection
+from kvbench.methods.selection.h2o import H2O
+from kvbench.methods.selection.key_diff import KeyDiff
+from kvbench.methods.selection.pyramid_infer import PyramidInfer
+from kvbench.methods.selection.pyramidkv import PyramidKV
+from kvbench.methods.selection.random_tokens import RandomTokens
+from kvbench.methods.selection.snapkv import SnapKV
+from kvbench.methods.selection.streaming_llm import StreamingLLM
+from kvbench.methods.selection.tova import TOVA
+from kvbench.methods.sharing.cla import CLA
+from kvbench.methods.sharing.lckv import LCKV
+from kvbench.methods.sharing.yoco import YOCO
+from kvbench.methods.storage.dense import Dense
+from kvbench.methods.storage.kivi import Kivi
+from kvbench.methods.storage.minicache import MiniCache
+from kvbench.methods.storage.ragged import Ragged
+from kvbench.runners.engine import decode, generate, prefill
+
+SHARINGS = [CLA(2), YOCO(window=8), DOWNWARD[-1], LCKV(2), UPWARD[2], UPWARD[3]]
+SELECTIONS = [
+    Selection(),
+    SnapKV(budget=12, window=4, kernel=3),
+    PyramidKV(budget=16, window=4, kernel=3),
+    AdaKV(budget=16, window=4, kernel=3),
+    H2O(12),
+    TOVA(12),
+    KeyDiff(12, window=2),
+    RandomTokens(12, window=2),
+    StreamingLLM(12, mode="prefill_evict"),
+    StreamingLLM(12, mode="prefill_evict", reposition=False),
+]
+CLOSE = 1e-9
+
+every_sharing = pytest.mark.parametrize("sharing", SHARINGS, ids=name_of)
+every_selection = pytest.mark.parametrize("selection", SELECTIONS, ids=lambda s: type(s).__name__)
+
+
+def prompt(length, seed=0):
+    return torch.randint(2, SHAPE["vocab_size"], (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def method_of(selection, storage=None):
+    return Method("x", selection, storage or (Ragged() if isinstance(selection, AdaKV) else Dense()))
+
+
+def tokens(step, batch=1):
+    return torch.tensor([(7 * step + 11 * row) % 90 + 2 for row in range(batch)])
+
+
+# the full cache ----------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("chunk_size", [None, 7])
+@pytest.mark.parametrize("sharing", [*DOWNWARD, *UPWARD, RETENTION], ids=name_of)
+def test_keeping_everything_is_transformers_own_cache(sharing, chunk_size):
+    """Prompt, 10 steps and a further turn of several tokens. A prompt in chunks is only exact with enough passes."""
+    exact = {"encode": "exact"} if sharing in UPWARD else {}
+    model, x, turn = shared_model(sharing, **exact), prompt(25), prompt(5, 3)
+    past = DynamicCache(config=model.config)
+    theirs = [model(x, past_key_values=past).logits[:, -1]]
+    theirs += [model(tokens(i)[None], past_key_values=past).logits[:, -1] for i in range(10)]
+    theirs += [model(turn, past_key_values=past).logits]
+    cache = Method("full").new_cache(model)
+    ours = [prefill(model, cache, x, chunk_size=chunk_size)]
+    ours += [decode(model, cache, tokens(i)) for i in range(10)]
+    ours += [model(turn, past_key_values=cache, position_ids=torch.arange(35, 40)[None]).logits]
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().max() < CLOSE
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("sharing", [*DOWNWARD, *UPWARD[:2], RETENTION], ids=name_of)
+def test_generate_takes_our_cache_and_no_cache_gives_the_same_text(sharing):
+    exact = {"encode": "exact"} if sharing in UPWARD else {}
+    model, x = shared_model(sharing, **exact), prompt(20)
+    ours = generate(model, Method("full").new_cache(model), x, max_new_tokens=8).tokens[0]
+    none = generate(model, NoCache("no_cache").new_cache(model), x, max_new_tokens=8).tokens[0]
+    theirs = model.generate(
+        x, past_key_values=Method("full").new_cache(model), max_new_tokens=8, do_sample=False, pad_token_id=0
+    )
+    assert ours == none == theirs[0, 20:].tolist()
+
+
+# every method ------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+@every_sharing
+@every_selection
+def test_attention_is_over_exactly_the_tokens_held_and_one_choice_serves_all(sharing, selection):
+    model = shared_model(sharing)
+    prompts = [prompt(30, 1), prompt(21, 2), prompt(9, 3)]
+    x, mask = left_pad(prompts)
+    method = method_of(selection)
+    cache = method.new_cache(model)
+    full = [i for i, kind in enumerate(cache.plan.layer_types) if kind == "full_attention"]
+    together = [prefill(model, cache, x, mask)] if not selection.keeps_positions else []
+    if selection.keeps_positions:
+        witnesses = {i: Witness(cache.layers[i], mask) for i in full}
+        together = [prefill(model, cache, x, mask)]
+    together += [decode(model, cache, tokens(i, 3)) for i in range(8)]
+    assert len(cache.layers) == len(set(model.config.kv_source_layers))
+    if selection.keeps_positions:
+        assert all(witnesses[i].steps == 9 for i in full)
+    for row, p in enumerate(prompts):  # and a left-padded batch is each row alone
+        alone = method.new_cache(model)
+        logits = [prefill(model, alone, p)] + [decode(model, alone, tokens(i, 3)[row : row + 1]) for i in range(8)]
+        if isinstance(selection, RandomTokens):
+            continue
+        for a, b in zip(together, logits, strict=True):
+            assert (a[row] - b[0]).abs().max() < CLOSE
+        for number, layer in enumerate(full):
+            expected = selection.kept_tokens(p.shape[1], 8, len(full))[number]
+            assert alone.tokens_held[layer].double().mean() == expected
+
+
+@torch.inference_mode()
+@every_sharing
+@every_selection
+def test_bytes_are_the_formulas(sharing, selection):
+    model = shared_model(sharing)
+    method, shape = method_of(selection), kv_shape(model.config, model.dtype)
+    for length in (5, 30):
+        cache = method.new_cache(model)
+        prefill(model, cache, prompt(length))
+        assert cache.kv_bytes_stored == cache.kv_bytes_logical == method.bytes_formula(shape, length)
+        for i in range(9):
+            decode(model, cache, tokens(i))
+            assert cache.kv_bytes_logical == method.bytes_formula(shape, length, i + 1)
+    plain = full_shape(model.config, model.dtype)
+    assert method.bytes_formula(shape, 30) < Method("full").bytes_formula(plain, 30)
+
+
+@torch.inference_mode()
+@every_sharing
+def test_members_of_a_fan_out_are_themselves(sharing):
+    model = shared_model(sharing)
+    x, mask = left_pad([prompt(30, 1), prompt(22, 2)])
+    made = [method_of(s) for s in SELECTIONS] + [Method("kivi", storage=Kivi(bits=4, residual=8, group=8))]
+    alone = [generate(model, m.new_cache(model), x, mask, max_new_tokens=8).tokens for m in made]
+    for chunk_size in (None, 11) if not model.config.refers_up else (None,):
+        members = [m.new_cache(model) for m in made]
+        together = generate(model, FanOutCache(members), x, mask, max_new_tokens=8, chunk_size=chunk_size).tokens
+        assert together == [row for rows in alone for row in rows]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("sharing", [CLA(2), YOCO(window=8), DOWNWARD[-1]], ids=name_of)
+def test_a_true_stream_is_tokens_one_by_one(sharing):
+    model, x = shared_model(sharing), prompt(30)
+    for rule in (StreamingLLM(8, sinks=2), StreamingLLM(8, sinks=2, reposition=False)):
+        whole, single = (Method("x", rule).new_cache(model) for _ in range(2))
+        ours = prefill(model, whole, x)
+        theirs = prefill(model, single, x, chunk_size=1)
+        assert (ours - theirs).abs().max() < CLOSE
+        assert (decode(model, whole, tokens(1)) - decode(model, single, tokens(1))).abs().max() < CLOSE
+
+
+@torch.inference_mode()
+@every_sharing
+@every_selection
+def test_several_tokens_at_once_are_one_after_the_other(sharing, selection):
+    model, more = shared_model(sharing), prompt(6, 5)
+    at_once, in_turn = (method_of(selection).new_cache(model) for _ in range(2))
+    for cache in (at_once, in_turn):
+        prefill(model, cache, prompt(30))
+    ours = model(more, past_key_values=at_once, position_ids=torch.arange(30, 36)[None]).logits
+    theirs = torch.stack([decode(model, in_turn, token) for token in more[0].split(1)], dim=1)
+    assert (ours - theirs).abs().max() < CLOSE
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("sharing", [CLA(3), YOCO(window=8), LCKV(2), UPWARD[2]], ids=name_of)
+def test_the_choice_is_by_the_queries_of_all_consumers(sharing):
+    """Against the attention that transformers' eager attention reports, averaged over the layers that share."""
+    exact = {"encode": "exact"} if sharing in UPWARD else {}
+    eager, x = shared_model(sharing, "eager", torch.float32, **exact), prompt(30)
+    attentions = eager(x, output_attentions=True).attentions
+    model, config = shared_model(sharing, dtype=torch.float32, **exact), eager.config
+    rules = {"snapkv": SnapKV(budget=10, window=4, kernel=1), "h2o": H2O(10), "tova": TOVA(10)}
+    kept = {}
+    for name, rule in rules.items():
+        cache = Method(name, rule).new_cache(model)
+        chosen = kept[name] = {}
+        for number, layer in enumerate(cache.layers):
+            if cache.plan.layer_types[number] == "full_attention":
+                select = layer.selection.select
+                owner = cache.plan.owners[number]
+                layer.selection = Spy(select, layer.selection, chosen, owner)
+        prefill(model, cache, x)
+    for owner in kept["h2o"]:
+        weights = []
+        for i, source in enumerate(config.kv_source_layers):
+            if source == owner:
+                w = attentions[i][0]  # [H_q, T, T], with a first column for nothing where the layer is strict
+                weights.append((w[..., -30:] if w.shape[-1] == 31 else w).unflatten(0, (2, 2)))
+        weights = torch.cat(weights, dim=1).mean(1)  # [H_kv, T, T]
+        votes = weights[:, -4:, :26].sum(1).topk(6).indices.sort().values
+        assert kept["snapkv"][owner][0, :, :6].tolist() == votes.tolist()
+        heavy = weights.sum(1)[:, :25].topk(5).indices.sort().values
+        assert kept["h2o"][owner][0, :, :5].tolist() == heavy.tolist()
+        last = weights[:, -1].mean(0).topk(10).indices.sort().values
+        assert kept["tova"][owner][0, 0].tolist() == last.tolist()
+
+
+class Spy:
+    """A selection that notes what it keeps."""
+
+    def __init__(self, select, selection, chosen, owner):
+        self._select, self._selection, self._chosen, self._owner = select, selection, chosen, owner
+
+    def __getattr__(self, name):
+        return getattr(self._selection, name)
+
+    def select(self, prompt, state=None):
+        kept = self._select(prompt, state)
+        self._chosen[self._owner] = kept.slots
+        return kept
+
+
+# storages, and what cannot be ------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+@every_sharing
+def test_kivi_rounds_each_source_once_and_holds_the_formulas_bytes(sharing):
+    model, x = shared_model(sharing), prompt(40)
+    method = Method("kivi", storage=Kivi(bits=8, residual=8, group=8))
+    cache, full = method.new_cache(model), Method("full").new_cache(model)
+    assert (prefill(model, cache, x) - prefill(model, full, x)).abs().max() < CLOSE
+    for i in range(20):
+        ours, theirs = (decode(model, c, tokens(i)) for c in (cache, full))
+        assert 0 < (ours - theirs).abs().max() < 0.5
+        assert cache.kv_bytes_logical == method.bytes_formula(kv_shape(model.config, model.dtype), 40, i + 1)
+
+
+@torch.inference_mode()
+def test_the_upper_half_of_yoco_runs_for_the_queries_that_a_method_wants():
+    model, x = shared_model(YOCO(window=8)), prompt(40)
+    for selection, queries in ((Selection(), 1), (SnapKV(12, window=4, kernel=3), 4), (TOVA(12), 1), (H2O(12), 40)):
+        columns = []
+        hooks = [
+            layer.mlp.register_forward_pre_hook(lambda _, args, seen=columns: seen.append(args[0].shape[1]))
+            for layer in model.model.layers
+        ]
+        prefill(model, Method("x", selection).new_cache(model), x)
+        for hook in hooks:
+            hook.remove()
+        assert columns == [40] * 3 + [queries] * 3
+
+
+@pytest.mark.parametrize(
+    ("method", "key"),
+    [
+        (Method("pyramid_infer", PyramidInfer()), "method"),
+        (Method("minicache", storage=MiniCache()), "method/storage"),
+        (Method("snapkv", SnapKV(granularity="query_head")), "method.selection.granularity"),
+    ],
+)
+def test_what_cannot_be_held_where_layers_share_is_refused(method, key):
+    with pytest.raises(InputError, match=f"^{key}="):
+        method.new_cache(shared_model(CLA(2)))
+    with pytest.raises(InputError, match=f"^{key}="):
+        Method(method.name, method.selection, method.storage, CLA(2))
+
+
+def test_a_stream_cannot_be_encoded_in_passes():
+    with pytest.raises(InputError, match="refer up"):
+        Method("streaming_llm", StreamingLLM(8)).new_cache(shared_model(LCKV(2)))
