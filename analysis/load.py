@@ -30,6 +30,7 @@ FIELDS = ("status", "kind", "hash", "identity", "task", "model", "method", "meth
 
 RESULTS = {
     "accuracy": ("scores", "average", "bytes"),
+    "train": ("training", "curve", "validation", "bytes", "weights"),
     "efficiency": ("metrics", "bytes", "memory", "limit", "bandwidth", "workload"),
 }
 """Fields of a finished run by its kind."""
@@ -53,7 +54,8 @@ class Run:
     def is_full_cache(self) -> bool:
         """Everything kept, uncompressed: the baseline (``full`` on another storage is not)."""
         method = self.record["identity"]["method"]
-        return method.get("selection") == {"class": "Selection"} and method.get("storage") == {"class": "Dense"}
+        plain = {"selection": {"class": "Selection"}, "storage": {"class": "Dense"}, "sharing": None}
+        return all(method.get(part) == value for part, value in plain.items())
 
     @property
     def curve(self) -> str:
@@ -147,6 +149,9 @@ def comparable(runs: Iterable[Run]) -> list[list[Run]]:
 def settings_key(record: Mapping[str, Any]) -> str:
     """Everything that decides a run's numbers but its method, as one text; kind and task come first."""
     rest = {k: v for k, v in record["identity"].items() if k != "method"}
+    if record["kind"] == "train":  # architectures are compared at the learning rate that suits each, over seeds
+        rest = {k: v for k, v in rest.items() if k != "seed"}
+        rest["train"] = {k: v for k, v in rest["train"].items() if k != "lr"}
     return "\x00".join([record["kind"], record["task"], record["model"], json.dumps(rest, sort_keys=True)])
 
 

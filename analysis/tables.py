@@ -253,7 +253,56 @@ def efficiency_table(runs: Sequence[Run]) -> Table:
     return _emphasised(table)
 
 
-KINDS: Mapping[str, Callable[[Sequence[Run]], Table]] = {"accuracy": accuracy_table, "efficiency": efficiency_table}
+def train_table(runs: Sequence[Run]) -> Table:
+    """What was trained on the same data: a row for each architecture, at the learning rate that served it best.
+
+    A learning rate is judged by the mean loss on held-out data over the seeds it was tried with; the row's numbers are
+    means over those seeds, and the spread is from the least to the greatest.
+    """
+    columns = ["method", "parameters", "KV bytes/token", "loss", "min - max", "perplexity", "accuracy"]
+    columns += ["lr", "of", "seeds", "training s", "tok/s", "run"]
+    rows, shown = [], []
+    for label in dict.fromkeys(run.label for run in runs):
+        by_lr: dict[float, list[Run]] = {}
+        for run in (r for r in runs if r.label == label):
+            by_lr.setdefault(run.record["training"]["lr"], []).append(run)
+        lr, best = min(by_lr.items(), key=lambda item: fmean(r.record["validation"]["loss"] for r in item[1]))
+        found = [run.record["validation"] for run in best]
+        losses = [v["loss"] for v in found]
+        training = [run.record["training"] for run in best]
+        fixed = best[0].record["bytes"]["kv_bytes_fixed"]
+        a_token = best[0].record["bytes"]["kv_bytes_per_token"]
+        rows.append(
+            [
+                Cell(label),
+                Cell(f"{training[0]['parameters']:,}", training[0]["parameters"]),
+                Cell(f"{a_token}" + (f" + {fixed}" if fixed else ""), a_token, better=-1),
+                Cell(f"{fmean(losses):.4f}", fmean(losses), min(losses), max(losses), len(losses), -1, measured=True),
+                Cell(f"{min(losses):.4f} - {max(losses):.4f}"),
+                _number(fmean(v["perplexity"] for v in found), 3),
+                _number(fmean(v["accuracy"] for v in found), 3),
+                Cell(f"{lr:g}", lr),
+                Cell(" ".join(f"{x:g}" for x in sorted(by_lr))),
+                Cell(" ".join(str(run.record["identity"]["seed"]) for run in best)),
+                _number(fmean(t["seconds"] for t in training), 0),
+                _number(fmean(t["tokens_per_s"] for t in training), 0),
+                _run(best[0]),
+            ]
+        )
+        shown.append(best[0])
+    first = runs[0].record
+    tokens = first["training"]["tokens"]
+    table = Table(f"{first['task']} / {first['model']}: trained on {tokens:,} tokens", columns, rows, shown)
+    if any(run.record["bytes"]["kv_bytes_fixed"] for run in shown):
+        table.notes.append("KV bytes/token: + what windows and states take at any length.")
+    return replace(table, notes=table.notes + _made_by(runs))
+
+
+KINDS: Mapping[str, Callable[[Sequence[Run]], Table]] = {
+    "accuracy": accuracy_table,
+    "efficiency": efficiency_table,
+    "train": train_table,
+}
 
 
 def _made_by(runs: Sequence[Run]) -> list[str]:

@@ -103,6 +103,8 @@ class Method:
         """
         use_kvbench_attention(model)
         config = model.config.get_text_config()
+        if self.sharing is not None:
+            self.sharing.fit(config)
         plan = plan_of(config)
         if plan.shares:
             self._check_sharing()
@@ -153,9 +155,11 @@ class Method:
 
     @property
     def label(self) -> str:
-        """Short name for tables: ``snapkv 512``, ``snapkv 512 + kivi4``; how exact storages differ is bytes alone."""
+        """Short name for tables: ``snapkv 512``, ``cla2 + kivi4``; how exact storages differ is bytes alone."""
         text = self.name if self.effective_budget is None else f"{self.name} {self.effective_budget}"
-        if self.storage.name.startswith(self.name):  # the method is its storage: ``kivi4``
+        if self.sharing is not None:
+            text = self.sharing.label if self.selection.keeps_everything else f"{self.sharing.label} + {text}"
+        elif self.storage.name.startswith(self.name):  # the method is its storage: ``kivi4``
             return self.storage.name
         return text if self.storage.is_exact else f"{text} + {self.storage.name}"
 

@@ -13,6 +13,9 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..conf.errors import InputError
+from ..methods.sharing.base import Sharing
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -69,6 +72,30 @@ class ModelSource(ABC):
             "fingerprint": self.fingerprint(),
             **{key: value for key, value in settings.items() if key not in self.location_fields},
         }
+
+    def for_sharing(self, sharing: Sharing | None, method: str) -> ModelSource:
+        """The source of weights for a method: this one, or another member of its family.
+
+        Parameters
+        ----------
+        sharing
+            Which layers own keys and values under the method; None: as the model has it.
+        method : str
+            The method's name, for the error.
+
+        Raises
+        ------
+        InputError
+            There are no weights trained for it here.
+        """
+        if sharing is None:
+            return self
+        raise InputError(
+            "method",
+            method,
+            f"needs weights trained for it ({sharing.label}), and model={self.name} has none; model=tiny has, or train "
+            f"some: python run.py runner=train method={method} task=text model={self.name}",
+        )
 
     @abstractmethod
     def fingerprint(self) -> str:

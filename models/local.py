@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from transformers import AutoConfig, PretrainedConfig
 
 from ..conf.errors import InputError, require
+from ..methods.sharing.base import Sharing
 from .base import LoadedModel, ModelSource
 from .pretrained import load_pretrained, prompt_limit
 
@@ -65,6 +67,17 @@ class LocalModel(ModelSource):
     def folder(self) -> Path:
         """``path``, absolute, with ``~`` expanded."""
         return Path(self.path).expanduser().absolute()
+
+    def for_sharing(self, sharing: Sharing | None, method: str) -> ModelSource:
+        """This folder, if its config shares as the method says."""
+        if sharing is not None:
+            sharing.fit(self.config)
+        return self
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """What the folder's ``config.json`` says."""
+        return AutoConfig.from_pretrained(self.folder, local_files_only=True)
 
     def fingerprint(self) -> str:
         """``sha256:`` over names and contents of the configs, the weights and the tokenizer's files."""

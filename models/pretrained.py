@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..conf.errors import InputError, require
+from ..methods.sharing import model as _sharing  # noqa: F401  (AutoModelForCausalLM knows its classes from here on)
 
 
 def load_pretrained(

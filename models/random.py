@@ -7,7 +7,7 @@ so a run on random weights never reports a score.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import ClassVar
 
@@ -15,6 +15,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ..conf.errors import one_of, require
+from ..methods.sharing.base import Sharing
+from ..methods.sharing.convert import shared_config
 from .base import LoadedModel, ModelSource
 from .pretrained import prompt_limit
 
@@ -42,14 +44,18 @@ class RandomModel(ModelSource):
     max_positions : int or None
         Positions to allow, tokens, when they are not the shape's own: time and memory can be measured beyond what the
         published model was made for.
+    sharing : Sharing or None
+        Which layers own keys and values; set by the method.
     """
 
+    location_fields: ClassVar[tuple[str, ...]] = ("sharing",)
     random_weights: ClassVar[bool] = True
 
     shape: str
     seed: int = 0
     name: str = ""
     max_positions: int | None = None
+    sharing: Sharing | None = None
 
     def __post_init__(self) -> None:
         require(self.shape in SHAPES, "model.shape", self.shape, one_of(self.shape, SHAPES))
@@ -61,13 +67,20 @@ class RandomModel(ModelSource):
         )
         self.name = self.name or f"random-{self.shape}"
 
+    def for_sharing(self, sharing: Sharing | None, method: str) -> ModelSource:
+        """Random weights of any architecture."""
+        return self if sharing is None else replace(self, sharing=sharing)
+
     def fingerprint(self) -> str:
         """``random:shape:seed=N``."""
-        return f"random:{self.shape}:seed={self.seed}"
+        shared = "" if self.sharing is None else f":{self.sharing.label}"
+        return f"random:{self.shape}{shared}:seed={self.seed}"
 
     def load(self, device: str, dtype: torch.dtype) -> LoadedModel:
         """Build the model on ``device`` in ``dtype``, with no copy of it anywhere else (7B in bfloat16: 13.5 GB)."""
         config = SHAPES[self.shape]
+        if self.sharing is not None:
+            config = shared_config(config, self.sharing)
         positions = self.max_positions or config.max_position_embeddings
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)

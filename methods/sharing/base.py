@@ -11,7 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ...conf.errors import InputError
 from .plan import FULL
+
+RUN_KEYS = ("iter_forward", "iter_backward", "kv_loss_weight", "encode")
+"""Keys of the config that say how sequences are encoded, not what the weights were made for."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,30 @@ class Sharing(ABC):
     def shares(self) -> bool:
         """Some layer has no keys and values of its own."""
         return True
+
+    @property
+    def left_open(self) -> tuple[str, ...]:
+        """Keys of the config in which trained weights may differ from :meth:`config_keys`."""
+        return ()
+
+    def fit(self, config: Any) -> None:
+        """Check a model's config against this way of sharing, and tell it how to encode sequences.
+
+        Raises:
+            InputError: the model was built in another way.
+        """
+        keys = self.config_keys(config.to_dict())
+        layers = config.num_hidden_layers
+        plain = {"kv_source_layers": list(range(layers)), "layer_types": [FULL] * layers, "separate_kv_norm": False}
+        for key, wanted in keys.items():
+            found = getattr(config, key, None)
+            found = plain.get(key) if found is None else found
+            if key in RUN_KEYS:
+                setattr(config, key, wanted)
+            elif key not in self.left_open and found != wanted:
+                raise InputError(
+                    "method.sharing", self.label, f"needs a model whose {key} is {wanted}; this one's is {found}"
+                )
 
     def config_keys(self, shape: Mapping[str, Any]) -> dict[str, Any]:
         """What makes a plain Llama's config keys ``shape`` this architecture."""

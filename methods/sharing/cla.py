@@ -25,16 +25,18 @@ class CLA(Sharing):
 
     Attributes:
         factor: layers that share; 1 is the plain model.
-        separate_kv_norm: keys and values have an RMSNorm of their own before them.
+        separate_kv_norm: keys and values have an RMSNorm of their own before them; None: as the weights at hand, and
+            not in new ones.
     """
 
     factor: int = 2
-    separate_kv_norm: bool = False
+    separate_kv_norm: bool | None = None
 
     def __post_init__(self) -> None:
         require(is_whole(self.factor, 1), "method.sharing.factor", self.factor, "must be a whole number >= 1")
         norm = self.separate_kv_norm
-        require(isinstance(norm, bool), "method.sharing.separate_kv_norm", norm, "must be true or false")
+        allowed = "must be true, false or null"
+        require(norm is None or isinstance(norm, bool), "method.sharing.separate_kv_norm", norm, allowed)
 
     @property
     def label(self) -> str:
@@ -49,4 +51,8 @@ class CLA(Sharing):
         return [0 if i < short else i - (i - short) % self.factor for i in range(layers)]
 
     def further(self, shape: Mapping[str, Any]) -> dict[str, Any]:
-        return {"separate_kv_norm": self.separate_kv_norm}
+        return {"separate_kv_norm": bool(self.separate_kv_norm)}
+
+    @property
+    def left_open(self) -> tuple[str, ...]:
+        return ("separate_kv_norm",) if self.separate_kv_norm is None else ()

@@ -18,6 +18,7 @@ from ...conf.errors import is_whole, require
 from .base import Sharing
 from .plan import FULL, LINEAR, SLIDING
 
+WINDOW = 1024
 MIXERS = {"swa": SLIDING, "gated_retention": LINEAR, "full": FULL}
 
 
@@ -29,13 +30,14 @@ class YOCO(Sharing):
         self_layers: layers of the self-decoder; None: half of them.
         mixer: of the self-decoder: ``swa`` (sliding window), ``gated_retention``, or ``full`` (plain attention, a stage
             of converting a plain model).
-        window: tokens that a sliding layer sees, the newest included (1024 in the paper).
+        window: tokens that a sliding layer sees, the newest included; None: as the weights at hand, and 1024, as in the
+            paper, in new ones.
         separate_kv_norm: keys and values have an RMSNorm of their own before them, in every layer that makes some.
     """
 
     self_layers: int | None = None
     mixer: str = "swa"
-    window: int = 1024
+    window: int | None = None
     separate_kv_norm: bool = True
 
     def __post_init__(self) -> None:
@@ -43,7 +45,8 @@ class YOCO(Sharing):
         layers = self.self_layers
         require(layers is None or is_whole(layers, 1), at + "self_layers", layers, "must be >= 1, or null for half")
         require(self.mixer in MIXERS, at + "mixer", self.mixer, f"must be one of {', '.join(MIXERS)}")
-        require(is_whole(self.window, 2), at + "window", self.window, "must be a whole number >= 2")
+        window = self.window
+        require(window is None or is_whole(window, 2), at + "window", window, "must be a whole number >= 2, or null")
         norm = self.separate_kv_norm
         require(isinstance(norm, bool), at + "separate_kv_norm", norm, "must be true or false")
 
@@ -64,5 +67,9 @@ class YOCO(Sharing):
         return [MIXERS[self.mixer] if i < self.below(layers) else FULL for i in range(layers)]
 
     def further(self, shape: Mapping[str, Any]) -> dict[str, Any]:
-        window = self.window if self.mixer == "swa" else None
+        window = (self.window or WINDOW) if self.mixer == "swa" else None
         return {"sliding_window": window, "separate_kv_norm": self.separate_kv_norm}
+
+    @property
+    def left_open(self) -> tuple[str, ...]:
+        return ("sliding_window",) if self.window is None else ()

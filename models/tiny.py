@@ -1,0 +1,88 @@
+"""The family of small trained models in this repository: one for each way of sharing keys and values, at equal data,
+tokens and (nearly) equal parameters.
+
+``models/tiny/<what they were trained on>/<label>`` holds what ``save_pretrained`` wrote and the record of the training
+(``training.json``); ``scripts/train_family.py`` makes each of them again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from ..conf.errors import InputError, one_of, require
+from ..methods.sharing.base import Sharing
+from .base import LoadedModel, ModelSource
+from .local import LocalModel
+
+FAMILY = Path(str(resources.files("kvbench.models"))) / "tiny"
+PLAIN = "mha"
+"""The member that holds everything, for methods that are no way of sharing."""
+
+
+@dataclass
+class TinyModel(ModelSource):
+    """One member of the family.
+
+    Attributes
+    ----------
+    name : str
+        The name shown in tables and result paths.
+    trained_on : str
+        ``recall`` (associative recall) or ``text`` (language modelling, bytes).
+    member : str or None
+        ``mha``, ``cla2``, ``yoco`` ...; None: the one that the method asks for, and ``mha`` for a method that is no way
+        of sharing. Name one to try a token method on it.
+    """
+
+    location_fields: ClassVar[tuple[str, ...]] = ("member",)
+
+    name: str = "tiny"
+    trained_on: str = "recall"
+    member: str | None = None
+
+    def __post_init__(self) -> None:
+        kinds = sorted(f.name for f in FAMILY.iterdir() if f.is_dir()) if FAMILY.is_dir() else []
+        require(self.trained_on in kinds, "model.trained_on", self.trained_on, one_of(self.trained_on, kinds))
+        if self.member is not None:
+            require(self.member in self.members, "model.member", self.member, one_of(self.member, self.members))
+
+    @property
+    def members(self) -> list[str]:
+        """Labels of those that there are."""
+        return sorted(f.name for f in (FAMILY / self.trained_on).iterdir() if (f / "config.json").is_file())
+
+    def for_sharing(self, sharing: Sharing | None, method: str) -> ModelSource:
+        """The member that was trained for the method."""
+        if self.member is not None:
+            if sharing is not None:
+                self._local.for_sharing(sharing, method)
+            return self
+        label = PLAIN if sharing is None else sharing.label
+        if label not in self.members:
+            raise InputError(
+                "method",
+                method,
+                f"{label} is not among the small models trained on {self.trained_on} ({', '.join(self.members)}); "
+                f"train it: python run.py runner=train method={method} task={self.trained_on} model=scratch",
+            )
+        return replace(self, member=label)
+
+    @property
+    def _local(self) -> LocalModel:
+        member = self.member or PLAIN
+        return LocalModel(str(FAMILY / self.trained_on / member), name=self.name)
+
+    def fingerprint(self) -> str:
+        """``sha256:`` over the member's files."""
+        return self._local.fingerprint()
+
+    def load(self, device: str, dtype: torch.dtype) -> LoadedModel:
+        """See :meth:`ModelSource.load`."""
+        local = self._local
+        positions = local.config.max_position_embeddings
+        return replace(local, max_prompt_tokens=positions - 1).load(device, dtype)

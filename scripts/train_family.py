@@ -1,0 +1,122 @@
+"""Train the family of small models, one for each way of sharing keys and values, at equal data, tokens and parameters.
+
+Each architecture is tried at the same three learning rates with one seed; the best of them is then repeated with
+further seeds. What is done already is not done again, so the command can be stopped and given again.
+
+    python scripts/train_family.py recall RESULTS [--only yoco,lckv] [--seeds 2]
+    python scripts/train_family.py text RESULTS
+    python scripts/train_family.py recall RESULTS --install      # copy the models of seed 0 to models/tiny/recall
+
+On two cores the eight architectures take about three hours on recall and five on text with one process; two processes
+with OMP_NUM_THREADS=1, each with its share of ``--only``, take half of that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean
+
+from kvbench.analysis.load import Run, load
+
+ROOT = Path(__file__).resolve().parents[1]
+
+ARMS = {
+    "mha": ["method=mha"],
+    "gqa": ["method=gqa"],
+    "mqa": ["method=mqa"],
+    "cla2": ["method=cla"],
+    "cla3": ["method=cla", "method.sharing.factor=3"],
+    "yoco": ["method=yoco"],
+    "lckv": ["method=lckv"],
+    "sandwich": ["method=kvshare", "method.sharing.partition=sandwich", "method.sharing.position=middle"],
+}
+SETTINGS = {
+    "recall": ["task=recall", "model=scratch", "model.layers=4", "runner.steps=1000", "runner.batch_tokens=2048"],
+    "text": [
+        *("task=text", "model=scratch", "model.layers=6", "runner.steps=1000", "runner.batch_tokens=2048"),
+        *("runner.sequence=128", "runner.weight_decay=0.1"),
+    ],
+}
+OF_ARM = {  # windows well below the sequences' length, and three layers of six or two of four with keys of their own
+    ("recall", "yoco"): ["method.sharing.window=16"],
+    ("text", "yoco"): ["method.sharing.window=32"],
+    ("recall", "sandwich"): ["method.sharing.kv_layers=2"],
+    ("text", "sandwich"): ["method.sharing.kv_layers=3"],
+}
+RATES = {"recall": (2.5e-4, 5e-4, 1e-3), "text": (1e-3, 1.5e-3, 2.25e-3)}
+
+
+def train(task: str, arm: str, lr: float, seed: int, results: str) -> None:
+    """One run, in a process of its own; one that is done already is only read."""
+    overrides = [*SETTINGS[task], *ARMS[arm], *OF_ARM.get((task, arm), [])]
+    overrides += [f"runner.lr={lr}", f"seed={seed}", f"results_dir={results}"]
+    command = [sys.executable, "run.py", "runner=train", *overrides]
+    print(" ".join(command[1:]), flush=True)
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def by_label(results: str) -> dict[str, list[Run]]:
+    """Finished trainings by the label of their architecture."""
+    runs, _ = load(Path(results))
+    out: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.record["kind"] == "train":
+            out.setdefault(run.record["method_label"], []).append(run)
+    return out
+
+
+def best_rate(runs: list[Run]) -> float:
+    """The learning rate with the least loss on held-out data, of those tried with seed 0."""
+    losses: dict[float, list[float]] = {}
+    for run in runs:
+        if run.record["identity"]["seed"] == 0:
+            losses.setdefault(run.record["training"]["lr"], []).append(run.record["validation"]["loss"])
+    return min(losses, key=lambda lr: fmean(losses[lr]))
+
+
+def label_of(arm: str, task: str) -> str:
+    """The label under which an arm is recorded."""
+    own = {"gqa": "gqa2", "lckv": "lckv-w2", "sandwich": f"sandwich-middle-{2 if task == 'recall' else 3}"}
+    return own.get(arm, arm)
+
+
+def install(task: str, results: str) -> None:
+    """Copy each architecture's model, seed 0 at its best learning rate, into the repository."""
+    for label, runs in by_label(results).items():
+        lr = best_rate(runs)
+        run = next(r for r in runs if r.record["training"]["lr"] == lr and r.record["identity"]["seed"] == 0)
+        target = ROOT / "models" / "tiny" / task / label
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(run.path / "model", target)
+        (target / "training.json").write_text(json.dumps(run.record, indent=1) + "\n", encoding="utf-8")
+        print(f"{label}: lr {lr:g}, loss {run.record['validation']['loss']:.4f} -> {target.relative_to(ROOT)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=list(SETTINGS))
+    parser.add_argument("results")
+    parser.add_argument("--only", default=",".join(ARMS), help="of " + ", ".join(ARMS))
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--install", action="store_true", help="train nothing; copy what is done to models/tiny")
+    args = parser.parse_args()
+    results = str(Path(args.results).resolve())
+    if args.install:
+        install(args.task, results)
+        return
+    arms = args.only.split(",")
+    for arm in arms:
+        for lr in RATES[args.task]:
+            train(args.task, arm, lr, 0, results)
+    for seed in range(1, args.seeds):
+        for arm in arms:
+            train(args.task, arm, best_rate(by_label(results)[label_of(arm, args.task)]), seed, results)
+
+
+if __name__ == "__main__":
+    main()
