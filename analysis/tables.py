@@ -267,6 +267,7 @@ def train_table(runs: Sequence[Run]) -> Table:
         for run in (r for r in runs if r.label == label):
             by_lr.setdefault(run.record["training"]["lr"], []).append(run)
         lr, best = min(by_lr.items(), key=lambda item: fmean(r.record["validation"]["loss"] for r in item[1]))
+        best = sorted(best, key=lambda run: run.record["identity"]["seed"])
         found = [run.record["validation"] for run in best]
         losses = [v["loss"] for v in found]
         training = [run.record["training"] for run in best]

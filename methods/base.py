@@ -130,7 +130,9 @@ class Method:
             else:
                 held = next(storage)
             number = sum(k == kind for k in plan.layer_types[: len(layers)])
-            layers.append(CacheLayer(number, len(full), selection, selection.new_state(config), held))
+            layer = CacheLayer(number, len(full), selection, selection.new_state(config), held)
+            layer.model_layer = plan.owners[len(layers)]
+            layers.append(layer)
         cache = KVCache(layers, plan)
         self.selection.attach(model, cache)
         return cache
@@ -546,7 +548,11 @@ def kv_shape(config: PretrainedConfig, dtype: torch.dtype) -> KVShape:
     )
 
 
-def full_shape(config: PretrainedConfig, dtype: torch.dtype) -> KVShape:
-    """The same for the plain model of this size: every layer with keys and values of its own."""
-    layers = config.get_text_config().num_hidden_layers
-    return replace(kv_shape(config, dtype), layers=layers, sliding_layers=0, window=0, recurrent_bytes=0)
+def full_shape(config: PretrainedConfig, dtype: torch.dtype, sharing: Sharing | None = None) -> KVShape:
+    """The same for the plain model of this size: every layer with keys and values of its own.
+
+    Where ``sharing`` is a number of KV heads, the plain model has as many as query heads.
+    """
+    shape, layers = kv_shape(config, dtype), config.get_text_config().num_hidden_layers
+    heads = shape.query_heads if sharing is not None and sharing.shares_heads else shape.kv_heads
+    return replace(shape, layers=layers, kv_heads=heads, sliding_layers=0, window=0, recurrent_bytes=0)

@@ -28,6 +28,7 @@ class FanOutLayer(PromptReader):
         self.members = list(members)
         first = self.members[0]
         super().__init__(first.layer_idx, first.num_layers, max(m.observation_window for m in self.members))
+        self.model_layer = first.model_layer
 
     def names(self) -> str:
         return ", ".join(dict.fromkeys(member.names() for member in self.members))

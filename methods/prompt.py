@@ -97,6 +97,7 @@ class PromptReader(ABC):
 
     def __init__(self, layer_idx: int, num_layers: int, observation_window: int):
         self.layer_idx, self.num_layers = layer_idx, num_layers
+        self.model_layer = layer_idx  # the same, counted among all layers of the model
         self.observation_window = observation_window
         self.seen = 0  # columns fed so far, pads included
         self.reading = True
@@ -231,7 +232,7 @@ class PromptReader(ABC):
         if not bool(total.isfinite()):
             raise InputError(
                 "model",
-                f"layer {self.layer_idx}",
+                f"layer {self.model_layer}",
                 f"gave {self.names()} keys or values that are NaN or infinite; try dtype=float32",
             )
 

@@ -65,6 +65,11 @@ class ModelSource(ABC):
     location_fields: ClassVar[tuple[str, ...]] = ()
     """Fields that say where the weights are on this machine; they take no part in :meth:`identity`."""
 
+    @property
+    def method_weights(self) -> str | None:
+        """Fingerprint of the weights, where they belong to the method and not to the model: a member of a family."""
+        return None
+
     def identity(self) -> dict[str, Any]:
         """What decides this model's outputs, as plain data: fingerprint, prompt limit, chat template and the like."""
         settings = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]

@@ -37,13 +37,16 @@ class TinyModel(ModelSource):
     member : str or None
         ``mha``, ``cla2``, ``yoco`` ...; None: the one that the method asks for, and ``mha`` for a method that is no way
         of sharing. Name one to try a token method on it.
+    by_method : bool
+        The method has chosen the member: set by :meth:`for_sharing`.
     """
 
-    location_fields: ClassVar[tuple[str, ...]] = ("member",)
+    location_fields: ClassVar[tuple[str, ...]] = ("member", "by_method")
 
     name: str = "tiny"
     trained_on: str = "recall"
     member: str | None = None
+    by_method: bool = False
 
     def __post_init__(self) -> None:
         kinds = sorted(f.name for f in FAMILY.iterdir() if f.is_dir()) if FAMILY.is_dir() else []
@@ -70,7 +73,7 @@ class TinyModel(ModelSource):
                 f"{label} is not among the small models trained on {self.trained_on} ({', '.join(self.members)}); "
                 f"train it: python run.py runner=train method={method} task={self.trained_on} model=scratch",
             )
-        return replace(self, member=label)
+        return replace(self, member=label, by_method=True)
 
     @property
     def _local(self) -> LocalModel:
@@ -78,8 +81,13 @@ class TinyModel(ModelSource):
         return LocalModel(str(FAMILY / self.trained_on / member), name=self.name)
 
     def fingerprint(self) -> str:
-        """``sha256:`` over the member's files."""
-        return self._local.fingerprint()
+        """``sha256:`` over the member's files; of the family as a whole where the method chooses among its members."""
+        return f"tiny:{self.trained_on}" if self.by_method else self._local.fingerprint()
+
+    @property
+    def method_weights(self) -> str | None:
+        """The member's fingerprint, where the method has chosen it."""
+        return self._local.fingerprint() if self.by_method else None
 
     def load(self, device: str, dtype: torch.dtype) -> LoadedModel:
         """See :meth:`ModelSource.load`."""

@@ -20,14 +20,23 @@ from tqdm import tqdm
 
 from ..analysis.stats import macro_mean, paired_difference
 from ..conf.errors import InputError, require
-from ..methods.base import KVCache, Method, kv_shape
+from ..methods.base import KVCache, Method, full_shape, kv_shape
 from ..methods.fan_out import FanOutCache
 from ..models.base import LoadedModel, ModelSource
 from ..tasks.base import Example, Task
 from . import provenance
 from .engine import Sampling, generate, left_padded
 from .measure import is_out_of_memory, release_memory
-from .runs import BASELINE, MethodRun, PairedRunner, finished_baseline, in_turns, open_run, record_head
+from .runs import (
+    BASELINE,
+    MethodRun,
+    PairedRunner,
+    distinct_sources,
+    finished_baseline,
+    in_turns,
+    open_run,
+    record_head,
+)
 from .settings import Settings
 
 
@@ -94,14 +103,15 @@ class AccuracyRunner(PairedRunner):
         examples = task.examples()
         data = task.source()
         say(f"data: {data.name}, {len(examples)} examples, from {data.location}")
-        runs = [self._open(m, source, task, settings) for m in methods]
+        runs = [self._open(m, source.for_sharing(m.sharing, m.name), task, settings) for m in methods]
         made_by = provenance.collect(settings.torch_device)  # now: the files may change while the run goes on
 
         def work(mine: list[ScoredRun]) -> None:
             started = time.time()
             for run in mine:
                 run.rows = {(r["dataset"], r["id"]): r for r in run.folder.samples()}
-            self._complete(mine, examples, source, task, settings, made_by, say)
+            for one in distinct_sources(mine):
+                self._complete([run for run in mine if run.source == one], examples, one, task, settings, made_by, say)
             for run in mine:
                 if not run.folder.done:
                     circumstances = {"wall_s": round(time.time() - started, 1), "provenance": made_by}
@@ -118,7 +128,7 @@ class AccuracyRunner(PairedRunner):
         if settings.batch_size > 1:  # prompts padded to a common length take more bytes; one at a time is the norm
             further["batch_size"] = settings.batch_size
         folder = open_run("accuracy", method, source, task.source(), task.identity(), settings, **further)
-        return ScoredRun(method, folder)
+        return ScoredRun(method, folder, source)
 
     def _complete(
         self,
@@ -203,7 +213,8 @@ class AccuracyRunner(PairedRunner):
         Where several caches at once are too much for the memory they are tried one by one, so that a method that fits
         is not lost to one that does not.
         """
-        shape = kv_shape(loaded.model.config, loaded.model.dtype)
+        config, dtype = loaded.model.config, loaded.model.dtype
+        shape = kv_shape(config, dtype)
         groups = list(shared_prompts([run for run in batch[0][2] if run.problem is None]))
         while groups:
             together, problem = groups.pop(0), ""
@@ -233,7 +244,9 @@ class AccuracyRunner(PairedRunner):
                         "score": task.score(example, row["prediction"]),
                         "prompt_tokens": len(ids),
                         "kv_bytes_formula": run.method.bytes_formula(shape, len(ids)),
-                        "kv_bytes_full": BASELINE.bytes_formula(shape, len(ids)),
+                        "kv_bytes_full": BASELINE.bytes_formula(
+                            full_shape(config, dtype, run.method.sharing), len(ids)
+                        ),
                         **{k: example.meta[k] for k in ("length", "row") if k in example.meta},
                     }
                     run.folder.append(line)

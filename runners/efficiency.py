@@ -26,7 +26,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..conf.errors import InputError, require
-from ..methods.base import Method, kv_shape
+from ..methods.base import Method, full_shape, kv_shape
 from ..models.base import LoadedModel, ModelSource
 from ..tasks.workload import Request, Workload
 from . import provenance
@@ -147,7 +147,8 @@ class EfficiencyRunner(PairedRunner):
             "torch": made_by["packages"].get("torch"),
         }
         runs = [
-            MethodRun(m, open_run("efficiency", m, source, data, task.identity(), settings, **further)) for m in methods
+            MethodRun(m, open_run("efficiency", m, s, data, task.identity(), settings, **further), s)
+            for m, s in ((m, source.for_sharing(m.sharing, m.name)) for m in methods)
         ]
 
         def work(mine: list[MethodRun]) -> None:
@@ -158,7 +159,7 @@ class EfficiencyRunner(PairedRunner):
                 with one_at_a_time(settings.torch_device, say):
                     say(f"{run.method.label}: {self.warmups} + {self.repeats} timed repetitions, then memory")
                     load = os.getloadavg()[0]
-                    status, results = self._measure(run.method, source, task, settings)
+                    status, results = self._measure(run.method, run.source, task, settings)
                 head = record_head(status, run.folder, run.method, data, settings)
                 run.folder.finish({**head, "provenance": made_by, "load_average_before": load, **results})
 
@@ -340,7 +341,7 @@ def memory_pass(job: Job) -> dict[str, Any]:
         token = decode(model, cache, token).argmax(-1)
     peak_decode = meter.peak()
 
-    shape = kv_shape(model.config, job.dtype)
+    shape, full = kv_shape(model.config, job.dtype), full_shape(model.config, job.dtype, job.method.sharing)
     return {
         "bytes": {
             "kv_bytes_stored": stored,
@@ -348,7 +349,7 @@ def memory_pass(job: Job) -> dict[str, Any]:
             "kv_bytes_logical": logical,
             "kv_bytes_logical_end": cache.kv_bytes_logical,
             "kv_bytes_formula": sum(job.method.bytes_formula(shape, len(r.prompt)) for r in batch.requests),
-            "kv_bytes_full": sum(BASELINE.bytes_formula(shape, len(r.prompt)) for r in batch.requests),
+            "kv_bytes_full": sum(BASELINE.bytes_formula(full, len(r.prompt)) for r in batch.requests),
             "weight_bytes": sum(p.nbytes for p in model.parameters()),
             "requests": len(batch.requests),
         },

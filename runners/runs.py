@@ -61,9 +61,10 @@ def open_run(
     **further: Any,
 ) -> RunFolder:
     """The folder of one run; ``task`` is the task's identity, ``further`` what else decides the numbers."""
+    weights = {} if source.method_weights is None else {"weights": source.method_weights}
     identity = {
         "kind": kind,
-        "method": method.identity(),
+        "method": method.identity() | weights,
         "model": source.identity(),
         "task": dict(task),
         "device": settings.torch_device.split(":")[0],
@@ -104,13 +105,23 @@ def record_head(status: str, folder: RunFolder, method: Method, data: Source, se
 
 @dataclass(eq=False)  # a run is itself
 class MethodRun:
-    """One method's run on disk."""
+    """One method's run on disk, and where its model comes from."""
 
     method: Method
     folder: RunFolder
+    source: ModelSource
 
 
 R = TypeVar("R", bound=MethodRun)
+
+
+def distinct_sources(runs: Sequence[MethodRun]) -> list[ModelSource]:
+    """The models of ``runs``, each once, in order: ways of sharing have weights of their own."""
+    sources: list[ModelSource] = []
+    for run in runs:
+        if run.source not in sources:
+            sources.append(run.source)
+    return sources
 
 
 def finished_baseline(runs: Sequence[R]) -> R | None:

@@ -168,7 +168,7 @@ class TrainRunner:
         folder = open_run(
             "train", method, source, task.source(), task.identity(), settings, train=self._identity(source)
         )
-        run = MethodRun(method, folder)
+        run = MethodRun(method, folder, source)
         accelerator = Accelerator(
             mixed_precision="bf16" if settings.torch_dtype == torch.bfloat16 else "no",
             cpu=settings.torch_device == "cpu",
@@ -260,7 +260,8 @@ class Training:
         rule, sharing = self.rule, self.method.sharing
         if isinstance(self.source, ScratchModel):
             self.tokenizer = self.task.new_tokenizer()
-            model: Any = self.source.build(sharing, self.tokenizer, self.settings.seed).to(self.device)
+            model: Any = self.source.build(sharing, self.tokenizer, self.settings.seed)
+            model = model.to(self.device)
         else:
             loaded = self.source.load(str(self.device), torch.float32)
             assert loaded.tokenizer is not None

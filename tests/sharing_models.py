@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig
 
-from kvbench.methods.sharing.base import Sharing
+from kvbench.methods.sharing.base import RUN_KEYS, Sharing
 from kvbench.methods.sharing.cla import CLA
 from kvbench.methods.sharing.config import KVShareLlamaConfig
 from kvbench.methods.sharing.framework import KVShare
@@ -60,11 +60,19 @@ def name_of(sharing: Sharing) -> str:
 
 def config_of(sharing: Sharing, attention: str = "sdpa", **changes: object) -> KVShareLlamaConfig:
     keys = SHAPE | changes
-    return KVShareLlamaConfig(**(keys | sharing.config_keys(keys) | changes), attn_implementation=attention)
+    encoding = {key: value for key, value in changes.items() if key in RUN_KEYS}
+    window = {"sliding_window": 8} if getattr(sharing, "window", 0) is None else {}
+    keys = keys | sharing.config_keys(keys) | window | encoding
+    return KVShareLlamaConfig(**keys, attn_implementation=attention)
 
 
 def shared_model(
-    sharing: Sharing, attention: str = "sdpa", dtype: torch.dtype | None = None, seed: int = 0, **changes: object
+    sharing: Sharing,
+    attention: str = "sdpa",
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    std: float = 0.15,
+    **changes: object,
 ) -> KVShareLlamaForCausalLM:
     """Random weights, large enough that attention is not flat; float64, or float32 for eager attention."""
     dtype = dtype or (torch.float32 if attention == "eager" else torch.float64)
@@ -73,7 +81,7 @@ def shared_model(
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(0.0, 0.15)
+                parameter.normal_(0.0, std)
             else:
                 parameter.uniform_(0.7, 1.3)
     return model

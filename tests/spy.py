@@ -107,5 +107,6 @@ class Witness:
 
 
 def watch(cache: KVCache, mask: torch.Tensor | None = None, tolerance: float = 1e-9) -> list[Witness]:
-    """A witness in every layer."""
-    return [Witness(layer, mask, tolerance) for layer in cache.layers]
+    """A witness in every layer but the sliding ones."""
+    kinds = zip(cache.layers, cache.plan.layer_types, strict=True)
+    return [Witness(layer, mask, tolerance) for layer, kind in kinds if kind == "full_attention"]

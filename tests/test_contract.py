@@ -12,8 +12,9 @@ import hydra
 import pytest
 import torch
 from hydra.utils import instantiate
+from sharing_models import shared_model
 from spy import watch
-from tiny_models import left_pad, prompt_ids, tiny_model
+from tiny_models import SHAPE, left_pad, prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
 from kvbench.methods.base import Method, kv_shape
@@ -54,10 +55,24 @@ def make(text: str, budget: float | str = BUDGET) -> Method:
     if text == "pyramid_infer" and budget == BUDGET:  # cannot be met with the paper's settings
         budget = "null"
     overrides = [f"method={name}", f"method.budget={budget}"]
+    if name in ("lckv", "kvshare"):  # as many passes as tokens, so that all ways of feeding a prompt are one
+        overrides.append("method.sharing.encode=exact")
     group = {"storage=": "method/", "storage.": "method."}
     overrides += [group.get(s[:8], "method.selection.") + s for s in settings]
     with hydra.initialize_config_module("kvbench.conf", version_base="1.3"):
         return instantiate(hydra.compose("config", overrides=overrides).method)
+
+
+def model_for(text: str, family: str = "llama", dtype: torch.dtype = torch.float64, kv_heads: int = 2):
+    """A tiny model that the method can be used on: of its architecture, where it is one."""
+    sharing = make(text).sharing
+    if sharing is None:
+        return tiny_model(family, dtype, kv_heads)
+    model = shared_model(
+        sharing, "sdpa", dtype, std=0.07, **SHAPE | {"num_hidden_layers": 4, "num_key_value_heads": kv_heads}
+    )
+    model.generation_config.pad_token_id = 0
+    return model
 
 
 def logits_of(model, method, ids, tokens, mask=None, chunk_size=None):
@@ -74,7 +89,7 @@ def some_tokens(steps: int, batch: int = 1) -> torch.Tensor:
 
 @pytest.mark.parametrize("text", METHODS)
 def test_a_budget_that_holds_everything_changes_nothing(text):
-    model, ids, tokens = tiny_model(), prompt_ids(LONG), some_tokens(6)
+    model, ids, tokens = model_for(text), prompt_ids(LONG), some_tokens(6)
     method = make(text, budget=1000)
     if not method.storage.is_exact:
         tokens = []  # what follows the first token reads rounded tokens
@@ -85,7 +100,7 @@ def test_a_budget_that_holds_everything_changes_nothing(text):
 
 @pytest.mark.parametrize("text", METHODS)
 def test_the_first_token_is_the_full_caches(text):
-    model, ids = tiny_model(), prompt_ids(LONG)
+    model, ids = model_for(text), prompt_ids(LONG)
     method = make(text)
     if not method.selection.reads_whole_prompt:
         return  # its prompt tokens never saw the whole prompt: the first token may differ
@@ -104,7 +119,7 @@ def exact_attention(text: str) -> bool:
 @pytest.mark.parametrize("chunk_size", [None, 9])
 def test_attention_is_over_exactly_the_tokens_held(text, chunk_size):
     """The masked-full-attention oracle, in a left-padded batch, over 8 decode steps and one of several tokens."""
-    model = tiny_model()
+    model = model_for(text)
     prompts = [prompt_ids(LONG, 1), prompt_ids(MIDDLE, 2), prompt_ids(SHORT, 3)]
     ids, mask = left_pad(prompts)
     method = make(text)
@@ -132,7 +147,7 @@ def test_attention_is_over_exactly_the_tokens_held(text, chunk_size):
 
 @pytest.mark.parametrize("text", METHODS)
 def test_a_left_padded_batch_is_each_row_alone(text):
-    model, method = tiny_model(), make(text)
+    model, method = model_for(text), make(text)
     prompts = [prompt_ids(LONG, 1), prompt_ids(MIDDLE, 2), prompt_ids(SHORT, 3), prompt_ids(LONG, 4)]
     ids, mask = left_pad(prompts)
     tokens = some_tokens(8, batch=4)
@@ -145,7 +160,7 @@ def test_a_left_padded_batch_is_each_row_alone(text):
 @pytest.mark.parametrize("text", METHODS)
 def test_two_sequences_in_either_order(text):
     """State that outlives a batch (SnapKV's and H2O's published code has some) would make the second one differ."""
-    model, method = tiny_model(), make(text)
+    model, method = model_for(text), make(text)
     first, second = prompt_ids(LONG, 1), prompt_ids(MIDDLE, 2)
     tokens = some_tokens(4)
     a, b = (logits_of(model, method, ids, tokens)[0] for ids in (first, second))
@@ -157,7 +172,7 @@ def test_two_sequences_in_either_order(text):
 @pytest.mark.parametrize("text", METHODS)
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_bytes_are_the_formulas(text, kv_heads):
-    model = tiny_model(kv_heads=kv_heads)
+    model = model_for(text, kv_heads=kv_heads)
     method, shape = make(text), kv_shape(model.config, model.dtype)
     for length in (SHORT, BUDGET, LONG):
         for batch in (1, 3):
@@ -176,7 +191,7 @@ def test_bytes_are_the_formulas(text, kv_heads):
 @pytest.mark.parametrize("text", METHODS)
 @pytest.mark.parametrize("length", [1, 2, 5, BUDGET - 1, BUDGET, BUDGET + 1])
 def test_prompts_around_the_window_and_the_budget(text, length):
-    model, ids = tiny_model(), prompt_ids(length)
+    model, ids = model_for(text), prompt_ids(length)
     logits, _ = logits_of(model, make(text), ids, some_tokens(3))
     assert torch.isfinite(logits).all()
     if length + 3 <= BUDGET and make(text).storage.is_exact:
@@ -186,7 +201,7 @@ def test_prompts_around_the_window_and_the_budget(text, length):
 
 @pytest.mark.parametrize("text", METHODS)
 def test_generation_far_beyond_the_budget(text):
-    model = tiny_model()
+    model = model_for(text)
     cache = make(text).new_cache(model)
     result = generate(model, cache, prompt_ids(LONG), max_new_tokens=3 * BUDGET)
     assert len(result.tokens[0]) == 3 * BUDGET
@@ -196,7 +211,9 @@ def test_generation_far_beyond_the_budget(text):
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
 def test_architectures_and_plain_generate(text, family):
     """The same tokens through our engine and through ``model.generate``, alone and in a padded batch."""
-    model, method = tiny_model(family), make(text)
+    if make(text).sharing is not None and family != "llama":
+        return
+    model, method = model_for(text, family), make(text)
     ids, mask = left_pad([prompt_ids(LONG, 1), prompt_ids(MIDDLE, 2)])
     ours = generate(model, method.new_cache(model), ids, mask, max_new_tokens=6).tokens
     cache = method.new_cache(model)
@@ -207,7 +224,7 @@ def test_architectures_and_plain_generate(text, family):
 
 @pytest.mark.parametrize("text", METHODS)
 def test_a_prompt_in_chunks_is_a_prompt_in_one_piece(text):
-    model, method = tiny_model(), make(text)
+    model, method = model_for(text), make(text)
     ids, mask = left_pad([prompt_ids(LONG, 1), prompt_ids(SHORT, 2)])
     tokens = some_tokens(4, batch=2)
     whole, _ = logits_of(model, method, ids, tokens, mask)
@@ -226,8 +243,8 @@ def test_a_prompt_in_chunks_is_a_prompt_in_one_piece(text):
 def test_bfloat16_agrees_with_float32(text):
     """Same tokens kept but for near-ties: the logits stay close on average, and nothing overflows."""
     ids, tokens = prompt_ids(LONG), some_tokens(4)
-    exact, _ = logits_of(tiny_model(dtype=torch.float32), make(text), ids, tokens)
-    rounded, _ = logits_of(tiny_model(dtype=torch.bfloat16), make(text), ids, tokens)
+    exact, _ = logits_of(model_for(text, dtype=torch.float32), make(text), ids, tokens)
+    rounded, _ = logits_of(model_for(text, dtype=torch.bfloat16), make(text), ids, tokens)
     assert torch.isfinite(rounded).all()
     similarity = torch.nn.functional.cosine_similarity(exact.flatten(), rounded.float().flatten(), dim=0)
     assert similarity > 0.95
@@ -235,7 +252,7 @@ def test_bfloat16_agrees_with_float32(text):
 
 @pytest.mark.parametrize("text", METHODS)
 def test_riding_on_a_shared_prompt_changes_nothing(text):
-    model, method = tiny_model(), make(text)
+    model, method = model_for(text), make(text)
     ids, mask = left_pad([prompt_ids(LONG, 1), prompt_ids(MIDDLE, 2)])
     if method.new_cache(model).recomputes:
         return
@@ -254,10 +271,11 @@ def test_riding_on_a_shared_prompt_changes_nothing(text):
 @pytest.mark.parametrize("text", NAMES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_refused_with_the_layers_number(text, bad):
-    model, method = copy.deepcopy(tiny_model()), make(text)
+    model, method = copy.deepcopy(model_for(text)), make(text)
     if method.new_cache(model).recomputes or method.selection.reads_prompt_by_steps:
         return  # nothing is stored; or every token is attended to as it comes, and the logits show it
+    layer = 1 if method.sharing is None else max(model.config.kv_source_layers)
     with torch.no_grad():
-        model.model.layers[1].self_attn.v_proj.weight[3, 5] = bad
-    with pytest.raises(InputError, match=r"model=layer 1: gave .* NaN or infinite"):
+        model.model.layers[layer].self_attn.v_proj.weight[3, 5] = bad
+    with pytest.raises(InputError, match=rf"model=layer {layer}: gave .* NaN or infinite"):
         prefill(model, method.new_cache(model), prompt_ids(LONG))

@@ -72,6 +72,11 @@ class Sharing(ABC):
                     "method.sharing", self.label, f"needs a model whose {key} is {wanted}; this one's is {found}"
                 )
 
+    @property
+    def shares_heads(self) -> bool:
+        """The query heads of a layer share keys and values further than in the plain model."""
+        return False
+
     def config_keys(self, shape: Mapping[str, Any]) -> dict[str, Any]:
         """What makes a plain Llama's config keys ``shape`` this architecture."""
         layers = shape["num_hidden_layers"]

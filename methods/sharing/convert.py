@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ...conf.errors import InputError, require
 from .base import Sharing
@@ -29,7 +29,7 @@ NO_GAIN = 1e-6
 """A gain nearer to zero than this is not divided by."""
 
 
-def shared_config(config: LlamaConfig, sharing: Sharing, **changes: Any) -> KVShareLlamaConfig:
+def shared_config(config: PretrainedConfig, sharing: Sharing, **changes: Any) -> KVShareLlamaConfig:
     """A plain Llama's config with a way of sharing.
 
     Raises:
@@ -61,7 +61,8 @@ def converted(model: PreTrainedModel, sharing: Sharing, how: str) -> KVShareLlam
             sharing.label,
             f"has {config.num_key_value_heads} KV heads, and the model's weights do not",
         )
-    out = KVShareLlamaForCausalLM(config).to(model.device, model.dtype)
+    out: Any = KVShareLlamaForCausalLM(config)
+    out = out.to(device=model.device, dtype=model.dtype)
     weights = dict(model.state_dict())
     wanted = set(out.state_dict())
     norm = "model.layers.{}.input_layernorm.weight"

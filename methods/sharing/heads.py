@@ -44,3 +44,7 @@ class Heads(Sharing):
         heads, allowed = shape["num_attention_heads"], self.kv_heads
         require(allowed is None or heads % allowed == 0, "method.sharing.kv_heads", allowed, f"must divide {heads}")
         return {"num_key_value_heads": allowed or heads}
+
+    @property
+    def shares_heads(self) -> bool:
+        return True

@@ -1,0 +1,525 @@
+"""runner=train: batches, schedules, checkpoints, conversion, records."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sharing_models import SHAPE, shared_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kvbench.analysis.load import read_runs
+from kvbench.analysis.tables import markdown, tables, train_table
+from kvbench.conf.errors import InputError
+from kvbench.methods.base import Method
+from kvbench.methods.selection.snapkv import SnapKV
+from kvbench.methods.sharing.cla import CLA
+from kvbench.methods.sharing.convert import converted, shared_config
+from kvbench.methods.sharing.framework import KVShare
+from kvbench.methods.sharing.heads import Heads
+from kvbench.methods.sharing.lckv import LCKV
+from kvbench.methods.sharing.yoco import YOCO
+from kvbench.models.local import LocalModel
+from kvbench.models.random import RandomModel
+from kvbench.models.scratch import ScratchModel, parameters
+from kvbench.runners.settings import Settings
+from kvbench.runners.train import Distill, Training, TrainRunner
+from kvbench.tasks.needle import Needle
+from kvbench.tasks.recall import Recall
+from kvbench.tasks.text import BLOCK, Text, stdlib_files
+from kvbench.tasks.training import IGNORED
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SMALL = ScratchModel(layers=2, hidden_size=32, heads=2, head_dim=16, intermediate_size=48)
+RULE = TrainRunner(steps=6, batch_tokens=256, lr=1e-3, validate_every=3, validate_sequences=8, save_every=2)
+CLA2 = Method("cla", sharing=CLA(2))
+
+
+def train(folder, rule=RULE, method=CLA2, source=SMALL, task=None, seed=0, said=None):
+    settings = Settings(results_dir=str(folder), device="cpu", dtype="float32", seed=seed)
+    say = (lambda _: None) if said is None else said.append
+    return rule.run(source, [method], task or Recall(), settings, say)[0].folder
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A file of 25 blocks of bytes, each block recognisable."""
+    file = tmp_path / "corpus.txt"
+    file.write_text("".join(f"{i:03d}" + chr(97 + i % 26) * (BLOCK - 3) for i in range(40)))
+    return file
+
+
+# data ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_recall_sequence_can_be_answered_from_its_pairs_and_asks_for_nothing_else():
+    task = Recall()
+    tokenizer = task.new_tokenizer()
+    seen = set()
+    for ids, labels in (task.batch(tokenizer, 3, 50, 64, seed=1), task.validation(tokenizer, 64, 50)):
+        for row, asked in zip(ids, labels, strict=True):
+            words = tokenizer.decode(row).split()
+            assert len(words) == 64
+            pairs, order = {}, []
+            for i in range(0, 64, 2):
+                key, value = words[i], words[i + 1]
+                assert key[0] == "k" and value[0] == "v"
+                if asked[i + 1] == IGNORED:
+                    assert key not in pairs and not order  # the pairs come first, each key once
+                    pairs[key] = value
+                else:
+                    order.append(key)
+                    assert pairs[key] == value and asked[i + 1] == row[i + 1]
+                assert asked[i] == IGNORED
+            seen.add(len(pairs))
+    assert seen == set(range(1, 9))
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    task, tokenizer = Recall(), None
+    one, again, other = (task.batch(tokenizer, step, 4, 64, seed=2)[0] for step in (5, 5, 6))
+    assert np.array_equal(one, again) and not np.array_equal(one, other)
+    assert not np.array_equal(one, task.batch(tokenizer, 5, 4, 64, seed=3)[0])
+
+
+def test_recall_as_a_task():
+    task = Recall(limit=5)
+    tokenizer = task.new_tokenizer()
+    examples = task.examples()
+    assert examples == Recall(limit=5).examples() and len({e.prompt for e in examples}) == 5
+    ids = task.encode(examples[0], tokenizer, None)
+    assert len(ids) == 63
+    words = examples[0].prompt.split()
+    assert words[words.index(words[-1]) + 1] == examples[0].answers[0]
+    assert task.score(examples[0], f" {examples[0].answers[0]}") == 1.0 and task.score(examples[0], "v99") == 0.0
+    with pytest.raises(InputError, match="recall"):
+        task.encode(examples[0], Text().new_tokenizer(), None)
+
+
+@pytest.mark.parametrize(
+    "options", [{"pairs": 20}, {"length": 17}, {"length": 12}, {"keys": 0}, {"limit": True}], ids=str
+)
+def test_bad_recall_settings(options):
+    with pytest.raises(InputError, match=r"^task\."):
+        Recall(**options)
+
+
+def test_text_is_cut_without_gaps_and_whole_blocks_are_held_out(corpus):
+    task = Text(path=str(corpus))
+    tokenizer = task.new_tokenizer()
+    assert len(tokenizer) == 257 and tokenizer.decode(tokenizer("naïve\t\n✓").input_ids) == "naïve\t\n✓"
+    trained, held_out = task._sequences(tokenizer, 100)
+    assert held_out.shape == (2 * 40, 100) and trained.shape == (38 * 40, 100)
+    told = [tokenizer.decode(row) for row in held_out]
+    assert told[0].startswith("019t") and told[40].startswith("039")
+    text = corpus.read_text()
+    assert tokenizer.decode(trained[:40].reshape(-1)) == text[:4000]
+    epoch = np.concatenate([task.batch(tokenizer, step, 40, 100, seed=0)[0] for step in range(38)])
+    order = np.lexsort(epoch.T)
+    assert np.array_equal(epoch[order], trained[np.lexsort(trained.T)])  # every sequence once
+    second = task.batch(tokenizer, 38, 40, 100, seed=0)[0]
+    assert not np.array_equal(second, epoch[:40])
+    assert {tuple(r) for r in task.validation(tokenizer, 100, 7)[0]} <= {tuple(r) for r in held_out}
+
+
+def test_the_standard_library_is_text_and_says_what_it_is():
+    files = stdlib_files()
+    assert len(files) > 200 and not any({"test", "site-packages"} & set(f.parts[-4:]) for f in files)
+    source = Text(limit_bytes=100_000).source()
+    assert source.name == "text-stdlib" and "characters" in source.note
+    assert source.sha256 != Text(limit_bytes=90_000).source().sha256
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"path": "/nowhere"}, r"task\.path"),
+        ({"path": None}, r"task\.path"),
+        ({"dataset": "a/b"}, r"task\.path"),
+        ({"limit_bytes": 0}, r"task\.limit_bytes"),
+    ],
+    ids=str,
+)
+def test_bad_text_settings(options, key):
+    with pytest.raises(InputError, match=f"^{key}"):
+        Text(**options).source()
+
+
+def test_text_shorter_than_it_takes_and_files_that_do_not_match(tmp_path):
+    (tmp_path / "short.txt").write_text("a few words")
+    with pytest.raises(InputError, match=r"task\.path=.*has 11 tokens; 20 blocks"):
+        train(tmp_path / "out", task=Text(path=str(tmp_path / "short.txt")))
+    with pytest.raises(InputError, match=r"task\.pattern"):
+        Text(path=str(tmp_path), pattern="*.md").source()
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(InputError, match="holds no text"):
+        Text(path=str(tmp_path / "empty.txt")).source()
+
+
+def test_a_hub_data_set_is_read_through_datasets(monkeypatch):
+    import datasets
+
+    def load(name, config, split):
+        assert (name, config, split) == ("someone/texts", None, "train")
+        return datasets.Dataset.from_dict({"text": ["one", "two"], "id": [1, 2]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert Text(path=None, dataset="someone/texts").source().note.startswith("2 documents, 6 characters")
+    with pytest.raises(InputError, match=r"task\.column=body: must be one of text, id"):
+        Text(path=None, dataset="someone/texts", column="body").source()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no network")))
+    with pytest.raises(InputError, match=r"task\.dataset=someone/texts: cannot be loaded: no network"):
+        Text(path=None, dataset="someone/texts").source()
+
+
+# models --------------------------------------------------------------------------------------------------------------
+
+
+def test_all_ways_of_sharing_have_the_plain_models_parameters():
+    tokenizer = Recall().new_tokenizer()
+    special = {"pad_token_id": 0}
+    source = ScratchModel(layers=6)
+    plain = parameters(source.config(Heads(), len(tokenizer), special))
+    for sharing in (None, Heads(2), Heads(1), CLA(2), CLA(3), YOCO(window=16), LCKV(2), KVShare(3)):
+        config = source.config(sharing, len(tokenizer), special)
+        assert abs(parameters(config) / plain - 1) < 0.01
+    loose = replace(source, match_parameters=False).config(CLA(2), len(tokenizer), special)
+    assert parameters(loose) < 0.95 * plain
+
+
+def test_the_same_seed_makes_the_same_model():
+    tokenizer = Recall().new_tokenizer()
+    a, b, c = (SMALL.build(CLA(2), tokenizer, seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], c[k]) for k in a)
+
+
+def plain_llama():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.15) if parameter.dim() > 1 else parameter.uniform_(0.5, 1.5)
+    return model
+
+
+@torch.no_grad()
+def test_converting_to_groups_of_one_changes_nothing():
+    plain, x = plain_llama(), torch.arange(2, 30)[None]
+    for how in ("copy", "mean", "gain_folded_mean"):
+        model = converted(plain, KVShare(map=[0, 1, 2, 3, 4, 5]), how)
+        assert (model(x).logits - plain(x).logits).abs().max() < (1e-5 if how == "gain_folded_mean" else 1e-12)
+    normed = converted(plain, CLA(1, separate_kv_norm=True), "mean")
+    assert (normed(x).logits - plain(x).logits).abs().max() < 1e-12
+
+
+@torch.no_grad()
+def test_the_three_ways_to_make_one_projection_of_many():
+    plain = plain_llama()
+    layers = [layer.self_attn.v_proj.weight for layer in plain.model.layers]
+    gains = [layer.input_layernorm.weight for layer in plain.model.layers]
+    made = {how: converted(plain, CLA(2), how).model.layers[2].self_attn.v_proj.weight for how in
+            ("copy", "mean", "gain_folded_mean")}  # fmt: skip
+    assert torch.equal(made["copy"], layers[2])
+    assert torch.allclose(made["mean"], (layers[2] + layers[3]) / 2)
+    folded = (layers[2] * gains[2] + layers[3] * gains[3]) / 2 / gains[2]
+    assert torch.allclose(made["gain_folded_mean"], folded, atol=1e-6)
+    yoco = converted(plain, YOCO(window=8), "copy")
+    assert torch.equal(yoco.model.layers[3].kv_layernorm.weight, gains[3])
+    assert not hasattr(yoco.model.layers[4].self_attn, "k_proj")
+
+
+def test_what_cannot_be_converted():
+    with pytest.raises(InputError, match=r"^runner\.init"):
+        converted(plain_llama(), CLA(2), "sum")
+    with pytest.raises(InputError, match="KV heads"):
+        converted(plain_llama(), Heads(1), "mean")
+    with pytest.raises(InputError, match="only Llama"):
+        shared_config(_qwen(), CLA(2))
+
+
+def _qwen():
+    from transformers import Qwen3Config
+
+    return Qwen3Config()
+
+
+# the loop ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_rises_and_falls_along_a_cosine():
+    rule = TrainRunner(steps=100, lr=1.0, warmup=0.1, final_lr=0.2)
+    rates = [rule.lr_at(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.6) and rates[99] == pytest.approx(0.2, abs=1e-3)
+    assert all(a >= b for a, b in pairwise(rates[10:]))
+
+
+def test_a_run_learns_records_and_can_be_loaded(tmp_path):
+    rule = replace(RULE, steps=60, lr=3e-3, validate_every=60)
+    folder = train(tmp_path, rule)
+    record = folder.record()
+    curve = [point["loss"] for point in record["curve"]]
+    assert len(curve) == 60 and sum(curve[-5:]) < sum(curve[:5])
+    assert record["training"]["tokens"] == 60 * 256 and record["validation"]["labels"] == 8 * 24
+    assert record["bytes"]["kv_bytes_per_token"] == 2 * 2 * 16 * 4  # one source of two heads, float32
+    loaded = LocalModel(str(folder.path / "model"), max_prompt_tokens=63).load("cpu", torch.float32)
+    assert loaded.model.config.kv_source_layers == [0, 0] and len(loaded.tokenizer) == 33
+    training = Training.__new__(Training)  # the loss of the saved model is the recorded one, to float16
+    training.rule, training.task, training.model = rule, Recall(), loaded.model
+    training.tokenizer, training.length, training.size = loaded.tokenizer, 64, 4
+    training.device = torch.device("cpu")
+    from accelerate import Accelerator
+
+    training.accelerator = Accelerator(cpu=True)
+    assert training.validate()["loss"] == pytest.approx(record["validation"]["loss"], abs=2e-3)
+    assert not (folder.path / "checkpoints").exists()
+
+
+def test_a_run_cut_off_at_any_step_ends_with_the_same_weights(tmp_path, monkeypatch):
+    whole = train(tmp_path / "a")
+    finish = Training._accumulate
+    for stop in (3, 5):
+
+        def cut(self, model, step, stop=stop):
+            if step == stop:
+                raise KeyboardInterrupt
+            return finish(self, model, step)
+
+        with monkeypatch.context() as m:
+            m.setattr(Training, "_accumulate", cut)
+            with pytest.raises(KeyboardInterrupt):
+                train(tmp_path / "b")
+    said = []
+    resumed = train(tmp_path / "b", said=said)
+    assert any("goes on after step 4 of 6" in line for line in said)
+    a, b = whole.record(), resumed.record()
+    assert a["weights"]["model.safetensors"] == b["weights"]["model.safetensors"]
+    assert [p["loss"] for p in a["curve"]] == [p["loss"] for p in b["curve"]]
+    assert len(b["sessions"]) == 3
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(tmp_path, monkeypatch):
+    whole = train(tmp_path / "a")
+    accumulate = Training._accumulate
+
+    def cut(self, model, step):
+        if step == 5:
+            raise KeyboardInterrupt
+        return accumulate(self, model, step)
+
+    with monkeypatch.context() as m:
+        m.setattr(Training, "_accumulate", cut)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "b")
+    (weights,) = tmp_path.glob("b/**/step-0000004/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    said = []
+    resumed = train(tmp_path / "b", said=said)
+    assert any("after step 4 is damaged (model.safetensors is not what was written)" in line for line in said)
+    assert any("goes on after step 2 of 6" in line for line in said)
+    assert whole.record()["weights"] == resumed.record()["weights"]
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    loss = Training._loss
+    calls = []
+
+    def broken(self, model, x, y):
+        calls.append(1)
+        return loss(self, model, x, y) * (float("nan") if len(calls) == 4 else 1.0)
+
+    monkeypatch.setattr(Training, "_loss", broken)
+    with pytest.raises(
+        InputError, match=r"runner\.lr=0\.001: the loss is nan at step 4: the checkpoint after step 2 is"
+    ):
+        train(tmp_path)
+    assert not list(tmp_path.glob("**/record.json"))
+    assert list(tmp_path.glob("**/step-0000002/model.safetensors"))
+
+
+def test_a_batch_in_parts_is_the_batch(tmp_path):
+    whole, parts = (train(tmp_path / str(m), replace(RULE, micro_batch=m)) for m in (None, 1))
+    a, b = (folder.record() for folder in (whole, parts))
+    assert a["hash"] == b["hash"]
+    for x, y in zip(a["curve"], b["curve"], strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-5)
+
+
+def test_labels_are_weighed_alike_whatever_the_part_they_stand_in():
+    """Sequences with few pairs have more questions; a mean of the parts' means would weigh theirs less."""
+    training = Training.__new__(Training)
+    task = Recall()
+    training.rule, training.task, training.settings = replace(RULE, micro_batch=1), task, Settings()
+    training.tokenizer, training.length, training.size = task.new_tokenizer(), 64, 4
+    training.device, training.teacher = torch.device("cpu"), None
+    from accelerate import Accelerator
+
+    training.accelerator = Accelerator(cpu=True)
+    model = training.model = SMALL.build(None, training.tokenizer, 0)
+    ids, labels = (torch.from_numpy(x) for x in task.batch(None, 0, 4, 64, 0))
+    expected = model(ids, labels=labels).loss
+    assert training._accumulate(model, 0) == pytest.approx(float(expected), rel=1e-5)
+    ours = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(ids, labels=labels).loss.backward()
+    assert all(torch.allclose(a, p.grad, atol=1e-6) for a, p in zip(ours, model.parameters(), strict=True))
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """On the CPU, started as on GPUs: the same loss at every step."""
+    command = "runner=train method=cla task=recall model=scratch model.layers=2 runner.steps=4 runner.batch_tokens=256"
+    command += " runner.validate_sequences=8 device=cpu dtype=float32"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    records = []
+    for name, start in (("one", []), ("two", launch)):
+        results = [f"results_dir={tmp_path / name}"]
+        done = subprocess.run(
+            [sys.executable, *start, str(ROOT / "run.py"), *command.split(), *results], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        (path,) = tmp_path.glob(f"{name}/**/record.json")
+        records.append(json.loads(path.read_text()))
+    assert records[1]["training"]["processes"] == 2
+    for x, y in zip(records[0]["curve"], records[1]["curve"], strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
+
+
+# uptraining ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tmp_path, corpus):
+    """A folder with a small plain Llama over bytes."""
+    tokenizer = Text(path=str(corpus)).new_tokenizer()
+    torch.manual_seed(0)
+    shape = SHAPE | {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    return LocalModel(str(tmp_path / "plain"), max_prompt_tokens=100)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"distill": Distill(weight=1.0, hidden_mse=1.0)},
+        {"distill": Distill(weight=0.5), "train": "kv", "adapter_rank": 2},
+    ],
+    ids=str,
+)
+def test_uptraining_from_a_checkpoint(tmp_path, corpus, checkpoint, changes):
+    rule = replace(RULE, steps=4, sequence=64, **changes)
+    folder = train(tmp_path / "out", rule, Method("yoco", sharing=YOCO(window=16)), checkpoint, Text(path=str(corpus)))
+    record = folder.record()
+    assert record["identity"]["train"]["init"] == "mean"
+    if changes.get("train") == "kv":
+        from safetensors.torch import load_file
+
+        trained = load_file(folder.path / "model" / "trained.safetensors")
+        assert any("lora_" in name for name in trained) and not any("embed" in name for name in trained)
+    else:
+        loaded = LocalModel(str(folder.path / "model"), max_prompt_tokens=100).load("cpu", torch.float32)
+        assert loaded.model.config.kv_source_layers == [0, 1, 2, 3, 3, 3]
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(checkpoint, corpus):
+    training = Training.__new__(Training)
+    loaded = checkpoint.load("cpu", torch.float32)
+    training.rule = replace(RULE, distill=Distill(weight=1.0, hidden_mse=1.0))
+    training.teacher = loaded.model
+    x = torch.randint(0, 256, (2, 32))
+    same = training.model = converted(loaded.model, CLA(1), "copy")
+    assert abs(float(training._loss(same, x, x))) < 1e-3
+    assert float(training._loss(converted(loaded.model, CLA(2), "mean"), x, x)) > 1e-3
+
+
+# what is refused, and what is shown -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"method": Method("snapkv", SnapKV(64))}, "method"),
+        ({"task": Needle()}, "task"),
+        ({"source": RandomModel("tiny")}, "model"),
+        ({"rule": replace(RULE, batch_tokens=32)}, r"runner\.batch_tokens"),
+        ({"source": replace(SMALL, max_positions=32)}, r"runner\.sequence"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_trained(tmp_path, changes, key):
+    with pytest.raises(InputError, match=f"^{key}="):
+        train(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": 0},
+        {"lr": 0},
+        {"init": "zero"},
+        {"train": "heads"},
+        {"adapter_rank": 4},
+        {"save_dtype": "int8"},
+        {"warmup": 2},
+    ],
+    ids=str,
+)
+def test_bad_runner_settings(options):
+    with pytest.raises(InputError, match=r"^runner\."):
+        TrainRunner(**options)
+
+
+def test_the_table_takes_each_architecture_at_its_best_rate_over_seeds(tmp_path):
+    for lr in (1e-4, 3e-3):
+        for seed in (0, 1):
+            train(tmp_path, replace(RULE, lr=lr), seed=seed)
+    train(tmp_path, method=Method("mqa", sharing=Heads(1)))
+    runs = read_runs(sorted(p.parent for p in tmp_path.glob("**/record.json")))
+    table = train_table(runs)
+    (made,) = tables(runs)
+    assert markdown(made) == markdown(table)
+    by_name = {row[0].text: row for row in table.rows}
+    losses = {}
+    for run in runs:
+        if run.label == "cla2":
+            losses.setdefault(run.record["training"]["lr"], []).append(run.record["validation"]["loss"])
+    best = min(losses, key=lambda lr: sum(losses[lr]))
+    row = by_name["cla2"]
+    assert row[3].value == pytest.approx(sum(losses[best]) / 2)
+    assert (row[7].text, row[8].text, row[9].text) == (f"{best:g}", "0.0001 0.003", "0 1")
+    assert Path(table.runs[0].path).is_dir() and set(by_name) == {"cla2", "mqa"}
+
+
+def test_a_model_without_such_weights_says_how_to_train_them(tmp_path):
+    for model, message in (("smollm2-135m", "runner=train method=cla task=text model=smollm2-135m"),):
+        done = subprocess.run(
+            [
+                sys.executable,
+                str(ROOT / "run.py"),
+                "method=cla",
+                f"model={model}",
+                "task=needle",
+                f"results_dir={tmp_path}",
+            ],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2 and message in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_folder_of_another_architecture_is_refused(tmp_path):
+    shared_model(CLA(2), dtype=torch.float32).save_pretrained(tmp_path)
+    local = LocalModel(str(tmp_path))
+    assert local.for_sharing(CLA(2), "cla") is local
+    with pytest.raises(InputError, match=r"method\.sharing=yoco: needs a model whose kv_source_layers is"):
+        local.for_sharing(YOCO(), "yoco")
