@@ -6,7 +6,8 @@ makes, for every group of comparable runs,
 
 * ``pareto-bytes-...``: score against the bytes of KV cache that a sequence takes, with 95 % intervals;
 * ``pareto-speed-...``: score against decode throughput, where the same methods were timed on the same model and dtype;
-* ``length-...``: time per token against prompt length, where one workload was measured at several lengths.
+* ``length-...``: time per token against prompt length, where one workload was measured at several lengths;
+* ``trained-...``: perplexity on held-out data against bytes of KV cache per token, of architectures trained alike.
 
 A method has the same colour and marker in every figure.
 """
@@ -24,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib as mpl
@@ -37,7 +39,7 @@ from matplotlib.transforms import Bbox
 from ..conf.errors import InputError
 from .load import Run, comparable, load, setting
 from .pareto import frontier
-from .tables import MIB
+from .tables import MIB, at_best_rate
 
 PALETTE = (
     *("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#393b79"),
@@ -121,6 +123,28 @@ def plots(runs: Sequence[Run]) -> Iterator[Plot]:
             if plot is not None:
                 yield plot
     yield from lengths(timed)
+    for group in groups:
+        if group[0].record["kind"] == "train" and len({run.label for run in group}) > 1:
+            yield trained(group)
+
+
+def trained(group: Sequence[Run]) -> Plot:
+    """Perplexity against bytes per token, each architecture at the learning rate that suits it; bars over seeds."""
+    points = []
+    for label, runs in at_best_rate(group).items():
+        found = [run.record["validation"]["perplexity"] for run in runs]
+        x = runs[0].record["bytes"]["kv_bytes_per_token"]
+        spread = (min(found), max(found))
+        points.append(Point(label, label, "", x, fmean(found), *spread, tuple(run.path for run in runs)))
+    first = group[0].record
+    return Plot(
+        _name("trained", group),
+        f"{first['task']}, {first['model']}: {first['training']['tokens']:,} tokens of training",
+        "KV cache, bytes per token (log)",
+        "perplexity on held-out data (bars: least to greatest over seeds)",
+        points,
+        _draw_pareto(left_is_better=True, log=True, up_is_better=False),
+    )
 
 
 def pareto_bytes(group: Sequence[Run]) -> Plot:
@@ -217,7 +241,7 @@ def _name(kind: str, *groups: Sequence[Run]) -> str:
 # drawing ------------------------------------------------------------------------------------------------------------
 
 
-def _draw_pareto(left_is_better: bool, log: bool) -> Callable[[Axes, Plot], None]:
+def _draw_pareto(left_is_better: bool, log: bool, up_is_better: bool = True) -> Callable[[Axes, Plot], None]:
     def draw(ax: Axes, plot: Plot) -> None:
         seen: Counter[str] = Counter()
         for family, method, points in _families(plot.points):
@@ -242,7 +266,8 @@ def _draw_pareto(left_is_better: bool, log: bool) -> Callable[[Axes, Plot], None
             if alone:
                 ax.axhline(points[0].y, color=style.color, linewidth=0.7, linestyle=":", zorder=1)
         costs = [p.x if left_is_better else -p.x for p in plot.points]
-        best = [plot.points[i] for i in frontier(costs, [p.y for p in plot.points])]
+        merits = [p.y if up_is_better else -p.y for p in plot.points]
+        best = [plot.points[i] for i in frontier(costs, merits)]
         where = "post" if left_is_better else "pre"
         best.sort(key=lambda p: p.x)
         ax.step(

@@ -253,21 +253,38 @@ def efficiency_table(runs: Sequence[Run]) -> Table:
     return _emphasised(table)
 
 
-def train_table(runs: Sequence[Run]) -> Table:
-    """What was trained on the same data: a row for each architecture, at the learning rate that served it best.
+def at_best_rate(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Trainings by label, each at the learning rate with the least mean loss on held-out data, by seed.
 
-    A learning rate is judged by the mean loss on held-out data over the seeds it was tried with; the row's numbers are
-    means over those seeds, and the spread is from the least to the greatest.
+    Where some rates were tried with fewer seeds than others, the seeds that all of them share decide.
     """
-    columns = ["method", "parameters", "KV bytes/token", "loss", "min - max", "perplexity", "accuracy"]
-    columns += ["lr", "of", "seeds", "training s", "tok/s", "run"]
-    rows, shown = [], []
+    out = {}
     for label in dict.fromkeys(run.label for run in runs):
         by_lr: dict[float, list[Run]] = {}
         for run in (r for r in runs if r.label == label):
             by_lr.setdefault(run.record["training"]["lr"], []).append(run)
-        lr, best = min(by_lr.items(), key=lambda item: fmean(r.record["validation"]["loss"] for r in item[1]))
-        best = sorted(best, key=lambda run: run.record["identity"]["seed"])
+        shared = set.intersection(*({r.record["identity"]["seed"] for r in tried} for tried in by_lr.values()))
+        judged = {
+            lr: [r for r in tried if not shared or r.record["identity"]["seed"] in shared]
+            for lr, tried in by_lr.items()
+        }
+        best = min(judged, key=lambda lr: fmean(r.record["validation"]["loss"] for r in judged[lr]))
+        out[label] = sorted(by_lr[best], key=lambda run: run.record["identity"]["seed"])
+    return out
+
+
+def train_table(runs: Sequence[Run]) -> Table:
+    """What was trained on the same data: a row for each architecture, at the learning rate that served it best.
+
+    The row's numbers are means over the seeds (see :func:`at_best_rate`), and the spread is from the least to the
+    greatest.
+    """
+    columns = ["method", "parameters", "KV bytes/token", "loss", "min - max", "perplexity", "accuracy"]
+    columns += ["lr", "of", "seeds", "training s", "tok/s", "run"]
+    rows, shown = [], []
+    for label, best in at_best_rate(runs).items():
+        lr = best[0].record["training"]["lr"]
+        tried = {run.record["training"]["lr"] for run in runs if run.label == label}
         found = [run.record["validation"] for run in best]
         losses = [v["loss"] for v in found]
         training = [run.record["training"] for run in best]
@@ -283,7 +300,7 @@ def train_table(runs: Sequence[Run]) -> Table:
                 _number(fmean(v["perplexity"] for v in found), 3),
                 _number(fmean(v["accuracy"] for v in found), 3),
                 Cell(f"{lr:g}", lr),
-                Cell(" ".join(f"{x:g}" for x in sorted(by_lr))),
+                Cell(" ".join(f"{x:g}" for x in sorted(tried))),
                 Cell(" ".join(str(run.record["identity"]["seed"]) for run in best)),
                 _number(fmean(t["seconds"] for t in training), 0),
                 _number(fmean(t["tokens_per_s"] for t in training), 0),

@@ -19,9 +19,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from statistics import fmean
 
 from kvbench.analysis.load import Run, load
+from kvbench.analysis.tables import at_best_rate
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,23 +60,9 @@ def train(task: str, arm: str, lr: float, seed: int, results: str) -> None:
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def by_label(results: str) -> dict[str, list[Run]]:
-    """Finished trainings by the label of their architecture."""
-    runs, _ = load(Path(results))
-    out: dict[str, list[Run]] = {}
-    for run in runs:
-        if run.record["kind"] == "train":
-            out.setdefault(run.record["method_label"], []).append(run)
-    return out
-
-
-def best_rate(runs: list[Run]) -> float:
-    """The learning rate with the least loss on held-out data, of those tried with seed 0."""
-    losses: dict[float, list[float]] = {}
-    for run in runs:
-        if run.record["identity"]["seed"] == 0:
-            losses.setdefault(run.record["training"]["lr"], []).append(run.record["validation"]["loss"])
-    return min(losses, key=lambda lr: fmean(losses[lr]))
+def best(results: str) -> dict[str, list[Run]]:
+    """Finished trainings by label, each at the learning rate that suits it, seed 0 first."""
+    return at_best_rate([run for run in load(Path(results))[0] if run.record["kind"] == "train"])
 
 
 def label_of(arm: str, task: str) -> str:
@@ -87,9 +73,8 @@ def label_of(arm: str, task: str) -> str:
 
 def install(task: str, results: str) -> None:
     """Copy each architecture's model, seed 0 at its best learning rate, into the repository."""
-    for label, runs in by_label(results).items():
-        lr = best_rate(runs)
-        run = next(r for r in runs if r.record["training"]["lr"] == lr and r.record["identity"]["seed"] == 0)
+    for label, (run, *_) in best(results).items():
+        lr = run.record["training"]["lr"]
         target = ROOT / "models" / "tiny" / task / label
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(run.path / "model", target)
@@ -115,7 +100,8 @@ def main() -> None:
             train(args.task, arm, lr, 0, results)
     for seed in range(1, args.seeds):
         for arm in arms:
-            train(args.task, arm, best_rate(by_label(results)[label_of(arm, args.task)]), seed, results)
+            (first, *_) = best(results)[label_of(arm, args.task)]
+            train(args.task, arm, first.record["training"]["lr"], seed, results)
 
 
 if __name__ == "__main__":
