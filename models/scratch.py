@@ -56,7 +56,7 @@ class ScratchModel(ModelSource):
     match_parameters: bool = True
     max_positions: int = 2048
     rope_theta: float = 10000.0
-    tie_embeddings: bool = True
+    tie_embeddings: bool = False
     init_std: float = 0.02
 
     def __post_init__(self) -> None:

@@ -24,6 +24,7 @@ BLOCK = 4096
 HELD_OUT = 20
 """One block of this many is held out."""
 STDLIB = "stdlib"
+BYTES = "bytes"
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Text(TrainingData):
         pattern: files of a folder.
         dataset, config, split, column: a hub data set instead, and where its text is.
         limit_bytes: stop reading after so many; null: read everything.
+        tokenizer: of a model trained from scratch: ``bytes``, or a folder or hub name with a tokenizer.
     """
 
     name = "text"
@@ -48,6 +50,7 @@ class Text(TrainingData):
     split: str = "train"
     column: str = "text"
     limit_bytes: int | None = None
+    tokenizer: str = BYTES
 
     def __post_init__(self) -> None:
         limit = self.limit_bytes
@@ -118,10 +121,19 @@ class Text(TrainingData):
     # as training data ----------------------------------------------------------------------------------------------
 
     def new_tokenizer(self) -> Any:
-        """One token for each byte, and one for padding."""
+        """One token for each byte, and one for padding; or the tokenizer that was named."""
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-        from transformers import PreTrainedTokenizerFast
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+        if self.tokenizer != BYTES:
+            try:
+                tokenizer: Any = AutoTokenizer.from_pretrained(Path(self.tokenizer).expanduser())
+            except (OSError, ValueError) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise InputError("task.tokenizer", self.tokenizer, f"cannot be loaded: {reason}") from error
+            tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+            tokenizer.padding_side = "left"
+            return tokenizer
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, merges=[]))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
