@@ -479,6 +479,11 @@ class KVCache(Cache):
         layer = self.layers[self.plan.cache_layer[layer_idx]]
         return layer.observation_window if layer.reading else ALL_QUERIES
 
+    def recurrent_state(self, layer_idx: int, rows: int) -> torch.Tensor | None:
+        """State of a retention layer for a forward of ``rows`` rows; None before the first token."""
+        state: torch.Tensor | None = self.layers[self.plan.cache_layer[layer_idx]].recurrent_states[0]
+        return state
+
     def update_recurrent_state(  # type: ignore[override]
         self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> None:
@@ -544,7 +549,7 @@ def kv_shape(config: PretrainedConfig, dtype: torch.dtype) -> KVShape:
         query_heads=config.num_attention_heads,
         sliding_layers=plan.layer_types.count(SLIDING),
         window=plan.window or 0,
-        recurrent_bytes=linear * (config.retention_heads * head_dim**2 * 4 if linear else 0),
+        recurrent_bytes=linear * (config.retention_heads * head_dim**2 * max(4, dtype.itemsize) if linear else 0),
     )
 
 

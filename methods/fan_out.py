@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from .base import CacheLayer, KVCache, NewTokens
 from .prompt import Prompt, PromptReader, Rows
-from .sharing.plan import LINEAR, Use
+from .sharing.plan import Use
+from .sharing.recurrent import RecurrentLayer
 
 
 class FanOutLayer(PromptReader):
@@ -106,8 +108,10 @@ class FanOutWindow(FanOutLayer):
         return out
 
 
-def fan_out_layer(members: Sequence[CacheLayer]) -> FanOutLayer:
+def fan_out_layer(members: Sequence[Any]) -> FanOutLayer | RecurrentLayer:
     """The members' cache layers of one place as one."""
+    if isinstance(members[0], RecurrentLayer):
+        return RecurrentLayer()
     return FanOutWindow(members) if members[0].reads_prompt_by_steps else FanOutLayer(members)
 
 
@@ -121,8 +125,6 @@ class FanOutCache(KVCache):
     """
 
     def __init__(self, members: Sequence[KVCache]):
-        if any(LINEAR in m.plan.layer_types for m in members):
-            raise ValueError("a retention layer's state is one for all rows, so its prompt cannot be shared")
         if not all(m.reads_whole_prompt for m in members):
             raise ValueError("a method that does not read the prompt whole cannot share a reading of it")
         together = zip(*(m.layers for m in members), strict=True)
@@ -135,9 +137,30 @@ class FanOutCache(KVCache):
 
     def drop(self, member: int) -> None:
         """Leave out a member whose rows have all ended; later steps have B rows fewer."""
-        del self.members[member]
         for layer in self.layers:
-            del layer.members[member]
+            if isinstance(layer, FanOutLayer):
+                del layer.members[member]
+            elif layer.tensors():
+                shares = list(layer.tensors()[0].chunk(self.copies))
+                del shares[member]
+                layer.update(torch.cat(shares))
+        del self.members[member]
+
+    def recurrent_state(self, layer_idx: int, rows: int) -> torch.Tensor | None:
+        """The prompt's state once for each member, when the members have rows of their own."""
+        state = super().recurrent_state(layer_idx, rows)
+        return state if state is None or state.shape[0] == rows else state.repeat(self.copies, 1, 1, 1)
+
+    def update_recurrent_state(  # type: ignore[override]
+        self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> None:
+        """Keep the state; each member holds its own rows of it."""
+        super().update_recurrent_state(recurrent_states, layer_idx)
+        number = self.plan.cache_layer[layer_idx]
+        together = recurrent_states.shape[0] == self.batch_size or self.tokens_seen is None
+        shares = [recurrent_states] * self.copies if together else recurrent_states.chunk(self.copies)
+        for member, share in zip(self.members, shares, strict=True):
+            member.layers[number].update(share)
 
     @property
     def kv_bytes_logical(self) -> int:

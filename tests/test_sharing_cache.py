@@ -149,7 +149,7 @@ def test_bytes_are_the_formulas(sharing, selection):
 
 
 @torch.inference_mode()
-@every_sharing
+@pytest.mark.parametrize("sharing", [*SHARINGS, RETENTION], ids=name_of)
 def test_members_of_a_fan_out_are_themselves(sharing):
     model = shared_model(sharing)
     x, mask = left_pad([prompt(30, 1), prompt(22, 2)])
@@ -159,6 +159,39 @@ def test_members_of_a_fan_out_are_themselves(sharing):
         members = [m.new_cache(model) for m in made]
         together = generate(model, FanOutCache(members), x, mask, max_new_tokens=8, chunk_size=chunk_size).tokens
         assert together == [row for rows in alone for row in rows]
+        shape = kv_shape(model.config, model.dtype)
+        for method, member in zip(made, members, strict=True):
+            own = method.new_cache(model)
+            prefill(model, own, x, mask, chunk_size)
+            for i in range(7):
+                decode(model, own, tokens(i, 2))
+            assert member.kv_bytes_logical == own.kv_bytes_logical
+            assert member.kv_bytes_logical <= 2 * method.bytes_formula(shape, 30, 7)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("sharing", [YOCO(window=8), RETENTION], ids=name_of)
+def test_members_that_end_leave_the_others_as_they_are(sharing):
+    """Windows and retention states are rows of one batch, from which those of a member that has ended are taken out."""
+    model = shared_model(sharing)
+    x, mask = left_pad([prompt(20, 1), prompt(12, 2)])
+    made = [Method("a"), Method("b", SnapKV(8, window=4, kernel=3)), Method("c", H2O(8))]
+    fan_out, alone = FanOutCache([m.new_cache(model) for m in made]), [m.new_cache(model) for m in made]
+    prefill(model, fan_out, x, mask)
+    for cache in alone:
+        prefill(model, cache, x, mask)
+    members = [0, 1, 2]
+    for step in range(6):
+        if step in (2, 4):
+            gone = 1 if step == 2 else 0
+            fan_out.drop(gone)
+            del members[gone]
+        together = decode(model, fan_out, tokens(step, 2).repeat(len(members)))
+        for i, member in enumerate(members):
+            theirs = decode(model, alone[member], tokens(step, 2))
+            assert (together[2 * i : 2 * i + 2] - theirs).abs().max() < CLOSE
+        for gone_already in set(range(3)) - set(members):
+            decode(model, alone[gone_already], tokens(step, 2))
 
 
 @torch.inference_mode()

@@ -450,7 +450,7 @@ class KVShareLlamaModel(KVSharePreTrainedModel):
         layer = self._block(i)
         recurrence = None
         if layer.mixer is not None:
-            recurrence = Recurrence(stream.real, None if stream.past is None else recurrent_state(stream.past, i))
+            recurrence = Recurrence(stream.real, recurrent_state(stream.past, i, stream.hidden.shape[0]))
         kind = "strict" if strict else self.config.types[i]
         stream.hidden = layer(
             stream.hidden,
@@ -548,9 +548,13 @@ def joined(past: Any, before: KV | None, new: KV) -> KV:
     return new if before is None else (torch.cat([before[0], new[0]], dim=2), torch.cat([before[1], new[1]], dim=2))
 
 
-def recurrent_state(past: Any, i: int) -> torch.Tensor | None:
+def recurrent_state(past: Any, i: int, rows: int) -> torch.Tensor | None:
     """State of retention layer i; transformers' own getter asks for a convolution's state that is not there."""
-    layer = past.layers[past.plan.cache_layer[i] if isinstance(past, KVCache) else i]
+    if past is None:
+        return None
+    if isinstance(past, KVCache):
+        return past.recurrent_state(i, rows)
+    layer = past.layers[i]
     return layer.recurrent_states[0] if layer.is_recurrent_states_initialized[0] else None
 
 

@@ -17,10 +17,6 @@ class RecurrentLayer:
     def __init__(self) -> None:
         self.recurrent_states: list[torch.Tensor | None] = [None]
 
-    @property
-    def is_recurrent_states_initialized(self) -> list[bool]:
-        return [self.recurrent_states[0] is not None]
-
     def update(self, state: torch.Tensor) -> None:
         """Keep ``state`` [B, H, D, D] instead of the one before."""
         self.recurrent_states[0] = state
