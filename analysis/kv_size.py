@@ -54,7 +54,7 @@ class KVConfig:
     Attributes
     ----------
     layers, kv_heads, head_dim : int
-        Layers, KV heads of each, numbers in one key.
+        Layers with keys and values of their own, KV heads of each, numbers in one key.
     query_heads : int or None
         Query heads of a layer: as many as KV heads is MHA, several for each GQA, all for one MQA. Not in the formula.
     name : str
@@ -105,9 +105,14 @@ class KVConfig:
         require(not others, f"{where}:layer_types", others, "the formula knows full_attention and sliding_attention")
         allowed = f"must be {layers} entries, as num_hidden_layers says"
         require(len(kinds) == layers, f"{where}:layer_types", f"{len(kinds)} entries", allowed)
+        source = config.get("kv_source_layers")
+        if source is not None:  # kvbench's own models: the others attend over their source's keys and values
+            whole_list = isinstance(source, list) and len(source) == layers
+            require(whole_list, f"{where}:kv_source_layers", source, allowed)
+            kinds = [kinds[i] for i, s in enumerate(source) if s == i]
         sliding_layers = kinds.count("sliding_attention")
         return cls(
-            layers=layers,
+            layers=len(kinds),
             kv_heads=whole("num_key_value_heads", default=query_heads),
             head_dim=whole("head_dim", default=whole("hidden_size") // query_heads),
             query_heads=query_heads,

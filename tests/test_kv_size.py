@@ -107,6 +107,15 @@ def test_the_text_config_is_the_one_that_counts() -> None:
     assert KVConfig.from_json(outer, "small") == read(num_key_value_heads=2)
 
 
+def test_layers_that_share_count_once_for_each_source() -> None:
+    types = ["sliding_attention"] * 3 + ["full_attention"] * 3
+    shared = {"kv_source_layers": [0, 1, 2, 3, 3, 3], "layer_types": types, "sliding_window": 10}
+    config = KVConfig.from_json(SMALL | shared, "yoco")
+    assert (config.layers, config.sliding_layers) == (4, 3)
+    with pytest.raises(InputError, match="kv_source_layers"):
+        KVConfig.from_json(SMALL | shared | {"kv_source_layers": [0, 0]}, "yoco")
+
+
 @pytest.mark.parametrize(
     ("changes", "sliding_layers"),
     [
