@@ -7,8 +7,7 @@ further seeds. What is done already is not done again, so the command can be sto
     python scripts/train_family.py text RESULTS
     python scripts/train_family.py recall RESULTS --install      # copy the models of seed 0 to models/tiny/recall
 
-On two cores the eight architectures take about three hours on recall and five on text with one process; two processes
-with OMP_NUM_THREADS=1, each with its share of ``--only``, take half of that.
+Two processes with OMP_NUM_THREADS=1, each with its share of ``--only``, use two cores better than one with both.
 """
 
 from __future__ import annotations
@@ -36,7 +35,11 @@ ARMS = {
     "sandwich": ["method=kvshare", "method.sharing.partition=sandwich", "method.sharing.position=middle"],
 }
 SETTINGS = {
-    "recall": ["task=recall", "model=scratch", "model.layers=4", "runner.steps=1000", "runner.batch_tokens=2048"],
+    # With four heads of 64 the plain model did not find the circuit in 1000 steps at any of the rates, with two it does.
+    "recall": [
+        *("task=recall", "model=scratch", "model.layers=4", "model.heads=2"),
+        *("runner.steps=1000", "runner.batch_tokens=2048"),
+    ],
     "text": [
         *("task=text", "model=scratch", "model.layers=6", "runner.steps=1000", "runner.batch_tokens=2048"),
         *("runner.sequence=128", "runner.weight_decay=0.1"),
@@ -86,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=list(SETTINGS))
     parser.add_argument("results")
-    parser.add_argument("--only", default=",".join(ARMS), help="of " + ", ".join(ARMS))
+    parser.add_argument("--only", help="of " + ", ".join(ARMS))
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--install", action="store_true", help="train nothing; copy what is done to models/tiny")
     args = parser.parse_args()
@@ -94,7 +97,8 @@ def main() -> None:
     if args.install:
         install(args.task, results)
         return
-    arms = args.only.split(",")
+    # With two query heads grouped-query attention is multi-query attention.
+    arms = args.only.split(",") if args.only else [arm for arm in ARMS if (args.task, arm) != ("recall", "gqa")]
     for arm in arms:
         for lr in RATES[args.task]:
             train(args.task, arm, lr, 0, results)
