@@ -102,6 +102,8 @@ class WandbLogger(Logger):
         if self._mode() == "disabled":
             return
         with self._start(record, home) as run:
+            for step, point in sorted(history(record).items()):
+                run.log(point, step=step)
             run.summary.update(numbers(record))
             if self.samples and samples:
                 columns: list[Any] = list(dict.fromkeys(key for row in samples for key in row))
@@ -188,6 +190,16 @@ def numbers(record: Mapping[str, Any]) -> dict[str, float]:
             yield "/".join(path), value
 
     return dict(walk({key: value for key, value in record.items() if key not in NOT_RESULTS}, ()))
+
+
+def history(record: Mapping[str, Any]) -> dict[int, dict[str, float]]:
+    """A training's numbers by step: ``train/loss``, ``validation/perplexity``; empty for other kinds of runs."""
+    out: dict[int, dict[str, float]] = {}
+    for name, points in (("train", record.get("curve", ())), ("validation", record.get("validations", ()))):
+        for point in points:
+            values = {f"{name}/{key}": value for key, value in point.items() if key != "step" and math.isfinite(value)}
+            out.setdefault(int(point["step"]), {}).update(values)
+    return out
 
 
 def _has_key() -> bool:

@@ -179,7 +179,7 @@ class TrainRunner:
             else:
                 Training(self, source, method, task, settings, folder, accelerator, say).complete()
         accelerator.wait_for_everyone()
-        return [run]
+        return [run] if accelerator.is_main_process else []  # one process reports
 
     def _identity(self, source: ModelSource) -> dict[str, Any]:
         """What decides the numbers: not how often is looked and saved, and not how a batch is cut."""

@@ -110,10 +110,12 @@ def test_every_reference_record_gives_numbers() -> None:
     assert records
     for path in records:
         record = json.loads(path.read_text("utf-8"))
-        headline = {"accuracy": "average/mean", "efficiency": "metrics/tpot_ms"}[record["kind"]]
+        headlines = {"accuracy": "average/mean", "efficiency": "metrics/tpot_ms", "train": "validation/loss"}
+        headline = headlines[record["kind"]]
         value = numbers(record)[headline]
         assert value > 0 or (value == 0 and record["kind"] == "accuracy"), path  # a method may find no needle at all
-        assert numbers(record)["bytes/kv_bytes_stored"] >= 0, path
+        held = "kv_bytes_per_token" if record["kind"] == "train" else "kv_bytes_stored"
+        assert numbers(record)[f"bytes/{held}"] >= 0, path
 
 
 class FakeRun:
@@ -121,10 +123,12 @@ class FakeRun:
         self.world, self.settings = world, settings
         self.summary: dict[str, Any] = {}
         self.logged: dict[str, Any] = {}
+        self.steps: list[int | None] = []
         self.finished = False
 
-    def log(self, values: dict[str, Any]) -> None:
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
         self.logged.update(values)
+        self.steps.append(step)
 
     def __enter__(self) -> "FakeRun":
         return self
@@ -191,6 +195,15 @@ def test_samples_become_a_table_when_asked_for(fake: FakeWandb, tmp_path: Path) 
     assert table.data == [["trec", "1", "Food", 1.0, None], ["trec", "2", None, 0, "eos"]]
     WandbLogger(samples=True, mode="offline").log(ACCURACY, [], folder_of(tmp_path))
     assert fake.runs[1].logged == {}
+
+
+def test_a_trainings_curve_goes_step_by_step(fake: FakeWandb, tmp_path: Path) -> None:
+    curve = [{"step": 5, "loss": 3.0, "lr": 0.1}, {"step": 10, "loss": 2.0, "lr": 0.2}]
+    record = {**ACCURACY, "kind": "train", "curve": curve, "validations": [{"step": 10, "loss": 2.5}]}
+    WandbLogger(mode="offline").log(record, [], folder_of(tmp_path))
+    (run,) = fake.runs
+    assert run.steps == [5, 10]
+    assert run.logged == {"train/loss": 2.0, "train/lr": 0.2, "validation/loss": 2.5}
 
 
 def test_the_group_is_the_users_if_there_is_one(fake: FakeWandb, tmp_path: Path) -> None:
