@@ -283,20 +283,25 @@ def test_a_run_learns_records_and_can_be_loaded(tmp_path):
     assert not (folder.path / "checkpoints").exists()
 
 
+def cut_off_at(stop, folder, monkeypatch):
+    """Interrupt a training before its step ``stop`` (counted from 0)."""
+    accumulate = Training._accumulate
+
+    def cut(self, model, step):
+        if step == stop:
+            raise KeyboardInterrupt
+        return accumulate(self, model, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_accumulate", cut)
+        with pytest.raises(KeyboardInterrupt):
+            train(folder)
+
+
 def test_a_run_cut_off_at_any_step_ends_with_the_same_weights(tmp_path, monkeypatch):
     whole = train(tmp_path / "a")
-    finish = Training._accumulate
     for stop in (3, 5):
-
-        def cut(self, model, step, stop=stop):
-            if step == stop:
-                raise KeyboardInterrupt
-            return finish(self, model, step)
-
-        with monkeypatch.context() as m:
-            m.setattr(Training, "_accumulate", cut)
-            with pytest.raises(KeyboardInterrupt):
-                train(tmp_path / "b")
+        cut_off_at(stop, tmp_path / "b", monkeypatch)
     said = []
     resumed = train(tmp_path / "b", said=said)
     assert any("goes on after step 4 of 6" in line for line in said)
@@ -308,17 +313,7 @@ def test_a_run_cut_off_at_any_step_ends_with_the_same_weights(tmp_path, monkeypa
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(tmp_path, monkeypatch):
     whole = train(tmp_path / "a")
-    accumulate = Training._accumulate
-
-    def cut(self, model, step):
-        if step == 5:
-            raise KeyboardInterrupt
-        return accumulate(self, model, step)
-
-    with monkeypatch.context() as m:
-        m.setattr(Training, "_accumulate", cut)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "b")
+    cut_off_at(5, tmp_path / "b", monkeypatch)
     (weights,) = tmp_path.glob("b/**/step-0000004/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-100])
     said = []
