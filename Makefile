@@ -41,7 +41,7 @@ lock: ## resolve pyproject.toml in a clean environment and write requirements.lo
 	rm -rf build/lock
 	@$(find_python); "$$python" -m venv build/lock
 	build/lock/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH)
-	build/lock/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH) --editable '.[eval,wandb,cluster,quanto,dev]' setuptools
+	build/lock/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH) --editable '.[eval,wandb,cluster,quanto,train,dev]' setuptools
 	@{ echo "# Every package of the environment, exactly. Written by \`make lock\` with $$(build/lock/bin/python --version);"; \
 	   echo "# installed by \`make install\`. PyPI's Linux build of torch also brings the CUDA packages that it pins."; \
 	   build/lock/bin/python -m pip freeze --all --exclude kvbench --exclude pip | sed 's/+cpu$$//'; } > requirements.lock

@@ -23,11 +23,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,6 +41,9 @@ from . import provenance
 from .record import RunFolder
 from .runs import MethodRun, open_run, record_head
 from .settings import Settings
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 CHECKPOINTS, MODEL, STATE = "checkpoints", "model", "state.json"
 KEPT = 2
@@ -169,10 +171,7 @@ class TrainRunner:
             "train", method, source, task.source(), task.identity(), settings, train=self._identity(source)
         )
         run = MethodRun(method, folder, source)
-        accelerator = Accelerator(
-            mixed_precision="bf16" if settings.torch_dtype == torch.bfloat16 else "no",
-            cpu=settings.torch_device == "cpu",
-        )
+        accelerator = new_accelerator(settings)
         with folder if accelerator.is_main_process else nullcontext():
             if folder.done:
                 say(f"{method.label}: already done, in {folder.path}")
@@ -285,8 +284,11 @@ class Training:
         """Leave the rest of the model as it is but for low-rank adapters, where asked for."""
         affected = ("q_proj", "k_proj", "v_proj", "kv_layernorm", "input_layernorm")
         if self.rule.adapter_rank:
-            from peft import LoraConfig, inject_adapter_in_model
-
+            try:
+                from peft import LoraConfig, inject_adapter_in_model
+            except ImportError as error:
+                rank, needed = self.rule.adapter_rank, "needs the package peft: pip install 'kvbench[train]'"
+                raise InputError("runner.adapter_rank", rank, needed) from error
             rank = self.rule.adapter_rank
             targets = ["o_proj", "gate_proj", "up_proj", "down_proj"]
             model = inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), model)
@@ -517,6 +519,17 @@ class Training:
         }
         self.folder.finish(record)
         shutil.rmtree(self.folder.path / CHECKPOINTS, ignore_errors=True)
+
+
+def new_accelerator(settings: Settings) -> Accelerator:
+    """One process's part in the training; bfloat16 is computed in, the weights stay float32."""
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        needed = "needs the package accelerate: pip install 'kvbench[train]'"
+        raise InputError("runner", "train", needed) from error
+    mixed = "bf16" if settings.torch_dtype == torch.bfloat16 else "no"
+    return Accelerator(mixed_precision=mixed, cpu=settings.torch_device == "cpu")
 
 
 def kv_bytes_per_token(method: Method, config: Any, dtype: torch.dtype) -> int:

@@ -30,7 +30,7 @@ from kvbench.models.local import LocalModel
 from kvbench.models.random import RandomModel
 from kvbench.models.scratch import ScratchModel, parameters
 from kvbench.runners.settings import Settings
-from kvbench.runners.train import Distill, Training, TrainRunner
+from kvbench.runners.train import Distill, Training, TrainRunner, new_accelerator
 from kvbench.tasks.needle import Needle
 from kvbench.tasks.recall import Recall
 from kvbench.tasks.text import BLOCK, Text, stdlib_files
@@ -276,9 +276,7 @@ def test_a_run_learns_records_and_can_be_loaded(tmp_path):
     training.rule, training.task, training.model = rule, Recall(), loaded.model
     training.tokenizer, training.length, training.size = loaded.tokenizer, 64, 4
     training.device = torch.device("cpu")
-    from accelerate import Accelerator
-
-    training.accelerator = Accelerator(cpu=True)
+    training.accelerator = new_accelerator(Settings(device="cpu", dtype="float32"))
     assert training.validate()["loss"] == pytest.approx(record["validation"]["loss"], abs=2e-3)
     assert not (folder.path / "checkpoints").exists()
 
@@ -355,9 +353,7 @@ def test_labels_are_weighed_alike_whatever_the_part_they_stand_in():
     training.rule, training.task, training.settings = replace(RULE, micro_batch=1), task, Settings()
     training.tokenizer, training.length, training.size = task.new_tokenizer(), 64, 4
     training.device, training.teacher = torch.device("cpu"), None
-    from accelerate import Accelerator
-
-    training.accelerator = Accelerator(cpu=True)
+    training.accelerator = new_accelerator(Settings(device="cpu", dtype="float32"))
     model = training.model = SMALL.build(None, training.tokenizer, 0)
     ids, labels = (torch.from_numpy(x) for x in task.batch(None, 0, 4, 64, 0))
     expected = model(ids, labels=labels).loss
@@ -471,6 +467,12 @@ def test_what_cannot_be_trained(tmp_path, changes, key):
 def test_bad_runner_settings(options):
     with pytest.raises(InputError, match=r"^runner\."):
         TrainRunner(**options)
+
+
+def test_a_missing_package_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(InputError, match=r"^runner=train: needs the package accelerate"):
+        train(tmp_path)
 
 
 def test_the_table_takes_each_architecture_at_its_best_rate_over_seeds(tmp_path):
