@@ -36,6 +36,7 @@ from ..methods.base import Method, kv_shape
 from ..methods.sharing.convert import INITS, converted
 from ..models.base import ModelSource
 from ..models.scratch import ScratchModel
+from ..models.uptrained import HOW, WEIGHTS, add_adapters
 from ..tasks.training import IGNORED, TrainingData
 from . import provenance
 from .record import RunFolder
@@ -284,14 +285,7 @@ class Training:
         """Leave the rest of the model as it is but for low-rank adapters, where asked for."""
         affected = ("q_proj", "k_proj", "v_proj", "kv_layernorm", "input_layernorm")
         if self.rule.adapter_rank:
-            try:
-                from peft import LoraConfig, inject_adapter_in_model
-            except ImportError as error:
-                rank, needed = self.rule.adapter_rank, "needs the package peft: pip install 'kvbench[train]'"
-                raise InputError("runner.adapter_rank", rank, needed) from error
-            rank = self.rule.adapter_rank
-            targets = ["o_proj", "gate_proj", "up_proj", "down_proj"]
-            model = inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), model)
+            model = add_adapters(model, self.rule.adapter_rank)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name or any(part in name.split(".") for part in affected))
         return model
@@ -484,9 +478,11 @@ class Training:
             dtype = getattr(torch, rule.save_dtype)
             save_file(
                 {n: p.detach().to("cpu", dtype).contiguous() for n, p in trained.items()},
-                target / "trained.safetensors",
+                target / WEIGHTS,
             )
             model.config.save_pretrained(target)
+            how = {"init": rule.init, "adapter_rank": rule.adapter_rank, "base": self.source.fingerprint()}
+            (target / HOW).write_text(json.dumps(how) + "\n", encoding="utf-8")
         else:
             model.to(getattr(torch, rule.save_dtype)).save_pretrained(target)
             self.tokenizer.save_pretrained(target)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from sharing_models import SHAPE, shared_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -29,6 +30,7 @@ from kvbench.methods.sharing.yoco import YOCO
 from kvbench.models.local import LocalModel
 from kvbench.models.random import RandomModel
 from kvbench.models.scratch import ScratchModel, parameters
+from kvbench.models.uptrained import UptrainedModel
 from kvbench.runners.settings import Settings
 from kvbench.runners.train import Distill, Training, TrainRunner, new_accelerator
 from kvbench.tasks.needle import Needle
@@ -239,7 +241,7 @@ def test_the_three_ways_to_make_one_projection_of_many():
 def test_what_cannot_be_converted():
     with pytest.raises(InputError, match=r"^runner\.init"):
         converted(plain_llama(), CLA(2), "sum")
-    with pytest.raises(InputError, match="KV heads"):
+    with pytest.raises(InputError, match="kv_heads"):
         converted(plain_llama(), Heads(1), "mean")
     with pytest.raises(InputError, match="only Llama"):
         shared_config(_qwen(), CLA(2))
@@ -262,6 +264,18 @@ def test_the_learning_rate_rises_and_falls_along_a_cosine():
     assert all(a >= b for a, b in pairwise(rates[10:]))
 
 
+def validation(loaded, rule, task, length):
+    """What a training would find of a loaded model."""
+    training = Training.__new__(Training)
+    training.rule, training.task, training.model = rule, task, loaded.model
+    training.tokenizer, training.length, training.size = loaded.tokenizer, length, 4
+    training.device, training.accelerator = (
+        torch.device("cpu"),
+        new_accelerator(Settings(device="cpu", dtype="float32")),
+    )
+    return training.validate()
+
+
 def test_a_run_learns_records_and_can_be_loaded(tmp_path):
     rule = replace(RULE, steps=60, lr=3e-3, validate_every=60)
     folder = train(tmp_path, rule)
@@ -272,12 +286,8 @@ def test_a_run_learns_records_and_can_be_loaded(tmp_path):
     assert record["bytes"]["kv_bytes_per_token"] == 2 * 2 * 16 * 4  # one source of two heads, float32
     loaded = LocalModel(str(folder.path / "model"), max_prompt_tokens=63).load("cpu", torch.float32)
     assert loaded.model.config.kv_source_layers == [0, 0] and len(loaded.tokenizer) == 33
-    training = Training.__new__(Training)  # the loss of the saved model is the recorded one, to float16
-    training.rule, training.task, training.model = rule, Recall(), loaded.model
-    training.tokenizer, training.length, training.size = loaded.tokenizer, 64, 4
-    training.device = torch.device("cpu")
-    training.accelerator = new_accelerator(Settings(device="cpu", dtype="float32"))
-    assert training.validate()["loss"] == pytest.approx(record["validation"]["loss"], abs=2e-3)
+    again = validation(loaded, rule, Recall(), 64)  # the loss of the saved model is the recorded one, to float16
+    assert again["loss"] == pytest.approx(record["validation"]["loss"], abs=2e-3)
     assert not (folder.path / "checkpoints").exists()
 
 
@@ -412,13 +422,31 @@ def test_uptraining_from_a_checkpoint(tmp_path, corpus, checkpoint, changes):
     record = folder.record()
     assert record["identity"]["train"]["init"] == "mean"
     if changes.get("train") == "kv":
-        from safetensors.torch import load_file
-
         trained = load_file(folder.path / "model" / "trained.safetensors")
         assert any("lora_" in name for name in trained) and not any("embed" in name for name in trained)
+        source = UptrainedModel(str(folder.path / "model"), checkpoint)
+        loaded = source.load("cpu", torch.float32)
+        assert loaded.model.config.kv_source_layers == [0, 1, 2, 3, 3, 3]
+        assert not any("lora" in name for name in loaded.model.state_dict())
+        assert source.for_sharing(YOCO(), "yoco") is source and source.fingerprint() != checkpoint.fingerprint()
+        again = validation(loaded, rule, Text(path=str(corpus)), 64)
+        assert again["loss"] == pytest.approx(record["validation"]["loss"], abs=2e-3)
     else:
         loaded = LocalModel(str(folder.path / "model"), max_prompt_tokens=100).load("cpu", torch.float32)
         assert loaded.model.config.kv_source_layers == [0, 1, 2, 3, 3, 3]
+
+
+def test_what_was_trained_needs_the_checkpoint_it_was_trained_on(tmp_path, corpus, checkpoint):
+    rule = replace(RULE, steps=1, sequence=64, train="kv")
+    folder = train(tmp_path / "out", rule, CLA2, checkpoint, Text(path=str(corpus)))
+    assert UptrainedModel(str(folder.path / "model"), checkpoint).name == "uptrained"
+    how = folder.path / "model" / "uptrained.json"
+    how.write_text(how.read_text().replace("sha256:", "sha256:0"))
+    with pytest.raises(InputError, match=r"^model\.base=local: has other weights"):
+        UptrainedModel(str(folder.path / "model"), checkpoint).fingerprint()
+    how.unlink()
+    with pytest.raises(InputError, match=r"^model\.path=.*has no uptrained.json"):
+        UptrainedModel(str(folder.path / "model"), checkpoint).for_sharing(CLA(2), "cla")
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(checkpoint, corpus):

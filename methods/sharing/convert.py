@@ -54,12 +54,15 @@ def converted(model: PreTrainedModel, sharing: Sharing, how: str) -> KVShareLlam
         how: ``copy``, ``mean`` or ``gain_folded_mean``.
     """
     require(how in INITS, "runner.init", how, f"must be one of {', '.join(INITS)}")
-    config = shared_config(model.config, sharing)
+    return convert_to(model, shared_config(model.config, sharing), how)
+
+
+@torch.no_grad()
+def convert_to(model: PreTrainedModel, config: KVShareLlamaConfig, how: str) -> KVShareLlamaForCausalLM:
+    """The same with a config that is there already."""
     if config.num_key_value_heads != model.config.num_key_value_heads:
         raise InputError(
-            "method.sharing",
-            sharing.label,
-            f"has {config.num_key_value_heads} KV heads, and the model's weights do not",
+            "method.sharing.kv_heads", config.num_key_value_heads, "is not what the model's weights were made for"
         )
     out: Any = KVShareLlamaForCausalLM(config)
     out = out.to(device=model.device, dtype=model.dtype)
@@ -81,5 +84,5 @@ def converted(model: PreTrainedModel, sharing: Sharing, how: str) -> KVShareLlam
             weights[f"model.layers.{owner}.kv_layernorm.weight"] = weights[norm.format(owner)].clone()
     missing, _ = out.load_state_dict({k: v for k, v in weights.items() if k in wanted}, strict=False)
     if missing:
-        raise InputError("method.sharing", sharing.label, f"has weights that the model has not: {missing[0]}")
+        raise InputError("method.sharing", config.types, f"needs weights that the model has not: {missing[0]}")
     return out.eval()

@@ -1,0 +1,118 @@
+"""What ``runner.train=kv`` leaves behind, on the checkpoint that it began with: a few megabytes to ship."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig
+
+from ..conf.errors import InputError, require
+from ..methods.sharing.base import Sharing
+from ..methods.sharing.config import KVShareLlamaConfig
+from ..methods.sharing.convert import convert_to
+from .base import LoadedModel, ModelSource
+from .local import LocalModel
+
+WEIGHTS, HOW = "trained.safetensors", "uptrained.json"
+
+
+@dataclass
+class UptrainedModel(ModelSource):
+    """A base model, converted, with the weights of an uptraining.
+
+    Attributes
+    ----------
+    path : str
+        The run's folder ``model``: ``config.json``, ``trained.safetensors`` and ``uptrained.json``.
+    base : ModelSource
+        The checkpoint that the uptraining began with.
+    name : str
+        The name shown in tables and result paths.
+    """
+
+    location_fields: ClassVar[tuple[str, ...]] = ("path", "base")
+
+    path: str
+    base: ModelSource
+    name: str = "uptrained"
+
+    def _check(self) -> None:
+        """What is asked for is there, and the base is what it was trained on."""
+        for file in ("config.json", WEIGHTS, HOW):
+            require(
+                (self._folder / file).is_file(), "model.path", self.path, f"has no {file}: no model/ of an uptraining"
+            )
+        wanted = self._how["base"]
+        found = self.base.fingerprint()
+        if found != wanted:
+            raise InputError(
+                "model.base", self.base.name, f"has other weights ({found[:18]}) than were trained on ({wanted[:18]})"
+            )
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.path).expanduser().absolute()
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        """How the base was converted, as the training wrote it."""
+        found: dict[str, Any] = json.loads((self._folder / HOW).read_text(encoding="utf-8"))
+        return found
+
+    def for_sharing(self, sharing: Sharing | None, method: str) -> ModelSource:
+        """This one, if it shares as the method says."""
+        self._check()
+        if sharing is not None:
+            sharing.fit(AutoConfig.from_pretrained(self._folder, local_files_only=True))
+        return self
+
+    def fingerprint(self) -> str:
+        """``sha256:`` over what was trained; it names the base's fingerprint."""
+        self._check()
+        return LocalModel(self.path).fingerprint()
+
+    def load(self, device: str, dtype: torch.dtype) -> LoadedModel:
+        """See :meth:`ModelSource.load`; adapters are merged into the weights that they stand on."""
+        self._check()
+        loaded, how = self.base.load(device, dtype), self._how
+        config = KVShareLlamaConfig.from_pretrained(self._folder, local_files_only=True)
+        model: Any = convert_to(loaded.model, config, how["init"])
+        if how["adapter_rank"]:
+            model = add_adapters(model, how["adapter_rank"])
+        trained = {name: tensor.to(dtype) for name, tensor in load_file(self._folder / WEIGHTS, device=device).items()}
+        unknown = model.load_state_dict(trained, strict=False).unexpected_keys
+        require(not unknown, "model.path", self.path, f"has weights that the model has no place for: {unknown[:1]}")
+        if how["adapter_rank"]:
+            merge_adapters(model)
+        return replace(loaded, model=model.to(device).eval(), name=self.name, fingerprint=self.fingerprint())
+
+
+def add_adapters(model: Any, rank: int) -> Any:
+    """Low-rank adapters (LoRA, arXiv 2106.09685) on the projections that uptraining leaves as they are.
+
+    Raises:
+        InputError: the package peft is missing.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        needed = "needs the package peft: pip install 'kvbench[train]'"
+        raise InputError("runner.adapter_rank", rank, needed) from error
+    targets = ["o_proj", "gate_proj", "up_proj", "down_proj"]
+    return inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), model)
+
+
+def merge_adapters(model: Any) -> None:
+    """Add each adapter to the weight that it stands on, and leave the plain layer in its place."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())
