@@ -38,7 +38,7 @@ SETTINGS = {
     # With four heads of 64 the plain model found no circuit in 1000 steps at any of these rates; with two it does.
     "recall": [
         *("task=recall", "model=scratch", "model.layers=4", "model.heads=2"),
-        *("runner.steps=1000", "runner.batch_tokens=2048"),
+        *("runner.steps=2000", "runner.batch_tokens=2048"),
     ],
     "text": [
         *("task=text", "model=scratch", "model.layers=6", "runner.steps=1000", "runner.batch_tokens=2048"),
