@@ -92,6 +92,11 @@ class Method:
                 "would store keys for the query heads of every layer that shares them; use kv_head",
             )
 
+    @property
+    def passes(self) -> int | None:
+        """See :attr:`.sharing.base.Sharing.passes`; only methods with the same can ride on one reading of a prompt."""
+        return None if self.sharing is None else self.sharing.passes
+
     def new_cache(self, model: PreTrainedModel) -> KVCache:
         """An empty cache for one batch of ``model``, which is switched to kvbench's attention function.
 
@@ -133,7 +138,7 @@ class Method:
             layer = CacheLayer(number, len(full), selection, selection.new_state(config), held)
             layer.model_layer = plan.owners[len(layers)]
             layers.append(layer)
-        cache = KVCache(layers, plan)
+        cache = KVCache(layers, plan, self.passes)
         self.selection.attach(model, cache)
         return cache
 
@@ -144,6 +149,23 @@ class Method:
         stored = self.storage.bytes_formula(tokens, heads, shape, new_tokens)
         state = self.selection.state_bytes(prompt_length, new_tokens, shape.layers, heads)
         return stored + state + shape.fixed_bytes(prompt_length + new_tokens)
+
+    def bytes_read_formula(
+        self, config: PretrainedConfig, dtype: torch.dtype, prompt_length: int, new_tokens: int = 0
+    ) -> int:
+        """Bytes of the cache that a decode step reads: each cache layer once for each layer that attends over it."""
+        plan, shape = plan_of(config.get_text_config()), kv_shape(config, dtype)
+        uses = [plan.cache_layer.count(number) for number in range(len(plan.owners))]
+        by_kind = {
+            kind: [n for n, k in zip(uses, plan.layer_types, strict=True) if k == kind] for kind in (FULL, SLIDING)
+        }
+        tokens = self.selection.kept_tokens(prompt_length, new_tokens, shape.layers)
+        read = [n for n, times in zip(tokens, by_kind[FULL], strict=True) for _ in range(times)]
+        heads = shape.query_heads if self.selection.stores_query_heads else shape.kv_heads
+        windows = replace(shape, sliding_layers=sum(by_kind[SLIDING]))
+        state = self.selection.state_bytes(prompt_length, new_tokens, shape.layers, heads)
+        held = self.storage.bytes_formula(read, heads, shape, new_tokens)
+        return held + state + windows.fixed_bytes(prompt_length + new_tokens)
 
     def identity(self) -> dict[str, Any]:
         """What decides this method's numbers, as plain data: class and values of its parts (not what is only shown)."""
@@ -312,6 +334,7 @@ class KVCache(Cache):
     Attributes:
         layers: cache layers; ``plan`` says which layers of the model use which.
         plan: see :class:`.sharing.plan.Plan`.
+        passes: that a sharing model makes over layers that refer up; 0: as many as tokens; None: as its config says.
         rehearsing: the forward under way is a pass that will be done again: nothing may be kept of it.
         prompt_length: columns of the whole prompt, set before a prompt is fed in chunks; None: the first forward is
             all of it.
@@ -325,9 +348,9 @@ class KVCache(Cache):
     copies = 1
     layers: list[Any]  # CacheLayer, or FanOutLayer: transformers' own layer classes hold tensors in their own way
 
-    def __init__(self, layers: Sequence[Any], plan: Plan):
+    def __init__(self, layers: Sequence[Any], plan: Plan, passes: int | None = None):
         super().__init__(layers=list(layers))
-        self.plan = plan
+        self.plan, self.passes = plan, passes
         self.rehearsing = False
         self.prompt_length: int | None = None
         self.tokens_seen: torch.Tensor | None = None

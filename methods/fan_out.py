@@ -127,8 +127,10 @@ class FanOutCache(KVCache):
     def __init__(self, members: Sequence[KVCache]):
         if not all(m.reads_whole_prompt for m in members):
             raise ValueError("a method that does not read the prompt whole cannot share a reading of it")
+        if len({m.passes for m in members}) > 1:
+            raise ValueError("methods that encode a prompt in different numbers of passes cannot share a reading of it")
         together = zip(*(m.layers for m in members), strict=True)
-        super().__init__([fan_out_layer(layers) for layers in together], members[0].plan)
+        super().__init__([fan_out_layer(layers) for layers in together], members[0].plan, members[0].passes)
         self.members = list(members)
 
     @property

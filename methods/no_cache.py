@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .attention import use_kvbench_attention
 from .base import KVCache, Method
@@ -54,6 +54,11 @@ class NoCache(Method):
     def new_cache(self, model: PreTrainedModel) -> KVCache:
         use_kvbench_attention(model)
         return NoCacheState(plan_of(model.config.get_text_config()))
+
+    def bytes_read_formula(
+        self, config: PretrainedConfig, dtype: torch.dtype, prompt_length: int, new_tokens: int = 0
+    ) -> int:
+        return 0
 
     def bytes_formula(self, shape: KVShape, prompt_length: int, new_tokens: int = 0) -> int:
         return 0

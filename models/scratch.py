@@ -109,7 +109,7 @@ class ScratchModel(ModelSource):
         plain = Heads(self.kv_heads)
         config = made(sharing or plain, self.intermediate_size)
         if self.match_parameters:
-            spare = parameters(made(Heads(), self.intermediate_size)) - parameters(config)
+            spare = parameters(made(plain, self.intermediate_size)) - parameters(config)
             width = spare / (3 * self.hidden_size * self.layers) / FFN_STEP
             config = made(sharing or plain, self.intermediate_size + FFN_STEP * round(width))
         return config

@@ -355,8 +355,8 @@ class AccuracyRunner(PairedRunner):
 def shared_prompts(runs: Sequence[ScoredRun]) -> Iterator[list[ScoredRun]]:
     """Split runs into those that can share one reading of the prompt, and the others one by one."""
     sharing = [r for r in runs if r.method.shares_prompt]
-    if sharing:
-        yield sharing
+    for passes in dict.fromkeys(r.method.passes for r in sharing):
+        yield [r for r in sharing if r.method.passes == passes]
     for run in runs:
         if not run.method.shares_prompt:
             yield [run]

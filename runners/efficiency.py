@@ -297,18 +297,17 @@ def metrics(work: Sequence[Batch], repetitions: Sequence[Sequence[tuple[float, f
 def bytes_read_per_step(work: Sequence[Batch], model: PreTrainedModel, method: Method) -> float:
     """Bytes that a decode step must read at least, on average over all steps: the weights, and the batch's caches.
 
-    The caches by the formula, halfway between a batch's first step and its last. A step looks up single rows of the
-    embedding; only where it is the output layer too is the table read whole.
+    The caches by the formula (what layers share is read by each of them), halfway between a batch's first step and its
+    last. A step looks up single rows of the embedding; only where it is the output layer too is the table read whole.
     """
-    shape = kv_shape(model.config, model.dtype)
     table: Any = model.get_input_embeddings()
     tied = table.weight is model.get_output_embeddings().weight
     weights = sum(p.nbytes for p in model.parameters()) - (0 if tied else table.weight.nbytes)
     total = 0.0
     for batch in work:
         lengths = [len(r.prompt) for r in batch.requests]
-        first = sum(method.bytes_formula(shape, n) for n in lengths)
-        last = sum(method.bytes_formula(shape, n, batch.steps - 1) for n in lengths)
+        first = sum(method.bytes_read_formula(model.config, model.dtype, n) for n in lengths)
+        last = sum(method.bytes_read_formula(model.config, model.dtype, n, batch.steps - 1) for n in lengths)
         total += (batch.steps - 1) * (weights + (first + last) / 2)
     return total / sum(batch.steps - 1 for batch in work)
 

@@ -4,9 +4,9 @@
     python run.py runner=train method=yoco task=text model=smollm2-135m runner.init=mean runner.distill.weight=1
 
 A run is as any other: its folder is named by what decides the numbers, it goes on where it was stopped, and
-``record.json`` is written last. Beside it ``model/`` holds what was trained (``model=local model.path=...`` loads it),
-and ``checkpoints/`` the last two states with the optimizer's, each written whole or not at all and checked by its
-sha256 when it is read.
+``record.json`` is written last. Beside it ``model/`` holds what was trained (``model=local model.path=...`` loads it;
+with ``runner.train=kv`` it is ``model=uptrained``), and ``checkpoints/`` the last two states with the optimizer's, each
+written whole or not at all and checked by its sha256 when it is read.
 
 Under ``accelerate launch`` each process takes its part of every batch; one of them writes.
 """
@@ -127,9 +127,12 @@ class TrainRunner:
         for key in ("steps", "batch_tokens", "sequence", "validate_every", "validate_sequences", "save_every"):
             value = getattr(self, key)
             require(is_whole(value, 1), at + key, value, "must be a whole number >= 1")
-        for key, low, high in (("warmup", 0, 1), ("final_lr", 0, 1), ("beta1", 0, 1), ("beta2", 0, 1)):
+        for key in ("warmup", "final_lr"):
             value = getattr(self, key)
-            require(isinstance(value, int | float) and low <= value <= high, at + key, value, "must be between 0 and 1")
+            require(isinstance(value, int | float) and 0 <= value <= 1, at + key, value, "must be between 0 and 1")
+        for key in ("beta1", "beta2"):
+            value = getattr(self, key)
+            require(isinstance(value, int | float) and 0 <= value < 1, at + key, value, "must be >= 0 and below 1")
         for key in ("lr", "clip"):
             value = getattr(self, key)
             require(isinstance(value, int | float) and value > 0, at + key, value, "must be above 0")
@@ -166,6 +169,17 @@ class TrainRunner:
             raise InputError("task", task.name, "is nothing to train on: use task=recall or task=text")
         if source.random_weights and not isinstance(source, ScratchModel):
             raise InputError("model", source.name, "cannot be trained; use model=scratch, or a checkpoint")
+        if settings.torch_dtype == torch.float16:
+            raise InputError("dtype", "float16", "is not trained in: use float32 or bfloat16")
+        if isinstance(source, ScratchModel):
+            for key, value, none in (
+                ("distill", self.distill, Distill()),
+                ("train", self.train, "all"),
+                ("adapter_rank", self.adapter_rank, 0),
+            ):
+                require(
+                    value == none, f"runner.{key}", value, "is for a checkpoint to begin with, not for model=scratch"
+                )
         if not method.selection.keeps_everything or not method.storage.is_exact:
             raise InputError("method", method.label, "is nothing to train for: only ways of sharing are")
         folder = open_run(
@@ -209,12 +223,14 @@ class Progress:
         seconds: spent on them, validations and checkpoints not counted.
         curve: a point every so often: step, tokens, loss (mean since the last point), lr, gradient norm.
         validations: step and what :meth:`Training.validate` found.
+        losses: since the last point of the curve.
     """
 
     step: int = 0
     seconds: float = 0.0
     curve: list[dict[str, float]] = field(default_factory=list)
     validations: list[dict[str, float]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
 
 
 class Training:
@@ -258,6 +274,7 @@ class Training:
     def _model(self) -> PreTrainedModel:
         """The model to train, float32, on the device."""
         rule, sharing = self.rule, self.method.sharing
+        torch.manual_seed(self.settings.seed)  # of new weights, and of adapters
         if isinstance(self.source, ScratchModel):
             self.tokenizer = self.task.new_tokenizer()
             model: Any = self.source.build(sharing, self.tokenizer, self.settings.seed)
@@ -266,14 +283,12 @@ class Training:
             loaded = self.source.load(str(self.device), torch.float32)
             assert loaded.tokenizer is not None
             self.tokenizer, model = loaded.tokenizer, loaded.model
-            if rule.distill.weight:
+            if rule.distill.weight or rule.distill.hidden_mse:
                 self.teacher = loaded.model.eval().requires_grad_(False)
             if sharing is not None:
                 model = converted(loaded.model, sharing, rule.init)
             elif self.teacher is not None:
-                raise InputError(
-                    "runner.distill.weight", rule.distill.weight, "needs a method that shares, to learn it"
-                )
+                raise InputError("runner.distill", rule.distill.weight, "needs a method that shares, to learn it")
             if rule.train == "kv":
                 model = self._keys_and_values_alone(model)
         model.train()
@@ -314,7 +329,6 @@ class Training:
         if self.accelerator.is_main_process:
             session = {"after_steps": self.progress.step, "git": self.made_by["git"]}
             self.folder.begin_session(session | {"packages": self.made_by["packages"]})
-        sums: list[float] = []
         done, tokens = self.progress.step, self.size * self.length
         off = not self.accelerator.is_main_process
         bar = tqdm(
@@ -334,13 +348,13 @@ class Training:
             optimizer.zero_grad(set_to_none=True)
             self.progress.step = step + 1
             self.progress.seconds += time.perf_counter() - started
-            sums.append(loss)
+            self.progress.losses.append(loss)
             last = step + 1 == rule.steps
             if (step + 1) % max(1, rule.steps // 200) == 0 or last:
+                sums, self.progress.losses = self.progress.losses, []
                 point = {"step": step + 1, "tokens": (step + 1) * tokens, "loss": sum(sums) / len(sums)}
                 self.progress.curve.append(point | {"lr": rule.lr_at(step), "grad_norm": norm})
                 bar.set_postfix(loss=f"{point['loss']:.3f}")
-                sums = []
             if (step + 1) % rule.validate_every == 0 or last:
                 self.progress.validations.append({"step": step + 1, **self.validate()})
             if (step + 1) % rule.save_every == 0 and not last:
@@ -373,23 +387,26 @@ class Training:
     def _loss(self, model: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Sum over the labels of one micro-batch."""
         distill, config = self.rule.distill, self.model.config
-        further = {"output_hidden_states": True} if self.teacher is not None and distill.hidden_mse else {}
-        weighted = bool(getattr(config, "kv_loss_weight", 0.0)) and config.refers_up
-        if weighted:
-            out = model(x, labels=y, use_cache=False)
-            return out.loss * int((y[:, 1:] != IGNORED).sum())
-        out = model(x, use_cache=False, **further)
+        further: dict[str, Any] = {}
+        if self.teacher is not None and distill.hidden_mse:
+            further["output_hidden_states"] = True
+        weight = getattr(config, "kv_loss_weight", 0.0) if getattr(config, "refers_up", False) else 0.0
+        out = model(x, labels=y if weight else None, use_cache=False, **further)
         logits, wanted = out.logits[:, :-1].float(), y[:, 1:]
+        asked = wanted != IGNORED
         plain = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum")
+        extra = 0.0
+        if weight:  # what the model adds to its own mean loss
+            own = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED)
+            extra = (out.loss - own) * asked.sum()
         if self.teacher is None:
-            return plain
+            return plain + extra
         with torch.no_grad():
             taught = self.teacher(x, use_cache=False, **further)
-        asked = wanted != IGNORED
         t = distill.temperature
         student = F.log_softmax(logits[asked] / t, dim=-1)
         teacher = F.log_softmax(taught.logits[:, :-1].float()[asked] / t, dim=-1)
-        loss = (1 - distill.weight) * plain
+        loss = (1 - distill.weight) * plain + extra
         loss = loss + distill.weight * t * t * F.kl_div(student, teacher, log_target=True, reduction="sum")
         if distill.hidden_mse:
             far = F.mse_loss(out.hidden_states[-2].float(), taught.hidden_states[-2].float())
@@ -521,9 +538,11 @@ def new_accelerator(settings: Settings) -> Accelerator:
     """One process's part in the training; bfloat16 is computed in, the weights stay float32."""
     try:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
     except ImportError as error:
         needed = "needs the package accelerate: pip install 'kvbench[train]'"
         raise InputError("runner", "train", needed) from error
+    AcceleratorState._reset_state()  # jobs of a sweep may differ in dtype and share a process
     mixed = "bf16" if settings.torch_dtype == torch.bfloat16 else "no"
     return Accelerator(mixed_precision=mixed, cpu=settings.torch_device == "cpu")
 

@@ -104,14 +104,23 @@ class Recall(Task, TrainingData):
         return self.length
 
     def batch(self, tokenizer: Any, step: int, size: int, length: int, seed: int) -> tuple[Tokens, Tokens]:
+        self._refuse_other_tokens(tokenizer)
         rng = np.random.default_rng([2, seed, step])
         made = [self._sequence(rng, int(rng.integers(1, self.pairs + 1))) for _ in range(size)]
         return np.stack([ids for ids, _ in made]), np.stack([labels for _, labels in made])
 
     def validation(self, tokenizer: Any, length: int, sequences: int) -> tuple[Tokens, Tokens]:
+        self._refuse_other_tokens(tokenizer)
         rng = np.random.default_rng([3, self.seed])
         made = [self._sequence(rng, self.pairs) for _ in range(sequences)]
         return np.stack([ids for ids, _ in made]), np.stack([labels for _, labels in made])
+
+    def _refuse_other_tokens(self, tokenizer: Any) -> None:
+        """A model whose tokens are not this task's would learn numbers that it cannot be asked for."""
+        last = self.keys + self.values
+        known = tokenizer.convert_tokens_to_ids([self._word(1), self._word(last)]) == [1, last]
+        allowed = "has no token of its own for each key and value: use model=scratch, or a model trained on recall"
+        require(known, "model", type(tokenizer).__name__, allowed)
 
     def _sequence(self, rng: np.random.Generator, pairs: int) -> tuple[Tokens, Tokens]:
         """Ids (1 .. keys are keys, values follow) and labels, of the answers alone."""

@@ -41,7 +41,7 @@ class Text(TrainingData):
     """
 
     name = "text"
-    location_fields: ClassVar[tuple[str, ...]] = ("path",)
+    location_fields: ClassVar[tuple[str, ...]] = ("path", "tokenizer")
 
     path: str | None = STDLIB
     pattern: str = "*.txt"
@@ -62,6 +62,7 @@ class Text(TrainingData):
             "must be given, or task.dataset with task.path=null",
         )
         self._prepared: dict[Any, tuple[Tokens, Tokens]] = {}
+        self._prepared_with: Any = None  # the tokenizer
 
     def source(self) -> Source:
         """``text-stdlib`` or ``text-`` and the first 6 digits of its sha256."""
@@ -73,7 +74,11 @@ class Text(TrainingData):
         name = "text-stdlib" if self.path == STDLIB else f"text-{digest[:6]}"
         characters = sum(len(d) for d in self._documents)
         note = f"{len(self._documents)} documents, {characters} characters."
-        return Source(name, Path(place).name if self.path else place, None, {"text": digest}, note)
+        hashes = {"text": digest}
+        if self.tokenizer != BYTES:
+            whole = hashlib.sha256(self.new_tokenizer().backend_tokenizer.to_str().encode())
+            hashes["tokenizer"] = whole.hexdigest()
+        return Source(name, Path(place).name if self.path else place, None, hashes, note)
 
     @cached_property
     def _documents(self) -> list[str]:
@@ -170,7 +175,9 @@ class Text(TrainingData):
 
     def _sequences(self, tokenizer: Any, length: int) -> tuple[Tokens, Tokens]:
         """[N, length] to train on, and held out."""
-        key = ("sequences", id(tokenizer), length)
+        if self._prepared_with is not tokenizer:
+            self._prepared, self._prepared_with = {}, tokenizer
+        key = ("sequences", length)
         if key not in self._prepared:
             encoded = tokenizer(self._documents, add_special_tokens=False, verbose=False).input_ids
             end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

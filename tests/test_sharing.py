@@ -135,11 +135,12 @@ def test_a_broken_map_says_which_rule_and_which_layer(keys, message):
         lambda: KVShare(7, "pizza").source(6),
         lambda: KVShare(partition="calzone"),
         lambda: KVShare(map=[0, 0]).source(6),
+        lambda: KVShare(map=[0, 0, 1, 1, 4, 4]).config_keys(SHAPE),
         lambda: Heads(3).config_keys(SHAPE),
     ],
 )
 def test_bad_settings_name_their_key(make):
-    with pytest.raises(InputError, match=r"^method\.sharing\."):
+    with pytest.raises(InputError, match=r"^method\.sharing"):
         make()
 
 
@@ -357,6 +358,16 @@ def test_activation_checkpointing_gives_the_same_gradients(sharing):
         model(x, labels=x).loss.backward()
         found.append([p.grad for p in model.parameters()])
     assert all((a - b).abs().max() < CLOSE for a, b in zip(*found, strict=True))
+
+
+def test_mixed_precision_leaves_a_retention_state_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 20, 8, generator=generator) for _ in range(3))
+    decay = torch.zeros(1, 2, 20)
+    exact, _ = retention(q, k, v, decay)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed, state = retention(q, k, v, decay)
+    assert torch.equal(mixed, exact) and state.dtype == torch.float32
 
 
 def test_bfloat16_trains():

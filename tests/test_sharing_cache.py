@@ -195,6 +195,31 @@ def test_members_that_end_leave_the_others_as_they_are(sharing):
 
 
 @torch.inference_mode()
+def test_how_a_prompt_is_encoded_is_each_methods_own():
+    """Two caches of one model, made one after the other, encode as their methods say; the model's config stays."""
+    model, x = shared_model(LCKV(2)), prompt(30)
+    rules = {"few": LCKV(2, iter_forward=0, iter_backward=1), "exact": LCKV(2, encode="exact"), "own": None}
+    made = {name: Method(name, sharing=rule).new_cache(model) for name, rule in rules.items()}
+    logits = {name: prefill(model, cache, x) for name, cache in made.items()}
+    expected = {"few": 1, "exact": 30, "own": 9}
+    for name, passes in expected.items():
+        assert (logits[name] - model(x, n_iter=passes, use_cache=False).logits[:, -1]).abs().max() < CLOSE
+    assert (logits["few"] - logits["exact"]).abs().max() > 1e-3
+    assert (model.config.iter_forward, model.config.encode) == (7, "iterative")
+    with pytest.raises(ValueError, match="different numbers of passes"):
+        FanOutCache([Method(name, sharing=rule).new_cache(model) for name, rule in rules.items()])
+
+
+@torch.inference_mode()
+def test_what_layers_share_is_read_by_each_of_them():
+    for sharing, layers in ((CLA(2), 6), (YOCO(window=8), 3), (LCKV(2), 6)):
+        config = shared_model(sharing).config
+        read = Method("full").bytes_read_formula(config, torch.float32, 30)
+        a_token = 2 * 2 * 8 * 4
+        assert read == layers * 30 * a_token + (6 - layers) * 7 * a_token
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("sharing", [CLA(2), YOCO(window=8), DOWNWARD[-1]], ids=name_of)
 def test_a_true_stream_is_tokens_one_by_one(sharing):
     model, x = shared_model(sharing), prompt(30)

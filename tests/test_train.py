@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -86,7 +87,8 @@ def test_a_recall_sequence_can_be_answered_from_its_pairs_and_asks_for_nothing_e
 
 
 def test_batches_depend_on_seed_and_step_alone():
-    task, tokenizer = Recall(), None
+    task = Recall()
+    tokenizer = task.new_tokenizer()
     one, again, other = (task.batch(tokenizer, step, 4, 64, seed=2)[0] for step in (5, 5, 6))
     assert np.array_equal(one, again) and not np.array_equal(one, other)
     assert not np.array_equal(one, task.batch(tokenizer, 5, 4, 64, seed=3)[0])
@@ -238,6 +240,35 @@ def test_the_three_ways_to_make_one_projection_of_many():
     assert not hasattr(yoco.model.layers[4].self_attn, "k_proj")
 
 
+@torch.no_grad()
+def test_going_on_from_a_model_that_shares():
+    """YOCO in two stages: full attention below first, then windows; norms and whatever is left open stay as trained."""
+    first = converted(plain_llama(), YOCO(mixer="full"), "mean")
+    first.model.layers[3].kv_layernorm.weight.fill_(3.0)
+    for how in ("copy", "mean", "gain_folded_mean"):
+        second = converted(first, YOCO(window=8), how)
+        assert (second.model.layers[3].kv_layernorm.weight == 3.0).all()
+        assert torch.allclose(
+            second.model.layers[3].self_attn.k_proj.weight, first.model.layers[3].self_attn.k_proj.weight
+        )
+    windowed = converted(second, YOCO(), "copy")
+    x = torch.arange(2, 30)[None]
+    assert windowed.config.sliding_window == 8 and torch.equal(windowed(x).logits, second(x).logits)
+    normed = converted(plain_llama(), CLA(2, separate_kv_norm=True), "copy")
+    assert torch.equal(converted(normed, CLA(2), "mean")(x).logits, normed(x).logits)
+    with pytest.raises(InputError, match="to own keys and values"):
+        converted(normed, CLA(1), "copy")
+
+
+@torch.no_grad()
+def test_biases_are_averaged_too():
+    plain = LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=True)).eval()
+    for i, layer in enumerate(plain.model.layers):
+        layer.self_attn.v_proj.bias.fill_(float(i))
+    assert (converted(plain, CLA(2), "mean").model.layers[2].self_attn.v_proj.bias == 2.5).all()
+    assert (converted(plain, CLA(2), "copy").model.layers[2].self_attn.v_proj.bias == 2.0).all()
+
+
 def test_what_cannot_be_converted():
     with pytest.raises(InputError, match=r"^runner\.init"):
         converted(plain_llama(), CLA(2), "sum")
@@ -291,7 +322,7 @@ def test_a_run_learns_records_and_can_be_loaded(tmp_path):
     assert not (folder.path / "checkpoints").exists()
 
 
-def cut_off_at(stop, folder, monkeypatch):
+def cut_off_at(stop, folder, monkeypatch, rule=RULE):
     """Interrupt a training before its step ``stop`` (counted from 0)."""
     accumulate = Training._accumulate
 
@@ -303,7 +334,7 @@ def cut_off_at(stop, folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Training, "_accumulate", cut)
         with pytest.raises(KeyboardInterrupt):
-            train(folder)
+            train(folder, rule)
 
 
 def test_a_run_cut_off_at_any_step_ends_with_the_same_weights(tmp_path, monkeypatch):
@@ -317,6 +348,15 @@ def test_a_run_cut_off_at_any_step_ends_with_the_same_weights(tmp_path, monkeypa
     assert a["weights"]["model.safetensors"] == b["weights"]["model.safetensors"]
     assert [p["loss"] for p in a["curve"]] == [p["loss"] for p in b["curve"]]
     assert len(b["sessions"]) == 3
+
+
+def test_the_curve_of_a_run_that_was_cut_off_is_the_whole_runs(tmp_path, monkeypatch):
+    """Points over several steps, and checkpoints between them."""
+    rule = replace(RULE, steps=400, batch_tokens=64, save_every=3, validate_every=400)
+    whole = train(tmp_path / "a", rule)
+    cut_off_at(5, tmp_path / "b", monkeypatch, rule)
+    resumed = train(tmp_path / "b", rule)
+    assert [p["loss"] for p in whole.record()["curve"]] == [p["loss"] for p in resumed.record()["curve"]]
 
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(tmp_path, monkeypatch):
@@ -365,7 +405,7 @@ def test_labels_are_weighed_alike_whatever_the_part_they_stand_in():
     training.device, training.teacher = torch.device("cpu"), None
     training.accelerator = new_accelerator(Settings(device="cpu", dtype="float32"))
     model = training.model = SMALL.build(None, training.tokenizer, 0)
-    ids, labels = (torch.from_numpy(x) for x in task.batch(None, 0, 4, 64, 0))
+    ids, labels = (torch.from_numpy(x) for x in task.batch(training.tokenizer, 0, 4, 64, 0))
     expected = model(ids, labels=labels).loss
     assert training._accumulate(model, 0) == pytest.approx(float(expected), rel=1e-5)
     ours = [p.grad.clone() for p in model.parameters()]
@@ -436,6 +476,32 @@ def test_uptraining_from_a_checkpoint(tmp_path, corpus, checkpoint, changes):
         assert loaded.model.config.kv_source_layers == [0, 1, 2, 3, 3, 3]
 
 
+def test_adapters_are_drawn_from_the_seed(tmp_path, corpus, checkpoint):
+    rule = replace(RULE, steps=2, sequence=64, train="kv", adapter_rank=2)
+    torch.manual_seed(5)
+    first = train(tmp_path / "a", rule, CLA2, checkpoint, Text(path=str(corpus)))
+    torch.manual_seed(6)
+    second = train(tmp_path / "b", rule, CLA2, checkpoint, Text(path=str(corpus)))
+    assert first.record()["weights"] == second.record()["weights"]
+
+
+def test_distillation_and_the_loss_on_changing_keys_add_up(checkpoint, corpus):
+    loaded = checkpoint.load("cpu", torch.float32)
+    x = torch.randint(0, 256, (2, 32), generator=torch.Generator().manual_seed(0))
+    losses = {}
+    for weight in (0.0, 1.0):
+        for distill in (0.0, 1.0):
+            training = Training.__new__(Training)
+            training.rule = replace(RULE, distill=Distill(weight=distill))
+            training.teacher = loaded.model if distill else None
+            rule = LCKV(2, iter_forward=0, iter_backward=2, kv_loss_weight=1e4 * weight)
+            training.model = converted(loaded.model, rule, "mean")
+            losses[weight, distill] = float(training._loss(training.model, x, x).detach())
+    extra = losses[1.0, 0.0] - losses[0.0, 0.0]
+    assert extra > 0.1 and abs(losses[0.0, 1.0] - losses[0.0, 0.0]) > 1e-3
+    assert losses[1.0, 1.0] - losses[0.0, 1.0] == pytest.approx(extra, rel=1e-3)
+
+
 def test_what_was_trained_needs_the_checkpoint_it_was_trained_on(tmp_path, corpus, checkpoint):
     rule = replace(RULE, steps=1, sequence=64, train="kv")
     folder = train(tmp_path / "out", rule, CLA2, checkpoint, Text(path=str(corpus)))
@@ -471,6 +537,8 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(checkpoint, corpus):
         ({"source": RandomModel("tiny")}, "model"),
         ({"rule": replace(RULE, batch_tokens=32)}, r"runner\.batch_tokens"),
         ({"source": replace(SMALL, max_positions=32)}, r"runner\.sequence"),
+        ({"rule": replace(RULE, distill=Distill(weight=1.0))}, r"runner\.distill"),
+        ({"rule": replace(RULE, train="kv")}, r"runner\.train"),
     ],
     ids=str,
 )
@@ -489,12 +557,39 @@ def test_what_cannot_be_trained(tmp_path, changes, key):
         {"adapter_rank": 4},
         {"save_dtype": "int8"},
         {"warmup": 2},
+        {"beta1": 1},
     ],
     ids=str,
 )
 def test_bad_runner_settings(options):
     with pytest.raises(InputError, match=r"^runner\."):
         TrainRunner(**options)
+
+
+def test_float16_is_not_trained_in(tmp_path):
+    settings = Settings(results_dir=str(tmp_path), device="cpu", dtype="float16")
+    with pytest.raises(InputError, match=r"^dtype=float16"):
+        RULE.run(SMALL, [CLA2], Recall(), settings, lambda _: None)
+
+
+def test_trainings_of_one_process_may_differ_in_precision(tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        settings = Settings(results_dir=str(tmp_path), device="cpu", dtype=dtype)
+        RULE.run(SMALL, [CLA2], Recall(), settings, lambda _: None)
+    assert len(list(tmp_path.glob("**/record.json"))) == 2
+
+
+def test_recall_is_not_trained_with_another_models_tokens(tmp_path, checkpoint):
+    with pytest.raises(InputError, match=r"^model=.*has no token of its own"):
+        train(tmp_path / "out", RULE, CLA2, checkpoint, Recall())
+
+
+def test_a_tokenizer_is_known_by_its_content(tmp_path, corpus, checkpoint):
+    here, there = checkpoint.path, tmp_path / "elsewhere"
+    shutil.copytree(here, there)
+    one, same = (Text(path=str(corpus), tokenizer=str(folder)) for folder in (here, there))
+    assert one.identity() == same.identity() and "tokenizer" in one.identity()["sha256"]
+    assert Text(path=str(corpus)).identity() != one.identity()
 
 
 def test_a_missing_package_is_one_line(tmp_path, monkeypatch):

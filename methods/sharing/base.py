@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...conf.errors import InputError
-from .plan import FULL
+from .plan import FULL, check_map
 
 RUN_KEYS = ("iter_forward", "iter_backward", "kv_loss_weight", "encode")
 """Keys of the config that say how sequences are encoded, not what the weights were made for."""
@@ -54,7 +54,7 @@ class Sharing(ABC):
         return ()
 
     def fit(self, config: Any) -> None:
-        """Check a model's config against this way of sharing, and tell it how to encode sequences.
+        """Check a model's config against this way of sharing; how sequences are encoded is no part of it.
 
         Raises:
             InputError: the model was built in another way.
@@ -65,12 +65,15 @@ class Sharing(ABC):
         for key, wanted in keys.items():
             found = getattr(config, key, None)
             found = plain.get(key) if found is None else found
-            if key in RUN_KEYS:
-                setattr(config, key, wanted)
-            elif key not in self.left_open and found != wanted:
+            if key not in (*RUN_KEYS, *self.left_open) and found != wanted:
                 raise InputError(
                     "method.sharing", self.label, f"needs a model whose {key} is {wanted}; this one's is {found}"
                 )
+
+    @property
+    def passes(self) -> int | None:
+        """Passes over layers that refer up when several tokens are encoded; 0: as many as tokens; None: no say."""
+        return None
 
     @property
     def shares_heads(self) -> bool:
@@ -80,5 +83,9 @@ class Sharing(ABC):
     def config_keys(self, shape: Mapping[str, Any]) -> dict[str, Any]:
         """What makes a plain Llama's config keys ``shape`` this architecture."""
         layers = shape["num_hidden_layers"]
-        keys = {"kv_source_layers": self.source(layers), "layer_types": self.layer_types(layers)}
-        return keys | self.further(shape)
+        source, types, further = self.source(layers), self.layer_types(layers), self.further(shape)
+        try:
+            check_map(source, types, layers, further.get("sliding_window"))
+        except ValueError as error:
+            raise InputError("method.sharing", self.label, str(error)) from error
+        return {"kv_source_layers": source, "layer_types": types} | further

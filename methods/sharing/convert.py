@@ -23,6 +23,7 @@ from ...conf.errors import InputError, require
 from .base import Sharing
 from .config import KVShareLlamaConfig
 from .model import KVShareLlamaForCausalLM
+from .plan import LINEAR
 
 INITS = ("copy", "mean", "gain_folded_mean")
 NO_GAIN = 1e-6
@@ -41,7 +42,10 @@ def shared_config(config: PretrainedConfig, sharing: Sharing, **changes: Any) ->
         k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "transformers_version")
     }
     keys |= changes
-    return KVShareLlamaConfig(**(keys | sharing.config_keys(keys)))
+    made = keys | sharing.config_keys(keys)
+    if config.model_type == KVShareLlamaConfig.model_type:  # what is left open is as the weights at hand have it
+        made |= {key: keys[key] for key in sharing.left_open if keys.get(key) is not None}
+    return KVShareLlamaConfig(**made)
 
 
 @torch.no_grad()
@@ -70,8 +74,18 @@ def convert_to(model: PreTrainedModel, config: KVShareLlamaConfig, how: str) -> 
     wanted = set(out.state_dict())
     norm = "model.layers.{}.input_layernorm.weight"
     for owner in sorted(set(config.source)):
-        served = [i for i, s in enumerate(config.source) if s == owner]
+        key = "model.layers.{}.self_attn.k_proj.weight"
+        served = [i for i, s in enumerate(config.source) if s == owner and key.format(i) in weights]
+        if config.types[owner] != LINEAR and key.format(owner) not in weights:
+            raise InputError(
+                "method.sharing",
+                owner,
+                "is to own keys and values, and that layer of the checkpoint has none to begin with",
+            )
         for which in ("k_proj", "v_proj"):
+            bias = f"model.layers.{{}}.self_attn.{which}.bias"
+            if how != "copy" and bias.format(owner) in weights:
+                weights[bias.format(owner)] = torch.stack([weights[bias.format(i)] for i in served]).mean(0)
             name = f"model.layers.{{}}.self_attn.{which}.weight"
             if how == "mean":
                 weights[name.format(owner)] = torch.stack([weights[name.format(i)] for i in served]).mean(0)
@@ -81,7 +95,7 @@ def convert_to(model: PreTrainedModel, config: KVShareLlamaConfig, how: str) -> 
                 gain = torch.where(gain.abs() < NO_GAIN, torch.ones_like(gain), gain)
                 weights[name.format(owner)] = (torch.stack(folded).mean(0) / gain).to(model.dtype)
         if config.separate_kv_norm:
-            weights[f"model.layers.{owner}.kv_layernorm.weight"] = weights[norm.format(owner)].clone()
+            weights.setdefault(f"model.layers.{owner}.kv_layernorm.weight", weights[norm.format(owner)].clone())
     missing, _ = out.load_state_dict({k: v for k, v in weights.items() if k in wanted}, strict=False)
     if missing:
         raise InputError("method.sharing", config.types, f"needs weights that the model has not: {missing[0]}")

@@ -107,3 +107,7 @@ class KVShare(Sharing):
     def further(self, shape: Mapping[str, Any]) -> dict[str, Any]:
         keys = ("separate_kv_norm", "iter_forward", "iter_backward", "encode")
         return {key: getattr(self, key) for key in keys}
+
+    @property
+    def passes(self) -> int | None:
+        return 0 if self.encode == "exact" else self.iter_forward + self.iter_backward

@@ -76,3 +76,7 @@ class LCKV(Sharing):
             "upward_style": self.style,
             "encode": self.encode,
         }
+
+    @property
+    def passes(self) -> int | None:
+        return 0 if self.encode == "exact" else self.iter_forward + self.iter_backward

@@ -305,7 +305,7 @@ class KVShareLlamaModel(KVSharePreTrainedModel):
             states=[hidden] if output_hidden_states else None,
             attentions=[] if output_attentions else None,
             kv_loss=None,
-            passes=self._passes(n, n_iter),
+            passes=self._passes(n, n_iter, past),
             options=kwargs,
         )
         last_owner, keep = max(self.source), 0
@@ -374,8 +374,10 @@ class KVShareLlamaModel(KVSharePreTrainedModel):
             raise ValueError("retention layers need a 2-D attention mask")
         return attention_mask[:, -n:].bool()
 
-    def _passes(self, n: int, n_iter: int | None) -> int:
+    def _passes(self, n: int, n_iter: int | None, past: Any) -> int:
         """R: as many passes as tokens are exact, and more change nothing."""
+        if n_iter is None and isinstance(past, KVCache) and past.passes is not None:
+            n_iter = past.passes or n
         if n_iter is None:
             exact = self.config.encode == "exact"
             n_iter = n if exact else self.config.iter_forward + self.config.iter_backward

@@ -40,6 +40,13 @@ def retention(
     Returns:
         ([B, H, n, D], [B, H, D, D] in float32 or better).
     """
+    with torch.autocast(q.device.type, enabled=False):  # mixed precision would round the state at every product
+        return _retention(q, k, v, decay, state, chunk)
+
+
+def _retention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decay: torch.Tensor, state: torch.Tensor | None, chunk: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     exact = torch.promote_types(q.dtype, torch.float32)
     q, k, v, decay = (x.to(exact) for x in (q, k, v, decay))
     if state is None:
