@@ -6,6 +6,7 @@ A new method gets them for free. ``VARIANTS`` adds settings of a method that tak
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from importlib.resources import files
 
 import hydra
@@ -260,7 +261,8 @@ def test_riding_on_a_shared_prompt_changes_nothing(text):
         with pytest.raises(ValueError, match="cannot share"):
             FanOutCache([method.new_cache(model), Method("full").new_cache(model)])
         return
-    together = [Method("full"), method, make("snapkv", budget=33)]
+    others = [replace(other, sharing=method.sharing) for other in (Method("full"), make("snapkv", budget=33))]
+    together = [others[0], method, others[1]]
     fan_out = FanOutCache([m.new_cache(model) for m in together])
     result = generate(model, fan_out, ids, mask, max_new_tokens=8)
     for i, member in enumerate(together):
