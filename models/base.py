@@ -98,7 +98,7 @@ class ModelSource(ABC):
         raise InputError(
             "method",
             method,
-            f"needs weights trained for it ({sharing.label}), and model={self.name} has none; model=tiny has, or train "
+            f"needs weights trained for it ({sharing.label}), and model={self.name} has none; train "
             f"some: python run.py runner=train method={method} task=text model={self.name}",
         )
 

@@ -33,7 +33,7 @@ class TinyModel(ModelSource):
     name : str
         The name shown in tables and result paths.
     trained_on : str
-        ``recall`` (associative recall) or ``text`` (language modelling, bytes).
+        ``recall`` (associative recall), or another folder of ``models/tiny``.
     member : str or None
         ``mha``, ``cla2``, ``yoco`` ...; None: the one that the method asks for, and ``mha`` for a method that is no way
         of sharing. Name one to try a token method on it.
