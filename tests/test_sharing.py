@@ -18,6 +18,7 @@ from kvbench.methods.sharing.model import KVShareLlamaForCausalLM
 from kvbench.methods.sharing.plan import Segment, segments
 from kvbench.methods.sharing.retention import retention
 from kvbench.methods.sharing.yoco import YOCO
+from kvbench.tasks.text import Text
 
 ALL = [*DOWNWARD, *UPWARD, RETENTION]
 CLOSE = 1e-9  # float64
@@ -489,3 +490,33 @@ def test_retention_in_chunks_of_any_size_is_the_recurrence():
     first, half = retention(q[:, :, :11], k[:, :, :11], v[:, :, :11], decay[:, :, :11])
     second, _ = retention(q[:, :, 11:], k[:, :, 11:], v[:, :, 11:], decay[:, :, 11:], half)
     assert (torch.cat([first, second], dim=2) - naive).abs().max() < 1e-12
+
+
+# 13: lm-eval ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sharing", [CLA(2), YOCO(window=8), LCKV(2), RETENTION], ids=name_of)
+def test_lm_eval_scores_and_generates_alike_in_any_batch(sharing):
+    huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="needs the package lm-eval")
+    from lm_eval.api.instance import Instance
+
+    tokenizer = Text().new_tokenizer()
+    tokenizer.eos_token = tokenizer.pad_token
+    model = shared_model(sharing, dtype=torch.float32, vocab_size=len(tokenizer), **exact(sharing))
+    pairs = [("The cat sat on the", " mat"), ("One two", " three four"), ("A", " rather longer continuation")]
+
+    def requests(kind, arguments):
+        return [Instance(kind, {}, given, i) for i, given in enumerate(arguments)]
+
+    found = {}
+    for size in (1, 3):
+        lm = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size, max_length=64)
+        scored = lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+        settings = {"until": ["\n\n"], "max_gen_toks": 6, "do_sample": False}
+        told = lm.generate_until(
+            requests("generate_until", [(context, settings) for context, _ in pairs]), disable_tqdm=True
+        )
+        found[size] = scored, told
+    (alone, said_alone), (together, said_together) = found[1], found[3]
+    assert [a[0] for a in alone] == pytest.approx([b[0] for b in together], abs=1e-3)
+    assert said_alone == said_together and all(said_alone)
