@@ -144,28 +144,24 @@ class Method:
 
     def bytes_formula(self, shape: KVShape, prompt_length: int, new_tokens: int = 0) -> int:
         """Bytes that one sequence should take after a prompt and ``new_tokens`` further tokens, by the formula."""
-        tokens = self.selection.kept_tokens(prompt_length, new_tokens, shape.layers)
-        heads = shape.query_heads if self.selection.stores_query_heads else shape.kv_heads
-        stored = self.storage.bytes_formula(tokens, heads, shape, new_tokens)
-        state = self.selection.state_bytes(prompt_length, new_tokens, shape.layers, heads)
-        return stored + state + shape.fixed_bytes(prompt_length + new_tokens)
+        return self._bytes(shape, [1] * shape.layers, shape.sliding_layers, prompt_length, new_tokens)
 
     def bytes_read_formula(
         self, config: PretrainedConfig, dtype: torch.dtype, prompt_length: int, new_tokens: int = 0
     ) -> int:
         """Bytes of the cache that a decode step reads: each cache layer once for each layer that attends over it."""
         plan, shape = plan_of(config.get_text_config()), kv_shape(config, dtype)
-        uses = [plan.cache_layer.count(number) for number in range(len(plan.owners))]
-        by_kind = {
-            kind: [n for n, k in zip(uses, plan.layer_types, strict=True) if k == kind] for kind in (FULL, SLIDING)
-        }
+        windows = sum(plan.consumers(SLIDING))
+        return self._bytes(shape, plan.consumers(FULL), windows, prompt_length, new_tokens)
+
+    def _bytes(self, shape: KVShape, times: Sequence[int], windows: int, prompt_length: int, new_tokens: int) -> int:
+        """By the formula, with the l-th layer of full attention counted ``times[l]`` times, and ``windows`` windows."""
         tokens = self.selection.kept_tokens(prompt_length, new_tokens, shape.layers)
-        read = [n for n, times in zip(tokens, by_kind[FULL], strict=True) for _ in range(times)]
+        tokens = [n for n, count in zip(tokens, times, strict=True) for _ in range(count)]
         heads = shape.query_heads if self.selection.stores_query_heads else shape.kv_heads
-        windows = replace(shape, sliding_layers=sum(by_kind[SLIDING]))
+        stored = self.storage.bytes_formula(tokens, heads, shape, new_tokens)
         state = self.selection.state_bytes(prompt_length, new_tokens, shape.layers, heads)
-        held = self.storage.bytes_formula(read, heads, shape, new_tokens)
-        return held + state + windows.fixed_bytes(prompt_length + new_tokens)
+        return stored + state + replace(shape, sliding_layers=windows).fixed_bytes(prompt_length + new_tokens)
 
     def identity(self) -> dict[str, Any]:
         """What decides this method's numbers, as plain data: class and values of its parts (not what is only shown)."""
@@ -351,6 +347,8 @@ class KVCache(Cache):
     def __init__(self, layers: Sequence[Any], plan: Plan, passes: int | None = None):
         super().__init__(layers=list(layers))
         self.plan, self.passes = plan, passes
+        attending = (i for i, c in enumerate(plan.cache_layer) if plan.layer_types[c] != LINEAR)
+        self._first_layer = next(attending, 0)  # of the model's layers, the first that comes here in a forward
         self.rehearsing = False
         self.prompt_length: int | None = None
         self.tokens_seen: torch.Tensor | None = None
@@ -425,11 +423,6 @@ class KVCache(Cache):
             use = Use(writes=False, strict=use.strict, last=False, counts=False)
         layer = self.layers[self.plan.cache_layer[layer_idx]]
         return layer.attend(query, key, value, scaling, self.new_tokens, use, new_kv)
-
-    @property
-    def _first_layer(self) -> int:
-        """The model's first layer that comes here in a forward."""
-        return next(i for i, c in enumerate(self.plan.cache_layer) if self.plan.layer_types[c] != LINEAR)
 
     def _begin(self, key: torch.Tensor, padding_mask: torch.Tensor | None) -> NewTokens:
         """Look at a forward's padding once, for all of its layers."""

@@ -12,6 +12,13 @@ _RELATIVE = ("default", "linear", "llama3", "yarn")
 _INTERLEAVED = ("cohere", "cohere2", "glm", "glm4", "ernie4_5", "deepseek_v2", "deepseek_v3", "gptj", "codegen")
 
 
+def rope(x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Llama's rotation of x [B, H, n, D], by cosines and sines [B or 1, n, D] as transformers' embedding gives them."""
+    cos, sin = (c[:, None] for c in cos_sin)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
 class Rotary:
     """Rotation by a difference of positions: ``turn(rope(x, p), d) == rope(x, p + d)``.
 

@@ -6,8 +6,10 @@ Adding a model is one YAML under ``conf/model``; a Python file beside this one i
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..conf.errors import InputError
 from ..methods.sharing.base import Sharing
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)

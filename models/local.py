@@ -13,7 +13,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from ..conf.errors import InputError, require
 from ..methods.sharing.base import Sharing
-from .base import LoadedModel, ModelSource
+from .base import LoadedModel, ModelSource, file_sha256
 from .pretrained import load_pretrained, prompt_limit
 
 # Positions kept back when no prompt limit is given: LongBench's longest generation is 512 tokens, and the chat template
@@ -88,8 +88,7 @@ class LocalModel(ModelSource):
         patterns = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
         whole = hashlib.sha256()
         for file in sorted({file for pattern in patterns for file in self.folder.glob(pattern)}):
-            with file.open("rb") as content:
-                whole.update(f"{file.name}\0{hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+            whole.update(f"{file.name}\0{file_sha256(file)}\n".encode())
         return f"sha256:{whole.hexdigest()}"
 
     def load(self, device: str, dtype: torch.dtype) -> LoadedModel:

@@ -13,7 +13,6 @@ Under ``accelerate launch`` each process takes its part of every batch; one of t
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -34,7 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..conf.errors import InputError, is_whole, one_of, require
 from ..methods.base import Method, kv_shape
 from ..methods.sharing.convert import INITS, converted
-from ..models.base import ModelSource
+from ..models.base import ModelSource, file_sha256
 from ..models.scratch import ScratchModel
 from ..models.uptrained import HOW, WEIGHTS, add_adapters
 from ..tasks.training import IGNORED, TrainingData
@@ -458,7 +457,7 @@ class Training:
         partial.mkdir(parents=True)
         save_file(_weights(self.model), partial / "model.safetensors")
         torch.save(getattr(optimizer, "optimizer", optimizer).state_dict(), partial / "optimizer.pt")
-        hashes = {f.name: _sha256(f) for f in sorted(partial.iterdir())}
+        hashes = {f.name: file_sha256(f) for f in sorted(partial.iterdir())}
         (partial / STATE).write_text(json.dumps({"sha256": hashes, "progress": asdict(self.progress)}))
         shutil.rmtree(final, ignore_errors=True)
         partial.replace(final)
@@ -527,7 +526,7 @@ class Training:
                 "kv_bytes_fixed": shape.fixed_bytes(1 << 30),
                 "dtype": str(self.settings.torch_dtype).removeprefix("torch."),
             },
-            "weights": {f.name: _sha256(f) for f in sorted(target.iterdir())},
+            "weights": {f.name: file_sha256(f) for f in sorted(target.iterdir())},
             "provenance": self.made_by,
         }
         self.folder.finish(record)
@@ -558,7 +557,7 @@ def damage(folder: Path) -> str | None:
     try:
         hashes: Mapping[str, str] = json.loads((folder / STATE).read_text())["sha256"]
         return next(
-            (f"{name} is not what was written" for name, h in hashes.items() if _sha256(folder / name) != h), None
+            (f"{name} is not what was written" for name, h in hashes.items() if file_sha256(folder / name) != h), None
         )
     except (OSError, ValueError, KeyError) as error:
         return f"{type(error).__name__}: {error}".splitlines()[0]
@@ -576,8 +575,3 @@ def _step(checkpoint: Path) -> int:
 def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The parameters; one that is tied to another stands there once."""
     return {name: p.detach().contiguous() for name, p in model.named_parameters()}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

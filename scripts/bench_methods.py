@@ -60,7 +60,7 @@ def methods(budget: int) -> dict[str, Method]:
 
 def steps(model: Any, cache: KVCache, count: int) -> None:
     """Feed ``count`` tokens to every row."""
-    token = torch.full_like(cache.next_positions(), 1000)
+    token = torch.full_like(cache.next_positions(), 100)
     for _ in range(count):
         token = decode(model, cache, token).argmax(-1)
 

@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 from bench_engine import DEVICE, finish, prefill_seconds, seconds
+from bench_methods import steps
 
 from kvbench.methods.base import Method, full_shape, kv_shape
 from kvbench.models.random import SHAPES, RandomModel
 from kvbench.runners import provenance
 from kvbench.runners.cli import named_method
-from kvbench.runners.engine import decode
 from kvbench.runners.train import kv_bytes_per_token
 
 STEPS = 32
@@ -50,13 +50,8 @@ def measured(model: Any, method: Method, ids: torch.Tensor) -> tuple[float, floa
     cache = method.new_cache(model)
     whole, _ = prefill_seconds(model, cache, ids)
 
-    def steps(count: int) -> None:
-        token = torch.full_like(cache.next_positions(), 100)
-        for _ in range(count):
-            token = decode(model, cache, token).argmax(-1)
-
-    steps(1)  # makes room to grow
-    return whole, seconds(lambda: steps(STEPS - 1)), cache
+    steps(model, cache, 1)  # makes room to grow
+    return whole, seconds(lambda: steps(model, cache, STEPS - 1)), cache
 
 
 def table(result: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import sysconfig
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -61,11 +61,14 @@ class Text(TrainingData):
             self.path,
             "must be given, or task.dataset with task.path=null",
         )
-        self._prepared: dict[Any, tuple[Tokens, Tokens]] = {}
-        self._prepared_with: Any = None  # the tokenizer
+        self._cut: tuple[Any, int, tuple[Tokens, Tokens]] | None = None  # tokenizer, length, what came of them
 
     def source(self) -> Source:
         """``text-stdlib`` or ``text-`` and the first 6 digits of its sha256."""
+        return self._source
+
+    @cached_property
+    def _source(self) -> Source:
         whole = hashlib.sha256()
         for document in self._documents:
             whole.update(document.encode())
@@ -154,8 +157,7 @@ class Text(TrainingData):
         rows = []
         for number in range(first, first + size):
             epoch, place = divmod(number, len(sequences))
-            order = self._order(seed, epoch, len(sequences))
-            rows.append(sequences[order[place]])
+            rows.append(sequences[order_of(seed, epoch, len(sequences))[place]])
         ids = np.stack(rows)
         return ids, ids
 
@@ -165,20 +167,9 @@ class Text(TrainingData):
         ids = held_out[::step][:sequences]
         return ids, ids
 
-    def _order(self, seed: int, epoch: int, count: int) -> Tokens:
-        key = ("order", seed, epoch, count)
-        if key not in self._prepared:
-            self._prepared = {k: v for k, v in self._prepared.items() if k[0] != "order"}
-            order = np.random.default_rng([4, seed, epoch]).permutation(count)
-            self._prepared[key] = (order, order)
-        return self._prepared[key][0]
-
     def _sequences(self, tokenizer: Any, length: int) -> tuple[Tokens, Tokens]:
         """[N, length] to train on, and held out."""
-        if self._prepared_with is not tokenizer:
-            self._prepared, self._prepared_with = {}, tokenizer
-        key = ("sequences", length)
-        if key not in self._prepared:
+        if self._cut is None or self._cut[0] is not tokenizer or self._cut[1] != length:
             encoded = tokenizer(self._documents, add_special_tokens=False, verbose=False).input_ids
             end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
             stream = np.concatenate([np.asarray(ids + end, dtype=np.int64) for ids in encoded])
@@ -192,8 +183,14 @@ class Text(TrainingData):
             )
             blocks = stream[: whole * block].reshape(whole, block)[:, : block // length * length]
             kept = np.arange(whole) % HELD_OUT != HELD_OUT - 1
-            self._prepared[key] = (blocks[kept].reshape(-1, length), blocks[~kept].reshape(-1, length))
-        return self._prepared[key]
+            self._cut = tokenizer, length, (blocks[kept].reshape(-1, length), blocks[~kept].reshape(-1, length))
+        return self._cut[2]
+
+
+@lru_cache(maxsize=2)
+def order_of(seed: int, epoch: int, count: int) -> Tokens:
+    """In which order ``count`` sequences come in a pass over the data."""
+    return np.random.default_rng([4, seed, epoch]).permutation(count)
 
 
 def stdlib_files() -> list[Path]:

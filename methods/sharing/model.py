@@ -31,11 +31,11 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
     eager_attention_forward,
-    rotate_half,
 )
 
 from ..attention import ATTENTION_NAME, tag
 from ..base import KVCache
+from ..rotary import rope
 from .config import KVShareLlamaConfig
 from .plan import FULL, LINEAR, SLIDING, Segment, segments
 from .retention import GatedRetention
@@ -58,7 +58,7 @@ class KVShareAttention(LlamaAttention):
         """Keys, turned by RoPE at their own positions once and for all, and values of normalised x [B, n, hidden]."""
         shape = (*x.shape[:-1], -1, self.head_dim)
         keys, values = (p(x).view(shape).transpose(1, 2) for p in (self.k_proj, self.v_proj))
-        return turn(keys, cos_sin), values
+        return rope(keys, cos_sin), values
 
     def forward(  # type: ignore[override]
         self,
@@ -72,7 +72,7 @@ class KVShareAttention(LlamaAttention):
         """Attention of [B, n, hidden] over ``kv``; ``strict``: no token sees itself (see :func:`strict_mask`)."""
         shape = hidden_states.shape[:-1]
         query = self.q_proj(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
-        query = turn(query, position_embeddings)
+        query = rope(query, position_embeddings)
         name = self.config._attn_implementation
         lead = 0  # first tokens that see nothing and are left out
         if name == ATTENTION_NAME:
@@ -163,12 +163,6 @@ class Recurrence:
     after: torch.Tensor | None = None
 
 
-def turn(x: torch.Tensor, cos_sin: KV) -> torch.Tensor:
-    """RoPE on [B, H, n, D]."""
-    cos, sin = (c[:, None] for c in cos_sin)
-    return x * cos + rotate_half(x) * sin
-
-
 def strict_mask(attention_mask: torch.Tensor | None, past: int, new: int, device: torch.device) -> torch.Tensor:
     """Which keys each new token sees where no token sees itself: bool [B or 1, 1, new, 1 + past + new].
 
@@ -218,6 +212,10 @@ class Stream:
     kv_loss: torch.Tensor | None
     passes: int
     options: dict[str, Any]
+
+    def cache(self, i: int, kv: KV) -> None:
+        """Put down what source i makes of the new tokens; consumers get what the cache hands back."""
+        self.shared[i] = kv if self.past is None else self.past.update(*kv, i)
 
     def keep_last(self, rows: int) -> None:
         """Go on with the last ``rows`` tokens alone."""
@@ -293,7 +291,7 @@ class KVShareLlamaModel(KVSharePreTrainedModel):
             getattr(self.config, key) if value is None else value
             for key, value in (("output_hidden_states", output_hidden_states), ("output_attentions", output_attentions))
         )
-        if isinstance(past, KVCache) and (most := past.most_columns) is not None and n > most:
+        if n > 1 and isinstance(past, KVCache) and (most := past.most_columns) is not None and n > most:
             return self._in_parts(most, hidden, attention_mask, position_ids, past, logits_to_keep, kwargs)
         stream = Stream(
             hidden=hidden,
@@ -444,8 +442,7 @@ class KVShareLlamaModel(KVSharePreTrainedModel):
         """Make and cache the keys and values of layer i, if it is a source."""
         if self.source[i] != i or self._block(i).mixer is not None:
             return
-        kv = self._block(i).project(stream.hidden, stream.cos_sin)
-        stream.shared[i] = kv if stream.past is None else stream.past.update(*kv, i)
+        stream.cache(i, self._block(i).project(stream.hidden, stream.cos_sin))
 
     def _layer(self, stream: Stream, i: int, kv: KV | None, strict: bool, **options: Any) -> None:
         """Layer i over the keys and values given; retention has its own."""
@@ -516,7 +513,7 @@ class KVShareLlamaModel(KVSharePreTrainedModel):
             if source == i:
                 made[i] = self._block(i).project(stream.hidden, stream.cos_sin)
                 if final:
-                    stream.shared[i] = made[i] if stream.past is None else stream.past.update(*made[i], i)
+                    stream.cache(i, made[i])
             from_above = source > i or (self.paper and source == i and i in carry)
             if from_above:
                 kv = joined(stream.past, before[source], carry[source])

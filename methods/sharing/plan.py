@@ -111,7 +111,6 @@ class Plan:
         uses: for each layer of the model, how it uses that.
         layer_types: for each cache layer.
         window: of the sliding ones.
-        consumers: for each cache layer, how many layers of the model attend over it.
     """
 
     owners: tuple[int, ...]
@@ -124,6 +123,10 @@ class Plan:
     def shares(self) -> bool:
         """Some layer has no keys and values of its own."""
         return len(self.owners) < len(self.cache_layer)
+
+    def consumers(self, kind: str) -> list[int]:
+        """For each cache layer of a type, how many layers of the model attend over it."""
+        return [self.cache_layer.count(number) for number, k in enumerate(self.layer_types) if k == kind]
 
     @property
     def looks_up(self) -> bool:

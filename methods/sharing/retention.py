@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.models.llama.modeling_llama import rotate_half
+
+from ..rotary import rope
 
 TAU = 16.0
 CHUNK = 256
@@ -104,8 +105,7 @@ class GatedRetention(nn.Module):
         """
         batch, n, _ = x.shape
         q, k, v = (p(x).view(batch, n, self.heads, self.head_dim).transpose(1, 2) for p in self._qkv())
-        cos, sin = (c[:, None] for c in cos_sin)
-        q, k = (y * cos + rotate_half(y) * sin for y in (q, k))
+        q, k = rope(q, cos_sin), rope(k, cos_sin)
         k = k * self.head_dim**-0.5
         decay = F.logsigmoid(self.decay_proj(x).float()).transpose(1, 2) / TAU
         if real is not None:
