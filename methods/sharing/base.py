@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...conf.errors import InputError
-from .plan import FULL, check_map
+from ...conf.errors import InputError, is_whole, require
+from .plan import ENCODINGS, FULL, check_map
 
 RUN_KEYS = ("iter_forward", "iter_backward", "kv_loss_weight", "encode")
 """Keys of the config that say how sequences are encoded, not what the weights were made for."""
@@ -89,3 +89,31 @@ class Sharing(ABC):
         except ValueError as error:
             raise InputError("method.sharing", self.label, str(error)) from error
         return {"kv_source_layers": source, "layer_types": types} | further
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded(Sharing):
+    """A way of sharing whose sources may stand above: how several tokens are encoded at once.
+
+    Attributes:
+        iter_forward, iter_backward: passes without and with gradients (7 and 2 in arXiv 2405.10637).
+        encode: ``iterative``, or ``exact``: as many passes as tokens.
+    """
+
+    iter_forward: int = 7
+    iter_backward: int = 2
+    encode: str = "iterative"
+
+    def __post_init__(self) -> None:
+        at = "method.sharing."
+        for key, least in (("iter_forward", 0), ("iter_backward", 1)):
+            value = getattr(self, key)
+            require(is_whole(value, least), at + key, value, f"must be a whole number >= {least}")
+        require(self.encode in ENCODINGS, at + "encode", self.encode, f"must be one of {', '.join(ENCODINGS)}")
+
+    def further(self, shape: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: getattr(self, key) for key in ("iter_forward", "iter_backward", "encode")}
+
+    @property
+    def passes(self) -> int | None:
+        return 0 if self.encode == "exact" else self.iter_forward + self.iter_backward

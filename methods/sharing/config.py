@@ -6,10 +6,9 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from .plan import FULL, LINEAR, check_map
+from .plan import ENCODINGS, FULL, LINEAR, check_map
 
 UPWARD_STYLES = ("fresh", "paper")
-ENCODINGS = ("iterative", "exact")
 
 
 class KVShareLlamaConfig(LlamaConfig):

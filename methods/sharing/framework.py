@@ -17,15 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...conf.errors import InputError, is_whole, require
-from .base import Sharing
-from .config import ENCODINGS
+from .base import Encoded
 
 PARTITIONS = ("pizza", "sandwich", "lasagna")
 POSITIONS = ("bottom", "middle", "top")
 
 
 @dataclass(frozen=True)
-class KVShare(Sharing):
+class KVShare(Encoded):
     """The family.
 
     Attributes:
@@ -34,7 +33,6 @@ class KVShare(Sharing):
         position: of a block's source: ``bottom``, ``middle`` or ``top``.
         force_first_kv: the lowest layer has its own whatever the map says (the paper found quality to drop without).
         separate_kv_norm: keys and values have an RMSNorm of their own before them.
-        iter_forward, iter_backward, encode: see :class:`.lckv.LCKV`; for sources above.
         map: the source of every layer, instead of ``partition`` and ``position``; None: as they say.
     """
 
@@ -43,17 +41,13 @@ class KVShare(Sharing):
     position: str = "middle"
     force_first_kv: bool = True
     separate_kv_norm: bool = False
-    iter_forward: int = 7
-    iter_backward: int = 2
-    encode: str = "iterative"
     map: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at = "method.sharing."
-        for key, least in (("kv_layers", 1), ("iter_forward", 0), ("iter_backward", 1)):
-            value = getattr(self, key)
-            require(is_whole(value, least), at + key, value, f"must be a whole number >= {least}")
-        for key, allowed in (("partition", PARTITIONS), ("position", POSITIONS), ("encode", ENCODINGS)):
+        require(is_whole(self.kv_layers, 1), at + "kv_layers", self.kv_layers, "must be a whole number >= 1")
+        for key, allowed in (("partition", PARTITIONS), ("position", POSITIONS)):
             value = getattr(self, key)
             require(value in allowed, at + key, value, f"must be one of {', '.join(allowed)}")
         for key in ("force_first_kv", "separate_kv_norm"):
@@ -105,9 +99,4 @@ class KVShare(Sharing):
         return [(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
     def further(self, shape: Mapping[str, Any]) -> dict[str, Any]:
-        keys = ("separate_kv_norm", "iter_forward", "iter_backward", "encode")
-        return {key: getattr(self, key) for key in keys}
-
-    @property
-    def passes(self) -> int | None:
-        return 0 if self.encode == "exact" else self.iter_forward + self.iter_backward
+        return super().further(shape) | {"separate_kv_norm": self.separate_kv_norm}

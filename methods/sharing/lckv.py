@@ -21,39 +21,31 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...conf.errors import InputError, is_whole, require
-from .base import Sharing
-from .config import ENCODINGS, UPWARD_STYLES
+from .base import Encoded
+from .config import UPWARD_STYLES
 
 
 @dataclass(frozen=True)
-class LCKV(Sharing):
+class LCKV(Encoded):
     """The map, and how sequences are encoded.
 
     Attributes:
         warmup: w; layers with standard attention, half of them (rounded down) below the block.
-        iter_forward, iter_backward: m and b (7 and 2 in the paper).
         kv_loss_weight: of the change of the shared keys and values in the last pass (0 in the paper's main runs).
         style: ``fresh`` or ``paper``.
-        encode: ``iterative`` or ``exact``.
     """
 
     warmup: int = 2
-    iter_forward: int = 7
-    iter_backward: int = 2
     kv_loss_weight: float = 0.0
     style: str = "fresh"
-    encode: str = "iterative"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at = "method.sharing."
-        for key, least in (("warmup", 0), ("iter_forward", 0), ("iter_backward", 1)):
-            value = getattr(self, key)
-            require(is_whole(value, least), at + key, value, f"must be a whole number >= {least}")
+        require(is_whole(self.warmup, 0), at + "warmup", self.warmup, "must be a whole number >= 0")
         weight = self.kv_loss_weight
         require(isinstance(weight, int | float) and weight >= 0, at + "kv_loss_weight", weight, "must be >= 0")
-        for key, allowed in (("style", UPWARD_STYLES), ("encode", ENCODINGS)):
-            value = getattr(self, key)
-            require(value in allowed, at + key, value, f"must be one of {', '.join(allowed)}")
+        require(self.style in UPWARD_STYLES, at + "style", self.style, f"must be one of {', '.join(UPWARD_STYLES)}")
 
     @property
     def label(self) -> str:
@@ -69,14 +61,5 @@ class LCKV(Sharing):
         return [i if i < below or i > top else top for i in range(layers)]
 
     def further(self, shape: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            "iter_forward": self.iter_forward,
-            "iter_backward": self.iter_backward,
-            "kv_loss_weight": float(self.kv_loss_weight),
-            "upward_style": self.style,
-            "encode": self.encode,
-        }
-
-    @property
-    def passes(self) -> int | None:
-        return 0 if self.encode == "exact" else self.iter_forward + self.iter_backward
+        own = {"kv_loss_weight": float(self.kv_loss_weight), "upward_style": self.style}
+        return super().further(shape) | own

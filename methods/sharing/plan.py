@@ -14,6 +14,7 @@ from typing import Any
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 LAYER_TYPES = (FULL, SLIDING, LINEAR)
+ENCODINGS = ("iterative", "exact")
 
 
 def check_map(source: Sequence[int], layer_types: Sequence[str], layers: int, window: int | None) -> None:
