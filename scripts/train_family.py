@@ -35,7 +35,6 @@ ARMS = {
     "sandwich": ["method=kvshare", "method.sharing.partition=sandwich", "method.sharing.position=middle"],
 }
 SETTINGS = {
-    # With four heads of 64 the plain model found no circuit in 1000 steps at any of these rates; with two it does.
     "recall": [
         *("task=recall", "model=scratch", "model.layers=4", "model.heads=2"),
         *("runner.steps=2000", "runner.batch_tokens=2048"),

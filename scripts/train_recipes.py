@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from kvbench.analysis.load import load
+
 ROOT = Path(__file__).resolve().parents[1]
 
 MINUTES = 25
@@ -36,13 +38,14 @@ RECIPES = {
         ],
     ),
 }
-TOY = {
-    "scratch": "model.hidden_size=32 model.heads=2 model.kv_heads=1 model.head_dim=16 model.intermediate_size=32 "
-    "model.max_positions=64 task.path=stdlib task.dataset=null task.limit_bytes=400000 task.tokenizer=bytes "
-    "runner.steps=2 runner.batch_tokens=128 runner.sequence=64 runner.micro_batch=null runner.validate_sequences=2 "
-    "device=cpu dtype=float32",
-    "uptrain": "model=scratch model.layers=12 runner.distill.weight=0 ",
-}
+TOY_MODEL = [
+    *("model.hidden_size=32", "model.heads=2", "model.kv_heads=1", "model.head_dim=16"),
+    *("model.intermediate_size=32", "model.max_positions=64"),
+]
+TOY_TRAINING = [
+    *("task.path=stdlib", "task.dataset=null", "task.limit_bytes=400000", "runner.steps=2", "runner.batch_tokens=128"),
+    *("runner.sequence=64", "runner.micro_batch=null", "runner.validate_sequences=2", "device=cpu", "dtype=float32"),
+]
 
 
 def command(recipe: str, arm: str, args: argparse.Namespace) -> list[str]:
@@ -54,8 +57,20 @@ def command(recipe: str, arm: str, args: argparse.Namespace) -> list[str]:
     if args.tokenizer and recipe != "uptrain":
         overrides.append(f"task.tokenizer={Path(args.tokenizer).resolve()}")
     if args.rehearse:
-        overrides += (TOY["uptrain"] if recipe == "uptrain" else "").split() + TOY["scratch"].split()
+        model = [*TOY_MODEL, "task.tokenizer=bytes"]
+        if recipe == "uptrain":
+            model = ["model=local", f"model.path={toy_checkpoint(args.results)}", "model.max_prompt_tokens=32"]
+        overrides += [*model, *TOY_TRAINING]
     return [sys.executable, "run.py", *overrides]
+
+
+def toy_checkpoint(results: str) -> Path:
+    """A plain model of twelve layers to rehearse the uptraining with; trained when it is first asked for."""
+    folder = Path(results).resolve() / "checkpoint"
+    line = ["runner=train", "task=text", "model=scratch", "model.layers=12", "method=full", f"results_dir={folder}"]
+    subprocess.run([sys.executable, "run.py", *line, *TOY_MODEL, *TOY_TRAINING], cwd=ROOT, check=True)
+    (run,) = load(folder)[0]
+    return run.path / "model"
 
 
 def main() -> None:

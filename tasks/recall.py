@@ -33,7 +33,7 @@ class Recall(Task, TrainingData):
         keys, values: different tokens of each kind.
         pairs: pairs at the beginning.
         length: tokens of a sequence, even.
-        limit: sequences to evaluate on.
+        sequences: to evaluate on.
         seed: of the evaluation's sequences.
         max_length: prompt tokens that the model may be given; nothing is ever cut.
     """
@@ -44,12 +44,12 @@ class Recall(Task, TrainingData):
     values: int = 16
     pairs: int = 8
     length: int = 64
-    limit: int = 256
+    sequences: int = 256
     seed: int = 0
     max_length: int | None = None
 
     def __post_init__(self) -> None:
-        for key in ("keys", "values", "pairs", "limit"):
+        for key in ("keys", "values", "pairs", "sequences"):
             value = getattr(self, key)
             require(is_whole(value, 1), f"task.{key}", value, "must be a whole number >= 1")
         require(self.pairs <= self.keys, "task.pairs", self.pairs, f"must be at most task.keys={self.keys}")
@@ -60,7 +60,7 @@ class Recall(Task, TrainingData):
 
     def source(self) -> Source:
         """Made here: its sha256 is over what it is made by."""
-        made_by = f"recall {self.keys} {self.values} {self.pairs} {self.length} {self.seed} {self.limit}"
+        made_by = f"recall {self.keys} {self.values} {self.pairs} {self.length} {self.seed} {self.sequences}"
         return Source("recall", "kvbench.tasks.recall", None, {"recall": hashlib.sha256(made_by.encode()).hexdigest()})
 
     # as a task -----------------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ class Recall(Task, TrainingData):
         """One question for each sequence: the key before its last token."""
         rng = np.random.default_rng([1, self.seed])
         examples = []
-        for i in range(self.limit):
+        for i in range(self.sequences):
             ids, _ = self._sequence(rng, self.pairs)
             words = [self._word(int(token)) for token in ids]
             examples.append(

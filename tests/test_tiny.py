@@ -67,7 +67,7 @@ def test_members_stand_in_one_table_with_their_bytes(source, tmp_path):
     methods = [Method(label, sharing=sharing) for label, sharing in MEMBERS.items() if label != "mha"]
     methods += [Method("full"), Method("snapkv", SnapKV(40))]
     settings = Settings(results_dir=str(tmp_path), device="cpu", dtype="float32")
-    runs = AccuracyRunner().run(source, methods, Recall(limit=4), settings, lambda _: None)
+    runs = AccuracyRunner().run(source, methods, Recall(sequences=4), settings, lambda _: None)
     (group,) = comparable(read_runs([run.folder.path for run in runs]))
     records = {run.label: run.record for run in group}
     assert set(records) == {"mqa", "cla2", "yoco", "full", "snapkv 40"}

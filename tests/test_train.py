@@ -95,10 +95,10 @@ def test_batches_depend_on_seed_and_step_alone():
 
 
 def test_recall_as_a_task():
-    task = Recall(limit=5)
+    task = Recall(sequences=5)
     tokenizer = task.new_tokenizer()
     examples = task.examples()
-    assert examples == Recall(limit=5).examples() and len({e.prompt for e in examples}) == 5
+    assert examples == Recall(sequences=5).examples() and len({e.prompt for e in examples}) == 5
     ids = task.encode(examples[0], tokenizer, None)
     assert len(ids) == 63
     words = examples[0].prompt.split()
@@ -109,7 +109,7 @@ def test_recall_as_a_task():
 
 
 @pytest.mark.parametrize(
-    "options", [{"pairs": 20}, {"length": 17}, {"length": 12}, {"keys": 0}, {"limit": True}], ids=str
+    "options", [{"pairs": 20}, {"length": 17}, {"length": 12}, {"keys": 0}, {"sequences": True}], ids=str
 )
 def test_bad_recall_settings(options):
     with pytest.raises(InputError, match=r"^task\."):
@@ -643,3 +643,20 @@ def test_a_folder_of_another_architecture_is_refused(tmp_path):
     assert local.for_sharing(CLA(2), "cla") is local
     with pytest.raises(InputError, match=r"method\.sharing=yoco: needs a model whose kv_source_layers is"):
         local.for_sharing(YOCO(), "yoco")
+
+
+def test_every_recipe_is_rehearsed(tmp_path):
+    """All arms of the larger trainings, two steps each at toy size; the uptraining starts from a checkpoint."""
+    script = ROOT / "scripts" / "train_recipes.py"
+    done = subprocess.run([sys.executable, str(script), str(tmp_path), "--rehearse"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    runs = {
+        (r.record["model"], r.label): r for r in read_runs(p.parent for p in tmp_path.glob("text-*/**/record.json"))
+    }
+    scratch = {"full", "cla2", "cla3", "yoco", "lckv-w2", "pizza-bottom-4", "sandwich-middle-3"}
+    assert {label for model, label in runs if model == "llama-50m"} == scratch
+    assert {label for model, label in runs if model == "llama-110m"} == {"full", "lckv-w2"}
+    uptrained = {label: r.record["identity"]["train"] for (model, label), r in runs.items() if model == "local"}
+    assert set(uptrained) == {"cla2", "cla3", "yoco-full", "yoco", "lckv-w2", "lckv-w10"}
+    assert all(r.done and (r.path / "model" / "config.json").is_file() for r in runs.values())
+    assert all(t["distill"]["weight"] == 1 and t["init"] == "mean" for t in uptrained.values())
