@@ -189,7 +189,8 @@ def setting(record: Mapping[str, Any]) -> str:
     hardware = identity.get("hardware")
     if hardware:
         words.append(f"({hardware['gpu'] or hardware['cpu']}, {hardware['torch_threads']} threads)")
-    words.append(f"batch {identity.get('batch_size', 1)}")
+    if identity.get("batch_size", 1) is not None:  # None: what was searched for
+        words.append(f"batch {identity.get('batch_size', 1)}")
     limit = identity["task"].get("limit")
     if limit is not None:
         words.append(f"first {limit} of each set" if record["kind"] == "accuracy" else f"{limit} requests")

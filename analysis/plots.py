@@ -39,7 +39,7 @@ from matplotlib.transforms import Bbox
 from ..conf.errors import InputError
 from .load import Run, comparable, load, setting
 from .pareto import frontier
-from .tables import MIB, at_best_rate
+from .tables import GIB, MIB, at_best_rate
 
 PALETTE = (
     *("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#393b79"),
@@ -114,7 +114,7 @@ def plots(runs: Sequence[Run]) -> Iterator[Plot]:
     """Every figure that these runs can fill."""
     groups = comparable([run for run in runs if run.done])
     scored = [g for g in groups if g[0].record["kind"] == "accuracy" and len(g) > 1]
-    timed = [g for g in groups if g[0].record["kind"] == "efficiency"]
+    timed = [g for g in groups if g[0].record["kind"] == "efficiency" and "search" not in g[0].record]
     for group in scored:
         yield pareto_bytes(group)
     for group in scored:
@@ -123,6 +123,7 @@ def plots(runs: Sequence[Run]) -> Iterator[Plot]:
             if plot is not None:
                 yield plot
     yield from lengths(timed)
+    yield from batch_sizes(timed)
     for group in groups:
         if group[0].record["kind"] == "train" and len({run.label for run in group}) > 1:
             yield trained(group)
@@ -187,32 +188,77 @@ def pareto_speed(group: Sequence[Run], speeds: Sequence[Run]) -> Plot | None:
 
 def lengths(timed: Sequence[Sequence[Run]]) -> Iterator[Plot]:
     """Time per token against prompt length: workloads of one shape that differ in their prompt's length alone."""
-    families: dict[str, list[Run]] = {}
-    for group in timed:
-        identity = group[0].record["identity"]
-        if "prompt_tokens" in identity["task"]:
-            task = {k: v for k, v in identity["task"].items() if k not in ("prompt_tokens", "source")}
-            rest = {k: v for k, v in identity.items() if k not in ("method", "task")}
-            families.setdefault(json.dumps([task, rest], sort_keys=True), []).extend(group)
-    for family in families.values():
-        points = []
-        for run in family:
-            tpot = run.record["metrics"]["tpot_ms"]
-            x = run.record["identity"]["task"]["prompt_tokens"]
-            points.append(
-                Point(run.label, run.record["method"], "", x, tpot["median"], tpot["min"], tpot["max"], (run.path,))
-            )
-        if len({p.x for p in points}) < 2:
-            continue
+
+    def length(record: Mapping[str, Any]) -> int | None:
+        found: int | None = record["identity"]["task"].get("prompt_tokens")
+        return found
+
+    for family in _families_along(timed, length, ("prompt_tokens", "source")):
         first = family[0].record
         yield Plot(
             _name("length", family),
             f"Time per output token, {first['model']}\n{setting(first)}",
             "prompt length, tokens",
             "TPOT, ms (median; bars: min to max)",
-            points,
+            [_measured(run, "tpot_ms", length(run.record)) for run in family],
             _draw_lengths,
         )
+
+
+def batch_sizes(timed: Sequence[Sequence[Run]]) -> Iterator[Plot]:
+    """Throughput and peak memory against batch size, as in PyramidInfer's figure 11 and MiniCache's figure 5."""
+
+    def batch(record: Mapping[str, Any]) -> int | None:
+        found: int | None = record["identity"]["batch_size"]
+        return found
+
+    for family in _families_along(timed, batch, ()):
+        first = family[0].record
+        title = f"{first['task']}, {first['model']}\n{setting(first)}".replace(f", batch {batch(first)}", "")
+        yield Plot(
+            _name("batch-throughput", family),
+            f"Throughput, {title}",
+            "batch size",
+            "output tokens/s (median; bars: min to max)",
+            [_measured(run, "output_tokens_per_s", batch(run.record)) for run in family],
+            _draw_lengths,
+        )
+        points = []
+        for run in family:
+            peaks = [run.record["memory"][phase] for phase in ("peak_prefill", "peak_decode")]
+            if all(peaks):
+                y = max(peak["allocated"] for peak in peaks) / GIB
+                points.append(Point(run.label, run.record["method"], "", batch(run.record) or 0, y, y, y, (run.path,)))
+        if len({p.x for p in points}) > 1:
+            yield Plot(
+                _name("batch-memory", family),
+                f"Peak memory, {title}",
+                "batch size",
+                "peak memory, GiB",
+                points,
+                _draw_lengths,
+            )
+
+
+def _families_along(
+    timed: Sequence[Sequence[Run]], value: Callable[[Mapping[str, Any]], int | None], names: Sequence[str]
+) -> Iterator[list[Run]]:
+    """Groups that differ in one number alone, as one list each; ``names`` are the task's fields that follow it."""
+    families: dict[str, list[Run]] = {}
+    for group in timed:
+        record = group[0].record
+        if value(record) is not None:
+            task = {k: v for k, v in record["identity"]["task"].items() if k not in names}
+            left_out = ("method", "task") if names else ("method", "task", "batch_size")
+            rest = {k: v for k, v in record["identity"].items() if k not in left_out}
+            families.setdefault(json.dumps([task, rest], sort_keys=True), []).extend(group)
+    yield from (f for f in families.values() if len({value(run.record) for run in f}) > 1)
+
+
+def _measured(run: Run, metric: str, x: int | None) -> Point:
+    """A run's metric with its range at ``x``."""
+    found = run.record["metrics"][metric]
+    return Point(run.label, run.record["method"], "", x or 0, found["median"], found["min"], found["max"], (run.path,))
 
 
 def _point(run: Run, x: float, *runs: Path) -> Point:

@@ -24,7 +24,7 @@ from typing import Any
 from ..conf.errors import InputError, one_of
 from .load import Run, comparable, load, setting
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 
 # The LongBench paper's order and the short names that its tables (and SnapKV's) use.
 LONGBENCH = {
@@ -196,19 +196,14 @@ def budget_tables(runs: Sequence[Run]) -> list[Table]:
 
 def efficiency_table(runs: Sequence[Run]) -> Table:
     """Times, throughput, bytes, peaks, and the speed-up against what the bytes allow."""
+    if any("search" in run.record for run in runs):
+        return search_table(runs)
     columns = [
-        *(
-            "method",
-            "TTFT ms",
-            "TPOT ms",
-            "min - max",
-            "prefill tok/s",
-            "decode tok/s",
-            "KV MiB, batch",
-            "peak prefill MiB",
-        ),
-        *("peak decode MiB", "MBU", "speed-up", "by bytes", "run"),
+        *("method", "TTFT ms", "TPOT ms", "min - max", "p90", "p99", "prefill tok/s", "decode tok/s", "KV MiB, batch"),
+        *("peak prefill MiB", "peak decode MiB", "MBU", "speed-up", "by bytes"),
     ]
+    metered = any((run.record.get("energy") or {}).get("joules") for run in runs)
+    columns += ["J/token", "run"] if metered else ["run"]
     rows = []
     for run in runs:
         record, name = run.record, Cell(run.label)
@@ -216,7 +211,7 @@ def efficiency_table(runs: Sequence[Run]) -> Table:
             rows.append([name, *_out_of_memory(record, len(columns) - 2), _run(run)])
             continue
         paired = record.get("paired")
-        tpot = record["metrics"]["tpot_ms"]
+        tpot, steps = record["metrics"]["tpot_ms"], record["metrics"].get("step_ms")
         mbu = record["limit"]["mbu"]
         rows.append(
             [
@@ -224,6 +219,7 @@ def efficiency_table(runs: Sequence[Run]) -> Table:
                 _metric(record, "ttft_ms", 1, -1),
                 _metric(record, "tpot_ms", 2, -1),
                 Cell(f"{tpot['min']:.2f} - {tpot['max']:.2f}"),
+                *(Cell("-") if steps is None else _number(steps[p], 2) for p in ("p90", "p99")),
                 _metric(record, "prefill_tokens_per_s", 0, 1),
                 _metric(record, "decode_tokens_per_s", 1, 1),
                 _number(record["bytes"]["kv_bytes_stored"] / MIB, 2),
@@ -232,6 +228,7 @@ def efficiency_table(runs: Sequence[Run]) -> Table:
                 Cell("-") if mbu is None else _number(mbu["median"], 2),
                 Cell("-") if paired is None else _number(paired["decode_speed_up"], 2, " x"),
                 Cell("-") if paired is None else _number(paired["decode_speed_up_by_bytes"], 2, " x"),
+                *([_energy(record)] if metered else []),
                 _run(run),
             ]
         )
@@ -240,6 +237,8 @@ def efficiency_table(runs: Sequence[Run]) -> Table:
     table = Table(title, columns, rows, list(runs))
     repeats = first["identity"]["runner"]["repeats"]
     table.notes.append(f"Medians of {repeats} repetitions" + ("." if repeats >= 5 else ", which is few."))
+    if any("step_ms" in run.record.get("metrics", {}) for run in runs):
+        table.notes.append("p90, p99: of single decode steps, ms.")
     table.notes.append(
         "speed-up: TPOT of full / TPOT; by bytes: the same if a step took as long as reading the weights and the cache "
         "once; MBU: how near it came to that, at the bandwidth of a copy."
@@ -247,10 +246,71 @@ def efficiency_table(runs: Sequence[Run]) -> Table:
     if first["identity"]["device"] == "cpu":
         table.notes.append("Peaks are of the whole process (resident set).")
     table.notes += _made_by(runs)
+    table.notes += _problems(runs)
+    return _emphasised(table)
+
+
+def _energy(record: Mapping[str, Any]) -> Cell:
+    """Joules per output token, what the idle device takes included."""
+    joules = record["energy"].get("joules_per_output_token")
+    return Cell("-") if joules is None else _number(joules, 3)
+
+
+def search_table(runs: Sequence[Run]) -> Table:
+    """The largest size of each method that fits into memory, and how fast it is there."""
+    what = next(run.record["search"]["what"] for run in runs if "search" in run.record)
+    name = {"batch_size": "largest batch", "prompt_tokens": "longest prompt"}[what]
+    columns = [
+        *("method", name, "/ full", "ended by", "output tok/s", "/ full", "total tok/s", "TTFT ms", "TPOT ms"),
+        *("KV MiB, batch", "peak prefill MiB", "peak decode MiB", "run"),
+    ]
+    rows = []
+    for run in runs:
+        record = run.record
+        if not run.done:
+            rows.append([Cell(run.label), *_out_of_memory(record, len(columns) - 2), _run(run)])
+            continue
+        paired, found = record.get("paired"), record["search"]
+        ratios = [Cell("-")] * 2
+        if paired is not None:
+            ratios = [_number(paired[key], 2, " x") for key in ("largest_ratio", "output_tokens_per_s_ratio")]
+        size = found["measured_at"]
+        rows.append(
+            [
+                Cell(run.label),
+                Cell(f"{size:,}", size, better=1),
+                ratios[0],
+                Cell(found["stopped_by"]),
+                _metric(record, "output_tokens_per_s", 1, 1),
+                ratios[1],
+                _metric(record, "total_tokens_per_s", 1, 1),
+                _metric(record, "ttft_ms", 1, -1),
+                _metric(record, "tpot_ms", 2, -1),
+                _number(record["bytes"]["kv_bytes_stored"] / MIB, 2),
+                _peak(record, "peak_prefill"),
+                _peak(record, "peak_decode"),
+                _run(run),
+            ]
+        )
+    first = runs[0].record
+    table = Table(f"{first['task']} / {first['model']}: {setting(first)}", columns, rows, list(runs))
+    limits = {run.record["search"]["limit_bytes"] for run in runs if "search" in run.record}
+    given = ["what the device has" if limit is None else f"{limit / GIB:.4g} GiB" for limit in limits]
+    table.notes.append(f"Memory: {', '.join(sorted(given))}. Times and bytes are those at the largest size.")
+    tolerance = first["identity"]["task"]["tolerance"]
+    if tolerance:
+        table.notes.append(f"Sizes are found to within {100 * tolerance:g} %.")
+    table.notes += _made_by(runs) + _problems(runs)
+    return table
+
+
+def _problems(runs: Sequence[Run]) -> list[str]:
+    """What could not be measured, a line each."""
+    out = []
     for run in runs:
         problems = [run.record.get(part, {}).get("problem") for part in ("memory", "bandwidth")]
-        table.notes += [f"{run.label}: {problem}." for problem in problems if problem]
-    return _emphasised(table)
+        out += [f"{run.label}: {problem}." for problem in problems if problem]
+    return out
 
 
 def at_best_rate(runs: Sequence[Run]) -> dict[str, list[Run]]:

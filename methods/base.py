@@ -446,6 +446,15 @@ class KVCache(Cache):
         self.tokens_seen = self.tokens_seen + (n if valid is None else valid[: self.batch_size].sum(1))
         return NewTokens(rows, valid, self.prompt_length)
 
+    def expect(self, new_tokens: int) -> None:
+        """Say how many tokens will come after the prompt: buffers then grow once for all of them.
+
+        Only a hint: fewer or more may come. Room that a layer has beyond its tokens counts as stored.
+        """
+        for layer in self.layers:
+            if isinstance(layer, CacheLayer) and not layer.evicts_while_decoding:
+                layer.storage.growth = max(1, new_tokens)
+
     def next_positions(self) -> torch.Tensor:
         """Position of the next token of every decode row: [copies x B] int64."""
         assert self.tokens_seen is not None, "no prompt yet"

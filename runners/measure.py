@@ -3,6 +3,7 @@
 * **Time**: a device works through a queue, so the clock is read only when the queue is empty.
 * **Memory**: the highest mark since the last reset. On CUDA it is the allocator's; on the CPU it is the resident set of
   the process (``VmHWM`` of /proc/self/status, reset through /proc/self/clear_refs), which wants a fresh process.
+* **Energy**: what the driver's own counter says, where there is one.
 * **Bandwidth**: a large copy, the yardstick of a decode step, which must at least read the weights and the cache once.
 """
 
@@ -11,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import itertools
+import math
 import os
 import tempfile
 import time
@@ -18,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import filelock
 import torch
@@ -33,6 +37,96 @@ def now(device: str) -> float:
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+class Stopwatch:
+    """Times between marks, without waiting for the device at each of them.
+
+    On CUDA a mark is an event in the queue, so that the host runs ahead as it does when nobody looks; on the CPU it is
+    the clock.
+    """
+
+    def __init__(self, device: str):
+        self._cuda = device.startswith("cuda")
+        self._device = device
+        self._marks: list[Any] = []
+        if self._cuda:
+            torch.cuda.synchronize(device)
+
+    def mark(self) -> None:
+        """Note that everything queued so far belongs before this mark."""
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self._device))
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """From each mark to the next one."""
+        pairs = itertools.pairwise(self._marks)
+        if self._cuda:
+            torch.cuda.synchronize(self._device)
+            return [a.elapsed_time(b) / 1e3 for a, b in pairs]
+        return [b - a for a, b in pairs]
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Joules used in some seconds."""
+
+    joules: float
+    seconds: float
+
+
+class EnergyMeter:
+    """Energy by the counter that a driver keeps: NVML's of a CUDA device, RAPL's of the processor's packages.
+
+    Attributes:
+        what: which counter.
+        problem: why there is none on this machine, or None.
+    """
+
+    def __init__(self, device: str):
+        self._device = device
+        self.what = "NVML, the whole device" if device.startswith("cuda") else "RAPL, the processor's packages"
+        self.problem: str | None = None
+        try:
+            self._counters()
+        except Exception as error:  # a driver's library has errors of its own
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self.problem = f"no energy counter can be read ({reason})"
+
+    def over(self, work: Callable[[], object]) -> Energy:
+        """Energy while ``work`` runs, all that it queued included."""
+        start, before = now(self._device), self._counters()
+        work()
+        seconds, after = now(self._device) - start, self._counters()
+        used = 0.0
+        for (a, _), (b, wraps_at) in zip(before, after, strict=True):
+            used += b - a if b >= a else b - a + wraps_at
+        return Energy(used, seconds)
+
+    def _counters(self) -> list[tuple[float, float]]:
+        """(joules so far, joules at which the counter starts again) of every counter."""
+        if self._device.startswith("cuda"):
+            import pynvml
+
+            pynvml.nvmlInit()
+            identity = torch.cuda.get_device_properties(self._device).uuid
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{identity}")
+            return [(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3, math.inf)]
+        found = []
+        for package in sorted(RAPL.glob("intel-rapl:?")):
+            used, most = (int((package / f).read_text()) / 1e6 for f in ("energy_uj", "max_energy_range_uj"))
+            found.append((used, most))
+        if not found:
+            raise OSError(f"there is no {RAPL}/intel-rapl:0")
+        return found
+
+
+RAPL = Path("/sys/class/powercap")
+"""Counters of the processor's packages; most systems let only root read them."""
 
 
 def copy_bandwidth(device: str, size: int = COPY_BYTES, copies: int = COPIES) -> float | None:
@@ -57,7 +151,9 @@ def copy_bandwidth(device: str, size: int = COPY_BYTES, copies: int = COPIES) ->
 
 def is_out_of_memory(error: BaseException) -> bool:
     """CUDA has a class for it; the CPU's allocator says so in words."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "std::bad_alloc", "Cannot allocate memory"))
 
 
 def release_memory(device: str) -> None:
@@ -149,10 +245,24 @@ def _reset_resident_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")  # 5: reset the peak (proc(5))
 
 
+def available_memory() -> int:
+    """Bytes that the machine could still give to a process."""
+    return _field("/proc/meminfo", "MemAvailable")
+
+
+def data_bytes() -> int:
+    """Bytes of this process's data, as RLIMIT_DATA counts them."""
+    return _field("/proc/self/status", "VmData")
+
+
 def _resident(field: str) -> int:
-    """Bytes of one field of /proc/self/status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    return _field("/proc/self/status", field)
+
+
+def _field(path: str, field: str) -> int:
+    """Bytes of one field of a file of the kernel's."""
+    for line in Path(path).read_text().splitlines():
         name, _, value = line.partition(":")
         if name == field:
             return int(value.split()[0]) * KIB
-    raise KeyError(f"no {field}")
+    raise KeyError(f"no {field} in {path}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ..conf.errors import is_whole, require
 from .base import Described
@@ -47,6 +47,43 @@ class Workload(Described):
         Raises:
             InputError: real text is asked for and there is no tokenizer; the data is missing or too small.
         """
+
+
+class Search(Described):
+    """A workload whose size is the answer: the largest that fits into memory.
+
+    Attributes:
+        what: what is varied, ``batch_size`` or ``prompt_tokens``.
+        start: the first size to try; it is doubled for as long as it fits.
+        most: never try more; None: until memory or the model's positions end it.
+        step: sizes are multiples of it.
+        tolerance: share of the answer that it may be too small by; 0: exact to the step.
+    """
+
+    what: ClassVar[str]
+    start: int
+    most: int | None
+    step: int
+    tolerance: float
+
+    @abstractmethod
+    def at(self, value: int, batch_size: int) -> tuple[Workload, int]:
+        """The requests of a size, and how many of them go together; ``batch_size`` as the user set it."""
+
+    def within(self, positions: int) -> int | None:
+        """The largest size that a model with so many positions can be asked about; None: any."""
+        return None
+
+
+def check_search(search: Search) -> None:
+    """Raise InputError unless the fields of a search make sense."""
+    require(is_whole(search.step, 1), "task.step", search.step, "must be 1 or more")
+    least = search.step
+    require(is_whole(search.start, least), "task.start", search.start, f"must be at least task.step={least}")
+    ok = search.most is None or is_whole(search.most, least)
+    require(ok, "task.most", search.most, f"must be null, or at least task.step={least}")
+    ok = isinstance(search.tolerance, int | float) and 0 <= search.tolerance < 1
+    require(ok, "task.tolerance", search.tolerance, "must be a share of the answer, 0 or more and below 1")
 
 
 def random_tokens(length: int, vocab_size: int, seed: int, index: int) -> tuple[int, ...]:

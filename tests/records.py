@@ -65,6 +65,7 @@ def efficiency(method: str, budget: int | None, tpot_ms: float, prompt_tokens: i
         "tpot_ms": spread(tpot_ms),
         "prefill_tokens_per_s": spread(4096.0),
         "decode_tokens_per_s": spread(1000 / tpot_ms),
+        "output_tokens_per_s": spread(900 / tpot_ms),
     }
     made["bytes"] = {"kv_bytes_stored": 2**26 if budget is None else 2**14 * budget}
     made["memory"] = {

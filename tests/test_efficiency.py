@@ -14,10 +14,10 @@ from tiny_models import prompt_ids, tiny_model
 from kvbench.methods.base import Method
 from kvbench.methods.selection.snapkv import SnapKV
 from kvbench.models.random import RandomModel
-from kvbench.runners import efficiency
-from kvbench.runners.efficiency import Batch, Job, memory_pass, metrics, time_batch
+from kvbench.runners import efficiency, measure, passes
 from kvbench.runners.fresh import Killed, in_fresh_process
 from kvbench.runners.measure import HONEST_MALLOC
+from kvbench.runners.passes import Batch, Job, Timed, memory_pass, metrics, time_batch
 from kvbench.tasks.shape import Shape
 from kvbench.tasks.workload import Request
 
@@ -34,7 +34,7 @@ def batch_of(*lengths: tuple[int, int]) -> Batch:
 def test_the_metrics_by_hand():
     """Two batches, one repetition: (2 requests of 10 + 3 and 20 + 5), then (1 request of 40 + 9)."""
     work = [batch_of((10, 3), (20, 5)), batch_of((40, 9))]
-    made = metrics(work, [[(0.5, 2.0), (1.5, 2.0)]])
+    made = metrics(work, [[Timed(0.5, [0.5] * 4), Timed(1.5, [0.25] * 8)]])
     expected = {
         "ttft_ms": 1000 * (0.5 + 0.5 + 1.5) / 3,  # a request waits for its batch
         "tpot_ms": 1000 * 4.0 / (4 + 8),  # steps after the first token: 5 - 1 and 9 - 1
@@ -43,11 +43,21 @@ def test_the_metrics_by_hand():
         "output_tokens_per_s": 17 / 6.0,
         "total_tokens_per_s": 87 / 6.0,
     }
+    steps = made.pop("step_ms")
     assert {k: v["median"] for k, v in made.items()} == pytest.approx(expected)
+    assert (steps["steps"], steps["median"], steps["min"], steps["max"]) == (12, 250, 250, 500)
+
+
+def test_percentiles_are_of_single_steps():
+    """99 steps of 1 ms and one of 101 ms: the mean hides what the last percentile shows."""
+    made = metrics([batch_of((10, 101))], [[Timed(1.0, [0.001] * 99 + [0.101])]])
+    assert made["tpot_ms"]["median"] == pytest.approx(2.0)
+    assert [made["step_ms"][p] for p in ("median", "p90", "max")] == pytest.approx([1, 1, 101])
+    assert made["step_ms"]["p99"] == pytest.approx(1 + 0.01 * 100)  # between the two last ones, as numpy has it
 
 
 def test_every_repetition_is_kept_and_the_median_is_the_middle_one():
-    made = metrics([batch_of((10, 11))], [[(1.0, 1.0)], [(1.0, 9.0)], [(1.0, 2.0)]])
+    made = metrics([batch_of((10, 11))], [[Timed(1.0, [s / 10] * 10)] for s in (1, 9, 2)])
     assert made["tpot_ms"]["repetitions"] == pytest.approx([100.0, 900.0, 200.0])
     assert (made["tpot_ms"]["median"], made["tpot_ms"]["min"], made["tpot_ms"]["max"]) == pytest.approx((200, 100, 900))
 
@@ -65,15 +75,15 @@ def test_the_first_token_belongs_to_prefill_and_only_the_others_to_decode(monkey
         time.sleep(0.05)
         return logits
 
-    monkeypatch.setattr(efficiency, "prefill", slow_prefill)
-    monkeypatch.setattr(efficiency, "decode", slow_decode)
+    monkeypatch.setattr(passes, "prefill", slow_prefill)
+    monkeypatch.setattr(passes, "decode", slow_decode)
     start = time.monotonic()
-    ttft, decoding = time_batch(tiny_model(), Method("full"), batch_of((4, 5)), "cpu", None)
+    timed = time_batch(tiny_model(), Method("full"), batch_of((4, 5)), "cpu", None)
     around = time.monotonic() - start
     assert len(steps) == 4
-    assert ttft >= 0.2
-    assert decoding >= 4 * 0.05
-    assert ttft + decoding <= around
+    assert timed.ttft >= 0.2
+    assert len(timed.steps) == 4 and min(timed.steps) >= 0.05
+    assert timed.ttft + timed.decoding <= around
 
 
 def test_the_tokens_that_are_timed_are_the_tokens_that_generate_gives(monkeypatch):
@@ -86,7 +96,7 @@ def test_the_tokens_that_are_timed_are_the_tokens_that_generate_gives(monkeypatc
         fed.append(token.tolist())
         return decode(model, cache, token)
 
-    monkeypatch.setattr(efficiency, "decode", spy)
+    monkeypatch.setattr(passes, "decode", spy)
     method = Method("snapkv", SnapKV(budget=16, window=4))
     time_batch(model, method, Batch([Request("0", (1,) * 40, 9)], ids, None), "cpu", None)
     assert [t for (t,) in fed] == generate(model, method.new_cache(model), ids, max_new_tokens=9).tokens[0][:-1]
@@ -142,6 +152,25 @@ def test_bytes_and_the_predicted_speed_up_are_the_formula(measured):
     paired = records["snapkv 64"]["paired"]
     assert paired["decode_speed_up_by_bytes"] == read["full"] / read["snapkv 64"]
     assert paired["hash"] == records["full"]["hash"]
+
+
+def test_energy_is_recorded_or_the_reason_why_not(measured):
+    _, records, _ = measured
+    for record in records.values():
+        energy = record["energy"]
+        assert energy["problem"] or energy["joules"] > 0
+
+
+def test_energy_is_that_of_one_workload_and_beside_it_the_idle_machine_s(tmp_path, monkeypatch):
+    """A counter on a clock of its own, 30 W: joules are watts times the seconds of one repetition."""
+    monkeypatch.setattr(passes, "ENERGY_SECONDS", 0.3)
+    monkeypatch.setattr(measure.EnergyMeter, "_counters", lambda self: [(30.0 * time.monotonic(), float("inf"))])
+    job = Job(RandomModel("tiny"), Method("full"), Shape(50, 5), "cpu", torch.float32, 0, 2, None, 0, 1)
+    energy = passes.energy_pass(job)["energy"]
+    assert energy["watts"] == pytest.approx(30, rel=0.05) and energy["watts_idle"] == pytest.approx(30, rel=0.05)
+    assert energy["repetitions"] > 1
+    assert 0.3 * 30 <= energy["joules"] * energy["repetitions"] < 10 * 30
+    assert energy["joules_per_output_token"] == pytest.approx(energy["joules"] / 10)
 
 
 def test_a_second_launch_measures_nothing(measured, monkeypatch):

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,15 @@ import torch
 from kvbench.conf.errors import InputError
 from kvbench.runners import measure
 from kvbench.runners.fresh import Killed, in_fresh_process
-from kvbench.runners.measure import HONEST_MALLOC, MemoryMeter, copy_bandwidth, is_out_of_memory, now
+from kvbench.runners.measure import (
+    HONEST_MALLOC,
+    EnergyMeter,
+    MemoryMeter,
+    Stopwatch,
+    copy_bandwidth,
+    is_out_of_memory,
+    now,
+)
 from kvbench.runners.settings import Settings
 
 MIB = 2**20
@@ -44,6 +54,64 @@ def test_the_clock_sees_a_sleep():
     time.sleep(0.2)
     measured = now("cpu") - start
     assert 0.2 <= measured <= time.monotonic() - outer + 1e-3
+
+
+def test_the_stopwatch_sees_each_sleep():
+    watch = Stopwatch("cpu")
+    watch.mark()
+    for seconds in (0.2, 0.05):
+        time.sleep(seconds)
+        watch.mark()
+    first, second = watch.seconds()
+    assert first >= 0.2 and 0.05 <= second < first
+
+
+def rapl(folder: Path, package: int, joules: float, wraps_at: float = 200.0) -> None:
+    """A processor package's counter as the kernel shows it, in microjoules."""
+    path = folder / f"intel-rapl:{package}"
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "energy_uj").write_text(f"{int(joules * 1e6)}\n")
+    (path / "max_energy_range_uj").write_text(f"{int(wraps_at * 1e6)}\n")
+
+
+def test_energy_is_what_the_counters_of_all_packages_gained(tmp_path, monkeypatch):
+    """Two packages: one gains 5 J, the other one starts again at 200 J and gains 3. Subdomains do not count twice."""
+    monkeypatch.setattr(measure, "RAPL", tmp_path)
+    rapl(tmp_path, 0, 100.0)
+    rapl(tmp_path, 1, 199.0)
+    (tmp_path / "intel-rapl:0:0").mkdir()
+
+    def work() -> None:
+        rapl(tmp_path, 0, 105.0)
+        rapl(tmp_path, 1, 2.0)
+        time.sleep(0.1)
+
+    meter = EnergyMeter("cpu")
+    used = meter.over(work)
+    assert meter.problem is None
+    assert used.joules == pytest.approx(5 + 3)
+    assert used.seconds >= 0.1
+
+
+def test_a_machine_without_a_counter_is_said_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "RAPL", tmp_path)
+    assert "no energy counter can be read (there is no" in EnergyMeter("cpu").problem
+
+
+def test_a_device_is_asked_through_its_driver(monkeypatch):
+    """NVML by a stand-in: the device is found by its identity, whatever number it is visible under; millijoules."""
+    asked, counter = [], iter((7_000, 8_000, 20_500))
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: asked.append(uuid) or "handle",
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(counter),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    meter = EnergyMeter("cuda:1")
+    assert meter.over(lambda: None).joules == pytest.approx(12.5)
+    assert set(asked) == {"GPU-1234"}
 
 
 def test_the_meter_sees_an_allocation_and_that_it_was_freed():

@@ -88,6 +88,33 @@ def test_time_over_length_joins_workloads_of_several_lengths(tmp_path):
     )
 
 
+def test_throughput_and_memory_over_batch_size(tmp_path):
+    records = []
+    for method in ("full", "no_cache"):
+        for batch in (1, 4, 16):
+            record = efficiency(method, None, 10.0 / batch)
+            record["identity"]["batch_size"] = batch
+            record["hash"] += str(batch)
+            record["memory"]["peak_prefill"]["allocated"] = batch * 2**30
+            records.append(record)
+    found = drawn(tmp_path, *records)
+    (speed,) = (p for name, p in found.items() if name.startswith("batch-throughput"))
+    (memory,) = (p for name, p in found.items() if name.startswith("batch-memory"))
+    assert {(p.family, p.x): p.y for p in speed.points} == pytest.approx(
+        {(m, b): 90.0 * b for m in ("full", "no_cache") for b in (1, 4, 16)}
+    )
+    assert {(p.family, p.x, p.y) for p in memory.points} == {  # the larger of both phases' peaks
+        (m, b, float(b)) for m in ("full", "no_cache") for b in (1, 4, 16)
+    }
+    assert "batch" not in speed.title and not [name for name in found if name.startswith("length")]
+
+
+def test_a_search_is_no_point_of_a_curve(tmp_path):
+    records = [efficiency("full", None, 1.0, n) for n in (512, 1024)]
+    records[1]["search"] = {"largest": 3}
+    assert not drawn(tmp_path, *records)
+
+
 def test_a_method_looks_the_same_everywhere_and_no_two_known_ones_alike():
     assert len({(look(m).color, look(m).marker) for m in ("full", *KNOWN)}) == len(KNOWN) + 1
     assert look("my_method") == look("my_method")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 from records import accuracy, efficiency, estimate, save
 
-from kvbench.analysis.load import load
-from kvbench.analysis.tables import main, tables
+from kvbench.analysis.load import Run, load
+from kvbench.analysis.tables import efficiency_table, main, tables
 
 
 def made(folder, *records):
@@ -25,6 +26,16 @@ def texts(table, label):
 def cell(table, label, column):
     row = next(row for row in table.rows if row[0].text == label)
     return row[table.columns.index(column)]
+
+
+def test_energy_has_a_column_where_it_was_measured():
+    made = [efficiency("full", None, 10.0), efficiency("snapkv", 128, 5.0)]
+    made[1]["energy"] = {"problem": None, "joules": 65.0, "joules_per_output_token": 1.0}
+    made[0]["energy"] = {"problem": "no energy counter can be read"}
+    table = efficiency_table([Run(Path(), record, record["method_label"]) for record in made])
+    assert [row[table.columns.index("J/token")].text for row in table.rows] == ["-", "1.000"]
+    del made[1]["energy"]
+    assert "J/token" not in efficiency_table([Run(Path(), r, r["method_label"]) for r in made]).columns
 
 
 def test_a_row_holds_scores_interval_difference_and_bytes(tmp_path):

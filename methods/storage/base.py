@@ -14,6 +14,9 @@ import torch
 
 from ..attention import cached_attention
 
+GROWTH = 128
+"""Slots added at a time when a layer grows, so that a step writes in place instead of copying the whole layer."""
+
 
 @dataclass(frozen=True)
 class KVShape:
@@ -64,6 +67,9 @@ class LayerStorage(ABC):
     (or heads) of a batch that keep fewer tokens than the longest one are padded on the left, and a token that was
     dropped may leave a hole.
     """
+
+    growth: int = GROWTH
+    """Slots added when a layer grows the next time: :data:`GROWTH`, or as many as are known to come."""
 
     @abstractmethod
     def write(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:

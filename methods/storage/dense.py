@@ -7,10 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .base import KVShape, LayerStorage, Storage
-
-GROWTH = 128
-"""Slots added at a time when a layer grows, so that a step writes in place instead of copying the whole layer."""
+from .base import GROWTH, KVShape, LayerStorage, Storage
 
 HIDDEN = 64
 """Steps with tokens that leave after which the others are moved together; until then their slots are holes."""
@@ -19,7 +16,7 @@ HIDDEN = 64
 class DenseLayer(LayerStorage):
     """[B, H, capacity, D] buffers of which the first ``length`` slots are in use.
 
-    ``write`` allocates exactly what it is given; the first ``append`` after it makes room for :data:`GROWTH` tokens.
+    ``write`` allocates exactly what it is given; the first ``append`` after it makes room for ``growth`` tokens.
     That room is the only difference between stored and logical bytes in a batch whose rows are equally long.
     """
 
@@ -43,7 +40,7 @@ class DenseLayer(LayerStorage):
             self.write(keys, values, None if valid is None else valid[:, None])
             return
         if start + n > self._keys.shape[2]:
-            capacity = start + max(n, GROWTH)
+            capacity, self.growth = start + max(n, self.growth), GROWTH
             self._keys = grown(self._keys, start, capacity)
             self._values = grown(self._values, start, capacity)
             if self._valid is not None:

@@ -19,8 +19,8 @@ from functools import partial
 import torch
 
 from ...conf.errors import InputError, require
-from .base import KVShape, Storage
-from .dense import GROWTH, grown
+from .base import GROWTH, KVShape, Storage
+from .dense import grown
 from .segments import SegmentedLayer, Segments
 
 BITS = (2, 4, 8)

@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 
 from ...conf.errors import require
-from .base import KVShape, LayerStorage, Storage
-from .dense import GROWTH, DenseLayer, grown
+from .base import GROWTH, KVShape, LayerStorage, Storage
+from .dense import DenseLayer, grown
 
 RETENTIONS = ("top_ratio", "range_distinct", "range_literal")
 NEAR = 1e-3

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from .base import KVShape, Storage
-from .dense import GROWTH, grown
+from .base import GROWTH, KVShape, Storage
+from .dense import grown
 from .segments import SegmentedLayer, Segments
 
 
 class DenseSegments(Segments):
-    """[N, capacity, D] buffers of which the first ``length`` tokens are in use; grows by :data:`.dense.GROWTH`."""
+    """[N, capacity, D] buffers of which the first ``length`` tokens are in use; grows by :data:`.base.GROWTH`."""
 
     def __init__(self) -> None:
         self._length = 0
