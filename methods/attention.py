@@ -133,6 +133,11 @@ def causal_attention(
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
 
 
+def softmax_of(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Weights in ``dtype`` of logits that are in float32 or wider, as in every kernel of attention."""
+    return logits.softmax(-1).to(dtype)
+
+
 def visibility(n: int, length: int, valid: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
     """Which of ``length`` cached slots each of the last ``n`` tokens may see.
 

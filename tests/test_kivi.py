@@ -11,15 +11,8 @@ from kvbench.methods.base import Method, kv_shape
 from kvbench.methods.selection.h2o import H2O
 from kvbench.methods.selection.snapkv import SnapKV
 from kvbench.methods.storage.base import KVShape
-from kvbench.methods.storage.kivi import (
-    Kivi,
-    KiviSegments,
-    Quantized,
-    channels_together,
-    dequantize_into,
-    pack,
-    quantize,
-)
+from kvbench.methods.storage.kivi import Kivi, KiviSegments
+from kvbench.methods.storage.packed import Quantized, channels_together, dequantize_into, pack, quantize
 from kvbench.runners.engine import decode, generate, prefill
 
 

@@ -22,7 +22,7 @@ from transformers.cache_utils import QuantoQuantizedLayer
 
 from ...conf.errors import InputError, require
 from .base import KVShape, Storage
-from .kivi import channels_together
+from .packed import channels_together
 from .segments import SegmentedLayer, Segments
 
 

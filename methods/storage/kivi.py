@@ -7,7 +7,8 @@ a block of ``residual`` tokens is full and can be quantised as one, values for e
 attention reads them before they are rounded, and the prompt's attention is computed on full keys and values, so the
 first token is exact.
 
-The bytes are real: codes are packed, and kept tokens are not held twice. Reading expands one layer at a time.
+The bytes are real: codes are packed, and kept tokens are not held twice. A decode step multiplies with the packed codes
+(``packed.py``); several tokens at once expand one layer at a time.
 """
 
 from __future__ import annotations
@@ -18,80 +19,21 @@ from functools import partial
 
 import torch
 
-from ...conf.errors import InputError, require
+from ...conf.errors import require
+from ..attention import softmax_of
 from .base import GROWTH, KVShape, Storage
 from .dense import grown
+from .packed import (
+    Quantized,
+    channels_together,
+    dequantize_into,
+    quantize,
+    query_times_keys,
+    weights_times_values,
+)
 from .segments import SegmentedLayer, Segments
 
 BITS = (2, 4, 8)
-
-
-def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """[..., n] uint8 codes below 2 ** bits -> [..., n x bits / 8] uint8; n must fill whole bytes."""
-    each = 8 // bits
-    parts = codes.unflatten(-1, (-1, each))
-    out = torch.zeros_like(parts[..., 0])
-    for i in range(each):
-        out |= parts[..., i] << (bits * i)
-    return out
-
-
-def channels_together(group: int, dim: int, bits: int) -> int:
-    """Channels of a value that are quantised together; a head narrower than the group is one group.
-
-    Raises:
-        InputError: the group does not divide the head, or the head's codes do not fill whole bytes.
-    """
-    channels = min(group, dim)
-    if dim % channels:
-        raise InputError("method.storage.group", group, f"must divide the model's head_dim of {dim}")
-    if dim * bits % 8:
-        raise InputError("method.storage.bits", bits, f"does not fill whole bytes with the model's head_dim of {dim}")
-    return channels
-
-
-@dataclass
-class Quantized:
-    """Groups of numbers in few bits.
-
-    Attributes:
-        codes: [..., n x bits / 8] uint8.
-        scale, zero: [..., n / group], step and smallest value of each group, in 16 bits.
-    """
-
-    codes: torch.Tensor
-    scale: torch.Tensor
-    zero: torch.Tensor
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [self.codes, self.scale, self.zero]
-
-
-def quantize(x: torch.Tensor, bits: int, group: int) -> Quantized:
-    """Round [..., n] in groups of ``group`` along the last dimension.
-
-    The codes are chosen for scale and zero as they are stored, rounded to 16 bits, so nothing is off by that rounding.
-    """
-    half = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16
-    exact = torch.promote_types(x.dtype, torch.float32)
-    groups = x.to(exact).unflatten(-1, (-1, group))
-    zero = groups.amin(-1).to(half)
-    scale = ((groups.amax(-1) - zero.to(exact)) / (2**bits - 1)).to(half)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a group of one value: every code is 0
-    codes = ((groups - zero.to(exact)[..., None]) / scale.to(exact)[..., None]).round().clamp(0, 2**bits - 1)
-    return Quantized(pack(codes.to(torch.uint8).flatten(-2), bits), scale, zero)
-
-
-def dequantize_into(q: Quantized, bits: int, out: torch.Tensor) -> None:
-    """Restore into ``out`` [..., n], in its dtype and whatever its strides: every number is written once."""
-    each, mask = 8 // bits, 2**bits - 1
-    exact = torch.promote_types(out.dtype, torch.float32)
-    numbers = torch.empty(*q.codes.shape, each, dtype=exact, device=out.device)
-    for i in range(each):
-        numbers[..., i] = (q.codes >> (bits * i)) & mask
-    groups = numbers.flatten(-2).unflatten(-1, (q.scale.shape[-1], -1))
-    groups.mul_(q.scale[..., None]).add_(q.zero[..., None])
-    out.copy_(groups.flatten(-2))
 
 
 class KiviSegments(Segments):
@@ -152,6 +94,19 @@ class KiviSegments(Segments):
             used = Quantized(*(t[:, : self._old_length] for t in self._old.tensors()))
             dequantize_into(used, self.bits, values[:, : self._old_length])
         return keys, values
+
+    def attend(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
+        if query.shape[2] > 1 or self._blocks is None or self._old is None:
+            return super().attend(query, scaling)
+        assert self._keys is not None and self._values is not None
+        one = query[:, :, 0]  # [N, g, D]
+        old = query_times_keys(one, self._blocks, self.bits)
+        recent = torch.matmul(one, self._keys.transpose(1, 2))
+        weights = softmax_of(torch.cat([old, recent.to(old.dtype)], dim=-1) * scaling, query.dtype)
+        used, n = self._old, self._old_length
+        out = weights_times_values(weights[..., :n], used, self.bits)
+        out += torch.matmul(weights[..., n:], self._values)
+        return out[:, :, None].to(query.dtype)
 
     def take(self, index: torch.Tensor) -> Segments:
         out = KiviSegments(self.bits, self.group, self.residual)

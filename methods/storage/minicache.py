@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from ...conf.errors import require
+from ..attention import softmax_of
 from .base import GROWTH, KVShape, LayerStorage, Storage
 from .dense import DenseLayer, grown
 
@@ -69,6 +70,14 @@ class Directions:
     def multiply_into(self, lengths: torch.Tensor, out: torch.Tensor) -> None:
         """Vectors of these ``lengths`` [B, H, length] into ``out`` [B, H, length, D]."""
         torch.mul(self.x[:, :, : self.length], lengths[..., None], out=out)
+
+    def scores(self, query: torch.Tensor) -> torch.Tensor:
+        """Products [B, H, G, length] of queries [B, H, G, D] with the directions."""
+        return torch.matmul(query, self.x[:, :, : self.length].transpose(2, 3))
+
+    def weighted(self, weights: torch.Tensor) -> torch.Tensor:
+        """Sums [B, H, G, D] of the directions with weights [B, H, G, length]."""
+        return torch.matmul(weights, self.x[:, :, : self.length])
 
     def take(self, index: torch.Tensor) -> Directions:
         """Those of some rows."""
@@ -182,6 +191,38 @@ class Pair:
             x[:, :, n : n + more] = new
         return x[:, :, : n + more]
 
+    def attend(self, which: int, query: torch.Tensor, scaling: float) -> torch.Tensor:
+        """Attention of one new token of one layer: [B, H, G, D] in and out.
+
+        Over the shared directions themselves: a product with a merged vector is its length times that with the
+        direction, so nothing is restored. Retained tokens are put in their places among the products.
+        """
+        keys, values, new = self.keys, self.values, self.new[which]
+        assert keys is not None and values is not None
+        n = self.length
+        exact = torch.promote_types(query.dtype, torch.float32)
+        # One slot behind the last one takes what a row or head has fewer retained tokens of.
+        logits = query.new_empty(*query.shape[:3], n + 1, dtype=exact)
+        torch.mul(keys.directions.scores(query).to(exact), keys.lengths[which][:, :, None, :n], out=logits[..., :n])
+        logits.scatter_(3, _places(keys, n, query), torch.matmul(query, keys.exact[which].transpose(2, 3)).to(exact))
+        if new is None:
+            logits = logits[..., :n]
+        else:
+            recent = torch.matmul(query, new[0].transpose(2, 3)).to(exact)
+            logits = torch.cat([logits[..., :n], recent], dim=-1)
+        logits *= scaling
+        if self.valid is not None:
+            logits = logits.masked_fill(~self.valid[:, :, None], -math.inf)
+        weights = softmax_of(logits, query.dtype)
+        merged = F.pad(weights[..., :n], (0, 1))
+        places = _places(values, n, query)
+        retained = merged.gather(3, places)
+        merged = merged.scatter(3, places, 0.0)[..., :n] * values.lengths[which][:, :, None, :n]
+        out = values.directions.weighted(merged) + torch.matmul(retained, values.exact[which])
+        if new is not None:
+            out = out + torch.matmul(weights[..., n:], new[1])
+        return out.to(query.dtype)
+
     def merge(self) -> None:
         """Both layers are done with their new tokens: keep one direction, two lengths, and what must not be merged."""
         lower, upper = self.new
@@ -287,6 +328,12 @@ class Pair:
             self._parts[key] = part
         return self._parts[key]
 
+    @property
+    def head_count(self) -> int:
+        """KV heads, once something is merged."""
+        assert self.keys is not None
+        return self.keys.lengths.shape[2]
+
     def tensors(self, which: int) -> list[torch.Tensor]:
         """What one layer holds; what they share is the lower one's (0)."""
         new = self.new[which]
@@ -314,6 +361,12 @@ def _slots(retain: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor
     return torch.where(kept, order + start, -1).to(torch.int32), kept
 
 
+def _places(merged: Merged, end: int, query: torch.Tensor) -> torch.Tensor:
+    """Slots of retained tokens [B, H, G, R] for the queries [B, H, G, D] of each head; ``end`` stands for none."""
+    at = torch.where(merged.retained >= 0, merged.retained, end).long()
+    return at[:, :, None].expand(-1, -1, query.shape[2], -1)
+
+
 class PairLayer(LayerStorage):
     """One layer of a pair, 0 the lower and 1 the upper. What they share is counted with the lower one."""
 
@@ -326,6 +379,13 @@ class PairLayer(LayerStorage):
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         self.pair.append(self.which, keys, values, None if valid is None else valid[:, None])
+
+    def attend(self, query: torch.Tensor, scaling: float, valid: torch.Tensor | None) -> torch.Tensor:
+        if query.shape[2] > 1 or not self.pair.length:
+            return super().attend(query, scaling, valid)
+        heads = self.pair.head_count
+        one = query[:, :, 0].unflatten(1, (heads, -1))  # [B, H, G, D]
+        return self.pair.attend(self.which, one, scaling).flatten(1, 2)[:, :, None]
 
     def settle(self) -> None:
         if self.which == 1:

@@ -15,8 +15,16 @@ from dataclasses import dataclass
 import torch
 
 from .base import KVShape, LayerStorage
-from .kivi import Kivi, Quantized, channels_together, dequantize_into, quantize
+from .kivi import Kivi
 from .minicache import Directions, MiniCache, Pair
+from .packed import (
+    Quantized,
+    channels_together,
+    dequantize_into,
+    quantize,
+    query_times_keys,
+    weights_times_values,
+)
 from .segments import SegmentedLayer, Segments
 
 
@@ -50,6 +58,16 @@ class QuantizedDirections(Directions):
         dequantize_into(self._codes, self.bits, out.transpose(2, 3) if self.is_keys else out)
         out.mul_(lengths[..., None])
 
+    def scores(self, query: torch.Tensor) -> torch.Tensor:
+        batch, heads = query.shape[:2]
+        codes = Quantized(*(t.flatten(0, 1)[:, None] for t in self._codes.tensors()))  # one block
+        return query_times_keys(query.flatten(0, 1), codes, self.bits).unflatten(0, (batch, heads))
+
+    def weighted(self, weights: torch.Tensor) -> torch.Tensor:
+        batch, heads = weights.shape[:2]
+        codes = Quantized(*(t.flatten(0, 1) for t in self._codes.tensors()))
+        return weights_times_values(weights.flatten(0, 1), codes, self.bits).unflatten(0, (batch, heads))
+
     def take(self, index: torch.Tensor) -> Directions:
         part = object.__new__(QuantizedDirections)
         part.bits, part.group, part.is_keys, part.length = self.bits, self.group, self.is_keys, self.length
@@ -76,6 +94,11 @@ class PairSegments(Segments):
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = self.pair.read(self.which)
         return keys[:, 0], values[:, 0]
+
+    def attend(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
+        if query.shape[2] > 1 or not self.pair.length:
+            return super().attend(query, scaling)
+        return self.pair.attend(self.which, query[:, None, :, 0], scaling)[:, 0, :, None]
 
     def take(self, index: torch.Tensor) -> Segments:
         return PairSegments(self.pair.part(index), self.which)

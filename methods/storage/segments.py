@@ -28,6 +28,11 @@ class Segments(ABC):
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(keys, values) [N, S, D] in the compute dtype."""
 
+    def attend(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
+        """Attention of the last n tokens over all: [N, g, n, D] -> the same shape."""
+        keys, values = self.read()
+        return cached_attention(query, keys[:, None], values[:, None], scaling)
+
     @abstractmethod
     def take(self, index: torch.Tensor) -> Segments:
         """Some of the segments, [M] int64, as segments of their own: bit for bit the same tokens."""
@@ -129,9 +134,7 @@ class SegmentedLayer(LayerStorage):
                 real = int(valid[index[0] // self._shape[1]].sum())
             if not real:
                 continue
-            keys, values = group.read()
-            attended = cached_attention(_rows(rows, index)[:, :, n - real :], keys[:, None], values[:, None], scaling)
-            out[index, :, n - real :] = attended
+            out[index, :, n - real :] = group.attend(_rows(rows, index)[:, :, n - real :], scaling)
         return out.reshape(batch, query_heads, n, dim)
 
     def settle(self) -> None:
