@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -124,6 +125,8 @@ def causal_attention(
             out[:, :, lead:] = causal_attention(query[:, :, lead:], key[:, :, :-1], value[:, :, :-1], scaling)
         return out
     if n < length:
+        if query.is_cuda and n > 1:
+            return lower_right_attention(query, key, value, scaling)
         return cached_attention(query, key, value, scaling)
     if query.is_cuda:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
@@ -131,6 +134,14 @@ def causal_attention(
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_heads(key, groups), repeat_heads(value, groups)
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+
+
+def lower_right_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """The same as :func:`causal_attention` of n < S queries, by flash kernels: no mask [n, S] is made, which for a long
+    prompt in pieces would be larger than its cache."""
+    bias = causal_lower_right(query.shape[2], key.shape[2])
+    gqa = query.shape[1] > key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling, enable_gqa=gqa)
 
 
 def softmax_of(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

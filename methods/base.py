@@ -238,6 +238,10 @@ class CacheLayer(PromptReader):
     def reads_prompt_by_steps(self) -> bool:
         return self.selection.reads_prompt_by_steps
 
+    @property
+    def spans_layers(self) -> bool:
+        return self.selection.spans_layers
+
     def absorb(self, prompts: list[tuple[Rows, Prompt]]) -> None:
         """Compress the prompt: every group of rows gets its selection, then all are stored as one batch."""
         groups = []
@@ -336,6 +340,8 @@ class KVCache(Cache):
             all of it.
         tokens_seen: real tokens of each row so far, [B] int64; the next token's position.
         new_tokens: what the forward under way adds.
+        pieces: what each piece of a prompt adds, by the column at which it ends, while each layer reads all pieces
+            before the next layer begins; None: all layers read a piece before the next piece comes.
         copies: rows a decode step has per row of the prompt (more than one in ``fan_out.py``).
         recomputes: holds no keys and values; the engine feeds it the whole sequence at each step (``no_cache.py``).
     """
@@ -353,6 +359,7 @@ class KVCache(Cache):
         self.prompt_length: int | None = None
         self.tokens_seen: torch.Tensor | None = None
         self.new_tokens: NewTokens | None = None
+        self.pieces: dict[int, NewTokens] | None = None
 
     # transformers' side -------------------------------------------------------------------------------------------
 
@@ -415,13 +422,18 @@ class KVCache(Cache):
         Returns:
             [B, H_q, m, D].
         """
-        if layer_idx == self._first_layer:
-            self.new_tokens = self._begin(key, padding_mask)
-        assert self.new_tokens is not None
         use = self.plan.uses[layer_idx]
         if self.rehearsing:
             use = Use(writes=False, strict=use.strict, last=False, counts=False)
         layer = self.layers[self.plan.cache_layer[layer_idx]]
+        end = layer.get_seq_length() + key.shape[2]
+        if layer_idx == self._first_layer:
+            self.new_tokens = self._begin(key, padding_mask)
+            if self.pieces is not None:
+                self.pieces[end] = self.new_tokens
+        elif self.pieces is not None:
+            self.new_tokens = self.pieces[end]
+        assert self.new_tokens is not None
         return layer.attend(query, key, value, scaling, self.new_tokens, use, new_kv)
 
     def _begin(self, key: torch.Tensor, padding_mask: torch.Tensor | None) -> NewTokens:
@@ -498,6 +510,11 @@ class KVCache(Cache):
             if any(use.strict for use in uses):
                 most.append(1)
         return min(most, default=None)
+
+    @property
+    def layers_are_independent(self) -> bool:
+        """Each layer of the model has a cache layer to itself, and none looks at what another one does."""
+        return not self.plan.shares and not any(layer.spans_layers for layer in self.layers)
 
     def queries_wanted(self, layer_idx: int) -> int:
         """Last queries of a forward that the cache layer of a layer of the model wants to see; 0: none."""

@@ -71,6 +71,10 @@ class FanOutLayer(PromptReader):
     def reads_prompt_by_steps(self) -> bool:
         return all(member.reads_prompt_by_steps for member in self.members)
 
+    @property
+    def spans_layers(self) -> bool:
+        return any(member.spans_layers for member in self.members)
+
     def get_seq_length(self) -> int:
         return self.seen
 

@@ -8,14 +8,17 @@ The model is a transformers causal LM; everything that differs between methods h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from ..conf.errors import InputError
 from ..methods.base import KVCache
+from ..methods.sharing.model import KVShareLlamaForCausalLM
 
 
 @torch.inference_mode()
@@ -33,7 +36,9 @@ def prefill(
         cache: a fresh cache.
         input_ids: [B, T], padded on the left.
         attention_mask: [B, T], 1 for a real token; None: no padding.
-        chunk_size: feed this many columns at a time (less activation memory, same result); None: all at once.
+        chunk_size: feed this many columns at a time (same result, less memory); None: all at once. Where layers are
+            independent, each reads the whole prompt in such pieces and compresses it before the next one begins, so
+            that the peak is the compressed cache, one layer's keys and values, and the hidden states.
 
     Returns:
         Logits of the last token, [B, vocabulary]. In a fan-out they hold for every member alike.
@@ -46,7 +51,9 @@ def prefill(
     if cache.recomputes:
         return _forward_all(model, cache, input_ids, mask)
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("longrope", "dynamic") and (mask is not None or (chunk_size or length) < length):
+    pieces = chunk_size is not None and chunk_size < length
+    by_layers = pieces and cache.layers_are_independent and _decoder_layers(model) is not None
+    if rope.get("rope_type") in ("longrope", "dynamic") and (mask is not None or (pieces and not by_layers)):
         raise InputError(
             "runner.chunk_size" if mask is None else "batch_size",
             chunk_size if mask is None else input_ids.shape[0],
@@ -57,21 +64,86 @@ def prefill(
         positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
     else:
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-    step = chunk_size or length
     cache.prompt_length = length
+    step = length if chunk_size is None or by_layers else chunk_size
+    if by_layers:
+        assert chunk_size is not None
+        reading: AbstractContextManager[None] = _layer_by_layer(model, cache, chunk_size)
+    else:
+        reading = nullcontext()
     for start in range(0, length, step):
         end = min(length, start + step)
-        logits = model(
-            input_ids=input_ids[:, start:end],
-            attention_mask=None if mask is None else mask[:, :end],
-            position_ids=positions[:, start:end],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
+        with reading:
+            logits = model(
+                input_ids=input_ids[:, start:end],
+                attention_mask=None if mask is None else mask[:, :end],
+                position_ids=positions[:, start:end],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits
     if any(cache.get_seq_length(i) != length for i in range(len(cache.plan.cache_layer))):
         raise RuntimeError(f"{type(model).__name__} did not route every layer's attention through the kvbench cache")
     return logits[:, -1]
+
+
+def _decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList | None:
+    """The layers of a transformers decoder; None for a model with a loop of its own over them."""
+    if isinstance(model, KVShareLlamaForCausalLM):
+        return None
+    return getattr(model.get_decoder(), "layers", None)
+
+
+@contextmanager
+def _layer_by_layer(model: PreTrainedModel, cache: KVCache, step: int) -> Iterator[None]:
+    """Have each decoder layer take what it is given in pieces of ``step`` columns, for one forward.
+
+    A column's way through a layer depends on other columns by keys and values alone, which are the cache's. So a layer
+    may read piece by piece, and what it gives may be written over what it was given.
+    """
+    layers = _decoder_layers(model)
+    assert layers is not None
+    of_instance = [vars(layer).get("forward") for layer in layers]
+    last = layers[len(layers) - 1]
+
+    def in_pieces(forward: Callable[..., Any], is_last: bool) -> Callable[..., torch.Tensor]:
+        def whole(hidden_states: torch.Tensor, *rest: Any, **how: Any) -> torch.Tensor:
+            length = hidden_states.shape[1]
+            for start in range(0, length, step):
+                end = min(length, start + step)
+                out = forward(
+                    hidden_states[:, start:end], *rest, **{k: _piece(k, v, start, end) for k, v in how.items()}
+                )
+                hidden_states[:, start:end] = out[0] if isinstance(out, tuple) else out
+            return hidden_states[:, -1:] if is_last else hidden_states  # nobody asks for the other columns
+
+        return whole
+
+    cache.pieces = {}
+    try:
+        for layer in layers:
+            layer.forward = in_pieces(layer.forward, layer is last)
+        yield
+    finally:
+        cache.pieces = None
+        for layer, before in zip(layers, of_instance, strict=True):
+            if before is None:
+                del layer.forward
+            else:  # a library's hook
+                layer.forward = before
+
+
+def _piece(name: str, value: Any, start: int, end: int) -> Any:
+    """What columns ``start`` .. ``end`` - 1 need of a decoder layer's argument."""
+    if name == "attention_mask":  # of all columns so far, [B, columns]; the cache sees to causality
+        return None if value is None else value[:, :end]
+    if name == "position_ids":
+        return None if value is None else value[:, start:end]
+    if name == "position_embeddings":
+        return tuple(x[:, start:end] for x in value)
+    if name == "cache_position":
+        return None if value is None else value[start:end]
+    return value
 
 
 @torch.inference_mode()

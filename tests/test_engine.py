@@ -7,12 +7,14 @@ from importlib.resources import files
 
 import pytest
 import torch
-from tiny_models import left_pad, prompt_ids, tiny_model
+from tiny_models import SHAPE, left_pad, prompt_ids, tiny_model
+from transformers import Phi3Config, Phi3ForCausalLM
 
-from kvbench.methods.base import Method
+from kvbench.methods.attention import cached_attention, lower_right_attention
+from kvbench.methods.base import CacheLayer, Method
 from kvbench.methods.fan_out import FanOutCache
 from kvbench.methods.selection.snapkv import SnapKV
-from kvbench.runners.engine import Sampling, generate, prefill
+from kvbench.runners.engine import Sampling, decode, generate, prefill
 
 
 def full(model):
@@ -115,6 +117,65 @@ def test_a_model_that_goes_past_the_cache_is_noticed():
         prefill(model, cache, prompt_ids(20))
 
 
+def phi3_with_longrope():
+    """RoPE whose frequencies depend on how long the sequence is: beyond 64 tokens here."""
+    factors = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0}
+    config = Phi3Config(
+        **SHAPE | {"max_position_embeddings": 256},
+        original_max_position_embeddings=64,
+        rope_parameters=factors | {"short_factor": [1.0] * 8, "long_factor": [1.0 + i for i in range(8)]},
+    )
+    torch.manual_seed(0)
+    return Phi3ForCausalLM(config).double().eval()
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 64])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "phi3"])
+def test_layers_that_read_in_pieces_give_what_they_give_in_one(family, chunk_size):
+    """Padded, alone and in a fan-out; longrope sees the whole length whatever the pieces."""
+    model = phi3_with_longrope() if family == "phi3" else tiny_model(family)
+    methods = [Method("full"), Method("snapkv", SnapKV(budget=20, window=4))]
+    ids, mask = left_pad([prompt_ids(90, 1), prompt_ids(41, 2)])
+    if family == "phi3":
+        ids, mask = prompt_ids(90), None
+    for make in (full, lambda m: FanOutCache([method.new_cache(m) for method in methods])):
+        whole, pieces = make(model), make(model)
+        expected = prefill(model, whole, ids, mask)
+        torch.testing.assert_close(prefill(model, pieces, ids, mask, chunk_size), expected, rtol=0, atol=1e-9)
+        token = expected.argmax(-1).repeat(whole.copies)
+        for _ in range(3):
+            expected = decode(model, whole, token)
+            torch.testing.assert_close(decode(model, pieces, token), expected, rtol=0, atol=1e-9)
+            token = expected.argmax(-1)
+    assert all("forward" not in vars(layer) for layer in model.get_decoder().layers)  # nothing is left behind
+
+
+def test_in_pieces_one_layer_at_a_time_holds_its_whole_keys(monkeypatch):
+    """When a layer compresses, those below have done so and those above have not begun."""
+    model = tiny_model()
+    cache = Method("snapkv", SnapKV(budget=20, window=4)).new_cache(model)
+    absorb, seen = CacheLayer.absorb, []
+
+    def look(self, prompts):
+        seen.append([layer.layer_idx for layer in cache.layers if layer is not self and layer._keys is not None])
+        absorb(self, prompts)
+        assert all(layer.storage.read()[0].shape[2] == 20 for layer in cache.layers[: self.layer_idx + 1])
+
+    monkeypatch.setattr(CacheLayer, "absorb", look)
+    prefill(model, cache, prompt_ids(90), None, 16)
+    assert seen == [[], [], []]
+
+
+def test_an_error_in_a_piece_leaves_the_model_as_it_was():
+    model = tiny_model()
+    cache = full(model)
+    cache.layers[1].attend = None
+    with pytest.raises(TypeError):
+        prefill(model, cache, prompt_ids(90), None, 16)
+    assert all("forward" not in vars(layer) for layer in model.get_decoder().layers)
+    assert prefill(model, full(model), prompt_ids(90)).isfinite().all()
+
+
 def test_zero_new_tokens_are_refused():
     with pytest.raises(ValueError, match="max_new_tokens"):
         generate(tiny_model(), full(tiny_model()), prompt_ids(4), max_new_tokens=0)
@@ -189,3 +250,10 @@ def test_a_planted_number_survives_snapkv_and_not_a_window_without_it(smollm2):
     assert "58274" in answer(Method("full"))
     assert "58274" in answer(Method("snapkv", SnapKV(budget=512)))
     assert "58274" not in answer(Method("streaming_llm", StreamingLLM(budget=512)))
+
+
+def test_the_attention_that_pieces_take_on_cuda_is_the_masked_one():
+    query, key, value = (torch.randn(2, h, n, 16, dtype=torch.float64) for h, n in ((4, 5), (2, 30), (2, 30)))
+    torch.testing.assert_close(
+        lower_right_attention(query, key, value, 0.3), cached_attention(query, key, value, 0.3), rtol=0, atol=1e-12
+    )
