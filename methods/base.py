@@ -203,6 +203,14 @@ class NewTokens:
     valid: torch.Tensor | None
     prompt_length: int | None
 
+    def on(self, device: torch.device) -> NewTokens:
+        """The same for a layer that lies on another device."""
+        one = self.valid if self.valid is not None else next((r.index for r in self.rows if r.index is not None), None)
+        if one is None or one.device == device:
+            return self
+        rows = [Rows(r.pads, None if r.index is None else r.index.to(device)) for r in self.rows]
+        return NewTokens(rows, None if self.valid is None else self.valid.to(device), self.prompt_length)
+
 
 @dataclass(frozen=True)
 class KeptRows:
@@ -434,7 +442,7 @@ class KVCache(Cache):
         elif self.pieces is not None:
             self.new_tokens = self.pieces[end]
         assert self.new_tokens is not None
-        return layer.attend(query, key, value, scaling, self.new_tokens, use, new_kv)
+        return layer.attend(query, key, value, scaling, self.new_tokens.on(key.device), use, new_kv)
 
     def _begin(self, key: torch.Tensor, padding_mask: torch.Tensor | None) -> NewTokens:
         """Look at a forward's padding once, for all of its layers."""
@@ -552,7 +560,7 @@ class KVCache(Cache):
 
 def stored_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages behind ``tensors``, each storage counted once however many views it has."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum({(t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def rows_by_padding(mask: torch.Tensor) -> list[Rows]:

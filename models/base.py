@@ -81,6 +81,8 @@ class ModelSource(ABC):
     def identity(self) -> dict[str, Any]:
         """What decides this model's outputs, as plain data: fingerprint, prompt limit, chat template and the like."""
         settings = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        if settings.get("device_map") is None:  # a run from before there was such a key is the same run
+            settings.pop("device_map", None)
         return {
             "fingerprint": self.fingerprint(),
             **{key: value for key, value in settings.items() if key not in self.location_fields},

@@ -6,6 +6,7 @@ import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
@@ -13,7 +14,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 
 from ..conf.errors import InputError, require
 from .base import LoadedModel, ModelSource
-from .pretrained import load_pretrained, prompt_limit
+from .pretrained import load_pretrained, plain_device_map, prompt_limit
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Pickles are not even downloaded, nor the second copies of the weights that some repositories hold for other software.
@@ -90,6 +91,8 @@ class HubModel(ModelSource):
     chat_template : str or None
         Jinja text for models whose tokenizer has no chat template, or whose paper used another; None keeps the
         tokenizer's own.
+    device_map : str, mapping or None
+        ``auto`` for a model that is larger than one GPU; see :func:`.pretrained.load_pretrained`.
     """
 
     repo_id: str
@@ -97,8 +100,10 @@ class HubModel(ModelSource):
     name: str
     revision: str = "main"
     chat_template: str | None = None
+    device_map: Any = None
 
     def __post_init__(self) -> None:
+        self.device_map = plain_device_map(self.device_map)
         require(
             re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.repo_id) is not None,
             "model.repo_id",
@@ -177,7 +182,8 @@ class HubModel(ModelSource):
     def load(self, device: str, dtype: torch.dtype) -> LoadedModel:
         """See :meth:`ModelSource.load`."""
         folder = self.fetch()
-        model, tokenizer = load_pretrained(folder, device=device, dtype=dtype, chat_template=self.chat_template)
+        how = {"chat_template": self.chat_template, "device_map": self.device_map}
+        model, tokenizer = load_pretrained(folder, device=device, dtype=dtype, **how)
         positions = model.config.max_position_embeddings
         return LoadedModel(
             model=model,

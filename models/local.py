@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
@@ -14,7 +14,7 @@ from transformers import AutoConfig, PretrainedConfig
 from ..conf.errors import InputError, require
 from ..methods.sharing.base import Sharing
 from .base import LoadedModel, ModelSource, file_sha256
-from .pretrained import load_pretrained, prompt_limit
+from .pretrained import load_pretrained, plain_device_map, prompt_limit
 
 # Positions kept back when no prompt limit is given: LongBench's longest generation is 512 tokens, and the chat template
 # comes on top of the prompt.
@@ -38,6 +38,8 @@ class LocalModel(ModelSource):
     max_positions : int or None
         Positions the model is good for, where its config names the length before RoPE was stretched; None: as the
         config says.
+    device_map : str, mapping or None
+        ``auto`` for a model that is larger than one GPU; see :func:`.pretrained.load_pretrained`.
     """
 
     location_fields: ClassVar[tuple[str, ...]] = ("path",)
@@ -47,8 +49,10 @@ class LocalModel(ModelSource):
     max_prompt_tokens: int | None = None
     chat_template: str | None = None
     max_positions: int | None = None
+    device_map: Any = None
 
     def __post_init__(self) -> None:
+        self.device_map = plain_device_map(self.device_map)
         folder = self.folder
         require(folder.is_dir(), "model.path", self.path, "is not a folder")
         require((folder / "config.json").is_file(), "model.path", self.path, "has no config.json: not a model folder")
@@ -93,7 +97,8 @@ class LocalModel(ModelSource):
 
     def load(self, device: str, dtype: torch.dtype) -> LoadedModel:
         """See :meth:`ModelSource.load`."""
-        model, tokenizer = load_pretrained(self.folder, device=device, dtype=dtype, chat_template=self.chat_template)
+        how = {"chat_template": self.chat_template, "device_map": self.device_map}
+        model, tokenizer = load_pretrained(self.folder, device=device, dtype=dtype, **how)
         positions = self.max_positions or model.config.max_position_embeddings
         limit = positions - _ANSWER_TOKENS if self.max_prompt_tokens is None else self.max_prompt_tokens
         return LoadedModel(

@@ -23,6 +23,7 @@ from ..conf.errors import InputError, require
 from ..methods.base import KVCache, Method, full_shape, kv_shape
 from ..methods.fan_out import FanOutCache
 from ..models.base import LoadedModel, ModelSource
+from ..models.pretrained import input_device
 from ..tasks.base import Example, Task
 from . import provenance
 from .engine import Sampling, generate, left_padded
@@ -262,7 +263,8 @@ class AccuracyRunner(PairedRunner):
         """Outputs of every cache for every prompt: text, and bytes after the prompt and at the end."""
         assert loaded.tokenizer is not None
         example = prompts[0][0]
-        input_ids, mask = left_padded([ids for _, ids in prompts], loaded.tokenizer.pad_token_id, loaded.model.device)
+        where = input_device(loaded.model, settings.torch_device)
+        input_ids, mask = left_padded([ids for _, ids in prompts], loaded.tokenizer.pad_token_id, where)
         cache = caches[0] if len(caches) == 1 else FanOutCache(caches)
         after_prompt: list[tuple[int, int]] = []
         result = generate(

@@ -17,7 +17,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,12 +199,17 @@ class MemoryMeter:
         meter.reset(); prefill(...); peak_prefill = meter.peak()
         meter.reset(); decode(...);  peak_decode = meter.peak()
 
+    Args:
+        device: what is measured.
+        among: CUDA devices that a model is spread over, whose peaks are added up; None: ``device`` alone.
+
     Attributes:
         problem: why there is no measurement on this machine, or None. :meth:`peak` then returns None.
     """
 
-    def __init__(self, device: str):
+    def __init__(self, device: str, among: Sequence[str] | None = None):
         self.device = device
+        self._among = [device] if among is None else list(among)
         self.problem: str | None = None
         if not device.startswith("cuda"):
             try:
@@ -219,8 +224,9 @@ class MemoryMeter:
         if self.problem is not None:
             return
         if self.device.startswith("cuda"):
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
+            for device in self._among:
+                torch.cuda.synchronize(device)
+                torch.cuda.reset_peak_memory_stats(device)
         else:
             _reset_resident_peak()
 
@@ -229,8 +235,10 @@ class MemoryMeter:
         if self.problem is not None:
             return None
         if self.device.startswith("cuda"):
-            torch.cuda.synchronize(self.device)
-            return Peak(torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device))
+            for device in self._among:
+                torch.cuda.synchronize(device)
+            allocated = sum(torch.cuda.max_memory_allocated(device) for device in self._among)
+            return Peak(allocated, sum(torch.cuda.max_memory_reserved(device) for device in self._among))
         return Peak(_resident("VmHWM"), None)
 
 

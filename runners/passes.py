@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from ..conf.errors import InputError
 from ..methods.base import KVCache, Method, full_shape, kv_shape
 from ..models.base import LoadedModel, ModelSource
+from ..models.pretrained import devices_of, input_device
 from ..tasks.workload import Request, Workload
 from .engine import decode, left_padded, prefill
 from .measure import EnergyMeter, MemoryMeter, Peak, Stopwatch, copy_bandwidth, now
@@ -117,7 +118,7 @@ def batches(job: Job, loaded: LoadedModel) -> list[Batch]:
                 f"{loaded.name}; model=random takes model.max_positions",
             )
         pad = 0 if loaded.tokenizer is None else loaded.tokenizer.pad_token_id
-        ids, mask = left_padded([r.prompt for r in rows], pad, loaded.model.device)
+        ids, mask = left_padded([r.prompt for r in rows], pad, input_device(loaded.model, job.device))
         out.append(Batch(rows, ids, mask))
     return out
 
@@ -292,7 +293,7 @@ def memory_pass(job: Job) -> dict[str, Any]:
     loaded = job.source.load(job.device, job.dtype)
     model = loaded.model
     batch = max(batches(job, loaded), key=lambda b: b.input_ids.numel() + b.steps * len(b.requests))
-    meter = MemoryMeter(job.device)
+    meter = MemoryMeter(job.device, devices_of(model, job.device))
     take_workspaces(model, job.method, batch)
     held = memory_of(model, job.method, batch, meter, job.chunk_size)
     shape, full = kv_shape(model.config, job.dtype), full_shape(model.config, job.dtype, job.method.sharing)

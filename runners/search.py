@@ -17,6 +17,7 @@ import torch
 
 from ..conf.errors import InputError
 from ..models.base import LoadedModel
+from ..models.pretrained import devices_of
 from ..tasks.workload import Search
 from .fresh import Killed, in_fresh_process
 from .measure import HONEST_MALLOC, MemoryMeter, available_memory, data_bytes, is_out_of_memory, release_memory
@@ -59,7 +60,7 @@ def search_pass(todo: SearchJob) -> dict[str, Any]:
     job = todo.job
     known = outcomes(todo.log)
     loaded = job.source.load(job.device, job.dtype)
-    meter = MemoryMeter(job.device)
+    meter = MemoryMeter(job.device, devices_of(loaded.model, job.device))
     if meter.problem is not None:
         raise InputError("task", todo.search.name, f"needs a measured peak of memory: {meter.problem}")
     smallest = _batch(job, todo.search, todo.search.step, loaded)

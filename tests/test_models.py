@@ -24,19 +24,25 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from hydra.utils import instantiate
+from local_model import kvbench, save_local_model
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
+from sharing_models import shared_model
+from tiny_models import left_pad, prompt_ids
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from kvbench.conf.errors import InputError
+from kvbench.methods.sharing.cla import CLA
 from kvbench.models import embedded, hub
 from kvbench.models.base import LoadedModel, ModelSource
 from kvbench.models.embedded import Embedded
 from kvbench.models.hub import HubModel, OutOfReach, ask_hub
 from kvbench.models.local import LocalModel
 from kvbench.models.random import SHAPES, RandomModel
+from kvbench.runners.cli import named_method
+from kvbench.runners.engine import generate
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -610,3 +616,65 @@ def test_digits_are_split_before_the_gpt2_rule(smollm2: LoadedModel) -> None:
     assert tokenizer.convert_ids_to_tokens(tokenizer("x   5").input_ids) == ["x", "ĠĠĠ", "5"]
     text = "in 1999,\n\n   3 cafés — 12,345 of them\t№7\n"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+SPREAD = {
+    "model.embed_tokens": "cpu",
+    "model.rotary_emb": "cpu",
+    "model.layers.0": "cpu",
+    "model.layers.1": "disk",
+    "model.norm": "cpu",
+    "lm_head": "cpu",
+}
+
+
+@pytest.mark.parametrize(
+    "text", ["full", "snapkv budget=20 selection.window=4", "h2o budget=20", "kivi", "minicache", "pyramid_infer"]
+)
+def test_a_model_that_is_spread_gives_what_it_gives_on_one_device(tmp_path, text):
+    """Its second layer on the disk: accelerate brings it in for each forward. Padded, in one piece and in chunks."""
+    folder = save_local_model(tmp_path / "model")
+    ids, mask = left_pad([prompt_ids(60, 1), prompt_ids(33, 2)])
+    method, found = named_method(text), []
+    for device_map in (None, SPREAD):
+        loaded = LocalModel(str(folder), max_prompt_tokens=100, device_map=device_map).load("cpu", torch.float32)
+        for chunk_size in (None,) if text == "pyramid_infer" else (None, 16):
+            cache = method.new_cache(loaded.model)
+            found.append(generate(loaded.model, cache, ids, mask, max_new_tokens=8, chunk_size=chunk_size).tokens)
+    assert loaded.model.model.layers[1].mlp.up_proj.weight.device == torch.device("meta")
+    assert all(tokens == found[0] for tokens in found)
+
+
+@pytest.mark.parametrize("runner", ["accuracy", "efficiency"])
+def test_a_spread_model_runs_from_the_command_line(tmp_path, runner):
+    folder = save_local_model(tmp_path / "model")
+    spread = "{" + ",".join(f"{k}:{v}" for k, v in SPREAD.items()) + "}"
+    how = {
+        "accuracy": ["task.source=mini", "task.limit=1", "task.datasets=[trec]"],
+        "efficiency": ["task.prompt_tokens=50", "task.new_tokens=3"],
+    }
+    arguments = [f"model.path={folder}", "model=local", "model.max_prompt_tokens=200", f"model.device_map={spread}"]
+    rest = [f"runner={runner}", "method=snapkv", "device=cpu", f"results_dir={tmp_path / 'r'}"]
+    done = kvbench("run", *rest, *arguments, *how[runner])
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(p.read_text()) for p in tmp_path.rglob("record.json")]
+    assert all(r["identity"]["model"]["device_map"] == SPREAD for r in records) and len(records) == 2
+
+
+def test_without_a_device_map_a_model_is_what_it_was(tmp_path):
+    folder = save_local_model(tmp_path / "model")
+    assert "device_map" not in LocalModel(str(folder)).identity()
+
+
+@pytest.mark.parametrize("device_map", ["everywhere", {}, 3])
+def test_a_device_map_that_means_nothing_is_refused(tmp_path, device_map):
+    folder = save_local_model(tmp_path / "model")
+    with pytest.raises(InputError, match=r"model\.device_map=.*must be null, one of auto"):
+        LocalModel(str(folder), device_map=device_map)
+
+
+def test_layers_that_share_are_not_spread(tmp_path):
+    save_local_model(tmp_path)
+    shared_model(CLA(2), dtype=torch.float32).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"model\.device_map=.*keys and values of their own"):
+        LocalModel(str(tmp_path), max_prompt_tokens=20, device_map={"": "cpu"}).load("cpu", torch.float32)

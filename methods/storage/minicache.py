@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ...conf.errors import require
+from ...conf.errors import InputError, require
 from ..attention import softmax_of
 from .base import GROWTH, KVShape, LayerStorage, Storage
 from .dense import DenseLayer, grown
@@ -229,6 +229,9 @@ class Pair:
         if lower is None and upper is None:  # a step of pads alone
             return
         assert lower is not None and upper is not None, "the upper layer is done before the lower one"
+        if lower[0].device != upper[0].device:
+            where = f"{lower[0].device}, {upper[0].device}"
+            raise InputError("model.device_map", where, "splits a pair of layers that MiniCache merges")
         waiting = lower[0].shape[2]
         n = waiting // self.block * self.block
         if not n:
