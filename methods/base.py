@@ -350,6 +350,7 @@ class KVCache(Cache):
         new_tokens: what the forward under way adds.
         pieces: what each piece of a prompt adds, by the column at which it ends, while each layer reads all pieces
             before the next layer begins; None: all layers read a piece before the next piece comes.
+        frozen: see :meth:`freeze`.
         copies: rows a decode step has per row of the prompt (more than one in ``fan_out.py``).
         recomputes: holds no keys and values; the engine feeds it the whole sequence at each step (``no_cache.py``).
     """
@@ -367,6 +368,7 @@ class KVCache(Cache):
         self.prompt_length: int | None = None
         self.tokens_seen: torch.Tensor | None = None
         self.new_tokens: NewTokens | None = None
+        self.frozen = False
         self.pieces: dict[int, NewTokens] | None = None
 
     # transformers' side -------------------------------------------------------------------------------------------
@@ -463,7 +465,11 @@ class KVCache(Cache):
         if self.tokens_seen is None:
             self.tokens_seen = torch.zeros(batch, dtype=torch.int64, device=key.device)
         # In a fan-out the copies of a row are fed alike: the first ones stand for all.
-        self.tokens_seen = self.tokens_seen + (n if valid is None else valid[: self.batch_size].sum(1))
+        more = n if valid is None else valid[: self.batch_size].sum(1)
+        if self.frozen:  # the same tensor for every step
+            self.tokens_seen += more
+        else:
+            self.tokens_seen = self.tokens_seen + more
         return NewTokens(rows, valid, self.prompt_length)
 
     def expect(self, new_tokens: int) -> None:
@@ -474,6 +480,28 @@ class KVCache(Cache):
         for layer in self.layers:
             if isinstance(layer, CacheLayer) and not layer.evicts_while_decoding:
                 layer.storage.growth = max(1, new_tokens)
+
+    @property
+    def can_freeze(self) -> bool:
+        """Whether no step from here on changes a shape: every layer holds all that comes, as it is."""
+        return all(
+            isinstance(layer, CacheLayer)
+            and not layer.reading
+            and layer.storage.can_freeze
+            and type(layer.selection).attend is Selection.attend
+            for layer in self.layers
+        )
+
+    def freeze(self, room: int) -> None:
+        """See :meth:`.storage.base.LayerStorage.freeze`."""
+        self.frozen = True
+        for layer in self.layers:
+            layer.storage.freeze(room)
+
+    def advance(self, steps: int) -> None:
+        """Count steps that were played again instead of run."""
+        for layer in self.layers:
+            layer.seen += steps
 
     def next_positions(self) -> torch.Tensor:
         """Position of the next token of every decode row: [copies x B] int64."""

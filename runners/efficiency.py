@@ -49,11 +49,13 @@ class EfficiencyRunner(PairedRunner):
         repeats: repetitions that are recorded, all of them.
         memory_limit_gib: what a search may take, by the device's allocator or by the whole process; None: all that
             there is.
+        cuda_graph: record a decode step and play it again where shapes allow it, on CUDA.
     """
 
     warmups: int = 1
     repeats: int = 5
     memory_limit_gib: float | None = None
+    cuda_graph: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,6 +63,7 @@ class EfficiencyRunner(PairedRunner):
         for key, least in (("warmups", 0), ("repeats", 1)):
             value = getattr(self, key)
             require(isinstance(value, int) and value >= least, at + key, value, f"must be a whole number >= {least}")
+        require(isinstance(self.cuda_graph, bool), at + "cuda_graph", self.cuda_graph, "must be true or false")
         limit = self.memory_limit_gib
         ok = limit is None or (isinstance(limit, int | float) and limit > 0)
         require(ok, at + "memory_limit_gib", limit, "must be a number above 0, or null")
@@ -102,6 +105,7 @@ class EfficiencyRunner(PairedRunner):
                 "warmups": self.warmups,
                 "repeats": self.repeats,
                 "chunk_size": self.chunk_size,
+                "cuda_graph": self.cuda_graph,
                 **({"memory_limit_gib": self.memory_limit_gib} if searches else {}),
             },
             # A time is that of some code: after a change the baseline is measured again with the rest.
@@ -144,6 +148,7 @@ class EfficiencyRunner(PairedRunner):
             self.chunk_size,
             self.warmups,
             self.repeats,
+            self.cuda_graph,
         )
         try:
             if isinstance(task, Search):

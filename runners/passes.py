@@ -23,6 +23,7 @@ from ..models.base import LoadedModel, ModelSource
 from ..models.pretrained import devices_of, input_device
 from ..tasks.workload import Request, Workload
 from .engine import decode, left_padded, prefill
+from .graph import EAGER, Stepper
 from .measure import EnergyMeter, MemoryMeter, Peak, Stopwatch, copy_bandwidth, now
 from .runs import BASELINE
 
@@ -38,7 +39,7 @@ class Job:
         source, method, workload: what is measured; no workload where a search sets it.
         device, dtype: where, as resolved.
         seed, batch_size: of the workload's requests.
-        chunk_size, warmups, repeats: the runner's settings.
+        chunk_size, warmups, repeats, cuda_graph: the runner's settings.
     """
 
     source: ModelSource
@@ -51,6 +52,7 @@ class Job:
     chunk_size: int | None
     warmups: int
     repeats: int
+    cuda_graph: bool = True
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,12 @@ class Timed:
     Attributes:
         ttft: from handing over the prompts to the first token of every row.
         steps: of each further token, in order.
+        how: the steps were run; see :class:`.graph.Stepper`.
     """
 
     ttft: float
     steps: Sequence[float]
+    how: str = EAGER
 
     @property
     def decoding(self) -> float:
@@ -130,13 +134,13 @@ def time_pass(job: Job) -> dict[str, Any]:
     bandwidth = copy_bandwidth(job.device)
     repetitions = []
     for i in range(job.warmups + job.repeats):
-        timed = [time_batch(loaded.model, job.method, batch, job.device, job.chunk_size) for batch in work]
+        timed = [time_batch(loaded.model, batch, job) for batch in work]
         if i >= job.warmups:
             repetitions.append(timed)
     return {
         "metrics": metrics(work, repetitions),
         "repetitions": [[{"ttft_s": t.ttft, "decode_s": t.decoding} for t in timed] for timed in repetitions],
-        "decode": "eager",
+        "decode": " and ".join(sorted({t.how for timed in repetitions for t in timed})),
         "workload": {
             "batches": [
                 {
@@ -159,34 +163,38 @@ def time_pass(job: Job) -> dict[str, Any]:
     }
 
 
-def answer(
-    model: PreTrainedModel, cache: KVCache, batch: Batch, chunk_size: int | None, after_token: Callable[[], None]
-) -> None:
+def answer(model: PreTrainedModel, cache: KVCache, batch: Batch, job: Job, after_token: Callable[[], None]) -> str:
     """What every pass does with a batch: prompts in, greedy tokens out; nothing waits for a token and none stops it.
 
     Args:
-        model, cache, chunk_size: see :func:`.engine.prefill`.
+        model, cache: see :func:`.engine.prefill`.
         batch: the requests.
+        job: the settings.
         after_token: called when the first tokens of all rows are queued, and after each further step.
+
+    Returns:
+        How the steps were run; see :class:`.graph.Stepper`.
     """
     cache.expect(batch.steps - 1)
-    token = prefill(model, cache, batch.input_ids, batch.mask, chunk_size).argmax(-1)
+    token = prefill(model, cache, batch.input_ids, batch.mask, job.chunk_size).argmax(-1)
     after_token()
+    step = Stepper(model, cache, batch.steps - 1, job.cuda_graph)
     for _ in range(batch.steps - 1):
-        token = decode(model, cache, token).argmax(-1)
+        token = step(token).argmax(-1)
         after_token()
+    return step.how
 
 
 @torch.inference_mode()
-def time_batch(model: PreTrainedModel, method: Method, batch: Batch, device: str, chunk_size: int | None) -> Timed:
+def time_batch(model: PreTrainedModel, batch: Batch, job: Job) -> Timed:
     """Times of one batch."""
     gc.collect()  # the last batch's cache is gone before this one's clock starts
-    cache = method.new_cache(model)
-    watch = Stopwatch(device)
+    cache = job.method.new_cache(model)
+    watch = Stopwatch(job.device)
     watch.mark()
-    answer(model, cache, batch, chunk_size, watch.mark)
+    how = answer(model, cache, batch, job, watch.mark)
     ttft, *steps = watch.seconds()
-    return Timed(ttft, steps)
+    return Timed(ttft, steps, how)
 
 
 def metrics(work: Sequence[Batch], repetitions: Sequence[Sequence[Timed]]) -> dict[str, dict[str, Any]]:
@@ -258,11 +266,11 @@ class Held:
 
 
 @torch.inference_mode()
-def memory_of(model: PreTrainedModel, method: Method, batch: Batch, meter: MemoryMeter, chunk_size: int | None) -> Held:
+def memory_of(model: PreTrainedModel, batch: Batch, meter: MemoryMeter, job: Job) -> Held:
     """Peaks of memory while a batch is answered, phase by phase, and the bytes of its cache."""
     meter.reset()
     at_rest = meter.peak()
-    cache = method.new_cache(model)
+    cache = job.method.new_cache(model)
     stored, logical, peaks = [], [], []
 
     def look() -> None:
@@ -275,7 +283,7 @@ def memory_of(model: PreTrainedModel, method: Method, batch: Batch, meter: Memor
             look()
             meter.reset()
 
-    answer(model, cache, batch, chunk_size, after_first)
+    answer(model, cache, batch, job, after_first)
     look()
     return Held(at_rest, peaks[0], peaks[1], (stored[0], stored[1]), (logical[0], logical[1]))
 
@@ -295,7 +303,7 @@ def memory_pass(job: Job) -> dict[str, Any]:
     batch = max(batches(job, loaded), key=lambda b: b.input_ids.numel() + b.steps * len(b.requests))
     meter = MemoryMeter(job.device, devices_of(model, job.device))
     take_workspaces(model, job.method, batch)
-    held = memory_of(model, job.method, batch, meter, job.chunk_size)
+    held = memory_of(model, batch, meter, job)
     shape, full = kv_shape(model.config, job.dtype), full_shape(model.config, job.dtype, job.method.sharing)
     lengths, steps = [len(r.prompt) for r in batch.requests], batch.steps - 1
     return {
@@ -340,7 +348,7 @@ def energy_pass(job: Job) -> dict[str, Any]:
 
     def once() -> None:
         for batch in work:
-            answer(loaded.model, job.method.new_cache(loaded.model), batch, job.chunk_size, lambda: None)
+            answer(loaded.model, job.method.new_cache(loaded.model), batch, job, lambda: None)
 
     once()
     idle = meter.over(lambda: time.sleep(ENERGY_SECONDS))

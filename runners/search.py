@@ -124,7 +124,7 @@ def _try(todo: SearchJob, value: int, loaded: LoadedModel, meter: MemoryMeter) -
     """Answer a batch of this size."""
     job = todo.job
     try:
-        held = memory_of(loaded.model, job.method, _batch(job, todo.search, value, loaded), meter, job.chunk_size)
+        held = memory_of(loaded.model, _batch(job, todo.search, value, loaded), meter, job)
     except Exception as error:
         if not is_out_of_memory(error):
             raise

@@ -14,7 +14,7 @@ from tiny_models import prompt_ids, tiny_model
 from kvbench.methods.base import Method
 from kvbench.methods.selection.snapkv import SnapKV
 from kvbench.models.random import RandomModel
-from kvbench.runners import efficiency, measure, passes
+from kvbench.runners import efficiency, graph, measure, passes
 from kvbench.runners.fresh import Killed, in_fresh_process
 from kvbench.runners.measure import HONEST_MALLOC
 from kvbench.runners.passes import Batch, Job, Timed, memory_pass, metrics, time_batch
@@ -22,6 +22,10 @@ from kvbench.tasks.shape import Shape
 from kvbench.tasks.workload import Request
 
 TINY = ("model=random", "model.shape=tiny", "runner=efficiency", "device=cpu", "runner.repeats=2")
+
+
+def job_of(method: Method) -> Job:
+    return Job(RandomModel("tiny"), method, None, "cpu", torch.float32, 0, 1, None, 0, 1)
 
 
 def batch_of(*lengths: tuple[int, int]) -> Batch:
@@ -76,9 +80,9 @@ def test_the_first_token_belongs_to_prefill_and_only_the_others_to_decode(monkey
         return logits
 
     monkeypatch.setattr(passes, "prefill", slow_prefill)
-    monkeypatch.setattr(passes, "decode", slow_decode)
+    monkeypatch.setattr(graph, "decode", slow_decode)
     start = time.monotonic()
-    timed = time_batch(tiny_model(), Method("full"), batch_of((4, 5)), "cpu", None)
+    timed = time_batch(tiny_model(), batch_of((4, 5)), job_of(Method("full")))
     around = time.monotonic() - start
     assert len(steps) == 4
     assert timed.ttft >= 0.2
@@ -96,9 +100,9 @@ def test_the_tokens_that_are_timed_are_the_tokens_that_generate_gives(monkeypatc
         fed.append(token.tolist())
         return decode(model, cache, token)
 
-    monkeypatch.setattr(passes, "decode", spy)
+    monkeypatch.setattr(graph, "decode", spy)
     method = Method("snapkv", SnapKV(budget=16, window=4))
-    time_batch(model, method, Batch([Request("0", (1,) * 40, 9)], ids, None), "cpu", None)
+    time_batch(model, Batch([Request("0", (1,) * 40, 9)], ids, None), job_of(method))
     assert [t for (t,) in fed] == generate(model, method.new_cache(model), ids, max_new_tokens=9).tokens[0][:-1]
 
 

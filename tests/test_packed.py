@@ -66,6 +66,48 @@ def test_products_with_packed_numbers_are_those_with_the_numbers(case, bits, pie
     )
 
 
+ONE_TOKEN = """
+import json, torch
+from kvbench.methods.attention import cached_attention
+from kvbench.methods.storage import kernels
+
+torch.manual_seed(0)
+worst = []
+for case in ((2, 2, 3, 64, 300, 250), (1, 4, 1, 96, 70, 70), (3, 1, 8, 32, 5000, 4097)):
+    batch, heads, groups, dim, capacity, used = case
+    for marked_heads in (1, heads):
+        for dtype in (torch.float32, torch.float16):
+            keys, values = (torch.randn(batch, heads, capacity, dim).to(dtype) for _ in range(2))
+            there = torch.rand(batch, marked_heads, capacity) > 0.3
+            there[..., used:] = False
+            keys[:, :, used:] = float("nan")            # room that nothing was written to is not looked at
+            query = torch.randn(batch, heads * groups, 1, dim).to(dtype)
+            found = kernels.attention_of_one_token(query, keys, values, there, torch.tensor([used]), 0.2)
+            part = (x[:, :, :used].double() for x in (keys, values))
+            expected = cached_attention(query.double(), *part, 0.2, there[..., :used])
+            worst.append([str(dtype), float((found.double() - expected).abs().max())])
+print(json.dumps(worst))
+"""
+
+
+def test_one_token_s_attention_over_fixed_buffers():
+    """In Triton's interpreter, against float64: rows and heads with holes, room at the end, many parts."""
+    pytest.importorskip("triton")
+    for dtype, error in in_the_interpreter(ONE_TOKEN):
+        assert error < {"torch.float32": 1e-5, "torch.float16": 5e-3}[dtype]
+
+
+def in_the_interpreter(script: str, *arguments: str) -> list:
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
 KERNELS = """
 import json, sys, torch
 from kvbench.methods.storage import kernels, packed
@@ -95,14 +137,7 @@ print(json.dumps(worst))
 def test_the_kernels_give_what_pytorch_gives():
     """In Triton's interpreter; half precision rounds the expanded numbers, as an expanded cache would."""
     pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-c", KERNELS, json.dumps(CASES)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    errors = json.loads(done.stdout)
+    errors = in_the_interpreter(KERNELS, json.dumps(CASES))
     assert len(errors) == len(CASES) * 3 * 2 * 2
     for dtype, error in errors:
         assert error < {"torch.float32": 2e-5, "torch.float16": 2e-3}[dtype]

@@ -115,6 +115,19 @@ class LayerStorage(ABC):
         keys, values, held = self.read()
         return cached_attention(query, keys, values, scaling, held)
 
+    @property
+    def can_freeze(self) -> bool:
+        """Whether :meth:`freeze` can be called."""
+        return False
+
+    def freeze(self, room: int) -> None:
+        """Give every tensor its last shape, with room for so many tokens.
+
+        From then on single tokens come, each to a slot whose number is on the device: no step looks at a number on the
+        host, so one step can be recorded and played again (``runners/graph.py``).
+        """
+        raise NotImplementedError
+
     def settle(self) -> None:
         """A step's attention is done: represent what has become old in the way of old tokens."""
         return

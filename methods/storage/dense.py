@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from .base import GROWTH, KVShape, LayerStorage, Storage
+from .packed import has_kernels
 
 HIDDEN = 64
 """Steps with tokens that leave after which the others are moved together; until then their slots are holes."""
@@ -26,6 +28,7 @@ class DenseLayer(LayerStorage):
         self._values: torch.Tensor | None = None
         self._valid: torch.Tensor | None = None
         self._drops = 0  # since tokens were last moved together
+        self._next: torch.Tensor | None = None  # [1] int64, slot of the next token, once frozen
 
     def write(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         # A copy, always: a slice, or a view of a fused projection, would keep its whole parent in memory.
@@ -38,6 +41,13 @@ class DenseLayer(LayerStorage):
         n, start = keys.shape[2], self.length
         if self._keys is None or self._values is None:
             self.write(keys, values, None if valid is None else valid[:, None])
+            return
+        if self._next is not None:
+            assert self._valid is not None and n == 1 and valid is None, "a frozen layer takes single tokens"
+            self._keys.index_copy_(2, self._next, keys)
+            self._values.index_copy_(2, self._next, values)
+            self._valid.index_fill_(2, self._next, True)
+            self._next += 1
             return
         if start + n > self._keys.shape[2]:
             capacity, self.growth = start + max(n, self.growth), GROWTH
@@ -89,6 +99,30 @@ class DenseLayer(LayerStorage):
             self._valid = torch.ones(*valid.shape[:2], self._keys.shape[2], dtype=torch.bool, device=valid.device)
             self._valid[:, :, :count] = valid
         self.length = count
+
+    @property
+    def can_freeze(self) -> bool:
+        return True
+
+    def freeze(self, room: int) -> None:
+        keys, values, valid = self.read()
+        capacity = self.length + room
+        heads = 1 if valid is None else valid.shape[1]
+        there = torch.zeros(keys.shape[0], heads, capacity, dtype=torch.bool, device=keys.device)
+        there[:, :, : self.length] = True if valid is None else valid
+        # Zeros, not whatever was there: a weight of zero times a NaN is a NaN.
+        self._keys, self._values = (F.pad(x, (0, 0, 0, room)) for x in (keys, values))
+        self._valid, self._next = there, torch.tensor([self.length], device=keys.device)
+        self.length = capacity
+
+    def attend(self, query: torch.Tensor, scaling: float, valid: torch.Tensor | None) -> torch.Tensor:
+        if self._next is None or not (query.is_cuda and has_kernels()):
+            return super().attend(query, scaling, valid)
+        from .kernels import attention_of_one_token
+
+        keys, values, held = self.read()
+        assert held is not None
+        return attention_of_one_token(query, keys, values, held, self._next, scaling)
 
     def trim(self) -> None:
         keys, values, valid = self.read()

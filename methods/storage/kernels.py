@@ -1,4 +1,4 @@
-"""Triton kernels: the two products of a decode step's attention over packed numbers, for CUDA.
+"""Triton kernels of a decode step's attention, for CUDA: the two products over packed numbers, and over fixed buffers.
 
 The codes are read as they are packed and expanded in registers, a tile at a time; nothing of the expanded cache is
 written. Numbers are rounded to the queries' dtype before a product, as they are where a cache is expanded first, and
@@ -86,6 +86,89 @@ def _sums(
             total += tl.dot(w, values, input_precision="ieee")
     place = ((n * tl.num_programs(1) + part) * rows + g[:, None]) * dim + d[None]
     tl.store(out + place, total, mask=(g[:, None] < rows) & (d[None] < dim))
+
+
+@triton.jit
+def _attention(
+    query, keys, values, there, used, sums, highest, totals,
+    scaling, dim, length, rows, heads, tiles, there_b, there_h,
+    ROWS: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """One part of the tokens of one head: weighted sums of its values, and what is needed to join the parts."""
+    n, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    g, d = tl.arange(0, ROWS), tl.arange(0, DIM)
+    q = tl.load(
+        query + n * rows * dim + g[:, None] * dim + d[None], mask=(g[:, None] < rows) & (d[None] < dim), other=0.0
+    )
+    end = tl.minimum(tl.load(used), length)
+    known = there + (n // heads) * there_b + (n % heads) * there_h
+    total = tl.zeros((ROWS, DIM), tl.float32)
+    top = tl.full((ROWS,), -1e30, tl.float32)
+    weight = tl.zeros((ROWS,), tl.float32)
+    for tile in range(tiles):
+        t = (part * tiles + tile) * TOKENS + tl.arange(0, TOKENS)
+        inside = t < end
+        k = tl.load(keys + (n * length + t[None]) * dim + d[:, None], mask=inside[None] & (d[:, None] < dim), other=0.0)
+        v = tl.load(
+            values + (n * length + t[:, None]) * dim + d[None], mask=inside[:, None] & (d[None] < dim), other=0.0
+        )
+        real = tl.load(known + t, mask=inside, other=0) != 0
+        if HALF:
+            logits = tl.dot(q, k) * scaling
+        else:
+            logits = tl.dot(q, k, input_precision="ieee") * scaling
+        logits = tl.where(real[None], logits, -1e30)
+        new = tl.maximum(top, tl.max(logits, axis=1))
+        shrink = tl.exp(top - new)
+        w = tl.where(real[None], tl.exp(logits - new[:, None]), 0.0)
+        weight = weight * shrink + tl.sum(w, axis=1)
+        if HALF:
+            total = total * shrink[:, None] + tl.dot(w.to(v.dtype), v)
+        else:
+            total = total * shrink[:, None] + tl.dot(w, v, input_precision="ieee")
+        top = new
+    row = (n * tl.num_programs(1) + part) * rows + g
+    tl.store(sums + row[:, None] * dim + d[None], total, mask=(g[:, None] < rows) & (d[None] < dim))
+    tl.store(highest + row, top, mask=g < rows)
+    tl.store(totals + row, weight, mask=g < rows)
+
+
+def attention_of_one_token(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    there: torch.Tensor,
+    used: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """A step's attention over buffers of fixed size, the tokens cut into parts that run side by side.
+
+    Args:
+        query: [B, H_q, 1, D].
+        keys, values: [B, H, capacity, D], contiguous.
+        there: [B, 1 or H, capacity] bool, slots that hold a token.
+        used: [1] int64 on the device: slots from there on hold none, and are not read.
+        scaling: factor on the logits.
+
+    Returns:
+        [B, H_q, 1, D].
+    """
+    batch, query_heads, _, dim = query.shape
+    heads, length = keys.shape[1:3]
+    rows, segments = query_heads // heads, batch * heads
+    tiles = triton.cdiv(triton.cdiv(length, TILE), SPLITS)
+    parts = triton.cdiv(triton.cdiv(length, TILE), tiles)
+    sums = torch.empty(segments, parts, rows, dim, dtype=torch.float32, device=query.device)
+    highest, totals = (torch.empty(segments, parts, rows, dtype=torch.float32, device=query.device) for _ in range(2))
+    marks = there.view(torch.uint8)
+    _attention[(segments, parts)](
+        query.contiguous(), keys, values, marks, used, sums, highest, totals,
+        scaling, dim, length, rows, heads, tiles, marks.stride(0), marks.stride(1) if marks.shape[1] > 1 else 0,
+        **_sizes(query, rows, dim),
+    )  # fmt: skip
+    share = (highest - highest.amax(1, keepdim=True)).exp()
+    out = (sums * share[..., None]).sum(1) / (totals * share).sum(1)[..., None]
+    return out.to(query.dtype).view(batch, query_heads, 1, dim)
 
 
 def query_times_keys(query: torch.Tensor, keys: Quantized, bits: int) -> torch.Tensor:

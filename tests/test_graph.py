@@ -1,0 +1,157 @@
+"""Steps over buffers of fixed size: the same logits as steps that grow, and how steps that are played are counted."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sharing_models import shared_model
+from tiny_models import left_pad, prompt_ids, tiny_model
+
+from kvbench.methods.base import Method
+from kvbench.methods.fan_out import FanOutCache
+from kvbench.methods.selection.snapkv import SnapKV
+from kvbench.methods.sharing.cla import CLA
+from kvbench.methods.sharing.lckv import LCKV
+from kvbench.methods.sharing.yoco import YOCO
+from kvbench.runners import graph
+from kvbench.runners.cli import named_method
+from kvbench.runners.engine import decode, prefill
+from kvbench.runners.graph import Stepper
+
+STATIC = ["full", "snapkv budget=20 selection.window=4", "pyramidkv budget=20 selection.window=4", "key_diff budget=20"]
+CHANGING = ["h2o budget=20", "tova budget=20", "streaming_llm budget=20", "kivi", "minicache", "ada_kv budget=40"]
+
+
+def prompts(padded: bool):
+    return left_pad([prompt_ids(60, 1), prompt_ids(33, 2)]) if padded else (prompt_ids(60), None)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("text", STATIC)
+def test_a_frozen_cache_steps_as_a_growing_one(text, padded):
+    model, method = tiny_model(), named_method(text)
+    ids, mask = prompts(padded)
+    grows, frozen = method.new_cache(model), method.new_cache(model)
+    token = prefill(model, grows, ids, mask).argmax(-1)
+    prefill(model, frozen, ids, mask)
+    assert frozen.can_freeze
+    frozen.freeze(9)
+    stored = frozen.kv_bytes_stored
+    places = [[t.data_ptr() for t in layer.tensors()] for layer in frozen.layers]
+    for _ in range(9):
+        expected = decode(model, grows, token)
+        torch.testing.assert_close(decode(model, frozen, token), expected, rtol=0, atol=1e-10)
+        token = expected.argmax(-1)
+    assert frozen.kv_bytes_logical == grows.kv_bytes_logical
+    assert all(torch.equal(a, b) for a, b in zip(frozen.tokens_held, grows.tokens_held, strict=True))
+    assert frozen.kv_bytes_stored == stored
+    assert places == [[t.data_ptr() for t in layer.tensors()] for layer in frozen.layers]
+
+
+@pytest.mark.parametrize("sharing", [CLA(2), LCKV(encode="exact")], ids=lambda s: s.label)
+def test_models_that_share_freeze_too(sharing):
+    ids = prompt_ids(30) % 40
+    model, method = shared_model(sharing), Method("m", sharing=sharing)
+    grows, frozen = method.new_cache(model), method.new_cache(model)
+    token = prefill(model, grows, ids).argmax(-1)
+    prefill(model, frozen, ids)
+    frozen.freeze(5)
+    for _ in range(5):
+        expected = decode(model, grows, token)
+        torch.testing.assert_close(decode(model, frozen, token), expected, rtol=0, atol=1e-10)
+        token = expected.argmax(-1)
+
+
+@pytest.mark.parametrize("text", CHANGING)
+def test_caches_whose_shapes_change_are_left_alone(text):
+    model, method = tiny_model(), named_method(text)
+    cache = method.new_cache(model)
+    prefill(model, cache, prompt_ids(60))
+    assert not cache.can_freeze
+
+
+def test_a_window_and_a_fan_out_are_left_alone():
+    model = shared_model(YOCO(window=8))
+    cache = Method("m", sharing=YOCO(window=8)).new_cache(model)
+    prefill(model, cache, prompt_ids(30) % 40)
+    assert not cache.can_freeze
+    cache = FanOutCache([Method("full").new_cache(tiny_model())])
+    prefill(tiny_model(), cache, prompt_ids(30))
+    assert not cache.can_freeze
+
+
+class FakeGraph:
+    """Plays a step by running it again, on what the recorded tensors hold by then, into the tensor of its logits."""
+
+    def replay(self):
+        stepper = self.stepper
+        stepper._logits.copy_(decode(stepper.model, stepper.cache, stepper._token))
+        stepper.cache.advance(-1)  # a graph runs no Python
+
+
+@pytest.mark.parametrize("text", STATIC[:2])
+@torch.inference_mode()
+def test_played_steps_are_counted_and_fed_as_run_ones(monkeypatch, text):
+    """CUDA by a stand-in: recording writes down the step without running it."""
+    model, method = tiny_model(), named_method(text)
+    made = FakeGraph()
+
+    @contextmanager
+    def recording(_):
+        held = [vars(layer.storage).items() for layer in cache.layers]
+        caches = [{k: v.clone() for k, v in items if torch.is_tensor(v)} for items in held]
+        seen = cache.tokens_seen.clone()
+        yield
+        for layer, before in zip(cache.layers, caches, strict=True):  # nothing ran
+            for name, value in before.items():
+                getattr(layer.storage, name).copy_(value)
+        cache.tokens_seen.copy_(seen)
+
+    monkeypatch.setattr(graph.torch.cuda, "CUDAGraph", lambda: made)
+    monkeypatch.setattr(graph.torch.cuda, "graph", recording)
+    ids, mask = prompts(True)
+    plain, cache = method.new_cache(model), method.new_cache(model)
+    token = prefill(model, plain, ids, mask).argmax(-1)
+    prefill(model, cache, ids, mask)
+    on_cuda = SimpleNamespace(device=torch.device("cuda"))
+    assert Stepper(on_cuda, cache, 3).how == graph.EAGER  # too few to be worth a recording
+    step = Stepper(on_cuda, cache, 7)
+    step.model = made.stepper = model
+    made.stepper = step
+    assert step.how == graph.GRAPH
+    for _ in range(7):
+        expected = decode(model, plain, token)
+        torch.testing.assert_close(step(token), expected, rtol=0, atol=1e-10)
+        token = expected.argmax(-1)
+    assert torch.equal(cache.tokens_seen, plain.tokens_seen)
+    assert [layer.seen for layer in cache.layers] == [layer.seen for layer in plain.layers]
+
+
+def test_on_a_cpu_a_step_is_run_as_it_is():
+    model = tiny_model()
+    cache = Method("snapkv", SnapKV(budget=20, window=4)).new_cache(model)
+    token = prefill(model, cache, prompt_ids(60)).argmax(-1)
+    step = Stepper(model, cache, 20)
+    assert step.how == graph.EAGER
+    assert step(token).shape == (1, 101)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("text", STATIC)
+def test_a_recorded_step_on_the_device(text):
+    model, method = tiny_model(dtype=torch.float32).cuda(), named_method(text)
+    plain, cache = method.new_cache(model), method.new_cache(model)
+    ids = prompt_ids(60).cuda()
+    token = prefill(model, plain, ids).argmax(-1)
+    prefill(model, cache, ids)
+    step = Stepper(model, cache, 9)
+    assert step.how == graph.GRAPH
+    with torch.inference_mode():
+        for _ in range(9):
+            expected = decode(model, plain, token)
+            torch.testing.assert_close(step(token), expected, rtol=1e-3, atol=1e-3)
+            token = expected.argmax(-1)
+    model.cpu()
