@@ -171,14 +171,15 @@ def _distinct(group: Sequence[Run]) -> list[Run]:
 
 def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
     """A method's settings but for the budget."""
-    flat = _flat(record["identity"]["method"])
-    return {k: v for k, v in flat.items() if k != "selection.budget"}
+    settings = flat(record["identity"]["method"])
+    return {k: v for k, v in settings.items() if k != "selection.budget"}
 
 
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
     out: dict[str, Any] = {}
     for key, value in nested.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return out
 
 

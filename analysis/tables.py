@@ -563,6 +563,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--by-budget", action="store_true", help="scores alone, a row a method and a column a budget (md, tex)"
     )
+    parser.add_argument(
+        "--published", action="store_true", help="papers' figures of speed and memory beside the runs that answer them"
+    )
     args = parser.parse_args(argv)
     try:
         ending = args.format or ("md" if args.output is None else args.output.suffix.removeprefix("."))
@@ -571,9 +574,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs, problems = load(args.results)
         for problem in problems:
             print(problem, file=sys.stderr)
+        if args.published and ending == "csv":
+            raise InputError("--published", "csv", "mixes runs and claims: leave out --format and -o, or use md or tex")
         if args.by_budget and ending == "csv":
             raise InputError("--by-budget", "csv", "has a run in each cell: leave it out, the csv names every number")
-        text = FORMATS[ending](budget_tables(runs) if args.by_budget else tables(runs))
+        text = FORMATS[ending](_wanted(args, runs))
         if args.output is None:
             print(text)
         else:
@@ -582,6 +587,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _wanted(args: argparse.Namespace, runs: Sequence[Run]) -> list[Table]:
+    if args.published:
+        from .published import published_table  # it builds on this module
+
+        return [published_table(runs)]
+    return budget_tables(runs) if args.by_budget else tables(runs)
 
 
 def write(path: Path, text: str) -> None:

@@ -1,0 +1,147 @@
+"""Published figures beside ours: every claim can be answered by a run of the campaign, and the arithmetic by hand."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from records import efficiency, save
+
+from kvbench.analysis.load import load
+from kvbench.analysis.published import claims, number, published_table
+from kvbench.analysis.tables import main
+from kvbench.models.random import SHAPES
+
+CAMPAIGN = Path(__file__).resolve().parents[1] / "scripts" / "campaign_gpu.sh"
+
+
+def record(method, budget, claim, tpot_ms=10.0, **more):
+    made = efficiency(method, budget, tpot_ms)
+    made["model"], made["task"] = claim.model, claim.task
+    made["identity"] = copy.deepcopy(made["identity"]) | {"batch_size": claim.batch_size}
+    made["hash"] += f"{method}{budget}"
+    return made | more
+
+
+def claim_of(paper, words):
+    (found,) = (c for c in claims() if c.paper == paper and words in c.claim)
+    return found
+
+
+def row_of(table, words):
+    return [[cell.text for cell in row] for row in table.rows if words in row[1].text]
+
+
+def test_claims_name_what_there_is():
+    for claim in claims():
+        assert claim.published > 0 and claim.source and claim.published_on
+        assert claim.model.removeprefix("random-") in SHAPES
+        assert claim.compare in ("method", "method / against", "against / method", "percent less")
+        assert bool(claim.against) == (claim.compare != "method")
+        assert claim.unit in ("x", "%", "tokens", "sequences")
+
+
+def test_a_speed_up_is_the_full_cache_s_time_over_the_method_s(tmp_path):
+    claim = claim_of("SnapKV", "speed-up")
+    folder = save(tmp_path, record("full", None, claim, 40.0), record("snapkv", 2048, claim, 10.0))
+    ((paper, _, published, _, ours, device, share, verdict),) = row_of(published_table(load(folder)[0]), "speed-up")
+    assert (paper, published, ours, device) == ("SnapKV", "3.6 x", "4 x", "a cpu")
+    assert (share, verdict) == ("1.11", "reached")
+
+
+def test_what_falls_short_is_said_so_and_what_was_not_run_too(tmp_path):
+    claim = claim_of("SnapKV", "speed-up")
+    folder = save(tmp_path, record("full", None, claim, 12.0), record("snapkv", 2048, claim, 10.0))
+    table = published_table(load(folder)[0])
+    assert [r[-1] for r in row_of(table, "speed-up")] == ["not reached"]
+    assert {r[-1] for r in row_of(table, "longest input")} == {"not run"}
+    assert len(table.rows) == len(claims())
+
+
+def test_another_machine_is_no_baseline(tmp_path):
+    claim = claim_of("SnapKV", "speed-up")
+    full = record("full", None, claim, 40.0)
+    full["identity"]["hardware"] = {"cpu": None, "gpu": "another", "torch_threads": 1}
+    folder = save(tmp_path, full, record("snapkv", 2048, claim, 10.0))
+    assert [r[-1] for r in row_of(published_table(load(folder)[0]), "speed-up")] == ["not run"]
+
+
+def test_settings_tell_runs_of_one_label_apart(tmp_path):
+    """KIVI's two residual lengths: 128 at 2.35, 32 at 3.47."""
+    first = claim_of("KIVI", "residual 128")
+    made = [record("full", None, first)]
+    for residual, speed in ((128, 200.0), (32, 300.0)):
+        one = record("kivi2", None, first)
+        one["identity"]["method"] = {"name": "kivi", "storage": {"class": "Kivi", "residual": residual}}
+        one["metrics"]["output_tokens_per_s"]["median"] = speed
+        one["hash"] += str(residual)
+        made.append(one)
+    made[0]["metrics"]["output_tokens_per_s"]["median"] = 100.0
+    table = published_table(load(save(tmp_path, *made))[0])
+    assert [r[4] for r in row_of(table, "residual 128")] == ["2 x"]
+    assert [r[4] for r in row_of(table, "residual 32")] == ["3 x"]
+
+
+def test_saved_memory_is_in_percent(tmp_path):
+    claim = claim_of("MiniCache", "memory saved")
+    full, mini = record("full", None, claim), record("minicache_kivi4", None, claim)
+    for made, bytes_ in ((full, 100), (mini, 60)):
+        made["memory"]["peak_decode"]["allocated"] = bytes_ * 2**30
+    table = published_table(load(save(tmp_path, full, mini))[0])
+    assert [r[4] for r in row_of(table, "memory saved")][:1] == ["40 %"]
+
+
+def test_numbers_are_found_by_their_path():
+    made = {"a": {"b": 6}, "c": 3, "d": None}
+    assert number(made, "a.b") == 6 and number(made, "a.b / c") == 2
+    assert number(made, "a.x") is None and number(made, "d.x") is None
+
+
+def test_the_command_prints_it_and_refuses_a_csv(tmp_path, capsys):
+    claim = claim_of("SnapKV", "speed-up")
+    folder = save(tmp_path, record("full", None, claim, 40.0), record("snapkv", 2048, claim, 10.0))
+    assert main([str(folder), "--published"]) == 0
+    assert "| SnapKV | " in capsys.readouterr().out.replace("SnapKV      ", "SnapKV")
+    assert main([str(folder), "--published", "--format", "csv"]) == 2
+    assert "--published=csv" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("claim", claims(), ids=lambda c: f"{c.paper}-{c.claim}")
+def test_the_campaign_runs_what_answers_each_claim(claim):
+    """Its commands name the shape, the task and the method of every claim."""
+    text = CAMPAIGN.read_text()
+    assert claim.model.removeprefix("random-") in text
+    assert claim.task.split("-")[0].split("+")[0] in text
+
+
+def test_the_campaign_is_rehearsed(tmp_path):
+    """Every part at toy size on the CPU; a second launch has nothing left to do."""
+    first = subprocess.run(
+        [str(CAMPAIGN), str(tmp_path), "--rehearse"],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
+    runs, problems = load(tmp_path)
+    assert not problems and all(run.done for run in runs)
+    assert {run.label for run in runs} >= {"full", "snapkv 40", "minicache_kivi4", "kivi4", "pyramid_infer"}
+    assert {run.label for run in runs} >= {"h2o 0.2", "lckv-w2", "yoco"}
+    assert {run.record["task"].split("-")[0].split("+")[0] for run in runs} >= {"shape", "sharegpt", "max_batch"}
+    again = subprocess.run(
+        [str(CAMPAIGN), str(tmp_path), "--rehearse", "kivi"],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert again.returncode == 0 and again.stdout.count("already done") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["--rehearse"], ["results", "--all"], ["results", "everything"]])
+def test_a_wrong_word_is_answered_with_the_usage(arguments):
+    done = subprocess.run([str(CAMPAIGN), *arguments], capture_output=True, text=True)
+    assert done.returncode == 2 and "scripts/campaign_gpu.sh RESULTS" in done.stderr
