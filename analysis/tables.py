@@ -245,8 +245,7 @@ def efficiency_table(runs: Sequence[Run]) -> Table:
     )
     if first["identity"]["device"] == "cpu":
         table.notes.append("Peaks are of the whole process (resident set).")
-    table.notes += _made_by(runs)
-    table.notes += _problems(runs)
+    table.notes += _ways_of_decoding(runs) + _made_by(runs) + _problems(runs)
     return _emphasised(table)
 
 
@@ -300,8 +299,20 @@ def search_table(runs: Sequence[Run]) -> Table:
     tolerance = first["identity"]["task"]["tolerance"]
     if tolerance:
         table.notes.append(f"Sizes are found to within {100 * tolerance:g} %.")
-    table.notes += _made_by(runs) + _problems(runs)
+    table.notes += _ways_of_decoding(runs) + _made_by(runs) + _problems(runs)
     return table
+
+
+def _ways_of_decoding(runs: Sequence[Run]) -> list[str]:
+    """Which runs played recorded steps, where not all are alike: some of the difference in time is that."""
+    by_way: dict[str, list[str]] = {}
+    for run in runs:
+        if run.done and "decode" in run.record:
+            by_way.setdefault(run.record["decode"], []).append(run.label)
+    if len(by_way) < 2:
+        return []
+    ways = "; ".join(f"{way}: {', '.join(labels)}" for way, labels in sorted(by_way.items()))
+    return [f"Decode steps were not run alike ({ways}): a part of the difference in time is that."]
 
 
 def _problems(runs: Sequence[Run]) -> list[str]:

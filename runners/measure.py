@@ -149,6 +149,26 @@ def copy_bandwidth(device: str, size: int = COPY_BYTES, copies: int = COPIES) ->
     return 2 * size / best
 
 
+def read_bandwidth(device: str, size: int = COPY_BYTES, repeats: int = COPIES) -> float | None:
+    """Bytes per second at which a matrix of ``size`` bytes is read, times a vector; the best of ``repeats``.
+
+    That is what a decode step mostly does, and unlike a copy it writes nothing. None where there is no room for it.
+    """
+    try:
+        matrix = torch.ones(size // 4, device=device).view(1024, -1)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            return None
+        raise
+    vector = torch.ones(matrix.shape[1], device=device)
+    best = float("inf")
+    for _ in range(repeats):
+        start = now(device)
+        torch.mv(matrix, vector)
+        best = min(best, now(device) - start)
+    return matrix.nbytes / best
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """CUDA has a class for it; the CPU's allocator says so in words."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

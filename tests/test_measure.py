@@ -142,12 +142,20 @@ def test_bandwidth_is_what_a_copy_moves(monkeypatch):
     assert copy_bandwidth("cpu", size=1000, copies=3) == pytest.approx(2 * 1000 / 0.01)
 
 
+def test_read_bandwidth_counts_what_is_read_once(monkeypatch):
+    ticks = iter(range(100))
+    monkeypatch.setattr(measure, "now", lambda device: 0.01 * next(ticks))
+    assert measure.read_bandwidth("cpu", size=4 << 20, repeats=3) == pytest.approx((4 << 20) / 0.01)
+
+
 def test_no_room_to_measure_bandwidth_is_no_crash(monkeypatch):
     def full(*args: object, **kwargs: object) -> torch.Tensor:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
     monkeypatch.setattr(measure.torch, "empty", full)
     assert copy_bandwidth("cpu") is None
+    monkeypatch.setattr(measure.torch, "ones", full)
+    assert measure.read_bandwidth("cpu") is None
 
 
 def test_what_counts_as_out_of_memory():

@@ -28,6 +28,16 @@ def cell(table, label, column):
     return row[table.columns.index(column)]
 
 
+def test_recorded_and_eager_steps_in_one_table_are_said_so():
+    made = [efficiency("full", None, 10.0), efficiency("h2o", 128, 5.0)]
+    for record, way in zip(made, ("cuda graph", "eager"), strict=True):
+        record["decode"] = way
+    runs = [Run(Path(), record, record["method_label"]) for record in made]
+    assert any("(cuda graph: full; eager: h2o 128)" in note for note in efficiency_table(runs).notes)
+    made[0]["decode"] = "eager"
+    assert not any("not run alike" in note for note in efficiency_table(runs).notes)
+
+
 def test_energy_has_a_column_where_it_was_measured():
     made = [efficiency("full", None, 10.0), efficiency("snapkv", 128, 5.0)]
     made[1]["energy"] = {"problem": None, "joules": 65.0, "joules_per_output_token": 1.0}
