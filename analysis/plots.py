@@ -212,7 +212,7 @@ def batch_sizes(timed: Sequence[Sequence[Run]]) -> Iterator[Plot]:
         found: int | None = record["identity"]["batch_size"]
         return found
 
-    for family in _families_along(timed, batch, ()):
+    for family in _families_along(timed, batch, ("limit", "batch_size")):
         first = family[0].record
         title = f"{first['task']}, {first['model']}\n{setting(first)}".replace(f", batch {batch(first)}", "")
         yield Plot(
@@ -243,14 +243,13 @@ def batch_sizes(timed: Sequence[Sequence[Run]]) -> Iterator[Plot]:
 def _families_along(
     timed: Sequence[Sequence[Run]], value: Callable[[Mapping[str, Any]], int | None], names: Sequence[str]
 ) -> Iterator[list[Run]]:
-    """Groups that differ in one number alone, as one list each; ``names`` are the task's fields that follow it."""
+    """Groups that differ in one number alone, as one list each; ``names`` are the fields that follow it."""
     families: dict[str, list[Run]] = {}
     for group in timed:
         record = group[0].record
         if value(record) is not None:
             task = {k: v for k, v in record["identity"]["task"].items() if k not in names}
-            left_out = ("method", "task") if names else ("method", "task", "batch_size")
-            rest = {k: v for k, v in record["identity"].items() if k not in left_out}
+            rest = {k: v for k, v in record["identity"].items() if k not in ("method", "task", *names)}
             families.setdefault(json.dumps([task, rest], sort_keys=True), []).extend(group)
     yield from (f for f in families.values() if len({value(run.record) for run in f}) > 1)
 

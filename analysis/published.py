@@ -28,9 +28,9 @@ class Claim:
 
     Attributes:
         paper, claim, published, unit, published_on, source: what is claimed, of what hardware and model, and where.
-        model, task, batch_size: of the runs that answer it; an empty batch size: a search for it.
+        model, task, batch_size, memory_limit_gib: of the runs that answer it; an empty batch size: a search for it.
         method, settings: label of the method's run, and ``part.key=value`` of its identity where labels do not tell.
-        against: label of the run it is compared with, if any.
+        against, against_settings: the same of the run it is compared with, if any.
         metric: path into a record; ``a / b`` divides two.
         compare: ``method``, ``method / against``, ``against / method`` or ``percent less``.
     """
@@ -44,9 +44,11 @@ class Claim:
     model: str
     task: str
     batch_size: int | None
+    memory_limit_gib: float | None
     method: str
     settings: str
     against: str
+    against_settings: str
     metric: str
     compare: str
 
@@ -56,12 +58,15 @@ class Claim:
         values: dict[str, Any] = {f.name: row[f.name] for f in fields(cls)}
         values["published"] = float(row["published"])
         values["batch_size"] = int(row["batch_size"]) if row["batch_size"] else None
+        values["memory_limit_gib"] = float(row["memory_limit_gib"]) if row["memory_limit_gib"] else None
         return cls(**values)
 
     def answered_by(self, record: Mapping[str, Any], label: str, settings: str = "") -> bool:
         """Whether ``record`` is the run of a method with this label under the claim's circumstances."""
         identity = record["identity"]
         where = (record["model"], record["task"], identity.get("batch_size"), record["method_label"])
+        if identity["runner"].get("memory_limit_gib") != self.memory_limit_gib:
+            return False
         if record["status"] != "done" or where != (self.model, self.task, self.batch_size, label):
             return False
         have = {key: str(value) for key, value in flat(identity["method"]).items()}
@@ -132,8 +137,12 @@ def _answers(claim: Claim, runs: Sequence[Run]) -> list[tuple[Run, float]]:
             continue
         against = None
         if claim.against:
-            same = [r for r in runs if claim.answered_by(r.record, claim.against) and _beside(r.record, run.record)]
-            if not same:
+            same = [
+                r
+                for r in runs
+                if claim.answered_by(r.record, claim.against, claim.against_settings) and _beside(r.record, run.record)
+            ]
+            if len(same) != 1:  # none, or runs that the claim does not tell apart
                 continue
             against = same[0].record
         value = claim.ours(run.record, against)
@@ -143,8 +152,9 @@ def _answers(claim: Claim, runs: Sequence[Run]) -> list[tuple[Run, float]]:
 
 
 def _beside(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two runs differ in their method alone."""
-    return all(a["identity"][k] == b["identity"][k] for k in a["identity"] if k != "method")
+    """Whether two runs differ in their method alone (and the weights that it brings)."""
+    keys = (a["identity"].keys() | b["identity"].keys()) - {"method", "model"}
+    return all(a["identity"].get(k) == b["identity"].get(k) for k in keys)
 
 
 def _device(run: Run) -> str:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 ATTENTION_NAME = "kvbench"
 
+PIECE = 1 << 18
+"""Numbers that are converted or expanded at a time on a CPU: as many as stay in its cache."""
+
 
 def tag(key: torch.Tensor, cache: KVCache) -> torch.Tensor:
     """Name the cache on the key tensor, so that the attention function finds it.
@@ -142,6 +145,30 @@ def lower_right_attention(query: torch.Tensor, key: torch.Tensor, value: torch.T
     bias = causal_lower_right(query.shape[2], key.shape[2])
     gqa = query.shape[1] > key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling, enable_gqa=gqa)
+
+
+def exact_products(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """``query @ keys^T`` in float32 or wider, as every kernel of attention has its logits before the softmax.
+
+    Args:
+        query: [..., G, D].
+        keys: [..., S, D], with the same leading dimensions.
+
+    Returns:
+        [..., G, S].
+    """
+    exact = torch.promote_types(query.dtype, torch.float32)
+    if exact == query.dtype:
+        return torch.matmul(query, keys.transpose(-1, -2))
+    if query.is_cuda:
+        flat = (query.flatten(0, -3), keys.flatten(0, -3).transpose(1, 2))
+        return torch.bmm(*flat, out_dtype=exact).view(*query.shape[:-1], keys.shape[-2])
+    out = query.new_empty(*query.shape[:-1], keys.shape[-2], dtype=exact)
+    step = max(1, PIECE // (keys.shape[:-2].numel() * keys.shape[-1]))
+    for start in range(0, keys.shape[-2], step):  # a piece at a time: all of them in float32 would be a second cache
+        piece = keys[..., start : start + step, :].to(exact)
+        out[..., start : start + step] = torch.matmul(query.to(exact), piece.transpose(-1, -2))
+    return out
 
 
 def softmax_of(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

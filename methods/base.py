@@ -484,7 +484,7 @@ class KVCache(Cache):
     @property
     def can_freeze(self) -> bool:
         """Whether no step from here on changes a shape: every layer holds all that comes, as it is."""
-        return all(
+        return not self.recomputes and all(
             isinstance(layer, CacheLayer)
             and not layer.reading
             and layer.storage.can_freeze
@@ -502,6 +502,14 @@ class KVCache(Cache):
         """Count steps that were played again instead of run."""
         for layer in self.layers:
             layer.seen += steps
+
+    def take_back(self) -> None:
+        """Undo the last step of a frozen cache."""
+        assert self.frozen and self.tokens_seen is not None
+        self.advance(-1)
+        self.tokens_seen -= 1
+        for layer in self.layers:
+            layer.storage.take_back()
 
     def next_positions(self) -> torch.Tensor:
         """Position of the next token of every decode row: [copies x B] int64."""

@@ -37,6 +37,8 @@ from .search import SearchJob, search
 from .settings import Settings
 
 GIB = 2**30
+LESS = 0.02
+"""Share by which a size is made smaller when it was found to fit and then did not."""
 THROUGHPUT = ("output_tokens_per_s", "total_tokens_per_s")
 
 
@@ -168,14 +170,16 @@ class EfficiencyRunner(PairedRunner):
         if found["largest"] is None:
             problem = f"not even {task.what}={task.step} fits"
             return "oom", {"problem": problem, "search": found}
-        fitting = sorted((t["value"] for t in found["tried"] if t["fits"]), reverse=True)
-        for value in fitting:  # what fits by a hair when memory is measured may not when time is
+        value = found["largest"]
+        while True:  # what fits by a hair when memory is measured may not when time is
             workload, batch_size = task.at(value, job.batch_size)
             try:
                 results = _passes(replace(job, workload=workload, batch_size=batch_size))
             except Exception as error:
-                if not _no_memory(error) or value == fitting[-1]:
+                smaller = (value - max(task.step, int(LESS * value))) // task.step * task.step
+                if not _no_memory(error) or smaller < 0.8 * found["largest"] or smaller < task.step:
                     raise
+                value = smaller
             else:
                 break
         return "done", {**results, "batch_size": batch_size, "search": {**found, "measured_at": value}}
@@ -187,7 +191,12 @@ def _passes(job: Job) -> dict[str, Any]:
     memory = in_fresh_process(memory_pass, job, QUIET | (HONEST_MALLOC if job.device == "cpu" else {}))
     # No process for what is known to be impossible; only CUDA's counter needs a look at the device.
     problem = EnergyMeter(job.device).problem if job.device == "cpu" else None
-    energy = {"energy": {"problem": problem}} if problem else in_fresh_process(energy_pass, job, QUIET)
+    try:
+        energy = {"energy": {"problem": problem}} if problem else in_fresh_process(energy_pass, job, QUIET)
+    except Exception as error:  # time and memory have been measured
+        if not _no_memory(error):
+            raise
+        energy = {"energy": {"problem": "out of memory when energy was measured"}}
     return {**times, **memory, **energy, **_against_the_limit(times)}
 
 
@@ -231,7 +240,7 @@ def _gains(full: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     """At equal requests: times and bytes; of a search, whose requests differ, the sizes and the throughput at each."""
     if "search" in record:
         return {
-            "largest_ratio": record["search"]["largest"] / full["search"]["largest"],
+            "largest_ratio": record["search"]["measured_at"] / full["search"]["measured_at"],
             **{
                 f"{name}_ratio": record["metrics"][name]["median"] / full["metrics"][name]["median"]
                 for name in THROUGHPUT

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ..conf.errors import InputError
 from ..methods.base import KVCache
 from ..methods.sharing.model import KVShareLlamaForCausalLM
+from .lean import is_plain, lean_step
 
 
 @torch.inference_mode()
@@ -151,6 +152,8 @@ def decode(model: PreTrainedModel, cache: KVCache, token: torch.Tensor) -> torch
     """Feed one token per row: [rows] int64 -> logits [rows, vocabulary]; rows are ``cache.copies`` x B."""
     if cache.recomputes:
         return _forward_all(model, cache, token[:, None], None)
+    if is_plain(model):
+        return lean_step(model, cache, token)
     return model(
         input_ids=token[:, None],
         position_ids=cache.next_positions()[:, None],

@@ -1,14 +1,15 @@
 """A decode step that is recorded once and played again: a CUDA graph over buffers of fixed size.
 
 A step of a model is hundreds of small kernels; started one by one from Python they take longer to start than to run,
-which hides what a method gains. Where no step changes a shape (``KVCache.can_freeze``) the step is recorded at the
-second token and played for the rest. Methods that let tokens leave while decoding, and those whose storage changes its
-shape with the tokens, run as they are; a record says which it was.
+which hides what a method gains. Where no step changes a shape (``KVCache.can_freeze``) the step is recorded when the
+prompt has been read, and every token is a replay. Methods that let tokens leave while decoding, and those whose storage
+changes its shape with the tokens, run as they are; a record says which it was, and how long the recording took.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -24,10 +25,11 @@ EAGER, GRAPH = "eager", "cuda graph"
 class Stepper:
     """Decode steps of one cache: call it as :func:`.engine.decode`, with the tokens alone.
 
-    Make it when the prompt has been read.
+    Make it when the prompt has been read: that is when a step is recorded.
 
     Attributes:
         model, cache: as for :func:`.engine.decode`.
+        token: [rows] int64, any tokens; the first ones will do.
         steps: that will be asked for at most.
         record: whether to record a step where that can be done.
         how: ``eager`` or ``cuda graph``.
@@ -35,44 +37,58 @@ class Stepper:
 
     model: PreTrainedModel
     cache: KVCache
+    token: torch.Tensor
     steps: int
     record: bool = True
     how: str = field(init=False)
 
     def __post_init__(self) -> None:
-        # One step is run as it is and one is recorded; below four there is nothing to gain.
-        useful = self.record and self.model.device.type == "cuda" and self.steps >= 4
-        self.how = GRAPH if useful and self.cache.can_freeze and not _is_spread(self.model) else EAGER
-        self._ran = 0
-        self._play: Callable[[], None] | None = None
-        if self.how == GRAPH:
-            self.cache.freeze(self.steps)
+        possible = self.model.device.type == "cuda" and not _is_spread(self.model) and not _looks_at_lengths(self.model)
+        self.how = GRAPH if self.record and possible and self.cache.can_freeze else EAGER
+        if self.how == EAGER:
+            return
+        self.cache.freeze(self.steps)
+        self.token = self.token.clone()
+        decode(self.model, self.cache, self.token)  # libraries take what they need before anything is recorded
+        self.cache.take_back()
+        self._graph = torch.cuda.CUDAGraph()
+        with recording(self._graph):
+            self._logits = decode(self.model, self.cache, self.token)
+        self.cache.advance(-1)  # it was written down, not run
 
     def __call__(self, token: torch.Tensor) -> torch.Tensor:
         """[rows] int64 -> logits [rows, vocabulary]; the next call may overwrite them."""
-        self._ran += 1
-        if self.how == EAGER or self._ran == 1:  # the first step also has libraries take what they need
+        if self.how == EAGER:
             return decode(self.model, self.cache, token)
-        if self._play is None:
-            self._record(token)
-        assert self._play is not None
-        self._token.copy_(token)
-        self._play()
+        self.token.copy_(token)
+        self._graph.replay()
+        self.cache.advance(1)
         return self._logits
 
-    def _record(self, token: torch.Tensor) -> None:
-        self._token = token.clone()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._logits = decode(self.model, self.cache, self._token)
-        self.cache.advance(-1)  # it was written down, not run
 
-        def play() -> None:
-            graph.replay()
-            self.cache.advance(1)
+@contextmanager
+def recording(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+    """Write down what is queued on the current device instead of running it.
 
-        self._play = play
+    Not ``torch.cuda.graph``, which empties the allocator first: the next prompt would pay for that.
+    """
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        graph.capture_begin()
+        try:
+            yield
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(side)
 
 
 def _is_spread(model: PreTrainedModel) -> bool:
     return getattr(model, "hf_device_map", None) is not None
+
+
+def _looks_at_lengths(model: PreTrainedModel) -> bool:
+    """RoPE that compares the length with a limit, on the host, at every step."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    return rope.get("rope_type") in ("dynamic", "longrope")

@@ -82,13 +82,18 @@ class Energy:
 class EnergyMeter:
     """Energy by the counter that a driver keeps: NVML's of a CUDA device, RAPL's of the processor's packages.
 
+    Args:
+        device: what is measured.
+        among: CUDA devices that a model is spread over, whose counters are added up; None: ``device`` alone.
+
     Attributes:
         what: which counter.
         problem: why there is none on this machine, or None.
     """
 
-    def __init__(self, device: str):
+    def __init__(self, device: str, among: Sequence[str] | None = None):
         self._device = device
+        self._among = [device] if among is None else list(among)
         self.what = "NVML, the whole device" if device.startswith("cuda") else "RAPL, the processor's packages"
         self.problem: str | None = None
         try:
@@ -113,9 +118,9 @@ class EnergyMeter:
             import pynvml
 
             pynvml.nvmlInit()
-            identity = torch.cuda.get_device_properties(self._device).uuid
-            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{identity}")
-            return [(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3, math.inf)]
+            identities = [torch.cuda.get_device_properties(device).uuid for device in self._among]
+            handles = [pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{identity}") for identity in identities]
+            return [(pynvml.nvmlDeviceGetTotalEnergyConsumption(h) / 1e3, math.inf) for h in handles]
         found = []
         for package in sorted(RAPL.glob("intel-rapl:?")):
             used, most = (int((package / f).read_text()) / 1e6 for f in ("energy_uj", "max_energy_range_uj"))
@@ -173,7 +178,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """CUDA has a class for it; the CPU's allocator says so in words."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return any(words in str(error) for words in ("can't allocate memory", "std::bad_alloc", "Cannot allocate memory"))
+    said = str(error).lower()
+    return any(w in said for w in ("out of memory", "allocate memory", "std::bad_alloc", "alloc_failed"))
 
 
 def release_memory(device: str) -> None:

@@ -22,7 +22,7 @@ from ..methods.base import KVCache, Method, full_shape, kv_shape
 from ..models.base import LoadedModel, ModelSource
 from ..models.pretrained import devices_of, input_device
 from ..tasks.workload import Request, Workload
-from .engine import decode, left_padded, prefill
+from .engine import left_padded, prefill
 from .graph import EAGER, Stepper
 from .measure import EnergyMeter, MemoryMeter, Peak, Stopwatch, copy_bandwidth, now
 from .runs import BASELINE
@@ -93,11 +93,13 @@ class Timed:
         ttft: from handing over the prompts to the first token of every row.
         steps: of each further token, in order.
         how: the steps were run; see :class:`.graph.Stepper`.
+        recording: a step, before the first one; a server does it once when it starts, so it is in no other number.
     """
 
     ttft: float
     steps: Sequence[float]
     how: str = EAGER
+    recording: float = 0.0
 
     @property
     def decoding(self) -> float:
@@ -127,8 +129,15 @@ def batches(job: Job, loaded: LoadedModel) -> list[Batch]:
     return out
 
 
+def use_device(device: str) -> None:
+    """Make a CUDA device the current one: kernels of our own and recordings go there, whatever their tensors say."""
+    if device.startswith("cuda"):
+        torch.cuda.set_device(torch.device(device).index or 0)
+
+
 def time_pass(job: Job) -> dict[str, Any]:
     """Every repetition's times, and the yardstick measured between the same walls."""
+    use_device(job.device)
     loaded = job.source.load(job.device, job.dtype)
     work = batches(job, loaded)
     bandwidth = copy_bandwidth(job.device)
@@ -139,7 +148,10 @@ def time_pass(job: Job) -> dict[str, Any]:
             repetitions.append(timed)
     return {
         "metrics": metrics(work, repetitions),
-        "repetitions": [[{"ttft_s": t.ttft, "decode_s": t.decoding} for t in timed] for timed in repetitions],
+        "repetitions": [
+            [{"ttft_s": t.ttft, "decode_s": t.decoding, "recording_s": t.recording} for t in timed]
+            for timed in repetitions
+        ],
         "decode": " and ".join(sorted({t.how for timed in repetitions for t in timed})),
         "workload": {
             "batches": [
@@ -163,7 +175,14 @@ def time_pass(job: Job) -> dict[str, Any]:
     }
 
 
-def answer(model: PreTrainedModel, cache: KVCache, batch: Batch, job: Job, after_token: Callable[[], None]) -> str:
+def answer(
+    model: PreTrainedModel,
+    cache: KVCache,
+    batch: Batch,
+    job: Job,
+    after_token: Callable[[], None] = lambda: None,
+    after_recording: Callable[[], None] = lambda: None,
+) -> str:
     """What every pass does with a batch: prompts in, greedy tokens out; nothing waits for a token and none stops it.
 
     Args:
@@ -171,6 +190,7 @@ def answer(model: PreTrainedModel, cache: KVCache, batch: Batch, job: Job, after
         batch: the requests.
         job: the settings.
         after_token: called when the first tokens of all rows are queued, and after each further step.
+        after_recording: called when the steps can begin.
 
     Returns:
         How the steps were run; see :class:`.graph.Stepper`.
@@ -178,7 +198,8 @@ def answer(model: PreTrainedModel, cache: KVCache, batch: Batch, job: Job, after
     cache.expect(batch.steps - 1)
     token = prefill(model, cache, batch.input_ids, batch.mask, job.chunk_size).argmax(-1)
     after_token()
-    step = Stepper(model, cache, batch.steps - 1, job.cuda_graph)
+    step = Stepper(model, cache, token, batch.steps - 1, job.cuda_graph)
+    after_recording()
     for _ in range(batch.steps - 1):
         token = step(token).argmax(-1)
         after_token()
@@ -192,9 +213,9 @@ def time_batch(model: PreTrainedModel, batch: Batch, job: Job) -> Timed:
     cache = job.method.new_cache(model)
     watch = Stopwatch(job.device)
     watch.mark()
-    how = answer(model, cache, batch, job, watch.mark)
-    ttft, *steps = watch.seconds()
-    return Timed(ttft, steps, how)
+    how = answer(model, cache, batch, job, watch.mark, watch.mark)
+    ttft, recording, *steps = watch.seconds()
+    return Timed(ttft, steps, how, recording)
 
 
 def metrics(work: Sequence[Batch], repetitions: Sequence[Sequence[Timed]]) -> dict[str, dict[str, Any]]:
@@ -289,20 +310,20 @@ def memory_of(model: PreTrainedModel, batch: Batch, meter: MemoryMeter, job: Job
 
 
 @torch.inference_mode()
-def take_workspaces(model: PreTrainedModel, method: Method, batch: Batch) -> None:
+def take_workspaces(model: PreTrainedModel, batch: Batch, job: Job) -> None:
     """Answer a few tokens: libraries take their workspaces with the first call of each kind, and keep them."""
-    warm = method.new_cache(model)
-    token = prefill(model, warm, batch.input_ids[:, -4:]).argmax(-1)
-    decode(model, warm, token)
+    few = [Request(r.id, r.prompt[-4:], 3) for r in batch.requests]
+    answer(model, job.method.new_cache(model), Batch(few, batch.input_ids[:, -4:], None), job)
 
 
 def memory_pass(job: Job) -> dict[str, Any]:
     """Bytes of the cache and peaks of memory, of the batch that holds most tokens."""
+    use_device(job.device)
     loaded = job.source.load(job.device, job.dtype)
     model = loaded.model
     batch = max(batches(job, loaded), key=lambda b: b.input_ids.numel() + b.steps * len(b.requests))
     meter = MemoryMeter(job.device, devices_of(model, job.device))
-    take_workspaces(model, job.method, batch)
+    take_workspaces(model, batch, job)
     held = memory_of(model, batch, meter, job)
     shape, full = kv_shape(model.config, job.dtype), full_shape(model.config, job.dtype, job.method.sharing)
     lengths, steps = [len(r.prompt) for r in batch.requests], batch.steps - 1
@@ -340,15 +361,18 @@ ENERGY_SECONDS = 2.0
 @torch.inference_mode()
 def energy_pass(job: Job) -> dict[str, Any]:
     """Joules of the workload, by the driver's counter, and of the idle device just before."""
+    use_device(job.device)
     meter = EnergyMeter(job.device)
     if meter.problem is not None:
         return {"energy": {"problem": meter.problem}}
     loaded = job.source.load(job.device, job.dtype)
     work = batches(job, loaded)
+    meter = EnergyMeter(job.device, devices_of(loaded.model, job.device))
 
     def once() -> None:
         for batch in work:
-            answer(loaded.model, job.method.new_cache(loaded.model), batch, job, lambda: None)
+            answer(loaded.model, job.method.new_cache(loaded.model), batch, job)
+            gc.collect()
 
     once()
     idle = meter.over(lambda: time.sleep(ENERGY_SECONDS))

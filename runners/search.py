@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ..models.pretrained import devices_of
 from ..tasks.workload import Search
 from .fresh import Killed, in_fresh_process
 from .measure import HONEST_MALLOC, MemoryMeter, available_memory, data_bytes, is_out_of_memory, release_memory
-from .passes import QUIET, Job, batches, memory_of, take_workspaces
+from .passes import QUIET, Job, batches, memory_of, take_workspaces, use_device
 
 SPARE = 0.95
 """Share of the memory that is free when a search begins on a CPU that it may take; the rest keeps the machine alive."""
@@ -58,14 +58,19 @@ def search(todo: SearchJob) -> dict[str, Any]:
 def search_pass(todo: SearchJob) -> dict[str, Any]:
     """Try one size after another, in this process."""
     job = todo.job
+    use_device(job.device)
     known = outcomes(todo.log)
     loaded = job.source.load(job.device, job.dtype)
     meter = MemoryMeter(job.device, devices_of(loaded.model, job.device))
     if meter.problem is not None:
         raise InputError("task", todo.search.name, f"needs a measured peak of memory: {meter.problem}")
-    smallest = _batch(job, todo.search, todo.search.step, loaded)
-    take_workspaces(loaded.model, job.method, smallest)
-    _bound(todo)
+    ceiling, stopped_by = todo.search.most, "most"
+    positions = todo.search.within(loaded.max_positions)
+    if positions is not None and positions < todo.search.step:
+        problem = f"and the new tokens are beyond the {loaded.max_positions} positions of {loaded.name}"
+        raise InputError("task.step", todo.search.step, problem)
+    take_workspaces(loaded.model, _batch(job, todo.search, todo.search.step, loaded), job)
+    _bound(todo, devices_of(loaded.model, job.device))
 
     def fits(value: int) -> bool:
         if value not in known:
@@ -75,8 +80,6 @@ def search_pass(todo: SearchJob) -> dict[str, Any]:
             known[value] = outcome
         return bool(known[value]["fits"])
 
-    ceiling, stopped_by = todo.search.most, "most"
-    positions = todo.search.within(loaded.max_positions)
     if positions is not None and (ceiling is None or positions < ceiling):
         ceiling, stopped_by = positions, "positions"
     found = largest(fits, todo.search.start, ceiling, todo.search.step, todo.search.tolerance)
@@ -143,12 +146,14 @@ def _batch(job: Job, search: Search, value: int, loaded: LoadedModel) -> Any:
     return batch
 
 
-def _bound(todo: SearchJob) -> None:
+def _bound(todo: SearchJob, devices: Sequence[str]) -> None:
     """Have the allocator refuse what is beyond the limit (CUDA) or would bring the machine down (CPU)."""
     if todo.job.device.startswith("cuda"):
         if todo.limit_bytes is not None:
-            total = torch.cuda.get_device_properties(todo.job.device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, todo.limit_bytes / total), todo.job.device)
+            for device in devices:  # each may take all of it; the measured peak is of all together
+                number = torch.device(device).index or 0
+                total = torch.cuda.get_device_properties(number).total_memory
+                torch.cuda.set_per_process_memory_fraction(min(1.0, todo.limit_bytes / total), number)
         return
     most = data_bytes() + int(SPARE * available_memory())
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)

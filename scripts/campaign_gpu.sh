@@ -4,9 +4,10 @@
 #   scripts/campaign_gpu.sh RESULTS [PART...]             all parts, or some: full snapkv context minicache kivi
 #                                                         pyramid h2o sharing
 #   scripts/campaign_gpu.sh RESULTS --rehearse [PART...]  the same commands at toy size, on any machine
+#   scripts/campaign_gpu.sh RESULTS --show [PART...]      only say what would be run
 #
-# What is done already is not done again, so the command can be given again after it was cut off. A part stops after
-# MINUTES (25 unless set). Searches for the largest batch or prompt take CARD GiB (80 unless set), as the papers' cards had.
+# A run that is done is not done again, so the command can be given again after it was cut off; a run that was cut off
+# begins anew. A part stops after MINUTES (25 unless set). Searches for the largest batch or prompt take CARD GiB (80 unless set), as the papers' cards had.
 # Then: kvbench table RESULTS; kvbench table RESULTS --published; kvbench plot RESULTS -o FOLDER
 # PYTHON names the interpreter; by default .venv's, or python3. Exit status: 0 done, 1 some run failed or was cut off, 2 usage.
 set -uo pipefail
@@ -14,18 +15,19 @@ cd "$(dirname "$0")/.."
 
 PARTS="full snapkv context minicache kivi pyramid h2o sharing"
 usage() {
-    sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,14s/^# \{0,1\}//p' "$0" >&2
     exit 2
 }
 [ $# -ge 1 ] && [ "${1#-}" = "$1" ] || usage
 results=$1
 shift
 rehearse=no
+show=no
 chosen=""
 for word in "$@"; do
     case " $PARTS " in
         *" $word "*) chosen="$chosen $word" ;;
-        *) if [ "$word" = --rehearse ]; then rehearse=yes; else usage; fi ;;
+        *) case $word in --rehearse) rehearse=yes ;; --show) show=yes ;; *) usage ;; esac ;;
     esac
 done
 [ -n "${PYTHON:-}" ] || { [ -x .venv/bin/python ] && PYTHON=.venv/bin/python || PYTHON=python3; }
@@ -59,9 +61,12 @@ go() { # one command line of kvbench, within what is left of the part's time
         return
     fi
     [ "$rehearse" = yes ] && set -- "$@" 'runner.pair_with=[]'
-    echo "-- run.py runner=efficiency $*"
-    timeout "$left" "$PYTHON" run.py runner=efficiency "results_dir=$results" "${common[@]}" model=random \
-        "model.max_positions=$positions" "$@"
+    set -- "${common[@]}" model=random "model.max_positions=$positions" "$@"
+    printf -- '-- run.py runner=efficiency'
+    printf ' %q' "$@"
+    echo
+    [ "$show" = yes ] && return
+    timeout "$left" "$PYTHON" run.py runner=efficiency "results_dir=$results" "$@"
     local status=$?
     if [ $status -ne 0 ]; then
         [ $status -eq 124 ] && echo "-- cut off; the same command goes on"

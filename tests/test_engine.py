@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from importlib.resources import files
 
@@ -14,7 +15,9 @@ from kvbench.methods.attention import cached_attention, lower_right_attention
 from kvbench.methods.base import CacheLayer, Method
 from kvbench.methods.fan_out import FanOutCache
 from kvbench.methods.selection.snapkv import SnapKV
+from kvbench.runners import engine
 from kvbench.runners.engine import Sampling, decode, generate, prefill
+from kvbench.runners.lean import is_plain
 
 
 def full(model):
@@ -257,3 +260,34 @@ def test_the_attention_that_pieces_take_on_cuda_is_the_masked_one():
     torch.testing.assert_close(
         lower_right_attention(query, key, value, 0.3), cached_attention(query, key, value, 0.3), rtol=0, atol=1e-12
     )
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_the_lean_step_is_the_library_s_forward(monkeypatch, family):
+    model = tiny_model(family)
+    ids, mask = left_pad([prompt_ids(30, 1), prompt_ids(12, 2)])
+    caches = [full(model), full(model)]
+    token = prefill(model, caches[0], ids, mask).argmax(-1)
+    prefill(model, caches[1], ids, mask)
+    assert is_plain(model)
+    for _ in range(4):
+        lean = decode(model, caches[0], token)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "is_plain", lambda model: False)
+            expected = decode(model, caches[1], token)
+        assert torch.equal(lean, expected)
+        token = expected.argmax(-1)
+
+
+def test_nothing_that_sits_on_a_model_is_passed_by():
+    model = copy.deepcopy(tiny_model())
+    assert is_plain(model)
+    handle = model.model.layers[1].register_forward_pre_hook(lambda *_: None)
+    assert not is_plain(model)
+    handle.remove()
+    model.model.layers[0].self_attn.forward = model.model.layers[0].self_attn.forward
+    assert not is_plain(model)
+    windowed = copy.deepcopy(tiny_model("mistral"))
+    windowed.model.layers[0].self_attn.sliding_window = 16
+    assert not is_plain(windowed)
+    assert not is_plain(phi3_with_longrope())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +24,15 @@ from kvbench.runners.engine import decode, prefill
 from kvbench.runners.graph import Stepper
 
 STATIC = ["full", "snapkv budget=20 selection.window=4", "pyramidkv budget=20 selection.window=4", "key_diff budget=20"]
-CHANGING = ["h2o budget=20", "tova budget=20", "streaming_llm budget=20", "kivi", "minicache", "ada_kv budget=40"]
+CHANGING = [
+    "no_cache",
+    "h2o budget=20",
+    "tova budget=20",
+    "streaming_llm budget=20",
+    "kivi",
+    "minicache",
+    "ada_kv budget=40",
+]
 
 
 def prompts(padded: bool):
@@ -87,40 +97,56 @@ class FakeGraph:
     """Plays a step by running it again, on what the recorded tensors hold by then, into the tensor of its logits."""
 
     def replay(self):
-        stepper = self.stepper
-        stepper._logits.copy_(decode(stepper.model, stepper.cache, stepper._token))
+        stepper = self.stepper()
+        stepper._logits.copy_(decode(stepper.model, stepper.cache, stepper.token))
         stepper.cache.advance(-1)  # a graph runs no Python
 
 
-@pytest.mark.parametrize("text", STATIC[:2])
-@torch.inference_mode()
-def test_played_steps_are_counted_and_fed_as_run_ones(monkeypatch, text):
+class OnCuda:
+    """A model that says that it is on CUDA, and is the one behind it."""
+
+    def __init__(self, model):
+        self._model = model
+        self.device = torch.device("cuda")
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def __call__(self, **how):
+        return self._model(**how)
+
+
+def stand_in(monkeypatch, cache):
     """CUDA by a stand-in: recording writes down the step without running it."""
-    model, method = tiny_model(), named_method(text)
     made = FakeGraph()
 
     @contextmanager
     def recording(_):
         held = [vars(layer.storage).items() for layer in cache.layers]
-        caches = [{k: v.clone() for k, v in items if torch.is_tensor(v)} for items in held]
+        before = [{k: v.clone() for k, v in items if torch.is_tensor(v)} for items in held]
         seen = cache.tokens_seen.clone()
         yield
-        for layer, before in zip(cache.layers, caches, strict=True):  # nothing ran
-            for name, value in before.items():
+        for layer, tensors in zip(cache.layers, before, strict=True):  # nothing ran
+            for name, value in tensors.items():
                 getattr(layer.storage, name).copy_(value)
         cache.tokens_seen.copy_(seen)
 
     monkeypatch.setattr(graph.torch.cuda, "CUDAGraph", lambda: made)
-    monkeypatch.setattr(graph.torch.cuda, "graph", recording)
+    monkeypatch.setattr(graph, "recording", recording)
+    return made
+
+
+@pytest.mark.parametrize("text", STATIC[:2])
+@torch.inference_mode()
+def test_played_steps_are_counted_and_fed_as_run_ones(monkeypatch, text):
+    model, method = tiny_model(), named_method(text)
     ids, mask = prompts(True)
     plain, cache = method.new_cache(model), method.new_cache(model)
     token = prefill(model, plain, ids, mask).argmax(-1)
     prefill(model, cache, ids, mask)
-    on_cuda = SimpleNamespace(device=torch.device("cuda"))
-    assert Stepper(on_cuda, cache, 3).how == graph.EAGER  # too few to be worth a recording
-    step = Stepper(on_cuda, cache, 7)
-    step.model = made.stepper = model
-    made.stepper = step
+    made = stand_in(monkeypatch, cache)
+    step = Stepper(OnCuda(model), cache, token, 7)
+    made.stepper = weakref.ref(step)
     assert step.how == graph.GRAPH
     for _ in range(7):
         expected = decode(model, plain, token)
@@ -128,13 +154,43 @@ def test_played_steps_are_counted_and_fed_as_run_ones(monkeypatch, text):
         token = expected.argmax(-1)
     assert torch.equal(cache.tokens_seen, plain.tokens_seen)
     assert [layer.seen for layer in cache.layers] == [layer.seen for layer in plain.layers]
+    assert cache.kv_bytes_logical == plain.kv_bytes_logical
+
+
+@torch.inference_mode()
+def test_a_recorded_cache_goes_when_its_stepper_goes(monkeypatch):
+    """Two caches at once would not fit at the largest batch."""
+    model = tiny_model()
+    cache = Method("full").new_cache(model)
+    token = prefill(model, cache, prompt_ids(30)).argmax(-1)
+    made = stand_in(monkeypatch, cache)
+    step = Stepper(OnCuda(model), cache, token, 4)
+    made.stepper = weakref.ref(step)
+    step(token)
+    held = weakref.ref(cache.layers[0].storage)
+    monkeypatch.undo()
+    gc.disable()
+    try:
+        del step, cache
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+def test_rope_that_looks_at_the_length_is_not_recorded():
+    model = OnCuda(tiny_model())
+    model.config = copy.deepcopy(model.config)
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    cache = Method("full").new_cache(tiny_model())
+    token = prefill(tiny_model(), cache, prompt_ids(30)).argmax(-1)
+    assert Stepper(model, cache, token, 4).how == graph.EAGER
 
 
 def test_on_a_cpu_a_step_is_run_as_it_is():
     model = tiny_model()
     cache = Method("snapkv", SnapKV(budget=20, window=4)).new_cache(model)
     token = prefill(model, cache, prompt_ids(60)).argmax(-1)
-    step = Stepper(model, cache, 20)
+    step = Stepper(model, cache, token, 20)
     assert step.how == graph.EAGER
     assert step(token).shape == (1, 101)
 
@@ -147,7 +203,7 @@ def test_a_recorded_step_on_the_device(text):
     ids = prompt_ids(60).cuda()
     token = prefill(model, plain, ids).argmax(-1)
     prefill(model, cache, ids)
-    step = Stepper(model, cache, 9)
+    step = Stepper(model, cache, token, 9)
     assert step.how == graph.GRAPH
     with torch.inference_mode():
         for _ in range(9):

@@ -173,6 +173,49 @@ def test_a_step_over_kivi_s_codes_is_a_step_over_what_is_read(length, bits):
     torch.testing.assert_close(held.attend(query, 0.2), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_codes_lie_as_they_are_read():
+    """Keys are quantised from a transposed view: a step must not have to put their codes in order again."""
+    held = KiviSegments(4, 32, 128)
+    held.append(numbers(4, 512, 64), numbers(4, 512, 64))
+    held.settle()
+    directions = QuantizedDirections(numbers(2, 2, 128, 64), 4, 32, True)
+    assert all(t.is_contiguous() for t in [*held.tensors(), *directions.tensors()])
+
+
+@pytest.mark.parametrize("storage", ["kivi", "minicache"])
+def test_half_precision_rounds_no_logits(storage):
+    """In bfloat16, queries that point: against float64, about as near as one kernel on what is expanded."""
+    query, keys, values = (numbers(2, 2, n, 32, seed=s).bfloat16() for n, s in ((3, 1), (512, 2), (512, 3)))
+    query = 4 * query
+    if storage == "kivi":
+        held = KiviSegments(8, 32, 128)
+        held.append(keys.flatten(0, 1), values.flatten(0, 1))
+        held.settle()
+        q = query.flatten(0, 1)[:, :, None]
+        found, (keys, values) = held.attend(q, 0.2), held.read()
+        keys, values = keys[:, None], values[:, None]
+    else:
+        pair = Pair(0.6, 0.0, "top_ratio")
+        for which in range(2):
+            pair.append(which, keys, values, None)
+        pair.merge()
+        for which in range(2):
+            pair.append(which, keys[:, :, :1], values[:, :, :1], None)
+        q = query.flatten(1, 2)[:, :, None]
+        found = pair.attend(0, query, 0.2).flatten(1, 2)[:, :, None]
+        restored = pair.read(0)
+        keys, values = (
+            torch.cat([m.directions.x.double() * m.lengths[0].double()[..., None], new.double()], dim=2)
+            for m, new in zip((pair.keys, pair.values), pair.new[0], strict=True)
+        )
+        usual_of = cached_attention(q, *restored, 0.2)
+    if storage == "kivi":
+        usual_of = cached_attention(q, keys, values, 0.2)
+    expected = cached_attention(q.double(), keys.double(), values.double(), 0.2)
+    error, usual = ((x.double() - expected).norm() / expected.norm() for x in (found, usual_of))
+    assert error < 2 * usual
+
+
 def test_nothing_of_the_expanded_cache_is_written(monkeypatch):
     """Expanded it is 16 times what a step may hold at once here."""
     held = KiviSegments(4, 32, 128)

@@ -128,6 +128,10 @@ class LayerStorage(ABC):
         """
         raise NotImplementedError
 
+    def take_back(self) -> None:
+        """Of a frozen layer: empty the last slot again."""
+        raise NotImplementedError
+
     def settle(self) -> None:
         """A step's attention is done: represent what has become old in the way of old tokens."""
         return

@@ -115,6 +115,11 @@ class DenseLayer(LayerStorage):
         self._valid, self._next = there, torch.tensor([self.length], device=keys.device)
         self.length = capacity
 
+    def take_back(self) -> None:
+        assert self._next is not None and self._valid is not None
+        self._next -= 1
+        self._valid.index_fill_(2, self._next, False)
+
     def attend(self, query: torch.Tensor, scaling: float, valid: torch.Tensor | None) -> torch.Tensor:
         if self._next is None or not (query.is_cuda and has_kernels()):
             return super().attend(query, scaling, valid)

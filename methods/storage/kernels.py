@@ -8,6 +8,8 @@ how they are tested.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -161,11 +163,12 @@ def attention_of_one_token(
     sums = torch.empty(segments, parts, rows, dim, dtype=torch.float32, device=query.device)
     highest, totals = (torch.empty(segments, parts, rows, dtype=torch.float32, device=query.device) for _ in range(2))
     marks = there.view(torch.uint8)
-    _attention[(segments, parts)](
-        query.contiguous(), keys, values, marks, used, sums, highest, totals,
-        scaling, dim, length, rows, heads, tiles, marks.stride(0), marks.stride(1) if marks.shape[1] > 1 else 0,
-        **_sizes(query, rows, dim),
-    )  # fmt: skip
+    with _on(query):
+        _attention[(segments, parts)](
+            query.contiguous(), keys, values, marks, used, sums, highest, totals,
+            scaling, dim, length, rows, heads, tiles, marks.stride(0), marks.stride(1) if marks.shape[1] > 1 else 0,
+            **_sizes(query, rows, dim),
+        )  # fmt: skip
     share = (highest - highest.amax(1, keepdim=True)).exp()
     out = (sums * share[..., None]).sum(1) / (totals * share).sum(1)[..., None]
     return out.to(query.dtype).view(batch, query_heads, 1, dim)
@@ -179,12 +182,13 @@ def query_times_keys(query: torch.Tensor, keys: Quantized, bits: int) -> torch.T
     length = blocks * block
     out = torch.empty(segments, rows, length, dtype=torch.float32, device=query.device)
     codes, scale, zero = _last_contiguous(keys)
-    _scores[(segments, triton.cdiv(length, TILE))](
-        query.contiguous(), codes, scale, zero, out,
-        scale.shape[3], dim, block, length, rows,
-        *codes.stride()[:3], *scale.stride()[:3],
-        BITS=bits, **_sizes(query, rows, dim),
-    )  # fmt: skip
+    with _on(query):
+        _scores[(segments, triton.cdiv(length, TILE))](
+            query.contiguous(), codes, scale, zero, out,
+            scale.shape[3], dim, block, length, rows,
+            *codes.stride()[:3], *scale.stride()[:3],
+            BITS=bits, **_sizes(query, rows, dim),
+        )  # fmt: skip
     return out
 
 
@@ -197,13 +201,19 @@ def weights_times_values(weights: torch.Tensor, values: Quantized, bits: int) ->
     parts = triton.cdiv(triton.cdiv(length, TILE), tiles)
     out = torch.empty(segments, parts, rows, dim, dtype=torch.float32, device=weights.device)
     weights = weights if weights.stride(2) == 1 else weights.contiguous()
-    _sums[(segments, parts)](
-        weights, codes, scale, zero, out,
-        scale.shape[2], dim, length, rows, tiles,
-        *weights.stride()[:2], *codes.stride()[:2], *scale.stride()[:2],
-        BITS=bits, **_sizes(weights, rows, dim),
-    )  # fmt: skip
+    with _on(weights):
+        _sums[(segments, parts)](
+            weights, codes, scale, zero, out,
+            scale.shape[2], dim, length, rows, tiles,
+            *weights.stride()[:2], *codes.stride()[:2], *scale.stride()[:2],
+            BITS=bits, **_sizes(weights, rows, dim),
+        )  # fmt: skip
     return out.sum(1)
+
+
+def _on(x: torch.Tensor) -> AbstractContextManager[object]:
+    """Launch on the device where ``x`` is: Triton takes the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _last_contiguous(q: Quantized) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 
 from ...conf.errors import require
-from ..attention import softmax_of
+from ..attention import exact_products, softmax_of
 from .base import GROWTH, KVShape, Storage
 from .dense import grown
 from .packed import (
@@ -101,8 +101,8 @@ class KiviSegments(Segments):
         assert self._keys is not None and self._values is not None
         one = query[:, :, 0]  # [N, g, D]
         old = query_times_keys(one, self._blocks, self.bits)
-        recent = torch.matmul(one, self._keys.transpose(1, 2))
-        weights = softmax_of(torch.cat([old, recent.to(old.dtype)], dim=-1) * scaling, query.dtype)
+        recent = exact_products(one, self._keys)
+        weights = softmax_of(torch.cat([old, recent], dim=-1) * scaling, query.dtype)
         used, n = self._old, self._old_length
         out = weights_times_values(weights[..., :n], used, self.bits)
         out += torch.matmul(weights[..., n:], self._values)

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from ...conf.errors import InputError, require
-from ..attention import softmax_of
+from ..attention import exact_products
 from .base import GROWTH, KVShape, LayerStorage, Storage
 from .dense import DenseLayer, grown
 
@@ -72,8 +72,8 @@ class Directions:
         torch.mul(self.x[:, :, : self.length], lengths[..., None], out=out)
 
     def scores(self, query: torch.Tensor) -> torch.Tensor:
-        """Products [B, H, G, length] of queries [B, H, G, D] with the directions."""
-        return torch.matmul(query, self.x[:, :, : self.length].transpose(2, 3))
+        """Products [B, H, G, length], float32 or wider, of queries [B, H, G, D] with the directions."""
+        return exact_products(query, self.x[:, :, : self.length])
 
     def weighted(self, weights: torch.Tensor) -> torch.Tensor:
         """Sums [B, H, G, D] of the directions with weights [B, H, G, length]."""
@@ -203,24 +203,25 @@ class Pair:
         exact = torch.promote_types(query.dtype, torch.float32)
         # One slot behind the last one takes what a row or head has fewer retained tokens of.
         logits = query.new_empty(*query.shape[:3], n + 1, dtype=exact)
-        torch.mul(keys.directions.scores(query).to(exact), keys.lengths[which][:, :, None, :n], out=logits[..., :n])
-        logits.scatter_(3, _places(keys, n, query), torch.matmul(query, keys.exact[which].transpose(2, 3)).to(exact))
+        torch.mul(keys.directions.scores(query), keys.lengths[which][:, :, None, :n], out=logits[..., :n])
+        logits.scatter_(3, _places(keys, n, query), exact_products(query, keys.exact[which]))
         if new is None:
             logits = logits[..., :n]
         else:
-            recent = torch.matmul(query, new[0].transpose(2, 3)).to(exact)
+            recent = exact_products(query, new[0])
             logits = torch.cat([logits[..., :n], recent], dim=-1)
         logits *= scaling
         if self.valid is not None:
             logits = logits.masked_fill(~self.valid[:, :, None], -math.inf)
-        weights = softmax_of(logits, query.dtype)
+        weights = logits.softmax(-1)  # rounded once, when they have been multiplied with the lengths
         merged = F.pad(weights[..., :n], (0, 1))
         places = _places(values, n, query)
         retained = merged.gather(3, places)
         merged = merged.scatter(3, places, 0.0)[..., :n] * values.lengths[which][:, :, None, :n]
-        out = values.directions.weighted(merged) + torch.matmul(retained, values.exact[which])
+        out = values.directions.weighted(merged.to(query.dtype)).to(exact)
+        out += torch.matmul(retained.to(query.dtype), values.exact[which])
         if new is not None:
-            out = out + torch.matmul(weights[..., n:], new[1])
+            out += torch.matmul(weights[..., n:].to(query.dtype), new[1])
         return out.to(query.dtype)
 
     def merge(self) -> None:

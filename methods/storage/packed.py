@@ -13,16 +13,15 @@ from importlib.util import find_spec
 import torch
 
 from ...conf.errors import InputError
-
-PIECE = 1 << 18
-"""Numbers that are expanded at a time in PyTorch: as many as stay in a processor's cache."""
+from ..attention import PIECE
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """[..., n] uint8 codes below 2 ** bits -> [..., n x bits / 8] uint8; n must fill whole bytes."""
     each = 8 // bits
     parts = codes.unflatten(-1, (-1, each))
-    out = torch.zeros_like(parts[..., 0])
+    # Codes lie as they are numbered, whatever the strides of what they are of: a step reads them again and again.
+    out = torch.zeros(parts.shape[:-1], dtype=parts.dtype, device=parts.device)
     for i in range(each):
         out |= parts[..., i] << (bits * i)
     return out
@@ -67,9 +66,9 @@ def quantize(x: torch.Tensor, bits: int, group: int) -> Quantized:
     half = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16
     exact = torch.promote_types(x.dtype, torch.float32)
     groups = x.to(exact).unflatten(-1, (-1, group))
-    zero = groups.amin(-1).to(half)
+    zero = groups.amin(-1).to(half).contiguous()
     scale = ((groups.amax(-1) - zero.to(exact)) / (2**bits - 1)).to(half)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a group of one value: every code is 0
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale)).contiguous()  # a group of one value: every code is 0
     codes = ((groups - zero.to(exact)[..., None]) / scale.to(exact)[..., None]).round().clamp(0, 2**bits - 1)
     return Quantized(pack(codes.to(torch.uint8).flatten(-2), bits), scale, zero)
 
