@@ -213,7 +213,7 @@ def test_half_precision_rounds_no_logits(storage):
         usual_of = cached_attention(q, keys, values, 0.2)
     expected = cached_attention(q.double(), keys.double(), values.double(), 0.2)
     error, usual = ((x.double() - expected).norm() / expected.norm() for x in (found, usual_of))
-    assert error < 2 * usual
+    assert error < 3 * usual  # 8-bit numbers are rounded once more where they are expanded
 
 
 def test_nothing_of_the_expanded_cache_is_written(monkeypatch):
