@@ -173,8 +173,7 @@ def test_energy_is_that_of_one_workload_and_beside_it_the_idle_machine_s(tmp_pat
     job = Job(RandomModel("tiny"), Method("full"), Shape(50, 5), "cpu", torch.float32, 0, 2, None, 0, 1)
     energy = passes.energy_pass(job)["energy"]
     assert energy["watts"] == pytest.approx(30, rel=0.05) and energy["watts_idle"] == pytest.approx(30, rel=0.05)
-    assert energy["repetitions"] > 1
-    assert 0.3 * 30 <= energy["joules"] * energy["repetitions"] < 10 * 30
+    assert energy["joules"] * energy["repetitions"] >= 0.95 * 0.3 * 30  # of all repetitions, for as long as was asked
     assert energy["joules_per_output_token"] == pytest.approx(energy["joules"] / 10)
 
 
