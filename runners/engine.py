@@ -21,6 +21,16 @@ from ..methods.base import KVCache
 from ..methods.sharing.model import KVShareLlamaForCausalLM
 from .lean import is_plain, lean_step
 
+FOLLOWS_LENGTH = ("longrope", "dynamic")
+"""Kinds of RoPE whose frequencies depend on the length of what is fed together."""
+
+
+def rope_type(model: PreTrainedModel) -> str | None:
+    """The kind of the model's RoPE, as its config says."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    found: str | None = rope.get("rope_type")
+    return found
+
 
 @torch.inference_mode()
 def prefill(
@@ -51,14 +61,14 @@ def prefill(
     mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
     if cache.recomputes:
         return _forward_all(model, cache, input_ids, mask)
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     pieces = chunk_size is not None and chunk_size < length
     by_layers = pieces and cache.layers_are_independent and _decoder_layers(model) is not None
-    if rope.get("rope_type") in ("longrope", "dynamic") and (mask is not None or (pieces and not by_layers)):
+    kind = rope_type(model)
+    if kind in FOLLOWS_LENGTH and (mask is not None or (pieces and not by_layers)):
         raise InputError(
             "runner.chunk_size" if mask is None else "batch_size",
             chunk_size if mask is None else input_ids.shape[0],
-            f"the model's RoPE ({rope['rope_type']}) depends on the length of what is fed together: "
+            f"the model's RoPE ({kind}) depends on the length of what is fed together: "
             "use batch_size=1 and runner.chunk_size=null",
         )
     if mask is None:

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..methods.base import KVCache
-from .engine import decode
+from .engine import FOLLOWS_LENGTH, decode, rope_type
 
 EAGER, GRAPH = "eager", "cuda graph"
 
@@ -43,7 +43,9 @@ class Stepper:
     how: str = field(init=False)
 
     def __post_init__(self) -> None:
-        possible = self.model.device.type == "cuda" and not _is_spread(self.model) and not _looks_at_lengths(self.model)
+        # RoPE that follows the length compares it with a limit on the host, at every step.
+        alike = not _is_spread(self.model) and rope_type(self.model) not in FOLLOWS_LENGTH
+        possible = self.model.device.type == "cuda" and alike
         self.how = GRAPH if self.record and possible and self.cache.can_freeze else EAGER
         if self.how == EAGER:
             return
@@ -86,9 +88,3 @@ def recording(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
 
 def _is_spread(model: PreTrainedModel) -> bool:
     return getattr(model, "hf_device_map", None) is not None
-
-
-def _looks_at_lengths(model: PreTrainedModel) -> bool:
-    """RoPE that compares the length with a limit, on the host, at every step."""
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    return rope.get("rope_type") in ("dynamic", "longrope")
