@@ -27,6 +27,9 @@ ATTENTION_NAME = "kvbench"
 PIECE = 1 << 18
 """Numbers that are converted or expanded at a time on a CPU: as many as stay in its cache."""
 
+WORTH_PARTS = 1024
+"""Cached tokens from which on it pays to share a head's slots between the threads of a CPU."""
+
 
 def tag(key: torch.Tensor, cache: KVCache) -> torch.Tensor:
     """Name the cache on the key tensor, so that the attention function finds it.
@@ -242,8 +245,60 @@ def masked_attention(
     if mask is not None and groups > 1 and n > 1:
         mask = mask.repeat(1, 1, groups, 1)
     rows = query.reshape(batch, heads, groups * n, dim)
-    out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scaling)
+    parts = 1 if mask is not None else _parts(rows, keys, values)
+    if parts > 1:
+        out = attention_in_parts(rows, keys, values, scaling, parts)
+    else:
+        out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scaling)
     return out.reshape(batch, query_heads, n, dim)
+
+
+def _parts(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> int:
+    """Parts into which to cut the slots of each head, so that every thread has as much to read; 1: leave them whole.
+
+    PyTorch's kernel gives whole heads to threads: three heads on two threads take as long as four.
+    """
+    threads = torch.get_num_threads()
+    units = keys.shape[0] * keys.shape[1]
+    rounds = -(-units // threads)
+    idle = rounds * threads / units  # time / time with all threads at work
+    in_order = all(x.stride(0) == x.shape[1] * x.stride(1) for x in (keys, values))
+    worth = rows.device.type == "cpu" and keys.shape[2] >= WORTH_PARTS and idle > 1.1 and in_order
+    return threads if worth else 1
+
+
+def attention_in_parts(
+    rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, parts: int
+) -> torch.Tensor:
+    """Attention over slots that are cut into parts, each with a softmax of its own, joined by their log-sum-exp.
+
+    Args:
+        rows: [B, H, R, D] queries, all of which see all slots; on a CPU.
+        keys, values: [B, H, S, D] with S >= ``parts``.
+        scaling: factor on the logits.
+        parts: how many.
+
+    Returns:
+        [B, H, R, D].
+    """
+    batch, heads, n, dim = rows.shape
+    size = keys.shape[2] // parts
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    queries = rows.reshape(batch * heads, 1, n, dim)
+
+    def attend(start: int, end: int, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """([units, parts, R, D], [units, parts, R]); the parts take the place of heads, which need not lie together."""
+        cut = [x[:, :, start:end].view(batch * heads, parts, -1, dim) for x in (keys, values)]
+        found: tuple[torch.Tensor, torch.Tensor] = flash(queries.expand(-1, parts, -1, -1), *cut, scale=scaling)
+        return found
+
+    out, log_sum = attend(0, size * parts, parts)
+    if size * parts < keys.shape[2]:
+        out, log_sum = (
+            torch.cat(pair, dim=1) for pair in zip((out, log_sum), attend(size * parts, keys.shape[2], 1), strict=True)
+        )
+    weights = log_sum.softmax(1)[..., None]
+    return (out * weights).sum(1).to(rows.dtype).view(batch, heads, n, dim)
 
 
 def uncached_attention(
