@@ -30,9 +30,13 @@ class InputError(ValueError):
 def one_of(value: str, options: Iterable[str], what: str = "one of") -> str:
     """``"must be one of a, b, c; did you mean b?"`` for an unknown name, nearest names first."""
     names = sorted(options)
-    near = difflib.get_close_matches(str(value), names, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    return f"must be {what} {', '.join(names)}{hint}"
+    return f"must be {what} {', '.join(names)}{near(value, names)}"
+
+
+def near(value: str, options: Iterable[str]) -> str:
+    """``"; did you mean b?"``, or nothing where no option is like ``value``."""
+    found = difflib.get_close_matches(str(value), list(options), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
 def require(condition: bool, key: str, value: object, allowed: str) -> None:

@@ -10,6 +10,7 @@ queries, keys and values to :meth:`KVCache.attend` through the registered attent
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -139,6 +140,7 @@ class Method:
             layer.model_layer = plan.owners[len(layers)]
             layers.append(layer)
         cache = KVCache(layers, plan, self.passes)
+        cache.rounds = not self.storage.is_exact
         self.selection.attach(model, cache)
         return cache
 
@@ -351,6 +353,7 @@ class KVCache(Cache):
         pieces: what each piece of a prompt adds, by the column at which it ends, while each layer reads all pieces
             before the next layer begins; None: all layers read a piece before the next piece comes.
         frozen: see :meth:`freeze`.
+        rounds: what is held is rounded as it ages, so several tokens fed together are not one after another.
         copies: rows a decode step has per row of the prompt (more than one in ``fan_out.py``).
         recomputes: holds no keys and values; the engine feeds it the whole sequence at each step (``no_cache.py``).
     """
@@ -369,7 +372,12 @@ class KVCache(Cache):
         self.tokens_seen: torch.Tensor | None = None
         self.new_tokens: NewTokens | None = None
         self.frozen = False
+        self.rounds = False
         self.pieces: dict[int, NewTokens] | None = None
+
+    def fork(self) -> KVCache:
+        """A copy that goes on by itself, once the prompt is in: what one of them is fed, the other does not see."""
+        return copy.deepcopy(self)
 
     # transformers' side -------------------------------------------------------------------------------------------
 

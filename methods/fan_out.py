@@ -136,6 +136,7 @@ class FanOutCache(KVCache):
         together = zip(*(m.layers for m in members), strict=True)
         super().__init__([fan_out_layer(layers) for layers in together], members[0].plan, members[0].passes)
         self.members = list(members)
+        self.rounds = any(m.rounds for m in members)
 
     @property
     def copies(self) -> int:  # type: ignore[override]

@@ -7,26 +7,24 @@ that is already done is not run again, and one that was killed continues after i
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
 from tqdm import tqdm
 
 from ..analysis.stats import macro_mean, paired_difference
-from ..conf.errors import InputError, require
-from ..methods.base import KVCache, Method, full_shape, kv_shape
-from ..methods.fan_out import FanOutCache
+from ..conf.errors import InputError, one_of, require
+from ..methods.base import Method, full_shape, kv_shape
 from ..models.base import LoadedModel, ModelSource
-from ..models.pretrained import input_device
-from ..tasks.base import Example, Task
+from ..tasks.base import PERCENT, Example, Reply, Source, Task
 from . import provenance
-from .engine import Sampling, generate, left_padded
+from .ask import Answer, Item, ask, encode, row_seed
+from .engine import Sampling
 from .measure import is_out_of_memory, release_memory
 from .runs import (
     BASELINE,
@@ -40,6 +38,8 @@ from .runs import (
 )
 from .settings import Settings
 
+QUESTIONS = ("with_context", "after_compression")
+
 
 @dataclass(eq=False)
 class ScoredRun(MethodRun):
@@ -49,10 +49,11 @@ class ScoredRun(MethodRun):
     problem: str | None = None  # why it cannot go on: out of memory
 
     def scores(self, task: Task, examples: Sequence[Example]) -> dict[str, dict[str, float]]:
-        """{group of the task: {"dataset/id": score in [0, 100]}}."""
+        """{group of the task: {"dataset/id": score, of 100 where it is a percentage}}."""
         out: dict[str, dict[str, float]] = {}
+        factor = 100.0 if task.unit == PERCENT else 1.0
         for e in examples:
-            out.setdefault(task.group(e), {})[f"{e.dataset}/{e.id}"] = 100.0 * self.rows[(e.dataset, e.id)]["score"]
+            out.setdefault(task.group(e), {})[f"{e.dataset}/{e.id}"] = factor * self.rows[(e.dataset, e.id)]["score"]
         return out
 
 
@@ -62,10 +63,14 @@ class AccuracyRunner(PairedRunner):
 
     Attributes:
         temperature, top_p: sampling; temperature 0 is greedy, which LongBench asks for.
+        question: ``with_context``: a method compresses the whole prompt, its question included, as the papers do.
+            ``after_compression``: it compresses the context, and the question comes after that: the cache of a document
+            that is asked about later. Scores of the two are never in one table.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
+    question: str = "with_context"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,6 +79,7 @@ class AccuracyRunner(PairedRunner):
             value = getattr(self, key)
             require(isinstance(value, int | float), at + key, value, "must be a number")
             setattr(self, key, float(value))  # 0 and 0.0 are the same run
+        require(self.question in QUESTIONS, at + "question", self.question, one_of(self.question, QUESTIONS))
         require(self.temperature >= 0, at + "temperature", self.temperature, "must be >= 0")
         require(0 < self.top_p <= 1, at + "top_p", self.top_p, "must be in (0, 1]")
 
@@ -128,8 +134,21 @@ class AccuracyRunner(PairedRunner):
         further: dict[str, Any] = {"sampling": {"temperature": self.temperature, "top_p": self.top_p}}
         if settings.batch_size > 1:  # prompts padded to a common length take more bytes; one at a time is the norm
             further["batch_size"] = settings.batch_size
-        folder = open_run("accuracy", method, source, task.source(), task.identity(), settings, **further)
+        if self._splits:
+            further["question"] = self.question
+        folder = open_run(
+            "accuracy", method, source, self._data(task), task.identity() | task.scoring(), settings, **further
+        )
         return ScoredRun(method, folder, source)
+
+    @property
+    def _splits(self) -> bool:
+        return self.question == "after_compression"
+
+    def _data(self, task: Task) -> Source:
+        """Where the examples come from; asked in another way they are another task."""
+        source = task.source()
+        return replace(source, name=f"{source.name}-agnostic") if self._splits else source
 
     def _complete(
         self,
@@ -170,58 +189,55 @@ class AccuracyRunner(PairedRunner):
         for run in {id(run): run for _, who in missing for run in who}.values():
             session = {"after_examples": len(run.rows), "git": made_by["git"], "packages": made_by["packages"]}
             run.folder.begin_session({**session, "chunk_size": self.chunk_size, "hardware": made_by["hardware"]})
-        total = sum(len(ids) for batch in work for _, ids, _ in batch)
+        total = sum(item.read_tokens for batch, _ in work for item in batch)
         with tqdm(total=total, unit="tok", unit_scale=True, file=sys.stderr, smoothing=0.1) as bar:
-            for batch in work:
-                bar.set_description(batch[0][0].dataset)
-                self._run_batch(batch, task, loaded, settings, say)
-                bar.update(sum(len(ids) for _, ids, _ in batch))
+            for batch, who in work:
+                bar.set_description(batch[0].example.dataset)
+                self._run_batch(batch, who, task, loaded, settings, say)
+                bar.update(sum(item.read_tokens for item in batch))
 
     def _batches(
         self, missing: list[tuple[Example, list[ScoredRun]]], task: Task, loaded: LoadedModel, batch_size: int
-    ) -> list[list[tuple[Example, list[int], list[ScoredRun]]]]:
+    ) -> list[tuple[list[Item], list[ScoredRun]]]:
         """Examples of one data set that lack the same methods, sorted by length, in batches."""
         limit = task.max_length or loaded.max_prompt_tokens
-        groups: dict[tuple[str, tuple[int, ...]], list[tuple[Example, list[int], list[ScoredRun]]]] = {}
+        groups: dict[tuple[Any, ...], tuple[list[Item], list[ScoredRun]]] = {}
         for example, who in missing:
-            ids = task.encode(example, loaded.tokenizer, limit)
-            if len(ids) + example.max_new_tokens > loaded.max_positions:
-                raise InputError(
-                    "task.max_length",
-                    limit,
-                    f"{example.dataset}/{example.id} has {len(ids)} prompt tokens and may produce "
-                    f"{example.max_new_tokens}, but {loaded.name} has {loaded.max_positions} positions; "
-                    "the prompts must be shorter (see conf/task for the keys that say how long they are)",
-                )
-            key = (example.dataset, tuple(id(run) for run in who))
-            groups.setdefault(key, []).append((example, ids, who))
+            item = encode(task, example, loaded, limit, self._splits)
+            key = (example.dataset, example.max_new_tokens, item.kind, tuple(id(run) for run in who))
+            groups.setdefault(key, ([], who))[0].append(item)
         batches = []
-        for group in groups.values():
-            group.sort(key=lambda item: len(item[1]))
-            batches += [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
+        for items, who in groups.values():
+            items.sort(key=lambda item: len(item.prompt))
+            batches += [(items[i : i + batch_size], who) for i in range(0, len(items), batch_size)]
         return batches
 
     def _run_batch(
         self,
-        batch: list[tuple[Example, list[int], list[ScoredRun]]],
+        batch: list[Item],
+        who: list[ScoredRun],
         task: Task,
         loaded: LoadedModel,
         settings: Settings,
         say: Callable[[str], None],
     ) -> None:
-        """Generate for one batch with every method that lacks it, and append the rows.
+        """Ask one batch of every method that lacks it, and append the rows.
 
         Where several caches at once are too much for the memory they are tried one by one, so that a method that fits
         is not lost to one that does not.
         """
-        config, dtype = loaded.model.config, loaded.model.dtype
-        shape = kv_shape(config, dtype)
-        groups = list(shared_prompts([run for run in batch[0][2] if run.problem is None]))
+        sampling = Sampling(self.temperature, self.top_p, [row_seed(settings.seed, item.example) for item in batch])
+        references: list[Reply | None] = [None] * len(batch)
+        groups = list(shared_prompts([run for run in who if run.problem is None], apart=bool(batch[0].scored)))
+        wanted = task.compares  # the full cache's own replies, of the same reading
+        if wanted and not (groups and groups[0][0].method.shares_prompt and groups[0][0].method.passes is None):
+            groups.insert(0, [])
         while groups:
             together, problem = groups.pop(0), ""
             try:
-                caches = [run.method.new_cache(loaded.model) for run in together]
-                outputs = self._generate(caches, [(e, ids) for e, ids, _ in batch], loaded, settings)
+                methods = [run.method for run in together] + [BASELINE] * wanted
+                caches = [method.new_cache(loaded.model) for method in methods]
+                answers = ask(caches, batch, task, loaded, settings.torch_device, sampling, self.chunk_size)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -229,70 +245,42 @@ class AccuracyRunner(PairedRunner):
             if problem:  # outside of the handler: the error holds the caches' tensors alive
                 caches = []
                 release_memory(settings.torch_device)
-                if len(together) > 1:
-                    groups = [[run] for run in together] + groups
-                else:
-                    together[0].problem = problem
-                    say(f"{together[0].method.label}: out of memory: {problem}")
+                if len(together) + wanted > 1:
+                    groups = [[]] * wanted + [[run] for run in together] + groups
+                    continue
+                for run in together or [r for group in groups for r in group]:  # without a reference there is no score
+                    run.problem = problem
+                    say(f"{run.method.label}: out of memory: {problem}")
+                if not together:
+                    return
                 continue
-            for run, rows in zip(together, outputs, strict=True):
-                for (example, ids, _), row in zip(batch, rows, strict=True):
-                    line = {
-                        "dataset": example.dataset,
-                        "id": example.id,
-                        "method": run.method.label,
-                        **row,
-                        "score": task.score(example, row["prediction"]),
-                        "prompt_tokens": len(ids),
-                        "kv_bytes_formula": run.method.bytes_formula(shape, len(ids)),
-                        "kv_bytes_full": BASELINE.bytes_formula(
-                            full_shape(config, dtype, run.method.sharing), len(ids)
-                        ),
-                        **{k: example.meta[k] for k in ("length", "row") if k in example.meta},
-                    }
+            if wanted:
+                references, wanted = [answer.reply for answer in answers.pop()], False
+            for run, mine in zip(together, answers, strict=True):
+                for item, answer, reference in zip(batch, mine, references, strict=True):
+                    line = self._row(run, item, answer, task, reference, loaded)
                     run.folder.append(line)
-                    run.rows[(example.dataset, example.id)] = line
+                    run.rows[(item.example.dataset, item.example.id)] = line
 
-    def _generate(
-        self,
-        caches: list[KVCache],
-        prompts: list[tuple[Example, list[int]]],
-        loaded: LoadedModel,
-        settings: Settings,
-    ) -> list[list[dict[str, Any]]]:
-        """Outputs of every cache for every prompt: text, and bytes after the prompt and at the end."""
-        assert loaded.tokenizer is not None
-        example = prompts[0][0]
-        where = input_device(loaded.model, settings.torch_device)
-        input_ids, mask = left_padded([ids for _, ids in prompts], loaded.tokenizer.pad_token_id, where)
-        cache = caches[0] if len(caches) == 1 else FanOutCache(caches)
-        after_prompt: list[tuple[int, int]] = []
-        result = generate(
-            loaded.model,
-            cache,
-            input_ids,
-            mask,
-            max_new_tokens=example.max_new_tokens,
-            stop_ids=stop_ids(loaded, example.stop_tokens),
-            min_new_tokens=example.min_new_tokens,
-            sampling=Sampling(self.temperature, self.top_p, [row_seed(settings.seed, e) for e, _ in prompts]),
-            chunk_size=self.chunk_size,
-            after_prefill=lambda: after_prompt.extend((c.kv_bytes_stored, c.kv_bytes_logical) for c in caches),
-        )
-        batch = len(prompts)
-        return [
-            [
-                {
-                    "prediction": loaded.tokenizer.decode(tokens, skip_special_tokens=True),
-                    "new_tokens": len(tokens),
-                    "kv_bytes_stored": after_prompt[i][0] // batch,
-                    "kv_bytes_logical": after_prompt[i][1] // batch,
-                    "kv_bytes_stored_end": c.kv_bytes_stored // batch,
-                }
-                for tokens in result.tokens[i * batch : (i + 1) * batch]
-            ]
-            for i, c in enumerate(caches)
-        ]
+    def _row(
+        self, run: ScoredRun, item: Item, answer: Answer, task: Task, reference: Reply | None, loaded: LoadedModel
+    ) -> dict[str, Any]:
+        """A line of ``samples.jsonl``."""
+        config, dtype, example = loaded.model.config, loaded.model.dtype, item.example
+        shape, full = kv_shape(config, dtype), full_shape(config, dtype, run.method.sharing)
+        read = [len(c.context) for c in item.scored] or [len(item.prompt)]
+        return {
+            "dataset": example.dataset,
+            "id": example.id,
+            "method": run.method.label,
+            **answer.fields,
+            **task.judge(example, answer.fields["prediction"], answer.reply, reference),
+            "prompt_tokens": max(read) + len(item.question),
+            **({"question_tokens": len(item.question)} if item.question else {}),
+            "kv_bytes_formula": round(fmean(run.method.bytes_formula(shape, n) for n in read)),
+            "kv_bytes_full": round(fmean(BASELINE.bytes_formula(full, n) for n in read)),
+            **{k: example.meta[k] for k in ("length", "row", "depth") if k in example.meta},
+        }
 
     def _finish(
         self,
@@ -305,7 +293,7 @@ class AccuracyRunner(PairedRunner):
     ) -> None:
         """Write ``record.json``."""
         record = record_head(
-            "oom" if "problem" in circumstances else "done", run.folder, run.method, task.source(), settings
+            "oom" if "problem" in circumstances else "done", run.folder, run.method, self._data(task), settings
         )
         record["data"]["examples"] = dict(Counter(e.dataset for e in examples))
         record["rode_with"] = [r.method.label for r in runs if r is not run]
@@ -313,6 +301,10 @@ class AccuracyRunner(PairedRunner):
         record |= circumstances
         if record["status"] == "done":
             record |= self._results(run, examples, task)
+            further, files = task.conclude([run.rows[(e.dataset, e.id)] for e in examples])
+            record |= further
+            for name, content in files.items():
+                run.folder.write(name, content)
         run.folder.finish(record)
 
     def _results(self, run: ScoredRun, examples: list[Example], task: Task) -> dict[str, Any]:
@@ -321,6 +313,7 @@ class AccuracyRunner(PairedRunner):
         scores = run.scores(task, examples)
         by_group = {group: list(by_id.values()) for group, by_id in scores.items()}
         return {
+            **({} if task.unit == PERCENT else {"unit": task.unit}),
             "scores": {group: asdict(macro_mean({group: values})) for group, values in by_group.items()},
             "average": asdict(macro_mean(by_group)),
             "averages": {
@@ -354,26 +347,18 @@ class AccuracyRunner(PairedRunner):
                 )
 
 
-def shared_prompts(runs: Sequence[ScoredRun]) -> Iterator[list[ScoredRun]]:
-    """Split runs into those that can share one reading of the prompt, and the others one by one."""
+def shared_prompts(runs: Sequence[ScoredRun], apart: bool = False) -> Iterator[list[ScoredRun]]:
+    """Split runs into those that can share one reading of the prompt, and the others one by one.
+
+    ``apart``: those whose tokens are rounded as they age are fed one by one, and the others should not wait for them.
+    """
     sharing = [r for r in runs if r.method.shares_prompt]
-    for passes in dict.fromkeys(r.method.passes for r in sharing):
-        yield [r for r in sharing if r.method.passes == passes]
+
+    def kind(run: ScoredRun) -> tuple[int | None, bool]:
+        return run.method.passes, apart and not run.method.storage.is_exact
+
+    for one in dict.fromkeys(map(kind, sharing)):
+        yield [r for r in sharing if kind(r) == one]
     for run in runs:
         if not run.method.shares_prompt:
             yield [run]
-
-
-def row_seed(seed: int, example: Example) -> int:
-    """Seed of one example's draws: the same whatever stands in its batch and whichever methods ride along."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{example.dataset}/{example.id}".encode()).digest()[:6], "big")
-
-
-def stop_ids(loaded: LoadedModel, stop_tokens: Sequence[str]) -> list[int]:
-    """Ids that end a generation: the model's own end-of-sequence ids, and the last token of each of ``stop_tokens``."""
-    assert loaded.tokenizer is not None
-    own = loaded.model.generation_config.eos_token_id
-    ids = set(own if isinstance(own, list) else [own]) | {loaded.tokenizer.eos_token_id}
-    for text in stop_tokens:
-        ids.add(loaded.tokenizer.encode(text, add_special_tokens=False)[-1])
-    return sorted(i for i in ids if i is not None)

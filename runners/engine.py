@@ -1,13 +1,15 @@
-"""Prefill and decode: two plain functions, and greedy or sampled generation on top of them.
+"""Prefill and decode: two plain functions; generation and the scoring of given text on top of them.
 
     logits = prefill(model, cache, input_ids, attention_mask)   # read the prompt, compress it
     logits = decode(model, cache, token)                        # one more token per row
+    for logits in feed(model, cache, ids):                      # several more
 
 The model is a transformers causal LM; everything that differs between methods happens inside the cache.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +21,11 @@ from transformers import PreTrainedModel
 from ..conf.errors import InputError
 from ..methods.base import KVCache
 from ..methods.sharing.model import KVShareLlamaForCausalLM
+from ..tasks.base import Likelihood
 from .lean import is_plain, lean_step
+
+AT_ONCE = 256
+"""Columns fed together after a prompt: their logits over a large vocabulary are in memory at the same time."""
 
 FOLLOWS_LENGTH = ("longrope", "dynamic")
 """Kinds of RoPE whose frequencies depend on the length of what is fed together."""
@@ -60,7 +66,7 @@ def prefill(
     length = input_ids.shape[1]
     mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
     if cache.recomputes:
-        return _forward_all(model, cache, input_ids, mask)
+        return _forward_all(model, cache, input_ids, mask)[:, -1]
     pieces = chunk_size is not None and chunk_size < length
     by_layers = pieces and cache.layers_are_independent and _decoder_layers(model) is not None
     kind = rope_type(model)
@@ -161,7 +167,7 @@ def _piece(name: str, value: Any, start: int, end: int) -> Any:
 def decode(model: PreTrainedModel, cache: KVCache, token: torch.Tensor) -> torch.Tensor:
     """Feed one token per row: [rows] int64 -> logits [rows, vocabulary]; rows are ``cache.copies`` x B."""
     if cache.recomputes:
-        return _forward_all(model, cache, token[:, None], None)
+        return _forward_all(model, cache, token[:, None], None)[:, -1]
     if is_plain(model):
         return lean_step(model, cache, token)
     return model(
@@ -173,13 +179,46 @@ def decode(model: PreTrainedModel, cache: KVCache, token: torch.Tensor) -> torch
     ).logits[:, -1]
 
 
-def _forward_all(model: PreTrainedModel, cache: KVCache, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Without a cache: the whole sequence through the model again."""
+@torch.inference_mode()
+def feed(model: PreTrainedModel, cache: KVCache, ids: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Feed several tokens to every row after the prompt, each after the one before it.
+
+    They go through the model :data:`AT_ONCE` at a time, where that is the same as one by one.
+
+    Args:
+        model: the model that ``cache`` was made for.
+        cache: one that has read a prompt.
+        ids: [rows, n], rows as in :func:`decode`, without padding.
+
+    Yields:
+        Logits of the next columns, [rows, m, vocabulary] each, n columns in all.
+    """
+    step = 1 if cache.rounds else AT_ONCE
+    for piece in ids.split(step, dim=1):
+        n = piece.shape[1]
+        if cache.recomputes:
+            yield _forward_all(model, cache, piece, None, n)
+        elif n == 1:
+            yield decode(model, cache, piece[:, 0])[:, None]
+        else:
+            yield model(
+                input_ids=piece,
+                position_ids=cache.next_positions()[:, None] + torch.arange(n, device=piece.device),
+                past_key_values=cache,
+                use_cache=True,
+            ).logits
+
+
+def _forward_all(
+    model: PreTrainedModel, cache: KVCache, ids: torch.Tensor, mask: torch.Tensor | None, last: int = 1
+) -> torch.Tensor:
+    """Without a cache: the whole sequence through the model again; logits [B, last, vocabulary] of its end."""
     ids, mask = cache.extend(ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask)
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
     padded = None if bool(mask.all()) else mask
-    out = model(input_ids=ids, attention_mask=padded, position_ids=positions, use_cache=False, logits_to_keep=1)
-    return out.logits[:, -1]
+    out = model(input_ids=ids, attention_mask=padded, position_ids=positions, use_cache=False, logits_to_keep=last)
+    logits: torch.Tensor = out.logits[:, -last:]
+    return logits
 
 
 def left_padded(
@@ -236,6 +275,8 @@ def generate(
     sampling: Sampling | None = None,
     chunk_size: int | None = None,
     after_prefill: Callable[[], None] | None = None,
+    question: torch.Tensor | None = None,
+    until: Callable[[int, list[int]], bool] | None = None,
 ) -> Generation:
     """Prefill, then decode until every row has ended.
 
@@ -246,7 +287,9 @@ def generate(
             how speed is measured).
         min_new_tokens: no stop id is produced before a row has this many tokens (its probability is set to zero).
         sampling: greedy when None.
-        after_prefill: called without arguments once the prompt is compressed, before the first decode step.
+        after_prefill: called without arguments once the prompt is compressed, before anything else is fed.
+        question: [B, q] further tokens of the prompts that no method sees before it compresses.
+        until: a row also ends, after a token that is kept, where ``until(prompt row, its tokens)`` says so.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
@@ -255,6 +298,9 @@ def generate(
     logits = prefill(model, cache, input_ids, attention_mask, chunk_size).repeat(members, 1)
     if after_prefill is not None:
         after_prefill()
+    if question is not None:
+        *_, logits = feed(model, cache, question.repeat(members, 1))
+        logits = logits[:, -1]
 
     tokens: list[list[int]] = [[] for _ in range(batch * members)]
     rows = list(range(batch * members))  # row of `tokens` that each decode row stands for
@@ -268,12 +314,75 @@ def generate(
                     ended[row] = True
                 else:
                     tokens[row].append(value)
+                    ended[row] = until is not None and until(row % batch, tokens[row])
         steps += 1
         if steps >= max_new_tokens or all(ended):
             return Generation(tokens, steps - 1)
         if members > 1 and any(ended):
             rows, token = _drop_ended_members(cache, rows, ended, token, batch)
         logits = decode(model, cache, token)
+
+
+@torch.inference_mode()
+def score(
+    model: PreTrainedModel,
+    cache: KVCache,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    continuations: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]],
+    *,
+    chunk_size: int | None = None,
+    after_prefill: Callable[[], None] | None = None,
+) -> list[list[Likelihood]]:
+    """Read the prompts, compress them, and ask what the model then thinks of continuations, each after a copy.
+
+    A continuation is scored through the compressed cache alone if ``given`` holds at least one token: the first token
+    after a prompt is predicted before anything is compressed.
+
+    Args:
+        model, cache, input_ids, attention_mask, chunk_size, after_prefill: as in :func:`generate`.
+        continuations: for each prompt, pairs of ``given`` tokens that follow it and of the tokens to be scored, one or
+            more of these.
+
+    Returns:
+        For each row (as in :func:`decode`) the likelihoods in the order of its prompt's continuations.
+    """
+    batch, members = input_ids.shape[0], cache.copies
+    last = prefill(model, cache, input_ids, attention_mask, chunk_size).repeat(members, 1)
+    if after_prefill is not None:
+        after_prefill()
+    out: list[list[Likelihood]] = [[] for _ in range(batch * members)]
+    most = max(len(c) for c in continuations)
+    for number in range(most):
+        asked = [c[number] if number < len(c) else ((), ()) for c in continuations]
+        tails = [[*given, *scored] for given, scored in asked]
+        width = max(len(tail) for tail in tails)
+        # What pads a shorter row comes after all that is scored of it, and the copy is thrown away.
+        ids = torch.tensor([tail + [0] * (width - len(tail)) for tail in tails], device=input_ids.device)
+        fork = cache if number == most - 1 else cache.fork()
+        log_probs, greedy = _follow(model, fork, last, ids.repeat(members, 1))
+        for row in range(batch * members):
+            given, scored = asked[row % batch]
+            if scored:
+                where = slice(len(given), len(given) + len(scored))
+                out[row].append(Likelihood(log_probs[row, where].tolist(), greedy[row, where].tolist()))
+    return out
+
+
+def _follow(
+    model: PreTrainedModel, cache: KVCache, last: torch.Tensor, ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each of ``ids`` [rows, n] and whether it is the most probable token, both [rows, n].
+
+    ``last`` [rows, vocabulary] are the logits that predict the first of them.
+    """
+    log_probs, greedy, start = [], [], 0
+    for logits in itertools.chain([last[:, None]], feed(model, cache, ids[:, :-1]) if ids.shape[1] > 1 else ()):
+        wanted = ids[:, start : start + logits.shape[1], None]
+        log_probs.append(logits.float().log_softmax(-1).gather(-1, wanted)[..., 0])
+        greedy.append(logits.argmax(-1, keepdim=True)[..., 0] == wanted[..., 0])
+        start += logits.shape[1]
+    return torch.cat(log_probs, dim=1), torch.cat(greedy, dim=1)
 
 
 def _drop_ended_members(

@@ -136,11 +136,15 @@ class RunFolder:
 
     def finish(self, record: Mapping[str, Any]) -> Path:
         """Write ``record.json``, whole or not at all."""
-        target, partial = self.path / RECORD, self.path / (RECORD + ".partial")
+        return self.write(RECORD, {"schema": SCHEMA, **record})
+
+    def write(self, name: str, content: Mapping[str, Any]) -> Path:
+        """Write a JSON file of the run, whole or not at all."""
+        target, partial = self.path / name, self.path / (name + ".partial")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with partial.open("w", encoding="utf-8") as file:
-                json.dump({"schema": SCHEMA, **record}, file, indent=1, ensure_ascii=False, allow_nan=False)
+                json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
                 file.write("\n")
                 file.flush()
                 os.fsync(file.fileno())

@@ -11,6 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+from ..conf.errors import InputError
+
+PERCENT, NATS = "percent", "nats per token"
+
 
 @dataclass(frozen=True)
 class Example:
@@ -24,7 +28,10 @@ class Example:
         max_new_tokens: the task's generation limit, tokens.
         chat: wrap the prompt in the model's chat template (few-shot and code prompts are not wrapped).
         stop_tokens: strings whose last token ends the generation when it is produced (LongBench's samsum: a newline).
+        stop_strings: strings at the first of which the answer ends, however it is cut into tokens; not part of it.
         min_new_tokens: tokens that must come before anything may stop the generation.
+        question: the end of ``prompt``, all that stands behind the context; with ``runner.question=after_compression``
+            a method does not see it before it compresses. Empty: the prompt has no such part.
         meta: whatever ``score`` needs beside the answers (class names, length bucket, row number).
     """
 
@@ -35,8 +42,45 @@ class Example:
     max_new_tokens: int
     chat: bool = True
     stop_tokens: tuple[str, ...] = ()
+    stop_strings: tuple[str, ...] = ()
     min_new_tokens: int = 0
+    question: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """What a model is asked where it need not write: how likely continuations of one context are.
+
+    Attributes:
+        context: token ids, read as the prompt; the method compresses behind them.
+        asked: pairs of token ids that follow the context (seen by the method as later tokens, not scored) and of those
+            to be scored. Where the first of a pair is empty, the first scored token is predicted before compression.
+    """
+
+    context: list[int]
+    asked: tuple[tuple[list[int], list[int]], ...]
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How likely a continuation is.
+
+    Attributes:
+        log_probs: natural logarithm of each token's probability, given all before it.
+        greedy: whether each token is the most probable one.
+    """
+
+    log_probs: list[float]
+    greedy: list[bool]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model has written: ``text``, and the token ids it was decoded from."""
+
+    text: str
+    tokens: list[int]
 
 
 @dataclass(frozen=True)
@@ -87,18 +131,52 @@ class Task(Described):
 
     max_length: int | None = None
     """Prompt tokens the user allows; None leaves the limit to the model."""
+    unit: ClassVar[str] = PERCENT
+    """What scores are in: :data:`PERCENT`, or :data:`NATS`, of which fewer are better."""
+    compares: ClassVar[bool] = False
+    """Whether :meth:`judge` needs the full cache's own reply to the same prompt."""
+
+    def scoring(self) -> dict[str, Any]:
+        """What decides scores beside :meth:`identity`: settings of a task that is also something else."""
+        return {}
 
     @abstractmethod
     def examples(self) -> list[Example]:
         """Every example of the run, in a fixed order."""
 
     @abstractmethod
-    def encode(self, example: Example, tokenizer: Any, max_length: int | None) -> list[int]:
-        """Token ids of the prompt, truncated to ``max_length`` prompt tokens as the task defines (None: never)."""
+    def encode(self, example: Example, tokenizer: Any, max_length: int | None) -> list[int] | list[Continuations]:
+        """Token ids of the prompt, truncated to ``max_length`` prompt tokens as the task defines (None: never).
 
-    @abstractmethod
-    def score(self, example: Example, prediction: str) -> float:
-        """Score of one prediction, in [0, 1]."""
+        A task that asks for likelihoods gives the contexts and continuations of the example instead.
+        """
+
+    def score(self, example: Example, prediction: Any) -> float:
+        """Score of one prediction: in [0, 1], or in the task's unit."""
+        raise NotImplementedError
+
+    def judge(self, example: Example, prediction: Any, reply: Reply | None, reference: Reply | None) -> dict[str, Any]:
+        """``score`` and whatever else is kept of one example's outcome.
+
+        Args:
+            example: which.
+            prediction: the text, cut at the first stop string, or what :meth:`read_off` gave.
+            reply: as generated; None where likelihoods were asked for.
+            reference: the full cache's reply, where the task :attr:`compares`.
+        """
+        return {"score": self.score(example, prediction)}
+
+    def read_off(self, example: Example, likelihoods: Sequence[Likelihood]) -> Any:
+        """What is kept of the likelihoods of all of an example's continuations, as plain data."""
+        raise NotImplementedError
+
+    def conclude(self, rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a finished run's record says beside the scores, and further files of the run: name -> plain data.
+
+        Args:
+            rows: of ``samples.jsonl``, in the order of :meth:`examples`.
+        """
+        return {}, {}
 
     def group(self, example: Example) -> str:
         """Name of the score that ``example`` counts towards: its data set, unless a task splits data sets further."""
@@ -126,3 +204,36 @@ def prompt_tokens(prompt: str, tokenizer: Any, chat: bool) -> list[int]:
 def plain_tokens(text: str, tokenizer: Any) -> list[int]:
     """Token ids of text alone; a template has written its special tokens itself, and a second <s> would be wrong."""
     return list(tokenizer(text, truncation=False, add_special_tokens=False, verbose=False).input_ids)
+
+
+def cut_at(text: str, stop_strings: Sequence[str]) -> str:
+    """The text up to the first of the strings that stands in it."""
+    return text[: min((i for i in map(text.find, stop_strings) if i >= 0), default=len(text))]
+
+
+def question_tokens(ids: Sequence[int], question: str, tokenizer: Any) -> int:
+    """How many of a prompt's last tokens hold the question and all that a chat template puts behind it.
+
+    A token that lies across the border counts as the question's. Blanks are passed over, for some tokenizers move them.
+
+    Raises:
+        InputError: the question is not at the end of the prompt, or nothing is in front of it.
+    """
+    wanted = "".join(question.split())
+
+    def holds(count: int) -> bool:
+        return wanted in "".join(tokenizer.decode(ids[len(ids) - count :]).split())
+
+    most = 1
+    while wanted and not holds(most):
+        if most == len(ids):
+            break
+        most = min(2 * most, len(ids))
+    if not wanted or most == len(ids):
+        allowed = "needs a prompt with a context and a question behind it: use with_context for this task"
+        raise InputError("runner.question", "after_compression", allowed)
+    least = most // 2  # does not hold it
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (least, middle) if holds(middle) else (middle, most)
+    return most

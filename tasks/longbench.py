@@ -251,6 +251,7 @@ class LongBench(Task):
                 chat=spec.chat,
                 stop_tokens=spec.stop_tokens,
                 min_new_tokens=spec.min_new_tokens,
+                question=spec.prompt.partition("{context}")[2].format(**fields),
                 meta=meta,
             )
             examples.append(example)

@@ -186,6 +186,7 @@ class Needle(Task):
                         answers=answers,
                         max_new_tokens=self.max_new_tokens * self.needles,
                         chat=self.chat,
+                        question=question,
                         meta=meta,
                     )
                     examples.append(example)

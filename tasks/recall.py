@@ -73,7 +73,7 @@ class Recall(Task, TrainingData):
             ids, _ = self._sequence(rng, self.pairs)
             words = [self._word(int(token)) for token in ids]
             examples.append(
-                Example("recall", f"{i:04d}", " ".join(words[:-1]), (words[-1],), max_new_tokens=1, chat=False)
+                Example("recall", f"{i:04d}", " ".join(words[:-1]), (words[-1],), 1, chat=False, question=words[-2])
             )
         return examples
 

@@ -256,9 +256,9 @@ def test_a_padded_batch_has_a_run_of_its_own_and_says_what_padding_costs(world, 
 
 
 def test_running_out_of_memory_is_a_result_and_the_run_can_be_tried_again(world, tmp_path, monkeypatch):
-    from kvbench.runners import accuracy
+    from kvbench.runners import ask
 
-    real, calls = accuracy.generate, []
+    real, calls = ask.generate, []
 
     def greedy_for_memory(*args, **kwargs):
         calls.append(1)
@@ -266,7 +266,7 @@ def test_running_out_of_memory_is_a_result_and_the_run_can_be_tried_again(world,
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(accuracy, "generate", greedy_for_memory)
+    monkeypatch.setattr(ask, "generate", greedy_for_memory)
     out = run(world, tmp_path).stdout
     assert "out of memory" in out
     for folder in folders(tmp_path).values():
@@ -283,9 +283,9 @@ def test_running_out_of_memory_is_a_result_and_the_run_can_be_tried_again(world,
 
 def test_a_method_that_fits_is_not_lost_to_a_baseline_that_does_not(world, tmp_path, monkeypatch):
     """The very case that a compressed cache is for: together and full are too much, SnapKV alone is not."""
-    from kvbench.runners import accuracy
+    from kvbench.runners import ask
 
-    real = accuracy.generate
+    real = ask.generate
 
     def room_for_the_compressed_one(model, cache, *args, **kwargs):
         members = getattr(cache, "members", [cache])
@@ -293,7 +293,7 @@ def test_a_method_that_fits_is_not_lost_to_a_baseline_that_does_not(world, tmp_p
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
         return real(model, cache, *args, **kwargs)
 
-    monkeypatch.setattr(accuracy, "generate", room_for_the_compressed_one)
+    monkeypatch.setattr(ask, "generate", room_for_the_compressed_one)
     out = run(world, tmp_path).stdout
     found = folders(tmp_path)
     records = {label: json.loads((folder / "record.json").read_text()) for label, folder in found.items()}
@@ -343,3 +343,31 @@ def test_a_full_disk_is_one_line_and_the_run_continues_later(world, tmp_path, mo
         monkeypatch.undo()
         assert (folder.path / "samples.jsonl").read_bytes() == kept
         assert not folder.done
+
+
+def test_a_question_after_compression_is_another_task_with_the_same_prompts(world, finished, tmp_path):
+    out = run(world, tmp_path, "runner.question=after_compression", "task.datasets=[lcc]").stdout
+    assert "longbench-subset-agnostic" in out
+    ours, whole = folders(tmp_path), folders(finished[0])
+    assert {p.relative_to(tmp_path).parts[0] for p in ours.values()} == {"longbench-subset-agnostic"}
+    predictions = {}
+    for label in ours:
+        before = {r["id"]: r for r in rows(whole[label]) if r["dataset"] == "lcc"}
+        for row in rows(ours[label]):
+            asked_whole = before[row["id"]]
+            assert row["prompt_tokens"] == asked_whole["prompt_tokens"]
+            assert row["question_tokens"] == len("Next line of code:\n")  # a token is a byte here
+            read = row["prompt_tokens"] - row["question_tokens"]
+            assert row["kv_bytes_full"] == asked_whole["kv_bytes_full"] * read // row["prompt_tokens"]
+            held = row["kv_bytes_full"] if label == "full" else asked_whole["kv_bytes_stored"]
+            assert row["kv_bytes_stored"] == row["kv_bytes_formula"] == held
+            predictions.setdefault(label, []).append(row["prediction"] == asked_whole["prediction"])
+    assert all(predictions["full"])
+    assert not all(predictions["snapkv 40"])
+
+
+def test_a_prompt_whose_question_was_cut_off_cannot_be_asked_after_compression(world, tmp_path):
+    done = run(world, tmp_path, "runner.question=after_compression", "task.max_length=30", status=2)
+    assert "runner.question=after_compression: needs a prompt with a context and a question" in done.stderr
+    done = run(world, tmp_path, "runner.question=later", status=2)
+    assert "runner.question=later: must be one of after_compression, with_context" in done.stderr

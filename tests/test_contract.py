@@ -21,7 +21,8 @@ from kvbench.conf.errors import InputError
 from kvbench.methods.base import Method, kv_shape
 from kvbench.methods.fan_out import FanOutCache
 from kvbench.methods.selection.pyramid_infer import PyramidInfer
-from kvbench.runners.engine import decode, generate, prefill
+from kvbench.runners import engine
+from kvbench.runners.engine import decode, feed, generate, prefill, score
 
 NAMES = sorted(p.name.removesuffix(".yaml") for p in files("kvbench.conf").joinpath("method").iterdir() if p.is_file())
 VARIANTS = [
@@ -156,6 +157,46 @@ def test_a_left_padded_batch_is_each_row_alone(text):
     for row, prompt in enumerate(prompts):
         alone, _ = logits_of(model, method, prompt, tokens[:, row : row + 1])
         assert (together[:, row] - alone[:, 0]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("text", METHODS)
+def test_several_tokens_after_the_prompt_are_one_after_another_and_a_copy_goes_its_own_way(text, monkeypatch):
+    """In a left-padded batch; what one copy of the cache is fed, the other one does not see."""
+    monkeypatch.setattr(engine, "AT_ONCE", 4)
+    model, method = model_for(text), make(text)
+    ids, mask = left_pad([prompt_ids(LONG, 1), prompt_ids(MIDDLE, 2)])
+    tokens = some_tokens(7, batch=2)
+    expected, _ = logits_of(model, method, ids, tokens, mask)
+    cache = method.new_cache(model)
+    prefill(model, cache, ids, mask)
+    other = cache.fork()
+    for _ in feed(model, other, some_tokens(11, batch=2).flip(0).T):
+        pass
+    fed = torch.cat(list(feed(model, cache, tokens.T)), dim=1)
+    assert fed.shape[:2] == (2, 7)
+    assert (fed.transpose(0, 1) - expected[1:]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("text", METHODS)
+def test_continuations_are_scored_through_the_compressed_cache(text):
+    """Each token's log-probability is that of decoding it after the tokens before it, whatever else is asked beside."""
+    model, method = model_for(text), make(text)
+    prompts = [prompt_ids(LONG, 1), prompt_ids(MIDDLE, 2)]
+    ids, mask = left_pad(prompts)
+    asked = [
+        [([5], [7, 8, 9]), ([5], [11]), ([], [3, 4])],
+        [([6, 2], [10])],
+    ]
+    found = score(model, method.new_cache(model), ids, mask, asked)
+    assert [len(row) for row in found] == [3, 1]
+    for prompt, pairs, row in zip(prompts, asked, found, strict=True):
+        for (given, scored), likelihood in zip(pairs, row, strict=True):
+            tail = torch.tensor([*given, *scored])
+            logits, _ = logits_of(model, method, prompt, tail[:-1, None])
+            predictions = logits[:, 0].log_softmax(-1)[len(given) :]
+            expected = predictions.gather(-1, tail[len(given) :, None])[:, 0]
+            assert torch.allclose(torch.tensor(likelihood.log_probs).double(), expected, atol=1e-5)
+            assert likelihood.greedy == (predictions.argmax(-1) == tail[len(given) :]).tolist()
 
 
 @pytest.mark.parametrize("text", METHODS)

@@ -11,7 +11,8 @@ import torch
 from tiny_models import SHAPE, left_pad, prompt_ids, tiny_model
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from kvbench.methods.attention import cached_attention, lower_right_attention
+from kvbench.methods import attention
+from kvbench.methods.attention import attention_in_parts, cached_attention, lower_right_attention
 from kvbench.methods.base import CacheLayer, Method
 from kvbench.methods.fan_out import FanOutCache
 from kvbench.methods.selection.snapkv import SnapKV
@@ -291,3 +292,65 @@ def test_nothing_that_sits_on_a_model_is_passed_by():
     windowed.model.layers[0].self_attn.sliding_window = 16
     assert not is_plain(windowed)
     assert not is_plain(phi3_with_longrope())
+
+
+@pytest.mark.parametrize("length", [1024, 1025, 1499])
+@pytest.mark.parametrize(("rows", "heads", "parts"), [(1, 3, 2), (1, 1, 4), (2, 3, 5)])
+def test_attention_in_parts_is_attention(length, rows, heads, parts):
+    """Against the definition in float64; keys and values are the beginning of longer buffers, as in a cache."""
+    generator = torch.Generator().manual_seed(length)
+    query = 3 * torch.randn(rows, heads, 6, 16, generator=generator, dtype=torch.float64)
+    keys, values = (
+        torch.randn(rows, heads, length + 37, 16, generator=generator, dtype=torch.float64)[:, :, :length]
+        for _ in range(2)
+    )
+    expected = (0.3 * query @ keys.transpose(2, 3)).softmax(-1) @ values
+    assert (attention_in_parts(query, keys, values, 0.3, parts) - expected).abs().max() < 1e-12
+    single = attention_in_parts(query.float(), keys.float(), values.float(), 0.3, parts)
+    assert (single - expected).abs().max() < 1e-5
+
+
+def test_a_long_cache_is_read_by_all_threads_where_its_heads_do_not_share_out(monkeypatch):
+    calls = []
+    whole = attention.attention_in_parts
+    monkeypatch.setattr(attention, "attention_in_parts", lambda *args: calls.append(args[-1]) or whole(*args))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+    def attend(batch: int, heads: int, length: int, valid: torch.Tensor | None = None) -> None:
+        query = torch.randn(batch, 2 * heads, 1, 16)
+        keys, values = torch.randn(2, batch, heads, length, 16)
+        cached_attention(query, keys, values, 0.25, valid)
+
+    attend(1, 3, 2048)
+    assert calls == [2]
+    attend(1, 4, 2048)  # shares out
+    attend(1, 3, 512)  # too short to be worth it
+    attend(1, 3, 2048, torch.ones(1, 1, 2048, dtype=torch.bool))  # the kernel takes no mask
+    assert calls == [2]
+
+
+def test_a_question_after_compression_is_read_through_the_compressed_cache():
+    """The context alone is compressed; the answer is the one of feeding the question token by token."""
+    model, ids = tiny_model(), prompt_ids(80)
+    method = Method("snapkv", SnapKV(budget=16, window=4))
+    cache = method.new_cache(model)
+    prefill(model, cache, ids[:, :70])
+    for token in ids[0, 70:]:
+        logits = decode(model, cache, token[None])
+    expected = []
+    for _ in range(6):
+        expected.append(int(logits.argmax()))
+        logits = decode(model, cache, logits.argmax(-1))
+    compressed = method.new_cache(model)
+    asked = generate(model, compressed, ids[:, :70], max_new_tokens=6, question=ids[:, 70:])
+    assert asked.tokens[0] == expected
+    assert compressed.tokens_held[0].max() == 16 + 10 + 5
+    assert generate(model, method.new_cache(model), ids, max_new_tokens=6).tokens[0] != expected
+
+
+def test_until_ends_a_row_after_the_token_that_completes_it():
+    model, ids = tiny_model(), prompt_ids(20)
+    free = generate(model, full(model), ids, max_new_tokens=10).tokens[0]
+    stopped = generate(model, full(model), ids, max_new_tokens=10, until=lambda row, tokens: len(tokens) == 4)
+    assert stopped.tokens[0] == free[:4]
+    assert stopped.steps == 3
