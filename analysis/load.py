@@ -9,6 +9,7 @@ The format of ``record.json`` is fixed here, by its reader; ``kvbench.runners.re
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,6 +156,19 @@ def settings_key(record: Mapping[str, Any]) -> str:
     return "\x00".join([record["kind"], record["task"], record["model"], json.dumps(rest, sort_keys=True)])
 
 
+def fewer_is_better(record: Mapping[str, Any]) -> bool:
+    """Whether a run's scores are losses, in nats per token; they are shown as perplexity."""
+    return record.get("unit") == "nats per token"
+
+
+def average(record: Mapping[str, Any], name: str | None = None) -> dict[str, Any]:
+    """A run's mean score with its interval as it is shown, or that of the data set ``name``."""
+    found: dict[str, Any] = dict(record["average"] if name is None else record["scores"][name])
+    if fewer_is_better(record):
+        found |= {k: None if found[k] is None else math.exp(found[k]) for k in ("mean", "low", "high")}
+    return found
+
+
 def _distinct(group: Sequence[Run]) -> list[Run]:
     """Labels that tell a method's settings wherever the group has it with more than one."""
     settings: dict[str, list[dict[str, Any]]] = {}  # of each curve
@@ -213,8 +227,8 @@ def frame(runs: Sequence[Run]) -> pd.DataFrame:
         row |= {"label": run.label, "dtype": record["identity"]["dtype"], "device": record["identity"]["device"]}
         row |= record.get("bytes", {})
         if "average" in record:
-            row |= {"score": record["average"]["mean"], "score_low": record["average"]["low"]}
-            row["score_high"] = record["average"]["high"]
+            shown = average(record)
+            row |= {"score": shown["mean"], "score_low": shown["low"], "score_high": shown["high"]}
         row |= {name: spread["median"] for name, spread in record.get("metrics", {}).items()}
         for phase in ("peak_prefill", "peak_decode"):
             if record.get("memory", {}).get(phase):

@@ -7,6 +7,8 @@ makes, for every group of comparable runs,
 * ``pareto-bytes-...``: score against the bytes of KV cache that a sequence takes, with 95 % intervals;
 * ``pareto-speed-...``: score against decode throughput, where the same methods were timed on the same model and dtype;
 * ``length-...``: time per token against prompt length, where one workload was measured at several lengths;
+* ``heat-...``: for needles, score over length and depth, a panel a method;
+* ``distance-...``: for perplexity, the loss by distance from the compressed context;
 * ``trained-...``: perplexity on held-out data against bytes of KV cache per token, of architectures trained alike.
 
 A method has the same colour and marker in every figure.
@@ -18,6 +20,7 @@ import argparse
 import csv
 import hashlib
 import json
+import math
 import re
 import sys
 import textwrap
@@ -37,7 +40,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from ..conf.errors import InputError
-from .load import Run, comparable, load, setting
+from .heat_maps import by_budget, heat_map, is_needle
+from .heat_maps import draw as draw_heat
+from .load import Run, average, comparable, fewer_is_better, load, setting
 from .pareto import frontier
 from .tables import GIB, MIB, at_best_rate
 
@@ -105,6 +110,7 @@ class Plot:
     y_label: str
     points: list[Point]
     draw: Callable[[Axes, Plot], None]
+    panels: Callable[[Figure], None] | None = None  # draws it whole, where it has more than one pair of axes
 
 
 # which figures there are ---------------------------------------------------------------------------------------------
@@ -117,6 +123,11 @@ def plots(runs: Sequence[Run]) -> Iterator[Plot]:
     timed = [g for g in groups if g[0].record["kind"] == "efficiency" and "search" not in g[0].record]
     for group in scored:
         yield pareto_bytes(group)
+    for group in groups:
+        if is_needle(group[0]):
+            yield from heat_maps(group)
+        if "by_distance" in group[0].record:
+            yield by_distance(group)
     for group in scored:
         for speeds in timed:
             plot = pareto_speed(group, speeds)
@@ -148,6 +159,47 @@ def trained(group: Sequence[Run]) -> Plot:
     )
 
 
+def heat_maps(group: Sequence[Run]) -> Iterator[Plot]:
+    """Score over length and depth of the needle, the methods of one budget side by side."""
+    first = group[0].record
+    for budget, runs in by_budget(group):
+        maps = [heat_map(run) for run in runs]
+        points = [
+            Point(one.label, run.record["method"], f"{depth:.3f}", length, score, None, None, (one.run,))
+            for run, one in zip(runs, maps, strict=True)
+            for depth, row in zip(one.depths, one.scores, strict=True)
+            for length, score in zip(one.lengths, row, strict=True)
+        ]
+        yield Plot(
+            _name("-".join(["heat", *budget.split()]), group),
+            f"{_data_title(first)}, {first['model']}, {budget}".removesuffix(", ") + f"\n{setting(first)}",
+            "prompt length, tokens",
+            "score",
+            points,
+            _draw_lengths,
+            panels=lambda figure, maps=maps: draw_heat(figure, maps),  # type: ignore[misc]
+        )
+
+
+def by_distance(group: Sequence[Run]) -> Plot:
+    """Perplexity of the tokens up to each distance behind the compressed context."""
+    points = []
+    for run in group:
+        found = run.record["by_distance"]
+        for distance, nats in zip(found["up_to_tokens"], found["nats"], strict=True):
+            y = math.exp(nats)
+            points.append(Point(run.label, run.record["method"], "", distance, y, None, None, (run.path,)))
+    first = group[0].record
+    return Plot(
+        _name("distance", group),
+        f"{_data_title(first)}, {first['model']}\n{setting(first)}",
+        "tokens behind the compressed context, up to",
+        "perplexity",
+        points,
+        _draw_distance,
+    )
+
+
 def pareto_bytes(group: Sequence[Run]) -> Plot:
     """Score against stored bytes of KV cache per sequence."""
     points = [_point(run, run.record["bytes"]["kv_bytes_stored"] / MIB, run.path) for run in group]
@@ -156,9 +208,9 @@ def pareto_bytes(group: Sequence[Run]) -> Plot:
         _name("pareto-bytes", group),
         f"{_data_title(first)}, {first['model']}\n{setting(first)}",
         "KV cache stored after the prompt, MiB per sequence (log)",
-        "mean score over the data sets",
+        _score_label(first),
         [p for p in points if p.x > 0],  # no cache at all has no place on a logarithmic axis
-        _draw_pareto(left_is_better=True, log=True),
+        _draw_pareto(left_is_better=True, log=True, up_is_better=not fewer_is_better(first)),
     )
 
 
@@ -180,9 +232,9 @@ def pareto_speed(group: Sequence[Run], speeds: Sequence[Run]) -> Plot | None:
         _name(f"pareto-speed-{timed['task']}-batch{timed['identity']['batch_size']}", group, speeds),
         f"{_data_title(first)}, {first['model']}\nspeed: {timed['task']}, {setting(timed)}",
         "decode throughput, tokens/s (median)",
-        "mean score over the data sets",
+        _score_label(first),
         points,
-        _draw_pareto(left_is_better=False, log=False),
+        _draw_pareto(left_is_better=False, log=False, up_is_better=not fewer_is_better(first)),
     )
 
 
@@ -262,9 +314,13 @@ def _measured(run: Run, metric: str, x: int | None) -> Point:
 
 def _point(run: Run, x: float, *runs: Path) -> Point:
     """A run's mean score with its interval at ``x``."""
-    score, budget = run.record["average"], run.record["budget"]
+    score, budget = average(run.record), run.record["budget"]
     mark = "" if budget is None else str(budget)
     return Point(run.curve, run.record["method"], mark, x, score["mean"], score["low"], score["high"], runs)
+
+
+def _score_label(record: Mapping[str, Any]) -> str:
+    return "perplexity" if fewer_is_better(record) else "mean score over the data sets"
 
 
 def _data_title(record: Mapping[str, Any]) -> str:
@@ -352,6 +408,13 @@ def _draw_lengths(ax: Axes, plot: Plot) -> None:
     ax.set_xlim(left=0)
 
 
+def _draw_distance(ax: Axes, plot: Plot) -> None:
+    _draw_lengths(ax, plot)
+    ax.set_ylim(auto=True)
+    ax.relim()
+    ax.autoscale(axis="y")
+
+
 def _families(points: Sequence[Point]) -> Iterator[tuple[str, str, list[Point]]]:
     """(family, method, its points by budget, or by x where they have none)."""
     for family in dict.fromkeys(p.family for p in points):
@@ -402,11 +465,15 @@ def figure(plot: Plot) -> Figure:
     """The drawn figure; in a notebook it shows itself."""
     with mpl.rc_context(STYLE):
         made = Figure(figsize=(6.4, 4.4), layout="constrained")
+        # Beside the legend there is room for so many characters.
+        title = "\n".join(line for part in plot.title.split("\n") for line in textwrap.wrap(part, 64))
+        if plot.panels is not None:
+            plot.panels(made)
+            made.suptitle(title, fontsize=9)
+            return made
         ax = made.add_subplot()
         plot.draw(ax, plot)
         ax.set(xlabel=plot.x_label, ylabel=plot.y_label)
-        # Beside the legend there is room for so many characters.
-        title = "\n".join(line for part in plot.title.split("\n") for line in textwrap.wrap(part, 64))
         ax.set_title(title, fontsize=9)
         ax.spines[["top", "right"]].set_visible(False)
         ax.margins(x=0.08, y=0.08)
@@ -430,7 +497,9 @@ def save(plot: Plot, folder: Path) -> list[Path]:
             made.savefig(out[1], dpi=160)
         with out[2].open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["family", "budget", plot.x_label, plot.y_label, "low", "high", "runs"])
+            writer.writerow(
+                ["family", "depth" if plot.panels else "budget", plot.x_label, plot.y_label, "low", "high", "runs"]
+            )
             for p in plot.points:
                 writer.writerow([p.family, p.mark, p.x, p.y, p.low, p.high, " ".join(map(str, p.runs))])
     except OSError as error:

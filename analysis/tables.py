@@ -22,7 +22,7 @@ from statistics import fmean
 from typing import Any
 
 from ..conf.errors import InputError, one_of
-from .load import Run, comparable, load, setting
+from .load import Run, average, comparable, fewer_is_better, load, setting
 
 MIB, GIB = 2**20, 2**30
 
@@ -108,7 +108,12 @@ def accuracy_table(runs: Sequence[Run], by_set: bool = True) -> Table:
     names = list(done[0].record["scores"]) if done and by_set else []
     names.sort(key=lambda name: list(LONGBENCH).index(name) if name in LONGBENCH else len(LONGBENCH))
     further = list(done[0].record.get("averages", {})) if done else []
-    ends = ["mean", "95 % interval", "vs full", "95 % interval", "KV MiB", "KV kept", "run"]
+    loss = bool(done) and fewer_is_better(done[0].record)
+    if loss and len(names) == 1:
+        names = []
+    mean, against = ("perplexity", "nats vs full") if loss else ("mean", "vs full")
+    ends = [mean, "95 % interval", against, "95 % interval", "KV MiB", "KV kept", "run"]
+    better, digits = (-1, 3) if loss else (1, 2)
     rows = []
     for run in runs:
         record, name = run.record, Cell(run.label)
@@ -120,12 +125,12 @@ def accuracy_table(runs: Sequence[Run], by_set: bool = True) -> Table:
         rows.append(
             [
                 name,
-                *(_score(record["scores"][n]) for n in names),
+                *(_score(average(record, n), better=better) for n in names),
                 *(_score(record["averages"][n]) for n in further),
-                _score(record["average"]),
-                _interval(record["average"]),
-                Cell("-") if difference is None else _score(difference, "+"),
-                Cell("-") if difference is None else _interval(difference, "+"),
+                _score(average(record), better=better),
+                _interval(average(record)),
+                Cell("-") if difference is None else _score(difference, f"+.{digits}f", better),
+                Cell("-") if difference is None else _interval(difference, f"+.{digits}f"),
                 _number(held["kv_bytes_stored"] / MIB, 2),
                 _number(100 * held["kv_ratio"], 1, " %"),
                 _run(run),
@@ -412,22 +417,23 @@ def _made_by(runs: Sequence[Run]) -> list[str]:
 # cells --------------------------------------------------------------------------------------------------------------
 
 
-def _score(estimate: Mapping[str, Any], sign: str = "") -> Cell:
+def _score(estimate: Mapping[str, Any], form: str = ".2f", better: int = 1) -> Cell:
     low, high, n = estimate["low"], estimate["high"], estimate["n"]
-    return Cell(f"{estimate['mean']:{sign}.2f}", estimate["mean"], low, high, n, better=1)
+    return Cell(f"{estimate['mean']:{form}}", estimate["mean"], low, high, n, better=better)
 
 
 def _with_interval(run: Run) -> Cell:
-    estimate = run.record["average"]
+    estimate = average(run.record)
+    mean, ends = (".2f", ".1f") if fewer_is_better(run.record) else (".1f", ".0f")
     if estimate["low"] is None:
-        return Cell(f"{estimate['mean']:.1f}", estimate["mean"])
-    return Cell(f"{estimate['mean']:.1f} [{estimate['low']:.0f}, {estimate['high']:.0f}]", estimate["mean"])
+        return Cell(f"{estimate['mean']:{mean}}", estimate["mean"])
+    return Cell(f"{estimate['mean']:{mean}} [{estimate['low']:{ends}}, {estimate['high']:{ends}}]", estimate["mean"])
 
 
-def _interval(estimate: Mapping[str, Any], sign: str = "") -> Cell:
+def _interval(estimate: Mapping[str, Any], form: str = ".2f") -> Cell:
     if estimate["low"] is None:
         return Cell("one a set")
-    return Cell(f"[{estimate['low']:{sign}.2f}, {estimate['high']:{sign}.2f}]")
+    return Cell(f"[{estimate['low']:{form}}, {estimate['high']:{form}}]")
 
 
 def _number(value: float, digits: int, unit: str = "") -> Cell:
