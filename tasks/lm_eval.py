@@ -1,0 +1,377 @@
+"""Any task of lm-evaluation-harness, answered through a compressed cache.
+
+Published zero-shot numbers of compressed caches are mostly numbers of no compression at all: lm-eval's own model scores
+a continuation by one forward over context and continuation, in which no cache takes part. Here the context is read as a
+prompt and compressed, and the continuation is scored through what is left. The last context tokens are held back, so
+that the first scored token, too, is predicted by a token that has seen the compressed cache alone.
+
+lm-eval builds the requests and works out the metrics (Gao et al., "The Language Model Evaluation Harness", 2024,
+https://zenodo.org/records/12608602); its tokenisation of contexts and continuations is used as it is, so the full cache
+gets what its own model gets. In between, requests are examples like any other: one for each document.
+
+A long text (``loglikelihood_rolling``) is scored in chunks, each through the compressed cache of all before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import math
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from ..conf.errors import InputError, is_whole, near, require
+from .base import Continuations, Example, Likelihood, Reply, Source, Task
+
+INSTALL = "pip install 'kvbench[eval]'"
+RESULTS = "lm_eval.json"
+"""In the run's folder: what ``lm_eval.simple_evaluate`` gives, without the samples."""
+
+MAX_NEW_TOKENS = 256
+"""Of a request that names no limit, as lm-eval's own model has it."""
+
+LIKELIHOOD, ROLLING, GENERATE = "loglikelihood", "loglikelihood_rolling", "generate_until"
+
+
+@dataclass
+class LmEval(Task):
+    """Tasks of lm-eval.
+
+    Attributes
+    ----------
+    names : tasks, groups or tags, as ``lm_eval --tasks`` takes them.
+    fewshot : examples in front of each question; None: as the task says.
+    limit : documents of each task; None: all.
+    data_files : for a task whose data shall come from files: its name -> the file with the split that is evaluated, or
+        split -> file. JSON lines, gzipped or not, with the columns of the task's own data set.
+    include_path : folder with lm-eval YAMLs of the user's own.
+    held_back : last tokens of a context that are not compressed with it, 1 or more. With none, what comes first after
+        a context would be predicted before compression, and one-token answers would not depend on the method.
+    chunk : tokens of a long text scored through one compressed cache.
+    metric : what ``score`` is; None: each task's first.
+    seed : of the few-shot examples (1234 is lm-eval's).
+    max_length : tokens of a context and its continuation; a longer context loses its beginning, as in lm-eval.
+    """
+
+    name = "lm_eval"
+    location_fields = ("data_files", "include_path")
+
+    names: Sequence[str] | str = ("hellaswag",)
+    fewshot: int | None = None
+    limit: int | None = None
+    data_files: Mapping[str, Any] | None = None
+    include_path: str | None = None
+    held_back: int = 1
+    chunk: int = 512
+    metric: str | None = None
+    seed: int = 1234
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        at = "task."
+        names = self.names.split(",") if isinstance(self.names, str) else self.names
+        self.names = tuple(str(name).strip() for name in names)
+        require(len(self.names) > 0, at + "names", "[]", "must name at least one task of lm-eval")
+        allowed = "must be null or a whole number, 0 or more"
+        require(self.fewshot is None or is_whole(self.fewshot, 0), at + "fewshot", self.fewshot, allowed)
+        for key in ("limit", "max_length"):
+            value = getattr(self, key)
+            allowed = "must be null or a whole number, 1 or more"
+            require(value is None or is_whole(value, 1), at + key, value, allowed)
+        for key in ("held_back", "chunk"):
+            require(is_whole(getattr(self, key), 1), at + key, getattr(self, key), "must be a whole number, 1 or more")
+        require(is_whole(self.seed, 0), at + "seed", self.seed, "must be a whole number, 0 or more")
+        for name, files in (self.data_files or {}).items():
+            if name not in self.names:
+                raise InputError(at + "data_files", name, f"must be one of task.names={','.join(self.names)}")
+            for file in files.values() if isinstance(files, Mapping) else [files]:
+                require(Path(file).expanduser().is_file(), f"{at}data_files.{name}", file, "must be a file")
+        if self.include_path is not None:
+            folder = Path(self.include_path).expanduser()
+            require(folder.is_dir(), at + "include_path", self.include_path, "must be a folder with lm-eval YAMLs")
+
+    def source(self) -> Source:
+        """``lm_eval``, with a sha256 over the requests of each task: they are what is asked, wherever it came from."""
+        hashes = {}
+        for name, documents in self._documents.items():
+            requests = [[i.request_type, i.args] for document in documents for i in document]
+            text = json.dumps(requests, ensure_ascii=False, default=str)
+            hashes[name] = hashlib.sha256(text.encode()).hexdigest()
+        return Source("lm_eval", "lm-eval " + _lm_eval().__version__, _lm_eval().__version__, hashes)
+
+    def examples(self) -> list[Example]:
+        """One for each document of each task; ``meta["requests"]`` are lm-eval's."""
+        examples = []
+        for name, documents in self._documents.items():
+            for requests in documents:
+                first = requests[0]
+                further: dict[str, Any] = {}
+                if first.request_type == GENERATE:
+                    further = self._how_to_generate(name, first.args[1])
+                prompt = str(first.args[0])
+                meta = {"requests": requests, "row": first.doc_id}
+                examples.append(
+                    Example(
+                        name, str(first.doc_id), prompt, (), chat=False, meta=meta, **{"max_new_tokens": 0} | further
+                    )
+                )
+        return examples
+
+    def encode(self, example: Example, tokenizer: Any, max_length: int | None) -> list[int] | list[Continuations]:
+        """Token ids by lm-eval's own rules; see :class:`.base.Task`."""
+        limits = [limit for limit in (max_length, self.max_length) if limit is not None]
+        limit = min(limits, default=1 << 60)
+        encoder = self._encoder(tokenizer)
+        requests = example.meta["requests"]
+        if requests[0].request_type == GENERATE:
+            ids: list[int] = encoder.tok_encode(example.prompt)
+            require(bool(ids), "task.names", example.dataset, f"document {example.id} has an empty prompt")
+            return ids[-limit:]
+        if requests[0].request_type == ROLLING:
+            return [part for request in requests for part in self._rolling(encoder, request.args[0], limit)]
+        found: list[Continuations] = []
+        for request in requests:
+            context, continuation = self._pair(encoder, *request.args)
+            whole = [*context, *continuation][-(limit + 1) :]
+            context = whole[: len(whole) - len(continuation)]
+            allowed = f"is too short for {example.dataset} document {example.id}, whose answer has {len(continuation)}"
+            require(len(context) > 0, "task.max_length", limit, allowed + " tokens")
+            back = min(self.held_back, len(context) - 1)  # a context of one token has to be read, and cannot be held
+            cut = len(context) - back
+            asked = (context[cut:], continuation)
+            if found and found[-1].context == context[:cut]:
+                found[-1] = Continuations(context[:cut], (*found[-1].asked, asked))
+            else:
+                found.append(Continuations(context[:cut], (asked,)))
+        return found
+
+    def read_off(self, example: Example, likelihoods: Sequence[Likelihood]) -> list[list[float | bool]]:
+        """For each request [log-probability, whether greedy decoding would give it]; of a long text the total."""
+        answers = [[math.fsum(one.log_probs), all(one.greedy)] for one in likelihoods]
+        if example.meta["requests"][0].request_type == ROLLING:
+            return [[math.fsum(a[0] for a in answers), sum(len(one.log_probs) for one in likelihoods)]]
+        return answers
+
+    def judge(self, example: Example, prediction: Any, reply: Reply | None, reference: Reply | None) -> dict[str, Any]:
+        """All of lm-eval's metrics of a document that are numbers, and the one that is its score.
+
+        A long text's score is the mean probability of its tokens (the geometric one: the inverse of perplexity).
+        """
+        requests = example.meta["requests"]
+        if requests[0].request_type == ROLLING:
+            total, tokens = prediction[0]
+            return {"score": math.exp(total / tokens), "log_likelihood": total, "scored_tokens": tokens}
+        task = self._tasks[example.dataset]
+        for request, answer in zip(requests, _answers(requests[0].request_type, prediction), strict=True):
+            request.resps = [answer] * request.repeats
+            request.filtered_resps = {}
+        for one in task._filters:
+            one.apply(requests)
+        metrics: dict[str, float] = {}
+        for key in requests[0].filtered_resps:
+            found = task.process_results(requests[0].doc, [r.filtered_resps[key] for r in requests])
+            for metric, value in found.items():
+                if isinstance(value, int | float) or (hasattr(value, "item") and getattr(value, "size", 1) == 1):
+                    metrics[metric if key == "none" else f"{metric},{key}"] = float(value)
+        wanted = self.metric or next(iter(metrics), None)
+        if wanted not in metrics:
+            allowed = f"must be a metric of {example.dataset}: {', '.join(metrics) or 'it has none that is a number'}"
+            raise InputError("task.metric", self.metric, allowed)
+        return {"score": metrics[wanted], "metrics": metrics}
+
+    def conclude(self, rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """lm-eval's own table, from the answers in ``rows``."""
+        by_document = {(row["dataset"], int(row["id"])): row["prediction"] for row in rows}
+        results, _ = self._evaluate(_replay(by_document))
+        results = {k: v for k, v in results.items() if k not in ("samples", "config", "pretty_env_info")}
+        plain = json.loads(json.dumps(results, default=str).replace("NaN", "null"))
+        return {"lm_eval": {"version": _lm_eval().__version__, "results": plain["results"]}}, {RESULTS: plain}
+
+    # lm-eval's side ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _built(self) -> tuple[dict[str, Any], dict[str, list[list[Any]]]]:
+        """lm-eval's tasks by name, and the requests of each of their documents."""
+
+        def stop(request: Any) -> Any:
+            raise _CollectedError
+
+        _, tasks = self._evaluate(stop)
+        built: dict[str, list[list[Any]]] = {}
+        for name, task in tasks.items():
+            documents: dict[int, list[Any]] = defaultdict(list)
+            for instance in task.instances:
+                documents[instance.doc_id].append(instance)
+            built[name] = [sorted(documents[i], key=lambda r: r.idx) for i in sorted(documents)]
+        return tasks, built
+
+    @property
+    def _tasks(self) -> dict[str, Any]:
+        return self._built[0]
+
+    @property
+    def _documents(self) -> dict[str, list[list[Any]]]:
+        return self._built[1]
+
+    def _evaluate(self, answer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """``lm_eval.simple_evaluate`` with a model that answers by ``answer(request)``: (results, its tasks).
+
+        Raises:
+            InputError: a task is unknown, or its data cannot be loaded.
+        """
+        lm_eval = _lm_eval()
+        from lm_eval.api.model import LM
+        class Asked(LM):
+            def loglikelihood(self, requests: Any) -> Any:
+                return [answer(request) for request in requests]
+
+            loglikelihood_rolling = generate_until = loglikelihood
+
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        manager = _manager(self.include_path)
+        loaded: dict[str, Any] = {}
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                loaded = manager.load([self._spec(manager, name, Path(folder)) for name in self.names])
+            with contextlib.redirect_stderr(io.StringIO()):  # a progress bar for each task, and again at the end
+                results = lm_eval.simple_evaluate(
+                    model=Asked(),
+                    tasks=list(loaded["groups"].values()) + list(self._alone(loaded)),
+                    num_fewshot=self.fewshot,
+                    limit=self.limit,
+                    task_manager=manager,
+                    fewshot_random_seed=self.seed,
+                )
+        except _CollectedError:
+            results = {}
+        except InputError:
+            raise
+        except Exception as error:  # whatever a task's data set raises: no network, a file of another form
+            reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no detail')}"
+            allowed = f"lm-eval cannot build its requests ({reason}); data on this machine goes into task.data_files"
+            raise InputError("task.names", ",".join(self.names), allowed) from error
+        return results, loaded["tasks"]
+
+    def _alone(self, loaded: Mapping[str, Any]) -> list[Any]:
+        """Tasks that are in no group."""
+        grouped = {task for group in loaded["groups"].values() for task in group.get_all_tasks()}
+        return [task for task in loaded["tasks"].values() if task not in grouped]
+
+    def _spec(self, manager: Any, name: str, folder: Path) -> str:
+        """A task's name, or a YAML in ``folder`` that is the task with the user's files in place of its data set."""
+        if name not in manager.task_index:
+            allowed = f"must be a task of lm-eval {_lm_eval().__version__}{near(name, manager.task_index)}"
+            raise InputError("task.names", name, allowed)
+        if name not in (self.data_files or {}):
+            return name
+        entry = manager.task_index[name]
+        if entry.yaml_path is None or not entry.cfg or "task" not in entry.cfg:
+            raise InputError("task.data_files", name, "must be a single task: name the tasks of a group one by one")
+        assert self.data_files is not None
+        own, given = entry.cfg, self.data_files[name]
+        evaluated = own.get("test_split") or own.get("validation_split")
+        splits = dict(given) if isinstance(given, Mapping) else {evaluated: given}
+        if evaluated not in splits:
+            raise InputError(f"task.data_files.{name}", list(splits), f"must hold the split {evaluated}")
+        missing = {
+            key: None
+            for key in ("training_split", "validation_split", "test_split", "fewshot_split")
+            if own.get(key) not in (None, *splits)
+        }
+        paths = {split: str(Path(file).expanduser().resolve()) for split, file in splits.items()}
+        data = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": paths}}
+        file = folder / f"{name}.yaml"
+        file.write_text(json.dumps({"include": str(entry.yaml_path), "task": name, **data, **missing}))
+        return str(file)
+
+    # tokens --------------------------------------------------------------------------------------------------------
+
+    def _how_to_generate(self, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields of an :class:`Example` from lm-eval's ``generation_kwargs``."""
+        if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
+            allowed = "draws its answers, and lm-eval's settings for that are not supported; take a task that does not"
+            raise InputError("task.names", name, allowed)
+        until = settings.get("until") or []
+        new = settings.get("max_gen_toks", settings.get("max_new_tokens", MAX_NEW_TOKENS))
+        return {"max_new_tokens": new, "stop_strings": (until,) if isinstance(until, str) else tuple(until)}
+
+    def _encoder(self, tokenizer: Any) -> Any:
+        """lm-eval's model with nothing but a tokenizer: it cuts texts into tokens as lm-eval does."""
+        from lm_eval.models.huggingface import HFLM
+
+        encoder: Any = object.__new__(HFLM)
+        encoder.tokenizer, encoder.add_bos_token, encoder.custom_prefix_token_id = tokenizer, None, None
+        encoder.backend = "causal"
+        return encoder
+
+    def _pair(self, encoder: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Token ids of a context and its continuation; an empty context is the token that begins a text."""
+        if context:
+            pair: tuple[list[int], list[int]] = encoder._encode_pair(context, continuation)
+            return pair
+        ids = encoder.tok_encode(continuation, add_special_tokens=False)
+        prefix = encoder.prefix_token_id
+        return (ids[:1], ids[1:]) if ids[0] == prefix else ([prefix], ids)
+
+    def _rolling(self, encoder: Any, text: str, limit: int) -> list[Continuations]:
+        """A text cut as lm-eval cuts it, each piece in chunks."""
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        windows = get_rolling_token_windows(
+            token_list=encoder.tok_encode(text), prefix_token=encoder.prefix_token_id, max_seq_len=limit, context_len=1
+        )
+        parts = []
+        for context, scored in map(make_disjoint_window, windows):
+            whole = [*context, *scored]
+            for start in range(len(context), len(whole), self.chunk):
+                back = min(self.held_back, start - 1)
+                given = whole[start - back : start]
+                parts.append(Continuations(whole[: start - back], ((given, whole[start : start + self.chunk]),)))
+        return parts
+
+
+class _CollectedError(Exception):
+    """lm-eval has built all its requests."""
+
+
+def _answers(kind: str, prediction: Any) -> list[Any]:
+    """What lm-eval expects for each request of a document."""
+    if kind == GENERATE:
+        return [prediction]
+    if kind == ROLLING:
+        return [total for total, _ in prediction]
+    return [(total, bool(greedy)) for total, greedy in prediction]
+
+
+def _replay(by_document: Mapping[tuple[str, int], Any]) -> Any:
+    """A model that gives the answers again."""
+
+    def answer(request: Any) -> Any:
+        prediction = by_document[(request.task_name, request.doc_id)]
+        return _answers(request.request_type, prediction)[request.idx if request.request_type == LIKELIHOOD else 0]
+
+    return answer
+
+
+@cache
+def _manager(include_path: str | None) -> Any:
+    """lm-eval's index of tasks; making it takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
+
+
+def _lm_eval() -> Any:
+    try:
+        import lm_eval
+    except ImportError:
+        raise InputError("task", "lm_eval", f"needs lm-eval: {INSTALL}") from None
+    return lm_eval
