@@ -1,10 +1,15 @@
-"""ShareGPT as a workload: the lengths of real conversations, for measuring time and memory.
+"""ShareGPT: real conversations, as a workload and as prompts whose replies are compared with the full cache's.
+
+With ``runner=efficiency`` the conversations give lengths, for measuring time and memory.
 
 ``lengths=sampled`` is the rule of vLLM's benchmark (``benchmark_serving.py``, now ``vllm bench serve``): conversations
 of two turns or more, shuffled with the seed; the prompt is turn 0, as many tokens are generated as turn 1 has; too
 short and too long ones are dropped. With the whole file and the same tokenizer the requests are the ones that vLLM
 draws with that seed. ``lengths=fixed`` is the shape that the KIVI and MiniCache papers made of ShareGPT: 161 tokens in,
 338 out.
+
+With ``runner=accuracy`` the model replies to their first turns, and a reply is compared with what the full cache makes
+the same model say: there is no right answer, but a method that loses nothing changes nothing.
 """
 
 from __future__ import annotations
@@ -20,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from ..conf.errors import InputError, is_whole, one_of, require
-from .base import Source
+from .base import Example, Reply, Source, Task, prompt_tokens
 from .longbench_data import PROBE_TIMEOUT_S
+from .longbench_metrics import rouge
 from .workload import Request, Workload, check_shape, random_tokens
 
 FILE = "ShareGPT_V3_unfiltered_cleaned_split.json"
@@ -34,13 +40,16 @@ MIN_TOKENS, MAX_PROMPT_TOKENS, MAX_TOTAL_TOKENS = 4, 1024, 2048
 """vLLM's limits: of prompt and answer each, of the prompt, and of both together."""
 
 LENGTHS = ("sampled", "fixed")
+METRICS = ("prefix", "tokens", "rouge")
+PROMPT_CHARACTERS = (16, 4096)
+"""Of a first turn that is replied to. Not in tokens, so that every model is asked the same."""
 CHUNK_BYTES = 1 << 22
 BLANKS = re.compile(r"[ \t\n\r]*")
 
 
 @dataclass
-class ShareGPT(Workload):
-    """Requests with the lengths of ShareGPT conversations.
+class ShareGPT(Workload, Task):
+    """ShareGPT conversations.
 
     Attributes
     ----------
@@ -48,16 +57,28 @@ class ShareGPT(Workload):
     limit : conversations.
     lengths : ``sampled`` or ``fixed``, see the module docstring.
     prompt_tokens, new_tokens : the shape of ``fixed``.
+    max_new_tokens : of a reply, with ``runner=accuracy``; so are all that follow.
+    metric : ``prefix``: share of the reply before it leaves the full cache's. ``tokens``: share of places with the same
+        token. ``rouge``: ROUGE-L F of the two texts. Every sample has all three.
+    chat : use the model's chat template.
+    seed : which conversations.
+    max_length : prompt tokens that the model may be given; a longer prompt is an error.
     """
 
     name = "sharegpt"
     location_fields = ("data_dir",)
+    compares = True
 
     data_dir: str | None = None
     limit: int = 16
     lengths: str = "sampled"
     prompt_tokens: int = 161
     new_tokens: int = 338
+    max_new_tokens: int = 256
+    metric: str = "prefix"
+    chat: bool = True
+    seed: int = 0
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
         self.data_dir = None if self.data_dir is None else str(self.data_dir)
@@ -65,10 +86,18 @@ class ShareGPT(Workload):
         require(is_whole(self.limit, 1), "task.limit", self.limit, "must be a whole number, 1 or more")
         require(self.lengths in LENGTHS, "task.lengths", self.lengths, one_of(self.lengths, LENGTHS))
         check_shape(self.prompt_tokens, self.new_tokens)
+        require(is_whole(self.max_new_tokens, 1), "task.max_new_tokens", self.max_new_tokens, "must be 1 or more")
+        require(self.metric in METRICS, "task.metric", self.metric, one_of(self.metric, METRICS))
+        require(isinstance(self.chat, bool), "task.chat", self.chat, "must be true or false")
+        require(is_whole(self.seed), "task.seed", self.seed, "must be a whole number")
+        limit = self.max_length
+        require(limit is None or is_whole(limit, 1), "task.max_length", limit, "must be null or 1 or more tokens")
 
     def identity(self) -> dict[str, Any]:
         """See :meth:`.Workload.identity`; the shape is left out where it decides nothing."""
         identity = super().identity()
+        for key in self.scoring():
+            del identity[key]
         if self.lengths == "sampled":
             del identity["prompt_tokens"], identity["new_tokens"]
         return identity
@@ -137,6 +166,66 @@ class ShareGPT(Workload):
             )
             raise InputError("task.limit", self.limit, allowed)
         return list(requests.values())
+
+    # as a task -----------------------------------------------------------------------------------------------------
+
+    def scoring(self) -> dict[str, Any]:
+        keys = ("max_new_tokens", "metric", "chat", "seed", "max_length")
+        return {key: getattr(self, key) for key in keys}
+
+    def examples(self) -> list[Example]:
+        """The first turns of ``limit`` conversations of two turns or more, drawn with ``seed``.
+
+        Raises
+        ------
+        InputError
+            Fixed lengths, which are no text; fewer conversations with a first turn of usual length.
+        """
+        allowed = "is random tokens, to which there is no reply: use task.lengths=sampled, or runner=efficiency"
+        require(self.lengths == "sampled", "task.lengths", self.lengths, allowed)
+        conversations = self._load()[1]
+        order = [index for index, turns in enumerate(conversations.turns) if turns >= 2]
+        random.Random(f"replies {self.seed}").shuffle(order)
+        examples: dict[str, Example] = {}
+        for index in order:
+            if len(examples) == self.limit:
+                break
+            identifier, question, _ = conversations.read(index)
+            if PROMPT_CHARACTERS[0] <= len(question.strip()) <= PROMPT_CHARACTERS[1]:
+                identifier += f":{index}" if identifier in examples else ""
+                examples[identifier] = Example(
+                    self.name, identifier, question, (), self.max_new_tokens, self.chat, meta={"row": index}
+                )
+        allowed = f"only {len(examples)} conversations have a first turn of {PROMPT_CHARACTERS[0]} to "
+        allowed += f"{PROMPT_CHARACTERS[1]} characters and a second one"
+        require(len(examples) == self.limit, "task.limit", self.limit, allowed)
+        return list(examples.values())
+
+    def encode(self, example: Example, tokenizer: Any, max_length: int | None) -> list[int]:
+        ids = prompt_tokens(example.prompt, tokenizer, example.chat)
+        limits = [limit for limit in (max_length, self.max_length) if limit is not None]
+        allowed = f"conversation {example.id} has {len(ids)} prompt tokens: take another seed, or a larger limit"
+        require(len(ids) <= min(limits, default=len(ids)), "task.max_length", min(limits, default=0), allowed)
+        return ids
+
+    def judge(self, example: Example, prediction: Any, reply: Reply | None, reference: Reply | None) -> dict[str, Any]:
+        """How far a reply goes with the full cache's: all three metrics, and tokens before they part."""
+        assert reply is not None and reference is not None
+        ours, theirs = reply.tokens, reference.tokens
+        longest = max(len(ours), len(theirs))
+        same = [a == b for a, b in zip(ours, theirs, strict=False)]
+        together = same.index(False) if False in same else len(same)
+        found = {
+            "prefix": together / longest if longest else 1.0,
+            "tokens": sum(same) / longest if longest else 1.0,
+            "rouge": 1.0 if reply.text == reference.text else rouge(reply.text, reference.text),
+        }
+        return {
+            "score": found[self.metric],
+            **{key: value for key, value in found.items() if key != self.metric},
+            "tokens_together": together,
+            "reference_tokens": len(theirs),
+        }
 
     def _load(self) -> tuple[Source, Conversations]:
         if self._loaded is None:
