@@ -187,10 +187,14 @@ class Task(Described):
         return {}
 
 
-def prompt_tokens(prompt: str, tokenizer: Any, chat: bool) -> list[int]:
-    """Token ids of a whole prompt, in the tokenizer's chat template where it has one and ``chat`` asks for it."""
+def prompt_tokens(prompt: str, tokenizer: Any, chat: bool, answer_prefix: str = "") -> list[int]:
+    """Token ids of a whole prompt, in the tokenizer's chat template where it has one and ``chat`` asks for it.
+
+    ``answer_prefix`` is the beginning of the model's own turn. Both are one text, not two lists of ids: some tokenizers
+    put a blank of their own at the beginning of a text.
+    """
     if not chat or not getattr(tokenizer, "chat_template", None):
-        return list(tokenizer(prompt, truncation=False, verbose=False).input_ids)
+        return list(tokenizer(prompt + answer_prefix, truncation=False, verbose=False).input_ids)
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}],
         tokenize=False,
@@ -198,7 +202,7 @@ def prompt_tokens(prompt: str, tokenizer: Any, chat: bool) -> list[int]:
         # Templates that do not know it ignore it; a generation limit of 32 tokens leaves no room to think aloud.
         enable_thinking=False,
     )
-    return plain_tokens(text, tokenizer)
+    return plain_tokens(text + answer_prefix, tokenizer)
 
 
 def plain_tokens(text: str, tokenizer: Any) -> list[int]:

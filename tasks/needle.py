@@ -101,7 +101,7 @@ class Needle(Task):
 
     def __post_init__(self) -> None:
         at = "task."
-        self.lengths = _lengths(self.lengths)
+        self.lengths = lengths_of(self.lengths)
         self.depths = _depths(self.depths)
         for key in ("per_cell", "needles", "max_new_tokens"):
             value = getattr(self, key)
@@ -129,13 +129,13 @@ class Needle(Task):
 
     def source(self) -> Source:
         """``needle`` for the bundled text; ``needle-`` and the first 6 digits of its sha256 for the user's."""
-        files = self._files
+        files = self.files
         if self.haystack is None:
             name, location = "needle", "kvbench.tasks/data/needle"
         else:
             name = f"needle-{hashlib.sha256(b''.join(files.values())).hexdigest()[:6]}"
             location = self.haystack
-        characters, note = len(self._text), ""
+        characters, note = len(self.text), ""
         if characters < FEW_CHARACTERS * max(self.lengths):
             note = f"The haystack has only {characters} characters and is repeated where a prompt needs more."
         hashes = {file: hashlib.sha256(data).hexdigest() for file, data in files.items()}
@@ -159,7 +159,7 @@ class Needle(Task):
         require(ends > 0, "task.haystack", self.haystack, allowed)
         allowed = f"must be at most {ends}: the haystack has no more sentence ends"
         require(self.needles <= ends, "task.needles", self.needles, allowed)
-        places = [place for place in PLACES if place not in self._text]
+        places = [place for place in PLACES if place not in self.text]
         if self.needle is None:
             allowed = f"has the names of all places but {len(places)}, and task.needles={self.needles} are wanted"
             require(len(places) >= self.needles, "task.haystack", self.haystack, allowed)
@@ -248,7 +248,7 @@ class Needle(Task):
         return sum(_contains(prediction, answer) for answer in example.answers) / len(example.answers)
 
     @cached_property
-    def _files(self) -> dict[str, bytes]:
+    def files(self) -> dict[str, bytes]:
         """Name -> content of the files of the haystack, in order."""
         if self.haystack is None:
             file = resources.files("kvbench.tasks") / "data" / "needle" / "haystack.txt"
@@ -260,10 +260,10 @@ class Needle(Task):
         return {p.name: p.read_bytes() for p in paths}
 
     @cached_property
-    def _text(self) -> str:
+    def text(self) -> str:
         """The whole haystack, without blanks at the ends."""
         try:
-            parts = [data.decode("utf-8-sig").strip() for data in self._files.values()]
+            parts = [data.decode("utf-8-sig").strip() for data in self.files.values()]
         except UnicodeDecodeError as error:
             raise InputError("task.haystack", self.haystack, f"must be UTF-8 text: {error}") from None
         text = "\n\n".join(part for part in parts if part)
@@ -273,7 +273,7 @@ class Needle(Task):
     @cached_property
     def _sentences(self) -> list[str]:
         """The haystack cut at its sentence ends, each with the blanks behind it; the last with a newline."""
-        return [match.group() for match in re.finditer(r".+?(?:(?<=[.?!])\s+|\Z)", self._text + "\n", re.DOTALL)]
+        return [match.group() for match in re.finditer(r".+?(?:(?<=[.?!])\s+|\Z)", self.text + "\n", re.DOTALL)]
 
     def _draw(
         self, rng: random.Random, places: Sequence[str], used: set[str]
@@ -282,14 +282,14 @@ class Needle(Task):
         if self.needle is not None:
             assert self.question is not None and self.answer is not None
             allowed = "must not stand in the haystack, where it would be found without the needle"
-            require(_plain(self.answer) not in _plain(self._text), "task.answer", self.answer, allowed)
+            require(_plain(self.answer) not in _plain(self.text), "task.answer", self.answer, allowed)
             return (self.needle.strip(),), self.question.strip(), (self.answer.strip(),)
         asked = rng.sample(places, self.needles)
         numbers: list[str] = []
         while len(numbers) < self.needles:
             # No digit twice: a run of zeros is hard to copy, and that is not what is asked.
             number = "".join(rng.sample("0123456789", rng.randint(5, 7)))
-            if number[0] != "0" and number not in used and number not in self._text:
+            if number[0] != "0" and number not in used and number not in self.text:
                 used.add(number)
                 numbers.append(number)
         sentences = tuple(NEEDLE.format(place=p, number=n) for p, n in zip(asked, numbers, strict=True))
@@ -365,7 +365,7 @@ def _plain(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def _lengths(value: Any) -> tuple[int, ...]:
+def lengths_of(value: Any) -> tuple[int, ...]:
     key, allowed = "task.lengths", "must be a list of different whole numbers of tokens, such as [2048,4096]"
     require(isinstance(value, Sequence) and not isinstance(value, str), key, value, allowed)
     lengths = tuple(value)
