@@ -229,6 +229,7 @@ class LmEval(Task):
         """
         lm_eval = _lm_eval()
         from lm_eval.api.model import LM
+
         class Asked(LM):
             def loglikelihood(self, requests: Any) -> Any:
                 return [answer(request) for request in requests]

@@ -13,6 +13,7 @@ full cache does: this task compares architectures.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,17 @@ from .base import Example, Source, Task
 from .training import IGNORED, Tokens, TrainingData
 
 PAD = "<pad>"
+
+
+def word_tokenizer(words: Sequence[str]) -> Any:
+    """A tokenizer with one token for each word, from 1 on, with blanks between them; 0 is :data:`PAD`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([PAD, *words])}, unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, unk_token=PAD, padding_side="left")
 
 
 @dataclass
@@ -91,14 +103,7 @@ class Recall(Task, TrainingData):
 
     def new_tokenizer(self) -> Any:
         """One token for each key and each value, with blanks between them."""
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-        from transformers import PreTrainedTokenizerFast
-
-        words = [PAD, *(self._word(i) for i in range(1, 1 + self.keys + self.values))]
-        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=PAD))
-        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        tokenizer.decoder = decoders.WordPiece(prefix="##")
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, unk_token=PAD, padding_side="left")
+        return word_tokenizer([self._word(i) for i in range(1, 1 + self.keys + self.values)])
 
     def sequence_length(self, wanted: int) -> int:
         return self.length

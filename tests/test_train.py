@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from local_model import kvbench
 from safetensors.torch import load_file
 from sharing_models import SHAPE, shared_model
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -34,6 +35,7 @@ from kvbench.models.scratch import ScratchModel, parameters
 from kvbench.models.uptrained import UptrainedModel
 from kvbench.runners.settings import Settings
 from kvbench.runners.train import Distill, Training, TrainRunner, new_accelerator
+from kvbench.tasks.copying import Copying
 from kvbench.tasks.needle import Needle
 from kvbench.tasks.recall import Recall
 from kvbench.tasks.text import BLOCK, Text, stdlib_files
@@ -114,6 +116,49 @@ def test_recall_as_a_task():
 def test_bad_recall_settings(options):
     with pytest.raises(InputError, match=r"^task\."):
         Recall(**options)
+
+
+def test_a_copying_sequence_is_a_string_a_mark_and_the_string_again():
+    task = Copying(span=9, symbols=5, sequences=4)
+    tokenizer = task.new_tokenizer()
+    for ids, labels in (task.batch(tokenizer, 3, 6, 0, seed=1), task.validation(tokenizer, 0, 6)):
+        assert ids.shape == labels.shape == (6, task.sequence_length(0)) == (6, 19)
+        for row, asked in zip(ids, labels, strict=True):
+            words = tokenizer.decode(row).split()
+            assert words[:9] == words[10:] and words[9] == "=" and "=" not in words[:9]
+            assert (asked[:10] == IGNORED).all() and (asked[10:] == row[10:]).all()
+    examples = task.examples()
+    assert examples == Copying(span=9, symbols=5, sequences=4).examples() and len({e.prompt for e in examples}) == 4
+    ids = task.encode(examples[0], tokenizer, None)
+    assert tokenizer.decode(ids) == f"{examples[0].answers[0]} ="
+    words = examples[0].answers[0].split()
+    assert task.score(examples[0], " ".join(words)) == 1.0
+    assert task.score(examples[0], " ".join([*words[:3], "s99", *words[4:]])) == 3 / 9
+    assert task.score(examples[0], "") == 0.0
+    with pytest.raises(InputError, match="copying"):
+        task.encode(examples[0], Recall().new_tokenizer(), None)
+
+
+@pytest.mark.parametrize("options", [{"symbols": 0}, {"span": 0}, {"span": 2.5}, {"sequences": True}, {"seed": -1}])
+def test_bad_copying_settings(options):
+    with pytest.raises(InputError, match=r"^task\."):
+        Copying(**options)
+
+
+def test_a_model_trained_on_copying_is_asked_through_a_compressed_cache(tmp_path):
+    """From training to score: a model of two layers learns to repeat six symbols, and needs all of them for it."""
+    small = ["task=copying", "task.symbols=4", "task.span=6", f"results_dir={tmp_path}"]
+    train = ["runner=train", "method=mha", "model=scratch", "model.layers=2", "model.heads=2", "runner.steps=400"]
+    done = kvbench("run", *small, *train, "runner.batch_tokens=832", "runner.lr=2e-3")
+    assert done.returncode == 0, done.stderr
+    (record,) = tmp_path.glob("copying/scratch/mha/*/record.json")
+    model = ["model=local", f"model.path={record.parent / 'model'}", "task.sequences=24"]
+    done = kvbench("run", *small, *model, "method=random", "method.budget=4", "method.selection.window=1")
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(p.read_text()) for p in tmp_path.glob("copying/local/*/*/record.json")]
+    scores = {r["method"]: r["average"]["mean"] for r in found}
+    assert scores["full"] > 90
+    assert scores["random"] < scores["full"] - 30
 
 
 def test_text_is_cut_without_gaps_and_whole_blocks_are_held_out(corpus):
