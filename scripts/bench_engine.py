@@ -153,6 +153,9 @@ def main() -> None:
         lambda: transformers_decode_seconds(theirs, ids, steps),
     )
     print(f"decode: {1e3 * median(engine):.1f} ms, transformers {1e3 * median(library):.1f} ms per token", flush=True)
+    short = random_ids(1, args.prompt_tokens // 8)
+    (engine_short,) = alternating(args.repeats, lambda: decode_seconds(ours, full.new_cache(ours), short, steps))
+    print(f"an eighth of the prompt: {1e3 * median(engine_short):.1f} ms per token", flush=True)
     rows = random_ids(8, args.prompt_tokens // 8)
     engine_8, library_8 = alternating(
         args.repeats,
@@ -183,6 +186,9 @@ def main() -> None:
         "compression_over_prefill": median(shares),
         "fan_out_8_budgets_over_full": median(eight) / median(one),
         "decode_bandwidth_over_read_bandwidth": read / median(engine) / reading,
+        "decode_bandwidth_over_read_bandwidth_short": step_bytes(ours, full, short, steps)
+        / median(engine_short)
+        / reading,
         "decode_bandwidth_over_copy_bandwidth": read / median(engine) / bandwidth,
         "snapkv_512_step_over_full_over_bytes": gain / predicted,
         "snapkv_512_step_over_full": gain,
@@ -192,6 +198,7 @@ def main() -> None:
         "repetitions_s": {
             "decode_step_engine": engine,
             "decode_step_transformers": library,
+            "decode_step_engine_short": engine_short,
             "decode_step_engine_batch_8": engine_8,
             "decode_step_transformers_batch_8": library_8,
             "decode_step_full_batch_4": full_4,
@@ -203,7 +210,7 @@ def main() -> None:
         "settings": {"prompt_tokens": args.prompt_tokens, "new_tokens": steps, "dtype": args.dtype, "device": DEVICE},
         "provenance": provenance.collect(DEVICE),
     }
-    for key in list(result)[:8]:
+    for key in list(result)[:9]:
         print(f"{key:<45} {result[key]:.3f}")
     finish(result, args.output)
 

@@ -1,0 +1,166 @@
+"""Where the time of a decode step on a CPU goes, and what other ways of attending would take.
+
+    python scripts/bench_decode_parts.py [--prompt-tokens 4096] [--compile] [-o FILE]
+
+One process, the default model in float32, one sequence. First a step as it is, without its attention, without its
+linear layers, and without both, in turn. Then the attention of one layer over caches that lie cold in memory, in several
+forms, beside the time of only adding the same numbers up. ``--compile`` adds one through torch.compile (needs a C++
+compiler).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from bench_engine import finish, random_ids
+
+from kvbench.methods.attention import attention_in_parts
+from kvbench.methods.base import KVCache, Method
+from kvbench.models.embedded import Embedded
+from kvbench.runners import provenance
+from kvbench.runners.engine import decode, prefill
+from kvbench.runners.measure import read_bandwidth
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Form = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+SCALE = 0.125
+CACHES, REPEATS = 30, 60
+"""Different caches, more than any processor holds, and calls of each form."""
+
+
+def whole_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """PyTorch's flash kernel: a head is a thread's."""
+    return F.scaled_dot_product_attention(q, k, v, scale=SCALE)
+
+
+def parts(number: int) -> Form:
+    """The same with the slots of each head in parts, as the engine has it."""
+    return lambda q, k, v: attention_in_parts(q, k, v, SCALE, number)
+
+
+def batched_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Two matrix products over all heads."""
+    return torch.matmul(torch.matmul(q, k.transpose(2, 3)).mul_(SCALE).softmax(-1), v)
+
+
+def products_by_head(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Two matrix products for each head."""
+    pairs = zip(q[0], k[0], v[0], strict=True)
+    return torch.stack([torch.mm(torch.mm(a, b.t()).mul_(SCALE).softmax(-1), c) for a, b, c in pairs])[None]
+
+
+def products_by_query(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Two products with a vector for each query."""
+    out = [
+        torch.mv(v[0, h].t(), torch.mv(k[0, h], q[0, h, j]).mul_(SCALE).softmax(-1))
+        for h in range(k.shape[1])
+        for j in range(q.shape[2])
+    ]
+    return torch.stack(out).view_as(q)
+
+
+def sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Products and sums as they stand in the definition: for a compiler."""
+    weights = ((k[:, :, :, None] * q[:, :, None]).sum(-1) * SCALE).softmax(2)
+    return (weights[..., None] * v[:, :, :, None]).sum(2)
+
+
+def adding_up(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Reading alone."""
+    return k.sum() + v.sum()
+
+
+def milliseconds(form: Form, caches: Sequence[Tensors]) -> float:
+    times = []
+    for i in range(REPEATS + 5):
+        start = time.perf_counter()
+        form(*caches[i % len(caches)])
+        times.append(time.perf_counter() - start)
+    return 1e3 * median(times[5:])
+
+
+def steps_without(model: Any, ids: torch.Tensor, repeats: int) -> dict[str, float]:
+    """Milliseconds of a step with parts of it left out, in turn."""
+    cache = Method("full").new_cache(model)
+    token = prefill(model, cache, ids).argmax(-1)
+    real = KVCache.attend, torch.nn.Linear.forward
+
+    def no_attention(self: KVCache, layer: int, query: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return query
+
+    def no_linear(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(*x.shape[:-1], self.out_features)
+
+    variants = {
+        "whole": real,
+        "without_attention": (no_attention, real[1]),
+        "without_linear_layers": (real[0], no_linear),
+        "without_both": (no_attention, no_linear),
+    }
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    seen = cache.tokens_seen
+    try:
+        for _ in range(repeats):
+            for name, (attend, linear) in variants.items():
+                KVCache.attend, torch.nn.Linear.forward = attend, linear  # type: ignore[method-assign,assignment]
+                cache.tokens_seen = seen
+                for _ in range(10):
+                    start = time.perf_counter()
+                    decode(model, cache, token)
+                    times[name].append(time.perf_counter() - start)
+    finally:
+        KVCache.attend, torch.nn.Linear.forward = real  # type: ignore[method-assign]
+    return {name: 1e3 * median(found) for name, found in times.items()}
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompt-tokens", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("-o", "--output", type=Path)
+    args = parser.parse_args()
+
+    model = Embedded().load("cpu", torch.float32).model
+    config = model.config
+    steps = steps_without(model, random_ids(1, args.prompt_tokens), args.repeats)
+    for name, value in steps.items():
+        print(f"step, {name:<24} {value:7.2f} ms", flush=True)
+    heads, groups, dim = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads, 64
+    length = args.prompt_tokens + 1
+    caches = []
+    for _ in range(CACHES):
+        k, v = torch.randn(2, 1, heads, length + 63, dim)[:, :, :, :length]
+        caches.append((torch.randn(1, heads, groups, dim), k, v))
+    forms: dict[str, Form] = {"whole_heads": whole_heads, "in_2_parts": parts(2), "in_8_parts": parts(8)}
+    forms |= {f.__name__: f for f in (batched_products, products_by_head, products_by_query)}
+    if args.compile:
+        forms["sums_compiled"] = torch.compile(sums, dynamic=True)
+    expected, found = whole_heads(*caches[0]), {}
+    read = 2 * heads * length * dim * 4
+    for name, form in [*forms.items(), ("adding_up", adding_up)]:
+        if form is not adding_up:
+            assert (form(*caches[0]) - expected).abs().max() < 1e-5, name
+        found[name] = milliseconds(form, caches)
+        print(f"attention, {name:<20} {found[name]:7.3f} ms  {read / found[name] / 1e6:6.1f} GB/s", flush=True)
+    result = {
+        "step_ms": steps,
+        "attention_ms": found,
+        "attention_bytes": read,
+        "read_bandwidth_gb_per_s": read_bandwidth("cpu") / 1e9,
+        "settings": {"prompt_tokens": args.prompt_tokens, "dtype": "float32", "threads": torch.get_num_threads()},
+        "provenance": provenance.collect("cpu"),
+    }
+    finish(result, args.output)
+
+
+if __name__ == "__main__":
+    main()
