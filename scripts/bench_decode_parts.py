@@ -3,9 +3,9 @@
     python scripts/bench_decode_parts.py [--prompt-tokens 4096] [--compile] [-o FILE]
 
 One process, the default model in float32, one sequence. First a step as it is, without its attention, without its
-linear layers, and without both, in turn. Then the attention of one layer over caches that lie cold in memory, in several
-forms, beside the time of only adding the same numbers up. ``--compile`` adds one through torch.compile (needs a C++
-compiler).
+linear layers, and without both, in turn. Then the attention of one layer over caches that lie cold in memory, in
+several forms, beside the time of only adding the same numbers up. ``--compile`` adds what torch.compile makes of the
+attention, and of all that stands before and behind it in a layer (needs a C++ compiler).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from bench_engine import finish, random_ids
 
 from kvbench.methods.attention import attention_in_parts
 from kvbench.methods.base import KVCache, Method
+from kvbench.methods.rotary import rope
 from kvbench.models.embedded import Embedded
 from kvbench.runners import provenance
 from kvbench.runners.engine import decode, prefill
@@ -120,6 +121,55 @@ def steps_without(model: Any, ids: torch.Tensor, repeats: int) -> dict[str, floa
     return {name: 1e3 * median(found) for name, found in times.items()}
 
 
+def before(x: torch.Tensor, layer: Any, positions: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """What a layer does before its attention, as in ``runners/lean.py``."""
+    attention = layer.self_attn
+    h = layer.input_layernorm(x)
+    heads = (*h.shape[:-1], -1, attention.head_dim)
+    query, key, value = (
+        project(h).view(heads).transpose(1, 2) for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    return rope(query, positions), rope(key, positions), value
+
+
+def behind(out: torch.Tensor, x: torch.Tensor, layer: Any) -> torch.Tensor:
+    """What a layer does behind its attention."""
+    x = x + layer.self_attn.o_proj(out.transpose(1, 2).reshape(*x.shape[:-1], -1))
+    made: torch.Tensor = x + layer.mlp(layer.post_attention_layernorm(x))
+    return made
+
+
+def steps_compiled(model: Any, ids: torch.Tensor, repeats: int) -> dict[str, float]:
+    """Milliseconds of a step as it is and with both halves of every layer compiled, in turn."""
+    torch._dynamo.config.recompile_limit = 4 * model.config.num_hidden_layers  # a layer is an argument
+    halves = torch.compile(before, dynamic=False), torch.compile(behind, dynamic=False)
+    caches = [Method("full").new_cache(model) for _ in range(2)]
+    for cache in caches:
+        token = prefill(model, cache, ids).argmax(-1)
+
+    def compiled_step(model: Any, cache: KVCache, token: torch.Tensor) -> torch.Tensor:
+        base = model.model
+        x = base.embed_tokens(token[:, None])
+        positions = base.rotary_emb(x, position_ids=cache.next_positions()[:, None])
+        for number, layer in enumerate(base.layers):
+            out = cache.attend(number, *halves[0](x, layer, positions), layer.self_attn.scaling, None)
+            x = halves[1](out, x, layer)
+        logits: torch.Tensor = model.lm_head(base.norm(x))[:, -1]
+        return logits
+
+    steps = dict(zip(("eager", "compiled"), (decode, compiled_step), strict=True))
+    first = [step(model, cache, token) for step, cache in zip(steps.values(), caches, strict=True)]
+    assert (first[0] - first[1]).abs().max() < 1e-3
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for (name, step), cache in zip(steps.items(), caches, strict=True):
+            for _ in range(10):
+                start = time.perf_counter()
+                step(model, cache, token)
+                times[name].append(time.perf_counter() - start)
+    return {name: 1e3 * median(found) for name, found in times.items()}
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -130,10 +180,13 @@ def main() -> None:
     args = parser.parse_args()
 
     model = Embedded().load("cpu", torch.float32).model
-    config = model.config
+    config, compiled = model.config, {}
     steps = steps_without(model, random_ids(1, args.prompt_tokens), args.repeats)
     for name, value in steps.items():
         print(f"step, {name:<24} {value:7.2f} ms", flush=True)
+    if args.compile:
+        compiled = steps_compiled(model, random_ids(1, args.prompt_tokens), args.repeats)
+        print(f"step, eager {compiled['eager']:.2f} ms, compiled {compiled['compiled']:.2f} ms", flush=True)
     heads, groups, dim = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads, 64
     length = args.prompt_tokens + 1
     caches = []
@@ -153,6 +206,7 @@ def main() -> None:
         print(f"attention, {name:<20} {found[name]:7.3f} ms  {read / found[name] / 1e6:6.1f} GB/s", flush=True)
     result = {
         "step_ms": steps,
+        "layers_ms": compiled,
         "attention_ms": found,
         "attention_bytes": read,
         "read_bandwidth_gb_per_s": read_bandwidth("cpu") / 1e9,
