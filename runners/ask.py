@@ -14,7 +14,7 @@ from ..methods.base import KVCache
 from ..methods.fan_out import FanOutCache
 from ..models.base import LoadedModel
 from ..models.pretrained import input_device
-from ..tasks.base import Continuations, Example, Likelihood, Reply, Task, cut_at, question_tokens
+from ..tasks.base import Continuations, Example, Reply, Task, cut_at, question_tokens
 from .engine import Sampling, generate, left_padded, score
 
 
@@ -101,102 +101,90 @@ def ask(
     chunk_size: int | None,
 ) -> list[list[Answer]]:
     """Put items of one kind to every cache on one reading; the answers of each cache, in the order of the items."""
-    assert loaded.tokenizer is not None
-    where = input_device(loaded.model, device)
-    cache = caches[0] if len(caches) == 1 else FanOutCache(caches)
-    held: list[tuple[int, int]] = []
-
-    def note() -> None:
-        held.extend((c.kv_bytes_stored, c.kv_bytes_logical) for c in caches)
-
-    if items[0].scored:
-        return _score(caches, cache, items, task, loaded, where, chunk_size, note, held)
-    example = items[0].example
-    input_ids, mask = left_padded([item.prompt for item in items], loaded.tokenizer.pad_token_id, where)
-    question = torch.tensor([item.question for item in items], device=where) if items[0].question else None
-    ends = [item.example.stop_strings for item in items]
-
-    def until(row: int, tokens: list[int]) -> bool:
-        text = loaded.tokenizer.decode(tokens, skip_special_tokens=True)  # type: ignore[union-attr]
-        return any(string in text for string in ends[row])
-
-    result = generate(
-        loaded.model,
-        cache,
-        input_ids,
-        mask,
-        max_new_tokens=example.max_new_tokens,
-        stop_ids=stop_ids(loaded, example.stop_tokens),
-        min_new_tokens=example.min_new_tokens,
-        sampling=sampling,
-        chunk_size=chunk_size,
-        after_prefill=note,
-        question=question,
-        until=until if any(ends) else None,
-    )
-    batch = len(items)
-    return [
-        [
-            _written(tokens, item, loaded, _bytes(held[i], c, batch))
-            for tokens, item in zip(result.tokens[i * batch : (i + 1) * batch], items, strict=True)
-        ]
-        for i, c in enumerate(caches)
-    ]
+    reading = _Reading(caches, items, loaded, input_device(loaded.model, device), chunk_size)
+    return reading.likelihoods(task) if items[0].scored else reading.replies(sampling)
 
 
-def _written(tokens: list[int], item: Item, loaded: LoadedModel, bytes_held: dict[str, int]) -> Answer:
-    text: str = loaded.tokenizer.decode(tokens, skip_special_tokens=True)  # type: ignore
-    prediction = cut_at(text, item.example.stop_strings)
-    return Answer({"prediction": prediction, "new_tokens": len(tokens), **bytes_held}, Reply(prediction, tokens))
+class _Reading:
+    """Items that several caches read together."""
 
+    def __init__(
+        self,
+        caches: Sequence[KVCache],
+        items: Sequence[Item],
+        loaded: LoadedModel,
+        device: torch.device,
+        chunk_size: int | None,
+    ):
+        assert loaded.tokenizer is not None
+        self.caches, self.items, self.loaded, self.device = caches, items, loaded, device
+        self.tokenizer, self.chunk_size = loaded.tokenizer, chunk_size
+        self.cache = caches[0] if len(caches) == 1 else FanOutCache(caches)
+        self._held: list[tuple[int, int]] = []  # stored and logical bytes of each cache after the prompt
 
-def _score(
-    caches: Sequence[KVCache],
-    cache: KVCache,
-    items: Sequence[Item],
-    task: Task,
-    loaded: LoadedModel,
-    where: torch.device,
-    chunk_size: int | None,
-    note: Any,
-    held: list[tuple[int, int]],
-) -> list[list[Answer]]:
-    """Every context is a row of its own; an item's rows come back together."""
-    assert loaded.tokenizer is not None
-    parts = [(number, c) for number, item in enumerate(items) for c in item.scored]
-    input_ids, mask = left_padded([c.context for _, c in parts], loaded.tokenizer.pad_token_id, where)
-    rows = score(
-        loaded.model, cache, input_ids, mask, [c.asked for _, c in parts], chunk_size=chunk_size, after_prefill=note
-    )
-    out = []
-    for i, c in enumerate(caches):
-        found: list[list[Likelihood]] = [[] for _ in items]
-        for (number, _), likelihoods in zip(parts, rows[i * len(parts) : (i + 1) * len(parts)], strict=True):
-            found[number] += likelihoods
-        out.append(
-            [
-                Answer(
-                    {
-                        "prediction": task.read_off(item.example, likelihoods),
-                        "new_tokens": 0,
-                        **_bytes(held[i], c, len(parts)),
-                    },
-                    None,
-                )
-                for item, likelihoods in zip(items, found, strict=True)
-            ]
+    def replies(self, sampling: Sampling) -> list[list[Answer]]:
+        """What each cache writes, item by item."""
+        example = self.items[0].example
+        input_ids, mask = self._padded([item.prompt for item in self.items])
+        questions = [item.question for item in self.items]
+        ends = [item.example.stop_strings for item in self.items]
+        result = generate(
+            self.loaded.model,
+            self.cache,
+            input_ids,
+            mask,
+            max_new_tokens=example.max_new_tokens,
+            stop_ids=stop_ids(self.loaded, example.stop_tokens),
+            min_new_tokens=example.min_new_tokens,
+            sampling=sampling,
+            chunk_size=self.chunk_size,
+            after_prefill=self._note,
+            question=torch.tensor(questions, device=self.device) if questions[0] else None,
+            until=(lambda row, tokens: any(s in self._text(tokens) for s in ends[row])) if any(ends) else None,
         )
-    return out
+        rows = iter(result.tokens)
+        return [[self._reply(number, item, next(rows)) for item in self.items] for number in range(len(self.caches))]
 
+    def likelihoods(self, task: Task) -> list[list[Answer]]:
+        """What each cache makes of each item's continuations; every context is a row of its own."""
+        contexts = [c for item in self.items for c in item.scored]
+        input_ids, mask = self._padded([c.context for c in contexts])
+        asked = [c.asked for c in contexts]
+        how: dict[str, Any] = {"chunk_size": self.chunk_size, "after_prefill": self._note}
+        rows = iter(score(self.loaded.model, self.cache, input_ids, mask, asked, **how))
+        answers = []
+        for number in range(len(self.caches)):
+            mine = []
+            for item in self.items:
+                found = [likelihood for _ in item.scored for likelihood in next(rows)]
+                fields = {"prediction": task.read_off(item.example, found), "new_tokens": 0}
+                mine.append(Answer(fields | self._bytes(number, len(contexts)), None))
+            answers.append(mine)
+        return answers
 
-def _bytes(held: tuple[int, int], cache: KVCache, rows: int) -> dict[str, int]:
-    """Of one row, on average: after the prompt as noted, and at the end."""
-    stored, logical = held
-    return {
-        "kv_bytes_stored": stored // rows,
-        "kv_bytes_logical": logical // rows,
-        "kv_bytes_stored_end": cache.kv_bytes_stored // rows,
-    }
+    def _reply(self, number: int, item: Item, tokens: list[int]) -> Answer:
+        prediction = cut_at(self._text(tokens), item.example.stop_strings)
+        fields = {"prediction": prediction, "new_tokens": len(tokens), **self._bytes(number, len(self.items))}
+        return Answer(fields, Reply(prediction, tokens))
+
+    def _padded(self, prompts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return left_padded(prompts, self.tokenizer.pad_token_id, self.device)
+
+    def _text(self, tokens: list[int]) -> str:
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)  # type: ignore[assignment]
+        return text
+
+    def _note(self) -> None:
+        self._held = [(c.kv_bytes_stored, c.kv_bytes_logical) for c in self.caches]
+
+    def _bytes(self, number: int, rows: int) -> dict[str, int]:
+        """Of one row of a cache, on average: after the prompt, and at the end."""
+        stored, logical = self._held[number]
+        return {
+            "kv_bytes_stored": stored // rows,
+            "kv_bytes_logical": logical // rows,
+            "kv_bytes_stored_end": self.caches[number].kv_bytes_stored // rows,
+        }
 
 
 def row_seed(seed: int, example: Example) -> int:
