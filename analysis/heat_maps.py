@@ -74,7 +74,7 @@ def draw(figure: Figure, maps: Sequence[HeatMap]) -> None:
         ax.grid(False)
         mean = fmean(score for row in one.scores for score in row if not math.isnan(score))
         ax.set_title("\n".join(textwrap.wrap(f"{one.label}: {mean:.0f}", 28)), fontsize=7.5)
-        ax.set_xticks(range(len(one.lengths)), [f"{n / 1024:g}k" for n in one.lengths], fontsize=7)
+        ax.set_xticks(range(len(one.lengths)), [f"{n / 1024:.3g}k" for n in one.lengths], fontsize=7)
         ax.set_yticks(range(len(one.depths)), [f"{100 * d:.0f} %" for d in one.depths], fontsize=7)
     assert image is not None
     figure.supxlabel("prompt length, tokens", fontsize=9)

@@ -209,6 +209,7 @@ def setting(record: Mapping[str, Any]) -> str:
     limit = identity["task"].get("limit")
     if limit is not None:
         words.append(f"first {limit} of each set" if record["kind"] == "accuracy" else f"{limit} requests")
+    words += [f"{key} {value}" for key, value in record.get("shown", {}).items() if value is not None]
     if identity["seed"]:
         words.append(f"seed {identity['seed']}")
     return ", ".join(words).replace(", (", " (").replace(f"{identity['dtype']}, on", f"{identity['dtype']} on")
@@ -229,6 +230,7 @@ def frame(runs: Sequence[Run]) -> pd.DataFrame:
         if "average" in record:
             shown = average(record)
             row |= {"score": shown["mean"], "score_low": shown["low"], "score_high": shown["high"]}
+            row["score_unit"] = "perplexity" if fewer_is_better(record) else "percent"
         row |= {name: spread["median"] for name, spread in record.get("metrics", {}).items()}
         for phase in ("peak_prefill", "peak_decode"):
             if record.get("memory", {}).get(phase):

@@ -8,7 +8,7 @@ makes, for every group of comparable runs,
 * ``pareto-speed-...``: score against decode throughput, where the same methods were timed on the same model and dtype;
 * ``length-...``: time per token against prompt length, where one workload was measured at several lengths;
 * ``heat-...``: for needles, score over length and depth, a panel a method;
-* ``distance-...``: for perplexity, the loss by distance from the compressed context;
+* ``distance-...``: for perplexity, the loss beyond the full cache's by distance from the compressed context;
 * ``trained-...``: perplexity on held-out data against bytes of KV cache per token, of architectures trained alike.
 
 A method has the same colour and marker in every figure.
@@ -20,7 +20,6 @@ import argparse
 import csv
 import hashlib
 import json
-import math
 import re
 import sys
 import textwrap
@@ -56,7 +55,7 @@ LINES = ("-", "--", ":", "-.")
 # A look of their own for the families that are compared most; any other method gets one from its name.
 KNOWN = (
     *("snapkv", "streaming_llm", "h2o", "tova", "pyramidkv", "ada_kv", "pyramid_infer", "kivi", "minicache"),
-    *("cla", "yoco", "lckv", "no_cache"),
+    *("cla", "yoco", "lckv", "no_cache", "key_diff", "expected_attention"),
 )
 
 
@@ -127,7 +126,7 @@ def plots(runs: Sequence[Run]) -> Iterator[Plot]:
         if is_needle(group[0]):
             yield from heat_maps(group)
         if "by_distance" in group[0].record:
-            yield by_distance(group)
+            yield from by_distance(group)
     for group in scored:
         for speeds in timed:
             plot = pareto_speed(group, speeds)
@@ -181,23 +180,30 @@ def heat_maps(group: Sequence[Run]) -> Iterator[Plot]:
         )
 
 
-def by_distance(group: Sequence[Run]) -> Plot:
-    """Perplexity of the tokens up to each distance behind the compressed context."""
-    points = []
-    for run in group:
-        found = run.record["by_distance"]
-        for distance, nats in zip(found["up_to_tokens"], found["nats"], strict=True):
-            y = math.exp(nats)
-            points.append(Point(run.label, run.record["method"], "", distance, y, None, None, (run.path,)))
-    first = group[0].record
-    return Plot(
-        _name("distance", group),
-        f"{_data_title(first)}, {first['model']}\n{setting(first)}",
-        "tokens behind the compressed context, up to",
-        "perplexity",
-        points,
-        _draw_distance,
-    )
+def by_distance(group: Sequence[Run]) -> Iterator[Plot]:
+    """Loss of the tokens up to each distance behind the compressed context, beyond the full cache's at the same place.
+
+    What is left of it is the method's; how hard the text is at that place is gone.
+    """
+    full = next((run for run in group if run.is_full_cache), None)
+    if full is None:
+        return
+    first, baseline = full.record, full.record["by_distance"]["nats"]
+    for budget, runs in by_budget(group):
+        points = []
+        for run in runs:
+            found = run.record["by_distance"]
+            for distance, nats, theirs in zip(found["up_to_tokens"], found["nats"], baseline, strict=True):
+                method = run.record["method"]
+                points.append(Point(run.label, method, "", distance, nats - theirs, None, None, (run.path,)))
+        yield Plot(
+            _name("-".join(["distance", *budget.split()]), group),
+            f"{_data_title(first)}, {first['model']}, {budget}".removesuffix(", ") + f"\n{setting(first)}",
+            "tokens behind the compressed context, up to",
+            "loss beyond the full cache's, nats per token",
+            points,
+            _draw_distance,
+        )
 
 
 def pareto_bytes(group: Sequence[Run]) -> Plot:
@@ -210,7 +216,7 @@ def pareto_bytes(group: Sequence[Run]) -> Plot:
         "KV cache stored after the prompt, MiB per sequence (log)",
         _score_label(first),
         [p for p in points if p.x > 0],  # no cache at all has no place on a logarithmic axis
-        _draw_pareto(left_is_better=True, log=True, up_is_better=not fewer_is_better(first)),
+        _draw_pareto(True, log=True, up_is_better=not fewer_is_better(first), log_score=fewer_is_better(first)),
     )
 
 
@@ -342,7 +348,9 @@ def _name(kind: str, *groups: Sequence[Run]) -> str:
 # drawing ------------------------------------------------------------------------------------------------------------
 
 
-def _draw_pareto(left_is_better: bool, log: bool, up_is_better: bool = True) -> Callable[[Axes, Plot], None]:
+def _draw_pareto(
+    left_is_better: bool, log: bool, up_is_better: bool = True, log_score: bool = False
+) -> Callable[[Axes, Plot], None]:
     def draw(ax: Axes, plot: Plot) -> None:
         seen: Counter[str] = Counter()
         for family, method, points in _families(plot.points):
@@ -381,11 +389,12 @@ def _draw_pareto(left_is_better: bool, log: bool, up_is_better: bool = True) -> 
             zorder=0,
             label="Pareto frontier",
         )
-        if log:
-            ax.set_xscale("log", base=2)
-            ax.xaxis.set_major_locator(LogLocator(base=2, numticks=12))
-            ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            ax.xaxis.set_minor_formatter(NullFormatter())
+        for axis, wanted in ((ax.xaxis, log), (ax.yaxis, log_score)):
+            if wanted:
+                getattr(ax, f"set_{axis.axis_name}scale")("log", base=2)
+                axis.set_major_locator(LogLocator(base=2, numticks=12))
+                axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axis.set_minor_formatter(NullFormatter())
 
     return draw
 
@@ -410,9 +419,12 @@ def _draw_lengths(ax: Axes, plot: Plot) -> None:
 
 def _draw_distance(ax: Axes, plot: Plot) -> None:
     _draw_lengths(ax, plot)
-    ax.set_ylim(auto=True)
-    ax.relim()
-    ax.autoscale(axis="y")
+    ax.set_yscale("symlog", linthresh=0.1)
+    ax.set_yticks([0, 0.05, 0.1, 0.2, 0.5, 1, 2, 5])
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    values = [p.y for p in plot.points]
+    ax.set_ylim(min(*values, 0) - 0.02, 1.2 * max(*values, 0.1))
 
 
 def _families(points: Sequence[Point]) -> Iterator[tuple[str, str, list[Point]]]:

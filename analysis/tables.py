@@ -188,14 +188,16 @@ def budget_tables(runs: Sequence[Run]) -> list[Table]:
             first = [next(iter(row.values())) for row in by_curve.values()]
             kept = [fmean(row[b].record["bytes"]["kv_ratio"] for row in by_curve.values() if b in row) for b in budgets]
             shares = ", ".join(f"{b}: {100 * k:.1f} %" for b, k in zip(budgets, kept, strict=True))
-            notes = [f"Mean score and its 95 % interval. Bytes kept of the full cache, mean of the methods: {shares}."]
+            what = "Perplexity" if fewer_is_better(group[0].record) else "Mean score"
+            notes = [f"{what} and its 95 % interval. Bytes kept of the full cache, mean of the methods: {shares}."]
             made.append(Table(title, ["method / budget", *map(str, budgets)], rows, first, notes))
         if others:
+            what_column = "perplexity" if fewer_is_better(group[0].record) else "score"
             rows = [
                 [Cell(run.label), _with_interval(run), _number(100 * run.record["bytes"]["kv_ratio"], 1, " %")]
                 for run in others
             ]
-            made.append(Table(title, ["method", "score", "KV kept"], rows, others, _made_by(group)))
+            made.append(Table(title, ["method", what_column, "KV kept"], rows, others, _made_by(group)))
     return made
 
 

@@ -262,7 +262,7 @@ def _parts(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> int:
     units = keys.shape[0] * keys.shape[1]
     rounds = -(-units // threads)
     idle = rounds * threads / units  # time / time with all threads at work
-    in_order = all(x.stride(0) == x.shape[1] * x.stride(1) for x in (keys, values))
+    in_order = all(x.stride(0) == x.shape[1] * x.stride(1) and x.stride(3) == 1 for x in (keys, values))
     worth = rows.device.type == "cpu" and keys.shape[2] >= WORTH_PARTS and idle > 1.1 and in_order
     return threads if worth else 1
 

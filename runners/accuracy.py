@@ -131,7 +131,8 @@ class AccuracyRunner(PairedRunner):
         return runs
 
     def _open(self, method: Method, source: ModelSource, task: Task, settings: Settings) -> ScoredRun:
-        further: dict[str, Any] = {"sampling": {"temperature": self.temperature, "top_p": self.top_p}}
+        drawn = (self.temperature, self.top_p) if task.writes else (0.0, 1.0)
+        further: dict[str, Any] = {"sampling": dict(zip(("temperature", "top_p"), drawn, strict=True))}
         if settings.batch_size > 1:  # prompts padded to a common length take more bytes; one at a time is the norm
             further["batch_size"] = settings.batch_size
         if self._splits:
@@ -200,7 +201,7 @@ class AccuracyRunner(PairedRunner):
         self, missing: list[tuple[Example, list[ScoredRun]]], task: Task, loaded: LoadedModel, batch_size: int
     ) -> list[tuple[list[Item], list[ScoredRun]]]:
         """Examples of one data set that lack the same methods, sorted by length, in batches."""
-        limit = task.max_length or loaded.max_prompt_tokens
+        limit = task.max_length or (loaded.max_positions if task.fills_positions else loaded.max_prompt_tokens)
         groups: dict[tuple[Any, ...], tuple[list[Item], list[ScoredRun]]] = {}
         for example, who in missing:
             item = encode(task, example, loaded, limit, self._splits)
@@ -236,14 +237,12 @@ class AccuracyRunner(PairedRunner):
             together, problem = groups.pop(0), ""
             try:
                 methods = [run.method for run in together] + [BASELINE] * wanted
-                caches = [method.new_cache(loaded.model) for method in methods]
-                answers = ask(caches, batch, task, loaded, settings.torch_device, sampling, self.chunk_size)
+                answers = ask(methods, batch, task, loaded, settings.torch_device, sampling, self.chunk_size)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 problem = str(error).splitlines()[0]
             if problem:  # outside of the handler: the error holds the caches' tensors alive
-                caches = []
                 release_memory(settings.torch_device)
                 if len(together) + wanted > 1:
                     groups = [[]] * wanted + [[run] for run in together] + groups
@@ -268,7 +267,7 @@ class AccuracyRunner(PairedRunner):
         """A line of ``samples.jsonl``."""
         config, dtype, example = loaded.model.config, loaded.model.dtype, item.example
         shape, full = kv_shape(config, dtype), full_shape(config, dtype, run.method.sharing)
-        read = [len(c.context) for c in item.scored] or [len(item.prompt)]
+        read = item.compressed_lengths
         return {
             "dataset": example.dataset,
             "id": example.id,
@@ -314,6 +313,7 @@ class AccuracyRunner(PairedRunner):
         by_group = {group: list(by_id.values()) for group, by_id in scores.items()}
         return {
             **({} if task.unit == PERCENT else {"unit": task.unit}),
+            **({"shown": {key: getattr(task, key) for key in task.shown}} if task.shown else {}),
             "scores": {group: asdict(macro_mean({group: values})) for group, values in by_group.items()},
             "average": asdict(macro_mean(by_group)),
             "averages": {

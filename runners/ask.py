@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from ..conf.errors import InputError
-from ..methods.base import KVCache
+from ..methods.base import Method
 from ..methods.fan_out import FanOutCache
 from ..models.base import LoadedModel
 from ..models.pretrained import input_device
-from ..tasks.base import Continuations, Example, Reply, Task, cut_at, question_tokens
+from ..tasks.base import Continuations, Example, Likelihood, Reply, Task, cut_at, question_tokens
 from .engine import Sampling, generate, left_padded, score
+from .runs import BASELINE
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,13 @@ class Item:
         """Tokens read before compression."""
         return sum(len(c.context) for c in self.scored) or len(self.prompt)
 
+    @property
+    def compressed_lengths(self) -> list[int]:
+        """Tokens of each prompt that a method compresses; those of a text's beginning where there is no other."""
+        if not self.scored:
+            return [len(self.prompt)]
+        return [len(c.context) for c in self.scored if not c.beginning] or [len(c.context) for c in self.scored]
+
 
 @dataclass
 class Answer:
@@ -70,7 +78,8 @@ def encode(task: Task, example: Example, loaded: LoadedModel, limit: int | None,
     if encoded and isinstance(encoded[0], Continuations):
         scored = tuple(c for c in encoded if isinstance(c, Continuations))
         ids = max((c.context for c in scored), key=len)
-        to_come = max(len(given) + len(asked) for c in scored for given, asked in c.asked) - 1
+        needed = [len(c.context) + len(given) + len(asked) - 1 for c in scored for given, asked in c.asked]
+        to_come = max(needed) - len(ids)
     else:
         ids, to_come = [i for i in encoded if isinstance(i, int)], example.max_new_tokens
     if len(ids) + to_come > loaded.max_positions:
@@ -92,7 +101,7 @@ def encode(task: Task, example: Example, loaded: LoadedModel, limit: int | None,
 
 
 def ask(
-    caches: Sequence[KVCache],
+    methods: Sequence[Method],
     items: Sequence[Item],
     task: Task,
     loaded: LoadedModel,
@@ -100,34 +109,60 @@ def ask(
     sampling: Sampling,
     chunk_size: int | None,
 ) -> list[list[Answer]]:
-    """Put items of one kind to every cache on one reading; the answers of each cache, in the order of the items."""
-    reading = _Reading(caches, items, loaded, input_device(loaded.model, device), chunk_size)
-    return reading.likelihoods(task) if items[0].scored else reading.replies(sampling)
+    """Put items of one kind to every method on one reading; the answers of each, in the order of the items."""
+    where = input_device(loaded.model, device)
+    if not items[0].scored:
+        return _Reading(methods, loaded, where, chunk_size).replies(items, sampling)
+    # Contexts are read as many at a time as there are items: alone where examples are, so that none is padded.
+    found: dict[tuple[int, int], list[Scored]] = {}  # (item, context) -> of each method
+    for beginning in (True, False):
+        parts = [(i, k, c) for i, item in enumerate(items) for k, c in enumerate(item.scored)]
+        parts = [part for part in parts if part[2].beginning == beginning]
+        for start in range(0, len(parts), len(items)):
+            some = parts[start : start + len(items)]
+            reading = _Reading([BASELINE] if beginning else methods, loaded, where, chunk_size)
+            for (i, k, _), scored in zip(some, reading.likelihoods([c for *_, c in some]), strict=True):
+                found[i, k] = scored * len(methods) if beginning else scored
+    return [
+        [_judged(task, item, [found[i, k][m] for k in range(len(item.scored))]) for i, item in enumerate(items)]
+        for m in range(len(methods))
+    ]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What one method made of one context."""
+
+    context: Continuations
+    likelihoods: list[Likelihood]
+    bytes_held: dict[str, int]
+
+
+def _judged(task: Task, item: Item, parts: Sequence[Scored]) -> Answer:
+    """An item's contexts together; bytes are their mean, over those that were compressed where any was."""
+    prediction = task.read_off(item.example, [one for part in parts for one in part.likelihoods])
+    held = [part.bytes_held for part in parts if not part.context.beginning] or [part.bytes_held for part in parts]
+    fields = {key: sum(one[key] for one in held) // len(held) for key in held[0]}
+    return Answer({"prediction": prediction, "new_tokens": 0, **fields}, None)
 
 
 class _Reading:
-    """Items that several caches read together."""
+    """Prompts that several methods read together."""
 
-    def __init__(
-        self,
-        caches: Sequence[KVCache],
-        items: Sequence[Item],
-        loaded: LoadedModel,
-        device: torch.device,
-        chunk_size: int | None,
-    ):
+    def __init__(self, methods: Sequence[Method], loaded: LoadedModel, device: torch.device, chunk_size: int | None):
         assert loaded.tokenizer is not None
-        self.caches, self.items, self.loaded, self.device = caches, items, loaded, device
-        self.tokenizer, self.chunk_size = loaded.tokenizer, chunk_size
-        self.cache = caches[0] if len(caches) == 1 else FanOutCache(caches)
+        self.loaded, self.device, self.chunk_size = loaded, device, chunk_size
+        self.tokenizer = loaded.tokenizer
+        self.caches = [method.new_cache(loaded.model) for method in methods]
+        self.cache = self.caches[0] if len(self.caches) == 1 else FanOutCache(self.caches)
         self._held: list[tuple[int, int]] = []  # stored and logical bytes of each cache after the prompt
 
-    def replies(self, sampling: Sampling) -> list[list[Answer]]:
-        """What each cache writes, item by item."""
-        example = self.items[0].example
-        input_ids, mask = self._padded([item.prompt for item in self.items])
-        questions = [item.question for item in self.items]
-        ends = [item.example.stop_strings for item in self.items]
+    def replies(self, items: Sequence[Item], sampling: Sampling) -> list[list[Answer]]:
+        """What each method writes, item by item."""
+        example = items[0].example
+        input_ids, mask = self._padded([item.prompt for item in items])
+        questions = [item.question for item in items]
+        ends = [item.example.stop_strings for item in items]
         result = generate(
             self.loaded.model,
             self.cache,
@@ -143,29 +178,25 @@ class _Reading:
             until=(lambda row, tokens: any(s in self._text(tokens) for s in ends[row])) if any(ends) else None,
         )
         rows = iter(result.tokens)
-        return [[self._reply(number, item, next(rows)) for item in self.items] for number in range(len(self.caches))]
+        return [
+            [self._reply(item, next(rows), self._bytes(number, len(items))) for item in items]
+            for number in range(len(self.caches))
+        ]
 
-    def likelihoods(self, task: Task) -> list[list[Answer]]:
-        """What each cache makes of each item's continuations; every context is a row of its own."""
-        contexts = [c for item in self.items for c in item.scored]
+    def likelihoods(self, contexts: Sequence[Continuations]) -> list[list[Scored]]:
+        """For each context what every method makes of its continuations."""
         input_ids, mask = self._padded([c.context for c in contexts])
-        asked = [c.asked for c in contexts]
         how: dict[str, Any] = {"chunk_size": self.chunk_size, "after_prefill": self._note}
-        rows = iter(score(self.loaded.model, self.cache, input_ids, mask, asked, **how))
-        answers = []
-        for number in range(len(self.caches)):
-            mine = []
-            for item in self.items:
-                found = [likelihood for _ in item.scored for likelihood in next(rows)]
-                fields = {"prediction": task.read_off(item.example, found), "new_tokens": 0}
-                mine.append(Answer(fields | self._bytes(number, len(contexts)), None))
-            answers.append(mine)
-        return answers
+        rows = score(self.loaded.model, self.cache, input_ids, mask, [c.asked for c in contexts], **how)
+        held = [self._bytes(number, len(contexts)) for number in range(len(self.caches))]
+        return [
+            [Scored(c, rows[number * len(contexts) + i], held[number]) for number in range(len(self.caches))]
+            for i, c in enumerate(contexts)
+        ]
 
-    def _reply(self, number: int, item: Item, tokens: list[int]) -> Answer:
+    def _reply(self, item: Item, tokens: list[int], bytes_held: dict[str, int]) -> Answer:
         prediction = cut_at(self._text(tokens), item.example.stop_strings)
-        fields = {"prediction": prediction, "new_tokens": len(tokens), **self._bytes(number, len(self.items))}
-        return Answer(fields, Reply(prediction, tokens))
+        return Answer({"prediction": prediction, "new_tokens": len(tokens), **bytes_held}, Reply(prediction, tokens))
 
     def _padded(self, prompts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
         return left_padded(prompts, self.tokenizer.pad_token_id, self.device)

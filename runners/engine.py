@@ -25,7 +25,9 @@ from ..tasks.base import Likelihood
 from .lean import is_plain, lean_step
 
 AT_ONCE = 256
-"""Columns fed together after a prompt: their logits over a large vocabulary are in memory at the same time."""
+"""Columns fed together after a prompt, at most."""
+LOGITS = 1 << 28
+"""Logits in memory at a time, at most: fewer columns go together where rows are many and the vocabulary is large."""
 
 FOLLOWS_LENGTH = ("longrope", "dynamic")
 """Kinds of RoPE whose frequencies depend on the length of what is fed together."""
@@ -183,7 +185,8 @@ def decode(model: PreTrainedModel, cache: KVCache, token: torch.Tensor) -> torch
 def feed(model: PreTrainedModel, cache: KVCache, ids: torch.Tensor) -> Iterator[torch.Tensor]:
     """Feed several tokens to every row after the prompt, each after the one before it.
 
-    They go through the model :data:`AT_ONCE` at a time, where that is the same as one by one.
+    They go through the model several at a time where that is the same as one by one: not where tokens are rounded as
+    they age, nor where RoPE depends on the length of what is fed together.
 
     Args:
         model: the model that ``cache`` was made for.
@@ -193,7 +196,9 @@ def feed(model: PreTrainedModel, cache: KVCache, ids: torch.Tensor) -> Iterator[
     Yields:
         Logits of the next columns, [rows, m, vocabulary] each, n columns in all.
     """
-    step = 1 if cache.rounds else AT_ONCE
+    step = min(AT_ONCE, max(1, LOGITS // (ids.shape[0] * model.config.get_text_config().vocab_size)))
+    if cache.rounds or rope_type(model) in FOLLOWS_LENGTH:
+        step = 1
     for piece in ids.split(step, dim=1):
         n = piece.shape[1]
         if cache.recomputes:

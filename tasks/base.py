@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from ..conf.errors import InputError
+from ..conf.errors import InputError, require
 
 PERCENT, NATS = "percent", "nats per token"
 
@@ -56,10 +56,13 @@ class Continuations:
         context: token ids, read as the prompt; the method compresses behind them.
         asked: pairs of token ids that follow the context (seen by the method as later tokens, not scored) and of those
             to be scored. Where the first of a pair is empty, the first scored token is predicted before compression.
+        beginning: the context is no more than what begins a text, so there is nothing to compress: scored with the full
+            cache whatever the method.
     """
 
     context: list[int]
     asked: tuple[tuple[list[int], list[int]], ...]
+    beginning: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,8 +134,14 @@ class Task(Described):
 
     max_length: int | None = None
     """Prompt tokens the user allows; None leaves the limit to the model."""
-    unit: ClassVar[str] = PERCENT
+    unit: str = PERCENT
     """What scores are in: :data:`PERCENT`, or :data:`NATS`, of which fewer are better."""
+    fills_positions: ClassVar[bool] = False
+    """Whether the limit of :meth:`encode` is the model's positions, the answer's included, and not its prompt limit."""
+    writes: ClassVar[bool] = True
+    """Whether the model writes anything, so that sampling matters."""
+    shown: ClassVar[tuple[str, ...]] = ()
+    """Settings that the title of a table names, because numbers under others do not compare."""
     compares: ClassVar[bool] = False
     """Whether :meth:`judge` needs the full cache's own reply to the same prompt."""
 
@@ -228,16 +237,21 @@ def question_tokens(ids: Sequence[int], question: str, tokenizer: Any) -> int:
     def holds(count: int) -> bool:
         return wanted in "".join(tokenizer.decode(ids[len(ids) - count :]).split())
 
-    most = 1
-    while wanted and not holds(most):
-        if most == len(ids):
-            break
-        most = min(2 * most, len(ids))
-    if not wanted or most == len(ids):
-        allowed = "needs a prompt with a context and a question behind it: use with_context for this task"
+    allowed = "needs a prompt with a context and a question behind it: use with_context for this task"
+    if not wanted or not holds(len(ids)):
         raise InputError("runner.question", "after_compression", allowed)
-    least = most // 2  # does not hold it
+    least, most = 0, 1  # the former does not hold it
+    while not holds(most):
+        least, most = most, min(2 * most, len(ids))
     while most - least > 1:
         middle = (least + most) // 2
         least, most = (least, middle) if holds(middle) else (middle, most)
+    require(most < len(ids), "runner.question", "after_compression", allowed)
     return most
+
+
+def require_fit(ids: Sequence[int], limits: Sequence[int | None], example: Example) -> None:
+    """Raise InputError where a prompt that is never cut is longer than the least of ``limits`` (None: no limit)."""
+    limit = min((n for n in limits if n is not None), default=len(ids))
+    allowed = f"{example.dataset}/{example.id} has {len(ids)} prompt tokens, and this task cuts none"
+    require(len(ids) <= limit, "task.max_length", limit, allowed)

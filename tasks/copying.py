@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..conf.errors import is_whole, require
-from .base import Example, Source, Task
+from .base import Example, Source, Task, require_fit
 from .recall import word_tokenizer
 from .training import IGNORED, Tokens, TrainingData
 
@@ -49,6 +49,8 @@ class Copying(Task, TrainingData):
             value = getattr(self, key)
             require(is_whole(value, 1), f"task.{key}", value, "must be a whole number >= 1")
         require(is_whole(self.seed, 0), "task.seed", self.seed, "must be a whole number >= 0")
+        limit = self.max_length
+        require(limit is None or is_whole(limit, 1), "task.max_length", limit, "must be null or 1 or more tokens")
 
     def source(self) -> Source:
         """Made here: its sha256 is over what it is made by."""
@@ -69,6 +71,7 @@ class Copying(Task, TrainingData):
 
     def encode(self, example: Example, tokenizer: Any, max_length: int | None) -> list[int]:
         ids = list(tokenizer(example.prompt, add_special_tokens=False).input_ids)
+        require_fit(ids, (max_length, self.max_length), example)
         self._refuse_other_tokens(tokenizer)
         return ids
 

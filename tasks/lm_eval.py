@@ -9,7 +9,8 @@ lm-eval builds the requests and works out the metrics (Gao et al., "The Language
 https://zenodo.org/records/12608602); its tokenisation of contexts and continuations is used as it is, so the full cache
 gets what its own model gets. In between, requests are examples like any other: one for each document.
 
-A long text (``loglikelihood_rolling``) is scored in chunks, each through the compressed cache of all before it.
+A long text (``loglikelihood_rolling``) is scored in chunks, each through the compressed cache of all before it. The
+first chunk has nothing before it and is scored with the full cache for every method.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import io
 import json
 import logging
 import math
+import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -29,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from ..conf.errors import InputError, is_whole, near, require
-from .base import Continuations, Example, Likelihood, Reply, Source, Task
+from .base import NATS, PERCENT, Continuations, Example, Likelihood, Reply, Source, Task
 
 INSTALL = "pip install 'kvbench[eval]'"
 RESULTS = "lm_eval.json"
@@ -37,6 +39,15 @@ RESULTS = "lm_eval.json"
 
 MAX_NEW_TOKENS = 256
 """Of a request that names no limit, as lm-eval's own model has it."""
+
+BOOTSTRAPS = 1000
+"""For lm-eval's standard errors of metrics that have no formula for it."""
+
+WHERE = (
+    *("dataset_path", "dataset_name", "dataset_kwargs", "training_split", "validation_split", "test_split"),
+    *("fewshot_split", "fewshot_config", "metadata"),
+)
+"""Of a task's configuration: where its documents come from, and what the requests show."""
 
 LIKELIHOOD, ROLLING, GENERATE = "loglikelihood", "loglikelihood_rolling", "generate_until"
 
@@ -56,12 +67,15 @@ class LmEval(Task):
     held_back : last tokens of a context that are not compressed with it, 1 or more. With none, what comes first after
         a context would be predicted before compression, and one-token answers would not depend on the method.
     chunk : tokens of a long text scored through one compressed cache.
-    metric : what ``score`` is; None: each task's first.
+    metric : what ``score`` is: one that lies in [0, 1] and is averaged; None: each task's first of that kind. A long
+        text's score is its loss in nats per token.
     seed : of the few-shot examples (1234 is lm-eval's).
     max_length : tokens of a context and its continuation; a longer context loses its beginning, as in lm-eval.
     """
 
     name = "lm_eval"
+    fills_positions = True
+    shown = ("fewshot", "metric", "held_back", "chunk")
     location_fields = ("data_files", "include_path")
 
     names: Sequence[str] | str = ("hellaswag",)
@@ -78,6 +92,8 @@ class LmEval(Task):
     def __post_init__(self) -> None:
         at = "task."
         names = self.names.split(",") if isinstance(self.names, str) else self.names
+        allowed = "must be names of lm-eval's tasks, such as [hellaswag,piqa]"
+        require(isinstance(names, Sequence), at + "names", self.names, allowed)
         self.names = tuple(str(name).strip() for name in names)
         require(len(self.names) > 0, at + "names", "[]", "must name at least one task of lm-eval")
         allowed = "must be null or a whole number, 0 or more"
@@ -89,27 +105,38 @@ class LmEval(Task):
         for key in ("held_back", "chunk"):
             require(is_whole(getattr(self, key), 1), at + key, getattr(self, key), "must be a whole number, 1 or more")
         require(is_whole(self.seed, 0), at + "seed", self.seed, "must be a whole number, 0 or more")
+        allowed = "must be null or name -> file, such as {hellaswag: validation.jsonl}"
+        require(isinstance(self.data_files, Mapping | None), at + "data_files", self.data_files, allowed)
         for name, files in (self.data_files or {}).items():
             if name not in self.names:
                 raise InputError(at + "data_files", name, f"must be one of task.names={','.join(self.names)}")
             for file in files.values() if isinstance(files, Mapping) else [files]:
-                require(Path(file).expanduser().is_file(), f"{at}data_files.{name}", file, "must be a file")
+                there = isinstance(file, str | Path) and Path(file).expanduser().is_file()
+                require(there, f"{at}data_files.{name}", file, "must be a file")
         if self.include_path is not None:
-            folder = Path(self.include_path).expanduser()
+            folder = Path(str(self.include_path)).expanduser()
             require(folder.is_dir(), at + "include_path", self.include_path, "must be a folder with lm-eval YAMLs")
+            self.include_path = str(folder)
+
+    @property
+    def unit(self) -> str:  # type: ignore[override]
+        """Nats where all tasks ask for the likelihood of long texts, which cannot be averaged with anything else."""
+        return NATS if self._rolls else PERCENT
 
     def source(self) -> Source:
-        """``lm_eval``, with a sha256 over the requests of each task: they are what is asked, wherever it came from."""
+        """``lm_eval``, with a sha256 over each task: requests, documents, and how they are judged."""
         hashes = {}
         for name, documents in self._documents.items():
-            requests = [[i.request_type, i.args] for document in documents for i in document]
-            text = json.dumps(requests, ensure_ascii=False, default=str)
+            config = {k: v for k, v in self._tasks[name].dump_config().items() if k not in WHERE}
+            asked = [[[i.request_type, i.args, i.doc] for i in document] for document in documents]
+            text = json.dumps([_lm_eval().__version__, config, asked], ensure_ascii=False, sort_keys=True, default=str)
+            text = re.sub(r" at 0x[0-9a-f]+", "", text)  # where a function happens to lie in memory
             hashes[name] = hashlib.sha256(text.encode()).hexdigest()
         return Source("lm_eval", "lm-eval " + _lm_eval().__version__, _lm_eval().__version__, hashes)
 
     def examples(self) -> list[Example]:
         """One for each document of each task; ``meta["requests"]`` are lm-eval's."""
-        examples = []
+        examples, _ = [], self._metrics  # a metric that is not there is no news for the end of a run
         for name, documents in self._documents.items():
             for requests in documents:
                 first = requests[0]
@@ -134,7 +161,10 @@ class LmEval(Task):
         if requests[0].request_type == GENERATE:
             ids: list[int] = encoder.tok_encode(example.prompt)
             require(bool(ids), "task.names", example.dataset, f"document {example.id} has an empty prompt")
-            return ids[-limit:]
+            room = limit - example.max_new_tokens
+            allowed = f"must be above the {example.max_new_tokens} tokens that {example.dataset} may generate"
+            require(room > 0, "task.max_length", limit, allowed)
+            return ids[-room:]
         if requests[0].request_type == ROLLING:
             return [part for request in requests for part in self._rolling(encoder, request.args[0], limit)]
         found: list[Continuations] = []
@@ -161,14 +191,11 @@ class LmEval(Task):
         return answers
 
     def judge(self, example: Example, prediction: Any, reply: Reply | None, reference: Reply | None) -> dict[str, Any]:
-        """All of lm-eval's metrics of a document that are numbers, and the one that is its score.
-
-        A long text's score is the mean probability of its tokens (the geometric one: the inverse of perplexity).
-        """
+        """All of lm-eval's metrics of a document that are numbers, and the one that is its score."""
         requests = example.meta["requests"]
         if requests[0].request_type == ROLLING:
             total, tokens = prediction[0]
-            return {"score": math.exp(total / tokens), "log_likelihood": total, "scored_tokens": tokens}
+            return {"score": -total / tokens, "log_likelihood": total, "scored_tokens": tokens}
         task = self._tasks[example.dataset]
         for request, answer in zip(requests, _answers(requests[0].request_type, prediction), strict=True):
             request.resps = [answer] * request.repeats
@@ -180,20 +207,31 @@ class LmEval(Task):
             found = task.process_results(requests[0].doc, [r.filtered_resps[key] for r in requests])
             for metric, value in found.items():
                 if isinstance(value, int | float) or (hasattr(value, "item") and getattr(value, "size", 1) == 1):
-                    metrics[metric if key == "none" else f"{metric},{key}"] = float(value)
-        wanted = self.metric or next(iter(metrics), None)
-        if wanted not in metrics:
-            allowed = f"must be a metric of {example.dataset}: {', '.join(metrics) or 'it has none that is a number'}"
-            raise InputError("task.metric", self.metric, allowed)
-        return {"score": metrics[wanted], "metrics": metrics}
+                    metrics[_key(metric, key)] = float(value)
+        wanted = self._metrics[example.dataset]
+        value = metrics.get(wanted, math.nan)
+        allowed = f"of {example.dataset} document {example.id} is {value}, which is no share: take another metric"
+        require(0 <= value <= 1, "task.metric", wanted, allowed)
+        return {"score": value, "metrics": metrics}
 
     def conclude(self, rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """lm-eval's own table, from the answers in ``rows``."""
+        """lm-eval's own table, from the answers in ``rows``; the figures of its groups are averages of the record."""
         by_document = {(row["dataset"], int(row["id"])): row["prediction"] for row in rows}
         results, _ = self._evaluate(_replay(by_document))
-        results = {k: v for k, v in results.items() if k not in ("samples", "config", "pretty_env_info")}
-        plain = json.loads(json.dumps(results, default=str).replace("NaN", "null"))
-        return {"lm_eval": {"version": _lm_eval().__version__, "results": plain["results"]}}, {RESULTS: plain}
+        plain = _plain({k: v for k, v in results.items() if k not in ("samples", "config", "pretty_env_info")})
+        averages = {}
+        for group, found in (results.get("groups") or {}).items():
+            key = next((k for k in found if k.startswith(("acc,", "exact_match,"))), None)
+            if key is not None:
+                n = found.get("sample_len") or len(rows)
+                averages[f"{group} {key.partition(',')[0]}"] = {
+                    "mean": 100 * found[key],
+                    "low": None,
+                    "high": None,
+                    "n": n,
+                }
+        further = {"averages": averages} if averages else {}
+        return {"lm_eval": {"version": _lm_eval().__version__, "results": plain["results"]}} | further, {RESULTS: plain}
 
     # lm-eval's side ------------------------------------------------------------------------------------------------
 
@@ -212,6 +250,34 @@ class LmEval(Task):
                 documents[instance.doc_id].append(instance)
             built[name] = [sorted(documents[i], key=lambda r: r.idx) for i in sorted(documents)]
         return tasks, built
+
+    @cached_property
+    def _rolls(self) -> bool:
+        kinds = {name: documents[0][0].request_type == ROLLING for name, documents in self._documents.items()}
+        rolling = [name for name, rolls in kinds.items() if rolls]
+        allowed = (
+            "asks for the likelihood of long texts, whose loss has no mean with shares of right answers: run it alone"
+        )
+        require(len(rolling) in (0, len(kinds)), "task.names", ",".join(rolling), allowed)
+        return bool(rolling)
+
+    @cached_property
+    def _metrics(self) -> dict[str, str]:
+        """The metric that is each task's score; :class:`InputError` where there is none, or not the one asked for."""
+        if self._rolls:
+            return {}
+        from lm_eval.api.metrics import mean
+
+        chosen = {}
+        for name, task in self._tasks.items():
+            better = task.higher_is_better()
+            shares = [m for m, how in task.aggregation().items() if how is mean and better.get(m, True)]
+            names = [_key(metric, one.name) for one in task._filters for metric in shares]
+            wanted = self.metric or next(iter(names), None)
+            allowed = f"must be a metric of {name} that is a mean of shares: {', '.join(names) or 'it has none'}"
+            require(wanted in names, "task.metric", self.metric, allowed)
+            chosen[name] = str(wanted)
+        return chosen
 
     @property
     def _tasks(self) -> dict[str, Any]:
@@ -236,13 +302,18 @@ class LmEval(Task):
 
             loglikelihood_rolling = generate_until = loglikelihood
 
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        for logger in ("lm_eval", "datasets", "huggingface_hub"):
+            logging.getLogger(logger).setLevel(logging.ERROR)
         manager = _manager(self.include_path)
         loaded: dict[str, Any] = {}
+        quiet = io.StringIO()  # a progress bar for each task, and again at the end
         try:
-            with tempfile.TemporaryDirectory() as folder:
+            with (
+                tempfile.TemporaryDirectory() as folder,
+                contextlib.redirect_stderr(quiet),
+                contextlib.redirect_stdout(quiet),
+            ):
                 loaded = manager.load([self._spec(manager, name, Path(folder)) for name in self.names])
-            with contextlib.redirect_stderr(io.StringIO()):  # a progress bar for each task, and again at the end
                 results = lm_eval.simple_evaluate(
                     model=Asked(),
                     tasks=list(loaded["groups"].values()) + list(self._alone(loaded)),
@@ -250,14 +321,21 @@ class LmEval(Task):
                     limit=self.limit,
                     task_manager=manager,
                     fewshot_random_seed=self.seed,
+                    bootstrap_iters=BOOTSTRAPS,
                 )
         except _CollectedError:
             results = {}
         except InputError:
             raise
         except Exception as error:  # whatever a task's data set raises: no network, a file of another form
-            reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no detail')}"
-            allowed = f"lm-eval cannot build its requests ({reason}); data on this machine goes into task.data_files"
+            root = error
+            while root.__cause__ is not None and not str(root).strip():
+                root = root.__cause__  # type: ignore[assignment]
+            reason = f"{type(root).__name__}: {next(iter(str(root).splitlines()), 'no detail')}"
+            instead = "data on this machine goes into task.data_files"
+            if self.data_files:
+                instead = "files in task.data_files must be JSON lines with the columns of the task's own data"
+            allowed = f"lm-eval cannot build its requests ({reason}); {instead}"
             raise InputError("task.names", ",".join(self.names), allowed) from error
         return results, loaded["tasks"]
 
@@ -278,10 +356,17 @@ class LmEval(Task):
             raise InputError("task.data_files", name, "must be a single task: name the tasks of a group one by one")
         assert self.data_files is not None
         own, given = entry.cfg, self.data_files[name]
+        if "class" in own or not (own.get("test_split") or own.get("validation_split")):
+            raise InputError("task.data_files", name, "finds its data by code of its own and takes no files")
         evaluated = own.get("test_split") or own.get("validation_split")
         splits = dict(given) if isinstance(given, Mapping) else {evaluated: given}
         if evaluated not in splits:
             raise InputError(f"task.data_files.{name}", list(splits), f"must hold the split {evaluated}")
+        shots = own.get("num_fewshot") if self.fewshot is None else self.fewshot
+        solved = own.get("fewshot_split") or own.get("training_split") or own.get("validation_split")
+        if shots and solved not in splits and not (own.get("fewshot_config") or {}).get("samples"):
+            allowed = f"must hold the split {solved} too, for its {shots} few-shot examples; or use task.fewshot=0"
+            raise InputError(f"task.data_files.{name}", list(splits), allowed)
         missing = {
             key: None
             for key in ("training_split", "validation_split", "test_split", "fewshot_split")
@@ -297,12 +382,15 @@ class LmEval(Task):
 
     def _how_to_generate(self, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Fields of an :class:`Example` from lm-eval's ``generation_kwargs``."""
-        if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        normal: Any = normalize_gen_kwargs(dict(settings), MAX_NEW_TOKENS)
+        if normal.get("do_sample") and normal.get("temperature", 1.0) > 0:
             allowed = "draws its answers, and lm-eval's settings for that are not supported; take a task that does not"
             raise InputError("task.names", name, allowed)
-        until = settings.get("until") or []
-        new = settings.get("max_gen_toks", settings.get("max_new_tokens", MAX_NEW_TOKENS))
-        return {"max_new_tokens": new, "stop_strings": (until,) if isinstance(until, str) else tuple(until)}
+        until = normal.get("until") or []
+        ends = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
+        return {"max_new_tokens": normal["max_gen_toks"], "stop_strings": ends}
 
     def _encoder(self, tokenizer: Any) -> Any:
         """lm-eval's model with nothing but a tokenizer: it cuts texts into tokens as lm-eval does."""
@@ -335,7 +423,8 @@ class LmEval(Task):
             for start in range(len(context), len(whole), self.chunk):
                 back = min(self.held_back, start - 1)
                 given = whole[start - back : start]
-                parts.append(Continuations(whole[: start - back], ((given, whole[start : start + self.chunk]),)))
+                asked = (given, whole[start : start + self.chunk])
+                parts.append(Continuations(whole[: start - back], (asked,), beginning=start == len(context)))
         return parts
 
 
@@ -350,6 +439,24 @@ def _answers(kind: str, prediction: Any) -> list[Any]:
     if kind == ROLLING:
         return [total for total, _ in prediction]
     return [(total, bool(greedy)) for total, greedy in prediction]
+
+
+def _key(metric: str, filter_name: str) -> str:
+    """As lm-eval writes it, but for the filter that does nothing."""
+    return metric if filter_name == "none" else f"{metric},{filter_name}"
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON can hold it: no NaN, no infinity, text for what is no data."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    return _plain(value.item()) if hasattr(value, "item") and getattr(value, "size", 1) == 1 else str(value)
 
 
 def _replay(by_document: Mapping[tuple[str, int], Any]) -> Any:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,6 +55,8 @@ class Perplexity(Task):
 
     name = "perplexity"
     unit = NATS
+    writes = False
+    shown = ("context", "chunk", "stretches")
     location_fields = ("path",)
 
     path: str | None = None
@@ -83,7 +86,7 @@ class Perplexity(Task):
         if sha256 == WIKITEXT_SHA256:
             return Source(name, self.path or f"{HUB_REPO}/{HUB_FILE}", HUB_REVISION, {"wikitext-2": sha256})
         assert self.path is not None
-        return Source(f"{name}-{sha256[:6]}", self.path, None, {Path(self.path).name: sha256})
+        return Source(f"{name}-{sha256[:6]}", self.path, None, {"text": sha256})
 
     def examples(self) -> list[Example]:
         """One for each stretch; ``meta["part"]`` is where it begins, in [0, 1]."""
@@ -153,11 +156,12 @@ class Perplexity(Task):
         if self.path is None:
             return _wikitext()
         file = Path(self.path).expanduser()
-        require(file.is_file(), "task.path", self.path, "must be a text file; it does not exist")
+        there = "it is a folder" if file.is_dir() else "it does not exist"
+        require(file.is_file(), "task.path", self.path, f"must be a text file; {there}")
         try:
             data = file.read_bytes()
             text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
-        except (UnicodeDecodeError, OSError, EOFError) as error:
+        except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
             raise InputError("task.path", self.path, f"must be UTF-8 text: {error}") from None
         require(text.strip() != "", "task.path", self.path, "must hold text; it is empty")
         return text

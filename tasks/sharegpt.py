@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..conf.errors import InputError, is_whole, one_of, require
-from .base import Example, Reply, Source, Task, prompt_tokens
+from .base import Example, Reply, Source, Task, prompt_tokens, require_fit
 from .longbench_data import PROBE_TIMEOUT_S
 from .longbench_metrics import rouge
 from .workload import Request, Workload, check_shape, random_tokens
@@ -203,9 +203,7 @@ class ShareGPT(Workload, Task):
 
     def encode(self, example: Example, tokenizer: Any, max_length: int | None) -> list[int]:
         ids = prompt_tokens(example.prompt, tokenizer, example.chat)
-        limits = [limit for limit in (max_length, self.max_length) if limit is not None]
-        allowed = f"conversation {example.id} has {len(ids)} prompt tokens: take another seed, or a larger limit"
-        require(len(ids) <= min(limits, default=len(ids)), "task.max_length", min(limits, default=0), allowed)
+        require_fit(ids, (max_length, self.max_length), example)
         return ids
 
     def judge(self, example: Example, prediction: Any, reply: Reply | None, reference: Reply | None) -> dict[str, Any]:
@@ -402,7 +400,7 @@ def _fetch() -> Path:
     import huggingface_hub as hub
 
     wanted: dict[str, Any] = {"filename": FILE, "repo_type": "dataset", "revision": HUB_REVISION}
-    instead = f"give {FILE} as task.data_dir, or use task.lengths=fixed"
+    instead = f"give {FILE} as task.data_dir (with runner=efficiency, task.lengths=fixed needs none)"
     cached = hub.try_to_load_from_cache(HUB_REPO, **wanted)
     if isinstance(cached, str):
         return Path(cached)

@@ -17,7 +17,7 @@ from kvbench.methods.base import CacheLayer, Method
 from kvbench.methods.fan_out import FanOutCache
 from kvbench.methods.selection.snapkv import SnapKV
 from kvbench.runners import engine
-from kvbench.runners.engine import Sampling, decode, generate, prefill
+from kvbench.runners.engine import Sampling, decode, feed, generate, prefill
 from kvbench.runners.lean import is_plain
 
 
@@ -326,6 +326,10 @@ def test_a_long_cache_is_read_by_all_threads_where_its_heads_do_not_share_out(mo
     attend(1, 4, 2048)  # shares out
     attend(1, 3, 512)  # too short to be worth it
     attend(1, 3, 2048, torch.ones(1, 1, 2048, dtype=torch.bool))  # the kernel takes no mask
+    query, keys = torch.randn(1, 6, 1, 16), torch.randn(1, 3, 16, 2048).transpose(2, 3)
+    out = cached_attention(query, keys, keys, 0.25)  # channels do not lie together
+    expected = (0.25 * query.view(1, 3, 2, 16) @ keys.transpose(2, 3)).softmax(-1) @ keys
+    assert (out.view(1, 3, 2, 16) - expected).abs().max() < 1e-5
     assert calls == [2]
 
 
@@ -346,6 +350,25 @@ def test_a_question_after_compression_is_read_through_the_compressed_cache():
     assert asked.tokens[0] == expected
     assert compressed.tokens_held[0].max() == 16 + 10 + 5
     assert generate(model, method.new_cache(model), ids, max_new_tokens=6).tokens[0] != expected
+
+
+def test_a_model_whose_rope_follows_the_length_is_fed_token_by_token():
+    """Several at once would all be turned as the last of them is, on the way over the model's first length."""
+    model, ids = phi3_with_longrope(), prompt_ids(80)
+    cache = full(model)
+    prefill(model, cache, ids[:, :50])
+    expected = torch.stack([decode(model, cache, token[None]) for token in ids[0, 50:]], dim=1)
+    cache = full(model)
+    prefill(model, cache, ids[:, :50])
+    assert (torch.cat(list(feed(model, cache, ids[:, 50:])), dim=1) - expected).abs().max() < 1e-9
+
+
+def test_fewer_columns_go_together_where_rows_and_vocabulary_are_large(monkeypatch):
+    model, ids = tiny_model(), prompt_ids(30)
+    monkeypatch.setattr(engine, "LOGITS", 4 * model.config.vocab_size + 1)
+    cache = full(model)
+    prefill(model, cache, ids)
+    assert [logits.shape[1] for logits in feed(model, cache, prompt_ids(10))] == [4, 4, 2]
 
 
 def test_until_ends_a_row_after_the_token_that_completes_it():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,9 @@ WORDS = TEXT.split()
 
 def text(start: int, count: int) -> str:
     return " ".join(WORDS[(start + 3 * i) % len(WORDS)] for i in range(count))
+
+
+EVALUATED = {"hellaswag": "validation", "winogrande": "validation", "gsm8k": "test", "wikitext": "test"}
 
 
 def write(path: Path, rows: list[dict]) -> str:
@@ -54,17 +56,15 @@ def world(tmp_path_factory) -> dict[str, str]:
         for i in range(3)
     ]
     gsm8k = [{"question": text(i, 20) + "?", "answer": f"It is {i}.\n#### {i}"} for i in range(4)]
-    return {
-        "model": str(folder / "model"),
-        "hellaswag": write(folder / "hellaswag.jsonl", hellaswag),
-        "winogrande": write(folder / "winogrande.jsonl", winogrande),
-        "gsm8k": write(folder / "gsm8k.jsonl", gsm8k),
-        "wikitext": write(folder / "wikitext.jsonl", [{"page": text(0, 150)}, {"page": text(7, 40)}]),
-    }
+    wikitext = [{"page": text(0, 150)}, {"page": text(7, 40)}]
+    data = {"hellaswag": hellaswag, "winogrande": winogrande, "gsm8k": gsm8k, "wikitext": wikitext}
+    files = {name: write(folder / f"{name}.jsonl", rows) for name, rows in data.items()}
+    others = {f"other-{name}": write(folder / f"other-{name}.jsonl", rows[::-1]) for name, rows in data.items()}
+    return {"model": str(folder / "model"), **files, **others}
 
 
 def run(world: dict[str, str], results: Path, names: list[str], *overrides: str, status: int = 0) -> Done:
-    files = [f"{n}:{{test:{world[n]},train:{world[n]}}}" if n == "gsm8k" else f"{n}:{world[n]}" for n in names]
+    files = [f"{n}:{{{EVALUATED[n]}:{world[n]},train:{world['other-' + n]}}}" for n in names]
     done = kvbench(
         "run",
         "model=local",
@@ -85,14 +85,19 @@ def rows(results: Path, method: str) -> dict[tuple[str, str], dict]:
     return {(r["dataset"], r["id"]): r for r in map(json.loads, path.read_text().splitlines())}
 
 
-NAMES = ["hellaswag", "winogrande", "gsm8k", "wikitext"]
+NAMES = ["hellaswag", "winogrande", "gsm8k"]
 
 
 @pytest.fixture(scope="module")
 def finished(world, tmp_path_factory) -> Path:
     results = tmp_path_factory.mktemp("results")
-    run(world, results, NAMES, "method=snapkv", "method.budget=0.1", "task.fewshot=1", "task.chunk=100")
+    run(world, results, NAMES, "method=snapkv", "method.budget=0.1", "task.fewshot=1")
     return results
+
+
+def task_of(world: dict[str, str], *names: str, **settings) -> LmEval:
+    files = {n: {EVALUATED[n]: world[n], "train": world["other-" + n]} for n in names}
+    return LmEval(names=names, data_files=files, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +109,9 @@ def stock(world):
     model = HFLM(
         pretrained=AutoModelForCausalLM.from_pretrained(world["model"]),
         tokenizer=AutoTokenizer.from_pretrained(world["model"]),
-        max_length=900,
         batch_size=1,
     )
-    files = {n: world[n] for n in NAMES} | {"gsm8k": {"test": world["gsm8k"], "train": world["gsm8k"]}}
-    task = LmEval(names=NAMES, data_files=files, fewshot=1)
+    task = task_of(world, *NAMES, fewshot=1)
     return model, {(e.dataset, e.id): e.meta["requests"] for e in task.examples()}
 
 
@@ -120,8 +123,6 @@ def test_with_everything_kept_it_is_lm_evals_own_model(finished, stock):
         found = full[key]["prediction"]
         if key[0] == "gsm8k":
             assert [found] == model.generate_until(mine, disable_tqdm=True)
-        elif key[0] == "wikitext":
-            assert found[0][0] == pytest.approx(model.loglikelihood_rolling(mine, disable_tqdm=True)[0], abs=1e-3)
         else:
             for (ours, ours_greedy), (theirs, theirs_greedy) in zip(
                 found, model.loglikelihood(mine, disable_tqdm=True), strict=True
@@ -147,9 +148,71 @@ def test_the_table_is_lm_evals_own(finished, stock):
         assert table[dataset]["acc,none"] == pytest.approx(sum(best) / len(best))
         assert record["scores"][dataset]["mean"] == pytest.approx(100 * sum(best) / len(best))
     assert {"exact_match,strict-match", "exact_match,flexible-extract"} < set(table["gsm8k"])
-    wikitext = [r for key, r in rows(finished, "full").items() if key[0] == "wikitext"]
-    for row in wikitext:
-        assert row["score"] == pytest.approx(math.exp(row["log_likelihood"] / row["scored_tokens"]))
+
+
+def test_a_long_text_is_scored_chunk_by_chunk(world, stock, tmp_path):
+    """With the full cache lm-eval's own total; compressed, all but the first chunk change; no padding is counted."""
+    run(world, tmp_path, ["wikitext"], "method=snapkv", "method.budget=0.1", "task.chunk=100")
+    model, _ = stock
+    requests = {e.id: e.meta["requests"] for e in task_of(world, "wikitext").examples()}
+    full, ours = rows(tmp_path, "full"), rows(tmp_path, "snapkv")
+    for (_, document), row in full.items():
+        ((total, tokens),) = row["prediction"]
+        assert total == pytest.approx(model.loglikelihood_rolling(requests[document], disable_tqdm=True)[0], abs=1e-3)
+        assert row["score"] == pytest.approx(-total / tokens)
+        assert row["kv_bytes_stored"] == row["kv_bytes_full"] == row["kv_bytes_formula"]
+        mine = ours["wikitext", document]
+        assert abs(mine["score"] - row["score"]) > 1e-3
+        assert mine["kv_bytes_stored"] < 0.15 * row["kv_bytes_stored"]
+    (record,) = tmp_path.glob("lm_eval/*/full/*/record.json")
+    found = json.loads(record.read_text())
+    assert found["unit"] == "nats per token"
+    assert "word_perplexity,none" in found["lm_eval"]["results"]["wikitext"]
+    # One chunk: nothing is before it, so there is nothing to compress.
+    run(world, tmp_path / "one", ["wikitext"], "method=snapkv", "method.budget=0.1", "task.chunk=900")
+    scores = [[r["score"] for r in rows(tmp_path / "one", m).values()] for m in ("full", "snapkv")]
+    assert scores[0] == scores[1]
+
+
+def test_what_judges_an_answer_is_part_of_the_run(world, tmp_path):
+    """Other labels under the same questions are another run, wherever the file lies; a copy of it is the same."""
+    task = task_of(world, "hellaswag", fewshot=0)
+    lines = [json.loads(line) for line in Path(world["hellaswag"]).read_text().splitlines()]
+    copied = write(tmp_path / "copy.jsonl", lines)
+    same = LmEval(names="hellaswag", data_files={"hellaswag": copied}, fewshot=0)
+    assert same.source().sha256 == task.source().sha256
+    moved = write(tmp_path / "moved.jsonl", [row | {"label": str((int(row["label"]) + 1) % 4)} for row in lines])
+    other = LmEval(names="hellaswag", data_files={"hellaswag": moved}, fewshot=0)
+    assert other.source().sha256 != task.source().sha256
+
+
+def test_a_groups_figure_is_lm_evals(world, tmp_path):
+    """Weighted by documents where the group says so, which the mean over its tasks is not."""
+    (tmp_path / "tasks").mkdir()
+    rows_of = [json.loads(line) for line in Path(world["winogrande"]).read_text().splitlines()]
+    for name, part in (("one", rows_of[:1]), ("two", rows_of[1:])):
+        data = {"data_files": {"test": write(tmp_path / f"{name}.jsonl", part)}}
+        config = {
+            "task": f"part_{name}",
+            "dataset_path": "json",
+            "dataset_kwargs": data,
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{sentence}}",
+            "doc_to_target": "{{answer|int - 1}}",
+            "doc_to_choice": "{{[option1, option2]}}",
+            "metric_list": [{"metric": "acc"}],
+        }
+        (tmp_path / "tasks" / f"{name}.yaml").write_text(json.dumps(config))
+    group = {"group": "parts", "task": ["part_one", "part_two"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (tmp_path / "tasks" / "group.yaml").write_text(json.dumps(group))
+    overrides = [f"task.include_path={tmp_path / 'tasks'}", "task.names=[parts]", "task.data_files=null"]
+    run(world, tmp_path / "results", [], *overrides, "method=full")
+    (path,) = (tmp_path / "results").glob("lm_eval/*/full/*/record.json")
+    record = json.loads(path.read_text())
+    scores = {key[0] + key[1]: r["score"] for key, r in rows(tmp_path / "results", "full").items()}
+    assert len(scores) == 3
+    assert record["averages"]["parts acc"]["mean"] == pytest.approx(100 * sum(scores.values()) / 3)
 
 
 def test_at_a_tenth_of_the_cache_every_answer_changes(finished):
@@ -215,16 +278,36 @@ def test_a_padded_batch_gives_the_same_answers_and_a_run_continues(world, finish
 
 def test_bad_input(world, tmp_path):
     hellaswag = ["task.names=[hellaswag]", f"task.data_files={{hellaswag:{world['hellaswag']}}}"]
+    wikitext = f"wikitext:{world['wikitext']}"
     for overrides, expected in (
         (["task.names=[helaswag]"], "did you mean hellaswag"),
+        (["task.names=5"], "task.names=5: must be names of lm-eval's tasks"),
+        (["task.names=null"], "task.names=None: must be names of lm-eval's tasks"),
+        (["task.data_files=x.jsonl"], "task.data_files=x.jsonl: must be null or name -> file"),
+        (["task.data_files={hellaswag:null}"], "task.data_files.hellaswag=None: must be a file"),
         (["task.data_files={hellaswag:/nowhere}"], "task.data_files.hellaswag=/nowhere: must be a file"),
         ([f"task.data_files={{piqa:{world['hellaswag']}}}"], "must be one of task.names=hellaswag"),
+        (["task.names=[squadv2]", f"task.data_files={{squadv2:{world['hellaswag']}}}"], "takes no files"),
+        (["task.include_path=5"], "task.include_path=5: must be a folder with lm-eval YAMLs"),
         (["task.names=[gsm8k]", f"task.data_files={{gsm8k:{{train:{world['gsm8k']}}}}}"], "must hold the split test"),
-        ([*hellaswag, "task.metric=f2"], "must be a metric of hellaswag: acc, acc_norm"),
+        (
+            ["task.names=[gsm8k]", f"task.data_files={{gsm8k:{world['gsm8k']}}}"],
+            "must hold the split train too, for its 5",
+        ),
+        ([*hellaswag, "task.fewshot=2"], "must hold the split train too, for its 2 few-shot examples"),
+        ([*hellaswag, "task.metric=f2"], "must be a metric of hellaswag that is a mean of shares: acc, acc_norm"),
         (["task.held_back=0"], "task.held_back=0: must be a whole number, 1 or more"),
         (["task.fewshot=-1"], "task.fewshot=-1: must be null or a whole number"),
         ([*hellaswag, "task.max_length=10"], "task.max_length=10: is too short"),
         ([*hellaswag, "runner.question=after_compression"], "task=lm_eval asks no questions"),
+        (
+            ["task.names=[hellaswag,wikitext]", f"task.data_files={{hellaswag:{world['hellaswag']},{wikitext}}}"],
+            "task.names=wikitext: asks for the likelihood of long texts",
+        ),
+        (
+            ["task.names=[hellaswag]", f"task.data_files={{hellaswag:{world['gsm8k']}}}"],
+            "files in task.data_files must be JSON lines with the columns of the task's own data",
+        ),
     ):
         command = ["run", "model=local", f"model.path={world['model']}", "model.max_prompt_tokens=900", "task=lm_eval"]
         done = kvbench(*command, "task.names=[hellaswag]", f"results_dir={tmp_path}", *overrides)

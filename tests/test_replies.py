@@ -124,7 +124,7 @@ def test_bad_input(world, tmp_path):
     for override, expected in (
         ("task.metric=bleu", "task.metric=bleu: must be one of prefix, rouge, tokens"),
         ("task.max_new_tokens=0", "task.max_new_tokens=0: must be 1 or more"),
-        ("task.max_length=20", "task.max_length=20: conversation"),
+        ("task.max_length=20", "task.max_length=20: sharegpt/talk-"),
         ("runner.question=after_compression", "needs a prompt with a context and a question behind it"),
     ):
         data = f"task.data_dir={world / 'talk.json'}"
@@ -147,6 +147,7 @@ def test_the_question_is_found_at_the_end_of_a_prompt(world, question):
     ids = tokenizer(text).input_ids
     count = question_tokens(ids, question, tokenizer)
     assert tokenizer.decode(ids[-count:]).lstrip() == f"{question}<|end|>assistant:".lstrip()
+    assert question_tokens(ids, text[2:], tokenizer) == len(ids) - 2  # however little is in front of it
     for wrong in ("Who is it?", "", text):
         with pytest.raises(InputError, match=r"runner.question=after_compression: needs a prompt with a context"):
             question_tokens(ids, wrong, tokenizer)

@@ -108,10 +108,14 @@ def test_recall_as_a_task():
     assert task.score(examples[0], f" {examples[0].answers[0]}") == 1.0 and task.score(examples[0], "v99") == 0.0
     with pytest.raises(InputError, match="recall"):
         task.encode(examples[0], Text().new_tokenizer(), None)
+    with pytest.raises(InputError, match=r"task.max_length=62: recall/0000 has 63 prompt tokens"):
+        task.encode(examples[0], tokenizer, 62)
 
 
 @pytest.mark.parametrize(
-    "options", [{"pairs": 20}, {"length": 17}, {"length": 12}, {"keys": 0}, {"sequences": True}], ids=str
+    "options",
+    [{"pairs": 20}, {"length": 17}, {"length": 12}, {"keys": 0}, {"sequences": True}, {"max_length": 0}],
+    ids=str,
 )
 def test_bad_recall_settings(options):
     with pytest.raises(InputError, match=r"^task\."):
