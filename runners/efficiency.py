@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +36,8 @@ from .search import SearchJob, search
 from .settings import Settings
 
 GIB = 2**30
+TRIED = "tried.jsonl"
+"""In the folder of a run that searches, until it is done: sizes that were tried."""
 LESS = 0.02
 """Share by which a size is made smaller when it was found to fit and then did not."""
 THROUGHPUT = ("output_tokens_per_s", "total_tokens_per_s")
@@ -127,7 +128,7 @@ class EfficiencyRunner(PairedRunner):
                 with one_at_a_time(settings.torch_device, say):
                     say(f"{run.method.label}: {self.warmups} + {self.repeats} timed repetitions, then memory")
                     load = os.getloadavg()[0]
-                    status, results = self._measure(run.method, run.source, task, settings)
+                    status, results = self._measure(run, task, settings)
                 head = record_head(status, run.folder, run.method, data, settings)
                 run.folder.finish({**head, "provenance": made_by, "load_average_before": load, **results})
 
@@ -135,13 +136,11 @@ class EfficiencyRunner(PairedRunner):
         _pair(runs)
         return runs
 
-    def _measure(
-        self, method: Method, source: ModelSource, task: Workload | Search, settings: Settings
-    ) -> tuple[str, dict[str, Any]]:
+    def _measure(self, run: MethodRun, task: Workload | Search, settings: Settings) -> tuple[str, dict[str, Any]]:
         """(status, fields of the record)."""
         job = Job(
-            source,
-            method,
+            run.source,
+            run.method,
             task if isinstance(task, Workload) else None,
             settings.torch_device,
             settings.torch_dtype,
@@ -154,19 +153,19 @@ class EfficiencyRunner(PairedRunner):
         )
         try:
             if isinstance(task, Search):
-                return self._measure_largest(job, task)
+                return self._measure_largest(job, task, run.folder.path / TRIED)
             return "done", _passes(job)
         except Exception as error:
             if not _no_memory(error):
                 raise
             problem = str(error).splitlines()[0]
-            print(f"{method.label}: out of memory: {problem}", file=sys.stderr)
+            print(f"{run.method.label}: out of memory: {problem}", file=sys.stderr)
             return "oom", {"problem": problem}
 
-    def _measure_largest(self, job: Job, task: Search) -> tuple[str, dict[str, Any]]:
+    def _measure_largest(self, job: Job, task: Search, log: Path) -> tuple[str, dict[str, Any]]:
         limit = None if self.memory_limit_gib is None else int(self.memory_limit_gib * GIB)
-        with tempfile.TemporaryDirectory(prefix="kvbench-") as folder:
-            found = search(SearchJob(job, task, limit, Path(folder, "tried")))
+        found = search(SearchJob(job, task, limit, log))
+        log.unlink()  # what is found stands in the record; a search that is asked for again begins anew
         if found["largest"] is None:
             problem = f"not even {task.what}={task.step} fits"
             return "oom", {"problem": problem, "search": found}

@@ -1,7 +1,8 @@
 """The largest batch, or the longest prompt, that fits into memory: by doubling, then by bisection.
 
 Out of memory is an answer. A size that is killed by the kernel ends the process that tried it, not the search: what was
-found so far lies in a file, and the next process goes on with the size that killed the last one known not to fit.
+found so far lies in a file, and the next process goes on with the size that killed the last one known not to fit. The
+same command given again, after it was cut off, goes on from that file too; the size it was trying then says nothing.
 """
 
 from __future__ import annotations
@@ -47,12 +48,17 @@ class SearchJob:
 def search(todo: SearchJob) -> dict[str, Any]:
     """The field ``search`` of a record: what was found and every size that was tried."""
     environment = QUIET | (HONEST_MALLOC if todo.job.device == "cpu" else {})
+    known = outcomes(todo.log).values()
+    todo.log.parent.mkdir(parents=True, exist_ok=True)
+    todo.log.write_text("".join(json.dumps(line) + "\n" for line in known))
     while True:
         try:
             return in_fresh_process(search_pass, todo, environment)
         except Killed:
-            if not any("began" in line for line in _lines(todo.log)):
+            began = next((line.get("began") for line in reversed(_lines(todo.log))), None)
+            if began is None:
                 raise  # it never came to try a size
+            _note(todo.log, {"value": began, "fits": False, "peak_bytes": None, "problem": "the process was killed"})
 
 
 def search_pass(todo: SearchJob) -> dict[str, Any]:
@@ -161,19 +167,13 @@ def _bound(todo: SearchJob, devices: Sequence[str]) -> None:
 
 
 def outcomes(log: Path) -> dict[int, dict[str, Any]]:
-    """Sizes that were tried, by size; one that was begun and not ended killed its process."""
-    known: dict[int, dict[str, Any]] = {}
-    for line in _lines(log):
-        if "began" in line:
-            value, problem = line["began"], "the process was killed"
-            known[value] = {"value": value, "fits": False, "peak_bytes": None, "problem": problem}
-        else:
-            known[line["value"]] = line
-    return known
+    """Sizes that were tried, by size."""
+    return {line["value"]: line for line in _lines(log) if "value" in line}
 
 
 def _lines(log: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    """Whole lines; what a killed process left of its last one is passed over."""
+    return [json.loads(line) for line in log.read_text().split("\n")[:-1] if line] if log.exists() else []
 
 
 def _note(log: Path, line: dict[str, Any]) -> None:

@@ -85,10 +85,20 @@ def test_the_search_survives_what_ends_a_process(tmp_path, monkeypatch, kills):
     assert ("killed" in problems[12]) == kills and ("CUDA out of memory" in problems[16]) != kills
 
 
-def test_a_size_that_was_begun_and_not_ended_does_not_fit(tmp_path):
+def test_a_search_that_was_cut_off_goes_on_and_asks_again_what_it_was_asking(tmp_path, monkeypatch):
+    """Sizes that are known are not tried again; the one under way when the machine went away says nothing."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     log = tmp_path / "tried"
-    log.write_text('{"began": 4}\n{"value": 4, "fits": true, "peak_bytes": 1, "problem": null}\n{"began": 8}\n')
-    assert [(v, o["fits"]) for v, o in outcomes(log).items()] == [(4, True), (8, False)]
+    known = {"value": 4, "fits": True, "peak_bytes": 1, "problem": None}
+    log.write_text(json.dumps({"began": 4}) + "\n" + json.dumps(known) + "\n" + '{"began": 8}\n{"val')
+    assert outcomes(log) == {4: known}
+    wanted = Ends(prompt_tokens=5, new_tokens=2, start=4, tolerance=0.0)
+    found = search(SearchJob(job(Method("full")), wanted, None, log))
+    assert found["largest"] == 11
+    tried = {t["value"]: t for t in found["tried"]}
+    assert tried[4] == known
+    assert tried[8]["fits"] and tried[8]["peak_bytes"] > 1
+    assert "began" not in log.read_text().splitlines()[0]
 
 
 def test_the_largest_batch_is_what_the_bytes_say(tmp_path):
