@@ -529,7 +529,7 @@ def test_no_hub_says_what_to_do_instead(monkeypatch: pytest.MonkeyPatch) -> None
         ShareGPT().source()
     assert one_line(error) == (
         f"task.data_dir=None: {sharegpt.HUB_REPO} (673 MB) cannot be fetched from the hub: ConnectionError: Name or "
-        f"service not known; give {FILE} as task.data_dir, or use task.lengths=fixed"
+        f"service not known; give {FILE} as task.data_dir (with runner=efficiency, task.lengths=fixed needs none)"
     )
     hub.offline, hub.calls = True, []
     with pytest.raises(InputError, match="not in the cache and HF_HUB_OFFLINE is set; give ShareGPT_V3"):
