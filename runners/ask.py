@@ -163,6 +163,13 @@ class _Reading:
         input_ids, mask = self._padded([item.prompt for item in items])
         questions = [item.question for item in items]
         ends = [item.example.stop_strings for item in items]
+        # A string that ends with the token just written began in the last of them: a token has a byte at least.
+        last = 1 + max((len(s.encode()) for some in ends for s in some), default=0)
+
+        def ended(row: int, tokens: list[int]) -> bool:
+            text = self._text(tokens[-last:])
+            return any(s in text for s in ends[row])
+
         result = generate(
             self.loaded.model,
             self.cache,
@@ -175,7 +182,7 @@ class _Reading:
             chunk_size=self.chunk_size,
             after_prefill=self._note,
             question=torch.tensor(questions, device=self.device) if questions[0] else None,
-            until=(lambda row, tokens: any(s in self._text(tokens) for s in ends[row])) if any(ends) else None,
+            until=ended if any(ends) else None,
         )
         rows = iter(result.tokens)
         return [

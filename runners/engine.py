@@ -9,6 +9,7 @@ The model is a transformers causal LM; everything that differs between methods h
 
 from __future__ import annotations
 
+import collections
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -304,7 +305,7 @@ def generate(
     if after_prefill is not None:
         after_prefill()
     if question is not None:
-        *_, logits = feed(model, cache, question.repeat(members, 1))
+        (logits,) = collections.deque(feed(model, cache, question.repeat(members, 1)), maxlen=1)  # only the last
         logits = logits[:, -1]
 
     tokens: list[list[int]] = [[] for _ in range(batch * members)]

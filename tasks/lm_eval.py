@@ -24,7 +24,7 @@ import math
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -125,6 +125,10 @@ class LmEval(Task):
 
     def source(self) -> Source:
         """``lm_eval``, with a sha256 over each task: requests, documents, and how they are judged."""
+        return self._source
+
+    @cached_property
+    def _source(self) -> Source:
         hashes = {}
         for name, documents in self._documents.items():
             config = {k: v for k, v in self._tasks[name].dump_config().items() if k not in WHERE}
@@ -217,7 +221,7 @@ class LmEval(Task):
     def conclude(self, rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
         """lm-eval's own table, from the answers in ``rows``; the figures of its groups are averages of the record."""
         by_document = {(row["dataset"], int(row["id"])): row["prediction"] for row in rows}
-        results, _ = self._evaluate(_replay(by_document))
+        results = self._evaluate(_replay(by_document))
         plain = _plain({k: v for k, v in results.items() if k not in ("samples", "config", "pretty_env_info")})
         averages = {}
         for group, found in (results.get("groups") or {}).items():
@@ -236,20 +240,31 @@ class LmEval(Task):
     # lm-eval's side ------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _built(self) -> tuple[dict[str, Any], dict[str, list[list[Any]]]]:
-        """lm-eval's tasks by name, and the requests of each of their documents."""
+    def _loaded(self) -> tuple[list[Any], dict[str, Any]]:
+        """Groups and the tasks in none of them, as lm-eval takes them; and all tasks by name."""
+        manager = _manager(self.include_path)
+        with self._quietly(), tempfile.TemporaryDirectory() as folder:
+            loaded = manager.load([self._spec(manager, name, Path(folder)) for name in self.names])
+        groups = list(loaded["groups"].values())
+        grouped = {task for group in groups for task in group.get_all_tasks()}
+        return [*groups, *(task for task in loaded["tasks"].values() if task not in grouped)], loaded["tasks"]
+
+    @cached_property
+    def _documents(self) -> dict[str, list[list[Any]]]:
+        """The requests of each document of each task."""
 
         def stop(request: Any) -> Any:
             raise _CollectedError
 
-        _, tasks = self._evaluate(stop)
+        with contextlib.suppress(_CollectedError):
+            self._evaluate(stop)
         built: dict[str, list[list[Any]]] = {}
-        for name, task in tasks.items():
+        for name, task in self._tasks.items():
             documents: dict[int, list[Any]] = defaultdict(list)
             for instance in task.instances:
                 documents[instance.doc_id].append(instance)
             built[name] = [sorted(documents[i], key=lambda r: r.idx) for i in sorted(documents)]
-        return tasks, built
+        return built
 
     @cached_property
     def _rolls(self) -> bool:
@@ -281,19 +296,10 @@ class LmEval(Task):
 
     @property
     def _tasks(self) -> dict[str, Any]:
-        return self._built[0]
+        return self._loaded[1]
 
-    @property
-    def _documents(self) -> dict[str, list[list[Any]]]:
-        return self._built[1]
-
-    def _evaluate(self, answer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """``lm_eval.simple_evaluate`` with a model that answers by ``answer(request)``: (results, its tasks).
-
-        Raises:
-            InputError: a task is unknown, or its data cannot be loaded.
-        """
-        lm_eval = _lm_eval()
+    def _evaluate(self, answer: Any) -> dict[str, Any]:
+        """Results of ``lm_eval.simple_evaluate`` with a model that answers by ``answer(request)``."""
         from lm_eval.api.model import LM
 
         class Asked(LM):
@@ -302,30 +308,28 @@ class LmEval(Task):
 
             loglikelihood_rolling = generate_until = loglikelihood
 
+        with self._quietly():
+            results: dict[str, Any] = _lm_eval().simple_evaluate(
+                model=Asked(),
+                tasks=self._loaded[0],
+                num_fewshot=self.fewshot,
+                limit=self.limit,
+                task_manager=_manager(self.include_path),
+                fewshot_random_seed=self.seed,
+                bootstrap_iters=BOOTSTRAPS,
+            )
+        return results
+
+    @contextlib.contextmanager
+    def _quietly(self) -> Iterator[None]:
+        """lm-eval without its bars and notes; :class:`InputError` where it cannot load a task's data."""
         for logger in ("lm_eval", "datasets", "huggingface_hub"):
             logging.getLogger(logger).setLevel(logging.ERROR)
-        manager = _manager(self.include_path)
-        loaded: dict[str, Any] = {}
         quiet = io.StringIO()  # a progress bar for each task, and again at the end
         try:
-            with (
-                tempfile.TemporaryDirectory() as folder,
-                contextlib.redirect_stderr(quiet),
-                contextlib.redirect_stdout(quiet),
-            ):
-                loaded = manager.load([self._spec(manager, name, Path(folder)) for name in self.names])
-                results = lm_eval.simple_evaluate(
-                    model=Asked(),
-                    tasks=list(loaded["groups"].values()) + list(self._alone(loaded)),
-                    num_fewshot=self.fewshot,
-                    limit=self.limit,
-                    task_manager=manager,
-                    fewshot_random_seed=self.seed,
-                    bootstrap_iters=BOOTSTRAPS,
-                )
-        except _CollectedError:
-            results = {}
-        except InputError:
+            with contextlib.redirect_stderr(quiet), contextlib.redirect_stdout(quiet):
+                yield
+        except (InputError, _CollectedError):
             raise
         except Exception as error:  # whatever a task's data set raises: no network, a file of another form
             root = error
@@ -337,12 +341,6 @@ class LmEval(Task):
                 instead = "files in task.data_files must be JSON lines with the columns of the task's own data"
             allowed = f"lm-eval cannot build its requests ({reason}); {instead}"
             raise InputError("task.names", ",".join(self.names), allowed) from error
-        return results, loaded["tasks"]
-
-    def _alone(self, loaded: Mapping[str, Any]) -> list[Any]:
-        """Tasks that are in no group."""
-        grouped = {task for group in loaded["groups"].values() for task in group.get_all_tasks()}
-        return [task for task in loaded["tasks"].values() if task not in grouped]
 
     def _spec(self, manager: Any, name: str, folder: Path) -> str:
         """A task's name, or a YAML in ``folder`` that is the task with the user's files in place of its data set."""
@@ -472,6 +470,7 @@ def _replay(by_document: Mapping[tuple[str, int], Any]) -> Any:
 @cache
 def _manager(include_path: str | None) -> Any:
     """lm-eval's index of tasks; making it takes seconds."""
+    _lm_eval()
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=include_path)
