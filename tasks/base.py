@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from ..conf.errors import InputError, require
+from ..conf.errors import InputError, is_whole, require
 
 PERCENT, NATS = "percent", "nats per token"
 
@@ -149,6 +149,17 @@ class Task(Described):
         """What decides scores beside :meth:`identity`: settings of a task that is also something else."""
         return {}
 
+    def require_max_length(self, least: int = 1) -> None:
+        """Raise InputError unless ``task.max_length`` is None or a whole number, ``least`` or more."""
+        allowed = f"must be null or a whole number of tokens, {least} or more"
+        require(
+            self.max_length is None or is_whole(self.max_length, least), "task.max_length", self.max_length, allowed
+        )
+
+    def limit_of(self, max_length: int | None) -> int | None:
+        """The least of ``max_length``, which a model allows, and ``task.max_length``; None: neither is a limit."""
+        return min((n for n in (max_length, self.max_length) if n is not None), default=None)
+
     @abstractmethod
     def examples(self) -> list[Example]:
         """Every example of the run, in a fixed order."""
@@ -250,8 +261,7 @@ def question_tokens(ids: Sequence[int], question: str, tokenizer: Any) -> int:
     return most
 
 
-def require_fit(ids: Sequence[int], limits: Sequence[int | None], example: Example) -> None:
-    """Raise InputError where a prompt that is never cut is longer than the least of ``limits`` (None: no limit)."""
-    limit = min((n for n in limits if n is not None), default=len(ids))
+def require_fit(ids: Sequence[int], limit: int | None, example: Example) -> None:
+    """Raise InputError where a prompt that is never cut is longer than ``limit`` (None: no limit)."""
     allowed = f"{example.dataset}/{example.id} has {len(ids)} prompt tokens, and this task cuts none"
-    require(len(ids) <= limit, "task.max_length", limit, allowed)
+    require(limit is None or len(ids) <= limit, "task.max_length", limit, allowed)

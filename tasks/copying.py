@@ -49,8 +49,7 @@ class Copying(Task, TrainingData):
             value = getattr(self, key)
             require(is_whole(value, 1), f"task.{key}", value, "must be a whole number >= 1")
         require(is_whole(self.seed, 0), "task.seed", self.seed, "must be a whole number >= 0")
-        limit = self.max_length
-        require(limit is None or is_whole(limit, 1), "task.max_length", limit, "must be null or 1 or more tokens")
+        self.require_max_length()
 
     def source(self) -> Source:
         """Made here: its sha256 is over what it is made by."""
@@ -71,7 +70,7 @@ class Copying(Task, TrainingData):
 
     def encode(self, example: Example, tokenizer: Any, max_length: int | None) -> list[int]:
         ids = list(tokenizer(example.prompt, add_special_tokens=False).input_ids)
-        require_fit(ids, (max_length, self.max_length), example)
+        require_fit(ids, self.limit_of(max_length), example)
         self._refuse_other_tokens(tokenizer)
         return ids
 

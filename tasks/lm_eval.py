@@ -98,10 +98,9 @@ class LmEval(Task):
         require(len(self.names) > 0, at + "names", "[]", "must name at least one task of lm-eval")
         allowed = "must be null or a whole number, 0 or more"
         require(self.fewshot is None or is_whole(self.fewshot, 0), at + "fewshot", self.fewshot, allowed)
-        for key in ("limit", "max_length"):
-            value = getattr(self, key)
-            allowed = "must be null or a whole number, 1 or more"
-            require(value is None or is_whole(value, 1), at + key, value, allowed)
+        allowed = "must be null or a whole number, 1 or more"
+        require(self.limit is None or is_whole(self.limit, 1), at + "limit", self.limit, allowed)
+        self.require_max_length()
         for key in ("held_back", "chunk"):
             require(is_whole(getattr(self, key), 1), at + key, getattr(self, key), "must be a whole number, 1 or more")
         require(is_whole(self.seed, 0), at + "seed", self.seed, "must be a whole number, 0 or more")
@@ -158,8 +157,7 @@ class LmEval(Task):
 
     def encode(self, example: Example, tokenizer: Any, max_length: int | None) -> list[int] | list[Continuations]:
         """Token ids by lm-eval's own rules; see :class:`.base.Task`."""
-        limits = [limit for limit in (max_length, self.max_length) if limit is not None]
-        limit = min(limits, default=1 << 60)
+        limit = self.limit_of(max_length) or 1 << 60
         encoder = self._encoder(tokenizer)
         requests = example.meta["requests"]
         if requests[0].request_type == GENERATE:

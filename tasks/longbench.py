@@ -79,8 +79,7 @@ class LongBench(Task):
         self._loaded: tuple[Source, list[Example]] | None = None
 
         require(limit is None or is_whole(limit, 1), "task.limit", limit, "must be null or a whole number, 1 or more")
-        ok = max_length is None or is_whole(max_length, 2)
-        require(ok, "task.max_length", max_length, "must be null or 2 or more tokens")
+        self.require_max_length(2)
         require(truncate in TRUNCATIONS, "task.truncate", truncate, one_of(truncate, TRUNCATIONS))
         check_code_sim(code_sim)
         for key, value in (("e", e), ("no_context", no_context)):
@@ -131,10 +130,8 @@ class LongBench(Task):
         InputError
             The prompt is longer and ``task.truncate`` is ``none``.
         """
-        limits = [limit for limit in (max_length, self.max_length) if limit is not None]
-        prompt = example.prompt
-        if limits:
-            prompt = self._shorten(example, tokenizer, min(limits))
+        limit = self.limit_of(max_length)
+        prompt = example.prompt if limit is None else self._shorten(example, tokenizer, limit)
         return prompt_tokens(prompt, tokenizer, example.chat)
 
     def score(self, example: Example, prediction: str) -> float:

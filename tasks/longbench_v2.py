@@ -131,9 +131,9 @@ class LongBenchV2(Task):
         self.lengths = _names(at + "lengths", self.lengths, LENGTHS)
         if self.lengths is not None:  # the order decides nothing
             self.lengths = tuple(length for length in LENGTHS if length in self.lengths)
-        for key, least, allowed in (("limit", 1, "a whole number, 1 or more"), ("max_length", 2, "2 or more tokens")):
-            value = getattr(self, key)
-            require(value is None or is_whole(value, least), at + key, value, f"must be null or {allowed}")
+        allowed = "must be null or a whole number, 1 or more"
+        require(self.limit is None or is_whole(self.limit, 1), at + "limit", self.limit, allowed)
+        self.require_max_length(2)
         for key in ("chat", "no_context"):
             require(isinstance(getattr(self, key), bool), at + key, getattr(self, key), "must be true or false")
         self._loaded: tuple[Source, list[Example]] | None = None
@@ -164,12 +164,11 @@ class LongBenchV2(Task):
         tokenizer : a transformers tokenizer.
         max_length : most tokens of the raw prompt; None for no limit. ``task.max_length`` holds if it is smaller.
         """
-        limits = [limit for limit in (max_length, self.max_length) if limit is not None]
-        prompt = example.prompt
-        if limits:
+        limit, prompt = self.limit_of(max_length), example.prompt
+        if limit is not None:
             ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
-            if len(ids) > min(limits):
-                prompt = without_middle(ids, tokenizer, min(limits))
+            if len(ids) > limit:
+                prompt = without_middle(ids, tokenizer, limit)
         return prompt_tokens(prompt, tokenizer, example.chat)
 
     def score(self, example: Example, prediction: str) -> float:

@@ -111,9 +111,7 @@ class Needle(Task):
         require(is_whole(self.seed), at + "seed", self.seed, "must be a whole number")
         require(self.metric in METRICS, at + "metric", self.metric, one_of(self.metric, METRICS))
         require(isinstance(self.chat, bool), at + "chat", self.chat, "must be true or false")
-        limit = self.max_length
-        ok = limit is None or is_whole(limit, 1)
-        require(ok, at + "max_length", limit, "must be null or a whole number of tokens, 1 or more")
+        self.require_max_length()
         self.haystack = None if self.haystack is None else str(self.haystack)
         own = {key: getattr(self, key) for key in ("needle", "question", "answer")}
         given = [key for key, value in own.items() if value is not None]
@@ -209,11 +207,9 @@ class Needle(Task):
             The length is above the limit, or holds too little: the question, the needles and as many sentences.
         """
         length: int = example.meta["length"]
-        limits = [limit for limit in (max_length, self.max_length) if limit is not None]
-        if limits and length > min(limits):
-            allowed = (
-                f"the limit is {min(limits)} prompt tokens (task.max_length, or the model's own); use shorter ones"
-            )
+        limit = self.limit_of(max_length)
+        if limit is not None and length > limit:
+            allowed = f"the limit is {limit} prompt tokens (task.max_length, or the model's own); use shorter ones"
             raise InputError("task.lengths", length, allowed)
         room = length - self._fixed_tokens(example, tokenizer)
         counts = self._counts(tokenizer)

@@ -74,8 +74,7 @@ class Perplexity(Task):
         require(is_whole(self.context, 2), at + "context", self.context, "must be a whole number of tokens, 2 or more")
         for key in ("chunk", "stretches"):
             require(is_whole(getattr(self, key), 1), at + key, getattr(self, key), "must be a whole number, 1 or more")
-        limit = self.max_length
-        require(limit is None or is_whole(limit, 1), at + "max_length", limit, "must be null or 1 or more tokens")
+        self.require_max_length()
         self.path = None if self.path is None else str(self.path)
         self._tokenised: tuple[Any, list[int]] | None = None
 
@@ -112,9 +111,9 @@ class Perplexity(Task):
         ids = self._ids(tokenizer)
         begin = list(tokenizer("").input_ids)
         room, length = self.context - len(begin), self.context + self.chunk
-        limits = [limit for limit in (max_length, self.max_length) if limit is not None]
-        if limits and length > min(limits):
-            allowed = f"and task.chunk={self.chunk} are {length} tokens, and the model takes {min(limits)}; use fewer"
+        limit = self.limit_of(max_length)
+        if limit is not None and length > limit:
+            allowed = f"and task.chunk={self.chunk} are {length} tokens, and the model takes {limit}; use fewer"
             raise InputError("task.context", self.context, allowed)
         most = (len(ids) - room) // self.chunk
         allowed = f"has {len(ids)} tokens, too few for task.context={self.context} and task.chunk={self.chunk}"

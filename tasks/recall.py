@@ -66,8 +66,7 @@ class Recall(Task, TrainingData):
             require(is_whole(value, 1), f"task.{key}", value, "must be a whole number >= 1")
         require(self.pairs <= self.keys, "task.pairs", self.pairs, f"must be at most task.keys={self.keys}")
         require(is_whole(self.seed, 0), "task.seed", self.seed, "must be a whole number >= 0")
-        limit = self.max_length
-        require(limit is None or is_whole(limit, 1), "task.max_length", limit, "must be null or 1 or more tokens")
+        self.require_max_length()
         least = 2 * self.pairs + 2
         allowed = f"must be an even number of tokens >= {least}: the pairs and a question"
         require(is_whole(self.length, least) and self.length % 2 == 0, "task.length", self.length, allowed)
@@ -93,7 +92,7 @@ class Recall(Task, TrainingData):
 
     def encode(self, example: Example, tokenizer: Any, max_length: int | None) -> list[int]:
         ids = list(tokenizer(example.prompt, add_special_tokens=False).input_ids)
-        require_fit(ids, (max_length, self.max_length), example)
+        require_fit(ids, self.limit_of(max_length), example)
         known = len(ids) == self.length - 1 and getattr(tokenizer, "unk_token_id", None) not in ids
         allowed = "has no token of its own for each key and value: use a model trained on recall, such as model=tiny"
         require(known, "model", type(tokenizer).__name__, allowed)

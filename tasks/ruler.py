@@ -410,8 +410,7 @@ class Ruler(Task):
         require(ok, at + "limit", self.limit, "must be null or a whole number, 1 or more")
         require(is_whole(self.seed), at + "seed", self.seed, "must be a whole number")
         require(isinstance(self.chat, bool), at + "chat", self.chat, "must be true or false")
-        ok = self.max_length is None or is_whole(self.max_length, 1)
-        require(ok, at + "max_length", self.max_length, "must be null or a whole number of tokens, 1 or more")
+        self.require_max_length()
         for key in self.location_fields:
             setattr(self, key, None if getattr(self, key) is None else str(getattr(self, key)))
         for name in self.datasets or ():
@@ -472,10 +471,10 @@ class Ruler(Task):
         """
         length, family = example.meta["length"], FAMILIES[example.meta["task"]]
         room = length - example.max_new_tokens
-        limits = [limit for limit in (max_length, self.max_length) if limit is not None]
-        if limits and room > min(limits):
+        limit = self.limit_of(max_length)
+        if limit is not None and room > limit:
             allowed = (
-                f"leaves {room} prompt tokens to {example.dataset}, and the limit is {min(limits)} (task.max_length, "
+                f"leaves {room} prompt tokens to {example.dataset}, and the limit is {limit} (task.max_length, "
                 "or the model's own); use shorter ones"
             )
             raise InputError("task.lengths", length, allowed)

@@ -90,8 +90,7 @@ class ShareGPT(Workload, Task):
         require(self.metric in METRICS, "task.metric", self.metric, one_of(self.metric, METRICS))
         require(isinstance(self.chat, bool), "task.chat", self.chat, "must be true or false")
         require(is_whole(self.seed), "task.seed", self.seed, "must be a whole number")
-        limit = self.max_length
-        require(limit is None or is_whole(limit, 1), "task.max_length", limit, "must be null or 1 or more tokens")
+        self.require_max_length()
 
     def identity(self) -> dict[str, Any]:
         """See :meth:`.Workload.identity`; the shape is left out where it decides nothing."""
@@ -203,7 +202,7 @@ class ShareGPT(Workload, Task):
 
     def encode(self, example: Example, tokenizer: Any, max_length: int | None) -> list[int]:
         ids = prompt_tokens(example.prompt, tokenizer, example.chat)
-        require_fit(ids, (max_length, self.max_length), example)
+        require_fit(ids, self.limit_of(max_length), example)
         return ids
 
     def judge(self, example: Example, prediction: Any, reply: Reply | None, reference: Reply | None) -> dict[str, Any]:

@@ -260,7 +260,7 @@ def test_longbench_e_complete(tmp_path: Path) -> None:
         ({"limit": -3}, ["task.limit=-3"]),
         ({"limit": 2.5}, ["task.limit=2.5"]),
         ({"limit": True}, ["task.limit=True"]),
-        ({"max_length": 1}, ["task.max_length=1", "2 or more tokens"]),
+        ({"max_length": 1}, ["task.max_length=1", "2 or more"]),
         ({"truncate": "left"}, ["task.truncate=left", "middle, none"]),
         ({"code_sim": "fuzzywuzzy"}, ["task.code_sim=fuzzywuzzy", "levenshtein, official"]),
         ({"source": "huub"}, ["task.source=huub", "did you mean hub?"]),

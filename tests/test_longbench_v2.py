@@ -509,7 +509,7 @@ def assert_refused(do: Callable[[], Any], *expected: str) -> None:
         ({"limit": 0}, "task.limit=0: must be null or a whole number, 1 or more"),
         ({"limit": 2.5}, "task.limit=2.5: must be null or a whole number"),
         ({"limit": True}, "task.limit=True: must be null or a whole number"),
-        ({"max_length": 1}, "task.max_length=1: must be null or 2 or more tokens"),
+        ({"max_length": 1}, "task.max_length=1: must be null or a whole number of tokens, 2 or more"),
         ({"chat": "yes"}, "task.chat=yes: must be true or false"),
         ({"no_context": 1}, "task.no_context=1: must be true or false"),
         ({"datasets": ["code_repo"]}, "task.datasets=code_repo: must be one of code_repository, dialogue_history"),
