@@ -14,7 +14,8 @@ from typing import Any
 
 from ..conf.errors import InputError, is_whole, one_of, require
 from .base import Example, Source, Task, prompt_tokens
-from .longbench_data import DatasetFile, HubUnavailable, Store, open_data_dir, open_hub, open_mini
+from .hub import HubUnavailable
+from .longbench_data import DatasetFile, Store, open_data_dir, open_hub, open_mini
 from .longbench_metrics import check_code_sim, example_score
 from .longbench_spec import E_DATASETS, ENGLISH_16, SPECS, bucket
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from ..conf.errors import InputError
+from .hub import DownloadFailed, fetch
 from .longbench_metrics import unscorable
 from .longbench_spec import SPECS, DatasetSpec
 
@@ -31,9 +32,6 @@ HUB_REPOS = ("THUDM/LongBench", "zai-org/LongBench")
 HUB_REVISION = "5e628be450b7e67fb7ae6e201bd6d8f7056f7672"
 HUB_SHA256 = "cb45b11a4133c6bc1d6a44b0f8e701335ff1e543195db1103472e575857f7f64"
 """Of ``data.zip`` (113,932,529 bytes) at :data:`HUB_REVISION`: the figures published on the hub's file page."""
-
-PROBE_TIMEOUT_S = 4.0
-"""Longest wait for the hub's first answer, for each of the two names. (Its own download retries for a minute.)"""
 
 FIELDS = ("input", "context", "answers", "length", "dataset", "language", "all_classes")
 """Fields every row must have. ``_id`` is official too, but copies in circulation have dropped it."""
@@ -185,54 +183,21 @@ def open_hub() -> Store:
     Raises
     ------
     HubUnavailable
-        The hub is out of reach or switched off; known after :data:`PROBE_TIMEOUT_S` for each name at the latest.
+        The hub is out of reach or switched off.
     InputError
         The archive is not the pinned one, or the hub answers and the download fails.
     """
-    archive, repo = _fetch_archive()
+    try:
+        archive, repo = fetch(HUB_REPOS, "data.zip", HUB_REVISION)
+    except DownloadFailed as error:  # which must not quietly become another data set
+        allowed = f"the download of LongBench's data.zip (114 MB) failed: {error}; run again, or task.source=mini"
+        raise InputError("task.source", "hub", allowed) from error
     with open(archive, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 != HUB_SHA256:
         raise InputError(str(archive), sha256, f"the sha256 must be {HUB_SHA256}; delete the file to fetch it again")
-    files = _zip_files(Path(archive), "task.source", f"hub:{repo}")
+    files = _zip_files(archive, "task.source", f"hub:{repo}")
     return Store("hub", f"{repo}/data.zip", files, revision=HUB_REVISION)
-
-
-class HubUnavailable(Exception):
-    """Neither the cache nor the network has the archive; ``str`` says what was tried."""
-
-
-def _fetch_archive() -> tuple[str, str]:
-    import huggingface_hub as hub
-
-    wanted: dict[str, Any] = {"filename": "data.zip", "repo_type": "dataset", "revision": HUB_REVISION}
-    for repo in HUB_REPOS:
-        cached = hub.try_to_load_from_cache(repo, **wanted)
-        if isinstance(cached, str):
-            return cached, repo
-    if hub.is_offline_mode():
-        raise HubUnavailable(f"{' and '.join(HUB_REPOS)} not in the cache, and HF_HUB_OFFLINE is set")
-    tried = []
-    for repo in HUB_REPOS:
-        try:
-            # One request that does not retry tells whether there is a hub to download from.
-            hub.get_hf_file_metadata(hub.hf_hub_url(repo, **wanted), timeout=PROBE_TIMEOUT_S)
-        except Exception as error:  # the HTTP library's own errors, which huggingface_hub changes between versions
-            tried.append(f"{repo} ({_in_short(error)})")
-            continue
-        try:
-            return hub.hf_hub_download(repo, **wanted, etag_timeout=PROBE_TIMEOUT_S), repo
-        except Exception as error:
-            # There is a hub: a full disk or a lost connection must not quietly become another data set.
-            allowed = (
-                f"the download of {repo}/data.zip (114 MB) failed: {_in_short(error)}; run again, or task.source=mini"
-            )
-            raise InputError("task.source", "hub", allowed) from error
-    raise HubUnavailable(" and ".join(tried))
-
-
-def _in_short(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'}"
 
 
 def _stems() -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..conf.errors import InputError, is_whole, one_of, require
 from .base import Example, Reply, Source, Task, prompt_tokens
-from .longbench_data import PROBE_TIMEOUT_S
+from .hub import fetch_or_refuse
 
 FILE = "data.json"
 HUB_REPOS = ("THUDM/LongBench-v2", "zai-org/LongBench-v2")
@@ -221,7 +221,9 @@ class LongBenchV2(Task):
     def _find(self) -> tuple[Path, str]:
         """The file, and what the record says of where it was."""
         if self.data_dir is None:
-            return _fetch()
+            how = {"what": "LongBench v2 (465 MB)", "key": "task.data_dir", "instead": f"give {FILE} as task.data_dir"}
+            path, repo = fetch_or_refuse(HUB_REPOS, FILE, HUB_REVISION, **how)
+            return path, f"{repo}/{FILE}"
         place = Path(self.data_dir).expanduser()
         file = place / FILE if place.is_dir() else place
         allowed = f"must be LongBench v2's {FILE} or a folder that holds it"
@@ -369,29 +371,3 @@ def _read(path: Path) -> list[dict[str, str]]:
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _fetch() -> tuple[Path, str]:
-    """The hub's file at the pinned revision, from the local cache, else downloaded; and its place for the record."""
-    import huggingface_hub as hub
-
-    wanted: dict[str, Any] = {"filename": FILE, "repo_type": "dataset", "revision": HUB_REVISION}
-    instead = f"give {FILE} as task.data_dir"
-    for repo in HUB_REPOS:
-        cached = hub.try_to_load_from_cache(repo, **wanted)
-        if isinstance(cached, str):
-            return Path(cached), f"{repo}/{FILE}"
-    if hub.is_offline_mode():
-        allowed = f"{' and '.join(HUB_REPOS)} are not in the cache and HF_HUB_OFFLINE is set; {instead}"
-        raise InputError("task.data_dir", None, allowed)
-    tried = []
-    for repo in HUB_REPOS:
-        try:
-            # One request that does not retry tells whether there is a hub to download from.
-            hub.get_hf_file_metadata(hub.hf_hub_url(repo, **wanted), timeout=PROBE_TIMEOUT_S)
-            return Path(hub.hf_hub_download(repo, **wanted, etag_timeout=PROBE_TIMEOUT_S)), f"{repo}/{FILE}"
-        except Exception as error:  # the HTTP library's own errors, which huggingface_hub changes between versions
-            reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no detail')}"
-            tried.append(f"{repo} ({reason})")
-    allowed = f"LongBench v2 (465 MB) cannot be fetched from the hub: {' and '.join(tried)}; {instead}"
-    raise InputError("task.data_dir", None, allowed)

@@ -24,7 +24,7 @@ from typing import Any
 
 from ..conf.errors import InputError, is_whole, one_of, require
 from .base import NATS, Continuations, Example, Likelihood, Source, Task
-from .longbench_data import PROBE_TIMEOUT_S
+from .hub import fetch_or_refuse
 
 HUB_REPO = "Salesforce/wikitext"
 HUB_REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
@@ -173,21 +173,12 @@ def _ends(size: int) -> list[int]:
 
 
 def _wikitext() -> str:
-    """The test part of wikitext-2 from the hub's cache, else downloaded."""
-    import huggingface_hub as hub
+    """The test part of wikitext-2 from the hub."""
     import pandas as pd
 
-    wanted: dict[str, Any] = {"filename": HUB_FILE, "repo_type": "dataset", "revision": HUB_REVISION}
-    try:
-        file = hub.try_to_load_from_cache(HUB_REPO, **wanted)
-        if not isinstance(file, str):
-            hub.get_hf_file_metadata(hub.hf_hub_url(HUB_REPO, **wanted), timeout=PROBE_TIMEOUT_S)
-            file = hub.hf_hub_download(HUB_REPO, **wanted, etag_timeout=PROBE_TIMEOUT_S)
-    except Exception as error:  # the HTTP library's own errors, which huggingface_hub changes between versions
-        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no detail')}"
-        allowed = f"{HUB_REPO} cannot be fetched from the hub: {reason}; give a text file as task.path"
-        raise InputError("task.path", None, allowed) from error
+    how = {"what": "wikitext-2", "key": "task.path", "instead": "give a text file as task.path"}
+    file, _ = fetch_or_refuse((HUB_REPO,), HUB_FILE, HUB_REVISION, **how)
     text = "".join(line or " \n" for line in pd.read_parquet(file)["text"])  # the hub's blank lines have lost theirs
     found = hashlib.sha256(text.encode()).hexdigest()
-    require(found == WIKITEXT_SHA256, file, found, f"the sha256 must be {WIKITEXT_SHA256}; delete the file")
+    require(found == WIKITEXT_SHA256, str(file), found, f"the sha256 must be {WIKITEXT_SHA256}; delete the file")
     return text

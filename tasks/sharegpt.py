@@ -26,7 +26,7 @@ from typing import Any
 
 from ..conf.errors import InputError, is_whole, one_of, require
 from .base import Example, Reply, Source, Task, prompt_tokens, require_fit
-from .longbench_data import PROBE_TIMEOUT_S
+from .hub import fetch_or_refuse
 from .longbench_metrics import rouge
 from .workload import Request, Workload, check_shape, random_tokens
 
@@ -395,21 +395,7 @@ def _local_file(path: str) -> Path:
 
 
 def _fetch() -> Path:
-    """The hub's file at the pinned revision: from the local cache, else downloaded."""
-    import huggingface_hub as hub
-
-    wanted: dict[str, Any] = {"filename": FILE, "repo_type": "dataset", "revision": HUB_REVISION}
+    """The hub's file at the pinned revision."""
     instead = f"give {FILE} as task.data_dir (with runner=efficiency, task.lengths=fixed needs none)"
-    cached = hub.try_to_load_from_cache(HUB_REPO, **wanted)
-    if isinstance(cached, str):
-        return Path(cached)
-    if hub.is_offline_mode():
-        raise InputError("task.data_dir", None, f"{HUB_REPO} is not in the cache and HF_HUB_OFFLINE is set; {instead}")
-    try:
-        # One request that does not retry tells whether there is a hub to download from.
-        hub.get_hf_file_metadata(hub.hf_hub_url(HUB_REPO, **wanted), timeout=PROBE_TIMEOUT_S)
-        return Path(hub.hf_hub_download(HUB_REPO, **wanted, etag_timeout=PROBE_TIMEOUT_S))
-    except Exception as error:  # the HTTP library's own errors, which huggingface_hub changes between versions
-        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no detail')}"
-        allowed = f"{HUB_REPO} (673 MB) cannot be fetched from the hub: {reason}; {instead}"
-        raise InputError("task.data_dir", None, allowed) from error
+    how = {"what": "ShareGPT (673 MB)", "key": "task.data_dir", "instead": instead}
+    return fetch_or_refuse((HUB_REPO,), FILE, HUB_REVISION, **how)[0]

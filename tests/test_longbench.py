@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from byte_tokenizer import byte_tokenizer, with_chat_template
+from fake_hub import FakeHub
 from omegaconf import OmegaConf
 
 from kvbench.conf.errors import InputError
@@ -406,42 +408,16 @@ def test_a_file_that_is_no_archive_and_a_damaged_archive(tmp_path: Path) -> None
 # --- hub and bundled set ----------------------------------------------------------------------------------------------
 
 
-class FakeHub:
-    """Stands in for the four functions of huggingface_hub that are used, at the edge to cache and network."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, archive: Path | None, reachable: tuple[str, ...]):
-        import huggingface_hub
-
-        self.archive, self.reachable = archive, reachable
-        self.cached: tuple[str, ...] = ()
-        self.offline = False
-        self.calls: list[tuple[str, str]] = []
-        monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", self.cache)
-        monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", self.probe)
-        monkeypatch.setattr(huggingface_hub, "hf_hub_download", self.download)
-        monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: self.offline)
-        if archive is not None:
-            digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-            monkeypatch.setattr(longbench_data, "HUB_SHA256", digest)
-
-    def cache(self, repo: str, filename: str, repo_type: str, revision: str) -> str | None:
-        return str(self.archive) if repo in self.cached else None
-
-    def probe(self, url: str, timeout: float) -> None:
-        self.calls.append(("probe", url))
-        if not any(f"/datasets/{repo}/" in url for repo in self.reachable):
-            raise ConnectionError("Name or service not known\nsecond line")
-
-    def download(self, repo: str, filename: str, repo_type: str, revision: str, etag_timeout: float) -> str:
-        assert (filename, repo_type, revision) == ("data.zip", "dataset", longbench_data.HUB_REVISION)
-        self.calls.append(("download", repo))
-        return str(self.archive)
+def fake_hub(monkeypatch: pytest.MonkeyPatch, archive: Path | None, reachable: tuple[str, ...]) -> FakeHub:
+    if archive is not None:
+        monkeypatch.setattr(longbench_data, "HUB_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
+    return FakeHub(monkeypatch, archive, "data.zip", longbench_data.HUB_REVISION, reachable)
 
 
 def test_a_download_that_fails_does_not_quietly_become_the_bundled_set(
     monkeypatch: pytest.MonkeyPatch, archive: Path
 ) -> None:
-    fake = FakeHub(monkeypatch, archive, longbench_data.HUB_REPOS)
+    fake = fake_hub(monkeypatch, archive, longbench_data.HUB_REPOS)
 
     def full_disk(*args: Any, **kwargs: Any) -> str:
         raise OSError(28, "No space left on device")
@@ -475,7 +451,7 @@ def mini(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_hub_archive_is_pinned_and_complete(monkeypatch: pytest.MonkeyPatch, archive: Path) -> None:
     """Without a pinned revision the same command scores other rows next year."""
-    hub = FakeHub(monkeypatch, archive, ("THUDM/LongBench",))
+    hub = fake_hub(monkeypatch, archive, ("THUDM/LongBench",))
     task = LongBench(source="hub")
     source = task.source()
     assert (source.name, source.location, source.revision) == (
@@ -490,14 +466,14 @@ def test_the_hub_archive_is_pinned_and_complete(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_the_renamed_repository_is_tried_too(monkeypatch: pytest.MonkeyPatch, archive: Path) -> None:
-    hub = FakeHub(monkeypatch, archive, ("zai-org/LongBench",))
+    hub = fake_hub(monkeypatch, archive, ("zai-org/LongBench",))
     assert LongBench(["trec"]).source().location == "zai-org/LongBench/data.zip"
     assert hub.calls[-1] == ("download", "zai-org/LongBench")
 
 
 def test_a_cached_archive_needs_no_network(monkeypatch: pytest.MonkeyPatch, archive: Path) -> None:
     """Compute nodes have no network; what the login node fetched must be found."""
-    hub = FakeHub(monkeypatch, archive, ())
+    hub = fake_hub(monkeypatch, archive, ())
     hub.cached, hub.offline = ("zai-org/LongBench",), True
     assert LongBench(["trec"]).source().name == "longbench"
     assert hub.calls == []
@@ -507,7 +483,7 @@ def test_an_archive_with_other_bytes_is_refused(
     monkeypatch: pytest.MonkeyPatch, archive: Path, mini: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A damaged or exchanged download must stop the run, not turn it quietly into a mini run."""
-    FakeHub(monkeypatch, archive, ("THUDM/LongBench",))
+    fake_hub(monkeypatch, archive, ("THUDM/LongBench",))
     monkeypatch.setattr(longbench_data, "HUB_SHA256", "0" * 64)
     with pytest.raises(InputError, match="the sha256 must be 0000"):
         LongBench().source()
@@ -517,7 +493,7 @@ def test_auto_falls_back_to_mini_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch, mini: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A mini score shown as a LongBench score is the worst number this harness could print."""
-    FakeHub(monkeypatch, None, ())
+    fake_hub(monkeypatch, None, ())
     task = LongBench()
     with caplog.at_level(logging.WARNING):
         source = task.source()
@@ -536,7 +512,7 @@ def test_auto_falls_back_to_mini_and_says_so_once(
 
 
 def test_mini_is_asked_without_the_hub(monkeypatch: pytest.MonkeyPatch, mini: Path) -> None:
-    hub = FakeHub(monkeypatch, None, ())
+    hub = fake_hub(monkeypatch, None, ())
     assert LongBench(["qasper"], source="mini").source().name == "longbench-mini"
     assert LongBench(["qasper"], source="mini", limit=1).source().name == "longbench-mini"
     assert hub.calls == []
@@ -545,7 +521,7 @@ def test_mini_is_asked_without_the_hub(monkeypatch: pytest.MonkeyPatch, mini: Pa
 def test_what_mini_does_not_have_is_an_error_that_lists_what_it_has(
     monkeypatch: pytest.MonkeyPatch, mini: Path
 ) -> None:
-    FakeHub(monkeypatch, None, ())
+    fake_hub(monkeypatch, None, ())
     with pytest.raises(InputError) as error:
         LongBench(["qasper", "vcsum"]).source()
     text = one_line(error)
@@ -557,7 +533,7 @@ def test_what_mini_does_not_have_is_an_error_that_lists_what_it_has(
 
 
 def test_source_hub_without_network_says_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = FakeHub(monkeypatch, None, ())
+    hub = fake_hub(monkeypatch, None, ())
     with pytest.raises(InputError) as error:
         LongBench(source="hub").source()
     text = one_line(error)
@@ -579,11 +555,11 @@ def test_a_hub_that_never_answers_is_given_up_quickly(tmp_path: Path) -> None:
         server.bind(("127.0.0.1", 0))
         server.listen()
         code = (
-            "import time; from kvbench.tasks import longbench_data as d; d.PROBE_TIMEOUT_S = 0.4\n"
+            "import time; from kvbench.tasks import hub, longbench_data as d; hub.PROBE_TIMEOUT_S = 0.4\n"
             "from huggingface_hub import get_hf_file_metadata\n"
             "start = time.time()\n"
             "try: d.open_hub()\n"
-            "except d.HubUnavailable as error: print(time.time() - start)"
+            "except hub.HubUnavailable as error: print(time.time() - start)"
         )
         env = {
             "HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}",
@@ -613,31 +589,12 @@ def test_the_bundled_set_is_in_the_official_schema() -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """One token a byte, ``<s>`` in front: every expected value below can be counted by hand."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-    fast.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", fast.bos_token_id)]
-    )
-    return fast
+    return byte_tokenizer()
 
 
 @pytest.fixture
 def chat_tokenizer(tokenizer: Any) -> Any:
-    import copy
-
-    chat = copy.deepcopy(tokenizer)
-    chat.chat_template = (
-        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    return chat
+    return with_chat_template(tokenizer)
 
 
 def example_of(tmp_path: Path, dataset: str, prompt: str) -> tuple[LongBench, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import subprocess
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from byte_tokenizer import byte_tokenizer, with_chat_template
+from fake_hub import FakeHub
 from local_model import Done, kvbench, save_local_model
 from omegaconf import OmegaConf
 
@@ -135,29 +136,12 @@ def test_without_a_context_the_prompt_is_the_official_one_for_that(tmp_path: Pat
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """One token a byte, ``<s>`` in front."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-    fast.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", fast.bos_token_id)]
-    )
-    return fast
+    return byte_tokenizer()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def chat_tokenizer(tokenizer: Any) -> Any:
-    chat = copy.deepcopy(tokenizer)
-    chat.chat_template = (
-        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    return chat
+    return with_chat_template(tokenizer)
 
 
 def official_ids(question: dict[str, Any], tokenizer: Any, limit: int) -> list[int]:
@@ -404,37 +388,11 @@ def test_where_the_file_lies_decides_nothing(tmp_path: Path) -> None:
 # --- the hub ----------------------------------------------------------------------------------------------------------
 
 
-class FakeHub:
-    """Stands in for the functions of huggingface_hub that are used, at the edge to cache and network."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, file: Path, reachable: tuple[str, ...] = ()):
-        self.file, self.reachable = file, reachable
-        self.cached: tuple[str, ...] = ()
-        self.offline = False
-        self.calls: list[tuple[str, str]] = []
-        monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", self.cache)
-        monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", self.probe)
-        monkeypatch.setattr("huggingface_hub.hf_hub_download", self.download)
-        monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: self.offline)
-        monkeypatch.setattr(longbench_v2, "HUB_SHA256", hashlib.sha256(file.read_bytes()).hexdigest())
-
-    def cache(self, repo: str, filename: str, repo_type: str, revision: str) -> str | None:
-        return str(self.file) if repo in self.cached else None
-
-    def probe(self, url: str, timeout: float) -> None:
-        self.calls.append(("probe", url))
-        if not any(f"/datasets/{repo}/" in url for repo in self.reachable):
-            raise ConnectionError("Name or service not known\nsecond line")
-
-    def download(self, repo: str, filename: str, repo_type: str, revision: str, etag_timeout: float) -> str:
-        assert (filename, repo_type, revision) == ("data.json", "dataset", longbench_v2.HUB_REVISION)
-        self.calls.append(("download", repo))
-        return str(self.file)
-
-
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeHub:
-    return FakeHub(monkeypatch, write(tmp_path / "hub" / "data.json", full()))
+    file = write(tmp_path / "hub" / "data.json", full())
+    monkeypatch.setattr(longbench_v2, "HUB_SHA256", hashlib.sha256(file.read_bytes()).hexdigest())
+    return FakeHub(monkeypatch, file, "data.json", longbench_v2.HUB_REVISION)
 
 
 def test_the_hubs_file_is_pinned(hub: FakeHub) -> None:

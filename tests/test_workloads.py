@@ -13,6 +13,7 @@ from typing import Any
 
 import hydra
 import pytest
+from fake_hub import FakeHub
 from omegaconf import OmegaConf
 
 from kvbench.conf.errors import InputError
@@ -461,33 +462,9 @@ def test_the_text_of_the_file_is_not_kept(tmp_path: Path) -> None:
 # --- the hub ----------------------------------------------------------------------------------------------------------
 
 
-class FakeHub:
-    """Stands in for the four functions of huggingface_hub that are used, at the edge to cache and network."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, file: Path | None):
-        import huggingface_hub
-
-        self.file, self.cached, self.offline, self.calls = file, False, False, list[str]()
-        monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", self.cache)
-        monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", self.probe)
-        monkeypatch.setattr(huggingface_hub, "hf_hub_download", self.download)
-        monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: self.offline)
-
-    def cache(self, repo: str, filename: str, repo_type: str, revision: str) -> str | None:
-        return str(self.file) if self.cached else None
-
-    def probe(self, url: str, timeout: float) -> None:
-        assert url.endswith(f"/datasets/{sharegpt.HUB_REPO}/resolve/{sharegpt.HUB_REVISION}/{FILE}")
-        assert timeout < 10
-        self.calls.append("probe")
-        if self.file is None:
-            raise ConnectionError("Name or service not known\nsecond line")
-
-    def download(self, repo: str, filename: str, repo_type: str, revision: str, etag_timeout: float) -> str:
-        assert (repo, filename, repo_type) == (sharegpt.HUB_REPO, FILE, "dataset")
-        assert revision == sharegpt.HUB_REVISION
-        self.calls.append("download")
-        return str(self.file)
+def fake_hub(monkeypatch: pytest.MonkeyPatch, file: Path | None) -> FakeHub:
+    reachable = () if file is None else (sharegpt.HUB_REPO,)
+    return FakeHub(monkeypatch, file, FILE, sharegpt.HUB_REVISION, reachable)
 
 
 @pytest.fixture
@@ -498,25 +475,25 @@ def hub_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_without_a_folder_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch, hub_file: Path) -> None:
-    hub = FakeHub(monkeypatch, hub_file)
+    hub = fake_hub(monkeypatch, hub_file)
     task = ShareGPT(limit=2)
     assert len(task.requests(Words(), 1, 0, 1)) == 2
     source = task.source()
     assert (source.name, source.location) == ("sharegpt", f"{sharegpt.HUB_REPO}/{FILE}")
     assert source.revision == sharegpt.HUB_REVISION
     assert task.identity() == ShareGPT(limit=2, data_dir=str(hub_file)).identity(), "the same bytes, the same run"
-    assert hub.calls == ["probe", "download"]
+    assert [what for what, _ in hub.calls] == ["probe", "download"]
 
 
 def test_a_cached_file_needs_no_network(monkeypatch: pytest.MonkeyPatch, hub_file: Path) -> None:
-    hub = FakeHub(monkeypatch, hub_file)
-    hub.cached = hub.offline = True
+    hub = fake_hub(monkeypatch, hub_file)
+    hub.cached, hub.offline = (sharegpt.HUB_REPO,), True
     assert ShareGPT().source().revision == sharegpt.HUB_REVISION
     assert hub.calls == []
 
 
 def test_a_hub_file_that_is_another_one_is_refused(monkeypatch: pytest.MonkeyPatch, hub_file: Path) -> None:
-    FakeHub(monkeypatch, hub_file)
+    fake_hub(monkeypatch, hub_file)
     hub_file.write_bytes(hub_file.read_bytes()[:-50])
     with pytest.raises(InputError, match=r"the sha256 must be .*; delete the file to fetch it again") as error:
         ShareGPT().source()
@@ -524,12 +501,13 @@ def test_a_hub_file_that_is_another_one_is_refused(monkeypatch: pytest.MonkeyPat
 
 
 def test_no_hub_says_what_to_do_instead(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = FakeHub(monkeypatch, None)
+    hub = fake_hub(monkeypatch, None)
     with pytest.raises(InputError) as error:
         ShareGPT().source()
     assert one_line(error) == (
-        f"task.data_dir=None: {sharegpt.HUB_REPO} (673 MB) cannot be fetched from the hub: ConnectionError: Name or "
-        f"service not known; give {FILE} as task.data_dir (with runner=efficiency, task.lengths=fixed needs none)"
+        f"task.data_dir=None: ShareGPT (673 MB) cannot be fetched from the hub: {sharegpt.HUB_REPO} (ConnectionError: "
+        f"Name or service not known); give {FILE} as task.data_dir (with runner=efficiency, task.lengths=fixed needs "
+        "none)"
     )
     hub.offline, hub.calls = True, []
     with pytest.raises(InputError, match="not in the cache and HF_HUB_OFFLINE is set; give ShareGPT_V3"):
