@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -46,16 +46,6 @@ def heat_map(run: Run) -> HeatMap:
     depths, lengths = sorted({d for d, _ in cells}), sorted({n for _, n in cells})
     scores = [[fmean(cells[d, n]) if (d, n) in cells else math.nan for n in lengths] for d in depths]
     return HeatMap(run.label, lengths, depths, scores, run.path)
-
-
-def by_budget(group: Sequence[Run]) -> Iterator[tuple[str, list[Run]]]:
-    """Runs that are drawn together: those of one budget, each time with those that have none, the full cache first."""
-    alone = sorted((r for r in group if r.record["budget"] is None), key=lambda r: (not r.is_full_cache, r.label))
-    budgets = sorted({r.record["budget"] for r in group} - {None})
-    for budget in budgets:
-        yield f"budget {budget}", [*alone, *(r for r in group if r.record["budget"] == budget)]
-    if not budgets:
-        yield "", alone
 
 
 def draw(figure: Figure, maps: Sequence[HeatMap]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,16 @@ def comparable(runs: Iterable[Run]) -> list[list[Run]]:
     for run in runs:
         groups.setdefault(settings_key(run.record), []).append(run)
     return [groups[key] for key in sorted(groups)]
+
+
+def by_budget(group: Sequence[Run]) -> Iterator[tuple[str, list[Run]]]:
+    """Runs that are drawn together: those of one budget, each time with those that have none, the full cache first."""
+    alone = sorted((r for r in group if r.record["budget"] is None), key=lambda r: (not r.is_full_cache, r.label))
+    budgets = sorted({r.record["budget"] for r in group} - {None})
+    for budget in budgets:
+        yield f"budget {budget}", [*alone, *(r for r in group if r.record["budget"] == budget)]
+    if not budgets:
+        yield "", alone
 
 
 def settings_key(record: Mapping[str, Any]) -> str:

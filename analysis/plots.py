@@ -39,9 +39,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from ..conf.errors import InputError
-from .heat_maps import by_budget, heat_map, is_needle
 from .heat_maps import draw as draw_heat
-from .load import Run, average, comparable, fewer_is_better, load, setting
+from .heat_maps import heat_map, is_needle
+from .load import Run, average, by_budget, comparable, fewer_is_better, load, setting
 from .pareto import frontier
 from .tables import GIB, MIB, at_best_rate
 
@@ -108,8 +108,8 @@ class Plot:
     x_label: str
     y_label: str
     points: list[Point]
-    draw: Callable[[Axes, Plot], None]
-    panels: Callable[[Figure], None] | None = None  # draws it whole, where it has more than one pair of axes
+    draw: Callable[[Axes, Plot], None] | None = None
+    panels: Callable[[Figure], None] | None = None  # instead of ``draw``, where there is more than one pair of axes
 
 
 # which figures there are ---------------------------------------------------------------------------------------------
@@ -171,11 +171,10 @@ def heat_maps(group: Sequence[Run]) -> Iterator[Plot]:
         ]
         yield Plot(
             _name("-".join(["heat", *budget.split()]), group),
-            f"{_data_title(first)}, {first['model']}, {budget}".removesuffix(", ") + f"\n{setting(first)}",
+            _budget_title(first, budget),
             "prompt length, tokens",
             "score",
             points,
-            _draw_lengths,
             panels=lambda figure, maps=maps: draw_heat(figure, maps),  # type: ignore[misc]
         )
 
@@ -198,7 +197,7 @@ def by_distance(group: Sequence[Run]) -> Iterator[Plot]:
                 points.append(Point(run.label, method, "", distance, nats - theirs, None, None, (run.path,)))
         yield Plot(
             _name("-".join(["distance", *budget.split()]), group),
-            f"{_data_title(first)}, {first['model']}, {budget}".removesuffix(", ") + f"\n{setting(first)}",
+            _budget_title(first, budget),
             "tokens behind the compressed context, up to",
             "loss beyond the full cache's, nats per token",
             points,
@@ -333,6 +332,11 @@ def _data_title(record: Mapping[str, Any]) -> str:
     if "-mini" in record["task"]:
         return f"{record['task']} (bundled set, not LongBench)"
     return f"{record['task']} (part of the rows)" if "-subset" in record["task"] else str(record["task"])
+
+
+def _budget_title(record: Mapping[str, Any], budget: str) -> str:
+    """Of a figure of one budget; ``budget`` is empty where no run has one."""
+    return f"{_data_title(record)}, {record['model']}, {budget}".removesuffix(", ") + f"\n{setting(record)}"
 
 
 def _name(kind: str, *groups: Sequence[Run]) -> str:
@@ -484,6 +488,7 @@ def figure(plot: Plot) -> Figure:
             made.suptitle(title, fontsize=9)
             return made
         ax = made.add_subplot()
+        assert plot.draw is not None
         plot.draw(ax, plot)
         ax.set(xlabel=plot.x_label, ylabel=plot.y_label)
         ax.set_title(title, fontsize=9)
