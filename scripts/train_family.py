@@ -40,7 +40,7 @@ SETTINGS = {
         *("runner.steps=2000", "runner.batch_tokens=2048"),
     ],
     "text": [
-        *("task=text", "model=scratch", "model.layers=6", "runner.steps=1000", "runner.batch_tokens=2048"),
+        *("task=text", "model=scratch", "model.layers=6", "runner.steps=800", "runner.batch_tokens=2048"),
         *("runner.sequence=128", "runner.weight_decay=0.1"),
     ],
 }
