@@ -7,20 +7,22 @@ keys know their predecessors: a map in which all keys and values come from the e
 
 Training draws the number of pairs from 1 to ``pairs``; evaluation has ``pairs`` of them and asks for the last key of a
 sequence. The answer is the first token after the prompt, so a method that compresses after the prompt answers as the
-full cache does: this task compares architectures.
+full cache does: this task compares architectures. With ``runner.question=after_compression`` the key that is asked for
+comes after compression, and it compares the others too.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from ..conf.errors import is_whole, require
-from .base import Example, Source, Task, require_fit
+from .base import Example, Reply, Source, Task, require_fit
 from .training import IGNORED, Tokens, TrainingData
 
 PAD = "<pad>"
@@ -85,9 +87,9 @@ class Recall(Task, TrainingData):
         for i in range(self.sequences):
             ids, _ = self._sequence(rng, self.pairs)
             words = [self._word(int(token)) for token in ids]
-            examples.append(
-                Example("recall", f"{i:04d}", " ".join(words[:-1]), (words[-1],), 1, chat=False, question=words[-2])
-            )
+            told = int(np.flatnonzero(ids[:-2] == ids[-2])[-1]) + 1  # where the answer was given last
+            example = Example("recall", f"{i:04d}", " ".join(words[:-1]), (words[-1],), 1, chat=False)
+            examples.append(replace(example, question=words[-2], meta={"distance": self.length - 2 - told}))
         return examples
 
     def encode(self, example: Example, tokenizer: Any, max_length: int | None) -> list[int]:
@@ -100,6 +102,20 @@ class Recall(Task, TrainingData):
 
     def score(self, example: Example, prediction: str) -> float:
         return float(prediction.strip() == example.answers[0])
+
+    def judge(self, example: Example, prediction: Any, reply: Reply | None, reference: Reply | None) -> dict[str, Any]:
+        """The score, and how many tokens back the answer was given last."""
+        return {"score": self.score(example, prediction), "distance": example.meta["distance"]}
+
+    def conclude(self, rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Share of right answers by how many tokens back the answer was given last: up to 8, up to 16 and so on."""
+        scores: dict[int, list[float]] = {}
+        for row in rows:
+            scores.setdefault(max(8, 1 << (row["distance"] - 1).bit_length()), []).append(row["score"])
+        ends = sorted(scores)
+        accuracy = [fmean(scores[end]) for end in ends]
+        counts = [len(scores[end]) for end in ends]
+        return {"accuracy_by_distance": {"up_to_tokens": ends, "accuracy": accuracy, "n": counts}}, {}
 
     # as training data ----------------------------------------------------------------------------------------------
 

@@ -103,9 +103,18 @@ def test_recall_as_a_task():
     assert examples == Recall(sequences=5).examples() and len({e.prompt for e in examples}) == 5
     ids = task.encode(examples[0], tokenizer, None)
     assert len(ids) == 63
-    words = examples[0].prompt.split()
-    assert words[words.index(words[-1]) + 1] == examples[0].answers[0]
+    for example in Recall(sequences=40).examples():
+        words = example.prompt.split()
+        assert words[words.index(words[-1]) + 1] == example.answers[0]
+        told = len(words) - 1 - example.meta["distance"]
+        assert words[told - 1 : told + 1] == [words[-1], example.answers[0]] and words[-1] not in words[told:-1]
     assert task.score(examples[0], f" {examples[0].answers[0]}") == 1.0 and task.score(examples[0], "v99") == 0.0
+    rows = [{"score": float(d < 20), "distance": d} for d in (1, 8, 9, 17, 31, 61)]
+    assert task.conclude(rows)[0]["accuracy_by_distance"] == {
+        "up_to_tokens": [8, 16, 32, 64],
+        "accuracy": [1.0, 1.0, 0.5, 0.0],
+        "n": [2, 1, 2, 1],
+    }
     with pytest.raises(InputError, match="recall"):
         task.encode(examples[0], Text().new_tokenizer(), None)
     with pytest.raises(InputError, match=r"task.max_length=62: recall/0000 has 63 prompt tokens"):
