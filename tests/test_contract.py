@@ -100,6 +100,27 @@ def test_a_budget_that_holds_everything_changes_nothing(text):
     assert (ours - full).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("text", [name for name in NAMES if name != "no_cache"])
+def test_a_decode_step_asks_the_device_for_nothing(text, monkeypatch):
+    """A number that the host waits for in every step empties a GPU's queue; the first step may make room to grow."""
+    model, asked = model_for(text), []
+    cache = make(text).new_cache(model)
+    prefill(model, cache, *left_pad([prompt_ids(LONG, 1), prompt_ids(MIDDLE, 2)]))
+    for i, token in enumerate(some_tokens(20, batch=2)):
+        if i == 1:
+            for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__int__", "__float__", "__bool__", "__index__"):
+                theirs = getattr(torch.Tensor, name)
+
+                def ask(self, *args, theirs=theirs, name=name, **how):
+                    asked.append(name)
+                    return theirs(self, *args, **how)
+
+                monkeypatch.setattr(torch.Tensor, name, ask)
+        decode(model, cache, token)
+    monkeypatch.undo()
+    assert asked == []
+
+
 @pytest.mark.parametrize("text", METHODS)
 def test_the_first_token_is_the_full_caches(text):
     model, ids = model_for(text), prompt_ids(LONG)

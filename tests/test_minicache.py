@@ -174,6 +174,28 @@ def test_a_new_token_is_merged_after_the_upper_layers_step():
     assert [int(layer.tokens[0, 0]) for layer in layers] == [11, 11]
 
 
+@pytest.mark.parametrize("retention", ["top_ratio", "range_distinct", "range_literal"])
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
+def test_tokens_that_come_one_by_one_are_retained_as_if_they_came_at_once(retention, gamma):
+    """More of them than there is room for at first, in rows and heads that retain different numbers."""
+    lower, upper = unit(2, 2, 20, 16), unit(2, 2, 20, 16, seed=1)
+    new, theirs = unit(2, 2, 80, 16, seed=2), unit(2, 2, 80, 16, seed=3)
+    theirs[0, :, 1::3] = new[0, :, 1::3]
+    theirs[:, :, ::7] = -new[:, :, ::7]  # opposite ones are retained by any rule
+    one_by_one, at_once = (pair_of(lower, upper, gamma=gamma, retention=retention) for _ in range(2))
+    for layers, step in ((one_by_one, 1), (at_once, 80)):
+        for start in range(0, 80, step):
+            for layer, x in zip(layers, (new, theirs), strict=True):
+                layer.append(x[:, :, start : start + step], x[:, :, start : start + step])
+                layer.settle()
+    for a, b, x in zip(one_by_one, at_once, (new, theirs), strict=True):
+        for ours, theirs in zip(a.read()[:2], b.read()[:2], strict=True):
+            assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
+        exact = (a.read()[0][:, :, 20:] == x).all(-1)
+        assert exact[:, :, ::7].all() and (gamma < 1 or exact.all())
+        assert a.logical_bytes == b.logical_bytes
+
+
 @pytest.mark.parametrize("start", [0, 1, None])
 @pytest.mark.parametrize("gamma", [0.0, 0.05, 1.0])
 def test_measured_bytes_are_the_formulas(start, gamma):

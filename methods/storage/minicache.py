@@ -33,6 +33,9 @@ from .base import GROWTH, KVShape, LayerStorage, Storage
 from .dense import DenseLayer, grown
 
 RETENTIONS = ("top_ratio", "range_distinct", "range_literal")
+RETAINED_GROWTH = 32
+"""Places for retained tokens made at a time in a generation; the host asks how many are taken as rarely."""
+
 NEAR = 1e-3
 """Radians from 0 within which directions count as one (sin is in a denominator), and from pi as opposite."""
 
@@ -103,6 +106,7 @@ class Merged:
         retained: [B, H, R] int32, slots held as they are; -1 where a row or head has fewer than R.
         exact: [2, B, H, R, D], those tokens of both layers.
         threshold: [B, H] angle that decides for later tokens; None: none of them is retained.
+        spare: so many of R are surely free in every row and head, beside the last one.
     """
 
     directions: Directions
@@ -110,6 +114,37 @@ class Merged:
     retained: torch.Tensor
     exact: torch.Tensor
     threshold: torch.Tensor | None
+    spare: int = 0
+
+    def retain(self, which: torch.Tensor, start: int, exact: torch.Tensor) -> None:
+        """Hold further tokens as they are: ``which`` [B, H, n] of the slots from ``start`` on, out of [2, B, H, n, D].
+
+        A single token is not asked after, for the answer would make the host wait for the device at every step of a
+        generation: it is put in its place, or into the last one as nothing.
+        """
+        n = which.shape[2]
+        most = 1 if n == 1 else int(which.sum(-1).max())
+        if not most:
+            return
+        if self.spare < most:
+            used = self.used
+            if self.retained.shape[2] - used - 1 < most:
+                room = (RETAINED_GROWTH if n == 1 else most) + 1
+                self.retained = F.pad(self.retained[..., :used], (0, room), value=-1)
+                self.exact = F.pad(self.exact[..., :used, :], (0, 0, 0, room))
+            self.spare = self.retained.shape[2] - used - 1
+        self.spare -= most
+        nothing = self.retained.shape[2] - 1
+        at = (self.retained >= 0).sum(-1, keepdim=True) + which.cumsum(-1) - 1
+        at = torch.where(which, at, nothing)
+        slots = torch.arange(start, start + n, dtype=torch.int32, device=which.device)
+        self.retained.scatter_(2, at, torch.where(which, slots, -1).to(torch.int32))
+        self.exact.scatter_(3, at[None, ..., None].expand_as(exact), exact.masked_fill(~which[..., None], 0))
+
+    @property
+    def used(self) -> int:
+        """Slots of ``retained`` up to the last one that any row or head uses; asks the device."""
+        return int((self.retained >= 0).sum(-1).max())
 
     def tensors(self) -> list[torch.Tensor]:
         rest = [] if self.threshold is None else [self.threshold]
@@ -119,7 +154,7 @@ class Merged:
         """That of some rows."""
         threshold = None if self.threshold is None else self.threshold[index]
         lengths, exact = self.lengths[:, index], self.exact[:, index]
-        return Merged(self.directions.take(index), lengths, self.retained[index], exact, threshold)
+        return Merged(self.directions.take(index), lengths, self.retained[index], exact, threshold, self.spare)
 
 
 class Pair:
@@ -272,13 +307,14 @@ class Pair:
                 retain = real
             elif threshold is not None:
                 retain |= self._beyond(angle, threshold) & real
-        index, kept = _slots(retain, self.length)
-        at = (index - self.length).long().clamp(min=0)[..., None].expand(-1, -1, -1, lower.shape[3])
-        exact_tokens = torch.stack([x.gather(2, at) for x in (lower, upper)]) * kept[..., None].to(lower.dtype)
         direction, lengths = direction.to(lower.dtype), lengths.to(lower.dtype)
-        if before is None:
-            return Merged(self.new_directions(direction, is_keys), lengths, index, exact_tokens, threshold)
-        return self._joined(before, direction, lengths, index, exact_tokens)
+        if before is not None:
+            before.retain(retain, self.length, torch.stack([lower, upper]))
+            return self._joined(before, direction, lengths)
+        index, kept = _slots(retain)
+        at = index.long().clamp(min=0)[..., None].expand(-1, -1, -1, lower.shape[3])
+        exact_tokens = torch.stack([x.gather(2, at) for x in (lower, upper)]) * kept[..., None].to(lower.dtype)
+        return Merged(self.new_directions(direction, is_keys), lengths, index, exact_tokens, threshold)
 
     def _retain(
         self, angle: torch.Tensor, must: torch.Tensor, real: torch.Tensor
@@ -301,23 +337,13 @@ class Pair:
         at = threshold[..., None]
         return angle < at if self.retention == "range_literal" else angle > at
 
-    def _joined(
-        self,
-        before: Merged,
-        direction: torch.Tensor,
-        lengths: torch.Tensor,
-        retained: torch.Tensor,
-        exact: torch.Tensor,
-    ) -> Merged:
+    def _joined(self, before: Merged, direction: torch.Tensor, lengths: torch.Tensor) -> Merged:
         n, end = direction.shape[2], self.length + direction.shape[2]
         before.directions.append(direction)
         if end > before.lengths.shape[3]:
             room = max(n, GROWTH) if self.block == 1 else n
             before.lengths = grown(before.lengths, self.length, self.length + room, dim=3)
         before.lengths[..., self.length : end] = lengths
-        if retained.shape[2]:
-            before.retained = torch.cat([before.retained, retained], dim=2)
-            before.exact = torch.cat([before.exact, exact], dim=3)
         return before
 
     def part(self, index: torch.Tensor) -> Pair:
@@ -353,16 +379,18 @@ class Pair:
         for merged in (self.keys, self.values):
             if which == 0 and merged is not None:
                 total -= merged.directions.room
-                total -= merged.lengths[..., self.length :].numel() * merged.lengths.element_size()
+                total -= merged.lengths[..., self.length :].nbytes
+                used = merged.used
+                total -= merged.retained[..., used:].nbytes + merged.exact[..., used:, :].nbytes
         return total
 
 
-def _slots(retain: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slots that are True [B, H, n], counted from ``start``: (int32 [B, H, R] with -1 for none, bool [B, H, R])."""
+def _slots(retain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slots that are True [B, H, n]: (int32 [B, H, R] with -1 for none, bool [B, H, R])."""
     width = int(retain.sum(-1).max())
     order = retain.int().sort(dim=-1, descending=True, stable=True).indices[..., :width]
     kept = retain.gather(-1, order)
-    return torch.where(kept, order + start, -1).to(torch.int32), kept
+    return torch.where(kept, order, -1).to(torch.int32), kept
 
 
 def _places(merged: Merged, end: int, query: torch.Tensor) -> torch.Tensor:
