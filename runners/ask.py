@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -163,13 +164,6 @@ class _Reading:
         input_ids, mask = self._padded([item.prompt for item in items])
         questions = [item.question for item in items]
         ends = [item.example.stop_strings for item in items]
-        # A string that ends with the token just written began in the last of them: a token has a byte at least.
-        last = 1 + max((len(s.encode()) for some in ends for s in some), default=0)
-
-        def ended(row: int, tokens: list[int]) -> bool:
-            text = self._text(tokens[-last:])
-            return any(s in text for s in ends[row])
-
         result = generate(
             self.loaded.model,
             self.cache,
@@ -182,7 +176,7 @@ class _Reading:
             chunk_size=self.chunk_size,
             after_prefill=self._note,
             question=torch.tensor(questions, device=self.device) if questions[0] else None,
-            until=ended if any(ends) else None,
+            until=(lambda row, tokens: stops(tokens, ends[row], self.tokenizer)) if any(ends) else None,
         )
         rows = iter(result.tokens)
         return [
@@ -223,6 +217,24 @@ class _Reading:
             "kv_bytes_logical": logical // rows,
             "kv_bytes_stored_end": self.caches[number].kv_bytes_stored // rows,
         }
+
+
+def stops(tokens: Sequence[int], strings: Sequence[str], tokenizer: Any) -> bool:
+    """Whether one of the strings stands in the text, once the last of the tokens is there to complete it.
+
+    All is read only where the last few tokens promise it. A string that ends with the last token began few tokens
+    before, for one that is shown has a byte at least; where the first of these lies inside a character, what is read
+    may be no text at all, so they are read from four places.
+    """
+    hidden = set(tokenizer.all_special_ids)
+    most = 4 + max((len(string.encode()) for string in strings), default=0)
+    shown = list(itertools.islice((t for t in reversed(tokens) if t not in hidden), most))[::-1]
+
+    def has_one(ids: Sequence[int]) -> bool:
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        return any(string in text for string in strings)
+
+    return any(has_one(shown[k:]) for k in range(4)) and has_one(tokens)
 
 
 def row_seed(seed: int, example: Example) -> int:

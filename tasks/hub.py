@@ -34,7 +34,7 @@ def fetch(repos: Sequence[str], filename: str, revision: str) -> tuple[Path, str
 
     Raises:
         HubUnavailable: known after :data:`PROBE_TIMEOUT_S` for each of the names at the latest.
-        DownloadFailed: the first of the names that answers does not give the file.
+        DownloadFailed: the hub answers to a name, but no name gives the file.
     """
     import huggingface_hub as hub
 
@@ -45,7 +45,7 @@ def fetch(repos: Sequence[str], filename: str, revision: str) -> tuple[Path, str
             return Path(cached), repo
     if hub.is_offline_mode():
         raise HubUnavailable(f"{' and '.join(repos)} not in the cache and HF_HUB_OFFLINE is set")
-    tried = []
+    tried, failed = [], False
     for repo in repos:
         try:
             # One request that does not retry tells whether there is a hub to download from.
@@ -56,8 +56,9 @@ def fetch(repos: Sequence[str], filename: str, revision: str) -> tuple[Path, str
         try:
             return Path(hub.hf_hub_download(repo, **wanted, etag_timeout=PROBE_TIMEOUT_S)), repo
         except Exception as error:
-            raise DownloadFailed(f"{repo}/{filename} ({_in_short(error)})") from error
-    raise HubUnavailable(" and ".join(tried))
+            tried.append(f"{repo}/{filename} ({_in_short(error)})")
+            failed = True
+    raise (DownloadFailed if failed else HubUnavailable)(" and ".join(tried))
 
 
 def fetch_or_refuse(

@@ -239,13 +239,15 @@ class LmEval(Task):
 
     @cached_property
     def _loaded(self) -> tuple[list[Any], dict[str, Any]]:
-        """Groups and the tasks in none of them, as lm-eval takes them; and all tasks by name."""
+        """Groups and tasks that are in no other group, as lm-eval takes them; and all tasks by name."""
         manager = _manager(self.include_path)
         with self._quietly(), tempfile.TemporaryDirectory() as folder:
             loaded = manager.load([self._spec(manager, name, Path(folder)) for name in self.names])
         groups = list(loaded["groups"].values())
         grouped = {task for group in groups for task in group.get_all_tasks()}
-        return [*groups, *(task for task in loaded["tasks"].values() if task not in grouped)], loaded["tasks"]
+        inner = {inside.name for group in groups for inside in group.get_all_groups() if inside is not group}
+        alone = [task for task in loaded["tasks"].values() if task not in grouped]
+        return [*(group for group in groups if group.name not in inner), *alone], loaded["tasks"]
 
     @cached_property
     def _documents(self) -> dict[str, list[list[Any]]]:
@@ -298,6 +300,7 @@ class LmEval(Task):
 
     def _evaluate(self, answer: Any) -> dict[str, Any]:
         """Results of ``lm_eval.simple_evaluate`` with a model that answers by ``answer(request)``."""
+        lm_eval = _lm_eval()
         from lm_eval.api.model import LM
 
         class Asked(LM):
@@ -307,7 +310,7 @@ class LmEval(Task):
             loglikelihood_rolling = generate_until = loglikelihood
 
         with self._quietly():
-            results: dict[str, Any] = _lm_eval().simple_evaluate(
+            results: dict[str, Any] = lm_eval.simple_evaluate(
                 model=Asked(),
                 tasks=self._loaded[0],
                 num_fewshot=self.fewshot,

@@ -108,12 +108,12 @@ class Recall(Task, TrainingData):
         return {"score": self.score(example, prediction), "distance": example.meta["distance"]}
 
     def conclude(self, rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Share of right answers by how many tokens back the answer was given last: up to 8, up to 16 and so on."""
+        """Percent of right answers by how many tokens back the answer was given last: up to 8, up to 16 and so on."""
         scores: dict[int, list[float]] = {}
-        for row in rows:
+        for row in (row for row in rows if "distance" in row):  # a run that was begun by older code has rows without
             scores.setdefault(max(8, 1 << (row["distance"] - 1).bit_length()), []).append(row["score"])
         ends = sorted(scores)
-        accuracy = [fmean(scores[end]) for end in ends]
+        accuracy = [100 * fmean(scores[end]) for end in ends]
         counts = [len(scores[end]) for end in ends]
         return {"accuracy_by_distance": {"up_to_tokens": ends, "accuracy": accuracy, "n": counts}}, {}
 

@@ -14,6 +14,7 @@ class FakeHub:
         file: what a download or the cache gives; its place in the hub is ``filename`` at ``revision``.
         reachable: repositories that answer.
         cached: repositories whose file is in the cache.
+        broken: repositories that answer and do not give the file.
         offline: HF_HUB_OFFLINE is set.
         calls: (``probe``, address) and (``download``, repository), in order.
     """
@@ -28,6 +29,7 @@ class FakeHub:
     ):
         self.file, self.filename, self.revision, self.reachable = file, filename, revision, reachable
         self.cached: tuple[str, ...] = ()
+        self.broken: tuple[str, ...] = ()
         self.offline = False
         self.calls: list[tuple[str, str]] = []
         monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", self.cache)
@@ -48,5 +50,8 @@ class FakeHub:
 
     def download(self, repo: str, filename: str, repo_type: str, revision: str, etag_timeout: float) -> str:
         assert (filename, repo_type, revision) == (self.filename, "dataset", self.revision)
+        assert repo in self.reachable
         self.calls.append(("download", repo))
+        if repo in self.broken:
+            raise OSError(28, "No space left on device")
         return str(self.file)

@@ -187,7 +187,7 @@ def test_what_judges_an_answer_is_part_of_the_run(world, tmp_path):
 
 
 def test_a_groups_figure_is_lm_evals(world, tmp_path):
-    """Weighted by documents where the group says so, which the mean over its tasks is not."""
+    """Weighted by documents where the group says so, which the mean over its tasks is not; in a group of groups too."""
     (tmp_path / "tasks").mkdir()
     rows_of = [json.loads(line) for line in Path(world["winogrande"]).read_text().splitlines()]
     for name, part in (("one", rows_of[:1]), ("two", rows_of[1:])):
@@ -206,13 +206,16 @@ def test_a_groups_figure_is_lm_evals(world, tmp_path):
         (tmp_path / "tasks" / f"{name}.yaml").write_text(json.dumps(config))
     group = {"group": "parts", "task": ["part_one", "part_two"], "aggregate_metric_list": [{"metric": "acc"}]}
     (tmp_path / "tasks" / "group.yaml").write_text(json.dumps(group))
-    overrides = [f"task.include_path={tmp_path / 'tasks'}", "task.names=[parts]", "task.data_files=null"]
+    outer = {"group": "outer", "task": ["parts"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (tmp_path / "tasks" / "outer.yaml").write_text(json.dumps(outer))
+    overrides = [f"task.include_path={tmp_path / 'tasks'}", "task.names=[outer]", "task.data_files=null"]
     run(world, tmp_path / "results", [], *overrides, "method=full")
     (path,) = (tmp_path / "results").glob("lm_eval/*/full/*/record.json")
     record = json.loads(path.read_text())
     scores = {key[0] + key[1]: r["score"] for key, r in rows(tmp_path / "results", "full").items()}
     assert len(scores) == 3
-    assert record["averages"]["parts acc"]["mean"] == pytest.approx(100 * sum(scores.values()) / 3)
+    for name in ("parts acc", "outer acc"):
+        assert record["averages"][name]["mean"] == pytest.approx(100 * sum(scores.values()) / 3)
 
 
 def test_at_a_tenth_of_the_cache_every_answer_changes(finished):

@@ -418,11 +418,7 @@ def test_a_download_that_fails_does_not_quietly_become_the_bundled_set(
     monkeypatch: pytest.MonkeyPatch, archive: Path
 ) -> None:
     fake = fake_hub(monkeypatch, archive, longbench_data.HUB_REPOS)
-
-    def full_disk(*args: Any, **kwargs: Any) -> str:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", full_disk)
+    fake.broken = longbench_data.HUB_REPOS
     with pytest.raises(InputError, match=r"the download of .*data\.zip .* failed: .*No space left") as error:
         LongBench().source()
     assert "\n" not in str(error.value)

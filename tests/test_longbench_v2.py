@@ -430,7 +430,7 @@ def test_other_bytes_are_refused(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) 
         assert_refused(lambda: LongBenchV2().source(), f"{hub.file}=", "the sha256 must be 000", "delete the file")
 
 
-def test_no_hub_is_said_in_one_line(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_hub_is_said_in_one_line(hub: FakeHub) -> None:
     assert_refused(
         lambda: LongBenchV2().source(),
         "task.data_dir=None: LongBench v2 (465 MB) cannot be fetched from the hub: ",
@@ -441,12 +441,10 @@ def test_no_hub_is_said_in_one_line(hub: FakeHub, monkeypatch: pytest.MonkeyPatc
     assert_refused(lambda: LongBenchV2().source(), "not in the cache and HF_HUB_OFFLINE is set; give data.json")
     assert hub.calls == []
     hub.offline, hub.reachable = False, longbench_v2.HUB_REPOS
-
-    def full_disk(*args: Any, **kwargs: Any) -> str:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", full_disk)
+    hub.broken = longbench_v2.HUB_REPOS
     assert_refused(lambda: LongBenchV2().source(), "cannot be fetched", "No space left on device")
+    hub.broken = longbench_v2.HUB_REPOS[:1]
+    assert LongBenchV2().source().location.startswith(longbench_v2.HUB_REPOS[1])
 
 
 # --- input that cannot be used ----------------------------------------------------------------------------------------

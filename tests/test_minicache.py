@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -182,18 +183,19 @@ def test_tokens_that_come_one_by_one_are_retained_as_if_they_came_at_once(retent
     new, theirs = unit(2, 2, 80, 16, seed=2), unit(2, 2, 80, 16, seed=3)
     theirs[0, :, 1::3] = new[0, :, 1::3]
     theirs[:, :, ::7] = -new[:, :, ::7]  # opposite ones are retained by any rule
-    one_by_one, at_once = (pair_of(lower, upper, gamma=gamma, retention=retention) for _ in range(2))
-    for layers, step in ((one_by_one, 1), (at_once, 80)):
-        for start in range(0, 80, step):
+    one_by_one, mixed, at_once = (pair_of(lower, upper, gamma=gamma, retention=retention) for _ in range(3))
+    for layers, ends in ((one_by_one, range(1, 81)), (mixed, [1, 2, 7, 8, 40, *range(41, 81)]), (at_once, [80])):
+        for start, end in itertools.pairwise([0, *ends]):
             for layer, x in zip(layers, (new, theirs), strict=True):
-                layer.append(x[:, :, start : start + step], x[:, :, start : start + step])
+                layer.append(x[:, :, start:end], x[:, :, start:end])
                 layer.settle()
-    for a, b, x in zip(one_by_one, at_once, (new, theirs), strict=True):
-        for ours, theirs in zip(a.read()[:2], b.read()[:2], strict=True):
-            assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
+    for a, c, b, x in zip(one_by_one, mixed, at_once, (new, theirs), strict=True):
+        for ours, between, wanted in zip(a.read()[:2], c.read()[:2], b.read()[:2], strict=True):
+            assert torch.allclose(ours, wanted, rtol=0, atol=1e-12)
+            assert torch.allclose(between, wanted, rtol=0, atol=1e-12)
         exact = (a.read()[0][:, :, 20:] == x).all(-1)
         assert exact[:, :, ::7].all() and (gamma < 1 or exact.all())
-        assert a.logical_bytes == b.logical_bytes
+        assert a.logical_bytes == b.logical_bytes == c.logical_bytes
 
 
 @pytest.mark.parametrize("start", [0, 1, None])

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import random
+import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from local_model import Done, kvbench, save_local_model
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from kvbench.conf.errors import InputError
+from kvbench.runners.ask import stops
 from kvbench.tasks.base import Example, Reply, cut_at, question_tokens
+from kvbench.tasks.lm_eval import LmEval
 from kvbench.tasks.sharegpt import ShareGPT
 
 
@@ -136,6 +142,36 @@ def test_stop_strings_end_an_answer_wherever_they_stand():
     assert cut_at("one\nQuestion: two", ["\n\n", "Question:"]) == "one\n"
     assert cut_at("one Q two \n\n", ["\n\n", "Q"]) == "one "
     assert cut_at("one", []) == "one"
+
+
+def test_a_stop_string_is_found_at_the_token_that_completes_it():
+    """In tokens that are bytes of characters, where the last few need not be text, and among special ones."""
+    words = ["<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "a", "b", "\u2581"]
+    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True))
+    strip = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(strip)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    pieces = [*([2 + byte] for byte in b"\n\n\nab"), *([2 + b for b in c.encode()] for c in "\u00e4\u20ac\U0001f600")]
+    pieces += [[0], [258], [259], [260], [2 + 0xF0]]
+    rng, found = random.Random(0), 0
+    for strings in (("\n",), ("\n\n", "b "), ("\u20ac\n",), ("\U0001f600", "a\u20ac")):
+        for _ in range(60):
+            tokens = [token for _ in range(12) for token in rng.choice(pieces)]
+            for n in range(1, len(tokens) + 1):
+                text = tokenizer.decode(tokens[:n], skip_special_tokens=True)
+                there = any(string in text for string in strings)
+                assert stops(tokens[:n], strings, tokenizer) == there, (tokens[:n], strings)
+                if there:
+                    found += 1
+                    break
+    assert found > 60
+
+
+def test_without_lm_eval_the_task_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    for ask in (LmEval.source, LmEval.examples):
+        with pytest.raises(InputError, match=r"^task=lm_eval: needs lm-eval: pip install"):
+            ask(LmEval())
 
 
 @pytest.mark.parametrize("question", ["What is it?", "  What\n is   it? "])

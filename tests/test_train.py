@@ -112,7 +112,7 @@ def test_recall_as_a_task():
     rows = [{"score": float(d < 20), "distance": d} for d in (1, 8, 9, 17, 31, 61)]
     assert task.conclude(rows)[0]["accuracy_by_distance"] == {
         "up_to_tokens": [8, 16, 32, 64],
-        "accuracy": [1.0, 1.0, 0.5, 0.0],
+        "accuracy": [100.0, 100.0, 50.0, 0.0],
         "n": [2, 1, 2, 1],
     }
     with pytest.raises(InputError, match="recall"):

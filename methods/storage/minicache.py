@@ -138,7 +138,7 @@ class Merged:
         at = (self.retained >= 0).sum(-1, keepdim=True) + which.cumsum(-1) - 1
         at = torch.where(which, at, nothing)
         slots = torch.arange(start, start + n, dtype=torch.int32, device=which.device)
-        self.retained.scatter_(2, at, torch.where(which, slots, -1).to(torch.int32))
+        self.retained.scatter_(2, at, torch.where(which, slots, -1))
         self.exact.scatter_(3, at[None, ..., None].expand_as(exact), exact.masked_fill(~which[..., None], 0))
 
     @property
