@@ -72,6 +72,11 @@ class Method:
         """Whether other methods can ride on the same reading of the prompt (``fan_out.py``)."""
         return self.selection.reads_whole_prompt
 
+    @property
+    def shares_steps(self) -> bool:
+        """Whether other methods can ride on the same decode steps (``fan_out.py``)."""
+        return True
+
     def _check_sharing(self) -> None:
         """What cannot be held where layers share keys and values."""
         if self.selection.spans_layers:
@@ -356,6 +361,7 @@ class KVCache(Cache):
         rounds: what is held is rounded as it ages, so several tokens fed together are not one after another.
         copies: rows a decode step has per row of the prompt (more than one in ``fan_out.py``).
         recomputes: holds no keys and values; the engine feeds it the whole sequence at each step (``no_cache.py``).
+        readings: caches that read the prompt in place of this one, one after another (``fan_out.py``).
     """
 
     recomputes = False
@@ -374,6 +380,7 @@ class KVCache(Cache):
         self.frozen = False
         self.rounds = False
         self.pieces: dict[int, NewTokens] | None = None
+        self.readings: list[KVCache] = []
 
     def fork(self) -> KVCache:
         """A copy that goes on by itself, once the prompt is in: what one of them is fed, the other does not see."""
@@ -526,6 +533,10 @@ class KVCache(Cache):
 
     def extend(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Where ``recomputes``: add columns of ids and mask; returns the whole sequence so far."""
+        raise NotImplementedError
+
+    def join(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Where there were ``readings``: go on together; their last logits as rows of this cache."""
         raise NotImplementedError
 
     def drop(self, member: int) -> None:

@@ -1,9 +1,9 @@
-"""Many methods on one reading of the prompt.
+"""Many methods on one reading of the prompt, and on one decode.
 
 Attention over the prompt is the same for every method that reads it whole, so a layer computes it once and lets each
-member compress its own copy. Decoding then runs the members' rows as one batch: the weights are read once for all of
-them, and each layer hands every member its own rows. A sweep over methods and budgets costs one prefill and one batched
-decode.
+member compress its own copy; a method that reads it in its own way does so by itself. Decoding then runs all members'
+rows as one batch: the weights are read once for all of them, and each layer hands every member its own rows. A sweep
+over methods and budgets costs one prefill for all that read alike, one for each of the others, and one batched decode.
 """
 
 from __future__ import annotations
@@ -63,6 +63,10 @@ class FanOutLayer(PromptReader):
             out.append(member.attend(query[mine], key[mine], value[mine], scaling, theirs, use, written))
         return torch.cat(out)
 
+    def go_on(self) -> None:
+        """The members have read the prompt, each by itself."""
+        self.seen, self.reading = self.members[0].seen, False
+
     @property
     def evicts_while_decoding(self) -> bool:
         return any(member.evicts_while_decoding for member in self.members)
@@ -111,6 +115,10 @@ class FanOutWindow(FanOutLayer):
                 member.seen, member.state, member.storage = copy.deepcopy((first.seen, first.state, first.storage))
         return out
 
+    def go_on(self) -> None:
+        super().go_on()
+        self._prompt_is_in = True
+
 
 def fan_out_layer(members: Sequence[Any]) -> FanOutLayer | RecurrentLayer:
     """The members' cache layers of one place as one."""
@@ -125,18 +133,48 @@ class FanOutCache(KVCache):
     After the prompt, a decode step has ``copies`` x B rows, member by member: rows 0 .. B - 1 are the first member's.
 
     Args:
-        members: fresh caches of methods with ``shares_prompt``; at least one.
+        members: fresh caches, at least one; of the same number of ``passes``, and none that ``recomputes``.
+
+    Attributes:
+        readings: caches that have to read the prompts one after another before the members go on together
+            (:meth:`join`); empty where all members read them as one, or have done so.
     """
 
     def __init__(self, members: Sequence[KVCache]):
-        if not all(m.reads_whole_prompt for m in members):
-            raise ValueError("a method that does not read the prompt whole cannot share a reading of it")
+        if any(m.recomputes for m in members):
+            raise ValueError("a method without a cache computes its steps by itself")
         if len({m.passes for m in members}) > 1:
             raise ValueError("methods that encode a prompt in different numbers of passes cannot share a reading of it")
         together = zip(*(m.layers for m in members), strict=True)
         super().__init__([fan_out_layer(layers) for layers in together], members[0].plan, members[0].passes)
         self.members = list(members)
         self.rounds = any(m.rounds for m in members)
+        alike = [m for m in members if m.reads_whole_prompt]
+        if len(alike) < len(members):
+            shared = [FanOutCache(alike)] if len(alike) > 1 else alike
+            self.readings = [*shared, *(m for m in members if not m.reads_whole_prompt)]
+
+    def join(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Go on together, once every one of ``readings`` has read the prompts.
+
+        Args:
+            logits: what each of them ended with, rows as in a decode step of its own.
+
+        Returns:
+            The same as rows of this cache.
+        """
+        rows: dict[int, torch.Tensor] = {}  # of each member
+        for reading, ended in zip(self.readings, logits, strict=True):
+            its = reading.members if isinstance(reading, FanOutCache) else [reading]
+            rows |= {id(m): share for m, share in zip(its, ended.chunk(len(its)), strict=True)}
+        self.tokens_seen, self.prompt_length = self.readings[0].tokens_seen, self.readings[0].prompt_length
+        for number, layer in enumerate(self.layers):
+            if isinstance(layer, FanOutLayer):
+                layer.go_on()
+            else:
+                layer.update(torch.cat([m.layers[number].recurrent_states[0] for m in self.members]))
+        self.readings = []
+        return torch.cat([rows[id(m)] for m in self.members])
 
     @property
     def copies(self) -> int:  # type: ignore[override]

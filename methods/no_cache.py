@@ -51,6 +51,10 @@ class NoCache(Method):
     def shares_prompt(self) -> bool:
         return False
 
+    @property
+    def shares_steps(self) -> bool:
+        return False
+
     def new_cache(self, model: PreTrainedModel) -> KVCache:
         use_kvbench_attention(model)
         return NoCacheState(plan_of(model.config.get_text_config()))

@@ -224,19 +224,19 @@ class AccuracyRunner(PairedRunner):
     ) -> None:
         """Ask one batch of every method that lacks it, and append the rows.
 
-        Where several caches at once are too much for the memory they are tried one by one, so that a method that fits
-        is not lost to one that does not.
+        Where several caches at once are too much for the memory they are tried in smaller groups, at last one by one,
+        so that a method that fits is not lost to one that does not.
         """
         sampling = Sampling(self.temperature, self.top_p, [row_seed(settings.seed, item.example) for item in batch])
         references: list[Reply | None] = [None] * len(batch)
-        groups = list(shared_prompts([run for run in who if run.problem is None], apart=bool(batch[0].scored)))
+        groups = list(together([run for run in who if run.problem is None], apart=bool(batch[0].scored)))
         wanted = task.compares  # the full cache's own replies, of the same reading
-        if wanted and not (groups and groups[0][0].method.shares_prompt and groups[0][0].method.passes is None):
+        if wanted and not (groups and groups[0][0].method.shares_steps and groups[0][0].method.passes is None):
             groups.insert(0, [])
         while groups:
-            together, problem = groups.pop(0), ""
+            asked, problem = groups.pop(0), ""
             try:
-                methods = [run.method for run in together] + [BASELINE] * wanted
+                methods = [run.method for run in asked] + [BASELINE] * wanted
                 answers = ask(methods, batch, task, loaded, settings.torch_device, sampling, self.chunk_size)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -244,18 +244,18 @@ class AccuracyRunner(PairedRunner):
                 problem = str(error).splitlines()[0]
             if problem:  # outside of the handler: the error holds the caches' tensors alive
                 release_memory(settings.torch_device)
-                if len(together) + wanted > 1:
-                    groups = [[]] * wanted + [[run] for run in together] + groups
+                if len(asked) + wanted > 1:
+                    groups = [[]] * wanted + smaller(asked) + groups
                     continue
-                for run in together or [r for group in groups for r in group]:  # without a reference there is no score
+                for run in asked or [r for group in groups for r in group]:  # without a reference there is no score
                     run.problem = problem
                     say(f"{run.method.label}: out of memory: {problem}")
-                if not together:
+                if not asked:
                     return
                 continue
             if wanted:
                 references, wanted = [answer.reply for answer in answers.pop()], False
-            for run, mine in zip(together, answers, strict=True):
+            for run, mine in zip(asked, answers, strict=True):
                 for item, answer, reference in zip(batch, mine, references, strict=True):
                     line = self._row(run, item, answer, task, reference, loaded)
                     run.folder.append(line)
@@ -347,18 +347,22 @@ class AccuracyRunner(PairedRunner):
                 )
 
 
-def shared_prompts(runs: Sequence[ScoredRun], apart: bool = False) -> Iterator[list[ScoredRun]]:
-    """Split runs into those that can share one reading of the prompt, and the others one by one.
+def together(runs: Sequence[ScoredRun], apart: bool = False) -> Iterator[list[ScoredRun]]:
+    """Split runs into those that can go on together after the prompt, and the others one by one.
 
     ``apart``: those whose tokens are rounded as they age are fed one by one, and the others should not wait for them.
     """
-    sharing = [r for r in runs if r.method.shares_prompt]
 
-    def kind(run: ScoredRun) -> tuple[int | None, bool]:
-        return run.method.passes, apart and not run.method.storage.is_exact
+    def kind(run: ScoredRun) -> tuple[object, ...]:
+        return run.method.passes, apart and not run.method.storage.is_exact, run.method.shares_steps or id(run)
 
-    for one in dict.fromkeys(map(kind, sharing)):
-        yield [r for r in sharing if kind(r) == one]
-    for run in runs:
-        if not run.method.shares_prompt:
-            yield [run]
+    for one in dict.fromkeys(map(kind, runs)):
+        yield [r for r in runs if kind(r) == one]
+
+
+def smaller(runs: Sequence[ScoredRun]) -> list[list[ScoredRun]]:
+    """The same runs in groups that hold less at a time: first without those that read the prompt by themselves."""
+    alike = [r for r in runs if r.method.shares_prompt]
+    if len(alike) in (0, 1, len(runs)):
+        return [[r] for r in runs]
+    return [alike, *([r] for r in runs if not r.method.shares_prompt)]

@@ -61,11 +61,13 @@ def prefill(
             that the peak is the compressed cache, one layer's keys and values, and the hidden states.
 
     Returns:
-        Logits of the last token, [B, vocabulary]. In a fan-out they hold for every member alike.
+        Logits of the last token, [rows, vocabulary], rows as in :func:`decode`.
 
     Raises:
         RuntimeError: a layer did not hand its keys and values to the cache (full attention would run silently).
     """
+    if cache.readings:
+        return cache.join([prefill(model, one, input_ids, attention_mask, chunk_size) for one in cache.readings])
     length = input_ids.shape[1]
     mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
     if cache.recomputes:
@@ -104,7 +106,7 @@ def prefill(
             ).logits
     if any(cache.get_seq_length(i) != length for i in range(len(cache.plan.cache_layer))):
         raise RuntimeError(f"{type(model).__name__} did not route every layer's attention through the kvbench cache")
-    return logits[:, -1]
+    return logits[:, -1].repeat(cache.copies, 1)
 
 
 def _decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList | None:
@@ -301,7 +303,7 @@ def generate(
         raise ValueError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
     batch, members = input_ids.shape[0], cache.copies
     draw = _Drawer(sampling or Sampling(), stop_ids, min_new_tokens, batch, input_ids.device)
-    logits = prefill(model, cache, input_ids, attention_mask, chunk_size).repeat(members, 1)
+    logits = prefill(model, cache, input_ids, attention_mask, chunk_size)
     if after_prefill is not None:
         after_prefill()
     if question is not None:
@@ -354,7 +356,7 @@ def score(
         For each row (as in :func:`decode`) the likelihoods in the order of its prompt's continuations.
     """
     batch, members = input_ids.shape[0], cache.copies
-    last = prefill(model, cache, input_ids, attention_mask, chunk_size).repeat(members, 1)
+    last = prefill(model, cache, input_ids, attention_mask, chunk_size)
     if after_prefill is not None:
         after_prefill()
     out: list[list[Likelihood]] = [[] for _ in range(batch * members)]

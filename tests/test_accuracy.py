@@ -305,6 +305,30 @@ def test_a_method_that_fits_is_not_lost_to_a_baseline_that_does_not(world, tmp_p
     assert "runner.chunk_size" in out
 
 
+def test_what_reads_by_itself_rides_along_until_memory_runs_out(world, tmp_path, monkeypatch):
+    """Together with all others; where that is too much, those that read the prompt alike still go together."""
+    from kvbench.runners import ask
+
+    real, asked = ask.generate, []
+
+    def room_for_two(model, cache, *args, **kwargs):
+        asked.append(cache.copies)
+        if asked[-1] > room[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+        return real(model, cache, *args, **kwargs)
+
+    monkeypatch.setattr(ask, "generate", room_for_two)
+    pairs = 'runner.pair_with=[full,"streaming_llm budget=40"]'
+    answers = []
+    for room in ([3], [2]):
+        results = tmp_path / str(room[0])
+        run(world, results, pairs, "task.datasets=[lcc]")
+        answers.append({label: [r["prediction"] for r in rows(folder)] for label, folder in folders(results).items()})
+    assert set(answers[0]) == {"snapkv 40", "full", "streaming_llm 40"}
+    assert answers[0] == answers[1]
+    assert asked == [3] * 5 + [3, 2, 1] * 5
+
+
 def test_a_resumed_run_lists_the_code_of_every_session(world, tmp_path):
     run(world, tmp_path, "task.datasets=[lcc]")
     folder = folders(tmp_path)["snapkv 40"]

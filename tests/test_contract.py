@@ -314,13 +314,12 @@ def test_bfloat16_agrees_with_float32(text):
 
 
 @pytest.mark.parametrize("text", METHODS)
-def test_riding_on_a_shared_prompt_changes_nothing(text):
+def test_going_on_together_changes_nothing(text):
+    """Beside methods that read the prompt as one, whether this one rides on their reading or reads it by itself."""
     model, method = model_for(text), make(text)
     ids, mask = left_pad([prompt_ids(LONG, 1), prompt_ids(MIDDLE, 2)])
-    if method.new_cache(model).recomputes:
-        return
-    if not method.shares_prompt:
-        with pytest.raises(ValueError, match="cannot share"):
+    if not method.shares_steps:
+        with pytest.raises(ValueError, match="computes its steps by itself"):
             FanOutCache([method.new_cache(model), Method("full").new_cache(model)])
         return
     others = [replace(other, sharing=method.sharing) for other in (Method("full"), make("snapkv", budget=33))]

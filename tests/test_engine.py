@@ -15,7 +15,9 @@ from kvbench.methods import attention
 from kvbench.methods.attention import attention_in_parts, cached_attention, lower_right_attention
 from kvbench.methods.base import CacheLayer, Method
 from kvbench.methods.fan_out import FanOutCache
+from kvbench.methods.selection.pyramid_infer import PyramidInfer
 from kvbench.methods.selection.snapkv import SnapKV
+from kvbench.methods.selection.streaming_llm import StreamingLLM
 from kvbench.runners import engine
 from kvbench.runners.engine import Sampling, decode, feed, generate, prefill
 from kvbench.runners.lean import is_plain
@@ -64,6 +66,43 @@ def test_members_of_a_fan_out_that_have_ended_are_left_out_and_the_others_go_on(
     for mine, theirs in zip(together, alone, strict=True):
         assert mine == (theirs[: theirs.index(stop)] if stop in theirs else theirs)
     assert cache.copies < len(methods)
+
+
+def test_methods_that_read_the_prompt_by_themselves_go_on_with_the_others(monkeypatch):
+    """In the order in which they were given; one may end and leave; each step is one forward for all."""
+    model, ids = tiny_model(), prompt_ids(60)
+    methods = [
+        Method("streaming_llm", StreamingLLM(20)),
+        Method("full"),
+        Method("pyramid_infer", PyramidInfer(prefill_decay_ratio=0.2, recent_ratio=0.1, min_context=3, gen_window=2)),
+        Method("snapkv", SnapKV(budget=16, window=4)),
+        Method("streaming_llm", StreamingLLM(12)),
+    ]
+    alone = [generate(model, m.new_cache(model), ids, max_new_tokens=12).tokens[0] for m in methods]
+    assert len({tuple(tokens) for tokens in alone}) == len(methods)
+    stop = alone[2][5]  # ends the third
+    cache = FanOutCache([m.new_cache(model) for m in methods])
+    assert [type(one).__name__ for one in cache.readings] == ["FanOutCache", *["KVCache"] * 3]
+    rows = []
+    step = engine.decode
+    monkeypatch.setattr(engine, "decode", lambda m, c, token: rows.append(len(token)) or step(m, c, token))
+    together = generate(model, cache, ids, max_new_tokens=12, stop_ids=[stop]).tokens
+    ends = [tokens.index(stop) if stop in tokens else 12 for tokens in alone]
+    assert together == [tokens[:end] for tokens, end in zip(alone, ends, strict=True)]
+    assert rows == [sum(end > n for end in ends) for n in range(11)]
+
+
+def test_continuations_are_scored_alike_alone_and_beside_others():
+    model = tiny_model()
+    ids, mask = left_pad([prompt_ids(60, 1), prompt_ids(41, 2)])
+    asked = [[([3, 4], [5, 6, 7]), ([], [8])], [([9], [10, 11])]]
+    methods = [Method("streaming_llm", StreamingLLM(20)), Method("full"), Method("snapkv", SnapKV(budget=16, window=4))]
+    alone = [one for m in methods for one in engine.score(model, m.new_cache(model), ids, mask, asked)]
+    both = engine.score(model, FanOutCache([m.new_cache(model) for m in methods]), ids, mask, asked)
+    for mine, theirs in zip(both, alone, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            assert a.log_probs == pytest.approx(b.log_probs, abs=1e-9)
+    assert both[0] != both[2]
 
 
 def test_sampling_is_seeded_and_top_p_of_almost_nothing_is_greedy():
@@ -146,7 +185,7 @@ def test_layers_that_read_in_pieces_give_what_they_give_in_one(family, chunk_siz
         whole, pieces = make(model), make(model)
         expected = prefill(model, whole, ids, mask)
         torch.testing.assert_close(prefill(model, pieces, ids, mask, chunk_size), expected, rtol=0, atol=1e-9)
-        token = expected.argmax(-1).repeat(whole.copies)
+        token = expected.argmax(-1)
         for _ in range(3):
             expected = decode(model, whole, token)
             torch.testing.assert_close(decode(model, pieces, token), expected, rtol=0, atol=1e-9)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PretrainedConfig
 
+from ..attention import exact_products
 from ..storage.base import LayerStorage
 from .base import Budget, Selection, Step, check_budget, resolve_budget
 
@@ -152,9 +153,7 @@ def attend_and_weigh(storage: LayerStorage, step: Step) -> tuple[torch.Tensor, t
     keys, values, held = storage.read()
     batch, query_heads, _, dim = step.query.shape
     grouped = step.query.reshape(batch, keys.shape[1], -1, dim)  # [B, H, g, D]
-    logits = grouped @ keys.transpose(-1, -2)
-    exact = torch.promote_types(logits.dtype, torch.float32)
-    logits = logits.to(exact) * step.scaling
+    logits = exact_products(grouped, keys).mul_(step.scaling)
     if held is not None:
         visible = held
         if step.valid is not None:

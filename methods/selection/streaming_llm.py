@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from transformers import PretrainedConfig
 
 from ...conf.errors import InputError, require
-from ..attention import cached_attention
+from ..attention import cached_attention, exact_products
 from ..prompt import Prompt
 from ..rotary import Rotary
 from ..storage.base import LayerStorage
@@ -178,8 +178,7 @@ class StreamingLLM(Selection):
                 visible = visible | F.pad(torch.eye(n, dtype=torch.bool, device=query.device), (slots - n, 0))
         shift = (at - state.limit).clamp(min=0)  # how much further than in the cache a sink is, per query
         logits = self._logits(state.rotary, query, keys, is_sink, shift, state.padded)
-        exact = torch.promote_types(logits.dtype, torch.float32)
-        logits = (logits.to(exact) * step.scaling).masked_fill(~visible[:, None, None], float("-inf"))
+        logits = (logits * step.scaling).masked_fill(~visible[:, None, None], float("-inf"))
         weights = logits.softmax(-1).to(values.dtype).flatten(2, 3)  # [B, H, g * n, S]
         out = (weights @ values).reshape(query.shape)
         step.append_to(storage, before_attention=False)
@@ -198,12 +197,12 @@ class StreamingLLM(Selection):
         shift: torch.Tensor,
         padded: bool,
     ) -> torch.Tensor:
-        """[B, H, g, n, S], unscaled; those of the sinks with the query turned back by ``shift``."""
+        """[B, H, g, n, S], unscaled, float32 or wider; those of the sinks with the query turned back by ``shift``."""
         batch, query_heads, n, dim = query.shape
         heads = keys.shape[1]
 
         def logits_of(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-            grouped = q.reshape(batch, heads, -1, dim) @ k.transpose(-1, -2)
+            grouped = exact_products(q.reshape(batch, heads, -1, dim), k)
             return grouped.reshape(batch, heads, query_heads // heads, n, -1)
 
         logits = logits_of(query, keys)
