@@ -6,8 +6,9 @@
 #   scripts/campaign_gpu.sh RESULTS --rehearse [PART...]  the same commands at toy size, on any machine
 #   scripts/campaign_gpu.sh RESULTS --show [PART...]      only say what would be run
 #
-# A run that is done is not done again, so the command can be given again after it was cut off; a run that was cut off
-# begins anew. A part stops after MINUTES (25 unless set). Searches for the largest batch or prompt take CARD GiB (80 unless set), as the papers' cards had.
+# A run that is done is not done again, so the command can be given again after it was cut off; a search goes on, a run
+# of one shape begins anew. A part stops after MINUTES (25 unless set). Searches for the largest batch or prompt take
+# CARD GiB (80 unless set), as the papers' cards had.
 # Then: kvbench table RESULTS; kvbench table RESULTS --published; kvbench plot RESULTS -o FOLDER
 # PYTHON names the interpreter; by default .venv's, or python3. Exit status: 0 done, 1 some run failed or was cut off, 2 usage.
 set -uo pipefail
@@ -15,7 +16,7 @@ cd "$(dirname "$0")/.."
 
 PARTS="full snapkv context minicache kivi pyramid h2o sharing"
 usage() {
-    sed -n '2,14s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,15s/^# \{0,1\}//p' "$0" >&2
     exit 2
 }
 [ $# -ge 1 ] && [ "${1#-}" = "$1" ] || usage

@@ -69,7 +69,7 @@ class LayerStorage(ABC):
     """
 
     growth: int = GROWTH
-    """Slots added when a layer grows the next time: :data:`GROWTH`, or as many as are known to come."""
+    """Slots added when a layer grows: :data:`GROWTH`, or as many as are known to come after the prompt."""
 
     @abstractmethod
     def write(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .base import GROWTH, KVShape, LayerStorage, Storage
+from .buffer import grown
 from .packed import has_kernels
 
 HIDDEN = 64
@@ -50,7 +51,7 @@ class DenseLayer(LayerStorage):
             self._next += 1
             return
         if start + n > self._keys.shape[2]:
-            capacity, self.growth = start + max(n, self.growth), GROWTH
+            capacity = start + max(n, self.growth)
             self._keys = grown(self._keys, start, capacity)
             self._values = grown(self._values, start, capacity)
             if self._valid is not None:
@@ -150,13 +151,6 @@ class DenseLayer(LayerStorage):
         heads, dim = keys.shape[1], keys.shape[3]
         slots = int(self.tokens.expand(-1, heads).sum())
         return 2 * slots * dim * keys.element_size()
-
-
-def grown(x: torch.Tensor, used: int, capacity: int, dim: int = 2) -> torch.Tensor:
-    """A buffer of ``capacity`` slots in dimension ``dim`` that begins with the ``used`` slots of ``x``."""
-    out = x.new_empty(*x.shape[:dim], capacity, *x.shape[dim + 1 :])
-    out.narrow(dim, 0, used).copy_(x.narrow(dim, 0, used))
-    return out
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ import torch
 
 from ...conf.errors import require
 from ..attention import exact_products, softmax_of
-from .base import GROWTH, KVShape, Storage
-from .dense import grown
+from .base import KVShape, Storage
 from .packed import (
     Quantized,
+    QuantizedBuffer,
     channels_together,
     dequantize_into,
     quantize,
@@ -41,9 +41,8 @@ class KiviSegments(Segments):
 
     def __init__(self, bits: int, group: int, residual: int):
         self.bits, self.group, self.residual = bits, group, residual
-        self._blocks: Quantized | None = None  # keys: [N, blocks, D, residual] tokens last, in groups of tokens
-        self._old: Quantized | None = None  # values: [N, capacity, D] in groups of channels
-        self._old_length = 0
+        self._blocks: QuantizedBuffer | None = None  # keys: [N, blocks, D, residual] tokens last, in groups of tokens
+        self._old: QuantizedBuffer | None = None  # values: [N, tokens, D] in groups of channels
         self._keys: torch.Tensor | None = None  # [N, recent, D]
         self._values: torch.Tensor | None = None
 
@@ -57,28 +56,19 @@ class KiviSegments(Segments):
         full = self._keys.shape[1] // self.residual * self.residual
         if full:
             blocks = self._keys[:, :full].unflatten(1, (-1, self.residual)).transpose(2, 3)
-            self._blocks = _joined(self._blocks, quantize(blocks, self.bits, self.group))
+            self._blocks = self._added(self._blocks, quantize(blocks, self.bits, self.group), full)
             self._keys = self._keys[:, full:].clone()
         over = self._values.shape[1] - self.residual
         if over > 0:
             channels = channels_together(self.group, self._values.shape[2], self.bits)
-            self._append_old(quantize(self._values[:, :over], self.bits, channels))
+            self._old = self._added(self._old, quantize(self._values[:, :over], self.bits, channels), over)
             self._values = self._values[:, over:].clone()
 
-    def _append_old(self, new: Quantized) -> None:
-        start, n = self._old_length, new.codes.shape[1]
-        if self._old is None:
-            self._old = new
-        else:
-            if start + n > self._old.codes.shape[1]:
-                self._resize(start + max(n, GROWTH))
-            for mine, theirs in zip(self._old.tensors(), new.tensors(), strict=True):
-                mine[:, start : start + n] = theirs
-        self._old_length = start + n
-
-    def _resize(self, capacity: int) -> None:
-        assert self._old is not None
-        self._old = Quantized(*(grown(t, self._old_length, capacity, dim=1) for t in self._old.tensors()))
+    def _added(self, before: QuantizedBuffer | None, more: Quantized, tokens: int) -> QuantizedBuffer:
+        if before is None:
+            return QuantizedBuffer(more, 1, tokens)
+        before.append(more, tokens, self.growth)
+        return before
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._keys is not None and self._values is not None, "read before append"
@@ -86,13 +76,12 @@ class KiviSegments(Segments):
         keys, values = self._keys.new_empty(shape), self._values.new_empty(shape)
         recent = self._keys.shape[1]
         keys[:, self.length - recent :] = self._keys
-        values[:, self._old_length :] = self._values
+        values[:, self.length - self._values.shape[1] :] = self._values
         if self._blocks is not None:
-            blocks = keys[:, : self.length - recent].unflatten(1, (-1, self.residual))
-            dequantize_into(self._blocks, self.bits, blocks.transpose(2, 3))
+            blocks = keys[:, : self._blocks.tokens].unflatten(1, (-1, self.residual))
+            dequantize_into(self._blocks.used, self.bits, blocks.transpose(2, 3))
         if self._old is not None:
-            used = Quantized(*(t[:, : self._old_length] for t in self._old.tensors()))
-            dequantize_into(used, self.bits, values[:, : self._old_length])
+            dequantize_into(self._old.used, self.bits, values[:, : self._old.tokens])
         return keys, values
 
     def attend(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -100,47 +89,42 @@ class KiviSegments(Segments):
             return super().attend(query, scaling)
         assert self._keys is not None and self._values is not None
         one = query[:, :, 0]  # [N, g, D]
-        old = query_times_keys(one, self._blocks, self.bits)
+        old = query_times_keys(one, self._blocks.used, self.bits)
         recent = exact_products(one, self._keys)
         weights = softmax_of(torch.cat([old, recent], dim=-1) * scaling, query.dtype)
-        used, n = self._old, self._old_length
-        out = weights_times_values(weights[..., :n], used, self.bits)
+        n = self._old.tokens
+        out = weights_times_values(weights[..., :n], self._old.used, self.bits)
         out += torch.matmul(weights[..., n:], self._values)
         return out[:, :, None].to(query.dtype)
 
     def take(self, index: torch.Tensor) -> Segments:
         out = KiviSegments(self.bits, self.group, self.residual)
         if self._keys is not None and self._values is not None:
-            out._keys, out._values, out._old_length = self._keys[index], self._values[index], self._old_length
-            out._blocks, out._old = (
-                None if q is None else Quantized(*(t[index] for t in q.tensors())) for q in (self._blocks, self._old)
-            )
+            out._keys, out._values = self._keys[index], self._values[index]
+            out._blocks, out._old = (None if q is None else q.take(index) for q in (self._blocks, self._old))
         return out
 
     def trim(self) -> None:
-        if self._old is not None and self._old.codes.shape[1] > self._old_length:
-            self._resize(self._old_length)
+        for q in self._quantized:
+            q.trim()
 
     @property
     def length(self) -> int:
-        return 0 if self._values is None else self._old_length + self._values.shape[1]
+        if self._values is None:
+            return 0
+        return (0 if self._old is None else self._old.tokens) + self._values.shape[1]
+
+    @property
+    def _quantized(self) -> list[QuantizedBuffer]:
+        return [q for q in (self._blocks, self._old) if q is not None]
 
     def tensors(self) -> list[torch.Tensor]:
-        quantized = [t for q in (self._blocks, self._old) if q is not None for t in q.tensors()]
-        return quantized + [t for t in (self._keys, self._values) if t is not None]
+        recent = [t for t in (self._keys, self._values) if t is not None]
+        return [t for q in self._quantized for t in q.tensors()] + recent
 
     @property
     def logical_bytes(self) -> int:
-        if self._old is None:
-            return sum(t.nbytes for t in self.tensors())
-        room = sum(t[:, self._old_length :].numel() * t.element_size() for t in self._old.tensors())
-        return sum(t.nbytes for t in self.tensors()) - room
-
-
-def _joined(a: Quantized | None, b: Quantized) -> Quantized:
-    if a is None:
-        return b
-    return Quantized(*(torch.cat(pair, dim=1) for pair in zip(a.tensors(), b.tensors(), strict=True)))
+        return sum(t.nbytes for t in self.tensors()) - sum(q.room for q in self._quantized)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from ...conf.errors import InputError, require
 from ..attention import exact_products
 from .base import GROWTH, KVShape, LayerStorage, Storage
-from .dense import DenseLayer, grown
+from .buffer import Buffer
+from .dense import DenseLayer
 
 RETENTIONS = ("top_ratio", "range_distinct", "range_literal")
 RETAINED_GROWTH = 32
@@ -57,43 +58,39 @@ def slerp(lower: torch.Tensor, upper: torch.Tensor, t: float) -> torch.Tensor:
 
 
 class Directions:
-    """Shared directions of merged tokens, as they are: [B, H, capacity, D], the first ``length`` of it in use."""
+    """Shared directions of merged tokens, as they are: [B, H, tokens, D]."""
 
     def __init__(self, x: torch.Tensor):
-        self.x, self.length = x, x.shape[2]
+        self._x = Buffer(x, dim=2)
 
-    def append(self, x: torch.Tensor) -> None:
-        """Directions [B, H, n, D] of further tokens."""
-        n, end = x.shape[2], self.length + x.shape[2]
-        if end > self.x.shape[2]:
-            self.x = grown(self.x, self.length, self.length + max(n, GROWTH))
-        self.x[:, :, self.length : end] = x
-        self.length = end
+    def append(self, x: torch.Tensor, growth: int) -> None:
+        """Directions [B, H, n, D] of further tokens; where there is no room, make some for ``growth`` tokens."""
+        self._x.append(x, growth)
 
     def multiply_into(self, lengths: torch.Tensor, out: torch.Tensor) -> None:
-        """Vectors of these ``lengths`` [B, H, length] into ``out`` [B, H, length, D]."""
-        torch.mul(self.x[:, :, : self.length], lengths[..., None], out=out)
+        """Vectors of these ``lengths`` [B, H, tokens] into ``out`` [B, H, tokens, D]."""
+        torch.mul(self._x.used, lengths[..., None], out=out)
 
     def scores(self, query: torch.Tensor) -> torch.Tensor:
-        """Products [B, H, G, length], float32 or wider, of queries [B, H, G, D] with the directions."""
-        return exact_products(query, self.x[:, :, : self.length])
+        """Products [B, H, G, tokens], float32 or wider, of queries [B, H, G, D] with the directions."""
+        return exact_products(query, self._x.used)
 
     def weighted(self, weights: torch.Tensor) -> torch.Tensor:
-        """Sums [B, H, G, D] of the directions with weights [B, H, G, length]."""
-        return torch.matmul(weights, self.x[:, :, : self.length])
+        """Sums [B, H, G, D] of the directions with weights [B, H, G, tokens]."""
+        return torch.matmul(weights, self._x.used)
 
     def take(self, index: torch.Tensor) -> Directions:
         """Those of some rows."""
-        return Directions(self.x[index, :, : self.length])
+        return Directions(self._x.used[index])
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that must stay in memory."""
-        return [self.x]
+        return [self._x.whole]
 
     @property
     def room(self) -> int:
         """Bytes that hold nothing yet."""
-        return self.x[:, :, self.length :].numel() * self.x.element_size()
+        return self._x.room
 
 
 @dataclass
@@ -102,7 +99,7 @@ class Merged:
 
     Attributes:
         directions: shared by both layers.
-        lengths: [2, B, H, capacity], of the lower and the upper layer.
+        lengths: [2, B, H, tokens], of the lower and the upper layer.
         retained: [B, H, R] int32, slots held as they are; -1 where a row or head has fewer than R.
         exact: [2, B, H, R, D], those tokens of both layers.
         threshold: [B, H] angle that decides for later tokens; None: none of them is retained.
@@ -110,7 +107,7 @@ class Merged:
     """
 
     directions: Directions
-    lengths: torch.Tensor
+    lengths: Buffer
     retained: torch.Tensor
     exact: torch.Tensor
     threshold: torch.Tensor | None
@@ -148,12 +145,12 @@ class Merged:
 
     def tensors(self) -> list[torch.Tensor]:
         rest = [] if self.threshold is None else [self.threshold]
-        return [*self.directions.tensors(), self.lengths, self.retained, self.exact, *rest]
+        return [*self.directions.tensors(), self.lengths.whole, self.retained, self.exact, *rest]
 
     def take(self, index: torch.Tensor) -> Merged:
         """That of some rows."""
         threshold = None if self.threshold is None else self.threshold[index]
-        lengths, exact = self.lengths[:, index], self.exact[:, index]
+        lengths, exact = Buffer(self.lengths.used[:, index], dim=3), self.exact[:, index]
         return Merged(self.directions.take(index), lengths, self.retained[index], exact, threshold, self.spare)
 
 
@@ -176,6 +173,7 @@ class Pair:
     ):
         self.t, self.gamma, self.retention = t, gamma, retention
         self.block, self.new_directions = block, new_directions
+        self.growth = GROWTH  # tokens to make room for when it grows
         self.length = 0  # slots merged
         self.valid: torch.Tensor | None = None  # [B, 1, S], of all slots, merged and new
         self.keys: Merged | None = None
@@ -218,7 +216,7 @@ class Pair:
         more = 0 if new is None else new.shape[2]
         # One slot behind the last one takes what a row or head has fewer retained tokens of.
         x = exact.new_empty(*exact.shape[1:3], n + more + 1, exact.shape[4])
-        merged.directions.multiply_into(merged.lengths[which][:, :, :n], x[:, :, :n])
+        merged.directions.multiply_into(merged.lengths.used[which], x[:, :, :n])
         if merged.retained.shape[2]:
             at = torch.where(merged.retained >= 0, merged.retained, n + more).long()
             x.scatter_(2, at[..., None].expand(-1, -1, -1, x.shape[3]), exact[which])
@@ -238,7 +236,7 @@ class Pair:
         exact = torch.promote_types(query.dtype, torch.float32)
         # One slot behind the last one takes what a row or head has fewer retained tokens of.
         logits = query.new_empty(*query.shape[:3], n + 1, dtype=exact)
-        torch.mul(keys.directions.scores(query), keys.lengths[which][:, :, None, :n], out=logits[..., :n])
+        torch.mul(keys.directions.scores(query), keys.lengths.used[which][:, :, None], out=logits[..., :n])
         logits.scatter_(3, _places(keys, n, query), exact_products(query, keys.exact[which]))
         if new is None:
             logits = logits[..., :n]
@@ -252,7 +250,7 @@ class Pair:
         merged = F.pad(weights[..., :n], (0, 1))
         places = _places(values, n, query)
         retained = merged.gather(3, places)
-        merged = merged.scatter(3, places, 0.0)[..., :n] * values.lengths[which][:, :, None, :n]
+        merged = merged.scatter(3, places, 0.0)[..., :n] * values.lengths.used[which][:, :, None]
         out = values.directions.weighted(merged.to(query.dtype)).to(exact)
         out += torch.matmul(retained.to(query.dtype), values.exact[which])
         if new is not None:
@@ -310,11 +308,13 @@ class Pair:
         direction, lengths = direction.to(lower.dtype), lengths.to(lower.dtype)
         if before is not None:
             before.retain(retain, self.length, torch.stack([lower, upper]))
-            return self._joined(before, direction, lengths)
+            before.directions.append(direction, self.growth)
+            before.lengths.append(lengths, self.growth)
+            return before
         index, kept = _slots(retain)
         at = index.long().clamp(min=0)[..., None].expand(-1, -1, -1, lower.shape[3])
         exact_tokens = torch.stack([x.gather(2, at) for x in (lower, upper)]) * kept[..., None].to(lower.dtype)
-        return Merged(self.new_directions(direction, is_keys), lengths, index, exact_tokens, threshold)
+        return Merged(self.new_directions(direction, is_keys), Buffer(lengths, dim=3), index, exact_tokens, threshold)
 
     def _retain(
         self, angle: torch.Tensor, must: torch.Tensor, real: torch.Tensor
@@ -337,21 +337,12 @@ class Pair:
         at = threshold[..., None]
         return angle < at if self.retention == "range_literal" else angle > at
 
-    def _joined(self, before: Merged, direction: torch.Tensor, lengths: torch.Tensor) -> Merged:
-        n, end = direction.shape[2], self.length + direction.shape[2]
-        before.directions.append(direction)
-        if end > before.lengths.shape[3]:
-            room = max(n, GROWTH) if self.block == 1 else n
-            before.lengths = grown(before.lengths, self.length, self.length + room, dim=3)
-        before.lengths[..., self.length : end] = lengths
-        return before
-
     def part(self, index: torch.Tensor) -> Pair:
         """Some of the rows, as a pair of their own; the same one for both layers, which ask one after the other."""
         key = tuple(index.tolist())
         if key not in self._parts:
             part = Pair(self.t, self.gamma, self.retention, self.block, self.new_directions)
-            part.length = self.length
+            part.length, part.growth = self.length, self.growth
             part.valid = None if self.valid is None else self.valid[index]
             part.keys, part.values = (None if m is None else m.take(index) for m in (self.keys, self.values))
             part.new = [None if x is None else (x[0][index], x[1][index]) for x in self.new]
@@ -362,7 +353,7 @@ class Pair:
     def head_count(self) -> int:
         """KV heads, once something is merged."""
         assert self.keys is not None
-        return self.keys.lengths.shape[2]
+        return self.keys.lengths.whole.shape[2]
 
     def tensors(self, which: int) -> list[torch.Tensor]:
         """What one layer holds; what they share is the lower one's (0)."""
@@ -378,8 +369,7 @@ class Pair:
         total = sum(t.nbytes for t in self.tensors(which))
         for merged in (self.keys, self.values):
             if which == 0 and merged is not None:
-                total -= merged.directions.room
-                total -= merged.lengths[..., self.length :].nbytes
+                total -= merged.directions.room + merged.lengths.room
                 used = merged.used
                 total -= merged.retained[..., used:].nbytes + merged.exact[..., used:, :].nbytes
         return total
@@ -410,6 +400,7 @@ class PairLayer(LayerStorage):
         self.settle()
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        self.pair.growth = self.growth
         self.pair.append(self.which, keys, values, None if valid is None else valid[:, None])
 
     def attend(self, query: torch.Tensor, scaling: float, valid: torch.Tensor | None) -> torch.Tensor:

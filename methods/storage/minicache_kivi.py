@@ -19,6 +19,7 @@ from .kivi import Kivi
 from .minicache import Directions, MiniCache, Pair
 from .packed import (
     Quantized,
+    QuantizedBuffer,
     channels_together,
     dequantize_into,
     quantize,
@@ -39,8 +40,7 @@ class QuantizedDirections(Directions):
 
     def __init__(self, x: torch.Tensor, bits: int, group: int, is_keys: bool):
         self.bits, self.group, self.is_keys = bits, group, is_keys
-        self.length = x.shape[2]
-        self._codes = self._quantized(x)
+        self._codes = QuantizedBuffer(self._quantized(x), 3 if is_keys else 2, x.shape[2])
 
     def _quantized(self, x: torch.Tensor) -> Quantized:
         """Keys: [B, H, D, n] codes, tokens last; values: [B, H, n, D]."""
@@ -48,30 +48,27 @@ class QuantizedDirections(Directions):
             return quantize(x.transpose(2, 3), self.bits, self.group)
         return quantize(x, self.bits, channels_together(self.group, x.shape[3], self.bits))
 
-    def append(self, x: torch.Tensor) -> None:
-        along = 3 if self.is_keys else 2
-        pairs = zip(self._codes.tensors(), self._quantized(x).tensors(), strict=True)
-        self._codes = Quantized(*(torch.cat(pair, dim=along) for pair in pairs))
-        self.length += x.shape[2]
+    def append(self, x: torch.Tensor, growth: int) -> None:
+        self._codes.append(self._quantized(x), x.shape[2], growth)
 
     def multiply_into(self, lengths: torch.Tensor, out: torch.Tensor) -> None:
-        dequantize_into(self._codes, self.bits, out.transpose(2, 3) if self.is_keys else out)
+        dequantize_into(self._codes.used, self.bits, out.transpose(2, 3) if self.is_keys else out)
         out.mul_(lengths[..., None])
 
     def scores(self, query: torch.Tensor) -> torch.Tensor:
         batch, heads = query.shape[:2]
-        codes = Quantized(*(t.flatten(0, 1)[:, None] for t in self._codes.tensors()))  # one block
+        codes = Quantized(*(t.flatten(0, 1)[:, None] for t in self._codes.used.tensors()))  # one block
         return query_times_keys(query.flatten(0, 1), codes, self.bits).unflatten(0, (batch, heads))
 
     def weighted(self, weights: torch.Tensor) -> torch.Tensor:
         batch, heads = weights.shape[:2]
-        codes = Quantized(*(t.flatten(0, 1) for t in self._codes.tensors()))
+        codes = Quantized(*(t.flatten(0, 1) for t in self._codes.used.tensors()))
         return weights_times_values(weights.flatten(0, 1), codes, self.bits).unflatten(0, (batch, heads))
 
     def take(self, index: torch.Tensor) -> Directions:
         part = object.__new__(QuantizedDirections)
-        part.bits, part.group, part.is_keys, part.length = self.bits, self.group, self.is_keys, self.length
-        part._codes = Quantized(*(t[index] for t in self._codes.tensors()))
+        part.bits, part.group, part.is_keys = self.bits, self.group, self.is_keys
+        part._codes = self._codes.take(index)
         return part
 
     def tensors(self) -> list[torch.Tensor]:
@@ -79,7 +76,7 @@ class QuantizedDirections(Directions):
 
     @property
     def room(self) -> int:
-        return 0
+        return self._codes.room
 
 
 class PairSegments(Segments):
@@ -89,6 +86,7 @@ class PairSegments(Segments):
         self.pair, self.which = pair, which
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.pair.growth = self.growth
         self.pair.append(self.which, keys[:, None], values[:, None], None)
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:

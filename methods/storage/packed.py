@@ -14,6 +14,7 @@ import torch
 
 from ...conf.errors import InputError
 from ..attention import PIECE
+from .buffer import Buffer
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -56,6 +57,48 @@ class Quantized:
 
     def tensors(self) -> list[torch.Tensor]:
         return [self.codes, self.scale, self.zero]
+
+
+class QuantizedBuffer:
+    """Groups of numbers in few bits, to which further ones are added along one dimension.
+
+    Args:
+        first: what it begins with, which stands for so many ``tokens``.
+        dim: the dimension that grows.
+    """
+
+    def __init__(self, first: Quantized, dim: int, tokens: int):
+        self._parts = [Buffer(x, dim) for x in first.tensors()]
+        self.dim, self.tokens = dim, tokens
+
+    @property
+    def used(self) -> Quantized:
+        """What is held, as views."""
+        return Quantized(*(x.used for x in self._parts))
+
+    def append(self, more: Quantized, tokens: int, growth: int) -> None:
+        """Add what stands for so many ``tokens``; where there is no room, make some for ``growth`` tokens or more."""
+        for mine, theirs in zip(self._parts, more.tensors(), strict=True):
+            mine.append(theirs, -(-growth // tokens) * theirs.shape[self.dim])
+        self.tokens += tokens
+
+    def take(self, index: torch.Tensor) -> QuantizedBuffer:
+        """Some of the rows, as a buffer of their own."""
+        return QuantizedBuffer(Quantized(*(x.used[index] for x in self._parts)), self.dim, self.tokens)
+
+    def trim(self) -> None:
+        """Give back what is not in use."""
+        for x in self._parts:
+            x.trim()
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor that must stay in memory."""
+        return [x.whole for x in self._parts]
+
+    @property
+    def room(self) -> int:
+        """Bytes that hold nothing yet."""
+        return sum(x.room for x in self._parts)
 
 
 def quantize(x: torch.Tensor, bits: int, group: int) -> Quantized:

@@ -11,59 +11,55 @@ from dataclasses import dataclass
 
 import torch
 
-from .base import GROWTH, KVShape, Storage
-from .dense import grown
+from .base import KVShape, Storage
+from .buffer import Buffer
 from .segments import SegmentedLayer, Segments
 
 
 class DenseSegments(Segments):
-    """[N, capacity, D] buffers of which the first ``length`` tokens are in use; grows by :data:`.base.GROWTH`."""
+    """[N, capacity, D] buffers of which the first ``length`` tokens are in use."""
 
     def __init__(self) -> None:
-        self._length = 0
-        self._keys: torch.Tensor | None = None
-        self._values: torch.Tensor | None = None
+        self._keys: Buffer | None = None
+        self._values: Buffer | None = None
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        start, n = self._length, keys.shape[1]
         if self._keys is None or self._values is None:
-            self._keys, self._values = (x.clone(memory_format=torch.contiguous_format) for x in (keys, values))
-            self._length = n
+            self._keys, self._values = (
+                Buffer(x.clone(memory_format=torch.contiguous_format), dim=1) for x in (keys, values)
+            )
             return
-        if start + n > self._keys.shape[1]:
-            self._resize(start + max(n, GROWTH))
-        self._keys[:, start : start + n] = keys
-        self._values[:, start : start + n] = values
-        self._length = start + n
-
-    def _resize(self, capacity: int) -> None:
-        assert self._keys is not None and self._values is not None
-        self._keys, self._values = (grown(x, self._length, capacity, dim=1) for x in (self._keys, self._values))
+        self._keys.append(keys, self.growth)
+        self._values.append(values, self.growth)
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._keys is not None and self._values is not None, "read before append"
-        return self._keys[:, : self._length], self._values[:, : self._length]
+        return self._keys.used, self._values.used
 
     def take(self, index: torch.Tensor) -> Segments:
         out = DenseSegments()
         if self._keys is not None and self._values is not None:
-            out.append(self._keys[index, : self._length], self._values[index, : self._length])
+            out.append(self._keys.used[index], self._values.used[index])
         return out
 
     def trim(self) -> None:
-        if self._keys is not None and self._keys.shape[1] > self._length:
-            self._resize(self._length)
+        for x in self._buffers:
+            x.trim()
 
     @property
     def length(self) -> int:
-        return self._length
+        return 0 if self._keys is None else self._keys.length
+
+    @property
+    def _buffers(self) -> list[Buffer]:
+        return [x for x in (self._keys, self._values) if x is not None]
 
     def tensors(self) -> list[torch.Tensor]:
-        return [x for x in (self._keys, self._values) if x is not None]
+        return [x.whole for x in self._buffers]
 
     @property
     def logical_bytes(self) -> int:
-        return sum(x[:, : self._length].numel() * x.element_size() for x in self.tensors())
+        return sum(x.used.nbytes for x in self._buffers)
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,14 @@ from collections.abc import Callable
 import torch
 
 from ..attention import cached_attention
-from .base import LayerStorage
+from .base import GROWTH, LayerStorage
 
 
 class Segments(ABC):
     """Equally long segments: keys and values of N heads, [N, S, D]."""
+
+    growth: int = GROWTH
+    """Tokens that a segment makes room for when it grows."""
 
     @abstractmethod
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -90,6 +93,7 @@ class SegmentedLayer(LayerStorage):
         keys, values = keys.reshape(-1, n, dim), values.reshape(-1, n, dim)
         if valid is None:
             for index, segments in self._groups:
+                segments.growth = self.growth
                 segments.append(_rows(keys, index), _rows(values, index))
             return
         counts = valid[:, None] if valid.dim() == 2 else valid
@@ -101,6 +105,7 @@ class SegmentedLayer(LayerStorage):
                 within = (mine == count).nonzero()[:, 0]
                 part = segments if len(within) == len(index) else segments.take(within)
                 if count:
+                    part.growth = self.growth
                     part.append(keys[index[within], n - count :], values[index[within], n - count :])
                 groups.append((index[within], part))
         self._groups = groups
