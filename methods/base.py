@@ -29,7 +29,7 @@ from .sharing.base import Sharing
 from .sharing.plan import FULL, LINEAR, SLIDING, Plan, Use, plan_of
 from .sharing.recurrent import RecurrentLayer
 from .storage.base import KVShape, LayerStorage, Storage
-from .storage.dense import Dense
+from .storage.dense import HIDDEN, Dense
 
 
 @dataclass(frozen=True)
@@ -159,14 +159,23 @@ class Method:
         """Bytes of the cache that a decode step reads: each cache layer once for each layer that attends over it."""
         plan, shape = plan_of(config.get_text_config()), kv_shape(config, dtype)
         windows = sum(plan.consumers(SLIDING))
-        return self._bytes(shape, plan.consumers(FULL), windows, prompt_length, new_tokens)
+        return self._bytes(shape, plan.consumers(FULL), windows, prompt_length, new_tokens, read=True)
 
-    def _bytes(self, shape: KVShape, times: Sequence[int], windows: int, prompt_length: int, new_tokens: int) -> int:
+    def _bytes(
+        self,
+        shape: KVShape,
+        times: Sequence[int],
+        windows: int,
+        prompt_length: int,
+        new_tokens: int,
+        read: bool = False,
+    ) -> int:
         """By the formula, with the l-th layer of full attention counted ``times[l]`` times, and ``windows`` windows."""
         tokens = self.selection.kept_tokens(prompt_length, new_tokens, shape.layers)
         tokens = [n for n, count in zip(tokens, times, strict=True) for _ in range(count)]
+        formula = self.storage.bytes_read_formula if read else self.storage.bytes_formula
         heads = shape.query_heads if self.selection.stores_query_heads else shape.kv_heads
-        stored = self.storage.bytes_formula(tokens, heads, shape, new_tokens)
+        stored = formula(tokens, heads, shape, new_tokens)
         state = self.selection.state_bytes(prompt_length, new_tokens, shape.layers, heads)
         return stored + state + replace(shape, sliding_layers=windows).fixed_bytes(prompt_length + new_tokens)
 
@@ -240,6 +249,8 @@ class CacheLayer(PromptReader):
     def __init__(self, layer_idx: int, num_layers: int, selection: Selection, state: Any, storage: LayerStorage):
         super().__init__(layer_idx, num_layers, selection.observation_window)
         self.selection, self.state, self.storage = selection, state, storage
+        if selection.evicts_while_decoding:  # more slots than steps between two moves are never in use
+            storage.growth = HIDDEN
         self.reading = not selection.reads_prompt_by_steps
 
     def names(self) -> str:
@@ -493,8 +504,9 @@ class KVCache(Cache):
         Only a hint: fewer or more may come. Room that a layer has beyond its tokens counts as stored.
         """
         for layer in self.layers:
-            if isinstance(layer, CacheLayer) and not layer.evicts_while_decoding:
-                layer.storage.growth = max(1, new_tokens)
+            if isinstance(layer, CacheLayer):
+                slots = min(new_tokens, layer.storage.growth) if layer.evicts_while_decoding else new_tokens
+                layer.storage.expected = slots
 
     @property
     def can_freeze(self) -> bool:

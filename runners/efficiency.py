@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..conf.errors import InputError, require
+from ..conf.errors import InputError, is_whole, require
 from ..methods.base import Method
 from ..models.base import ModelSource
 from ..tasks.workload import Search, Workload
@@ -65,10 +65,10 @@ class EfficiencyRunner(PairedRunner):
         at = "runner."
         for key, least in (("warmups", 0), ("repeats", 1)):
             value = getattr(self, key)
-            require(isinstance(value, int) and value >= least, at + key, value, f"must be a whole number >= {least}")
+            require(is_whole(value, least), at + key, value, f"must be a whole number >= {least}")
         require(isinstance(self.cuda_graph, bool), at + "cuda_graph", self.cuda_graph, "must be true or false")
         limit = self.memory_limit_gib
-        ok = limit is None or (isinstance(limit, int | float) and limit > 0)
+        ok = limit is None or (isinstance(limit, int | float) and limit is not True and 0 < limit < float("inf"))
         require(ok, at + "memory_limit_gib", limit, "must be a number above 0, or null")
 
     def run(
@@ -112,7 +112,7 @@ class EfficiencyRunner(PairedRunner):
                 **({"memory_limit_gib": self.memory_limit_gib} if searches else {}),
             },
             # A time is that of some code: after a change the baseline is measured again with the rest.
-            "code": made_by["git"]["sha"],
+            "code": provenance.code_id(made_by["git"]),
             "torch": made_by["packages"].get("torch"),
         }
         runs = [
@@ -165,8 +165,8 @@ class EfficiencyRunner(PairedRunner):
     def _measure_largest(self, job: Job, task: Search, log: Path) -> tuple[str, dict[str, Any]]:
         limit = None if self.memory_limit_gib is None else int(self.memory_limit_gib * GIB)
         found = search(SearchJob(job, task, limit, log))
-        log.unlink()  # what is found stands in the record; a search that is asked for again begins anew
         if found["largest"] is None:
+            log.unlink()  # what is found stands in the record; a search that is asked for again begins anew
             problem = f"not even {task.what}={task.step} fits"
             return "oom", {"problem": problem, "search": found}
         value = found["largest"]
@@ -181,6 +181,7 @@ class EfficiencyRunner(PairedRunner):
                 value = smaller
             else:
                 break
+        log.unlink()
         return "done", {**results, "batch_size": batch_size, "search": {**found, "measured_at": value}}
 
 

@@ -8,6 +8,7 @@ changes its shape with the tokens, run as they are; a record says which it was, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,9 @@ from ..methods.base import KVCache
 from .engine import FOLLOWS_LENGTH, decode, rope_type
 
 EAGER, GRAPH = "eager", "cuda graph"
+
+SCARCE = 4 << 30
+"""Bytes of a device's memory below which the allocator is emptied before a step is recorded."""
 
 
 @dataclass
@@ -72,10 +76,12 @@ class Stepper:
 def recording(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
     """Write down what is queued on the current device instead of running it.
 
-    Not ``torch.cuda.graph``, which empties the allocator first: the next prompt would pay for that.
+    Not ``torch.cuda.graph``, which always empties the allocator first: the next prompt would pay for that.
     """
     torch.cuda.synchronize()
-    side = torch.cuda.Stream()
+    if torch.cuda.mem_get_info()[0] < SCARCE:  # while recording, the allocator gives back nothing that it keeps
+        torch.cuda.empty_cache()
+    side = _side_stream(torch.cuda.current_device())
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         graph.capture_begin()
@@ -84,6 +90,12 @@ def recording(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
         finally:
             graph.capture_end()
     torch.cuda.current_stream().wait_stream(side)
+
+
+@functools.cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """One stream for all recordings: libraries keep a workspace for each stream that they have seen, for ever."""
+    return torch.cuda.Stream(device)
 
 
 def _is_spread(model: PreTrainedModel) -> bool:

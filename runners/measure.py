@@ -146,12 +146,7 @@ def copy_bandwidth(device: str, size: int = COPY_BYTES, copies: int = COPIES) ->
         if is_out_of_memory(error):
             return None
         raise
-    best = float("inf")
-    for _ in range(copies):
-        start = now(device)
-        target.copy_(source)
-        best = min(best, now(device) - start)
-    return 2 * size / best
+    return 2 * size / _best_time(device, lambda: target.copy_(source), copies)
 
 
 def read_bandwidth(device: str, size: int = COPY_BYTES, repeats: int = COPIES) -> float | None:
@@ -166,12 +161,18 @@ def read_bandwidth(device: str, size: int = COPY_BYTES, repeats: int = COPIES) -
             return None
         raise
     vector = torch.ones(matrix.shape[1], device=device)
-    best = float("inf")
+    return matrix.nbytes / _best_time(device, lambda: torch.mv(matrix, vector), repeats)
+
+
+def _best_time(device: str, work: Callable[[], object], repeats: int) -> float:
+    """Seconds of the fastest of several calls, queued one behind the other: no start of a call is in them."""
+    work()
+    watch = Stopwatch(device)
+    watch.mark()
     for _ in range(repeats):
-        start = now(device)
-        torch.mv(matrix, vector)
-        best = min(best, now(device) - start)
-    return matrix.nbytes / best
+        work()
+        watch.mark()
+    return min(watch.seconds())
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -58,6 +59,18 @@ def _git() -> dict[str, Any]:
         return {"sha": None, "dirty": None}  # an installed copy: the repository around it, if any, is another one
     changed = ask("status", "--porcelain", "--untracked-files=all", "--", *code)
     return {"sha": ask("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
+
+
+def code_id(git: dict[str, Any]) -> str:
+    """What tells this code from other code: its commit, and a hash of its sources where they are not that commit's."""
+    if git["sha"] is not None and git["dirty"] is False:
+        return str(git["sha"])
+    root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
+    for folder in CODE:
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix in (".py", ".yaml"):
+                digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return f"{git['sha'] or 'installed'}+{digest.hexdigest()[:12]}"
 
 
 def _packages() -> dict[str, str]:

@@ -163,6 +163,6 @@ class RunFolder:
 def _disk_error(error: OSError, path: Path) -> Exception:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return InputError("results_dir", path, "the disk is full; free some space and run again: it continues here")
-    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT):
         return InputError("results_dir", path, "cannot be written")
     return error

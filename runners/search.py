@@ -73,6 +73,9 @@ def search_pass(todo: SearchJob) -> dict[str, Any]:
     ceiling, stopped_by = todo.search.most, "most"
     positions = todo.search.within(loaded.max_positions)
     if positions is not None and positions < todo.search.step:
+        if positions < 1:
+            problem = f"leaves no room for a prompt in the {loaded.max_positions} positions of {loaded.name}"
+            raise InputError("task.new_tokens", todo.search.new_tokens, problem)
         problem = f"and the new tokens are beyond the {loaded.max_positions} positions of {loaded.name}"
         raise InputError("task.step", todo.search.step, problem)
     take_workspaces(loaded.model, _batch(job, todo.search, todo.search.step, loaded), job)

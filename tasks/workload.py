@@ -58,9 +58,11 @@ class Search(Described):
         most: never try more; None: until memory or the model's positions end it.
         step: sizes are multiples of it.
         tolerance: share of the answer that it may be too small by; 0: exact to the step.
+        new_tokens: to generate for each request.
     """
 
     what: ClassVar[str]
+    new_tokens: int
     start: int
     most: int | None
     step: int

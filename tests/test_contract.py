@@ -22,7 +22,7 @@ from kvbench.methods.base import Method, kv_shape
 from kvbench.methods.fan_out import FanOutCache
 from kvbench.methods.selection.pyramid_infer import PyramidInfer
 from kvbench.methods.storage import buffer, dense
-from kvbench.methods.storage.base import GROWTH
+from kvbench.methods.storage.buffer import GROWTH
 from kvbench.runners import engine
 from kvbench.runners.engine import decode, feed, generate, prefill, score
 
@@ -130,29 +130,29 @@ def test_room_for_what_is_to_come_is_made_once(text, monkeypatch):
     cache = method.new_cache(model)
     if cache.recomputes or method.selection.evicts_while_decoding or method.storage.name.startswith("hf"):
         return  # no buffers; as many tokens as before; a library's own
-    steps, tensors, times = GROWTH + 40, [], {}
+    steps, made, again = GROWTH + 40, {}, []
 
     def watched(x, *args, real=buffer.grown, **how):
-        tensors.append(real(x, *args, **how))  # kept, so that no address is used again
-        times[tensors[-1].data_ptr()] = times.get(x.data_ptr(), 0) + 1
-        return tensors[-1]
+        if x.data_ptr() in made:
+            again.append(x.shape)
+        out = real(x, *args, **how)
+        made[out.data_ptr()] = out  # kept, so that no address is used again
+        return out
 
     for module in (buffer, dense):
         monkeypatch.setattr(module, "grown", watched)
     cache.expect(steps)
     prefill(model, cache, prompt_ids(LONG))
-    held = cache.kv_bytes_stored
     for token in some_tokens(steps):
         decode(model, cache, token)
-    assert set(times.values()) == {1}
-    without, times = method.new_cache(model), {}
+    assert made and not again  # not even at the first step: the prompt was written to where there is room
+    without = method.new_cache(model)
     prefill(model, without, prompt_ids(LONG))
-    assert without.kv_bytes_stored == held
     for token in some_tokens(steps):
         decode(model, without, token)
-    assert max(times.values()) >= 2 or method.storage.residual >= GROWTH  # a block or none in so many steps
+    assert again or method.storage.residual >= GROWTH  # a block or none in so many steps
     assert cache.kv_bytes_logical == without.kv_bytes_logical
-    assert cache.kv_bytes_stored <= without.kv_bytes_stored * 1.05
+    assert cache.kv_bytes_stored <= without.kv_bytes_stored * 1.001
 
 
 @pytest.mark.parametrize("text", METHODS)

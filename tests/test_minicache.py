@@ -15,6 +15,7 @@ from kvbench.methods.base import Method, kv_shape
 from kvbench.methods.selection.snapkv import SnapKV
 from kvbench.methods.storage.base import KVShape
 from kvbench.methods.storage.minicache import MiniCache, Pair, PairLayer, angle_between, slerp
+from kvbench.runners.cli import named_method
 from kvbench.runners.engine import decode, prefill
 
 
@@ -221,6 +222,33 @@ def test_ratios_of_a_7b_model(start, gamma, ratio):
     full = 2 * 32 * 32 * 128 * 2 * 10000
     ours = MiniCache(start, gamma=gamma).bytes_formula([10000] * 32, 32, shape)
     assert full / ours == pytest.approx(ratio, abs=2e-3)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("text", ["minicache", "minicache_kivi4 storage.residual=16 storage.group=8"])
+def test_a_step_reads_what_is_shared_once_for_each_layer(text):
+    """Counted from the tensors that each layer's attention multiplies with; merging saves room, and little reading."""
+    model, length = tiny_model(dtype=torch.float32), 64
+    method = named_method(text)
+    cache = method.new_cache(model)
+    prefill(model, cache, prompt_ids(length))
+    read = sum(cache.layers[0].storage.read()[i].nbytes for i in range(2)) if text == "minicache" else 0
+    if text != "minicache":
+        read = sum(t.nbytes for t in cache.layers[0].tensors())
+    for layer in cache.layers[1:]:
+        storage = layer.storage
+        which, pair = (storage.which, storage.pair) if text == "minicache" else pair_behind(storage)
+        for merged in (pair.keys, pair.values):
+            read += sum(t.nbytes for t in merged.directions.tensors()) + merged.retained.nbytes
+            read += merged.lengths.used[which].nbytes + merged.exact[which].nbytes
+    assert method.bytes_read_formula(model.config, model.dtype, length) == read
+    assert read > method.bytes_formula(kv_shape(model.config, model.dtype), length)
+
+
+def pair_behind(storage):
+    """(which, pair) of a layer of segments."""
+    ((_, segments),) = storage._groups
+    return segments.which, segments.pair
 
 
 def test_what_cannot_be_composed_says_so():

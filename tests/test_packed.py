@@ -263,7 +263,8 @@ def test_a_step_over_packed_codes_is_faster_than_expanding_them():
 def test_a_step_over_shared_directions_is_a_step_over_what_is_read(retention, gamma, kind, padded):
     """Both layers of a pair, with retained tokens, later tokens, and rows of different lengths."""
     heads, dim, groups, n = 2, 32, 3, 64
-    directions = (lambda x, _: Directions(x)) if kind == "plain" else (lambda x, k: QuantizedDirections(x, 4, 32, k))
+    packed = lambda x, is_keys, room: QuantizedDirections(x, 4, 32, is_keys, room)  # noqa: E731
+    directions = (lambda x, _, room: Directions(x, room)) if kind == "plain" else packed
     block = 1 if kind == "plain" else 32
     pair = Pair(0.6, gamma, retention, block, directions)
     valid = torch.arange(n)[None] >= torch.tensor([[0], [11]])

@@ -140,6 +140,32 @@ def test_a_run_of_a_search_is_measured_at_its_largest_size_and_compared(tmp_path
     assert "largest batch" in done.stdout and "batch None" not in done.stdout
 
 
+def test_a_run_that_is_cut_off_while_it_is_timed_searches_no_more(tmp_path, monkeypatch):
+    from kvbench.runners import efficiency
+
+    command = ("task=max_batch", "task.prompt_tokens=40", "task.new_tokens=4", "task.most=2", "task.start=2")
+    rest = ("runner=efficiency", "runner.repeats=1", "model=random", "model.shape=tiny", "device=cpu")
+    arguments = ("run", "method=full", *command, *rest, f"results_dir={tmp_path}", "runner.pair_with=[]")
+    real = efficiency._passes
+
+    def cut_off(job):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(efficiency, "_passes", cut_off)
+    assert kvbench(*arguments).returncode != 0
+    (log,) = tmp_path.rglob(efficiency.TRIED)
+    tried = log.read_text()
+    assert '"value": 2' in tried
+    during = []
+    monkeypatch.setattr(efficiency, "_passes", lambda job: during.append(log.read_text()) or real(job))
+    done = kvbench(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert during == [tried.splitlines(keepends=True)[-1]]  # with the same peak to the byte: it was not tried again
+    assert not log.exists()
+    (record,) = (json.loads(p.read_text()) for p in tmp_path.rglob("record.json"))
+    assert record["search"]["largest"] == record["search"]["measured_at"] == 2
+
+
 def test_nothing_fits_is_out_of_memory_and_no_crash(tmp_path):
     command = ("task=max_context", "task.start=512", "runner.memory_limit_gib=0.01", "runner.pair_with=[]")
     rest = ("runner=efficiency", "runner.repeats=1", "model=random", "model.shape=tiny", "device=cpu")

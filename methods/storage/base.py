@@ -13,9 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ..attention import cached_attention
-
-GROWTH = 128
-"""Slots added at a time when a layer grows, so that a step writes in place instead of copying the whole layer."""
+from .buffer import Growing
 
 
 @dataclass(frozen=True)
@@ -60,16 +58,13 @@ def slots_that_stay(stay: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | No
     return slots, None if bool(valid.all()) else valid
 
 
-class LayerStorage(ABC):
+class LayerStorage(Growing, ABC):
     """Keys and values of one layer for one batch.
 
     Slots are in the order of the tokens. ``valid`` masks [B, 1 or H, S] mark the slots that hold a real token: rows
     (or heads) of a batch that keep fewer tokens than the longest one are padded on the left, and a token that was
     dropped may leave a hole.
     """
-
-    growth: int = GROWTH
-    """Slots added when a layer grows: :data:`GROWTH`, or as many as are known to come after the prompt."""
 
     @abstractmethod
     def write(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
@@ -192,3 +187,7 @@ class Storage(ABC):
             shape: the model's.
             new_tokens: how many tokens came after the prompt.
         """
+
+    def bytes_read_formula(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int = 0) -> int:
+        """Bytes that a decode step reads of it: what several layers share, as often as they do."""
+        return self.bytes_formula(tokens, heads, shape, new_tokens)

@@ -4,6 +4,29 @@ from __future__ import annotations
 
 import torch
 
+GROWTH = 128
+"""Slots added at a time when a layer grows, so that a step writes in place instead of copying the whole layer."""
+
+
+class Growing:
+    """What holds tokens in buffers.
+
+    Attributes:
+        expected: tokens known to come beside those held, counted down as they come.
+        growth: slots to add where nothing is known of that.
+    """
+
+    expected: int = 0
+    growth: int = GROWTH
+
+    def capacity(self, length: int, n: int) -> int:
+        """Slots of a buffer that is full when the last ``n`` of ``length`` tokens come."""
+        return length + self.expected if self.expected else max(length, length - n + self.growth)
+
+    def count_down(self, n: int) -> None:
+        """``n`` tokens come now."""
+        self.expected = max(0, self.expected - n)
+
 
 def grown(x: torch.Tensor, used: int, capacity: int, dim: int = 2) -> torch.Tensor:
     """A buffer of ``capacity`` slots in dimension ``dim`` that begins with the ``used`` slots of ``x``."""
@@ -16,23 +39,25 @@ class Buffer:
     """A tensor of which the first ``length`` slots of dimension ``dim`` are in use.
 
     Args:
-        x: what it begins with; it is written to, so it must be nobody else's.
+        x: what it begins with; copied.
         dim: the dimension that grows.
+        capacity: slots to make room for, those of ``x`` included.
     """
 
-    def __init__(self, x: torch.Tensor, dim: int):
-        self.whole, self.dim, self.length = x, dim, x.shape[dim]
+    def __init__(self, x: torch.Tensor, dim: int, capacity: int = 0):
+        self.dim, self.length = dim, x.shape[dim]
+        self.whole = grown(x, self.length, max(capacity, self.length), dim)
 
     @property
     def used(self) -> torch.Tensor:
         """The slots in use, as a view."""
         return self.whole.narrow(self.dim, 0, self.length)
 
-    def append(self, x: torch.Tensor, growth: int) -> None:
-        """Add further slots; where there is no room for them, make room for ``growth`` of them or more."""
+    def append(self, x: torch.Tensor, capacity: int) -> None:
+        """Add further slots; where there is no room for them, make it a buffer of ``capacity`` slots or more."""
         n = x.shape[self.dim]
         if self.length + n > self.whole.shape[self.dim]:
-            self.whole = grown(self.whole, self.length, self.length + max(n, growth), self.dim)
+            self.whole = grown(self.whole, self.length, max(self.length + n, capacity), self.dim)
         self.whole.narrow(self.dim, self.length, n).copy_(x)
         self.length += n
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .base import GROWTH, KVShape, LayerStorage, Storage
+from .base import KVShape, LayerStorage, Storage
 from .buffer import grown
 from .packed import has_kernels
 
@@ -19,8 +19,9 @@ HIDDEN = 64
 class DenseLayer(LayerStorage):
     """[B, H, capacity, D] buffers of which the first ``length`` slots are in use.
 
-    ``write`` allocates exactly what it is given; the first ``append`` after it makes room for ``growth`` tokens.
-    That room is the only difference between stored and logical bytes in a batch whose rows are equally long.
+    ``write`` makes room for what it is given and for the tokens that are ``expected``; an ``append`` that finds none,
+    for ``growth`` tokens. That room is the only difference between stored and logical bytes in a batch whose rows are
+    equally long.
     """
 
     def __init__(self) -> None:
@@ -33,10 +34,10 @@ class DenseLayer(LayerStorage):
 
     def write(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         # A copy, always: a slice, or a view of a fused projection, would keep its whole parent in memory.
-        self._keys = keys.clone(memory_format=torch.contiguous_format)
-        self._values = values.clone(memory_format=torch.contiguous_format)
-        self._valid = None if valid is None else valid.clone(memory_format=torch.contiguous_format)
         self.length = keys.shape[2]
+        self._keys, self._values, self._valid = (
+            None if x is None else grown(x, self.length, self.length + self.expected) for x in (keys, values, valid)
+        )
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         n, start = keys.shape[2], self.length
@@ -50,8 +51,9 @@ class DenseLayer(LayerStorage):
             self._valid.index_fill_(2, self._next, True)
             self._next += 1
             return
+        self.count_down(n)
         if start + n > self._keys.shape[2]:
-            capacity = start + max(n, self.growth)
+            capacity = self.capacity(start + n, n)
             self._keys = grown(self._keys, start, capacity)
             self._values = grown(self._values, start, capacity)
             if self._valid is not None:
@@ -90,7 +92,7 @@ class DenseLayer(LayerStorage):
             keys, values = keys.gather(2, index), values.gather(2, index)
         count = keys.shape[2]
         assert self._keys is not None and self._values is not None
-        if self._keys.shape[2] > count + GROWTH:  # memory worth giving back
+        if self._keys.shape[2] > count + self.growth:  # memory worth giving back
             self._keys, self._values = keys, values
         else:
             self._keys[:, :, :count] = keys
@@ -107,12 +109,17 @@ class DenseLayer(LayerStorage):
 
     def freeze(self, room: int) -> None:
         keys, values, valid = self.read()
-        capacity = self.length + room
+        assert self._keys is not None and self._values is not None
+        capacity = max(self.length + room, self._keys.shape[2])
         heads = 1 if valid is None else valid.shape[1]
         there = torch.zeros(keys.shape[0], heads, capacity, dtype=torch.bool, device=keys.device)
         there[:, :, : self.length] = True if valid is None else valid
         # Zeros, not whatever was there: a weight of zero times a NaN is a NaN.
-        self._keys, self._values = (F.pad(x, (0, 0, 0, room)) for x in (keys, values))
+        if self._keys.shape[2] == capacity:
+            self._keys[:, :, self.length :], self._values[:, :, self.length :] = 0, 0
+        else:
+            more = capacity - self.length
+            self._keys, self._values = (F.pad(x, (0, 0, 0, more)) for x in (keys, values))
         self._valid, self._next = there, torch.tensor([self.length], device=keys.device)
         self.length = capacity
 

@@ -56,18 +56,21 @@ class KiviSegments(Segments):
         full = self._keys.shape[1] // self.residual * self.residual
         if full:
             blocks = self._keys[:, :full].unflatten(1, (-1, self.residual)).transpose(2, 3)
-            self._blocks = self._added(self._blocks, quantize(blocks, self.bits, self.group), full)
+            in_blocks = (self.length + self.expected) // self.residual * self.residual
+            self._blocks = self._added(self._blocks, quantize(blocks, self.bits, self.group), full, in_blocks)
             self._keys = self._keys[:, full:].clone()
         over = self._values.shape[1] - self.residual
         if over > 0:
             channels = channels_together(self.group, self._values.shape[2], self.bits)
-            self._old = self._added(self._old, quantize(self._values[:, :over], self.bits, channels), over)
+            rounded = self.length + self.expected - self.residual
+            self._old = self._added(self._old, quantize(self._values[:, :over], self.bits, channels), over, rounded)
             self._values = self._values[:, over:].clone()
 
-    def _added(self, before: QuantizedBuffer | None, more: Quantized, tokens: int) -> QuantizedBuffer:
+    def _added(self, before: QuantizedBuffer | None, more: Quantized, tokens: int, in_the_end: int) -> QuantizedBuffer:
+        """``in_the_end``: tokens that this will hold once the expected ones have come."""
         if before is None:
-            return QuantizedBuffer(more, 1, tokens)
-        before.append(more, tokens, self.growth)
+            return QuantizedBuffer(more, 1, tokens, in_the_end)
+        before.append(more, tokens, in_the_end if self.expected else before.tokens + max(tokens, self.growth))
         return before
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,8 +29,8 @@ import torch.nn.functional as F
 
 from ...conf.errors import InputError, require
 from ..attention import exact_products
-from .base import GROWTH, KVShape, LayerStorage, Storage
-from .buffer import Buffer
+from .base import KVShape, LayerStorage, Storage
+from .buffer import Buffer, Growing
 from .dense import DenseLayer
 
 RETENTIONS = ("top_ratio", "range_distinct", "range_literal")
@@ -58,14 +58,14 @@ def slerp(lower: torch.Tensor, upper: torch.Tensor, t: float) -> torch.Tensor:
 
 
 class Directions:
-    """Shared directions of merged tokens, as they are: [B, H, tokens, D]."""
+    """Shared directions of merged tokens, as they are: [B, H, tokens, D]; ``capacity``: tokens to make room for."""
 
-    def __init__(self, x: torch.Tensor):
-        self._x = Buffer(x, dim=2)
+    def __init__(self, x: torch.Tensor, capacity: int = 0):
+        self._x = Buffer(x, 2, capacity)
 
-    def append(self, x: torch.Tensor, growth: int) -> None:
-        """Directions [B, H, n, D] of further tokens; where there is no room, make some for ``growth`` tokens."""
-        self._x.append(x, growth)
+    def append(self, x: torch.Tensor, capacity: int) -> None:
+        """Directions [B, H, n, D] of further tokens; where there is no room, make it for ``capacity`` in all."""
+        self._x.append(x, capacity)
 
     def multiply_into(self, lengths: torch.Tensor, out: torch.Tensor) -> None:
         """Vectors of these ``lengths`` [B, H, tokens] into ``out`` [B, H, tokens, D]."""
@@ -154,13 +154,13 @@ class Merged:
         return Merged(self.directions.take(index), lengths, self.retained[index], exact, threshold, self.spare)
 
 
-class Pair:
+class Pair(Growing):
     """Two layers. Each appends its own new tokens; when the upper one is done with a step they are merged.
 
     Args:
         t, gamma, retention: see :class:`MiniCache`.
         block: tokens are merged so many at a time; those of an incomplete block wait as they are.
-        new_directions: (directions [B, H, n, D], whether they are keys') -> how they are held.
+        new_directions: (directions [B, H, n, D], whether they are keys', tokens to make room for) -> how they are held.
     """
 
     def __init__(
@@ -169,11 +169,10 @@ class Pair:
         gamma: float,
         retention: str,
         block: int = 1,
-        new_directions: Callable[[torch.Tensor, bool], Directions] = lambda x, _: Directions(x),
+        new_directions: Callable[[torch.Tensor, bool, int], Directions] = lambda x, _, room: Directions(x, room),
     ):
         self.t, self.gamma, self.retention = t, gamma, retention
         self.block, self.new_directions = block, new_directions
-        self.growth = GROWTH  # tokens to make room for when it grows
         self.length = 0  # slots merged
         self.valid: torch.Tensor | None = None  # [B, 1, S], of all slots, merged and new
         self.keys: Merged | None = None
@@ -272,8 +271,11 @@ class Pair:
             return
         valid = None if self.valid is None else self.valid[..., self.length : self.length + n]
         keys, values = ((lower[i][:, :, :n], upper[i][:, :, :n]) for i in range(2))
-        self.keys = self._merged(self.keys, *keys, valid, is_keys=True)
-        self.values = self._merged(self.values, *values, valid, is_keys=False)
+        capacity = self.capacity(self.length + n, n)
+        if self.expected:
+            capacity = (self.length + waiting + self.expected) // self.block * self.block
+        self.keys = self._merged(self.keys, *keys, valid, True, capacity)
+        self.values = self._merged(self.values, *values, valid, False, capacity)
         self.length += n
         if n == waiting:
             self.new = [None, None]
@@ -287,6 +289,7 @@ class Pair:
         upper: torch.Tensor,
         valid: torch.Tensor | None,
         is_keys: bool,
+        capacity: int,
     ) -> Merged:
         exact = torch.promote_types(lower.dtype, torch.float32)
         both = torch.stack([lower, upper]).to(exact)
@@ -308,13 +311,16 @@ class Pair:
         direction, lengths = direction.to(lower.dtype), lengths.to(lower.dtype)
         if before is not None:
             before.retain(retain, self.length, torch.stack([lower, upper]))
-            before.directions.append(direction, self.growth)
-            before.lengths.append(lengths, self.growth)
+            before.directions.append(direction, capacity)
+            before.lengths.append(lengths, capacity)
             return before
+        if not self.expected:  # a prompt alone takes what it takes
+            capacity = 0
         index, kept = _slots(retain)
         at = index.long().clamp(min=0)[..., None].expand(-1, -1, -1, lower.shape[3])
         exact_tokens = torch.stack([x.gather(2, at) for x in (lower, upper)]) * kept[..., None].to(lower.dtype)
-        return Merged(self.new_directions(direction, is_keys), Buffer(lengths, dim=3), index, exact_tokens, threshold)
+        held = self.new_directions(direction, is_keys, capacity)
+        return Merged(held, Buffer(lengths, 3, capacity), index, exact_tokens, threshold)
 
     def _retain(
         self, angle: torch.Tensor, must: torch.Tensor, real: torch.Tensor
@@ -342,7 +348,7 @@ class Pair:
         key = tuple(index.tolist())
         if key not in self._parts:
             part = Pair(self.t, self.gamma, self.retention, self.block, self.new_directions)
-            part.length, part.growth = self.length, self.growth
+            part.length = self.length
             part.valid = None if self.valid is None else self.valid[index]
             part.keys, part.values = (None if m is None else m.take(index) for m in (self.keys, self.values))
             part.new = [None if x is None else (x[0][index], x[1][index]) for x in self.new]
@@ -396,11 +402,13 @@ class PairLayer(LayerStorage):
         self.pair, self.which = pair, which
 
     def write(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        self.pair.expected = self.expected
         self.pair.append(self.which, keys, values, valid)
         self.settle()
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
-        self.pair.growth = self.growth
+        self.count_down(keys.shape[2])
+        self.pair.growth, self.pair.expected = self.growth, self.expected
         self.pair.append(self.which, keys, values, None if valid is None else valid[:, None])
 
     def attend(self, query: torch.Tensor, scaling: float, valid: torch.Tensor | None) -> torch.Tensor:
@@ -493,6 +501,14 @@ class MiniCache(Storage):
         ``top_ratio`` retains a share of the prompt and no later token. The range rules retain a number of tokens that
         depends on the data: the formula then counts none.
         """
+        return self._bytes(tokens, heads, shape, new_tokens, readers=1)
+
+    def bytes_read_formula(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int = 0) -> int:
+        """Both layers of a pair read its directions, and where what is retained stands: merging saves no reading."""
+        return self._bytes(tokens, heads, shape, new_tokens, readers=2)
+
+    def _bytes(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int, readers: int) -> int:
+        """What a pair's layers share counted ``readers`` times."""
         size, dim = shape.element_bytes, shape.head_dim
         start = self.first_pair(len(tokens))
         pairs = (len(tokens) - start) // 2
@@ -501,5 +517,6 @@ class MiniCache(Storage):
             retained = held
             if self.gamma < 1:
                 retained = math.ceil(self.gamma * (held - new_tokens)) if self.retention == "top_ratio" else 0
-            total += 2 * heads * (held * (dim + 2) * size + retained * (2 * dim * size + 4))
+            shared = held * dim * size + retained * 4
+            total += 2 * heads * (readers * shared + held * 2 * size + retained * 2 * dim * size)
         return total

@@ -36,11 +36,12 @@ class QuantizedDirections(Directions):
         x: [B, H, n, D]; for keys, n fills whole groups.
         bits, group: see :class:`.kivi.Kivi`.
         is_keys: which of the two.
+        capacity: tokens to make room for.
     """
 
-    def __init__(self, x: torch.Tensor, bits: int, group: int, is_keys: bool):
+    def __init__(self, x: torch.Tensor, bits: int, group: int, is_keys: bool, capacity: int = 0):
         self.bits, self.group, self.is_keys = bits, group, is_keys
-        self._codes = QuantizedBuffer(self._quantized(x), 3 if is_keys else 2, x.shape[2])
+        self._codes = QuantizedBuffer(self._quantized(x), 3 if is_keys else 2, x.shape[2], capacity)
 
     def _quantized(self, x: torch.Tensor) -> Quantized:
         """Keys: [B, H, D, n] codes, tokens last; values: [B, H, n, D]."""
@@ -48,8 +49,8 @@ class QuantizedDirections(Directions):
             return quantize(x.transpose(2, 3), self.bits, self.group)
         return quantize(x, self.bits, channels_together(self.group, x.shape[3], self.bits))
 
-    def append(self, x: torch.Tensor, growth: int) -> None:
-        self._codes.append(self._quantized(x), x.shape[2], growth)
+    def append(self, x: torch.Tensor, capacity: int) -> None:
+        self._codes.append(self._quantized(x), x.shape[2], capacity)
 
     def multiply_into(self, lengths: torch.Tensor, out: torch.Tensor) -> None:
         dequantize_into(self._codes.used, self.bits, out.transpose(2, 3) if self.is_keys else out)
@@ -86,7 +87,7 @@ class PairSegments(Segments):
         self.pair, self.which = pair, which
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.pair.growth = self.growth
+        self.pair.growth, self.pair.expected = self.growth, self.expected
         self.pair.append(self.which, keys[:, None], values[:, None], None)
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,8 +155,8 @@ class MiniCacheKivi(MiniCache):
     def _new_pair(self) -> list[LayerStorage]:
         pairs: list[Pair] = []  # the one under way: the lower layer, which is written first, begins it
 
-        def directions(x: torch.Tensor, is_keys: bool) -> Directions:
-            return QuantizedDirections(x, self.bits, self.group, is_keys)
+        def directions(x: torch.Tensor, is_keys: bool, capacity: int) -> Directions:
+            return QuantizedDirections(x, self.bits, self.group, is_keys, capacity)
 
         def lower() -> Segments:
             pairs[:] = [Pair(self.t, self.gamma, self.retention, self.residual, directions)]
@@ -169,6 +170,9 @@ class MiniCacheKivi(MiniCache):
         With ``top_ratio`` the share ``gamma`` is retained of the tokens that are merged first, the prompt's as a rule;
         the range rules retain a number of tokens that depends on the data, and the formula counts none.
         """
+        return self._bytes(tokens, heads, shape, new_tokens, readers=1)
+
+    def _bytes(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int, readers: int) -> int:
         size, dim = shape.element_bytes, shape.head_dim
         start = self.first_pair(len(tokens))
         pairs = (len(tokens) - start) // 2
@@ -183,5 +187,6 @@ class MiniCacheKivi(MiniCache):
             groups = merged // self.group * dim + merged * (dim // min(self.group, dim))
             codes = 2 * merged * dim * self.bits // 8 + 2 * 2 * groups
             unmerged = 2 * 2 * (held - merged) * dim * size
-            total += heads * (codes + 4 * merged * size + 2 * retained * (2 * dim * size + 4) + unmerged)
+            shared = codes + 2 * retained * 4
+            total += heads * (readers * shared + 4 * merged * size + 2 * retained * 2 * dim * size + unmerged)
         return total

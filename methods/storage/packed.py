@@ -65,10 +65,11 @@ class QuantizedBuffer:
     Args:
         first: what it begins with, which stands for so many ``tokens``.
         dim: the dimension that grows.
+        capacity: tokens to make room for, the first ones included.
     """
 
-    def __init__(self, first: Quantized, dim: int, tokens: int):
-        self._parts = [Buffer(x, dim) for x in first.tensors()]
+    def __init__(self, first: Quantized, dim: int, tokens: int, capacity: int = 0):
+        self._parts = [Buffer(x, dim, -(-capacity * x.shape[dim] // tokens)) for x in first.tensors()]
         self.dim, self.tokens = dim, tokens
 
     @property
@@ -76,10 +77,10 @@ class QuantizedBuffer:
         """What is held, as views."""
         return Quantized(*(x.used for x in self._parts))
 
-    def append(self, more: Quantized, tokens: int, growth: int) -> None:
-        """Add what stands for so many ``tokens``; where there is no room, make some for ``growth`` tokens or more."""
+    def append(self, more: Quantized, tokens: int, capacity: int) -> None:
+        """Add what stands for so many ``tokens``; where there is no room, make it a buffer of ``capacity`` tokens."""
         for mine, theirs in zip(self._parts, more.tensors(), strict=True):
-            mine.append(theirs, -(-growth // tokens) * theirs.shape[self.dim])
+            mine.append(theirs, -(-capacity * theirs.shape[self.dim] // tokens))
         self.tokens += tokens
 
     def take(self, index: torch.Tensor) -> QuantizedBuffer:

@@ -25,12 +25,11 @@ class DenseSegments(Segments):
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         if self._keys is None or self._values is None:
-            self._keys, self._values = (
-                Buffer(x.clone(memory_format=torch.contiguous_format), dim=1) for x in (keys, values)
-            )
+            self._keys, self._values = (Buffer(x, 1, keys.shape[1] + self.expected) for x in (keys, values))
             return
-        self._keys.append(keys, self.growth)
-        self._values.append(values, self.growth)
+        capacity = self.capacity(self._keys.length + keys.shape[1], keys.shape[1])
+        self._keys.append(keys, capacity)
+        self._values.append(values, capacity)
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._keys is not None and self._values is not None, "read before append"

@@ -14,14 +14,12 @@ from collections.abc import Callable
 import torch
 
 from ..attention import cached_attention
-from .base import GROWTH, LayerStorage
+from .base import LayerStorage
+from .buffer import Growing
 
 
-class Segments(ABC):
+class Segments(Growing, ABC):
     """Equally long segments: keys and values of N heads, [N, S, D]."""
-
-    growth: int = GROWTH
-    """Tokens that a segment makes room for when it grows."""
 
     @abstractmethod
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -80,20 +78,23 @@ class SegmentedLayer(LayerStorage):
         self._shape = (batch, heads, dim)
         everything = torch.arange(batch * heads, device=keys.device)
         self._groups = [(everything, self._new())]
-        self.append(keys, values, None if valid is None else valid.expand(batch, heads, slots))
+        self._add(keys, values, None if valid is None else valid.expand(batch, heads, slots))
         self.settle()
-        self.trim()
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
-        """``valid`` [B, n], or [B, H, n] in :meth:`write`; real tokens are the last of their row."""
-        batch, heads, n, dim = keys.shape
         if not self._groups:
             self.write(keys, values, None if valid is None else valid[:, None])
             return
+        self.count_down(keys.shape[2])
+        self._add(keys, values, valid)
+
+    def _add(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None) -> None:
+        """``valid`` [B, n], or [B, H, n]; real tokens are the last of their row."""
+        batch, heads, n, dim = keys.shape
         keys, values = keys.reshape(-1, n, dim), values.reshape(-1, n, dim)
         if valid is None:
             for index, segments in self._groups:
-                segments.growth = self.growth
+                segments.growth, segments.expected = self.growth, self.expected
                 segments.append(_rows(keys, index), _rows(values, index))
             return
         counts = valid[:, None] if valid.dim() == 2 else valid
@@ -105,7 +106,7 @@ class SegmentedLayer(LayerStorage):
                 within = (mine == count).nonzero()[:, 0]
                 part = segments if len(within) == len(index) else segments.take(within)
                 if count:
-                    part.growth = self.growth
+                    part.growth, part.expected = self.growth, self.expected
                     part.append(keys[index[within], n - count :], values[index[within], n - count :])
                 groups.append((index[within], part))
         self._groups = groups

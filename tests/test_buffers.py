@@ -1,0 +1,125 @@
+"""How much room storages make: that of what they hold in the end, once for all, when it is known what is to come."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import prompt_ids, tiny_model
+
+from kvbench.methods.base import Method, stored_bytes
+from kvbench.methods.selection.h2o import H2O
+from kvbench.methods.selection.streaming_llm import StreamingLLM
+from kvbench.methods.selection.tova import TOVA
+from kvbench.methods.storage.base import KVShape, LayerStorage, Storage
+from kvbench.methods.storage.buffer import GROWTH, Buffer
+from kvbench.methods.storage.dense import HIDDEN, Dense
+from kvbench.methods.storage.kivi import Kivi
+from kvbench.methods.storage.minicache import MiniCache
+from kvbench.methods.storage.minicache_kivi import MiniCacheKivi
+from kvbench.methods.storage.packed import QuantizedBuffer, quantize
+from kvbench.methods.storage.ragged import Ragged
+from kvbench.runners.engine import decode, prefill
+
+HEADS, DIM, LAYERS = 2, 128, 4
+SHAPE = KVShape(LAYERS, HEADS, DIM, 2, HEADS)
+
+
+def numbers(n: int, seed: int = 0) -> torch.Tensor:
+    """[1, HEADS, n, DIM] in 16 bits."""
+    return torch.randn(1, HEADS, n, DIM, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def filled(storage: Storage, prompt: int, new: int, expected: int) -> list[LayerStorage]:
+    """Layers after a prompt and ``new`` single tokens, of which ``expected`` were announced."""
+    layers = list(storage.new_layers(LAYERS))
+    for i, layer in enumerate(layers):
+        layer.expected = expected
+        layer.write(numbers(prompt, i), numbers(prompt, i + 9))
+    for token in range(new):
+        for i, layer in enumerate(layers):
+            layer.append(numbers(1, token + i), numbers(1, token + i + 9))
+            layer.settle()
+    return layers
+
+
+STORAGES = [Dense(), Ragged(), Kivi(2), Kivi(4), Kivi(8), Kivi(2, residual=32), MiniCache(), MiniCacheKivi()]
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=lambda s: f"{s.name}-{getattr(s, 'residual', 0)}")
+@pytest.mark.parametrize(("prompt", "new"), [(161, 338), (512, 256), (40, 100), (130, 1)])
+def test_in_the_end_it_is_the_formula(storage, prompt, new):
+    """Within 1 %, and for pairs of layers the places of tokens that may have to be retained (33 of keys and values)."""
+    layers = filled(storage, prompt, new, new)
+    stored = stored_bytes(t for layer in layers for t in layer.tensors())
+    formula = storage.bytes_formula([prompt + new] * LAYERS, HEADS, SHAPE, new)
+    places = 0
+    if isinstance(storage, MiniCache):
+        pairs = (LAYERS - storage.first_pair(LAYERS)) // 2
+        places = pairs * 2 * HEADS * 33 * (2 * DIM * 2 + 4)
+    assert stored >= sum(layer.logical_bytes for layer in layers)
+    assert stored <= 1.01 * formula + places
+    if not places:
+        assert stored >= formula
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=lambda s: f"{s.name}-{getattr(s, 'residual', 0)}")
+def test_more_tokens_than_announced_do_not_move_everything_each_time(storage):
+    layers = filled(storage, 161, 4, 4)
+    tensors, addresses = [], set()
+    for token in range(2 * GROWTH):
+        for layer in layers:
+            layer.append(numbers(1, token), numbers(1, token + 1))
+            layer.settle()
+        all_held = [t for layer in layers for t in layer.tensors()]
+        codes = [t for t in all_held if t.dtype == torch.uint8]  # beside them the recent tokens are few
+        held = max(codes or all_held, key=lambda t: t.nbytes)
+        tensors.append(held)  # kept, so that no address is used again
+        addresses.add(held.data_ptr())
+    assert len(addresses) <= 12
+
+
+def test_a_buffer_keeps_what_it_was_given_and_nobody_elses():
+    x = torch.arange(12.0).view(1, 4, 3)
+    held = Buffer(x, 1, 6)
+    assert held.whole.shape == (1, 6, 3)
+    x.zero_()
+    assert held.used.flatten().tolist() == list(range(12))
+    held.append(torch.full((1, 2, 3), 7.0), 0)
+    address = held.whole.data_ptr()
+    held.append(torch.full((1, 1, 3), 8.0), 20)
+    assert (held.whole.shape[1], held.length, held.room) == (20, 7, 13 * 3 * 4)
+    assert held.whole.data_ptr() != address
+    held.trim()
+    assert held.whole.shape[1] == 7 and held.room == 0
+    assert held.used[0, :, 0].tolist() == [0, 3, 6, 9, 7, 7, 8]
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_quantised_groups_added_one_by_one_are_those_quantised_at_once(dim):
+    """Along tokens (dimension 1 of values) and along groups of tokens of one channel (the last one, of keys)."""
+    x = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(3))
+    pieces = [quantize(piece, 4, 32) for piece in x.split(32, dim)]
+    held = QuantizedBuffer(pieces[0], dim, 32)
+    held.append(pieces[1], 32, 96)
+    whole = quantize(x, 4, 32)
+    assert held.tokens == 64 and held.room == sum(t.nbytes for t in pieces[0].tensors())
+    for mine, theirs in zip(held.used.tensors(), whole.tensors(), strict=True):
+        assert torch.equal(mine, theirs)
+    one = held.take(torch.tensor([1])).used
+    assert all(torch.equal(mine[0], theirs[1]) for mine, theirs in zip(one.tensors(), whole.tensors(), strict=True))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("announced", [False, True])
+@pytest.mark.parametrize("selection", [H2O(20), TOVA(20), StreamingLLM(20)], ids=lambda s: type(s).__name__)
+def test_methods_that_let_tokens_leave_hold_no_more_slots_than_between_two_moves(selection, announced):
+    model = tiny_model()
+    cache = Method("x", selection).new_cache(model)
+    if announced:
+        cache.expect(200)
+    prefill(model, cache, prompt_ids(60))
+    most = []
+    for i in range(200):
+        decode(model, cache, torch.tensor([i % 90]))
+        most += [layer.storage.tensors()[0].shape[2] for layer in cache.layers]
+    assert max(most) <= 20 + HIDDEN
