@@ -135,7 +135,7 @@ part_pyramid() { # table 1, figure 11 and table 2
 
 part_h2o() { # table 5
     go model.shape=$seven method=h2o method.budget=0.2 batch_size="$(of 24)" task.prompt_tokens="$(of 2048)" \
-        task.new_tokens="$(of 2048)" runner.repeats=3 runner.warmups=0
+        task.new_tokens="$(of 2048)"
 }
 
 part_sharing() { # the largest batch on a small card, and a long prompt
