@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from .base import KVShape, LayerStorage, Storage
 from .buffer import grown
@@ -115,11 +114,9 @@ class DenseLayer(LayerStorage):
         there = torch.zeros(keys.shape[0], heads, capacity, dtype=torch.bool, device=keys.device)
         there[:, :, : self.length] = True if valid is None else valid
         # Zeros, not whatever was there: a weight of zero times a NaN is a NaN.
-        if self._keys.shape[2] == capacity:
-            self._keys[:, :, self.length :], self._values[:, :, self.length :] = 0, 0
-        else:
-            more = capacity - self.length
-            self._keys, self._values = (F.pad(x, (0, 0, 0, more)) for x in (keys, values))
+        if self._keys.shape[2] < capacity:
+            self._keys, self._values = (grown(x, self.length, capacity) for x in (keys, values))
+        self._keys[:, :, self.length :], self._values[:, :, self.length :] = 0, 0
         self._valid, self._next = there, torch.tensor([self.length], device=keys.device)
         self.length = capacity
 
