@@ -33,6 +33,7 @@ from .runs import (
     distinct_sources,
     finished_baseline,
     in_turns,
+    on_other_examples,
     open_run,
     record_head,
 )
@@ -66,11 +67,15 @@ class AccuracyRunner(PairedRunner):
         question: ``with_context``: a method compresses the whole prompt, its question included, as the papers do.
             ``after_compression``: it compresses the context, and the question comes after that: the cache of a document
             that is asked about later. Scores of the two are never in one table.
+        reuse: begin with the rows that finished runs under the same ``results_dir`` have of the same examples, where
+            only the task's choice of examples differs (``task.limit``, ``task.datasets``). The record's ``sessions``
+            name those runs and the code that made them.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     question: str = "with_context"
+    reuse: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,6 +85,7 @@ class AccuracyRunner(PairedRunner):
             require(isinstance(value, int | float), at + key, value, "must be a number")
             setattr(self, key, float(value))  # 0 and 0.0 are the same run
         require(self.question in QUESTIONS, at + "question", self.question, one_of(self.question, QUESTIONS))
+        require(isinstance(self.reuse, bool), at + "reuse", self.reuse, "must be true or false")
         require(self.temperature >= 0, at + "temperature", self.temperature, "must be >= 0")
         require(0 < self.top_p <= 1, at + "top_p", self.top_p, "must be in (0, 1]")
 
@@ -107,6 +113,10 @@ class AccuracyRunner(PairedRunner):
                 source.name,
                 "has random weights, so its answers mean nothing: use runner=efficiency, or a real model",
             )
+        if self.reuse:
+            one_at_a_time = "must be false with batch_size > 1, where a row's bytes depend on what it is padded to"
+            require(settings.batch_size == 1, "runner.reuse", True, one_at_a_time)
+            require(len(task.chosen_by) > 0, "runner.reuse", True, f"must be false: {task.name} is one set of examples")
         examples = task.examples()
         data = task.source()
         say(f"data: {data.name}, {len(examples)} examples, from {data.location}")
@@ -117,6 +127,8 @@ class AccuracyRunner(PairedRunner):
             started = time.time()
             for run in mine:
                 run.rows = {(r["dataset"], r["id"]): r for r in run.folder.samples()}
+                if self.reuse and not run.folder.done:
+                    self._reuse(run, examples, task, say)
             for one in distinct_sources(mine):
                 self._complete([run for run in mine if run.source == one], examples, one, task, settings, made_by, say)
             for run in mine:
@@ -129,6 +141,24 @@ class AccuracyRunner(PairedRunner):
         in_turns(runs, work, say)
         self._pair(runs, examples, task)  # with no lock held but the one of the record that is being amended
         return runs
+
+    @staticmethod
+    def _reuse(run: ScoredRun, examples: list[Example], task: Task, say: Callable[[str], None]) -> None:
+        """Copy rows of the same examples from finished runs, and with them who made them."""
+        for other in on_other_examples(run.folder, task.chosen_by):
+            wanted = {(e.dataset, e.id) for e in examples} - run.rows.keys()
+            rows = {(r["dataset"], r["id"]): r for r in other.samples()}
+            taken = [rows[key] for key in rows if key in wanted]
+            if not taken:
+                continue
+            had = len(run.rows)
+            for session in other.sessions():
+                since = had + min(session["after_examples"], len(taken))
+                run.folder.begin_session({**session, "after_examples": since, "reused": other.hash})
+            for row in taken:
+                run.folder.append(row)
+                run.rows[(row["dataset"], row["id"])] = row
+            say(f"{run.method.label}: {len(taken)} examples from {other.path}")
 
     def _open(self, method: Method, source: ModelSource, task: Task, settings: Settings) -> ScoredRun:
         drawn = (self.temperature, self.top_p) if task.writes else (0.0, 1.0)

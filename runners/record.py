@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,17 @@ class RunFolder:
     def release(self) -> None:
         """Give the lock back."""
         self._lock.release()
+
+    def finished_siblings(self) -> list[RunFolder]:
+        """Other finished runs of the same model and method, on any task, in the order of their folders."""
+        model, method = self.path.parts[-3:-1]
+        root = self.path.parents[3]
+        found = []
+        for path in sorted(root.glob(f"*/{escape(model)}/{escape(method)}/*/{RECORD}")):
+            record = read_record(path)
+            if record["status"] == "done" and path.parent != self.path:
+                found.append(RunFolder(root, path.parents[3].name, model, method, record["identity"]))
+        return found
 
     @property
     def done(self) -> bool:

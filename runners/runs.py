@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -110,6 +111,31 @@ class MethodRun:
     method: Method
     folder: RunFolder
     source: ModelSource
+
+
+def on_other_examples(folder: RunFolder, chosen_by: Sequence[str]) -> list[RunFolder]:
+    """Finished runs that would have given the same rows: all but the choice of examples is as in ``folder``.
+
+    Args:
+        folder: a run.
+        chosen_by: keys of the task's identity that choose examples. The data's name follows from them; its sha256 must
+            be the same for every data set that both runs have.
+    """
+
+    def without_choice(identity: Mapping[str, Any]) -> dict[str, Any]:
+        task = {k: v for k, v in identity["task"].items() if k not in (*chosen_by, "source", "sha256")}
+        return {**identity, "task": task}
+
+    def agree(a: Mapping[str, str], b: Mapping[str, str]) -> bool:
+        return all(a[name] == b[name] for name in a.keys() & b.keys())
+
+    mine = json.loads(json.dumps(folder.identity))  # lists for tuples, as in a record
+    return [
+        other
+        for other in folder.finished_siblings()
+        if without_choice(other.identity) == without_choice(mine)
+        and agree(other.identity["task"]["sha256"], mine["task"]["sha256"])
+    ]
 
 
 R = TypeVar("R", bound=MethodRun)

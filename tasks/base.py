@@ -144,6 +144,8 @@ class Task(Described):
     """Settings that the title of a table names, because numbers under others do not compare."""
     compares: ClassVar[bool] = False
     """Whether :meth:`judge` needs the full cache's own reply to the same prompt."""
+    chosen_by: ClassVar[tuple[str, ...]] = ()
+    """Keys of :meth:`identity` that say which examples are asked, and change nothing about any one of them."""
 
     def scoring(self) -> dict[str, Any]:
         """What decides scores beside :meth:`identity`: settings of a task that is also something else."""

@@ -44,6 +44,7 @@ class LongBench(Task):
 
     name = "longbench"
     location_fields = ("data_dir", "origin")
+    chosen_by = ("datasets", "limit")
 
     datasets: tuple[str, ...] | None
     e: bool

@@ -115,6 +115,7 @@ class LongBenchV2(Task):
 
     name = "longbench_v2"
     location_fields = ("data_dir",)
+    chosen_by = ("datasets", "lengths", "limit")
 
     data_dir: str | None = None
     datasets: Sequence[str] | None = None

@@ -344,6 +344,65 @@ def test_a_resumed_run_lists_the_code_of_every_session(world, tmp_path):
         assert "made by other code" in out
 
 
+def by_example(folder: Path) -> dict[tuple[str, str], dict]:
+    return {(row["dataset"], row["id"]): row for row in rows(folder)}
+
+
+def test_rows_of_runs_on_fewer_examples_are_reused(world, tmp_path, monkeypatch):
+    """Three of six questions, then two of five programs, then five of each: only five are asked, and it is one run."""
+    from kvbench.runners import accuracy
+
+    asked: list[str] = []
+    real = accuracy.ask
+
+    def count(methods, batch, *rest):
+        asked.extend(item.example.dataset for item in batch)
+        return real(methods, batch, *rest)
+
+    run(world, tmp_path / "parts", "task.datasets=[qasper]", "task.limit=3")
+    run(world, tmp_path / "parts", "task.datasets=[lcc]", "task.limit=2")
+    parts = {path.parent.name for path in (tmp_path / "parts").glob("*/*/snapkv/*/record.json")}
+    monkeypatch.setattr(accuracy, "ask", count)
+    whole = ("task.datasets=[lcc,qasper]", "task.limit=5")
+    out = run(world, tmp_path / "parts", *whole, "runner.reuse=true").stdout
+    assert asked == ["lcc"] * 3 + ["qasper"] * 2
+    assert out.count("3 examples from") == out.count("2 examples from") == 2  # snapkv and full
+    run(world, tmp_path / "alone", *whole)
+
+    hash_ = folders(tmp_path / "alone")["snapkv 40"].name
+    joined, alone = (next((tmp_path / where).glob(f"*/*/snapkv/{hash_}")) for where in ("parts", "alone"))
+    assert by_example(joined) == by_example(alone)
+    records = [json.loads((folder / "record.json").read_text()) for folder in (joined, alone)]
+    for key in ("scores", "average", "bytes", "prompt_tokens", "paired", "data", "identity"):
+        assert records[0][key] == records[1][key], key
+    sessions = records[0]["sessions"]
+    assert {session.get("reused") for session in sessions} == {*parts, None}
+    assert sorted(session["after_examples"] for session in sessions)[0] == 0 and sessions[-1]["after_examples"] == 5
+
+
+@pytest.mark.parametrize("change", ["task.max_length=300", "method.budget=41", "seed=1", "task.data_dir={other}"])
+def test_rows_of_another_setting_or_of_other_data_are_not_reused(world, tmp_path, change):
+    save_rows(tmp_path / "data", "qasper", 7)  # one row more: other bytes
+    run(world, tmp_path / "results", "task.datasets=[qasper]", "task.limit=3", "runner.pair_with=[]")
+    further = ["task.limit=4", "runner.reuse=true", change.format(other=tmp_path / "data")]
+    out = run(world, tmp_path / "results", "task.datasets=[qasper]", "runner.pair_with=[]", *further).stdout
+    assert "examples from" not in out
+    newest = max(tmp_path.glob("results/*/*/snapkv/*/record.json"), key=lambda path: path.stat().st_mtime_ns)
+    assert len(json.loads(newest.read_text())["sessions"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["runner.reuse=yes please"], ["runner.reuse", "yes please", "true or false"]),
+        (["runner.reuse=true", "batch_size=2"], ["runner.reuse", "batch_size > 1"]),
+    ],
+)
+def test_reuse_that_cannot_be_is_one_line(world, tmp_path, overrides, words):
+    error = run(world, tmp_path, *overrides, status=2).stderr.strip()
+    assert len(error.splitlines()) == 1 and all(word in error for word in words)
+
+
 @pytest.mark.parametrize("full", ["samples.jsonl", "record.json.partial"])
 def test_a_full_disk_is_one_line_and_the_run_continues_later(world, tmp_path, monkeypatch, full):
     """The device that is always full stands in for a full disk."""
