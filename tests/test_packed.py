@@ -53,6 +53,7 @@ CASES = [  # N, G, D, blocks, block, group of tokens, group of channels
 def test_products_with_packed_numbers_are_those_with_the_numbers(case, bits, piece, monkeypatch):
     segments, rows, dim, blocks, block, tokens, channels = case
     monkeypatch.setattr("kvbench.methods.storage.packed.PIECE", piece)
+    monkeypatch.setattr("kvbench.methods.storage.packed.CUT", piece)
     keys = quantize(numbers(segments, blocks, dim, block), bits, tokens)
     values = quantize(numbers(segments, 200, dim, seed=1), bits, channels)
     query, weights = numbers(segments, rows, dim, seed=2), numbers(segments, rows, 150, seed=3)
@@ -237,6 +238,12 @@ def test_nothing_of_the_expanded_cache_is_written(monkeypatch):
     monkeypatch.setattr(KiviSegments, "read", None)
     held.attend(numbers(4, 2, 1, 64), 0.125)
     assert largest and max(largest) <= 4 * 8192 * 64 // 16
+
+    shared = QuantizedDirections(numbers(1, 4, 8192, 64), 4, 32, is_keys=True)  # one long block
+    monkeypatch.setattr("kvbench.methods.storage.packed.CUT", 4 * 8192 * 64 // 16)
+    largest.clear()
+    shared.scores(numbers(1, 4, 2, 64))
+    assert len(largest) > 8 and max(largest) <= 4 * 8192 * 64 // 16
 
 
 def test_a_step_over_packed_codes_is_faster_than_expanding_them():

@@ -7,6 +7,9 @@ import torch
 GROWTH = 128
 """Slots added at a time when a layer grows, so that a step writes in place instead of copying the whole layer."""
 
+SPARE = 8
+"""Slots behind the tokens of a :class:`Queue`, so that they move once in so many steps."""
+
 
 class Growing:
     """What holds tokens in buffers.
@@ -22,6 +25,10 @@ class Growing:
     def capacity(self, length: int, n: int) -> int:
         """Slots of a buffer that is full when the last ``n`` of ``length`` tokens come."""
         return length + self.expected if self.expected else max(length, length - n + self.growth)
+
+    def spare(self, at_rest: bool = False) -> int:
+        """Slots to have behind recent tokens; ``at_rest``: none, where nothing is known of tokens to come."""
+        return min(SPARE, self.expected) if self.expected or at_rest else SPARE
 
     def count_down(self, n: int) -> None:
         """``n`` tokens come now."""
@@ -69,4 +76,50 @@ class Buffer:
     @property
     def room(self) -> int:
         """Bytes that hold nothing yet."""
+        return self.whole.nbytes - self.used.nbytes
+
+
+class Queue:
+    """Recent tokens along one dimension: they come at the end and leave at the front.
+
+    Args:
+        x: what it begins with; copied.
+        dim: the dimension of the tokens.
+        spare: slots to have behind them.
+    """
+
+    def __init__(self, x: torch.Tensor, dim: int, spare: int):
+        self.dim, self._begin, self.length = dim, 0, x.shape[dim]
+        self.whole = grown(x, self.length, self.length + spare, dim)
+
+    @property
+    def used(self) -> torch.Tensor:
+        """The tokens held, as a view."""
+        return self.whole.narrow(self.dim, self._begin, self.length)
+
+    def append(self, x: torch.Tensor, spare: int) -> None:
+        """Add tokens; where there is no room, move all to where there are ``spare`` slots for these and others."""
+        n = x.shape[self.dim]
+        if self._begin + self.length + n > self.whole.shape[self.dim]:
+            self._move(self.length + max(n, spare))
+        self.whole.narrow(self.dim, self._begin + self.length, n).copy_(x)
+        self.length += n
+
+    def drop(self, n: int, most: int) -> None:
+        """Let the first ``n`` tokens go, and their memory too where more than ``most`` slots would be empty."""
+        self._begin, self.length = self._begin + n, self.length - n
+        if self.whole.shape[self.dim] - self.length > most:
+            self._move(self.length + most)
+
+    def trim(self) -> None:
+        """Give back what is not in use."""
+        if self.room:
+            self._move(self.length)
+
+    def _move(self, slots: int) -> None:
+        self.whole, self._begin = grown(self.used, self.length, slots, self.dim), 0
+
+    @property
+    def room(self) -> int:
+        """Bytes that hold nothing: not yet, or no more."""
         return self.whole.nbytes - self.used.nbytes

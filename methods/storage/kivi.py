@@ -22,6 +22,7 @@ import torch
 from ...conf.errors import require
 from ..attention import exact_products, softmax_of
 from .base import KVShape, Storage
+from .buffer import SPARE, Queue
 from .packed import (
     Quantized,
     QuantizedBuffer,
@@ -43,28 +44,33 @@ class KiviSegments(Segments):
         self.bits, self.group, self.residual = bits, group, residual
         self._blocks: QuantizedBuffer | None = None  # keys: [N, blocks, D, residual] tokens last, in groups of tokens
         self._old: QuantizedBuffer | None = None  # values: [N, tokens, D] in groups of channels
-        self._keys: torch.Tensor | None = None  # [N, recent, D]
-        self._values: torch.Tensor | None = None
+        self._keys: Queue | None = None  # [N, recent, D]
+        self._values: Queue | None = None
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        # `cat` copies in any case: neither may a slice of a prompt stay alive.
-        self._keys = keys.clone() if self._keys is None else torch.cat([self._keys, keys], dim=1)
-        self._values = values.clone() if self._values is None else torch.cat([self._values, values], dim=1)
+        if self._keys is None or self._values is None:
+            self._keys, self._values = (Queue(x, 1, self.spare(at_rest=True)) for x in (keys, values))
+            return
+        self._keys.append(keys, self.spare())
+        self._values.append(values, self.spare())
 
     def settle(self) -> None:
         assert self._keys is not None and self._values is not None
-        full = self._keys.shape[1] // self.residual * self.residual
+        # After a prompt nothing is left of what it took; after a step recent tokens stay where they are if they can.
+        most = self.spare(at_rest=True) if self._old is None else SPARE
+        full = self._keys.length // self.residual * self.residual
         if full:
-            blocks = self._keys[:, :full].unflatten(1, (-1, self.residual)).transpose(2, 3)
+            blocks = self._keys.used[:, :full].unflatten(1, (-1, self.residual)).transpose(2, 3)
             in_blocks = (self.length + self.expected) // self.residual * self.residual
             self._blocks = self._added(self._blocks, quantize(blocks, self.bits, self.group), full, in_blocks)
-            self._keys = self._keys[:, full:].clone()
-        over = self._values.shape[1] - self.residual
+            self._keys.drop(full, most)
+        over = self._values.length - self.residual
         if over > 0:
-            channels = channels_together(self.group, self._values.shape[2], self.bits)
+            old = self._values.used[:, :over]
+            channels = channels_together(self.group, old.shape[2], self.bits)
             rounded = self.length + self.expected - self.residual
-            self._old = self._added(self._old, quantize(self._values[:, :over], self.bits, channels), over, rounded)
-            self._values = self._values[:, over:].clone()
+            self._old = self._added(self._old, quantize(old, self.bits, channels), over, rounded)
+            self._values.drop(over, most)
 
     def _added(self, before: QuantizedBuffer | None, more: Quantized, tokens: int, in_the_end: int) -> QuantizedBuffer:
         """``in_the_end``: tokens that this will hold once the expected ones have come."""
@@ -75,11 +81,11 @@ class KiviSegments(Segments):
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._keys is not None and self._values is not None, "read before append"
-        shape = (self._keys.shape[0], self.length, self._keys.shape[2])
-        keys, values = self._keys.new_empty(shape), self._values.new_empty(shape)
-        recent = self._keys.shape[1]
-        keys[:, self.length - recent :] = self._keys
-        values[:, self.length - self._values.shape[1] :] = self._values
+        recent = self._keys.used
+        shape = (recent.shape[0], self.length, recent.shape[2])
+        keys, values = recent.new_empty(shape), recent.new_empty(shape)
+        keys[:, self.length - self._keys.length :] = recent
+        values[:, self.length - self._values.length :] = self._values.used
         if self._blocks is not None:
             blocks = keys[:, : self._blocks.tokens].unflatten(1, (-1, self.residual))
             dequantize_into(self._blocks.used, self.bits, blocks.transpose(2, 3))
@@ -93,41 +99,44 @@ class KiviSegments(Segments):
         assert self._keys is not None and self._values is not None
         one = query[:, :, 0]  # [N, g, D]
         old = query_times_keys(one, self._blocks.used, self.bits)
-        recent = exact_products(one, self._keys)
+        recent = exact_products(one, self._keys.used)
         weights = softmax_of(torch.cat([old, recent], dim=-1) * scaling, query.dtype)
         n = self._old.tokens
         out = weights_times_values(weights[..., :n], self._old.used, self.bits)
-        out += torch.matmul(weights[..., n:], self._values)
+        out += torch.matmul(weights[..., n:], self._values.used)
         return out[:, :, None].to(query.dtype)
 
     def take(self, index: torch.Tensor) -> Segments:
         out = KiviSegments(self.bits, self.group, self.residual)
         if self._keys is not None and self._values is not None:
-            out._keys, out._values = self._keys[index], self._values[index]
+            out._keys, out._values = (Queue(q.used[index], 1, 0) for q in (self._keys, self._values))
             out._blocks, out._old = (None if q is None else q.take(index) for q in (self._blocks, self._old))
         return out
 
     def trim(self) -> None:
-        for q in self._quantized:
-            q.trim()
+        for part in (*self._quantized, *self._recent):
+            part.trim()
 
     @property
     def length(self) -> int:
         if self._values is None:
             return 0
-        return (0 if self._old is None else self._old.tokens) + self._values.shape[1]
+        return (0 if self._old is None else self._old.tokens) + self._values.length
 
     @property
     def _quantized(self) -> list[QuantizedBuffer]:
         return [q for q in (self._blocks, self._old) if q is not None]
 
+    @property
+    def _recent(self) -> list[Queue]:
+        return [q for q in (self._keys, self._values) if q is not None]
+
     def tensors(self) -> list[torch.Tensor]:
-        recent = [t for t in (self._keys, self._values) if t is not None]
-        return [t for q in self._quantized for t in q.tensors()] + recent
+        return [t for q in self._quantized for t in q.tensors()] + [q.whole for q in self._recent]
 
     @property
     def logical_bytes(self) -> int:
-        return sum(t.nbytes for t in self.tensors()) - sum(q.room for q in self._quantized)
+        return sum(t.nbytes for t in self.tensors()) - sum(x.room for x in (*self._quantized, *self._recent))
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from ...conf.errors import InputError, require
 from ..attention import exact_products
 from .base import KVShape, LayerStorage, Storage
-from .buffer import Buffer, Growing
+from .buffer import Buffer, Growing, Queue
 from .dense import DenseLayer
 
 RETENTIONS = ("top_ratio", "range_distinct", "range_literal")
@@ -177,7 +177,7 @@ class Pair(Growing):
         self.valid: torch.Tensor | None = None  # [B, 1, S], of all slots, merged and new
         self.keys: Merged | None = None
         self.values: Merged | None = None
-        self.new: list[tuple[torch.Tensor, torch.Tensor] | None] = [None, None]
+        self.new: list[tuple[Queue, Queue] | None] = [None, None]  # [B, H, n, D], keys and values of each layer
         self._parts: dict[tuple[int, ...], Pair] = {}
 
     def append(self, which: int, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None) -> None:
@@ -185,16 +185,18 @@ class Pair(Growing):
         mine = self.new[which]
         if which == 0:
             self._extend_valid(keys, valid)
+        spare = self.spare(at_rest=not self.length) if self.block > 1 else 0  # a block of one is merged at once
         if mine is None:
-            self.new[which] = (keys.clone(), values.clone())
+            self.new[which] = (Queue(keys, 2, spare), Queue(values, 2, spare))
         else:
-            self.new[which] = (torch.cat([mine[0], keys], dim=2), torch.cat([mine[1], values], dim=2))
+            mine[0].append(keys, spare)
+            mine[1].append(values, spare)
 
     def _extend_valid(self, keys: torch.Tensor, valid: torch.Tensor | None) -> None:
         if valid is None and self.valid is None:
             return
         batch, n = keys.shape[0], keys.shape[2]
-        held = self.length + (0 if self.new[0] is None else self.new[0][0].shape[2])
+        held = self.length + (0 if self.new[0] is None else self.new[0][0].length)
         ones = torch.ones(batch, 1, max(held, n), dtype=torch.bool, device=keys.device)
         before = ones[..., :held] if self.valid is None else self.valid
         self.valid = torch.cat([before, ones[..., :n] if valid is None else valid], dim=-1)
@@ -204,10 +206,10 @@ class Pair(Growing):
         new = self.new[which]
         if self.keys is None or self.values is None:
             assert new is not None, "read before append"
-            return new
+            return new[0].used, new[1].used
         return (
-            self._restored(self.keys, which, None if new is None else new[0]),
-            self._restored(self.values, which, None if new is None else new[1]),
+            self._restored(self.keys, which, None if new is None else new[0].used),
+            self._restored(self.values, which, None if new is None else new[1].used),
         )
 
     def _restored(self, merged: Merged, which: int, new: torch.Tensor | None) -> torch.Tensor:
@@ -240,7 +242,7 @@ class Pair(Growing):
         if new is None:
             logits = logits[..., :n]
         else:
-            recent = exact_products(query, new[0])
+            recent = exact_products(query, new[0].used)
             logits = torch.cat([logits[..., :n], recent], dim=-1)
         logits *= scaling
         if self.valid is not None:
@@ -253,7 +255,7 @@ class Pair(Growing):
         out = values.directions.weighted(merged.to(query.dtype)).to(exact)
         out += torch.matmul(retained.to(query.dtype), values.exact[which])
         if new is not None:
-            out += torch.matmul(weights[..., n:].to(query.dtype), new[1])
+            out += torch.matmul(weights[..., n:].to(query.dtype), new[1].used)
         return out.to(query.dtype)
 
     def merge(self) -> None:
@@ -262,15 +264,16 @@ class Pair(Growing):
         if lower is None and upper is None:  # a step of pads alone
             return
         assert lower is not None and upper is not None, "the upper layer is done before the lower one"
-        if lower[0].device != upper[0].device:
-            where = f"{lower[0].device}, {upper[0].device}"
+        devices = [layer[0].whole.device for layer in (lower, upper)]
+        if devices[0] != devices[1]:
+            where = ", ".join(map(str, devices))
             raise InputError("model.device_map", where, "splits a pair of layers that MiniCache merges")
-        waiting = lower[0].shape[2]
+        waiting = lower[0].length
         n = waiting // self.block * self.block
         if not n:
             return
         valid = None if self.valid is None else self.valid[..., self.length : self.length + n]
-        keys, values = ((lower[i][:, :, :n], upper[i][:, :, :n]) for i in range(2))
+        keys, values = ([layer[i].used[:, :, :n] for layer in (lower, upper)] for i in range(2))
         capacity = self.capacity(self.length + n, n)
         if self.expected:
             capacity = (self.length + waiting + self.expected) // self.block * self.block
@@ -280,7 +283,8 @@ class Pair(Growing):
         if n == waiting:
             self.new = [None, None]
         else:
-            self.new = [(x[0][:, :, n:].clone(), x[1][:, :, n:].clone()) for x in (lower, upper)]
+            for recent in (*lower, *upper):
+                recent.drop(n, self.spare(at_rest=True))
 
     def _merged(
         self,
@@ -351,7 +355,7 @@ class Pair(Growing):
             part.length = self.length
             part.valid = None if self.valid is None else self.valid[index]
             part.keys, part.values = (None if m is None else m.take(index) for m in (self.keys, self.values))
-            part.new = [None if x is None else (x[0][index], x[1][index]) for x in self.new]
+            part.new = [None if x is None else _rows_of(x, index) for x in self.new]
             self._parts[key] = part
         return self._parts[key]
 
@@ -364,7 +368,7 @@ class Pair(Growing):
     def tensors(self, which: int) -> list[torch.Tensor]:
         """What one layer holds; what they share is the lower one's (0)."""
         new = self.new[which]
-        out = [] if new is None else list(new)
+        out = [] if new is None else [recent.whole for recent in new]
         if which == 0:
             out += [t for merged in (self.keys, self.values) if merged is not None for t in merged.tensors()]
             out += [] if self.valid is None else [self.valid]
@@ -372,13 +376,18 @@ class Pair(Growing):
 
     def logical_bytes(self, which: int) -> int:
         """Bytes of :meth:`tensors` but for room to grow."""
-        total = sum(t.nbytes for t in self.tensors(which))
+        total = sum(t.nbytes for t in self.tensors(which)) - sum(recent.room for recent in self.new[which] or ())
         for merged in (self.keys, self.values):
             if which == 0 and merged is not None:
                 total -= merged.directions.room + merged.lengths.room
                 used = merged.used
                 total -= merged.retained[..., used:].nbytes + merged.exact[..., used:, :].nbytes
         return total
+
+
+def _rows_of(recent: tuple[Queue, Queue], index: torch.Tensor) -> tuple[Queue, Queue]:
+    keys, values = recent
+    return Queue(keys.used[index], 2, 0), Queue(values.used[index], 2, 0)
 
 
 def _slots(retain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

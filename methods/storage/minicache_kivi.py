@@ -109,7 +109,7 @@ class PairSegments(Segments):
     @property
     def length(self) -> int:
         new = self.pair.new[self.which]
-        return self.pair.length + (0 if new is None else new[0].shape[2])
+        return self.pair.length + (0 if new is None else new[0].length)
 
     def tensors(self) -> list[torch.Tensor]:
         return self.pair.tensors(self.which)

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import product
 
 import torch
 
 from ...conf.errors import InputError
 from ..attention import PIECE
 from .buffer import Buffer
+
+CUT = 2 * PIECE
+"""Numbers from which on one block is unpacked in pieces; its rows are cut for that, which costs time."""
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -149,15 +153,18 @@ def query_times_keys(query: torch.Tensor, keys: Quantized, bits: int) -> torch.T
     segments, blocks, dim, width = keys.codes.shape
     each, groups = 8 // bits, keys.scale.shape[-1]
     out = torch.empty(segments, query.shape[1], blocks, width, each, dtype=exact, device=query.device)
-    for part in _pieces(blocks, segments * dim * width):
-        scale, zero = (x[:, part].to(exact) for x in (keys.scale, keys.zero))
+    group = width // groups  # bytes of a row of codes that share a scale
+    whole_blocks, rows = segments * dim * width, segments * dim * group
+    for part, some in product(_pieces(blocks, whole_blocks, PIECE), _pieces(groups, rows, CUT)):
+        columns = slice(some.start * group, some.stop * group)
+        scale, zero = (x[:, part, :, some].to(exact) for x in (keys.scale, keys.zero))
         at_zero = torch.matmul(query[:, None], zero)[..., None]  # [N, b, G, groups, 1]
         # Codes that share their place in a byte go together: they unpack into whole rows.
         for place in range(each):
-            numbers = _unpacked(keys.codes[:, part], bits, place, exact).unflatten(-1, (groups, -1))
+            numbers = _unpacked(keys.codes[:, part, :, columns], bits, place, exact).unflatten(-1, (-1, group))
             products = torch.matmul(query[:, None], numbers.mul_(scale[..., None]).flatten(-2))
-            products.unflatten(-1, (groups, -1)).add_(at_zero)
-            out[:, :, part, :, place] = products.transpose(1, 2)
+            products.unflatten(-1, (-1, group)).add_(at_zero)
+            out[:, :, part, columns, place] = products.transpose(1, 2)
     return out.flatten(2)
 
 
@@ -181,7 +188,7 @@ def weights_times_values(weights: torch.Tensor, values: Quantized, bits: int) ->
     segments, _, width = values.codes.shape
     each, groups = 8 // bits, values.scale.shape[-1]
     sums = torch.zeros(segments, weights.shape[1], groups, width // groups, each, dtype=exact, device=weights.device)
-    for part in _pieces(weights.shape[2], segments * width):
+    for part in _pieces(weights.shape[2], segments * width, PIECE):
         mine = weights[:, :, part]
         scale, zero = (x[:, part].to(exact) for x in (values.scale, values.zero))
         sums += torch.matmul(mine, zero)[..., None, None]
@@ -200,8 +207,8 @@ def _unpacked(codes: torch.Tensor, bits: int, place: int, dtype: torch.dtype) ->
     return shifted.to(dtype)
 
 
-def _pieces(count: int, numbers_each: int) -> list[slice]:
-    step = max(1, PIECE // numbers_each)
+def _pieces(count: int, numbers_each: int, most: int) -> list[slice]:
+    step = max(1, most // numbers_each)
     return [slice(start, min(count, start + step)) for start in range(0, count, step)]
 
 
