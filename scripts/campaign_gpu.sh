@@ -2,7 +2,7 @@
 # The papers' efficiency experiments on random weights of the papers' shapes, on one CUDA GPU. Nothing is fetched.
 #
 #   scripts/campaign_gpu.sh RESULTS [PART...]             all parts, or some: full snapkv context minicache kivi
-#                                                         pyramid h2o sharing
+#                                                         pyramid h2o sharing yoco lckv
 #   scripts/campaign_gpu.sh RESULTS --rehearse [PART...]  the same commands at toy size, on any machine
 #   scripts/campaign_gpu.sh RESULTS --show [PART...]      only say what would be run
 #
@@ -14,7 +14,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-PARTS="full snapkv context minicache kivi pyramid h2o sharing"
+PARTS="full snapkv context minicache kivi pyramid h2o sharing yoco lckv"
 usage() {
     sed -n '2,15s/^# \{0,1\}//p' "$0" >&2
     exit 2
@@ -38,12 +38,14 @@ small_card=24
 
 seven=llama2-7b
 thirteen=llama2-13b
+three=yoco-3b
+thirty=llama-30b
 common=(dtype=bfloat16 device=cuda)
 positions=2000000
 scale=1 # by which lengths and batches are divided
 search=()
 if [ "$rehearse" = yes ]; then
-    seven=tiny thirteen=tiny scale=64 positions=4096
+    seven=tiny thirteen=tiny three=tiny thirty=tiny scale=64 positions=4096
     common=(dtype=float32 device=cpu runner.repeats=1 runner.warmups=0)
     search=(task.start=2 task.most=3 task.step=1)
     card=64 small_card=64
@@ -144,6 +146,19 @@ part_sharing() { # the largest batch on a small card, and a long prompt
         runner.memory_limit_gib=$small_card "$others" "${search[@]}"
     others='runner.pair_with=["full","cla","lckv"]'
     go model.shape=$seven method=yoco batch_size=1 task.prompt_tokens="$(of 32768)" task.new_tokens="$(of 128)" "$others"
+}
+
+part_yoco() { # figures 7 and 9: memory and prefill over the prompt's length
+    for length in 32768 65536; do
+        [ "$rehearse" = yes ] && [ $length -gt 32768 ] && continue
+        go model.shape=$three method=yoco method.sharing.mixer=gated_retention batch_size=1 \
+            task.prompt_tokens="$(of $length)" task.new_tokens="$(of 64)"
+    done
+}
+
+part_lckv() { # table 1's largest model on one card; its 26x is of 30B on 24 GB, with the weights on the host
+    go model.shape=$thirty method=lckv task=max_batch task.prompt_tokens="$(of 2048)" task.new_tokens="$(of 2048)" \
+        runner.memory_limit_gib="$card" runner.repeats=1 "${search[@]}"
 }
 
 for part in ${chosen:-$PARTS}; do

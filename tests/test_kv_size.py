@@ -182,6 +182,7 @@ def test_a_shape_is_the_same_for_the_calculator_and_for_the_model(file: Path) ->
     [
         ("llama2-7b", 6_738_415_616),
         ("llama2-13b", 13_015_864_320),
+        ("llama-30b", 32_528_943_616),
         ("llama2-70b", 68_976_648_192),
         ("llama3-8b", 8_030_261_248),
         ("llama3-70b", 70_553_706_496),
@@ -353,7 +354,7 @@ def test_every_cell_of_a_heat_map_is_labelled_and_no_two_labels_touch(models: li
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--model", "llama2-7"], "--model=llama2-7: must be one of llama2-13b, "),
+        (["--model", "llama2-7"], "--model=llama2-7: must be one of llama-30b, "),
         (["--model", "llama2-7"], "did you mean llama2-7b"),
         (["--model", "nothing"], "or a path to a config.json"),
         (["--model", "FOLDER"], "--model=FOLDER: must be one of"),  # a folder without a config.json

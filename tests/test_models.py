@@ -516,6 +516,7 @@ def test_a_missing_tokenizer_is_one_line(saved: Path, tmp_path: Path) -> None:
     [
         ("llama2-7b", 6_738_415_616),
         ("llama2-13b", 13_015_864_320),
+        ("llama-30b", 32_528_943_616),
         ("llama3-8b", 8_030_261_248),
         ("mistral-7b", 7_241_732_096),
     ],

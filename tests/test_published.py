@@ -140,7 +140,10 @@ def campaign() -> list[dict]:
             numbers = {
                 "search": {"measured_at": 10, "limit_bytes": None},
                 "batch_size": 4,
-                "metrics": {"tpot_ms": {"median": 5.0}, "output_tokens_per_s": {"median": 7.0}},
+                "metrics": {
+                    name: {"median": value}
+                    for name, value in (("tpot_ms", 5.0), ("ttft_ms", 6.0), ("output_tokens_per_s", 7.0))
+                },
                 "bytes": {"kv_bytes_stored_end": 8.0},
                 "memory": {"peak_decode": {"allocated": 9.0}},
             }

@@ -114,7 +114,7 @@ class KiviSegments(Segments):
         return out
 
     def trim(self) -> None:
-        for part in (*self._quantized, *self._recent):
+        for part in self._parts:
             part.trim()
 
     @property
@@ -131,12 +131,16 @@ class KiviSegments(Segments):
     def _recent(self) -> list[Queue]:
         return [q for q in (self._keys, self._values) if q is not None]
 
+    @property
+    def _parts(self) -> list[QuantizedBuffer | Queue]:
+        return [*self._quantized, *self._recent]
+
     def tensors(self) -> list[torch.Tensor]:
         return [t for q in self._quantized for t in q.tensors()] + [q.whole for q in self._recent]
 
     @property
     def logical_bytes(self) -> int:
-        return sum(t.nbytes for t in self.tensors()) - sum(x.room for x in (*self._quantized, *self._recent))
+        return sum(t.nbytes for t in self.tensors()) - sum(part.room for part in self._parts)
 
 
 @dataclass(frozen=True)

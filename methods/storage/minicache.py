@@ -273,12 +273,14 @@ class Pair(Growing):
         if not n:
             return
         valid = None if self.valid is None else self.valid[..., self.length : self.length + n]
-        keys, values = ([layer[i].used[:, :, :n] for layer in (lower, upper)] for i in range(2))
         capacity = self.capacity(self.length + n, n)
         if self.expected:
             capacity = (self.length + waiting + self.expected) // self.block * self.block
-        self.keys = self._merged(self.keys, *keys, valid, True, capacity)
-        self.values = self._merged(self.values, *values, valid, False, capacity)
+        (lower_keys, lower_values), (upper_keys, upper_values) = (
+            [recent.used[:, :, :n] for recent in layer] for layer in (lower, upper)
+        )
+        self.keys = self._merged(self.keys, lower_keys, upper_keys, valid, True, capacity)
+        self.values = self._merged(self.values, lower_values, upper_values, valid, False, capacity)
         self.length += n
         if n == waiting:
             self.new = [None, None]
