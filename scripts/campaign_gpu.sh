@@ -97,7 +97,7 @@ part_snapkv() { # figure 7: time per token over the prompt's length, batch 2, 20
     done
 }
 
-part_context() { # the longest prompt: batch 2 with 2048 tokens kept, batch 1 with 1024
+part_context() { # the longest prompt: batch 2 with 2048 tokens kept, batch 1 with 1024; read once more to time it
     local budget
     for pair in "2 2048" "1 1024"; do
         set -- $pair

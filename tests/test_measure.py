@@ -160,6 +160,63 @@ def test_read_bandwidth_counts_what_is_read_once(monkeypatch):
     assert measure.read_bandwidth("cpu", size=4 << 20, repeats=3) == pytest.approx((4 << 20) / 0.01)
 
 
+on_a_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@on_a_device
+def test_the_clocks_wait_for_what_is_queued_on_the_device():
+    """The device spins for so many cycles, then for twice as many: by events as by the host's clock that waits."""
+    cycles = 200_000_000  # a tenth of a second or so
+    torch.cuda._sleep(1000)
+    by_host = []
+    for factor in (1, 2):
+        start = now("cuda")
+        torch.cuda._sleep(factor * cycles)
+        queued = time.perf_counter() - start
+        by_host.append(now("cuda") - start)
+        assert queued < by_host[-1] / 4  # what a clock says that does not wait
+    watch = Stopwatch("cuda")
+    watch.mark()
+    for factor in (1, 2):
+        torch.cuda._sleep(factor * cycles)
+        watch.mark()
+    by_events = watch.seconds()
+    assert by_host[1] / by_host[0] == pytest.approx(2, rel=0.1)
+    assert by_events == pytest.approx(by_host, rel=0.1)
+
+
+@on_a_device
+def test_the_meter_sees_what_the_device_s_allocator_gave():
+    meter = MemoryMeter("cuda")
+    meter.reset()
+    at_rest = meter.peak().allocated
+    first = torch.ones(50, MIB, device="cuda")  # 200 MiB
+    peak_first = meter.peak()
+    del first
+    meter.reset()
+    second = torch.ones(15, MIB, device="cuda")  # 60 MiB
+    peak_second = meter.peak()
+    assert second.numel() and peak_first.allocated - at_rest == 200 * MIB
+    assert peak_second.allocated - at_rest == 60 * MIB
+    assert peak_first.reserved >= peak_first.allocated and peak_second.reserved < peak_first.reserved
+
+
+@on_a_device
+@pytest.mark.parametrize(("measured", "moved"), [(copy_bandwidth, 2), (measure.read_bandwidth, 1)])
+def test_the_device_s_bandwidth_is_that_of_a_copy_timed_by_hand(measured, moved):
+    """Many copies (or products) at a time by the host's clock; reading is compared with a sum, which reads as much."""
+    size = 1 << 30
+    source = torch.ones(size // 4, device="cuda")
+    target = torch.empty_like(source)
+    work = (lambda: target.copy_(source)) if moved == 2 else (lambda: source.sum())
+    work()
+    start = now("cuda")
+    for _ in range(20):
+        work()
+    by_hand = 20 * moved * size / (now("cuda") - start)
+    assert measured("cuda", size) == pytest.approx(by_hand, rel=0.25)
+
+
 def test_no_room_to_measure_bandwidth_is_no_crash(monkeypatch):
     def full(*args: object, **kwargs: object) -> torch.Tensor:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
