@@ -125,17 +125,21 @@ def test_a_decode_step_asks_the_device_for_nothing(text, monkeypatch):
 
 @pytest.mark.parametrize("text", METHODS)
 def test_room_for_what_is_to_come_is_made_once(text, monkeypatch):
-    """No buffer is copied into a larger one twice if their number is known, and no more room is made than they take."""
+    """No buffer is copied into a larger one twice if their number is known, and no more room is made than they take.
+
+    Recent tokens that leave again, at most a storage's ``residual``, move in their own little room.
+    """
     model, method = model_for(text), make(text)
     cache = method.new_cache(model)
     if cache.recomputes or method.selection.evicts_while_decoding or method.storage.name.startswith("hf"):
         return  # no buffers; as many tokens as before; a library's own
     steps, made, again = GROWTH + 40, {}, []
+    recent = getattr(method.storage, "residual", 0)
 
-    def watched(x, *args, real=buffer.grown, **how):
-        if x.data_ptr() in made:
+    def watched(x, used, capacity, dim=2, real=buffer.grown):
+        if x.data_ptr() in made and used > recent:
             again.append(x.shape)
-        out = real(x, *args, **how)
+        out = real(x, used, capacity, dim)
         made[out.data_ptr()] = out  # kept, so that no address is used again
         return out
 
@@ -150,9 +154,11 @@ def test_room_for_what_is_to_come_is_made_once(text, monkeypatch):
     prefill(model, without, prompt_ids(LONG))
     for token in some_tokens(steps):
         decode(model, without, token)
-    assert again or method.storage.residual >= GROWTH  # a block or none in so many steps
+    assert again or recent >= GROWTH  # a block or none in so many steps
     assert cache.kv_bytes_logical == without.kv_bytes_logical
-    assert cache.kv_bytes_stored <= without.kv_bytes_stored * 1.001
+    shape = kv_shape(model.config, model.dtype)
+    spare = shape.layers * shape.kv_heads * 2 * buffer.SPARE * shape.head_dim * shape.element_bytes if recent else 0
+    assert cache.kv_bytes_stored <= without.kv_bytes_stored * 1.001 + spare
 
 
 @pytest.mark.parametrize("text", METHODS)
