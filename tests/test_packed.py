@@ -210,7 +210,9 @@ def test_half_precision_rounds_no_logits(storage):
         found = pair.attend(0, query, 0.2).flatten(1, 2)[:, :, None]
         restored = pair.read(0)
         keys, values = (
-            torch.cat([m.directions.tensors()[0].double() * m.lengths.used[0].double()[..., None], new.double()], dim=2)
+            torch.cat(
+                [m.directions.tensors()[0].double() * m.lengths.used[0].double()[..., None], new.used.double()], dim=2
+            )
             for m, new in zip((pair.keys, pair.values), pair.new[0], strict=True)
         )
         usual_of = cached_attention(q, *restored, 0.2)
