@@ -38,6 +38,7 @@ from .runs import (
     record_head,
 )
 from .settings import Settings
+from .weights import load
 
 QUESTIONS = ("with_context", "after_compression")
 
@@ -207,7 +208,7 @@ class AccuracyRunner(PairedRunner):
             return
         say(f"model: {source.name} on {settings.torch_device} in {settings.torch_dtype}")
         try:
-            loaded = source.load(settings.torch_device, settings.torch_dtype)
+            loaded = load(source, settings.torch_device, settings.torch_dtype)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -26,6 +26,7 @@ from .engine import left_padded, prefill
 from .graph import EAGER, Stepper
 from .measure import EnergyMeter, MemoryMeter, Peak, Stopwatch, copy_bandwidth, now
 from .runs import BASELINE
+from .weights import load
 
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 """Environment of a measuring process: a model is loaded in each, and a bar for each would bury what is said."""
@@ -138,7 +139,7 @@ def use_device(device: str) -> None:
 def time_pass(job: Job) -> dict[str, Any]:
     """Every repetition's times, and the yardstick measured between the same walls."""
     use_device(job.device)
-    loaded = job.source.load(job.device, job.dtype)
+    loaded = load(job.source, job.device, job.dtype)
     work = batches(job, loaded)
     bandwidth = copy_bandwidth(job.device)
     repetitions = []
@@ -319,7 +320,7 @@ def take_workspaces(model: PreTrainedModel, batch: Batch, job: Job) -> None:
 def memory_pass(job: Job) -> dict[str, Any]:
     """Bytes of the cache and peaks of memory, of the batch that holds most tokens."""
     use_device(job.device)
-    loaded = job.source.load(job.device, job.dtype)
+    loaded = load(job.source, job.device, job.dtype)
     model = loaded.model
     batch = max(batches(job, loaded), key=lambda b: b.input_ids.numel() + b.steps * len(b.requests))
     meter = MemoryMeter(job.device, devices_of(model, job.device))
@@ -365,7 +366,7 @@ def energy_pass(job: Job) -> dict[str, Any]:
     meter = EnergyMeter(job.device)
     if meter.problem is not None:
         return {"energy": {"problem": meter.problem}}
-    loaded = job.source.load(job.device, job.dtype)
+    loaded = load(job.source, job.device, job.dtype)
     work = batches(job, loaded)
     meter = EnergyMeter(job.device, devices_of(loaded.model, job.device))
 

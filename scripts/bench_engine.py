@@ -39,6 +39,7 @@ from kvbench.models.embedded import Embedded
 from kvbench.runners import provenance
 from kvbench.runners.engine import decode, generate, prefill
 from kvbench.runners.measure import copy_bandwidth, now, read_bandwidth
+from kvbench.runners.weights import lay_out
 
 BUDGETS = (64, 128, 192, 256, 384, 512, 768, 1024)
 
@@ -134,6 +135,7 @@ def main() -> None:
     ours = Embedded().load(DEVICE, dtype).model
     theirs = AutoModelForCausalLM.from_config(ours.config, attn_implementation="sdpa", dtype=dtype).to(DEVICE).eval()
     theirs.load_state_dict(ours.state_dict())
+    lay_out(ours)
     ids = random_ids(1, args.prompt_tokens)
     full, snapkv = Method("full"), Method("snapkv", SnapKV(budget=512))
     members = [Method("snapkv", SnapKV(budget=b)) for b in BUDGETS]

@@ -37,6 +37,7 @@ from kvbench.models.embedded import Embedded
 from kvbench.runners import provenance
 from kvbench.runners.cli import named_method
 from kvbench.runners.engine import decode, prefill
+from kvbench.runners.weights import load
 
 STEPS = 64
 """Steps that are timed together: as many as pass between two times that held tokens are moved together."""
@@ -135,7 +136,7 @@ def main() -> None:
         print(table(json.loads(args.table.read_text())))
         return
 
-    model = Embedded().load(DEVICE, getattr(torch, args.dtype)).model
+    model = load(Embedded(), DEVICE, getattr(torch, args.dtype)).model
     lengths = [int(n) for n in args.lengths.split(",")]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 40000, (max(BATCHES), max(lengths)), generator=generator).to(DEVICE)

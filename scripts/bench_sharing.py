@@ -30,6 +30,7 @@ from kvbench.models.random import SHAPES, RandomModel
 from kvbench.runners import provenance
 from kvbench.runners.cli import named_method
 from kvbench.runners.train import kv_bytes_per_token
+from kvbench.runners.weights import load
 
 STEPS = 32
 ARMS = (
@@ -81,12 +82,12 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(100, 30000, (1, args.length), generator=generator).to(DEVICE)
     source = RandomModel(args.shape, max_positions=args.length + 2 * STEPS)
-    plain, full = source.load(DEVICE, dtype).model, Method("full")
+    plain, full = load(source, DEVICE, dtype).model, Method("full")
     print(f"{DEVICE}, {args.dtype}, {torch.get_num_threads()} threads, {args.length} tokens")
     rows: dict[str, Any] = {}
     for text in ARMS:
         method = named_method(text)
-        model = source.for_sharing(method.sharing, method.name).load(DEVICE, dtype).model
+        model = load(source.for_sharing(method.sharing, method.name), DEVICE, dtype).model
         model.config.max_position_embeddings = args.length + 2 * STEPS
         theirs, ours = measured(plain, full, ids), measured(model, method, ids)
         config, cache = model.config, ours[2]

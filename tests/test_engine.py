@@ -21,6 +21,7 @@ from kvbench.methods.selection.streaming_llm import StreamingLLM
 from kvbench.runners import engine
 from kvbench.runners.engine import Sampling, decode, feed, generate, prefill
 from kvbench.runners.lean import is_plain
+from kvbench.runners.weights import lay_out
 
 
 def full(model):
@@ -253,9 +254,10 @@ def test_full_is_transformers_generate_token_for_token_alone_and_padded(smollm2)
     """20 prompts x 64 greedy tokens on the real model, each alone and all in one left-padded batch."""
     from transformers import AutoModelForCausalLM
 
-    ours, tokenizer = smollm2.model, smollm2.tokenizer
+    ours, tokenizer = copy.deepcopy(smollm2.model), smollm2.tokenizer
     theirs = AutoModelForCausalLM.from_config(ours.config, attn_implementation="sdpa").eval()
     theirs.load_state_dict(ours.state_dict())
+    lay_out(ours)  # as it is run
     chats = [
         tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True)
         for q in QUESTIONS
