@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,7 +13,7 @@ from ..conf.errors import require
 from ..methods.base import Method
 from ..models.base import ModelSource
 from ..tasks.base import Source
-from .record import RunFolder
+from .record import RunFolder, identity_hash
 from .settings import Settings
 
 BASELINE = Method("full")
@@ -122,19 +121,18 @@ def on_other_examples(folder: RunFolder, chosen_by: Sequence[str]) -> list[RunFo
             be the same for every data set that both runs have.
     """
 
-    def without_choice(identity: Mapping[str, Any]) -> dict[str, Any]:
+    def without_choice(identity: Mapping[str, Any]) -> str:
         task = {k: v for k, v in identity["task"].items() if k not in (*chosen_by, "source", "sha256")}
-        return {**identity, "task": task}
+        return identity_hash({**identity, "task": task})
 
     def agree(a: Mapping[str, str], b: Mapping[str, str]) -> bool:
         return all(a[name] == b[name] for name in a.keys() & b.keys())
 
-    mine = json.loads(json.dumps(folder.identity))  # lists for tuples, as in a record
+    mine, wanted = folder.identity["task"]["sha256"], without_choice(folder.identity)
     return [
         other
         for other in folder.finished_siblings()
-        if without_choice(other.identity) == without_choice(mine)
-        and agree(other.identity["task"]["sha256"], mine["task"]["sha256"])
+        if without_choice(other.identity) == wanted and agree(other.identity["task"]["sha256"], mine)
     ]
 
 

@@ -11,7 +11,7 @@ from kvbench.methods.selection.h2o import H2O
 from kvbench.methods.selection.streaming_llm import StreamingLLM
 from kvbench.methods.selection.tova import TOVA
 from kvbench.methods.storage.base import KVShape, LayerStorage, Storage
-from kvbench.methods.storage.buffer import GROWTH, SPARE, Buffer, Queue
+from kvbench.methods.storage.buffer import GROWTH, SPARE, Buffer
 from kvbench.methods.storage.dense import HIDDEN, Dense
 from kvbench.methods.storage.kivi import Kivi
 from kvbench.methods.storage.minicache import MiniCache
@@ -99,12 +99,12 @@ def test_a_buffer_keeps_what_it_was_given_and_nobody_elses():
 def test_a_queue_moves_once_in_so_many_steps_and_keeps_no_prompt():
     """128 recent tokens of a prompt of 1000, then one in and one out, 100 times, against a list."""
     tokens = list(range(1000))
-    queue = Queue(torch.tensor(tokens)[None, :, None].float(), 1, SPARE)
+    queue = Buffer(torch.tensor(tokens)[None, :, None].float(), 1, 1000 + SPARE)
     queue.drop(872, SPARE)  # no more than so many empty slots
     assert queue.whole.shape == (1, 128 + SPARE, 1)
     held, kept = tokens[872:], [queue.whole]
     for new in range(100):
-        queue.append(torch.full((1, 1, 1), -float(new)), SPARE)
+        queue.append(torch.full((1, 1, 1), -float(new)), 128 + SPARE)
         queue.drop(1, SPARE)
         held = [*held[1:], -new]
         assert queue.used.flatten().tolist() == held

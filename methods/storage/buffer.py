@@ -8,7 +8,7 @@ GROWTH = 128
 """Slots added at a time when a layer grows, so that a step writes in place instead of copying the whole layer."""
 
 SPARE = 8
-"""Slots behind the tokens of a :class:`Queue`, so that they move once in so many steps."""
+"""Slots behind recent tokens, which leave again, so that they move once in so many steps."""
 
 
 class Growing:
@@ -43,7 +43,7 @@ def grown(x: torch.Tensor, used: int, capacity: int, dim: int = 2) -> torch.Tens
 
 
 class Buffer:
-    """A tensor of which the first ``length`` slots of dimension ``dim`` are in use.
+    """A tensor of which ``length`` slots of dimension ``dim`` are in use; they come at its end and leave at its front.
 
     Args:
         x: what it begins with; copied.
@@ -52,68 +52,31 @@ class Buffer:
     """
 
     def __init__(self, x: torch.Tensor, dim: int, capacity: int = 0):
-        self.dim, self.length = dim, x.shape[dim]
+        self.dim, self._begin, self.length = dim, 0, x.shape[dim]
         self.whole = grown(x, self.length, max(capacity, self.length), dim)
 
     @property
     def used(self) -> torch.Tensor:
         """The slots in use, as a view."""
-        return self.whole.narrow(self.dim, 0, self.length)
+        return self.whole.narrow(self.dim, self._begin, self.length)
 
     def append(self, x: torch.Tensor, capacity: int) -> None:
         """Add further slots; where there is no room for them, make it a buffer of ``capacity`` slots or more."""
         n = x.shape[self.dim]
-        if self.length + n > self.whole.shape[self.dim]:
-            self.whole = grown(self.whole, self.length, max(self.length + n, capacity), self.dim)
-        self.whole.narrow(self.dim, self.length, n).copy_(x)
-        self.length += n
-
-    def trim(self) -> None:
-        """Give back what is not in use."""
-        if self.length < self.whole.shape[self.dim]:
-            self.whole = grown(self.whole, self.length, self.length, self.dim)
-
-    @property
-    def room(self) -> int:
-        """Bytes that hold nothing yet."""
-        return self.whole.nbytes - self.used.nbytes
-
-
-class Queue:
-    """Recent tokens along one dimension: they come at the end and leave at the front.
-
-    Args:
-        x: what it begins with; copied.
-        dim: the dimension of the tokens.
-        spare: slots to have behind them.
-    """
-
-    def __init__(self, x: torch.Tensor, dim: int, spare: int):
-        self.dim, self._begin, self.length = dim, 0, x.shape[dim]
-        self.whole = grown(x, self.length, self.length + spare, dim)
-
-    @property
-    def used(self) -> torch.Tensor:
-        """The tokens held, as a view."""
-        return self.whole.narrow(self.dim, self._begin, self.length)
-
-    def append(self, x: torch.Tensor, spare: int) -> None:
-        """Add tokens; where there is no room, move all to where there are ``spare`` slots for these and others."""
-        n = x.shape[self.dim]
         if self._begin + self.length + n > self.whole.shape[self.dim]:
-            self._move(self.length + max(n, spare))
+            self._move(max(self.length + n, capacity))
         self.whole.narrow(self.dim, self._begin + self.length, n).copy_(x)
         self.length += n
 
     def drop(self, n: int, most: int) -> None:
-        """Let the first ``n`` tokens go, and their memory too where more than ``most`` slots would be empty."""
+        """Let the first ``n`` slots go, and their memory too where more than ``most`` would be empty."""
         self._begin, self.length = self._begin + n, self.length - n
         if self.whole.shape[self.dim] - self.length > most:
             self._move(self.length + most)
 
     def trim(self) -> None:
         """Give back what is not in use."""
-        if self.room:
+        if self.length < self.whole.shape[self.dim]:
             self._move(self.length)
 
     def _move(self, slots: int) -> None:

@@ -22,7 +22,7 @@ import torch
 from ...conf.errors import require
 from ..attention import exact_products, softmax_of
 from .base import KVShape, Storage
-from .buffer import SPARE, Queue
+from .buffer import SPARE, Buffer
 from .packed import (
     Quantized,
     QuantizedBuffer,
@@ -44,15 +44,15 @@ class KiviSegments(Segments):
         self.bits, self.group, self.residual = bits, group, residual
         self._blocks: QuantizedBuffer | None = None  # keys: [N, blocks, D, residual] tokens last, in groups of tokens
         self._old: QuantizedBuffer | None = None  # values: [N, tokens, D] in groups of channels
-        self._keys: Queue | None = None  # [N, recent, D]
-        self._values: Queue | None = None
+        self._keys: Buffer | None = None  # [N, recent, D]
+        self._values: Buffer | None = None
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         if self._keys is None or self._values is None:
-            self._keys, self._values = (Queue(x, 1, self.spare(at_rest=True)) for x in (keys, values))
+            self._keys, self._values = (Buffer(x, 1, x.shape[1] + self.spare(at_rest=True)) for x in (keys, values))
             return
-        self._keys.append(keys, self.spare())
-        self._values.append(values, self.spare())
+        for recent, new in ((self._keys, keys), (self._values, values)):
+            recent.append(new, recent.length + self.spare())
 
     def settle(self) -> None:
         assert self._keys is not None and self._values is not None
@@ -109,7 +109,7 @@ class KiviSegments(Segments):
     def take(self, index: torch.Tensor) -> Segments:
         out = KiviSegments(self.bits, self.group, self.residual)
         if self._keys is not None and self._values is not None:
-            out._keys, out._values = (Queue(q.used[index], 1, 0) for q in (self._keys, self._values))
+            out._keys, out._values = (Buffer(q.used[index], 1) for q in (self._keys, self._values))
             out._blocks, out._old = (None if q is None else q.take(index) for q in (self._blocks, self._old))
         return out
 
@@ -128,11 +128,11 @@ class KiviSegments(Segments):
         return [q for q in (self._blocks, self._old) if q is not None]
 
     @property
-    def _recent(self) -> list[Queue]:
+    def _recent(self) -> list[Buffer]:
         return [q for q in (self._keys, self._values) if q is not None]
 
     @property
-    def _parts(self) -> list[QuantizedBuffer | Queue]:
+    def _parts(self) -> list[QuantizedBuffer | Buffer]:
         return [*self._quantized, *self._recent]
 
     def tensors(self) -> list[torch.Tensor]:

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from ...conf.errors import InputError, require
 from ..attention import exact_products
 from .base import KVShape, LayerStorage, Storage
-from .buffer import Buffer, Growing, Queue
+from .buffer import Buffer, Growing
 from .dense import DenseLayer
 
 RETENTIONS = ("top_ratio", "range_distinct", "range_literal")
@@ -177,7 +177,7 @@ class Pair(Growing):
         self.valid: torch.Tensor | None = None  # [B, 1, S], of all slots, merged and new
         self.keys: Merged | None = None
         self.values: Merged | None = None
-        self.new: list[tuple[Queue, Queue] | None] = [None, None]  # [B, H, n, D], keys and values of each layer
+        self.new: list[tuple[Buffer, Buffer] | None] = [None, None]  # [B, H, n, D], keys and values of each layer
         self._parts: dict[tuple[int, ...], Pair] = {}
 
     def append(self, which: int, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None) -> None:
@@ -187,10 +187,11 @@ class Pair(Growing):
             self._extend_valid(keys, valid)
         spare = self.spare(at_rest=not self.length) if self.block > 1 else 0  # a block of one is merged at once
         if mine is None:
-            self.new[which] = (Queue(keys, 2, spare), Queue(values, 2, spare))
-        else:
-            mine[0].append(keys, spare)
-            mine[1].append(values, spare)
+            capacity = keys.shape[2] + spare
+            self.new[which] = (Buffer(keys, 2, capacity), Buffer(values, 2, capacity))
+            return
+        for recent, new in zip(mine, (keys, values), strict=True):
+            recent.append(new, recent.length + spare)
 
     def _extend_valid(self, keys: torch.Tensor, valid: torch.Tensor | None) -> None:
         if valid is None and self.valid is None:
@@ -387,9 +388,9 @@ class Pair(Growing):
         return total
 
 
-def _rows_of(recent: tuple[Queue, Queue], index: torch.Tensor) -> tuple[Queue, Queue]:
+def _rows_of(recent: tuple[Buffer, Buffer], index: torch.Tensor) -> tuple[Buffer, Buffer]:
     keys, values = recent
-    return Queue(keys.used[index], 2, 0), Queue(values.used[index], 2, 0)
+    return Buffer(keys.used[index], 2), Buffer(values.used[index], 2)
 
 
 def _slots(retain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

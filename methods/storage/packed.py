@@ -154,8 +154,8 @@ def query_times_keys(query: torch.Tensor, keys: Quantized, bits: int) -> torch.T
     each, groups = 8 // bits, keys.scale.shape[-1]
     out = torch.empty(segments, query.shape[1], blocks, width, each, dtype=exact, device=query.device)
     group = width // groups  # bytes of a row of codes that share a scale
-    whole_blocks, rows = segments * dim * width, segments * dim * group
-    for part, some in product(_pieces(blocks, whole_blocks, PIECE), _pieces(groups, rows, CUT)):
+    in_block, in_group = segments * dim * width, segments * dim * group
+    for part, some in product(_pieces(blocks, in_block, PIECE), _pieces(groups, in_group, CUT)):
         columns = slice(some.start * group, some.stop * group)
         scale, zero = (x[:, part, :, some].to(exact) for x in (keys.scale, keys.zero))
         at_zero = torch.matmul(query[:, None], zero)[..., None]  # [N, b, G, groups, 1]
