@@ -3,16 +3,19 @@
     python scripts/bench_decode_parts.py [--prompt-tokens 4096] [--compile] [-o FILE]
 
 One process, the default model in float32, one sequence. First a step as it is, without its attention, without its
-linear layers, and without both, in turn. Then the attention of one layer over caches that lie cold in memory, in
-several forms, beside the time of only adding the same numbers up. ``--compile`` adds what torch.compile makes of the
-attention, and of all that stands before and behind it in a layer (needs a C++ compiler).
+linear layers, and without both, in turn. Then a product with every weight, for one row and for more, as torch.nn.Linear
+has it and with the weights in blocks, beside the time of only adding the same weights up. Then the attention of one
+layer over caches that lie cold in memory, in several forms, beside adding up again. ``--compile`` adds what
+torch.compile makes of the attention, and of all that stands before and behind it in a layer (needs a C++ compiler).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,12 +31,14 @@ from kvbench.models.embedded import Embedded
 from kvbench.runners import provenance
 from kvbench.runners.engine import decode, prefill
 from kvbench.runners.measure import read_bandwidth
+from kvbench.runners.weights import BlockedLinear, lay_out
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Form = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 SCALE = 0.125
 CACHES, REPEATS = 30, 60
 """Different caches, more than any processor holds, and calls of each form."""
+ROWS = (1, 2, 4, 8, 16)
 
 
 def whole_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -91,12 +96,12 @@ def steps_without(model: Any, ids: torch.Tensor, repeats: int) -> dict[str, floa
     """Milliseconds of a step with parts of it left out, in turn."""
     cache = Method("full").new_cache(model)
     token = prefill(model, cache, ids).argmax(-1)
-    real = KVCache.attend, torch.nn.Linear.forward
+    real = KVCache.attend, BlockedLinear.forward
 
     def no_attention(self: KVCache, layer: int, query: torch.Tensor, *rest: Any) -> torch.Tensor:
         return query
 
-    def no_linear(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    def no_linear(self: BlockedLinear, x: torch.Tensor) -> torch.Tensor:
         return x.new_zeros(*x.shape[:-1], self.out_features)
 
     variants = {
@@ -110,15 +115,45 @@ def steps_without(model: Any, ids: torch.Tensor, repeats: int) -> dict[str, floa
     try:
         for _ in range(repeats):
             for name, (attend, linear) in variants.items():
-                KVCache.attend, torch.nn.Linear.forward = attend, linear  # type: ignore[method-assign,assignment]
+                KVCache.attend, BlockedLinear.forward = attend, linear  # type: ignore[method-assign,assignment]
                 cache.tokens_seen = seen
                 for _ in range(10):
                     start = time.perf_counter()
                     decode(model, cache, token)
                     times[name].append(time.perf_counter() - start)
     finally:
-        KVCache.attend, torch.nn.Linear.forward = real  # type: ignore[method-assign]
+        KVCache.attend, BlockedLinear.forward = real  # type: ignore[method-assign]
     return {name: 1e3 * median(found) for name, found in times.items()}
+
+
+def products(plain: Any, blocked: Any, repeats: int) -> dict[str, dict[int, float]]:
+    """Milliseconds of a product with every weight that a step reads, for so many rows."""
+    layers = {
+        "linear": [m for m in plain.modules() if isinstance(m, torch.nn.Linear)],
+        "blocked": [m for m in blocked.modules() if isinstance(m, BlockedLinear)],
+    }
+    found: dict[str, dict[int, float]] = {name: {} for name in (*layers, "adding_up")}
+    for rows in ROWS:
+        inputs = {m.in_features: torch.randn(rows, m.in_features) for m in layers["linear"]}
+
+        def of(name: str, inputs: dict[int, torch.Tensor] = inputs) -> None:
+            for layer in layers[name]:
+                layer(inputs[layer.in_features])
+
+        def sums() -> None:
+            for layer in layers["linear"]:
+                layer.weight.sum()
+
+        forms: dict[str, Callable[[], None]] = {n: partial(of, n) for n in layers} | {"adding_up": sums}
+        times: dict[str, list[float]] = {name: [] for name in forms}
+        for _ in range(5 * repeats):
+            for name, form in forms.items():
+                start = time.perf_counter()
+                form()
+                times[name].append(time.perf_counter() - start)
+        for name, some in times.items():
+            found[name][rows] = 1e3 * median(some)
+    return found
 
 
 def before(x: torch.Tensor, layer: Any, positions: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -179,11 +214,17 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
 
-    model = Embedded().load("cpu", torch.float32).model
+    plain = Embedded().load("cpu", torch.float32).model
+    model = copy.deepcopy(plain)
+    lay_out(model)
     config, compiled = model.config, {}
     steps = steps_without(model, random_ids(1, args.prompt_tokens), args.repeats)
     for name, value in steps.items():
         print(f"step, {name:<24} {value:7.2f} ms", flush=True)
+    weights = products(plain, model, args.repeats)
+    for rows in ROWS:
+        each = ", ".join(f"{name} {times[rows]:.1f} ms" for name, times in weights.items())
+        print(f"weights, {rows} rows: {each}", flush=True)
     if args.compile:
         compiled = steps_compiled(model, random_ids(1, args.prompt_tokens), args.repeats)
         print(f"step, eager {compiled['eager']:.2f} ms, compiled {compiled['compiled']:.2f} ms", flush=True)
@@ -206,6 +247,7 @@ def main() -> None:
         print(f"attention, {name:<20} {found[name]:7.3f} ms  {read / found[name] / 1e6:6.1f} GB/s", flush=True)
     result = {
         "step_ms": steps,
+        "weights_ms": weights,
         "layers_ms": compiled,
         "attention_ms": found,
         "attention_bytes": read,
