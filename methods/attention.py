@@ -27,7 +27,7 @@ ATTENTION_NAME = "kvbench"
 PIECE = 1 << 18
 """Numbers that are converted or expanded at a time on a CPU: as many as stay in its cache."""
 
-WORTH_PARTS = 1024
+WORTH_PARTS = 2048
 """Cached tokens from which on it pays to share a head's slots between the threads of a CPU."""
 
 
