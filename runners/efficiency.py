@@ -29,7 +29,7 @@ from ..models.base import ModelSource
 from ..tasks.workload import Search, Workload
 from . import provenance
 from .fresh import Killed, in_fresh_process
-from .measure import HONEST_MALLOC, EnergyMeter, is_out_of_memory, one_at_a_time
+from .measure import EnergyMeter, honest_malloc, is_out_of_memory, one_at_a_time
 from .passes import QUIET, Job, energy_pass, memory_pass, spread, time_pass
 from .runs import MethodRun, PairedRunner, finished_baseline, in_turns, open_run, record_head
 from .search import SearchJob, search
@@ -103,7 +103,7 @@ class EfficiencyRunner(PairedRunner):
         hardware = made_by["hardware"]
         further = {
             "batch_size": None if isinstance(task, Search) and task.what == "batch_size" else settings.batch_size,
-            "hardware": {k: hardware.get(k) for k in ("cpu", "gpu", "torch_threads")},
+            "hardware": {k: hardware.get(k) for k in ("cpu", "gpu", "torch_threads", "preloaded")},
             "runner": {
                 "warmups": self.warmups,
                 "repeats": self.repeats,
@@ -188,7 +188,7 @@ class EfficiencyRunner(PairedRunner):
 def _passes(job: Job) -> dict[str, Any]:
     """Time, memory and energy of a workload, and what the times mean."""
     times = in_fresh_process(time_pass, job, QUIET)
-    memory = in_fresh_process(memory_pass, job, QUIET | (HONEST_MALLOC if job.device == "cpu" else {}))
+    memory = in_fresh_process(memory_pass, job, QUIET | (honest_malloc() if job.device == "cpu" else {}))
     # No process for what is known to be impossible; only CUDA's counter needs a look at the device.
     problem = EnergyMeter(job.device).problem if job.device == "cpu" else None
     try:

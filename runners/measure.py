@@ -26,6 +26,8 @@ from typing import Any
 import filelock
 import torch
 
+from .provenance import preloaded
+
 KIB = 1024
 COPY_BYTES = 1 << 28
 """Size of the copy that measures bandwidth: far beyond what a cache holds."""
@@ -269,9 +271,18 @@ class MemoryMeter:
         return Peak(_resident("VmHWM"), None)
 
 
-# What glibc does with large blocks makes a resident set lie: after one is freed it keeps others of up to 32 MiB. With
-# this set before the process starts, every block of 64 KiB goes back to the system the moment it is freed.
-HONEST_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
+def honest_malloc() -> dict[str, str]:
+    """Environment of a process whose resident set is its memory on a CPU.
+
+    glibc keeps blocks of up to 32 MiB after they are freed; with this set before a process starts, every block of
+    64 KiB goes back to the system the moment it is freed. Other allocators do not listen, so none is preloaded.
+    """
+    return {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "MALLOC_MMAP_MAX_": "1000000",
+        "LD_PRELOAD": ":".join(path for path in preloaded() if "malloc" not in Path(path).name),
+    }
 
 
 def _reset_resident_peak() -> None:

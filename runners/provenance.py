@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -91,6 +92,7 @@ def _hardware(device: str) -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "memory_gib": _memory_gib(),
         "system": platform.system(),
+        "preloaded": [Path(path).name for path in preloaded()],
     }
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(torch.device(device))
@@ -98,6 +100,11 @@ def _hardware(device: str) -> dict[str, Any]:
         info["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
         info["cuda"] = torch.version.cuda
     return info
+
+
+def preloaded() -> list[str]:
+    """Paths of the libraries that ``LD_PRELOAD`` puts before all others: another allocator changes times and memory."""
+    return [path for path in re.split("[ :]", os.environ.get("LD_PRELOAD", "")) if path]
 
 
 def _cpu_name() -> str:
