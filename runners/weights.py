@@ -1,10 +1,11 @@
 """Weights as the engine wants them: on a CPU, laid out for products with few rows.
 
-A step of decoding multiplies every weight by one row of each request. What torch.nn.Linear calls for that is made for
-large matrices: it can be several times slower than reading the weights (docs/efficiency.md has the figures). oneDNN,
-which is a part of torch, multiplies by weights that are stored in the blocks its kernels read; torch.compile does the
-same for a frozen model. A weight is stored once, in the one form or the other; only an output layer tied to the
-embedding needs its table twice, for a table is looked up by rows.
+A step of decoding multiplies every weight by one row of each request. For that torch.nn.Linear calls MKL in float32,
+which is made for large matrices and takes its generic kernels on processors that are not Intel's: it can be several
+times slower than reading the weights (docs/efficiency.md has the figures). oneDNN, which is a part of torch, multiplies
+by weights that are stored in the blocks its kernels read; torch.compile does the same for a frozen model. A weight is
+stored once, in the one form or the other; only an output layer tied to the embedding needs its table twice, for a table
+is looked up by rows.
 """
 
 from __future__ import annotations
