@@ -8,7 +8,6 @@ import random
 import socket
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -819,10 +818,8 @@ def test_the_task_imports_nothing_heavy() -> None:
         "heavy = {'torch', 'transformers', 'numpy', 'jieba', 'rouge', 'rapidfuzz', 'huggingface_hub'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
-    assert time.perf_counter() - start < 5
 
 
 def test_the_average_that_papers_report_is_over_the_16_sets_without_chinese() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -249,20 +250,30 @@ def test_nothing_of_the_expanded_cache_is_written(monkeypatch):
 
 
 def test_a_step_over_packed_codes_is_faster_than_expanding_them():
-    """The best of alternating rounds, as a ratio; measured at about 0.4."""
+    """The median of the ratios of neighbouring rounds, on one thread: measured between 0.3 and 0.6.
+
+    On a machine that others use, a second thread is waited for at each of the small operations, and a best time is
+    one side's luck; a ratio of two rounds in a row meets the same weather on both sides.
+    """
     held = KiviSegments(4, 32, 128)
     held.append(numbers(12, 8192, 64), numbers(12, 8192, 64))
     held.settle()
     query = numbers(12, 3, 1, 64)
     works = (lambda: held.attend(query, 0.125), lambda: Segments.attend(held, query, 0.125))
-    best = [float("inf"), float("inf")]
-    with torch.inference_mode():
-        for _ in range(6):
-            for i, work in enumerate(works):
-                start = time.perf_counter()
-                work()
-                best[i] = min(best[i], time.perf_counter() - start)
-    assert best[0] < 0.8 * best[1]
+    threads, ratios = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            for _ in range(25):
+                took = []
+                for work in works:
+                    start = time.perf_counter()
+                    work()
+                    took.append(time.perf_counter() - start)
+                ratios.append(took[0] / took[1])
+    finally:
+        torch.set_num_threads(threads)
+    assert statistics.median(ratios) < 0.8
 
 
 @pytest.mark.parametrize("retention", ["top_ratio", "range_distinct"])
