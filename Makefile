@@ -6,6 +6,9 @@ PYTHON ?= python3
 # Another setting:      make run ARGS="method.budget=256 task.datasets=[qasper] task.limit=10"
 ARGS ?= task.source=mini task.limit=3 task.datasets=[multifieldqa_en,hotpotqa,trec,lcc] method.budget=256
 
+# Processes of the test suite: one a core. WORKERS=0 is one process, whose output is not held back.
+WORKERS ?= logical
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
@@ -22,8 +25,9 @@ help: ## list the targets
 run: install $(VENV)/model.stamp ## set up once, then run SnapKV on LongBench with the default model (ARGS="..." overrides)
 	$(BIN)/python run.py method=snapkv task=longbench $(ARGS)
 
-test: install ## the test suite, which never uses the network
-	HF_HUB_OFFLINE=1 WANDB_MODE=disabled $(BIN)/python -m pytest
+# A process for each core, with one thread: two processes of two threads each on two cores wait for each other.
+test: install ## the test suite, which never uses the network (up to four processes; WORKERS=0 for one)
+	HF_HUB_OFFLINE=1 WANDB_MODE=disabled OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile
 
 # mypy cannot follow setuptools' editable install, so it is shown the packages under their import names.
 lint: install ## ruff (rules and format) and mypy

@@ -402,18 +402,29 @@ KINDS: Mapping[str, Callable[[Sequence[Run]], Table]] = {
 
 
 def _made_by(runs: Sequence[Run]) -> list[str]:
-    """What a reader must know of the code behind a table: changed files, or more than one version of something."""
-    made = [run.record.get("provenance", {}) for run in runs]
+    """What a reader must know of who made a table's rows: changed files, or more than one version of something."""
+    made = [maker for run in runs for maker in _makers(run.record)]
     notes = []
     if any(m.get("git", {}).get("dirty") for m in made):
         notes.append("Made by code that differs from its commit.")
+    hardware = [m.get("hardware", {}) for m in made]
     for what, versions in (
-        ("commit", {str(m.get("git", {}).get("sha"))[:7] for m in made}),
-        ("torch", {m.get("packages", {}).get("torch") for m in made}),
+        ("of more than one commit", {str(m.get("git", {}).get("sha"))[:7] for m in made}),
+        ("of more than one torch", {m.get("packages", {}).get("torch") for m in made}),
+        ("on more than one processor", {h.get("gpu") or h.get("cpu") for h in hardware}),
     ):
         if len(versions) > 1:
-            notes.append(f"Runs of more than one {what}: {', '.join(sorted(map(str, versions)))}.")
+            notes.append(f"Runs {what}: {', '.join(sorted(map(str, versions)))}.")
     return notes
+
+
+def _makers(record: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The processes that made a record's rows: one may have ended early, and rows may be those of other runs."""
+    sessions = record.get("sessions")
+    if not sessions or "after_examples" not in sessions[0]:
+        return [record.get("provenance", {})]
+    ends = [*(s["after_examples"] for s in sessions[1:]), sum(record["data"]["examples"].values())]
+    return [session for session, end in zip(sessions, ends, strict=True) if end > session["after_examples"]]
 
 
 # cells --------------------------------------------------------------------------------------------------------------

@@ -145,7 +145,11 @@ class AccuracyRunner(PairedRunner):
 
     @staticmethod
     def _reuse(run: ScoredRun, examples: list[Example], task: Task, say: Callable[[str], None]) -> None:
-        """Copy rows of the same examples from finished runs, and with them who made them."""
+        """Copy rows of the same examples from finished runs, the newest first, and with them who made them.
+
+        By one rule for all methods: where an example is in several runs, made by different code or on different
+        machines, what is compared with each other should be of the same one.
+        """
         for other in on_other_examples(run.folder, task.chosen_by):
             wanted = {(e.dataset, e.id) for e in examples} - run.rows.keys()
             rows = {(r["dataset"], r["id"]): r for r in other.samples()}

@@ -248,15 +248,23 @@ def metrics(work: Sequence[Batch], repetitions: Sequence[Sequence[Timed]]) -> di
     return out
 
 
+def weight_bytes_read(model: PreTrainedModel) -> int:
+    """Bytes of the weights that a step reads, in either form of :mod:`.weights`.
+
+    A step looks up single rows of the embedding; only where it is the output layer too is the table read whole.
+    """
+    table: Any = model.get_input_embeddings()
+    tied = table.weight is model.get_output_embeddings().weight
+    return sum(p.nbytes for p in model.parameters()) - (0 if tied else table.weight.nbytes)
+
+
 def bytes_read_per_step(work: Sequence[Batch], model: PreTrainedModel, method: Method) -> float:
     """Bytes that a decode step must read at least, on average over all steps: the weights, and the batch's caches.
 
     The caches by the formula (what layers share is read by each of them), halfway between a batch's first step and its
-    last. A step looks up single rows of the embedding; only where it is the output layer too is the table read whole.
+    last.
     """
-    table: Any = model.get_input_embeddings()
-    tied = table.weight is model.get_output_embeddings().weight
-    weights = sum(p.nbytes for p in model.parameters()) - (0 if tied else table.weight.nbytes)
+    weights = weight_bytes_read(model)
     total = 0.0
     for batch in work:
         lengths = [len(r.prompt) for r in batch.requests]

@@ -113,7 +113,8 @@ class MethodRun:
 
 
 def on_other_examples(folder: RunFolder, chosen_by: Sequence[str]) -> list[RunFolder]:
-    """Finished runs that would have given the same rows: all but the choice of examples is as in ``folder``.
+    """Finished runs that would have given the same rows, the newest first: all but the choice of examples is as in
+    ``folder``.
 
     Args:
         folder: a run.
@@ -129,11 +130,12 @@ def on_other_examples(folder: RunFolder, chosen_by: Sequence[str]) -> list[RunFo
         return all(a[name] == b[name] for name in a.keys() & b.keys())
 
     mine, wanted = folder.identity["task"]["sha256"], without_choice(folder.identity)
-    return [
+    found = [
         other
         for other in folder.finished_siblings()
         if without_choice(other.identity) == wanted and agree(other.identity["task"]["sha256"], mine)
     ]
+    return sorted(found, key=lambda other: (other.record()["finished"], other.hash), reverse=True)
 
 
 R = TypeVar("R", bound=MethodRun)

@@ -17,10 +17,14 @@ from ..models.base import LoadedModel, ModelSource
 
 
 class BlockedLinear(nn.Module):
-    """A linear layer whose weight lies in oneDNN's blocks; for inference.
+    """A linear layer whose weight lies in oneDNN's blocks; for inference alone.
+
+    It has no gradient, and its ``weight`` is of a kind that few operations take: it is not moved to another device,
+    cast, saved or given to a state dict.
 
     Args:
-        linear: the layer to stand for; its weight is copied.
+        linear: the layer to stand for, with a weight of [out_features, in_features] on the CPU, of a type for which
+            :func:`has_blocked_products`. The weight is copied and the bias shared.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -48,21 +52,25 @@ def has_blocked_products(dtype: torch.dtype) -> bool:
 def lay_out(model: nn.Module) -> None:
     """Replace the linear layers of a model on the CPU by :class:`BlockedLinear`, one at a time.
 
-    A model that accelerate spread over devices keeps what it has: its hooks move the weights themselves.
+    At no time is more than one weight held in both forms. Layers on other devices, or of a type that the machine's
+    oneDNN does not multiply in blocks, stay. A model that accelerate spread over devices keeps what it has: its hooks
+    move the weights themselves.
+
+    Args:
+        model: a model for inference; changed in place.
     """
     if getattr(model, "hf_device_map", None) is not None:
         return
-    for name, module in list(model.named_modules()):
-        if (
-            type(module) is nn.Linear
-            and module.weight.device.type == "cpu"
-            and has_blocked_products(module.weight.dtype)
-        ):
+    # Their names: a list of the layers would keep all of them until the last is replaced.
+    for name in [name for name, module in model.named_modules() if type(module) is nn.Linear and name]:
+        module = model.get_submodule(name)
+        assert isinstance(module, nn.Linear)
+        if module.weight.device.type == "cpu" and has_blocked_products(module.weight.dtype):
             model.set_submodule(name, BlockedLinear(module))
 
 
 def load(source: ModelSource, device: str, dtype: torch.dtype) -> LoadedModel:
-    """A model to be run and not trained; see :meth:`ModelSource.load`."""
+    """A model to be run and not trained: :meth:`ModelSource.load` (its arguments, its errors), then :func:`lay_out`."""
     loaded = source.load(device, dtype)
     lay_out(loaded.model)
     return loaded

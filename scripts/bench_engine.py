@@ -39,6 +39,7 @@ from kvbench.models.embedded import Embedded
 from kvbench.runners import provenance
 from kvbench.runners.engine import decode, generate, prefill
 from kvbench.runners.measure import copy_bandwidth, now, read_bandwidth
+from kvbench.runners.passes import weight_bytes_read
 from kvbench.runners.weights import lay_out
 
 BUDGETS = (64, 128, 192, 256, 384, 512, 768, 1024)
@@ -91,10 +92,9 @@ def random_ids(batch: int, length: int) -> torch.Tensor:
 
 
 def step_bytes(model, method: Method, ids: torch.Tensor, steps: int) -> float:
-    """Bytes that a decode step must read, on average over the steps: the tied weights once, and every row's cache."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    """Bytes that a decode step must read, on average over the steps: the weights once, and every row's cache."""
     first, last = (method.bytes_read_formula(model.config, model.dtype, ids.shape[1], n) for n in (0, steps))
-    return weights + ids.shape[0] * (first + last) / 2
+    return weight_bytes_read(model) + ids.shape[0] * (first + last) / 2
 
 
 def transformers_decode_seconds(model, ids: torch.Tensor, steps: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -378,6 +379,19 @@ def test_rows_of_runs_on_fewer_examples_are_reused(world, tmp_path, monkeypatch)
     sessions = records[0]["sessions"]
     assert {session.get("reused") for session in sessions} == {*parts, None}
     assert sorted(session["after_examples"] for session in sessions)[0] == 0 and sessions[-1]["after_examples"] == 5
+
+
+@pytest.mark.parametrize(("newest", "taken"), [(2, [2, 1]), (3, [3])])
+def test_of_two_runs_the_newest_gives_its_rows(world, tmp_path, newest, taken):
+    for limit in (2, 3):
+        run(world, tmp_path, "task.datasets=[qasper]", f"task.limit={limit}", "runner.pair_with=[]")
+    for path in tmp_path.glob("*/*/snapkv/*/record.json"):
+        record = json.loads(path.read_text())
+        record["finished"] = f"20{20 + (record['data']['examples']['qasper'] == newest)}-01-01T00:00:00Z"
+        path.write_text(json.dumps(record))
+    whole = ("task.datasets=[qasper]", "task.limit=4", "runner.pair_with=[]", "runner.reuse=true")
+    out = run(world, tmp_path, *whole).stdout
+    assert [int(n) for n in re.findall(r"(\d) examples from", out)] == taken
 
 
 @pytest.mark.parametrize("change", ["task.max_length=300", "method.budget=41", "seed=1", "task.data_dir={other}"])

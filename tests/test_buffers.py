@@ -96,7 +96,7 @@ def test_a_buffer_keeps_what_it_was_given_and_nobody_elses():
     assert held.used[0, :, 0].tolist() == [0, 3, 6, 9, 7, 7, 8]
 
 
-def test_a_queue_moves_once_in_so_many_steps_and_keeps_no_prompt():
+def test_a_buffer_of_recent_tokens_moves_once_in_so_many_steps_and_keeps_no_prompt():
     """128 recent tokens of a prompt of 1000, then one in and one out, 100 times, against a list."""
     tokens = list(range(1000))
     queue = Buffer(torch.tensor(tokens)[None, :, None].float(), 1, 1000 + SPARE)

@@ -123,11 +123,11 @@ GOOD = json.dumps(prediction()).encode() + b"\n"
         ("hotpotqa.jsonl", b'{"pred": "x"}\n', "hotpotqa.jsonl:1=answers, all_classes"),
         ("hotpotqa.jsonl", json.dumps(prediction(pred=None)).encode(), "hotpotqa.jsonl:1=pred"),
         ("hotpotqa.jsonl", b"", "at least one prediction"),
-        ("hotpotqa.jsonl.gz", gzip.compress(GOOD * 9)[:-12], "hotpotqa.jsonl.gz:"),
+        ("hotpotqa.jsonl.gz", gzip.compress(GOOD * 9, mtime=0)[:-12], "hotpotqa.jsonl.gz:"),
         ("hotpotqa.jsonl.gz", GOOD, "hotpotqa.jsonl.gz:1=damaged"),
         ("trec.jsonl", GOOD, "`all_classes` must list the class names of trec"),
         ("passage_retrieval_en.jsonl", GOOD, "must look like Paragraph 7"),
-        ("qasper.jsonl.gz", gzip.compress(GOOD), "two files hold predictions of the same data set"),
+        ("qasper.jsonl.gz", gzip.compress(GOOD, mtime=0), "two files hold predictions of the same data set"),
     ],
 )
 def test_one_bad_file_does_not_cost_the_others(

@@ -227,6 +227,22 @@ def test_code_that_differs_is_told(tmp_path):
     assert "differs from its commit" in notes
 
 
+def test_rows_that_other_processes_made_are_told(tmp_path):
+    """Of five sessions, the second made nothing; nor did the last one, which joined the others' rows."""
+
+    def session(after, sha, cpu):
+        return {"after_examples": after, "git": {"sha": sha * 40}, "packages": {}, "hardware": {"cpu": cpu}}
+
+    one = accuracy("full", None, 22.0)
+    one["data"]["examples"] = {"qasper": 4, "lcc": 3}
+    makers = [(0, "a", "Xeon"), (2, "b", "M4"), (2, "a", "Xeon"), (4, "c", "EPYC"), (7, "d", "Graviton")]
+    one["sessions"] = [session(*maker) for maker in makers]
+    (table,) = made(tmp_path, one)
+    notes = " ".join(table.notes)
+    assert "of more than one commit: aaaaaaa, ccccccc." in notes
+    assert "on more than one processor: EPYC, Xeon." in notes
+
+
 def test_bits_on_a_32_bit_cache_are_told(tmp_path):
     record = accuracy("kivi", None, 20.0)
     record["identity"]["method"]["selection"] = {"class": "Selection"}

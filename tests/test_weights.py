@@ -1,6 +1,7 @@
 """Weights in oneDNN's blocks: the same layers, stored once, in every model that a runner runs on the CPU."""
 
 import copy
+import weakref
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -99,6 +100,22 @@ def test_a_weight_is_held_once_and_a_tied_table_twice(tied):
     work: Any = [SimpleNamespace(requests=[SimpleNamespace(prompt=range(30))], steps=5)]
     read = [bytes_read_per_step(work, m, Method("full")) for m in (plain, blocked)]
     assert read[0] == read[1] > 0
+
+
+@float32
+def test_layers_are_replaced_one_at_a_time(monkeypatch):
+    """When the second is being copied, the first is gone."""
+    model = RandomModel("tiny").load("cpu", torch.float32).model
+    old = [weakref.ref(layer) for layer in linear_layers(model)]
+    alive = []
+
+    def copied(layer):
+        alive.append(sum(ref() is not None and ref() is not layer for ref in old))
+        return BlockedLinear(layer)
+
+    monkeypatch.setattr(weights, "BlockedLinear", copied)
+    lay_out(model)
+    assert alive == [*reversed(range(len(old)))] and len(old) > 7
 
 
 def test_what_is_not_for_the_cpu_s_kernels_stays(monkeypatch):
