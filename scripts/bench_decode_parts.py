@@ -1,20 +1,22 @@
 """Where the time of a decode step on a CPU goes, and what other ways of attending would take.
 
-    python scripts/bench_decode_parts.py [--prompt-tokens 4096] [--compile] [-o FILE]
+    python scripts/bench_decode_parts.py [--prompt-tokens 4096] [--dtype bfloat16] [--compile] [-o FILE]
 
-One process, the default model in float32, one sequence. First a step as it is, without its attention, without its
-linear layers, and without both, in turn. Then a product with every weight, for one row and for more, as torch.nn.Linear
-has it and with the weights in blocks, beside the time of only adding the same weights up. Then the attention of one
-layer over caches that lie cold in memory, in several forms, beside adding up again. ``--compile`` adds what
-torch.compile makes of the attention, and of all that stands before and behind it in a layer (needs a C++ compiler).
+One process, the default model, one sequence. First a step as it is, without its attention, without its linear layers,
+and without both, in turn. Then a product with every weight, for one row and for more (a prompt's, at last), as
+torch.nn.Linear has it and with the weights in blocks, beside the time of only adding the same weights up. Then the
+attention of one layer over caches that lie cold in memory, in several forms in turn, beside adding up again; of whole
+heads and of heads in two parts at other lengths too. ``--compile`` adds what torch.compile makes of the attention, and
+of all that stands before and behind it in a layer (needs a C++ compiler).
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -36,9 +38,10 @@ from kvbench.runners.weights import BlockedLinear, lay_out
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Form = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 SCALE = 0.125
-CACHES, REPEATS = 30, 60
-"""Different caches, more than any processor holds, and calls of each form."""
-ROWS = (1, 2, 4, 8, 16)
+CACHE_BYTES, REPEATS = 200_000_000, 60
+"""Bytes of the different caches, more than any processor holds, and calls of each form."""
+ROWS = (1, 2, 4, 8, 16, 64, 512)
+LENGTHS = (512, 1024, 2048, 4096, 8192)
 
 
 def whole_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -83,13 +86,28 @@ def adding_up(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
     return k.sum() + v.sum()
 
 
-def milliseconds(form: Form, caches: Sequence[Tensors]) -> float:
-    times = []
-    for i in range(REPEATS + 5):
-        start = time.perf_counter()
-        form(*caches[i % len(caches)])
-        times.append(time.perf_counter() - start)
-    return 1e3 * median(times[5:])
+def milliseconds(forms: Mapping[str, Form], caches: Sequence[Tensors]) -> dict[str, float]:
+    """Of one call of each form, in turn, each on another cache than the form before it."""
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    which = itertools.cycle(caches)
+    for _ in range(REPEATS + 5):
+        for name, form in forms.items():
+            one = next(which)
+            start = time.perf_counter()
+            form(*one)
+            times[name].append(time.perf_counter() - start)
+    return {name: 1e3 * median(some[5:]) for name, some in times.items()}
+
+
+def made_caches(config: Any, length: int, dtype: torch.dtype) -> list[Tensors]:
+    """(query, keys, values) of one layer behind ``length`` tokens, often enough to lie cold in memory."""
+    heads, dim = config.num_key_value_heads, config.head_dim
+    groups = config.num_attention_heads // heads
+    made = []
+    for _ in range(max(4, CACHE_BYTES // (2 * heads * length * dim * dtype.itemsize)) | 1):  # odd: forms go round
+        k, v = torch.randn(2, 1, heads, length + 63, dim).to(dtype)[:, :, :, :length]
+        made.append((torch.randn(1, heads, groups, dim).to(dtype), k, v))
+    return made
 
 
 def steps_without(model: Any, ids: torch.Tensor, repeats: int) -> dict[str, float]:
@@ -134,7 +152,7 @@ def products(plain: Any, blocked: Any, repeats: int) -> dict[str, dict[int, floa
     }
     found: dict[str, dict[int, float]] = {name: {} for name in (*layers, "adding_up")}
     for rows in ROWS:
-        inputs = {m.in_features: torch.randn(rows, m.in_features) for m in layers["linear"]}
+        inputs = {m.in_features: torch.randn(rows, m.in_features, dtype=plain.dtype) for m in layers["linear"]}
 
         def of(name: str, inputs: dict[int, torch.Tensor] = inputs) -> None:
             for layer in layers[name]:
@@ -146,7 +164,7 @@ def products(plain: Any, blocked: Any, repeats: int) -> dict[str, dict[int, floa
 
         forms: dict[str, Callable[[], None]] = {n: partial(of, n) for n in layers} | {"adding_up": sums}
         times: dict[str, list[float]] = {name: [] for name in forms}
-        for _ in range(5 * repeats):
+        for _ in range(5 * repeats if rows <= 16 else repeats):
             for name, form in forms.items():
                 start = time.perf_counter()
                 form()
@@ -210,11 +228,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt-tokens", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
 
-    plain = Embedded().load("cpu", torch.float32).model
+    dtype = getattr(torch, args.dtype)
+    plain = Embedded().load("cpu", dtype).model
     model = copy.deepcopy(plain)
     lay_out(model)
     config, compiled = model.config, {}
@@ -228,31 +248,34 @@ def main() -> None:
     if args.compile:
         compiled = steps_compiled(model, random_ids(1, args.prompt_tokens), args.repeats)
         print(f"step, eager {compiled['eager']:.2f} ms, compiled {compiled['compiled']:.2f} ms", flush=True)
-    heads, groups, dim = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads, 64
-    length = args.prompt_tokens + 1
-    caches = []
-    for _ in range(CACHES):
-        k, v = torch.randn(2, 1, heads, length + 63, dim)[:, :, :, :length]
-        caches.append((torch.randn(1, heads, groups, dim), k, v))
     forms: dict[str, Form] = {"whole_heads": whole_heads, "in_2_parts": parts(2), "in_8_parts": parts(8)}
+    heads_or_parts = dict(list(forms.items())[:2])
     forms |= {f.__name__: f for f in (batched_products, products_by_head, products_by_query)}
     if args.compile:
         forms["sums_compiled"] = torch.compile(sums, dynamic=True)
-    expected, found = whole_heads(*caches[0]), {}
-    read = 2 * heads * length * dim * 4
-    for name, form in [*forms.items(), ("adding_up", adding_up)]:
-        if form is not adding_up:
-            assert (form(*caches[0]) - expected).abs().max() < 1e-5, name
-        found[name] = milliseconds(form, caches)
-        print(f"attention, {name:<20} {found[name]:7.3f} ms  {read / found[name] / 1e6:6.1f} GB/s", flush=True)
+    caches = made_caches(config, args.prompt_tokens + 1, dtype)
+    expected = whole_heads(*caches[0])
+    for name, form in forms.items():
+        assert (form(*caches[0]) - expected).abs().max() < (1e-5 if dtype == torch.float32 else 1e-2), name
+    found = milliseconds({**forms, "adding_up": adding_up}, caches)
+    read = caches[0][1].nbytes + caches[0][2].nbytes
+    for name, value in found.items():
+        print(f"attention, {name:<20} {value:7.3f} ms  {read / value / 1e6:6.1f} GB/s", flush=True)
+    by_length = {}
+    for length in LENGTHS:
+        caches = made_caches(config, length, dtype)
+        by_length[length] = milliseconds(heads_or_parts, caches)
+        each = ", ".join(f"{name} {value:.3f} ms" for name, value in by_length[length].items())
+        print(f"attention over {length} tokens: {each}", flush=True)
     result = {
         "step_ms": steps,
         "weights_ms": weights,
         "layers_ms": compiled,
         "attention_ms": found,
         "attention_bytes": read,
+        "attention_ms_by_length": by_length,
         "read_bandwidth_gb_per_s": read_bandwidth("cpu") / 1e9,
-        "settings": {"prompt_tokens": args.prompt_tokens, "dtype": "float32", "threads": torch.get_num_threads()},
+        "settings": {"prompt_tokens": args.prompt_tokens, "dtype": args.dtype, "threads": torch.get_num_threads()},
         "provenance": provenance.collect("cpu"),
     }
     finish(result, args.output)
