@@ -27,8 +27,9 @@ ATTENTION_NAME = "kvbench"
 PIECE = 1 << 18
 """Numbers that are converted or expanded at a time on a CPU: as many as stay in its cache."""
 
-WORTH_PARTS = 2048
-"""Cached tokens from which on it pays to share a head's slots between the threads of a CPU."""
+WORTH_LENGTH, WORTH_GAIN = 4096, 1.5
+"""Cached tokens, and time that whole heads take over that with all threads at work, from which on it pays to share a
+head's slots between the threads of a CPU (measured: docs/efficiency.md)."""
 
 
 def tag(key: torch.Tensor, cache: KVCache) -> torch.Tensor:
@@ -256,14 +257,14 @@ def masked_attention(
 def _parts(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> int:
     """Parts into which to cut the slots of each head, so that every thread has as much to read; 1: leave them whole.
 
-    PyTorch's kernel gives whole heads to threads: three heads on two threads take as long as four.
+    PyTorch's kernel gives whole heads to threads: eight heads keep eight of sixteen threads at work.
     """
     threads = torch.get_num_threads()
     units = keys.shape[0] * keys.shape[1]
     rounds = -(-units // threads)
-    idle = rounds * threads / units  # time / time with all threads at work
+    gain = rounds * threads / units  # time / time with all threads at work
     in_order = all(x.stride(0) == x.shape[1] * x.stride(1) and x.stride(3) == 1 for x in (keys, values))
-    worth = rows.device.type == "cpu" and keys.shape[2] >= WORTH_PARTS and idle > 1.1 and in_order
+    worth = rows.device.type == "cpu" and keys.shape[2] >= WORTH_LENGTH and gain >= WORTH_GAIN and in_order
     return threads if worth else 1
 
 

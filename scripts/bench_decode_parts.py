@@ -6,8 +6,8 @@ One process, the default model, one sequence. First a step as it is, without its
 and without both, in turn. Then a product with every weight, for one row and for more (a prompt's, at last), as
 torch.nn.Linear has it and with the weights in blocks, beside the time of only adding the same weights up. Then the
 attention of one layer over caches that lie cold in memory, in several forms in turn, beside adding up again; of whole
-heads and of heads in two parts at other lengths too. ``--compile`` adds what torch.compile makes of the attention, and
-of all that stands before and behind it in a layer (needs a C++ compiler).
+heads and of heads in two parts at other lengths too, and of a single head. ``--compile`` adds what torch.compile makes
+of the attention, and of all that stands before and behind it in a layer (needs a C++ compiler).
 """
 
 from __future__ import annotations
@@ -99,10 +99,9 @@ def milliseconds(forms: Mapping[str, Form], caches: Sequence[Tensors]) -> dict[s
     return {name: 1e3 * median(some[5:]) for name, some in times.items()}
 
 
-def made_caches(config: Any, length: int, dtype: torch.dtype) -> list[Tensors]:
+def made_caches(config: Any, length: int, dtype: torch.dtype, heads: int) -> list[Tensors]:
     """(query, keys, values) of one layer behind ``length`` tokens, often enough to lie cold in memory."""
-    heads, dim = config.num_key_value_heads, config.head_dim
-    groups = config.num_attention_heads // heads
+    dim, groups = config.head_dim, config.num_attention_heads // config.num_key_value_heads
     made = []
     for _ in range(max(4, CACHE_BYTES // (2 * heads * length * dim * dtype.itemsize)) | 1):  # odd: forms go round
         k, v = torch.randn(2, 1, heads, length + 63, dim).to(dtype)[:, :, :, :length]
@@ -253,7 +252,8 @@ def main() -> None:
     forms |= {f.__name__: f for f in (batched_products, products_by_head, products_by_query)}
     if args.compile:
         forms["sums_compiled"] = torch.compile(sums, dynamic=True)
-    caches = made_caches(config, args.prompt_tokens + 1, dtype)
+    kv_heads: int = config.num_key_value_heads
+    caches = made_caches(config, args.prompt_tokens + 1, dtype, kv_heads)
     expected = whole_heads(*caches[0])
     for name, form in forms.items():
         assert (form(*caches[0]) - expected).abs().max() < (1e-5 if dtype == torch.float32 else 1e-2), name
@@ -261,19 +261,19 @@ def main() -> None:
     read = caches[0][1].nbytes + caches[0][2].nbytes
     for name, value in found.items():
         print(f"attention, {name:<20} {value:7.3f} ms  {read / value / 1e6:6.1f} GB/s", flush=True)
-    by_length = {}
-    for length in LENGTHS:
-        caches = made_caches(config, length, dtype)
-        by_length[length] = milliseconds(heads_or_parts, caches)
-        each = ", ".join(f"{name} {value:.3f} ms" for name, value in by_length[length].items())
-        print(f"attention over {length} tokens: {each}", flush=True)
+    by_length: dict[int, dict[int, dict[str, float]]] = {kv_heads: {}, 1: {}}
+    for heads, length in itertools.product(by_length, LENGTHS):
+        times = milliseconds(heads_or_parts, made_caches(config, length, dtype, heads))
+        by_length[heads][length] = times
+        each = ", ".join(f"{name} {value:.3f} ms" for name, value in times.items())
+        print(f"attention of {heads} heads over {length} tokens: {each}", flush=True)
     result = {
         "step_ms": steps,
         "weights_ms": weights,
         "layers_ms": compiled,
         "attention_ms": found,
         "attention_bytes": read,
-        "attention_ms_by_length": by_length,
+        "attention_ms_by_heads_and_length": by_length,
         "read_bandwidth_gb_per_s": read_bandwidth("cpu") / 1e9,
         "settings": {"prompt_tokens": args.prompt_tokens, "dtype": args.dtype, "threads": torch.get_num_threads()},
         "provenance": provenance.collect("cpu"),
