@@ -4,10 +4,11 @@
 
 One process, the default model, one sequence. First a step as it is, without its attention, without its linear layers,
 and without both, in turn. Then a product with every weight, for one row and for more (a prompt's, at last), as
-torch.nn.Linear has it and with the weights in blocks, beside the time of only adding the same weights up. Then the
-attention of one layer over caches that lie cold in memory, in several forms in turn, beside adding up again; of whole
-heads and of heads in two parts at other lengths too, and of a single head. ``--compile`` adds what torch.compile makes
-of the attention, and of all that stands before and behind it in a layer (needs a C++ compiler).
+torch.nn.Linear has it, with the weights in blocks, and with those that meet the same input joined as well (as the
+engine has it), beside the time of only adding the same weights up. Then the attention of one layer over caches that lie
+cold in memory, in several forms in turn, beside adding up again; of whole heads and of heads in two parts at other
+lengths too, and of a single head. ``--compile`` adds what torch.compile makes of the attention, and of all that stands
+before and behind it in a layer (needs a C++ compiler).
 """
 
 from __future__ import annotations
@@ -143,11 +144,12 @@ def steps_without(model: Any, ids: torch.Tensor, repeats: int) -> dict[str, floa
     return {name: 1e3 * median(found) for name, found in times.items()}
 
 
-def products(plain: Any, blocked: Any, repeats: int) -> dict[str, dict[int, float]]:
+def products(plain: Any, joined: Any, repeats: int) -> dict[str, dict[int, float]]:
     """Milliseconds of a product with every weight that a step reads, for so many rows."""
     layers = {
         "linear": [m for m in plain.modules() if isinstance(m, torch.nn.Linear)],
-        "blocked": [m for m in blocked.modules() if isinstance(m, BlockedLinear)],
+        "blocked": [BlockedLinear(m) for m in plain.modules() if isinstance(m, torch.nn.Linear)],
+        "joined": [m for m in joined.modules() if isinstance(m, BlockedLinear)],
     }
     found: dict[str, dict[int, float]] = {name: {} for name in (*layers, "adding_up")}
     for rows in ROWS:

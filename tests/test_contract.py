@@ -25,6 +25,7 @@ from kvbench.methods.storage import buffer, dense
 from kvbench.methods.storage.buffer import GROWTH
 from kvbench.runners import engine
 from kvbench.runners.engine import decode, feed, generate, prefill, score
+from kvbench.runners.weights import has_blocked_products, lay_out
 
 NAMES = sorted(p.name.removesuffix(".yaml") for p in files("kvbench.conf").joinpath("method").iterdir() if p.is_file())
 VARIANTS = [
@@ -382,3 +383,17 @@ def test_what_is_not_finite_is_refused_with_the_layers_number(text, bad):
         model.model.layers[layer].self_attn.v_proj.weight[3, 5] = bad
     with pytest.raises(InputError, match=rf"model=layer {layer}: gave .* NaN or infinite"):
         prefill(model, method.new_cache(model), prompt_ids(LONG))
+
+
+@pytest.mark.skipif(not has_blocked_products(torch.float32), reason="torch has no oneDNN here")
+@pytest.mark.parametrize("text", METHODS)
+def test_a_cache_holds_its_own_bytes_on_weights_as_they_are_run(text):
+    """Where products are joined, what a cache keeps of one does not keep the others too."""
+    plain = model_for(text, dtype=torch.float32)
+    run = copy.deepcopy(plain)
+    lay_out(run)
+    held = []
+    for model in (plain, run):
+        _, cache = logits_of(model, make(text), prompt_ids(LONG), some_tokens(20))
+        held.append((cache.kv_bytes_stored, cache.kv_bytes_logical))
+    assert held[0] == held[1]

@@ -1,6 +1,7 @@
 """Weights in oneDNN's blocks: the same layers, stored once, in every model that a runner runs on the CPU."""
 
 import copy
+import itertools
 import weakref
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -19,7 +20,15 @@ from kvbench.models.tiny import TinyModel
 from kvbench.runners import weights
 from kvbench.runners.engine import generate, prefill
 from kvbench.runners.passes import bytes_read_per_step
-from kvbench.runners.weights import BlockedLinear, has_blocked_products, lay_out, load
+from kvbench.runners.weights import (
+    BlockedLinear,
+    JoinedMLP,
+    Part,
+    SharedProduct,
+    has_blocked_products,
+    lay_out,
+    load,
+)
 
 float32 = pytest.mark.skipif(not has_blocked_products(torch.float32), reason="torch has no oneDNN here")
 bfloat16 = pytest.mark.skipif(not has_blocked_products(torch.bfloat16), reason="oneDNN has no bfloat16 here")
@@ -60,6 +69,19 @@ def linear_layers(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, nn.Linear | BlockedLinear)]
 
 
+def weight_of(model: nn.Module, name: str) -> torch.Tensor:
+    """The weight that had this name, wherever it is now."""
+    owner, _, last = name.rpartition(".")
+    parent = model.get_submodule(owner)
+    if isinstance(parent, JoinedMLP):
+        gate, up = parent.gate_and_up.weight.to_dense().chunk(2)
+        return {"gate_proj": gate, "up_proj": up}.get(last, parent.down.weight.to_dense())
+    layer = getattr(parent, last)
+    if isinstance(layer, Part):
+        return layer.shared.whole.weight.to_dense().split(layer.shared.sizes)[layer.number]
+    return layer.weight.to_dense()
+
+
 def a_model(family: str) -> nn.Module:
     if family == "yoco":  # trained, with layers of its own kinds
         return TinyModel(trained_on="recall").for_sharing(YOCO(window=16), "yoco").load("cpu", torch.float32).model
@@ -71,10 +93,15 @@ def a_model(family: str) -> nn.Module:
 def test_a_model_that_is_run_has_blocked_layers_and_its_own_weights(family):
     plain = a_model(family)
     blocked = load(Loads(copy.deepcopy(plain)), "cpu", torch.float32).model
-    assert len(linear_layers(plain)) == len(linear_layers(blocked)) > 7
     assert all(type(layer) is BlockedLinear for layer in linear_layers(blocked))
-    for ours, theirs in zip(linear_layers(blocked), linear_layers(plain), strict=True):
-        assert torch.equal(ours.weight.to_dense(), theirs.weight)
+    names = [name for name, module in plain.named_modules() if isinstance(module, nn.Linear)]
+    assert len(names) > 7
+    joined = 0
+    for name in names:
+        ours, theirs = weight_of(blocked, name), plain.get_submodule(name).weight
+        joined += isinstance(blocked.get_submodule(name.rpartition(".")[0]), JoinedMLP)
+        assert torch.equal(ours, theirs)
+    assert joined == (0 if family == "yoco" else 3 * plain.config.num_hidden_layers)
     ids = prompt_ids(40, 1) % plain.config.vocab_size
     method = Method("yoco", sharing=YOCO(window=16)) if family == "yoco" else Method("full")
     one, other = (prefill(m, method.new_cache(m), ids) for m in (plain, blocked))
@@ -115,7 +142,60 @@ def test_layers_are_replaced_one_at_a_time(monkeypatch):
 
     monkeypatch.setattr(weights, "BlockedLinear", copied)
     lay_out(model)
-    assert alive == [*reversed(range(len(old)))] and len(old) > 7
+    layers = model.config.num_hidden_layers
+    gone = [3, 2] * layers + [1, 1] * layers + [1]  # joined ones; outputs, downs; the head
+    assert alive == [len(old) - n for n in itertools.accumulate(gone)] and alive[-1] == 0 and len(old) > 7
+
+
+def joined_products(bias: bool = False) -> tuple[SharedProduct, list[nn.Linear]]:
+    layers = [nn.Linear(24, size, bias=bias) for size in (32, 16, 8)]
+    whole = nn.Linear(24, 56, bias=bias)
+    with torch.no_grad():
+        whole.weight.copy_(torch.cat([m.weight for m in layers]))
+        if bias:
+            whole.bias.copy_(torch.cat([m.bias for m in layers]))
+    return SharedProduct(BlockedLinear(whole), [32, 16, 8]), layers
+
+
+@float32
+@pytest.mark.parametrize("bias", [True, False])
+@torch.inference_mode()
+def test_joined_products_are_the_layers_in_any_order_and_nothing_is_kept(bias):
+    shared, layers = joined_products(bias)
+    parts = [Part(shared, number) for number in range(3)]
+    a, b, prompt = torch.randn(2, 1, 24), torch.randn(2, 1, 24), torch.randn(2, 9, 24)
+    # each once; one twice; others between; one alone, then another input; a prompt
+    for number, x in [(0, a), (1, a), (2, a), (0, b), (0, b), (2, a), (1, b), (2, b), (0, prompt), (1, prompt)]:
+        torch.testing.assert_close(parts[number](x), layers[number](x), rtol=1e-5, atol=1e-6)
+    out = parts[2](prompt)
+    assert out.untyped_storage().nbytes() == out.nbytes == 2 * 9 * 8 * 4  # of a prompt: no more than itself
+    assert shared._input is None and not any(part is not None for part in shared._parts)
+
+
+@float32
+@torch.inference_mode()
+def test_products_are_computed_once_for_what_meets_them(monkeypatch):
+    shared, _ = joined_products()
+    calls = []
+    real = BlockedLinear.forward
+    monkeypatch.setattr(BlockedLinear, "forward", lambda self, x: calls.append(x.shape) or real(self, x))
+    for x in torch.randn(3, 1, 1, 24).unbind():
+        for number in (0, 1, 2):
+            shared.part(number, x)
+    assert len(calls) == 3
+
+
+@float32
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 700), (1, 2500)])
+@torch.inference_mode()
+def test_a_joined_mlp_is_the_mlp_whole_and_in_pieces(shape):
+    plain = tiny_model("llama").float()
+    joined = copy.deepcopy(plain)
+    lay_out(joined)
+    mlp, other = plain.model.layers[1].mlp, joined.model.layers[1].mlp
+    assert isinstance(other, JoinedMLP)
+    x = torch.randn(*shape, plain.config.hidden_size)
+    torch.testing.assert_close(other(x), mlp(x), rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_not_for_the_cpu_s_kernels_stays(monkeypatch):
