@@ -8,7 +8,7 @@ torch.nn.Linear has it, with the weights in blocks, and with those that meet the
 engine has it), beside the time of only adding the same weights up. Then the attention of one layer over caches that lie
 cold in memory, in several forms in turn, beside adding up again; of whole heads and of heads in two parts at other
 lengths too, and of a single head. ``--compile`` adds what torch.compile makes of the attention, and of all that stands
-before and behind it in a layer (needs a C++ compiler).
+before and behind it in a layer with its weights as loaded: it takes no operator on blocks (needs a C++ compiler).
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def main() -> None:
         each = ", ".join(f"{name} {times[rows]:.1f} ms" for name, times in weights.items())
         print(f"weights, {rows} rows: {each}", flush=True)
     if args.compile:
-        compiled = steps_compiled(model, random_ids(1, args.prompt_tokens), args.repeats)
+        compiled = steps_compiled(plain, random_ids(1, args.prompt_tokens), args.repeats)
         print(f"step, eager {compiled['eager']:.2f} ms, compiled {compiled['compiled']:.2f} ms", flush=True)
     forms: dict[str, Form] = {"whole_heads": whole_heads, "in_2_parts": parts(2), "in_8_parts": parts(8)}
     heads_or_parts = dict(list(forms.items())[:2])

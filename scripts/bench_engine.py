@@ -11,7 +11,7 @@ Ratios, each from alternating repetitions in this process, medians of all repeti
 2. compression time SnapKV spends choosing and copying / time of the prefill it is part of             (aim <= 0.04)
 3. fan-out     wall time of one run of 8 budgets on a shared prompt / one run of full                   (aim <= 2.5)
 4. bandwidth   bytes a decode step must read (weights + KV) per second / the bandwidth of reading      (aim >= 0.5)
-               a matrix once; beside it the same / the bandwidth of a copy
+               a matrix once, measured in turn with the steps; beside it the same / that of a copy
 5. gain        a step of SnapKV 512 / a step of full, four sequences of twice the prompt, over the     (aim <= 1.25)
                same ratio of the bytes that each must read
 
@@ -149,14 +149,19 @@ def main() -> None:
         return seconds(lambda: generate(ours, cache, ids, max_new_tokens=steps))
 
     print(f"{DEVICE}, {args.dtype}, {torch.get_num_threads()} threads, {args.prompt_tokens} + {steps} tokens")
-    engine, library = alternating(
+    engine, readings, library = alternating(
         args.repeats,
         lambda: decode_seconds(ours, full.new_cache(ours), ids, steps),
+        lambda: read_bandwidth(DEVICE),
         lambda: transformers_decode_seconds(theirs, ids, steps),
     )
     print(f"decode: {1e3 * median(engine):.1f} ms, transformers {1e3 * median(library):.1f} ms per token", flush=True)
     short = random_ids(1, args.prompt_tokens // 8)
-    (engine_short,) = alternating(args.repeats, lambda: decode_seconds(ours, full.new_cache(ours), short, steps))
+    engine_short, readings_short = alternating(
+        args.repeats,
+        lambda: decode_seconds(ours, full.new_cache(ours), short, steps),
+        lambda: read_bandwidth(DEVICE),
+    )
     print(f"an eighth of the prompt: {1e3 * median(engine_short):.1f} ms per token", flush=True)
     rows = random_ids(8, args.prompt_tokens // 8)
     engine_8, library_8 = alternating(
@@ -181,7 +186,7 @@ def main() -> None:
     print(f"run: full {median(one):.2f} s, 8 budgets on one prompt {median(eight):.2f} s", flush=True)
 
     read = step_bytes(ours, full, ids, steps)
-    bandwidth, reading = copy_bandwidth(DEVICE), read_bandwidth(DEVICE)
+    bandwidth, reading, reading_short = copy_bandwidth(DEVICE), median(readings), median(readings_short)
     result = {
         "decode_speed_full_over_transformers": median(library) / median(engine),
         "decode_speed_full_over_transformers_batch_8": median(library_8) / median(engine_8),
@@ -190,17 +195,19 @@ def main() -> None:
         "decode_bandwidth_over_read_bandwidth": read / median(engine) / reading,
         "decode_bandwidth_over_read_bandwidth_short": step_bytes(ours, full, short, steps)
         / median(engine_short)
-        / reading,
+        / reading_short,
         "decode_bandwidth_over_copy_bandwidth": read / median(engine) / bandwidth,
         "snapkv_512_step_over_full_over_bytes": gain / predicted,
         "snapkv_512_step_over_full": gain,
         "snapkv_512_bytes_over_full": predicted,
         "copy_bandwidth_gb_per_s": bandwidth / 1e9,
         "read_bandwidth_gb_per_s": reading / 1e9,
-        "repetitions_s": {
+        "repetitions": {
             "decode_step_engine": engine,
             "decode_step_transformers": library,
+            "read_bandwidth_gb_per_s": [r / 1e9 for r in readings],
             "decode_step_engine_short": engine_short,
+            "read_bandwidth_short_gb_per_s": [r / 1e9 for r in readings_short],
             "decode_step_engine_batch_8": engine_8,
             "decode_step_transformers_batch_8": library_8,
             "decode_step_full_batch_4": full_4,
