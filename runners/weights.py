@@ -11,6 +11,7 @@ or the other; only an output layer tied to the embedding needs its table twice, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
@@ -175,11 +176,21 @@ def lay_out(model: nn.Module) -> None:
     if type(model) in BUILT_ALIKE:
         for layer in decoder.model.layers:
             _join(layer)
-    # Their names: a list of the layers would keep all of them until the last is replaced.
-    for name in [name for name, module in model.named_modules() if _for_blocks(module) and name]:
+    # A list of the layers themselves would keep all of them until the last is replaced.
+    names = [name for name, module in model.named_modules() if _for_blocks(module) and name]
+    for name in names:
         module = model.get_submodule(name)
         assert isinstance(module, nn.Linear)
         model.set_submodule(name, BlockedLinear(module))
+    if names:
+        _let_go_of_files(model)
+
+
+def _let_go_of_files(model: nn.Module) -> None:
+    """Copy what was not laid out: one tensor that is mapped from a file keeps all of the file in the resident set."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if tensor.layout == torch.strided and tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def load(source: ModelSource, device: str, dtype: torch.dtype) -> LoadedModel:

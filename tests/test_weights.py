@@ -1,9 +1,11 @@
 """Weights in oneDNN's blocks: the same layers, stored once, in every model that a runner runs on the CPU."""
 
 import copy
+import gc
 import itertools
 import weakref
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from tiny_models import prompt_ids, tiny_model
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from kvbench.methods.base import Method
 from kvbench.methods.sharing.yoco import YOCO
@@ -145,6 +148,21 @@ def test_layers_are_replaced_one_at_a_time(monkeypatch):
     layers = model.config.num_hidden_layers
     gone = [3, 2] * layers + [1, 1] * layers + [1]  # joined ones; outputs, downs; the head
     assert alive == [len(old) - n for n in itertools.accumulate(gone)] and alive[-1] == 0 and len(old) > 7
+
+
+@float32
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says which files are mapped")
+@torch.inference_mode()
+def test_a_model_from_a_file_does_not_hold_the_file_beside_its_weights(tmp_path):
+    """Or the resident set, which is the memory that a CPU run reports, has every weight twice."""
+    tiny_model("llama").float().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    before = model(prompt_ids(20)).logits
+    assert str(tmp_path) in Path("/proc/self/maps").read_text()  # as the library loads it
+    lay_out(model)
+    gc.collect()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    torch.testing.assert_close(model(prompt_ids(20)).logits, before, rtol=0, atol=1e-4)
 
 
 def joined_products(bias: bool = False) -> tuple[SharedProduct, list[nn.Linear]]:
