@@ -28,6 +28,7 @@ from ..methods.base import Method
 from ..models.base import ModelSource
 from ..tasks.workload import Search, Workload
 from . import provenance
+from .compiled import ROWS
 from .fresh import Killed, in_fresh_process
 from .measure import EnergyMeter, honest_malloc, is_out_of_memory, one_at_a_time
 from .passes import QUIET, Job, energy_pass, memory_pass, spread, time_pass
@@ -53,12 +54,14 @@ class EfficiencyRunner(PairedRunner):
         memory_limit_gib: what a search may take, by the device's allocator or by the whole process; None: all that
             there is.
         cuda_graph: record a decode step and play it again where shapes allow it, on CUDA.
+        compile: have torch.compile make the decode steps, on a CPU and for a row or two (:mod:`.compiled`).
     """
 
     warmups: int = 1
     repeats: int = 5
     memory_limit_gib: float | None = None
     cuda_graph: bool = True
+    compile: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,7 +69,9 @@ class EfficiencyRunner(PairedRunner):
         for key, least in (("warmups", 0), ("repeats", 1)):
             value = getattr(self, key)
             require(is_whole(value, least), at + key, value, f"must be a whole number >= {least}")
-        require(isinstance(self.cuda_graph, bool), at + "cuda_graph", self.cuda_graph, "must be true or false")
+        for key in ("cuda_graph", "compile"):
+            value = getattr(self, key)
+            require(isinstance(value, bool), at + key, value, "must be true or false")
         limit = self.memory_limit_gib
         ok = limit is None or (isinstance(limit, int | float) and limit is not True and 0 < limit < float("inf"))
         require(ok, at + "memory_limit_gib", limit, "must be a number above 0, or null")
@@ -97,6 +102,9 @@ class EfficiencyRunner(PairedRunner):
         searches = isinstance(task, Search)
         if self.memory_limit_gib is not None and not searches:
             raise InputError("runner.memory_limit_gib", self.memory_limit_gib, "is for task=max_batch and max_context")
+        if self.compile and (settings.torch_device != "cpu" or searches or settings.batch_size > ROWS):
+            limits = f"device=cpu, task=shape or task=sharegpt, and batch_size of at most {ROWS}"
+            raise InputError("runner.compile", True, f"is for {limits}")
         data = task.source()
         say(f"workload: {data.name}")
         made_by = provenance.collect(settings.torch_device)
@@ -109,6 +117,7 @@ class EfficiencyRunner(PairedRunner):
                 "repeats": self.repeats,
                 "chunk_size": self.chunk_size,
                 "cuda_graph": self.cuda_graph,
+                **({"compile": True} if self.compile else {}),
                 **({"memory_limit_gib": self.memory_limit_gib} if searches else {}),
             },
             # A time is that of some code: after a change the baseline is measured again with the rest.
@@ -150,6 +159,7 @@ class EfficiencyRunner(PairedRunner):
             self.warmups,
             self.repeats,
             self.cuda_graph,
+            self.compile,
         )
         try:
             if isinstance(task, Search):

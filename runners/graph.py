@@ -1,9 +1,10 @@
-"""A decode step that is recorded once and played again: a CUDA graph over buffers of fixed size.
+"""How decode steps are run: one by one, compiled (``compiled.py``), or recorded once and played again.
 
-A step of a model is hundreds of small kernels; started one by one from Python they take longer to start than to run,
-which hides what a method gains. Where no step changes a shape (``KVCache.can_freeze``) the step is recorded when the
-prompt has been read, and every token is a replay. Methods that let tokens leave while decoding, and those whose storage
-changes its shape with the tokens, run as they are; a record says which it was, and how long the recording took.
+On CUDA a step of a model is hundreds of small kernels; started one by one from Python they take longer to start than to
+run, which hides what a method gains. Where no step changes a shape (``KVCache.can_freeze``) the step is recorded when
+the prompt has been read, and every token is a replay: a CUDA graph over buffers of fixed size. Methods that let tokens
+leave while decoding, and those whose storage changes its shape with the tokens, run as they are; a record says which it
+was, and how long the recording took.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import torch
 from transformers import PreTrainedModel
 
 from ..methods.base import KVCache
+from .compiled import ROWS, CompiledStep
 from .engine import FOLLOWS_LENGTH, decode, rope_type
+from .lean import is_plain
 
-EAGER, GRAPH = "eager", "cuda graph"
+EAGER, GRAPH, COMPILED = "eager", "cuda graph", "compiled"
 
 SCARCE = 4 << 30
 """Bytes of a device's memory below which the allocator is emptied before a step is recorded."""
@@ -29,14 +32,15 @@ SCARCE = 4 << 30
 class Stepper:
     """Decode steps of one cache: call it as :func:`.engine.decode`, with the tokens alone.
 
-    Make it when the prompt has been read: that is when a step is recorded.
+    Make it when the prompt has been read: that is when a step is recorded, or compiled where
+    :func:`.compiled.compile_steps` said so.
 
     Attributes:
         model, cache: as for :func:`.engine.decode`.
         token: [rows] int64, any tokens; the first ones will do.
         steps: that will be asked for at most.
         record: whether to record a step where that can be done.
-        how: ``eager`` or ``cuda graph``.
+        how: ``eager``, ``cuda graph`` or ``compiled``.
     """
 
     model: PreTrainedModel
@@ -47,6 +51,12 @@ class Stepper:
     how: str = field(init=False)
 
     def __post_init__(self) -> None:
+        self._compiled: CompiledStep | None = getattr(self.model, "compiled_step", None)
+        rows = self.token.shape[0]
+        if self._compiled is not None and rows <= ROWS and is_plain(self.model) and not self.cache.recomputes:
+            self._compiled.prepare(rows)
+            self.how = COMPILED
+            return
         # RoPE that follows the length compares it with a limit on the host, at every step.
         alike = not _is_spread(self.model) and rope_type(self.model) not in FOLLOWS_LENGTH
         possible = self.model.device.type == "cuda" and alike
@@ -66,6 +76,9 @@ class Stepper:
         """[rows] int64 -> logits [rows, vocabulary]; the next call may overwrite them."""
         if self.how == EAGER:
             return decode(self.model, self.cache, token)
+        if self.how == COMPILED:
+            assert self._compiled is not None
+            return self._compiled(self.cache, token)
         self.token.copy_(token)
         self._graph.replay()
         self.cache.advance(1)

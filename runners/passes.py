@@ -22,11 +22,13 @@ from ..methods.base import KVCache, Method, full_shape, kv_shape
 from ..models.base import LoadedModel, ModelSource
 from ..models.pretrained import devices_of, input_device
 from ..tasks.workload import Request, Workload
+from .compiled import compile_steps
 from .engine import left_padded, prefill
 from .graph import EAGER, Stepper
+from .lean import is_plain
 from .measure import EnergyMeter, MemoryMeter, Peak, Stopwatch, copy_bandwidth, now
 from .runs import BASELINE
-from .weights import load
+from .weights import lay_out
 
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 """Environment of a measuring process: a model is loaded in each, and a bar for each would bury what is said."""
@@ -40,7 +42,7 @@ class Job:
         source, method, workload: what is measured; no workload where a search sets it.
         device, dtype: where, as resolved.
         seed, batch_size: of the workload's requests.
-        chunk_size, warmups, repeats, cuda_graph: the runner's settings.
+        chunk_size, warmups, repeats, cuda_graph, compile: the runner's settings.
     """
 
     source: ModelSource
@@ -54,6 +56,7 @@ class Job:
     warmups: int
     repeats: int
     cuda_graph: bool = True
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,10 +139,20 @@ def use_device(device: str) -> None:
         torch.cuda.set_device(torch.device(device).index or 0)
 
 
+def load(job: Job) -> LoadedModel:
+    """The model, as the job would have it run; see :mod:`.compiled` and :mod:`.weights`."""
+    loaded = job.source.load(job.device, job.dtype)
+    if job.compile and is_plain(loaded.model):
+        compile_steps(loaded.model)
+    else:
+        lay_out(loaded.model)
+    return loaded
+
+
 def time_pass(job: Job) -> dict[str, Any]:
     """Every repetition's times, and the yardstick measured between the same walls."""
     use_device(job.device)
-    loaded = load(job.source, job.device, job.dtype)
+    loaded = load(job)
     work = batches(job, loaded)
     bandwidth = copy_bandwidth(job.device)
     repetitions = []
@@ -328,7 +341,7 @@ def take_workspaces(model: PreTrainedModel, batch: Batch, job: Job) -> None:
 def memory_pass(job: Job) -> dict[str, Any]:
     """Bytes of the cache and peaks of memory, of the batch that holds most tokens."""
     use_device(job.device)
-    loaded = load(job.source, job.device, job.dtype)
+    loaded = load(job)
     model = loaded.model
     batch = max(batches(job, loaded), key=lambda b: b.input_ids.numel() + b.steps * len(b.requests))
     meter = MemoryMeter(job.device, devices_of(model, job.device))
@@ -374,7 +387,7 @@ def energy_pass(job: Job) -> dict[str, Any]:
     meter = EnergyMeter(job.device)
     if meter.problem is not None:
         return {"energy": {"problem": meter.problem}}
-    loaded = load(job.source, job.device, job.dtype)
+    loaded = load(job)
     work = batches(job, loaded)
     meter = EnergyMeter(job.device, devices_of(loaded.model, job.device))
 

@@ -22,8 +22,7 @@ from ..models.pretrained import devices_of
 from ..tasks.workload import Search
 from .fresh import Killed, in_fresh_process
 from .measure import MemoryMeter, available_memory, data_bytes, honest_malloc, is_out_of_memory, release_memory
-from .passes import QUIET, Job, batches, memory_of, take_workspaces, use_device
-from .weights import load
+from .passes import QUIET, Job, batches, load, memory_of, take_workspaces, use_device
 
 SPARE = 0.95
 """Share of the memory that is free when a search begins on a CPU that it may take; the rest keeps the machine alive."""
@@ -67,7 +66,7 @@ def search_pass(todo: SearchJob) -> dict[str, Any]:
     job = todo.job
     use_device(job.device)
     known = outcomes(todo.log)
-    loaded = load(job.source, job.device, job.dtype)
+    loaded = load(job)
     meter = MemoryMeter(job.device, devices_of(loaded.model, job.device))
     if meter.problem is not None:
         raise InputError("task", todo.search.name, f"needs a measured peak of memory: {meter.problem}")

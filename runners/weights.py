@@ -183,10 +183,10 @@ def lay_out(model: nn.Module) -> None:
         assert isinstance(module, nn.Linear)
         model.set_submodule(name, BlockedLinear(module))
     if names:
-        _let_go_of_files(model)
+        let_go_of_files(model)
 
 
-def _let_go_of_files(model: nn.Module) -> None:
+def let_go_of_files(model: nn.Module) -> None:
     """Copy what was not laid out: one tensor that is mapped from a file keeps all of the file in the resident set."""
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         if tensor.layout == torch.strided and tensor.device.type == "cpu":

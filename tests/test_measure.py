@@ -171,6 +171,19 @@ def test_read_bandwidth_counts_what_is_read_once(monkeypatch):
     assert measure.read_bandwidth("cpu", size=4 << 20, repeats=3) == pytest.approx((4 << 20) / 0.01)
 
 
+@pytest.mark.parametrize("slower", ["sum", "mv"])
+def test_read_bandwidth_is_that_of_the_faster_way(monkeypatch, slower):
+    """Two clocks are made, one for each way, in the order in which the ways are gone."""
+    order = iter(("sum", "mv"))
+
+    class Clock(ClockOfOurOwn):
+        def seconds(self):
+            return [0.04] if next(order) == slower else [0.02]
+
+    monkeypatch.setattr(measure, "Stopwatch", Clock)
+    assert measure.read_bandwidth("cpu", size=4 << 20, repeats=1) == pytest.approx((4 << 20) / 0.02)
+
+
 on_a_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 

@@ -1,0 +1,196 @@
+"""Compiled decode steps: the same logits as steps that are not, on weights that are held once."""
+
+import copy
+import functools
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from local_model import kvbench
+from tiny_models import SHAPE, left_pad, prompt_ids, tiny_model
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from kvbench.conf.errors import InputError
+from kvbench.methods.base import Method
+from kvbench.methods.no_cache import NoCache
+from kvbench.methods.selection.h2o import H2O
+from kvbench.methods.selection.snapkv import SnapKV
+from kvbench.methods.sharing.yoco import YOCO
+from kvbench.methods.storage.kivi import Kivi
+from kvbench.models.random import RandomModel
+from kvbench.models.tiny import TinyModel
+from kvbench.runners import graph, passes
+from kvbench.runners.compiled import ROWS, Affine, compile_steps, product
+from kvbench.runners.engine import decode, prefill
+from kvbench.runners.fresh import in_fresh_process
+from kvbench.runners.graph import Stepper
+from kvbench.runners.passes import Job, load
+from kvbench.tasks.shape import Shape
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler"
+)
+
+
+@functools.cache
+def pair(family: str, dtype: torch.dtype):
+    """(a model as it is loaded, the same with compiled steps)."""
+    if family == "qwen2":  # biases on queries, keys and values
+        torch.manual_seed(0)
+        plain = Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True)).to(dtype).eval()
+        for layer in plain.model.layers:
+            for name in ("q_proj", "k_proj", "v_proj"):
+                torch.nn.init.normal_(getattr(layer.self_attn, name).bias)
+    else:
+        plain = copy.deepcopy(tiny_model(family)).to(dtype)
+    other = copy.deepcopy(plain)
+    compile_steps(other)
+    return plain, other
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_product_written_as_sums_is_the_layer(dtype, bias, rows):
+    """Against float64, no further than one rounding of the result and float32's of 300 terms."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 1, 300).to(dtype), torch.randn(50, 300).to(dtype)
+    by = Affine(weight, torch.randn(50).to(dtype) if bias else None)
+    exact = torch.nn.functional.linear(x.double(), weight.double(), by.bias.double() if bias else None)
+    out = product(x, by)
+    assert out.dtype == dtype and out.shape == (rows, 1, 50)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), exact, rtol=eps, atol=300 * (2**-24 if dtype != torch.float64 else eps))
+
+
+@needs_compiler
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@torch.inference_mode()
+def test_a_compiled_step_gives_the_logits_of_the_model(family):
+    """Two rows, one padded, then one row; several steps each."""
+    plain, other = pair(family, torch.float32)
+    ids, mask = left_pad([prompt_ids(30, 1), prompt_ids(12, 2)])
+    for prompt, padding in ((ids, mask), (prompt_ids(25), None)):
+        caches = [Method("full").new_cache(m) for m in (plain, other)]
+        expected = prefill(plain, caches[0], prompt, padding)
+        assert torch.equal(prefill(other, caches[1], prompt, padding), expected)  # the model is what it was
+        token = expected.argmax(-1)
+        step = Stepper(other, caches[1], token, 4)
+        assert step.how == graph.COMPILED
+        for _ in range(4):
+            expected = decode(plain, caches[0], token)
+            found = step(token)
+            assert found.shape == expected.shape and expected.abs().max() > 1
+            torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+            token = expected.argmax(-1)
+
+
+@needs_compiler
+@torch.inference_mode()
+def test_in_bfloat16_a_compiled_step_is_no_further_from_the_truth():
+    """The same weights in float64 are the truth; sums are rounded once, so they must not lose against products."""
+    plain, other = pair("llama", torch.bfloat16)
+    truth = copy.deepcopy(plain).double()
+    models, ids = (truth, plain, other), prompt_ids(30)
+    caches = [Method("full").new_cache(m) for m in models]
+    first = [prefill(m, cache, ids) for m, cache in zip(models, caches, strict=True)]
+    token = first[0].argmax(-1)
+    step = Stepper(other, caches[2], token, 6)
+    off = torch.zeros(2)
+    for _ in range(6):
+        exact = decode(truth, caches[0], token)
+        off += torch.stack([(x - exact).abs().mean() for x in (decode(plain, caches[1], token), step(token))])
+        token = exact.argmax(-1)
+    assert 0 < off[1] < 1.2 * off[0]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "method",
+    [
+        Method("snapkv", SnapKV(budget=16, window=4, kernel=3)),
+        Method("h2o", H2O(budget=16)),
+        Method("kivi4", storage=Kivi()),
+    ],
+    ids=lambda method: method.name,
+)
+@torch.inference_mode()
+def test_every_cache_takes_compiled_steps(method):
+    plain, other = pair("llama", torch.float32)
+    ids = prompt_ids(60)
+    caches = [method.new_cache(m) for m in (plain, other)]
+    token = prefill(plain, caches[0], ids).argmax(-1)
+    prefill(other, caches[1], ids)
+    step = Stepper(other, caches[1], token, 20)
+    for _ in range(20):
+        expected = decode(plain, caches[0], token)
+        torch.testing.assert_close(step(token), expected, rtol=0, atol=2e-3)
+        token = expected.argmax(-1)
+    assert caches[0].kv_bytes_stored == caches[1].kv_bytes_stored
+
+
+@needs_compiler
+def test_what_cannot_be_compiled_runs_as_it_is():
+    _, other = pair("llama", torch.float32)
+    cache = Method("full").new_cache(other)
+    many = prompt_ids(9).repeat(ROWS + 1, 1)
+    assert Stepper(other, cache, prefill(other, cache, many).argmax(-1), 2).how == graph.EAGER
+    bare = NoCache("no_cache").new_cache(other)
+    assert Stepper(other, bare, prefill(other, bare, prompt_ids(9)).argmax(-1), 2).how == graph.EAGER
+    handle = other.model.layers[0].register_forward_hook(lambda *_: None)
+    try:
+        cache = Method("full").new_cache(other)
+        assert Stepper(other, cache, prefill(other, cache, prompt_ids(9)).argmax(-1), 2).how == graph.EAGER
+    finally:
+        handle.remove()
+
+
+def job(source) -> Job:
+    return Job(source, Method("full"), Shape(20, 4), "cpu", torch.float32, 0, 1, None, 1, 1, compile=True)
+
+
+def test_weights_are_held_once_and_a_model_of_another_build_is_laid_out():
+    model = load(job(RandomModel("tiny"))).model
+    attention = model.model.layers[0].self_attn
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    assert sum(storages.values()) == sum(p.nbytes for p in model.parameters())
+    joined = {p.weight.untyped_storage().data_ptr() for p in (attention.q_proj, attention.k_proj, attention.v_proj)}
+    assert len(joined) == 1
+    shared = load(job(TinyModel(trained_on="recall").for_sharing(YOCO(window=16), "yoco"))).model
+    assert not hasattr(shared, "compiled_step")
+
+
+MEASURE = ("run", "runner=efficiency", "method=full", "model=random", "task.prompt_tokens=20", "runner.compile=true")
+
+
+@needs_compiler
+def test_a_record_says_that_steps_were_compiled_and_an_older_run_stays_the_same_run(tmp_path, monkeypatch):
+    ask = (*MEASURE[:-1], "task.new_tokens=4", "runner.warmups=0", "runner.repeats=1", f"results_dir={tmp_path}")
+    for wanted in ("true", "false"):
+        done = kvbench(*ask, f"runner.compile={wanted}")
+        assert done.returncode == 0, done.stderr
+    records = [json.loads(path.read_text()) for path in tmp_path.rglob("record.json")]
+    found = {r["decode"]: r for r in records}
+    assert found.keys() == {graph.COMPILED, graph.EAGER}
+    settings = {how: r["identity"]["runner"] for how, r in found.items()}
+    assert settings[graph.COMPILED]["compile"] is True and "compile" not in settings[graph.EAGER]
+    first = found[graph.COMPILED]["repetitions"][0][0]
+    assert first["recording_s"] > first["decode_s"] > 0  # compiling is in no other number
+
+
+def test_no_compiler_is_an_error_of_one_line(tmp_path):
+    """In a measuring process, with nothing compiled from before."""
+    nothing = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    with pytest.raises(InputError, match=r"runner.compile=True: needs a C\+\+ compiler"):
+        in_fresh_process(passes.time_pass, job(RandomModel("tiny")), nothing)
+
+
+@pytest.mark.parametrize("more", [("batch_size=3",), ("task=max_batch",)])
+def test_what_compiled_steps_are_not_for_is_refused(tmp_path, more):
+    done = kvbench(*MEASURE, *more, f"results_dir={tmp_path}")
+    assert done.returncode == 2 and done.stderr.startswith("error: runner.compile=True: is for device=cpu")
+    assert len(done.stderr.splitlines()) == 1 and not any(tmp_path.iterdir())
+    done = kvbench(*MEASURE[:-1], "runner.compile=2", f"results_dir={tmp_path}")
+    assert done.returncode == 2 and "runner.compile=2: must be true or false" in done.stderr
