@@ -55,11 +55,14 @@ class CompiledStep:
 
     Args:
         model: one that :func:`.lean.is_plain`, on the CPU; changed in place.
+
+    Attributes:
+        layers: their weights.
     """
 
     def __init__(self, model: PreTrainedModel):
         self._model: Any = model
-        self._layers = [_weights_of(layer) for layer in self._model.model.layers]
+        self.layers = [_weights_of(layer) for layer in self._model.model.layers]
         first = self._model.model.layers[0]
         self._scaling, epsilon, act = first.self_attn.scaling, model.config.rms_norm_eps, first.mlp.act_fn
         head_dim, heads = first.self_attn.head_dim, model.config.num_attention_heads
@@ -95,7 +98,7 @@ class CompiledStep:
         base = self._model.model
         x = base.embed_tokens(token[:, None])
         cos_sin = base.rotary_emb(x, position_ids=cache.next_positions()[:, None])
-        for number, weights in enumerate(self._layers):
+        for number, weights in enumerate(self.layers):
             query, key, value = self._before(x, weights, cos_sin)
             out = cache.attend(number, query, key, value, self._scaling, None)
             x = self._behind(out, x, weights)
@@ -113,8 +116,8 @@ class CompiledStep:
         x = base.embed_tokens(torch.zeros(rows, 1, dtype=torch.int64))
         cos_sin = base.rotary_emb(x, position_ids=torch.zeros(rows, 1, dtype=torch.int64))
         try:
-            query, _, _ = self._before(x, self._layers[0], cos_sin)
-            x = self._behind(query, x, self._layers[0])
+            query, _, _ = self._before(x, self.layers[0], cos_sin)
+            x = self._behind(query, x, self.layers[0])
             self._head(x, base.norm.weight.detach(), _affine(self._model.lm_head))
         except Exception as error:
             if "InvalidCxxCompiler" not in f"{type(error).__name__} {error}":
@@ -125,6 +128,8 @@ class CompiledStep:
 
 def _compiled(part: Callable[P, R]) -> Callable[P, R]:
     """Whole, or it is an error: what was not compiled would be slower than the usual step, and nobody would know."""
+    # Kinds of models, dtypes and numbers of rows in one process: they are counted together.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(part, dynamic=False, fullgraph=True)
 
 

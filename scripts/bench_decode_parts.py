@@ -7,8 +7,8 @@ and without both, in turn. Then a product with every weight, for one row and for
 torch.nn.Linear has it, with the weights in blocks, and with those that meet the same input joined as well (as the
 engine has it), beside the time of only adding the same weights up. Then the attention of one layer over caches that lie
 cold in memory, in several forms in turn, beside adding up again; of whole heads and of heads in two parts at other
-lengths too, and of a single head. ``--compile`` adds what torch.compile makes of the attention, and of all that stands
-before and behind it in a layer with its weights as loaded: it takes no operator on blocks (needs a C++ compiler).
+lengths too, and of a single head. ``--compile`` adds what torch.compile makes of the products, written as sums, of the
+attention, and of a step as ``runner.compile`` has it (needs a C++ compiler).
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from bench_engine import finish, random_ids
 
 from kvbench.methods.attention import attention_in_parts
 from kvbench.methods.base import KVCache, Method
-from kvbench.methods.rotary import rope
 from kvbench.models.embedded import Embedded
 from kvbench.runners import provenance
+from kvbench.runners.compiled import Affine, compile_steps, product
 from kvbench.runners.engine import decode, prefill
+from kvbench.runners.graph import Stepper
 from kvbench.runners.measure import read_bandwidth
 from kvbench.runners.weights import BlockedLinear, lay_out
 
@@ -144,14 +145,20 @@ def steps_without(model: Any, ids: torch.Tensor, repeats: int) -> dict[str, floa
     return {name: 1e3 * median(found) for name, found in times.items()}
 
 
-def products(plain: Any, joined: Any, repeats: int) -> dict[str, dict[int, float]]:
-    """Milliseconds of a product with every weight that a step reads, for so many rows."""
+def products(plain: Any, joined: Any, compiled: Any, repeats: int) -> dict[str, dict[int, float]]:
+    """Milliseconds of a product with every weight that a step reads, for so many rows; sums for few alone."""
     layers = {
         "linear": [m for m in plain.modules() if isinstance(m, torch.nn.Linear)],
         "blocked": [BlockedLinear(m) for m in plain.modules() if isinstance(m, torch.nn.Linear)],
         "joined": [m for m in joined.modules() if isinstance(m, BlockedLinear)],
     }
-    found: dict[str, dict[int, float]] = {name: {} for name in (*layers, "adding_up")}
+    sums: list[Affine] = []
+    if compiled is not None:
+        head = Affine(compiled.lm_head.weight, None)
+        each = compiled.compiled_step.layers
+        sums = [w for one in each for w in (one.query_key_value, one.output, one.gate_and_up, one.down)] + [head]
+    product_compiled = torch.compile(product, dynamic=False)
+    found: dict[str, dict[int, float]] = {name: {} for name in (*layers, "sums_compiled", "adding_up")}
     for rows in ROWS:
         inputs = {m.in_features: torch.randn(rows, m.in_features, dtype=plain.dtype) for m in layers["linear"]}
 
@@ -159,11 +166,18 @@ def products(plain: Any, joined: Any, repeats: int) -> dict[str, dict[int, float
             for layer in layers[name]:
                 layer(inputs[layer.in_features])
 
-        def sums() -> None:
+        def adding() -> None:
             for layer in layers["linear"]:
                 layer.weight.sum()
 
-        forms: dict[str, Callable[[], None]] = {n: partial(of, n) for n in layers} | {"adding_up": sums}
+        def of_sums(inputs: dict[int, torch.Tensor] = inputs) -> None:
+            for by in sums:
+                product_compiled(inputs[by.weight.shape[1]][:, None], by)
+
+        forms: dict[str, Callable[[], None]] = {n: partial(of, n) for n in layers} | {"adding_up": adding}
+        if sums and rows <= 8:
+            of_sums()
+            forms["sums_compiled"] = of_sums
         times: dict[str, list[float]] = {name: [] for name in forms}
         for _ in range(5 * repeats if rows <= 16 else repeats):
             for name, form in forms.items():
@@ -175,51 +189,22 @@ def products(plain: Any, joined: Any, repeats: int) -> dict[str, dict[int, float
     return found
 
 
-def before(x: torch.Tensor, layer: Any, positions: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """What a layer does before its attention, as in ``runners/lean.py``."""
-    attention = layer.self_attn
-    h = layer.input_layernorm(x)
-    heads = (*h.shape[:-1], -1, attention.head_dim)
-    query, key, value = (
-        project(h).view(heads).transpose(1, 2) for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
-    return rope(query, positions), rope(key, positions), value
-
-
-def behind(out: torch.Tensor, x: torch.Tensor, layer: Any) -> torch.Tensor:
-    """What a layer does behind its attention."""
-    x = x + layer.self_attn.o_proj(out.transpose(1, 2).reshape(*x.shape[:-1], -1))
-    made: torch.Tensor = x + layer.mlp(layer.post_attention_layernorm(x))
-    return made
-
-
-def steps_compiled(model: Any, ids: torch.Tensor, repeats: int) -> dict[str, float]:
-    """Milliseconds of a step as it is and with both halves of every layer compiled, in turn."""
-    torch._dynamo.config.recompile_limit = 4 * model.config.num_hidden_layers  # a layer is an argument
-    halves = torch.compile(before, dynamic=False), torch.compile(behind, dynamic=False)
-    caches = [Method("full").new_cache(model) for _ in range(2)]
-    for cache in caches:
-        token = prefill(model, cache, ids).argmax(-1)
-
-    def compiled_step(model: Any, cache: KVCache, token: torch.Tensor) -> torch.Tensor:
-        base = model.model
-        x = base.embed_tokens(token[:, None])
-        positions = base.rotary_emb(x, position_ids=cache.next_positions()[:, None])
-        for number, layer in enumerate(base.layers):
-            out = cache.attend(number, *halves[0](x, layer, positions), layer.self_attn.scaling, None)
-            x = halves[1](out, x, layer)
-        logits: torch.Tensor = model.lm_head(base.norm(x))[:, -1]
-        return logits
-
-    steps = dict(zip(("eager", "compiled"), (decode, compiled_step), strict=True))
-    first = [step(model, cache, token) for step, cache in zip(steps.values(), caches, strict=True)]
-    assert (first[0] - first[1]).abs().max() < 1e-3
+def steps_compiled(model: Any, compiled: Any, ids: torch.Tensor, repeats: int) -> dict[str, float]:
+    """Milliseconds of a step as it is and compiled, in turn."""
+    models = {"eager": model, "compiled": compiled}
+    steps: dict[str, Stepper] = {}
+    for name, one in models.items():
+        cache = Method("full").new_cache(one)
+        token = prefill(one, cache, ids).argmax(-1)
+        steps[name] = Stepper(one, cache, token, 10 * repeats + 1)
+    first = [step(token) for step in steps.values()]
+    assert (first[0] - first[1]).abs().max() < (1e-3 if model.dtype == torch.float32 else 1)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
-        for (name, step), cache in zip(steps.items(), caches, strict=True):
+        for name, step in steps.items():
             for _ in range(10):
                 start = time.perf_counter()
-                step(model, cache, token)
+                step(token)
                 times[name].append(time.perf_counter() - start)
     return {name: 1e3 * median(found) for name, found in times.items()}
 
@@ -238,17 +223,23 @@ def main() -> None:
     plain = Embedded().load("cpu", dtype).model
     model = copy.deepcopy(plain)
     lay_out(model)
+    compiled_model = None
+    if args.compile:
+        compiled_model = copy.deepcopy(plain)
+        compile_steps(compiled_model)
     config, compiled = model.config, {}
     steps = steps_without(model, random_ids(1, args.prompt_tokens), args.repeats)
     for name, value in steps.items():
         print(f"step, {name:<24} {value:7.2f} ms", flush=True)
-    weights = products(plain, model, args.repeats)
+    weights = products(plain, model, compiled_model, args.repeats)
     for rows in ROWS:
-        each = ", ".join(f"{name} {times[rows]:.1f} ms" for name, times in weights.items())
+        each = ", ".join(f"{name} {times[rows]:.1f} ms" for name, times in weights.items() if rows in times)
         print(f"weights, {rows} rows: {each}", flush=True)
-    if args.compile:
-        compiled = steps_compiled(plain, random_ids(1, args.prompt_tokens), args.repeats)
-        print(f"step, eager {compiled['eager']:.2f} ms, compiled {compiled['compiled']:.2f} ms", flush=True)
+    if compiled_model is not None:
+        for length in (args.prompt_tokens, args.prompt_tokens // 8):
+            compiled[length] = steps_compiled(model, compiled_model, random_ids(1, length), args.repeats)
+            each = ", ".join(f"{name} {value:.2f} ms" for name, value in compiled[length].items())
+            print(f"step behind {length} tokens: {each}", flush=True)
     forms: dict[str, Form] = {"whole_heads": whole_heads, "in_2_parts": parts(2), "in_8_parts": parts(8)}
     heads_or_parts = dict(list(forms.items())[:2])
     forms |= {f.__name__: f for f in (batched_products, products_by_head, products_by_query)}
@@ -272,7 +263,7 @@ def main() -> None:
     result = {
         "step_ms": steps,
         "weights_ms": weights,
-        "layers_ms": compiled,
+        "step_ms_by_length": compiled,
         "attention_ms": found,
         "attention_bytes": read,
         "attention_ms_by_heads_and_length": by_length,

@@ -11,7 +11,8 @@ Ratios, each from alternating repetitions in this process, medians of all repeti
 2. compression time SnapKV spends choosing and copying / time of the prefill it is part of             (aim <= 0.04)
 3. fan-out     wall time of one run of 8 budgets on a shared prompt / one run of full                   (aim <= 2.5)
 4. bandwidth   bytes a decode step must read (weights + KV) per second / the bandwidth of reading      (aim >= 0.5)
-               a matrix once, measured in turn with the steps; beside it the same / that of a copy
+               a matrix once, measured in turn with the steps; beside it the same / that of a copy.
+               On a CPU also of compiled steps (runner.compile), and how much faster they are
 5. gain        a step of SnapKV 512 / a step of full, four sequences of twice the prompt, over the     (aim <= 1.25)
                same ratio of the bytes that each must read
 
@@ -23,7 +24,9 @@ The last line of the output is the result as JSON; it also goes to FILE.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
@@ -37,7 +40,9 @@ from kvbench.methods.fan_out import FanOutCache
 from kvbench.methods.selection.snapkv import SnapKV
 from kvbench.models.embedded import Embedded
 from kvbench.runners import provenance
-from kvbench.runners.engine import decode, generate, prefill
+from kvbench.runners.compiled import compile_steps
+from kvbench.runners.engine import generate, prefill
+from kvbench.runners.graph import Stepper
 from kvbench.runners.measure import copy_bandwidth, now, read_bandwidth
 from kvbench.runners.passes import weight_bytes_read
 from kvbench.runners.weights import lay_out
@@ -75,13 +80,14 @@ def alternating(repeats: int, *works: Callable[[], float]) -> list[list[float]]:
 
 
 def decode_seconds(model, cache: KVCache, ids: torch.Tensor, steps: int) -> float:
-    """Seconds per decode step after a prefill."""
+    """Seconds per decode step after a prefill, run as the runners run it."""
     token = prefill(model, cache, ids).argmax(-1)
+    step = Stepper(model, cache, token, steps)
 
     def steps_of() -> None:
         nonlocal token
         for _ in range(steps):
-            token = decode(model, cache, token).argmax(-1)
+            token = step(token).argmax(-1)
 
     return seconds(steps_of) / steps
 
@@ -135,6 +141,9 @@ def main() -> None:
     ours = Embedded().load(DEVICE, dtype).model
     theirs = AutoModelForCausalLM.from_config(ours.config, attn_implementation="sdpa", dtype=dtype).to(DEVICE).eval()
     theirs.load_state_dict(ours.state_dict())
+    compiled = copy.deepcopy(ours) if DEVICE == "cpu" else None
+    if compiled is not None:
+        compile_steps(compiled)
     lay_out(ours)
     ids = random_ids(1, args.prompt_tokens)
     full, snapkv = Method("full"), Method("snapkv", SnapKV(budget=512))
@@ -149,20 +158,30 @@ def main() -> None:
         return seconds(lambda: generate(ours, cache, ids, max_new_tokens=steps))
 
     print(f"{DEVICE}, {args.dtype}, {torch.get_num_threads()} threads, {args.prompt_tokens} + {steps} tokens")
-    engine, readings, library = alternating(
+
+    def compiled_seconds(ids: torch.Tensor) -> float:
+        if compiled is None:
+            return math.nan
+        return decode_seconds(compiled, full.new_cache(compiled), ids, steps)
+
+    engine, readings, by_compiler, library = alternating(
         args.repeats,
         lambda: decode_seconds(ours, full.new_cache(ours), ids, steps),
         lambda: read_bandwidth(DEVICE),
+        lambda: compiled_seconds(ids),
         lambda: transformers_decode_seconds(theirs, ids, steps),
     )
     print(f"decode: {1e3 * median(engine):.1f} ms, transformers {1e3 * median(library):.1f} ms per token", flush=True)
     short = random_ids(1, args.prompt_tokens // 8)
-    engine_short, readings_short = alternating(
+    engine_short, readings_short, by_compiler_short = alternating(
         args.repeats,
         lambda: decode_seconds(ours, full.new_cache(ours), short, steps),
         lambda: read_bandwidth(DEVICE),
+        lambda: compiled_seconds(short),
     )
     print(f"an eighth of the prompt: {1e3 * median(engine_short):.1f} ms per token", flush=True)
+    if compiled is not None:
+        print(f"compiled: {1e3 * median(by_compiler):.1f} ms, {1e3 * median(by_compiler_short):.1f} ms", flush=True)
     rows = random_ids(8, args.prompt_tokens // 8)
     engine_8, library_8 = alternating(
         args.repeats,
@@ -185,7 +204,7 @@ def main() -> None:
     one, eight = alternating(args.repeats, run_full, run_fan_out)
     print(f"run: full {median(one):.2f} s, 8 budgets on one prompt {median(eight):.2f} s", flush=True)
 
-    read = step_bytes(ours, full, ids, steps)
+    read, read_short = (step_bytes(ours, full, some, steps) for some in (ids, short))
     bandwidth, reading, reading_short = copy_bandwidth(DEVICE), median(readings), median(readings_short)
     result = {
         "decode_speed_full_over_transformers": median(library) / median(engine),
@@ -193,20 +212,24 @@ def main() -> None:
         "compression_over_prefill": median(shares),
         "fan_out_8_budgets_over_full": median(eight) / median(one),
         "decode_bandwidth_over_read_bandwidth": read / median(engine) / reading,
-        "decode_bandwidth_over_read_bandwidth_short": step_bytes(ours, full, short, steps)
-        / median(engine_short)
-        / reading_short,
+        "decode_bandwidth_over_read_bandwidth_short": read_short / median(engine_short) / reading_short,
         "decode_bandwidth_over_copy_bandwidth": read / median(engine) / bandwidth,
         "snapkv_512_step_over_full_over_bytes": gain / predicted,
         "snapkv_512_step_over_full": gain,
         "snapkv_512_bytes_over_full": predicted,
+        "decode_speed_compiled_over_full": median(engine) / median(by_compiler),
+        "decode_speed_compiled_over_full_short": median(engine_short) / median(by_compiler_short),
+        "decode_bandwidth_over_read_bandwidth_compiled": read / median(by_compiler) / reading,
+        "decode_bandwidth_over_read_bandwidth_compiled_short": read_short / median(by_compiler_short) / reading_short,
         "copy_bandwidth_gb_per_s": bandwidth / 1e9,
         "read_bandwidth_gb_per_s": reading / 1e9,
         "repetitions": {
             "decode_step_engine": engine,
+            "decode_step_compiled": by_compiler,
             "decode_step_transformers": library,
             "read_bandwidth_gb_per_s": [r / 1e9 for r in readings],
             "decode_step_engine_short": engine_short,
+            "decode_step_compiled_short": by_compiler_short,
             "read_bandwidth_short_gb_per_s": [r / 1e9 for r in readings_short],
             "decode_step_engine_batch_8": engine_8,
             "decode_step_transformers_batch_8": library_8,
@@ -219,8 +242,10 @@ def main() -> None:
         "settings": {"prompt_tokens": args.prompt_tokens, "new_tokens": steps, "dtype": args.dtype, "device": DEVICE},
         "provenance": provenance.collect(DEVICE),
     }
-    for key in list(result)[:9]:
-        print(f"{key:<45} {result[key]:.3f}")
+    if compiled is None:
+        result = {key: value for key, value in result.items() if "compiled" not in key}
+    for key in [key for key, value in result.items() if isinstance(value, float)]:
+        print(f"{key:<52} {result[key]:.3f}")
     finish(result, args.output)
 
 
