@@ -216,6 +216,8 @@ def setting(record: Mapping[str, Any]) -> str:
         words.append(f"({hardware['gpu'] or hardware['cpu']}, {hardware['torch_threads']} threads)")
     if identity.get("batch_size", 1) is not None:  # None: what was searched for
         words.append(f"batch {identity.get('batch_size', 1)}")
+    if identity.get("runner", {}).get("compile"):
+        words.append("compiled steps")
     limit = identity["task"].get("limit")
     if limit is not None:
         words.append(f"first {limit} of each set" if record["kind"] == "accuracy" else f"{limit} requests")

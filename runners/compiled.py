@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ..conf.errors import InputError
 from ..methods.base import KVCache
 from ..methods.rotary import rope
+from .lean import is_plain
 from .weights import let_go_of_files
 
 P = ParamSpec("P")
@@ -54,7 +55,7 @@ class CompiledStep:
     of it: each is held once, and the model can be used as before.
 
     Args:
-        model: one that :func:`.lean.is_plain`, on the CPU; changed in place.
+        model: one that :func:`can_compile`; changed in place.
 
     Attributes:
         layers: their weights.
@@ -101,7 +102,7 @@ class CompiledStep:
         for number, weights in enumerate(self.layers):
             query, key, value = self._before(x, weights, cos_sin)
             out = cache.attend(number, query, key, value, self._scaling, None)
-            x = self._behind(out, x, weights)
+            x = self._behind(out.contiguous(), x, weights)  # one layout, so that nothing is compiled for another
         logits: torch.Tensor = self._head(x, base.norm.weight.detach(), _affine(self._model.lm_head))
         return logits
 
@@ -117,7 +118,7 @@ class CompiledStep:
         cos_sin = base.rotary_emb(x, position_ids=torch.zeros(rows, 1, dtype=torch.int64))
         try:
             query, _, _ = self._before(x, self.layers[0], cos_sin)
-            x = self._behind(query, x, self.layers[0])
+            x = self._behind(query.contiguous(), x, self.layers[0])
             self._head(x, base.norm.weight.detach(), _affine(self._model.lm_head))
         except Exception as error:
             if "InvalidCxxCompiler" not in f"{type(error).__name__} {error}":
@@ -141,6 +142,16 @@ def product(x: torch.Tensor, by: Affine) -> torch.Tensor:
     if by.bias is not None:
         out = out + by.bias
     return out.to(x.dtype)[:, None]
+
+
+def can_compile(model: PreTrainedModel) -> bool:
+    """Whether a compiled step is what ``model(...)`` does: a plain decoder on the CPU, with nothing on its layers."""
+    if model.device.type != "cpu" or not is_plain(model):
+        return False
+    parts = list(model.modules())
+    linear = [part for part in parts if hasattr(part, "in_features")]
+    hooked = any(part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__ for part in parts)
+    return not hooked and all(type(part) is nn.Linear for part in linear)
 
 
 def compile_steps(model: PreTrainedModel) -> None:

@@ -18,9 +18,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ..methods.base import KVCache
-from .compiled import ROWS, CompiledStep
+from .compiled import ROWS, CompiledStep, can_compile
 from .engine import FOLLOWS_LENGTH, decode, rope_type
-from .lean import is_plain
 
 EAGER, GRAPH, COMPILED = "eager", "cuda graph", "compiled"
 
@@ -53,7 +52,7 @@ class Stepper:
     def __post_init__(self) -> None:
         self._compiled: CompiledStep | None = getattr(self.model, "compiled_step", None)
         rows = self.token.shape[0]
-        if self._compiled is not None and rows <= ROWS and is_plain(self.model) and not self.cache.recomputes:
+        if self._compiled is not None and rows <= ROWS and can_compile(self.model) and not self.cache.recomputes:
             self._compiled.prepare(rows)
             self.how = COMPILED
             return

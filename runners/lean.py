@@ -30,9 +30,11 @@ def is_plain(model: PreTrainedModel) -> bool:
     base: Any = model.model
     parts = [model, base]
     for layer in base.layers:
-        if getattr(layer.self_attn, "sliding_window", None) is not None:
+        attention = layer.self_attn
+        if getattr(attention, "sliding_window", None) is not None:
             return False
-        parts += (layer, layer.self_attn)
+        # its first projections may be taken as one product
+        parts += (layer, attention, attention.q_proj, attention.k_proj, attention.v_proj)
     return not any(p._forward_hooks or p._forward_pre_hooks or "forward" in p.__dict__ for p in parts)
 
 

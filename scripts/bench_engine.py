@@ -33,7 +33,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LogitsProcessorList
 
 from kvbench.methods.base import CacheLayer, KVCache, Method
 from kvbench.methods.fan_out import FanOutCache
@@ -104,11 +104,16 @@ def step_bytes(model, method: Method, ids: torch.Tensor, steps: int) -> float:
 
 
 def transformers_decode_seconds(model, ids: torch.Tensor, steps: int) -> float:
-    """Seconds per decode step of ``generate``: two lengths, so that the prefill cancels out."""
+    """Seconds per decode step of ``generate``, between the logits of its first token and those of its last."""
+    marks: list[float] = []
+
+    def look(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        marks.append(now(DEVICE))
+        return logits
+
     how = {"do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
-    short = seconds(lambda: model.generate(ids, max_new_tokens=1, **how))
-    long = seconds(lambda: model.generate(ids, max_new_tokens=1 + steps, **how))
-    return (long - short) / steps
+    model.generate(ids, max_new_tokens=1 + steps, logits_processor=LogitsProcessorList([look]), **how)
+    return (marks[-1] - marks[0]) / (len(marks) - 1)
 
 
 def prefill_seconds(model, cache: KVCache, ids: torch.Tensor) -> tuple[float, float]:
@@ -164,10 +169,11 @@ def main() -> None:
             return math.nan
         return decode_seconds(compiled, full.new_cache(compiled), ids, steps)
 
-    engine, readings, by_compiler, library = alternating(
+    engine, readings, copies, by_compiler, library = alternating(
         args.repeats,
         lambda: decode_seconds(ours, full.new_cache(ours), ids, steps),
         lambda: read_bandwidth(DEVICE),
+        lambda: copy_bandwidth(DEVICE),
         lambda: compiled_seconds(ids),
         lambda: transformers_decode_seconds(theirs, ids, steps),
     )
@@ -205,7 +211,7 @@ def main() -> None:
     print(f"run: full {median(one):.2f} s, 8 budgets on one prompt {median(eight):.2f} s", flush=True)
 
     read, read_short = (step_bytes(ours, full, some, steps) for some in (ids, short))
-    bandwidth, reading, reading_short = copy_bandwidth(DEVICE), median(readings), median(readings_short)
+    bandwidth, reading, reading_short = (median(some) for some in (copies, readings, readings_short))
     result = {
         "decode_speed_full_over_transformers": median(library) / median(engine),
         "decode_speed_full_over_transformers_batch_8": median(library_8) / median(engine_8),
@@ -228,6 +234,7 @@ def main() -> None:
             "decode_step_compiled": by_compiler,
             "decode_step_transformers": library,
             "read_bandwidth_gb_per_s": [r / 1e9 for r in readings],
+            "copy_bandwidth_gb_per_s": [c / 1e9 for c in copies],
             "decode_step_engine_short": engine_short,
             "decode_step_compiled_short": by_compiler_short,
             "read_bandwidth_short_gb_per_s": [r / 1e9 for r in readings_short],

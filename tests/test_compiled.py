@@ -22,7 +22,7 @@ from kvbench.methods.storage.kivi import Kivi
 from kvbench.models.random import RandomModel
 from kvbench.models.tiny import TinyModel
 from kvbench.runners import graph, passes
-from kvbench.runners.compiled import ROWS, Affine, compile_steps, product
+from kvbench.runners.compiled import ROWS, Affine, can_compile, compile_steps, product
 from kvbench.runners.engine import decode, prefill
 from kvbench.runners.fresh import in_fresh_process
 from kvbench.runners.graph import Stepper
@@ -98,6 +98,7 @@ def test_in_bfloat16_a_compiled_step_is_no_further_from_the_truth():
     first = [prefill(m, cache, ids) for m, cache in zip(models, caches, strict=True)]
     token = first[0].argmax(-1)
     step = Stepper(other, caches[2], token, 6)
+    assert step.how == graph.COMPILED
     off = torch.zeros(2)
     for _ in range(6):
         exact = decode(truth, caches[0], token)
@@ -124,9 +125,12 @@ def test_every_cache_takes_compiled_steps(method):
     token = prefill(plain, caches[0], ids).argmax(-1)
     prefill(other, caches[1], ids)
     step = Stepper(other, caches[1], token, 20)
+    assert step.how == graph.COMPILED
     for _ in range(20):
         expected = decode(plain, caches[0], token)
-        torch.testing.assert_close(step(token), expected, rtol=0, atol=2e-3)
+        with torch._dynamo.config.patch(error_on_recompile=True):  # a clock would have it in the steps' time
+            found = step(token)
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
         token = expected.argmax(-1)
     assert caches[0].kv_bytes_stored == caches[1].kv_bytes_stored
 
@@ -139,16 +143,30 @@ def test_what_cannot_be_compiled_runs_as_it_is():
     assert Stepper(other, cache, prefill(other, cache, many).argmax(-1), 2).how == graph.EAGER
     bare = NoCache("no_cache").new_cache(other)
     assert Stepper(other, bare, prefill(other, bare, prompt_ids(9)).argmax(-1), 2).how == graph.EAGER
-    handle = other.model.layers[0].register_forward_hook(lambda *_: None)
-    try:
-        cache = Method("full").new_cache(other)
-        assert Stepper(other, cache, prefill(other, cache, prompt_ids(9)).argmax(-1), 2).how == graph.EAGER
-    finally:
-        handle.remove()
+    for place in (other.model.layers[0], other.model.layers[1].mlp.down_proj):
+        handle = place.register_forward_hook(lambda *_: None)
+        try:
+            cache = Method("full").new_cache(other)
+            assert Stepper(other, cache, prefill(other, cache, prompt_ids(9)).argmax(-1), 2).how == graph.EAGER
+        finally:
+            handle.remove()
 
 
-def job(source) -> Job:
-    return Job(source, Method("full"), Shape(20, 4), "cpu", torch.float32, 0, 1, None, 1, 1, compile=True)
+def test_layers_of_a_class_of_their_own_are_not_passed_by():
+    """An adapter's, for one: its class is not the library's, its weight is."""
+
+    class Adapted(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model = copy.deepcopy(tiny_model("llama"))
+    assert can_compile(model)
+    model.model.layers[1].self_attn.o_proj.__class__ = Adapted
+    assert not can_compile(model)
+
+
+def job(source, method: Method | None = None) -> Job:
+    return Job(source, method or Method("full"), Shape(20, 4), "cpu", torch.float32, 0, 1, None, 1, 1, compile=True)
 
 
 def test_weights_are_held_once_and_a_model_of_another_build_is_laid_out():
@@ -159,7 +177,8 @@ def test_weights_are_held_once_and_a_model_of_another_build_is_laid_out():
     joined = {p.weight.untyped_storage().data_ptr() for p in (attention.q_proj, attention.k_proj, attention.v_proj)}
     assert len(joined) == 1
     shared = load(job(TinyModel(trained_on="recall").for_sharing(YOCO(window=16), "yoco"))).model
-    assert not hasattr(shared, "compiled_step")
+    bare = load(job(RandomModel("tiny"), NoCache("no_cache"))).model
+    assert not hasattr(shared, "compiled_step") and not hasattr(bare, "compiled_step")
 
 
 MEASURE = ("run", "runner=efficiency", "method=full", "model=random", "task.prompt_tokens=20", "runner.compile=true")
@@ -174,6 +193,8 @@ def test_a_record_says_that_steps_were_compiled_and_an_older_run_stays_the_same_
     records = [json.loads(path.read_text()) for path in tmp_path.rglob("record.json")]
     found = {r["decode"]: r for r in records}
     assert found.keys() == {graph.COMPILED, graph.EAGER}
+    titles = [line for line in kvbench("table", str(tmp_path)).stdout.splitlines() if line.startswith("**")]
+    assert len(titles) == 2 and ["compiled steps" in title for title in sorted(titles, key=len)] == [False, True]
     settings = {how: r["identity"]["runner"] for how, r in found.items()}
     assert settings[graph.COMPILED]["compile"] is True and "compile" not in settings[graph.EAGER]
     first = found[graph.COMPILED]["repetitions"][0][0]

@@ -156,7 +156,10 @@ def test_bytes_and_the_predicted_speed_up_are_the_formula(measured):
     for label, value in read.items():
         limit = records[label]["limit"]
         assert limit["bytes_read_per_step"] == value
-        floor = 1000 * value / records[label]["bandwidth"]["copy_bytes_per_s"]
+        bandwidth = records[label]["bandwidth"]
+        assert len(bandwidth["repetitions"]) == 1 + 2  # before the first repetition, and behind each
+        assert bandwidth["copy_bytes_per_s"] == sorted(bandwidth["repetitions"])[1]
+        floor = 1000 * value / bandwidth["copy_bytes_per_s"]
         assert limit["mbu"]["median"] == pytest.approx(
             sum(floor / t for t in records[label]["metrics"]["tpot_ms"]["repetitions"]) / 2
         )

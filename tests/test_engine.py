@@ -332,6 +332,10 @@ def test_nothing_that_sits_on_a_model_is_passed_by():
     handle = model.model.layers[1].register_forward_pre_hook(lambda *_: None)
     assert not is_plain(model)
     handle.remove()
+    handle = model.model.layers[1].self_attn.k_proj.register_forward_hook(lambda *_: None)
+    assert not is_plain(model)
+    handle.remove()
+    assert is_plain(model)
     model.model.layers[0].self_attn.forward = model.model.layers[0].self_attn.forward
     assert not is_plain(model)
     windowed = copy.deepcopy(tiny_model("mistral"))
