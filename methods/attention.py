@@ -29,7 +29,7 @@ PIECE = 1 << 18
 
 WORTH_LENGTH, WORTH_GAIN = 4096, 1.5
 """Cached tokens, and time that whole heads take over that with all threads at work, from which on it pays to share a
-head's slots between the threads of a CPU (measured: docs/efficiency.md)."""
+head's slots between the threads of a CPU (measured on two threads: docs/efficiency.md)."""
 
 
 def tag(key: torch.Tensor, cache: KVCache) -> torch.Tensor:
