@@ -309,9 +309,14 @@ def test_the_attention_that_pieces_take_on_cuda_is_the_masked_one():
     )
 
 
+@pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
-def test_the_lean_step_is_the_library_s_forward(monkeypatch, family):
+def test_the_lean_step_is_the_library_s_forward(monkeypatch, family, joined):
+    """To the bit, also where it takes query, key and value from one product and the library from the layers' places."""
     model = tiny_model(family)
+    if joined:
+        model = copy.deepcopy(model).float()
+        lay_out(model)
     ids, mask = left_pad([prompt_ids(30, 1), prompt_ids(12, 2)])
     caches = [full(model), full(model)]
     token = prefill(model, caches[0], ids, mask).argmax(-1)

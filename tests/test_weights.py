@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import left_pad, prompt_ids, tiny_model
+from tiny_models import prompt_ids, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -20,8 +20,8 @@ from kvbench.methods.sharing.yoco import YOCO
 from kvbench.models.base import LoadedModel
 from kvbench.models.random import RandomModel
 from kvbench.models.tiny import TinyModel
-from kvbench.runners import engine, weights
-from kvbench.runners.engine import decode, generate, prefill
+from kvbench.runners import weights
+from kvbench.runners.engine import generate, prefill
 from kvbench.runners.passes import bytes_read_per_step
 from kvbench.runners.weights import (
     BlockedLinear,
@@ -214,26 +214,6 @@ def test_a_joined_mlp_is_the_mlp_whole_and_in_pieces(shape):
     assert isinstance(other, JoinedMLP)
     x = torch.randn(*shape, plain.config.hidden_size)
     torch.testing.assert_close(other(x), mlp(x), rtol=1e-4, atol=1e-5)
-
-
-@float32
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
-@torch.inference_mode()
-def test_a_step_of_joined_products_is_the_library_s_forward(monkeypatch, family):
-    """To the bit: the step takes query, key and value from one product, the library from the layers' places."""
-    model = copy.deepcopy(tiny_model(family, torch.float32))
-    lay_out(model)
-    ids, mask = left_pad([prompt_ids(30, 1), prompt_ids(12, 2)])
-    caches = [Method("full").new_cache(model) for _ in range(2)]
-    first = [prefill(model, cache, ids, mask) for cache in caches]
-    token = first[0].argmax(-1)
-    for _ in range(4):
-        lean = decode(model, caches[0], token)
-        with monkeypatch.context() as patch:
-            patch.setattr(engine, "is_plain", lambda model: False)
-            expected = decode(model, caches[1], token)
-        assert torch.equal(lean, expected)
-        token = expected.argmax(-1)
 
 
 def test_what_is_not_for_the_cpu_s_kernels_stays(monkeypatch):
