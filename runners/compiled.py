@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..conf.errors import InputError
 from ..methods.base import KVCache
 from ..methods.rotary import rope
-from .lean import is_plain
+from .lean import is_changed, is_plain
 from .weights import let_go_of_files
 
 P = ParamSpec("P")
@@ -58,12 +58,14 @@ class CompiledStep:
         model: one that :func:`can_compile`; changed in place.
 
     Attributes:
-        layers: their weights.
+        layers: weights of the decoder layers.
+        output: of the output layer.
     """
 
     def __init__(self, model: PreTrainedModel):
         self._model: Any = model
         self.layers = [_weights_of(layer) for layer in self._model.model.layers]
+        self.output, self._last_norm = _affine(self._model.lm_head), self._model.model.norm.weight.detach()
         first = self._model.model.layers[0]
         self._scaling, epsilon, act = first.self_attn.scaling, model.config.rms_norm_eps, first.mlp.act_fn
         head_dim, heads = first.self_attn.head_dim, model.config.num_attention_heads
@@ -103,7 +105,7 @@ class CompiledStep:
             query, key, value = self._before(x, weights, cos_sin)
             out = cache.attend(number, query, key, value, self._scaling, None)
             x = self._behind(out.contiguous(), x, weights)  # one layout, so that nothing is compiled for another
-        logits: torch.Tensor = self._head(x, base.norm.weight.detach(), _affine(self._model.lm_head))
+        logits: torch.Tensor = self._head(x, self._last_norm, self.output)
         return logits
 
     @torch.inference_mode()
@@ -119,7 +121,7 @@ class CompiledStep:
         try:
             query, _, _ = self._before(x, self.layers[0], cos_sin)
             x = self._behind(query.contiguous(), x, self.layers[0])
-            self._head(x, base.norm.weight.detach(), _affine(self._model.lm_head))
+            self._head(x, self._last_norm, self.output)
         except Exception as error:
             if "InvalidCxxCompiler" not in f"{type(error).__name__} {error}":
                 raise
@@ -149,9 +151,7 @@ def can_compile(model: PreTrainedModel) -> bool:
     if model.device.type != "cpu" or not is_plain(model):
         return False
     parts = list(model.modules())
-    linear = [part for part in parts if hasattr(part, "in_features")]
-    hooked = any(part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__ for part in parts)
-    return not hooked and all(type(part) is nn.Linear for part in linear)
+    return not any(map(is_changed, parts)) and all(type(p) is nn.Linear for p in parts if hasattr(p, "in_features"))
 
 
 def compile_steps(model: PreTrainedModel) -> None:

@@ -35,7 +35,12 @@ def is_plain(model: PreTrainedModel) -> bool:
             return False
         # its first projections may be taken as one product
         parts += (layer, attention, attention.q_proj, attention.k_proj, attention.v_proj)
-    return not any(p._forward_hooks or p._forward_pre_hooks or "forward" in p.__dict__ for p in parts)
+    return not any(map(is_changed, parts))
+
+
+def is_changed(module: torch.nn.Module) -> bool:
+    """Whether a hook, or a forward of its own, sits on a module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def lean_step(model: PreTrainedModel, cache: KVCache, token: torch.Tensor) -> torch.Tensor:

@@ -154,9 +154,9 @@ def products(plain: Any, joined: Any, compiled: Any, repeats: int) -> dict[str, 
     }
     sums: list[Affine] = []
     if compiled is not None:
-        head = Affine(compiled.lm_head.weight, None)
-        each = compiled.compiled_step.layers
-        sums = [w for one in each for w in (one.query_key_value, one.output, one.gate_and_up, one.down)] + [head]
+        step = compiled.compiled_step
+        sums = [w for one in step.layers for w in (one.query_key_value, one.output, one.gate_and_up, one.down)]
+        sums.append(step.output)
     product_compiled = torch.compile(product, dynamic=False)
     found: dict[str, dict[int, float]] = {name: {} for name in (*layers, "sums_compiled", "adding_up")}
     for rows in ROWS:
