@@ -9,7 +9,9 @@ Also here: the two attention shapes that caches need, over a whole prompt and ov
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +20,20 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from ..conf.errors import InputError
+from .logits import LogitRule
+from .sharing.plan import SLIDING, Span, span_of
 
 if TYPE_CHECKING:
     from .base import KVCache
 
 ATTENTION_NAME = "kvbench"
+
+ADVICE = "use a decoder on transformers' attention interface, such as Llama, Qwen 3, Gemma 3 or gpt-oss"
+
+BLOCK = 256
+"""Queries at a time where attention is computed under a mask; memory grows with it times the keys in view."""
+MASK_ELEMENTS = 1 << 27
+"""Logits of one block, at most."""
 
 PIECE = 1 << 18
 """Numbers that are converted or expanded at a time on a CPU: as many as stay in its cache."""
@@ -30,6 +41,18 @@ PIECE = 1 << 18
 WORTH_LENGTH, WORTH_GAIN = 4096, 1.5
 """Cached tokens, and time that whole heads take over that with all threads at work, from which on it pays to share a
 head's slots between the threads of a CPU (measured on two threads: docs/efficiency.md)."""
+
+
+IGNORED = frozenset(
+    (
+        *("cache_position", "position_ids", "position_embeddings", "past_key_values", "use_cache", "layer_idx"),
+        *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "num_items_in_batch"),
+    )
+)
+"""Keywords of an attention function that change nothing about its result here."""
+
+_waiting: tuple[KVCache, int] | None = None
+"""The cache whose ``update`` was called last and the layer, until that layer's attention comes here."""
 
 
 def tag(key: torch.Tensor, cache: KVCache) -> torch.Tensor:
@@ -42,6 +65,34 @@ def tag(key: torch.Tensor, cache: KVCache) -> torch.Tensor:
     return key
 
 
+def announce(cache: KVCache, layer_idx: int) -> None:
+    """Note that a layer has called ``update``: models that rebuild their keys behind it lose the tag on the tensor.
+
+    Raises:
+        InputError: the layer before it never came to the attention function: its model attends by code of its own,
+            over the new tokens alone.
+    """
+    global _waiting
+    if _waiting is not None and _waiting[0] is cache:
+        layer, _waiting = _waiting[1], None
+        raise InputError(
+            "model",
+            f"layer {layer}",
+            f"attends by code of its own, so no kvbench cache can serve it; {ADVICE}",
+        )
+    _waiting = (cache, layer_idx)
+
+
+def _cache_of(module: Any, key: torch.Tensor) -> KVCache | None:
+    """The cache that a layer's new keys were given to; None: the forward has none."""
+    global _waiting
+    waiting, _waiting = _waiting, None
+    cache: KVCache | None = getattr(key, "kvbench_cache", None)
+    if cache is None and waiting is not None and waiting[1] == module.layer_idx:
+        return waiting[0]
+    return cache
+
+
 def attention_function(
     module: Any,
     query: torch.Tensor,
@@ -50,47 +101,101 @@ def attention_function(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
     strict: bool = False,
     new_kv: tuple[torch.Tensor, torch.Tensor] | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer, as transformers calls it.
+
+    Every keyword that is not named here must be on the list of those that change nothing, or be off; else the model
+    is refused, for what it asks for would be missing from its output.
 
     Args:
         module: the attention module; ``module.layer_idx`` names the layer.
         query: [B, H_q, n, D], after RoPE.
-        key, value: [B, H_kv, n, D], the new tokens only, after RoPE.
+        key: [B, H_kv, n, D], the new tokens only, after RoPE.
+        value: [B, H_kv, n, D_v].
         attention_mask: the 2-D padding mask [B, tokens seen + n], True where a token is real, or None: no padding.
         scaling: factor on the logits; 1 / sqrt(D) when None.
-        sliding_window: the model's own window for this layer, if it has one.
+        sliding_window: the model's own window for this layer, if it has one; the plan's must be the same.
+        softcap, s_aux: see :class:`.logits.LogitRule`.
+        dropout: on the weights; must be 0.
+        is_causal: must not be False.
         strict, new_kv: of kvbench's own models (:mod:`.sharing.model`): no token sees itself; what the layer adds where
             that is not what it attends over.
 
     Returns:
-        ([B, n, H_q, D], None).
+        ([B, n, H_q, D_v], None).
 
     Raises:
-        InputError: the layer's own sliding window is shorter than the sequence, which no cache here models yet.
+        InputError: the model asks for attention of a kind that is not implemented.
     """
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    cache: KVCache | None = getattr(key, "kvbench_cache", None)
-    seen = 0 if cache is None else cache.get_seq_length(module.layer_idx) + key.shape[2]
-    if cache is not None and not cache.keeps_windows and sliding_window is not None and seen > sliding_window:
-        raise InputError(
-            "model",
-            type(module).__name__,
-            f"its layers attend over a sliding window of {sliding_window} tokens and the sequence has {seen}; "
-            f"use a model without a window, or task.max_length below {sliding_window}",
+    cache = _cache_of(module, key)
+    unknown = [
+        name for name, given in others.items() if name not in IGNORED and given is not None and given is not False
+    ]
+    if unknown:
+        _refuse(
+            module, unknown[0], others[unknown[0]], "is not implemented here, so the output would not be the model's"
         )
+    if dropout:
+        _refuse(module, "dropout", dropout, "is for training; call model.eval() first")
+    if is_causal is False or (is_causal is None and not getattr(module, "is_causal", True)):
+        _refuse(module, "is_causal", False, "is attention in both directions; kvbench's caches are causal")
+    if cache is not None and others.get("use_cache") is False:
+        _refuse(module, "use_cache", False, "was given together with a cache, which would take every token again")
+    if attention_mask is not None and attention_mask.dim() != 2:
+        _refuse(
+            module, "attention_mask", f"of {attention_mask.dim()} dimensions", "must be a padding mask [batch, tokens]"
+        )
+    declared = getattr(module, "sinks", None)
+    if isinstance(declared, torch.Tensor) and s_aux is None and "s_aux" not in others:
+        _refuse(module, "sinks", "None", "has attention sinks that its attention function is not given")
+    rule = LogitRule(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap or None, s_aux)
+    span = span_of(module.config, module.layer_idx)
+    if sliding_window is not None and (span is None or span.kind != SLIDING or span.size != sliding_window):
+        _refuse(module, "sliding_window", sliding_window, f"is not what the model's config says of the layer: {span}")
     if cache is None:  # a forward without a cache: scoring, or method=no_cache
-        out = uncached_attention(query, key, value, scaling, attention_mask, strict, sliding_window)
+        out = uncached_attention(query, key, value, rule, attention_mask, strict, span)
     else:
-        out = cache.attend(module.layer_idx, query, key, value, scaling, attention_mask, new_kv)
+        out = cache.attend(module.layer_idx, query, key, value, rule, attention_mask, new_kv)
     return out.transpose(1, 2).contiguous(), None
 
 
-def padding_mask(attention_mask: torch.Tensor | None = None, **_: Any) -> torch.Tensor | None:
-    """The mask "function" registered beside it: the 2-D padding mask as it is; causality belongs to the cache."""
+def _refuse(module: Any, keyword: str, value: object, problem: str) -> NoReturn:
+    if isinstance(value, torch.Tensor):
+        value = f"a tensor {list(value.shape)}"
+    raise InputError("model", type(module).__name__, f"{keyword}={value}: {problem}")
+
+
+def padding_mask(
+    attention_mask: torch.Tensor | None = None,
+    config: Any = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    **others: Any,
+) -> torch.Tensor | None:
+    """The mask "function" registered beside it: the 2-D padding mask as it is; causality belongs to the cache.
+
+    A window or chunk that a model puts into its mask is named on the tensor, so that it can be compared with the plan.
+
+    Raises:
+        InputError: the model's mask is more than causal, padded and local: a prefix that is seen from both sides, say.
+    """
+    both_directions = "allow_is_bidirectional_skip" in others or not getattr(config, "is_causal", True)
+    if both_directions or use_vmap:
+        reason = "attends in both directions" if both_directions else "adds a rule of its own to the causal mask"
+        raise InputError(
+            "model", getattr(config, "model_type", "?"), f"{reason}, which a KV cache of a decoder has not"
+        )
+    if attention_mask is not None and local_size is not None:
+        attention_mask = attention_mask.view_as(attention_mask)
+        attention_mask.kvbench_local_size = local_size  # type: ignore[attr-defined]
     return attention_mask
 
 
@@ -99,10 +204,37 @@ AttentionMaskInterface.register(ATTENTION_NAME, padding_mask)
 
 
 def use_kvbench_attention(model: PreTrainedModel) -> PreTrainedModel:
-    """Switch a transformers model to the registered attention function; returns the same model."""
-    if model.config._attn_implementation != ATTENTION_NAME:
-        model.set_attn_implementation(ATTENTION_NAME)
+    """Switch a model's text decoder to the registered attention function; returns the same model.
+
+    Encoders and vision towers keep theirs. :func:`kvbench_attention` does it for a while.
+
+    Raises:
+        InputError: the model does not take an attention function.
+    """
+    text = model.config.get_text_config()
+    if text._attn_implementation != ATTENTION_NAME:
+        if not model._can_set_attn_implementation():
+            raise InputError("model", type(model).__name__, f"attends by code of its own; {ADVICE}")
+        _set_attention(model, ATTENTION_NAME)
     return model
+
+
+@contextmanager
+def kvbench_attention(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Switch a model to kvbench's attention inside a ``with`` block, and back to what it had after it."""
+    before = model.config.get_text_config()._attn_implementation
+    try:
+        yield use_kvbench_attention(model)
+    finally:
+        if before != ATTENTION_NAME:
+            _set_attention(model, before)
+
+
+def _set_attention(model: PreTrainedModel, name: str) -> None:
+    """Set the attention implementation of the text decoder alone."""
+    config, text = model.config, model.config.get_text_config()
+    keys = [key for key in config.sub_configs if getattr(config, key, None) is text]
+    model.set_attn_implementation({keys[0]: name} if keys else name)
 
 
 def repeat_heads(x: torch.Tensor, times: int) -> torch.Tensor:
@@ -111,36 +243,69 @@ def repeat_heads(x: torch.Tensor, times: int) -> torch.Tensor:
 
 
 def causal_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, strict: bool = False
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rule: LogitRule,
+    strict: bool = False,
+    span: Span | None = None,
 ) -> torch.Tensor:
     """Causal attention of the last n tokens of a sequence over all of it (rows without padding).
 
     Args:
         query: [B, H_q, n, D], the queries of positions S - n .. S - 1.
-        key, value: [B, H_kv, S, D] with S >= n.
-        scaling: factor on the logits.
+        key: [B, H_kv, S, D] with S >= n.
+        value: [B, H_kv, S, D_v].
+        rule: how logits are formed.
         strict: no token sees itself; the first token of all sees nothing, and its output is zero.
+        span: which of the tokens before it each one sees; None: all.
 
     Returns:
-        [B, H_q, n, D].
+        [B, H_q, n, D_v].
     """
     n, length = query.shape[2], key.shape[2]
     if strict:  # token i sees what token i - 1 sees of a sequence that is one token shorter
         lead = int(n == length)
-        out = torch.zeros_like(query)
+        out = query.new_zeros(*query.shape[:3], value.shape[3])
         if n > lead:
-            out[:, :, lead:] = causal_attention(query[:, :, lead:], key[:, :, :-1], value[:, :, :-1], scaling)
+            out[:, :, lead:] = causal_attention(query[:, :, lead:], key[:, :, :-1], value[:, :, :-1], rule)
         return out
-    if n < length:
+    local = span is not None and span.first_visible(length - 1) > 0
+    if local or (not rule.is_plain and n > 1):
+        return _attention_by_blocks(query, key, value, rule, span)
+    if n < length or not rule.is_plain:
         if query.is_cuda and n > 1:
-            return lower_right_attention(query, key, value, scaling)
-        return cached_attention(query, key, value, scaling)
+            return lower_right_attention(query, key, value, rule.scaling)
+        return cached_attention(query, key, value, rule)
     if query.is_cuda:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=rule.scaling, enable_gqa=True)
     # On the CPU the flash kernel is faster on expanded heads than through enable_gqa.
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_heads(key, groups), repeat_heads(value, groups)
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=rule.scaling)
+
+
+def _attention_by_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: LogitRule, span: Span | None
+) -> torch.Tensor:
+    """:func:`causal_attention` in blocks of queries, each over the keys that it can see: no [n, S] tensor is made."""
+    n, length = query.shape[2], key.shape[2]
+    first = length - n  # position of the first query
+    columns = length if span is None else min(length, span.size + BLOCK)
+    block = max(1, min(BLOCK, MASK_ELEMENTS // (query.shape[0] * query.shape[1] * columns)))
+    out = []
+    for start in range(0, n, block):
+        end = min(n, start + block)
+        begin = 0 if span is None else span.first_visible(first + start)
+        stop = first + end
+        at = torch.arange(first + start, stop, device=query.device)[:, None]  # [n, 1]
+        columns_at = torch.arange(begin, stop, device=query.device)[None]  # [1, S]
+        visible = columns_at <= at
+        if span is not None:
+            visible = visible & span.visible(at, columns_at)
+        part = (query[:, :, start:end], key[:, :, begin:stop], value[:, :, begin:stop])
+        out.append(masked_attention(*part, rule, visible[None, None]))
+    return torch.cat(out, dim=2)
 
 
 def lower_right_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -212,46 +377,63 @@ def cached_attention(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    scaling: float,
+    rule: LogitRule,
     valid: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of n new tokens over a cache whose last n slots are those tokens.
 
     Args:
         query: [B, H_q, n, D].
-        keys, values: [B, H, S, D] with H dividing H_q.
-        scaling: factor on the logits.
+        keys: [B, H, S, D] with H dividing H_q.
+        values: [B, H, S, D_v].
+        rule: how logits are formed.
         valid: see :func:`visibility`.
 
     Returns:
-        [B, H_q, n, D].
+        [B, H_q, n, D_v].
     """
     mask = visibility(query.shape[2], keys.shape[2], valid, query.device)
     if mask is not None and mask.shape[2] != query.shape[2]:
         mask = mask.expand(-1, -1, query.shape[2], -1)
-    return masked_attention(query, keys, values, scaling, mask)
+    return masked_attention(query, keys, values, rule, mask)
 
 
 def masked_attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, mask: torch.Tensor | None
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: LogitRule, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """Attention under a bool mask [B or 1, H or 1, n, S] (None: everything is visible); [B, H_q, n, D] in and out.
+    """Attention under a bool mask [B or 1, H or 1, n, S] (None: everything is visible).
 
     The query heads of a group are laid side by side as extra query rows of their KV head, so keys and values are never
     expanded: [B, H_kv, g * n, D] against [B, H_kv, S, D].
+
+    Args:
+        query: [B, H_q, n, D].
+        keys: [B, H_kv, S, D].
+        values: [B, H_kv, S, D_v].
+        rule: how logits are formed.
+        mask: True where a query sees a slot; every query sees one at least.
+
+    Returns:
+        [B, H_q, n, D_v].
     """
     batch, query_heads, n, dim = query.shape
     heads = keys.shape[1]
     groups = query_heads // heads
+    rows = query.reshape(batch, heads, groups * n, dim)
+    if not rule.is_plain:
+        logits = rule.logits(exact_products(rows, keys)).unflatten(2, (groups, n))  # [B, H_kv, g, n, S]
+        if mask is not None:
+            logits = logits.masked_fill(~mask[:, :, None], float("-inf"))
+        weights = rule.weights(logits, head_dims=2).to(values.dtype).flatten(2, 3)
+        return torch.matmul(weights, values).reshape(batch, query_heads, n, -1)
     if mask is not None and groups > 1 and n > 1:
         mask = mask.repeat(1, 1, groups, 1)
-    rows = query.reshape(batch, heads, groups * n, dim)
     parts = 1 if mask is not None else _parts(rows, keys, values)
     if parts > 1:
-        out = attention_in_parts(rows, keys, values, scaling, parts)
+        out = attention_in_parts(rows, keys, values, rule.scaling, parts)
     else:
-        out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scaling)
-    return out.reshape(batch, query_heads, n, dim)
+        out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=rule.scaling)
+    return out.reshape(batch, query_heads, n, -1)
 
 
 def _parts(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> int:
@@ -264,6 +446,7 @@ def _parts(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> int:
     rounds = -(-units // threads)
     gain = rounds * threads / units  # time / time with all threads at work
     in_order = all(x.stride(0) == x.shape[1] * x.stride(1) and x.stride(3) == 1 for x in (keys, values))
+    in_order = in_order and keys.shape[3] == values.shape[3]
     worth = rows.device.type == "cpu" and keys.shape[2] >= WORTH_LENGTH and gain >= WORTH_GAIN and in_order
     return threads if worth else 1
 
@@ -306,36 +489,36 @@ def uncached_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    scaling: float,
+    rule: LogitRule,
     attention_mask: torch.Tensor | None,
     strict: bool = False,
-    window: int | None = None,
+    span: Span | None = None,
 ) -> torch.Tensor:
     """Causal attention of the last n tokens of whole rows, which may be padded on either side.
 
     Args:
         query: [B, H_q, n, D].
-        key, value: [B, H_kv, T, D].
-        scaling: factor on the logits.
+        key: [B, H_kv, T, D].
+        value: [B, H_kv, T, D_v].
+        rule: how logits are formed.
         attention_mask: [B, T], True for a real token; None: no padding.
         strict: no token sees itself.
-        window: tokens that each one sees, itself included; None: all before it.
+        span: which of the tokens before it each one sees; None: all.
 
     Returns:
-        [B, H_q, n, D]; zero where a token sees nothing.
+        [B, H_q, n, D_v]; zero where a token sees nothing.
     """
     n, length = query.shape[2], key.shape[2]
-    padded = attention_mask is not None and not bool(attention_mask.all())
-    if not padded and (window is None or length <= window):
-        return causal_attention(query, key, value, scaling, strict)
-    at = torch.arange(length, device=query.device)
-    age = at[length - n :, None] - at[None]
-    visible = age >= int(strict)
-    if window is not None:
-        visible = visible & (age < window)
-    visible = visible[None, None]
-    if padded:
-        assert attention_mask is not None
-        visible = visible & attention_mask.bool()[:, None, None, :]
+    if attention_mask is None or bool(attention_mask.all()):
+        return causal_attention(query, key, value, rule, strict, span)
+    mask = attention_mask.bool()
+    columns = torch.arange(length, device=query.device)
+    position = (mask.long().cumsum(1) - 1) if span is not None and span.counts_from_start else columns.expand_as(mask)
+    at, of = position[:, length - n :, None], position[:, None]  # [B, n, 1], [B, 1, T]
+    visible = columns[length - n :, None] - columns[None] >= int(strict)
+    visible = visible & mask[:, None]
+    if span is not None:
+        visible = visible & span.visible(at, of)
+    visible = visible[:, None]
     sees = visible.any(-1, keepdim=True)
-    return masked_attention(query, key, value, scaling, visible | ~sees).masked_fill(~sees, 0.0)
+    return masked_attention(query, key, value, rule, visible | ~sees).masked_fill(~sees, 0.0)

@@ -14,6 +14,7 @@ import copy
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,14 +22,17 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..conf.errors import InputError
-from .attention import repeat_heads, tag, use_kvbench_attention
+from .attention import announce, repeat_heads, tag, use_kvbench_attention
+from .logits import LogitRule
 from .prompt import Prompt, PromptReader, Rows
-from .selection.base import ALL_QUERIES, Selection, Step
-from .selection.streaming_llm import BLOCK, StreamingLLM
+from .recurrent import RecurrentStates
+from .selection.base import ALL_QUERIES, ModelLayer, Selection, Step
+from .selection.local import LocalAttention
+from .selection.streaming_llm import BLOCK
 from .sharing.base import Sharing
-from .sharing.plan import FULL, LINEAR, SLIDING, Plan, Use, plan_of
+from .sharing.plan import FULL, LINEAR, Plan, Span, Use, plan_of
 from .sharing.recurrent import RecurrentLayer
-from .storage.base import KVShape, LayerStorage, Storage
+from .storage.base import KVShape, LayerStorage, LocalShape, Storage
 from .storage.dense import HIDDEN, Dense
 
 
@@ -107,18 +111,29 @@ class Method:
         """An empty cache for one batch of ``model``, which is switched to kvbench's attention function.
 
         Where layers of the model share keys and values, there is a cache layer for each that owns some: one choice of
-        tokens, by the queries of all that attend over them. A sliding layer holds its window whatever the method.
+        tokens, by the queries of all that attend over them. A layer of local attention holds its span, and a recurrent
+        one its state, whatever the method.
 
         Raises:
-            InputError: the method cannot be used on a model that shares as this one does.
+            InputError: the model cannot be served, or the method cannot be used on a model that shares as this one
+                does.
         """
+        from .layout import layout_of, reset_rope, rotary_of  # at run time: it makes a cache to try the model with
+
         use_kvbench_attention(model)
         config = model.config.get_text_config()
         if self.sharing is not None:
             self.sharing.fit(config)
-        plan = plan_of(config)
+        plan = layout_of(model).plan
+        reset_rope(model)
         if plan.shares:
             self._check_sharing()
+        if self.selection.spans_layers and not plan.is_uniform:
+            raise InputError(
+                "method",
+                self.name,
+                "drops tokens between layers; use it on a model all of whose layers attend over all tokens",
+            )
         if plan.looks_up and self.selection.reads_prompt_by_steps:
             raise InputError(
                 "method",
@@ -126,58 +141,58 @@ class Method:
                 "takes a prompt step by step, and a model whose layers refer up encodes it in several passes; "
                 "use method.selection.mode=prefill_evict",
             )
-        full = [i for i, kind in enumerate(plan.layer_types) if kind == FULL]
-        storage = iter(self.storage.new_layers(len(full)))
+        count = plan.layer_types.count(FULL)
+        if not count and not (self.selection.keeps_everything and self.storage.is_exact):
+            raise InputError(
+                "method",
+                self.name,
+                f"works on layers that attend over all tokens, and {type(model).__name__} as configured has none: each "
+                "holds a window whatever the method; use method=full",
+            )
+        storage = iter(self.storage.new_layers(count))
         layers: list[Any] = []
-        for kind in plan.layer_types:
+        for number, (owner, kind, span) in enumerate(zip(plan.owners, plan.layer_types, plan.spans, strict=True)):
             if kind == LINEAR:
                 layers.append(RecurrentLayer())
                 continue
-            selection = self.selection
-            held: LayerStorage = Dense().new_layers(1)[0]
-            if kind == SLIDING:
-                assert plan.window is not None
-                selection = StreamingLLM(plan.window - 1, sinks=0, reposition=False)
-            else:
-                held = next(storage)
-            number = sum(k == kind for k in plan.layer_types[: len(layers)])
-            layer = CacheLayer(number, len(full), selection, selection.new_state(config), held)
-            layer.model_layer = plan.owners[len(layers)]
+            selection = self.selection if span is None else LocalAttention(span)
+            held: LayerStorage = next(storage) if span is None else Dense().new_layers(1)[0]
+            state = selection.new_state(ModelLayer(owner, partial(rotary_of, model, owner, self.name)))
+            place = plan.layer_types[:number].count(kind)
+            layer = CacheLayer(place, count, selection, state, held, span)
+            layer.model_layer = owner
             layers.append(layer)
         cache = KVCache(layers, plan, self.passes)
+        if plan.recurrent:
+            cache.states = RecurrentStates(config, plan.recurrent)
         cache.rounds = not self.storage.is_exact
         self.selection.attach(model, cache)
         return cache
 
     def bytes_formula(self, shape: KVShape, prompt_length: int, new_tokens: int = 0) -> int:
         """Bytes that one sequence should take after a prompt and ``new_tokens`` further tokens, by the formula."""
-        return self._bytes(shape, [1] * shape.layers, shape.sliding_layers, prompt_length, new_tokens)
+        return self._bytes(shape, [1] * shape.layers, prompt_length, new_tokens)
 
-    def bytes_read_formula(
-        self, config: PretrainedConfig, dtype: torch.dtype, prompt_length: int, new_tokens: int = 0
-    ) -> int:
+    def bytes_read_formula(self, model: PreTrainedModel, prompt_length: int, new_tokens: int = 0) -> int:
         """Bytes of the cache that a decode step reads: each cache layer once for each layer that attends over it."""
-        plan, shape = plan_of(config.get_text_config()), kv_shape(config, dtype)
-        windows = sum(plan.consumers(SLIDING))
-        return self._bytes(shape, plan.consumers(FULL), windows, prompt_length, new_tokens, read=True)
+        plan, shape = plan_of(model.config.get_text_config()), model_shape(model)
+        times = {
+            span: sum(plan.cache_layer.count(n) for n, s in enumerate(plan.spans) if s == span) for span in plan.spans
+        }
+        shape = replace(shape, local=tuple(replace(x, layers=times[x.span]) for x in shape.local))
+        return self._bytes(shape, plan.consumers(FULL), prompt_length, new_tokens, read=True)
 
     def _bytes(
-        self,
-        shape: KVShape,
-        times: Sequence[int],
-        windows: int,
-        prompt_length: int,
-        new_tokens: int,
-        read: bool = False,
+        self, shape: KVShape, times: Sequence[int], prompt_length: int, new_tokens: int, read: bool = False
     ) -> int:
-        """By the formula, with the l-th layer of full attention counted ``times[l]`` times, and ``windows`` windows."""
+        """By the formula, with the l-th layer of full attention counted ``times[l]`` times."""
         tokens = self.selection.kept_tokens(prompt_length, new_tokens, shape.layers)
         tokens = [n for n, count in zip(tokens, times, strict=True) for _ in range(count)]
         formula = self.storage.bytes_read_formula if read else self.storage.bytes_formula
         heads = shape.query_heads if self.selection.stores_query_heads else shape.kv_heads
         stored = formula(tokens, heads, shape, new_tokens)
         state = self.selection.state_bytes(prompt_length, new_tokens, shape.layers, heads)
-        return stored + state + replace(shape, sliding_layers=windows).fixed_bytes(prompt_length + new_tokens)
+        return stored + state + shape.fixed_bytes(prompt_length + new_tokens)
 
     def identity(self) -> dict[str, Any]:
         """What decides this method's numbers, as plain data: class and values of its parts (not what is only shown)."""
@@ -246,8 +261,16 @@ class CacheLayer(PromptReader):
     is_sliding = False  # read by transformers
     is_compileable = False
 
-    def __init__(self, layer_idx: int, num_layers: int, selection: Selection, state: Any, storage: LayerStorage):
-        super().__init__(layer_idx, num_layers, selection.observation_window)
+    def __init__(
+        self,
+        layer_idx: int,
+        num_layers: int,
+        selection: Selection,
+        state: Any,
+        storage: LayerStorage,
+        span: Span | None = None,
+    ):
+        super().__init__(layer_idx, num_layers, selection.observation_window, span)
         self.selection, self.state, self.storage = selection, state, storage
         if selection.evicts_while_decoding:  # more slots than steps between two moves are never in use
             storage.growth = HIDDEN
@@ -277,8 +300,8 @@ class CacheLayer(PromptReader):
             if self.selection.stores_query_heads:
                 keys, values = repeat_heads(keys, prompt.groups), repeat_heads(values, prompt.groups)
             if kept.slots is not None:
-                index = kept.slots[..., None].expand(-1, -1, -1, keys.shape[-1])
-                keys, values = keys.gather(2, index), values.gather(2, index)
+                slots = kept.slots[..., None]
+                keys, values = (x.gather(2, slots.expand(-1, -1, -1, x.shape[3])) for x in (keys, values))
             groups.append(KeptRows(rows, prompt.length, keys, values, kept.valid, kept.scores))
         lengths, scores = self._store(groups)
         self.selection.after_prompt(self.state, lengths, scores)
@@ -293,8 +316,7 @@ class CacheLayer(PromptReader):
         batch = sum(g.keys.shape[0] for g in groups)
         width = max(g.keys.shape[2] for g in groups)
         heads = max(1 if g.valid is None else g.valid.shape[1] for g in groups)
-        keys = first.keys.new_zeros(batch, first.keys.shape[1], width, first.keys.shape[3])
-        values = torch.zeros_like(keys)
+        keys, values = (x.new_zeros(batch, x.shape[1], width, x.shape[3]) for x in (first.keys, first.values))
         valid = torch.zeros(batch, heads, width, dtype=torch.bool, device=keys.device)
         lengths = torch.zeros(batch, dtype=torch.int64, device=keys.device)
         scores = None if first.scores is None else first.scores.new_zeros(*keys.shape[:3])
@@ -314,20 +336,20 @@ class CacheLayer(PromptReader):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        scaling: float,
+        rule: LogitRule,
         new: NewTokens,
         use: Use,
         new_kv: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """One layer of the model comes here: [B, H_q, n, D] queries in, the same shape out."""
         if self.reading:
-            return self.read_prompt(query, key, value, scaling, new.rows, new.prompt_length, use, new_kv)
+            return self.read_prompt(query, key, value, rule, new.rows, new.prompt_length, use, new_kv)
         if new_kv is not None:
             key, value = new_kv
         if self.selection.stores_query_heads:
             groups = query.shape[1] // key.shape[1]
             key, value = repeat_heads(key, groups), repeat_heads(value, groups)
-        out = self.selection.attend(self.state, self.storage, Step(query, key, value, scaling, new.valid, use))
+        out = self.selection.attend(self.state, self.storage, Step(query, key, value, rule, new.valid, use))
         if use.last:
             self.seen += key.shape[2]
             self.storage.settle()
@@ -373,6 +395,7 @@ class KVCache(Cache):
         copies: rows a decode step has per row of the prompt (more than one in ``fan_out.py``).
         recomputes: holds no keys and values; the engine feeds it the whole sequence at each step (``no_cache.py``).
         readings: caches that read the prompt in place of this one, one after another (``fan_out.py``).
+        states: of the model's recurrent layers; None: it has none.
     """
 
     recomputes = False
@@ -382,8 +405,7 @@ class KVCache(Cache):
     def __init__(self, layers: Sequence[Any], plan: Plan, passes: int | None = None):
         super().__init__(layers=list(layers))
         self.plan, self.passes = plan, passes
-        attending = (i for i, c in enumerate(plan.cache_layer) if plan.layer_types[c] != LINEAR)
-        self._first_layer = next(attending, 0)  # of the model's layers, the first that comes here in a forward
+        self._first_layer = next(iter(plan.attending), 0)  # of the model's layers, the first to come here in a forward
         self.rehearsing = False
         self.prompt_length: int | None = None
         self.tokens_seen: torch.Tensor | None = None
@@ -392,6 +414,8 @@ class KVCache(Cache):
         self.rounds = False
         self.pieces: dict[int, NewTokens] | None = None
         self.readings: list[KVCache] = []
+        self.states: RecurrentStates | None = None
+        self._checked = False
 
     def fork(self) -> KVCache:
         """A copy that goes on by itself, once the prompt is in: what one of them is fed, the other does not see."""
@@ -402,15 +426,59 @@ class KVCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pass the new keys and values straight through, with this cache's name on them."""
+        """Pass the new keys and values straight through, with this cache's name on them.
+
+        Raises:
+            InputError: the layer before attended by code of its own, or this one should have no keys.
+        """
+        if layer_idx not in self.plan.attending:
+            raise InputError("model", f"layer {layer_idx}", "gives keys and values that its config does not speak of")
+        announce(self, layer_idx)
         return tag(key_states, self), value_states
 
+    def __bool__(self) -> bool:
+        """False: Phi-3's ``generate`` throws a cache away that is true, where its RoPE changes with the length."""
+        return False
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        if self.plan.layer_types[self.plan.cache_layer[layer_idx]] == LINEAR:
+        if layer_idx not in self.plan.attending:
             layer_idx = self._first_layer
         return self.layers[self.plan.cache_layer[layer_idx]].get_seq_length()
 
+    # the recurrent layers' calls go to transformers' own cache
+
+    def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
+        return self.states is not None and self.states.cache.has_previous_state(layer_idx, *args, **kwargs)
+
+    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        return self._states.cache.get_conv_state(layer_idx, *args, **kwargs)
+
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._states.cache.update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        return self._states.cache.get_recurrent_state(layer_idx, *args, **kwargs)
+
+    @property
+    def _states(self) -> RecurrentStates:
+        if self.states is None:
+            raise InputError("model", "a recurrent layer", "keeps a state that its config does not speak of")
+        return self.states
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """transformers sizes masks by it; here every layer counts the columns that it has seen."""
+        return [False] * len(self.plan.cache_layer)
+
+    is_linear = is_dummy = is_sliding
+
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        if not query_length:
+            raise InputError(
+                "past_key_values",
+                f"a cache of {self.get_seq_length()} tokens",
+                "is given no new ones: a text must be longer than what its cache has seen; make a new one",
+            )
         return self.get_seq_length(layer_idx) + query_length, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -441,7 +509,7 @@ class KVCache(Cache):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        scaling: float,
+        rule: LogitRule,
         padding_mask: torch.Tensor | None,
         new_kv: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
@@ -451,7 +519,7 @@ class KVCache(Cache):
             layer_idx: which.
             query: [B, H_q, m, D] of the last m of n new columns.
             key, value: [B, H_kv, n, D], what the new columns show.
-            scaling: factor on the logits.
+            rule: how logits are formed.
             padding_mask: [B, columns so far + n], or None: no padding.
             new_kv: what the new columns leave in the cache, where that is not ``key`` and ``value``.
 
@@ -470,12 +538,21 @@ class KVCache(Cache):
         elif self.pieces is not None:
             self.new_tokens = self.pieces[end]
         assert self.new_tokens is not None
-        return layer.attend(query, key, value, scaling, self.new_tokens.on(key.device), use, new_kv)
+        return layer.attend(query, key, value, rule, self.new_tokens.on(key.device), use, new_kv)
 
     def _begin(self, key: torch.Tensor, padding_mask: torch.Tensor | None) -> NewTokens:
         """Look at a forward's padding once, for all of its layers."""
         batch, n = key.shape[0], key.shape[2]
         reading = any(layer.reading for layer in self.layers)
+        if padding_mask is not None and padding_mask.shape[1] != self.get_seq_length() + n:
+            raise InputError(
+                "past_key_values",
+                f"a cache of {self.get_seq_length()} tokens",
+                f"cannot take {n} new ones under a mask of {padding_mask.shape[1]}: it is for one text and its "
+                "further turns, with use_cache=True; make a new one with Method.new_cache",
+            )
+        if not reading and not self._checked and not self.rehearsing:
+            self.check_prompt()
         valid = None
         rows = [Rows(0, None)]
         in_prompt = reading or (self.prompt_length is not None and self.get_seq_length() < self.prompt_length)
@@ -497,6 +574,29 @@ class KVCache(Cache):
         else:
             self.tokens_seen = self.tokens_seen + more
         return NewTokens(rows, valid, self.prompt_length)
+
+    def check_prompt(self) -> None:
+        """Look at what the layers noted about the prompt's keys and values, once for all of them.
+
+        Raises:
+            InputError: some are NaN or infinite: NaN scores rank first, so what follows would be garbage.
+        """
+        self._checked = True
+        noted = [layer for layer in self.layers if getattr(layer, "is_finite", None) is not None]
+        if not noted:
+            return
+        flags = torch.stack([layer.is_finite.to(noted[0].is_finite.device) for layer in noted])
+        if not bool(flags.all()):
+            layer = noted[flags.tolist().index(False)]
+            raise InputError(
+                "model",
+                f"layer {layer.model_layer}",
+                f"gave {layer.names()} keys or values that are NaN or infinite; try dtype=float32",
+            )
+
+    def end_prompt(self) -> None:
+        """Called once by the engine when the prompt is in."""
+        self.check_prompt()
 
     def expect(self, new_tokens: int) -> None:
         """Say how many tokens will come after the prompt: buffers then grow once for all of them.
@@ -564,11 +664,6 @@ class KVCache(Cache):
         return all(layer.selection.reads_whole_prompt for layer, kind in kinds if kind == FULL)
 
     @property
-    def keeps_windows(self) -> bool:
-        """The sliding layers have cache layers of their own kind."""
-        return SLIDING in self.plan.layer_types
-
-    @property
     def most_columns(self) -> int | None:
         """New columns that a forward may bring now; None: any number.
 
@@ -580,7 +675,7 @@ class KVCache(Cache):
             if layer.reading:
                 continue
             uses = [u for u, c in zip(self.plan.uses, self.plan.cache_layer, strict=True) if c == number]
-            if len(uses) > 1 and layer.evicts_while_decoding:
+            if len(uses) > 1 and layer.evicts_while_decoding and layer.span is None:
                 most.append(BLOCK if layer.reads_prompt_by_steps else 1)
             if any(use.strict for use in uses):
                 most.append(1)
@@ -589,7 +684,8 @@ class KVCache(Cache):
     @property
     def layers_are_independent(self) -> bool:
         """Each layer of the model has a cache layer to itself, and none looks at what another one does."""
-        return not self.plan.shares and not any(layer.spans_layers for layer in self.layers)
+        independent = not self.plan.shares and self.states is None
+        return independent and not any(getattr(layer, "spans_layers", False) for layer in self.layers)
 
     def queries_wanted(self, layer_idx: int) -> int:
         """Last queries of a forward that the cache layer of a layer of the model wants to see; 0: none."""
@@ -601,23 +697,28 @@ class KVCache(Cache):
         state: torch.Tensor | None = self.layers[self.plan.cache_layer[layer_idx]].recurrent_states[0]
         return state
 
-    def update_recurrent_state(  # type: ignore[override]
+    def update_recurrent_state(
         self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> None:
-        """Keep the state of a retention layer."""
+    ) -> torch.Tensor:
+        """Keep the state of a recurrent layer."""
+        if self.states is not None:
+            return self.states.cache.update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
         self.layers[self.plan.cache_layer[layer_idx]].update(recurrent_states)
+        return recurrent_states
 
     # bytes --------------------------------------------------------------------------------------------------------
 
     @property
     def kv_bytes_stored(self) -> int:
         """Bytes of memory the cache keeps allocated: each storage once, scales, masks, padding and room included."""
-        return stored_bytes(itertools.chain.from_iterable(layer.tensors() for layer in self.layers))
+        states = [] if self.states is None else self.states.tensors()
+        return stored_bytes(itertools.chain(states, *(layer.tensors() for layer in self.layers)))
 
     @property
     def kv_bytes_logical(self) -> int:
         """Bytes of the real tokens held, without padding and room to grow."""
-        return sum(layer.logical_bytes for layer in self.layers)
+        states = 0 if self.states is None else self.states.nbytes
+        return states + sum(layer.logical_bytes for layer in self.layers)
 
     @property
     def tokens_held(self) -> list[torch.Tensor]:
@@ -653,28 +754,41 @@ def rows_by_padding(mask: torch.Tensor) -> list[Rows]:
 
 
 def kv_shape(config: PretrainedConfig, dtype: torch.dtype) -> KVShape:
-    """What the byte formulas need, from a transformers config."""
+    """What the byte formulas need, from a transformers config whose layers are of one shape.
+
+    :func:`model_shape` has it of any model.
+    """
     config = config.get_text_config()
     plan = plan_of(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    linear = plan.layer_types.count(LINEAR)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    linear = 0 if plan.recurrent else plan.layer_types.count(LINEAR)
+    spans = [span for span in plan.spans if span is not None]
     return KVShape(
         layers=plan.layer_types.count(FULL),
-        kv_heads=config.num_key_value_heads,
+        kv_heads=heads,
         head_dim=head_dim,
         element_bytes=dtype.itemsize,
         query_heads=config.num_attention_heads,
-        sliding_layers=plan.layer_types.count(SLIDING),
-        window=plan.window or 0,
+        local=tuple(LocalShape(spans.count(s), s, heads, 2 * head_dim) for s in dict.fromkeys(spans)),
         recurrent_bytes=linear * (config.retention_heads * head_dim**2 * max(4, dtype.itemsize) if linear else 0),
     )
 
 
-def full_shape(config: PretrainedConfig, dtype: torch.dtype, sharing: Sharing | None = None) -> KVShape:
+def model_shape(model: PreTrainedModel) -> KVShape:
+    """What the byte formulas need, as the model's layers were seen to hand over keys, values and states."""
+    from .layout import layout_of  # at run time: see Method.new_cache
+
+    return layout_of(model).shape
+
+
+def full_shape(model: PreTrainedModel, sharing: Sharing | None = None) -> KVShape:
     """The same for the plain model of this size: every layer with keys and values of its own.
 
     Where ``sharing`` is a number of KV heads, the plain model has as many as query heads.
     """
-    shape, layers = kv_shape(config, dtype), config.get_text_config().num_hidden_layers
+    shape, config = model_shape(model), model.config.get_text_config()
     heads = shape.query_heads if sharing is not None and sharing.shares_heads else shape.kv_heads
-    return replace(shape, layers=layers, kv_heads=heads, sliding_layers=0, window=0, recurrent_bytes=0)
+    if getattr(config, "upward_style", None) is None:
+        return replace(shape, kv_heads=heads)
+    return replace(shape, layers=config.num_hidden_layers, kv_heads=heads, local=(), recurrent_bytes=0)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .base import CacheLayer, KVCache, NewTokens
+from .logits import LogitRule
 from .prompt import Prompt, PromptReader, Rows
 from .sharing.plan import Use
 from .sharing.recurrent import RecurrentLayer
@@ -29,7 +30,7 @@ class FanOutLayer(PromptReader):
     def __init__(self, members: Sequence[CacheLayer]):
         self.members = list(members)
         first = self.members[0]
-        super().__init__(first.layer_idx, first.num_layers, max(m.observation_window for m in self.members))
+        super().__init__(first.layer_idx, first.num_layers, max(m.observation_window for m in self.members), first.span)
         self.model_layer = first.model_layer
 
     def names(self) -> str:
@@ -45,13 +46,13 @@ class FanOutLayer(PromptReader):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        scaling: float,
+        rule: LogitRule,
         new: NewTokens,
         use: Use,
         new_kv: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         if self.reading:
-            return self.read_prompt(query, key, value, scaling, new.rows, new.prompt_length, use, new_kv)
+            return self.read_prompt(query, key, value, rule, new.rows, new.prompt_length, use, new_kv)
         if use.last:
             self.seen += key.shape[2]
         share = query.shape[0] // len(self.members)
@@ -60,7 +61,7 @@ class FanOutLayer(PromptReader):
             mine = slice(i * share, (i + 1) * share)
             theirs = NewTokens([], None if new.valid is None else new.valid[mine], new.prompt_length)
             written = None if new_kv is None else (new_kv[0][mine], new_kv[1][mine])
-            out.append(member.attend(query[mine], key[mine], value[mine], scaling, theirs, use, written))
+            out.append(member.attend(query[mine], key[mine], value[mine], rule, theirs, use, written))
         return torch.cat(out)
 
     def go_on(self) -> None:
@@ -86,45 +87,11 @@ class FanOutLayer(PromptReader):
         return [t for member in self.members for t in member.tensors()]
 
 
-class FanOutWindow(FanOutLayer):
-    """A sliding layer: every member holds the same window, so the first one reads the prompt for all."""
-
-    def __init__(self, members: Sequence[CacheLayer]):
-        super().__init__(members)
-        self.reading = False
-        self._prompt_is_in = False
-
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float,
-        new: NewTokens,
-        use: Use,
-        new_kv: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        if self._prompt_is_in:
-            return super().attend(query, key, value, scaling, new, use, new_kv)
-        first = self.members[0]
-        out = first.attend(query, key, value, scaling, new, use, new_kv)
-        self.seen = first.seen
-        if use.last and new.prompt_length in (None, self.seen):
-            self._prompt_is_in = True
-            for member in self.members[1:]:
-                member.seen, member.state, member.storage = copy.deepcopy((first.seen, first.state, first.storage))
-        return out
-
-    def go_on(self) -> None:
-        super().go_on()
-        self._prompt_is_in = True
-
-
 def fan_out_layer(members: Sequence[Any]) -> FanOutLayer | RecurrentLayer:
     """The members' cache layers of one place as one."""
     if isinstance(members[0], RecurrentLayer):
         return RecurrentLayer()
-    return FanOutWindow(members) if members[0].reads_prompt_by_steps else FanOutLayer(members)
+    return FanOutLayer(members)
 
 
 class FanOutCache(KVCache):
@@ -149,6 +116,7 @@ class FanOutCache(KVCache):
         super().__init__([fan_out_layer(layers) for layers in together], members[0].plan, members[0].passes)
         self.members = list(members)
         self.rounds = any(m.rounds for m in members)
+        self.states = copy.deepcopy(members[0].states)  # empty as yet; the members' own are for their bytes
         alike = [m for m in members if m.reads_whole_prompt]
         if len(alike) < len(members):
             shared = [FanOutCache(alike)] if len(alike) > 1 else alike
@@ -173,6 +141,8 @@ class FanOutCache(KVCache):
                 layer.go_on()
             else:
                 layer.update(torch.cat([m.layers[number].recurrent_states[0] for m in self.members]))
+        if self.states is not None:
+            self.states.join([m._states for m in self.members])
         self.readings = []
         return torch.cat([rows[id(m)] for m in self.members])
 
@@ -180,8 +150,20 @@ class FanOutCache(KVCache):
     def copies(self) -> int:  # type: ignore[override]
         return len(self.members)
 
+    def end_prompt(self) -> None:
+        """Give every member rows of its own in the recurrent layers' states, once all have read the prompt as one."""
+        super().end_prompt()
+        if self.states is not None:
+            for member in self.members:
+                member.states = copy.deepcopy(self.states)
+            self.states.change(lambda t: t.repeat(self.copies, *[1] * (t.dim() - 1)))
+
     def drop(self, member: int) -> None:
         """Leave out a member whose rows have all ended; later steps have B rows fewer."""
+        if self.states is not None:
+            rows, count = self.batch_size, self.copies
+            keep = [row for row in range(rows * count) if row // rows != member]
+            self.states.change(lambda t: t[keep])
         for layer in self.layers:
             if isinstance(layer, FanOutLayer):
                 del layer.members[member]
@@ -196,16 +178,19 @@ class FanOutCache(KVCache):
         state = super().recurrent_state(layer_idx, rows)
         return state if state is None or state.shape[0] == rows else state.repeat(self.copies, 1, 1, 1)
 
-    def update_recurrent_state(  # type: ignore[override]
+    def update_recurrent_state(
         self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> None:
+    ) -> torch.Tensor:
         """Keep the state; each member holds its own rows of it."""
+        if self.states is not None:
+            return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
         super().update_recurrent_state(recurrent_states, layer_idx)
         number = self.plan.cache_layer[layer_idx]
         together = recurrent_states.shape[0] == self.batch_size or self.tokens_seen is None
         shares = [recurrent_states] * self.copies if together else recurrent_states.chunk(self.copies)
         for member, share in zip(self.members, shares, strict=True):
             member.layers[number].update(share)
+        return recurrent_states
 
     @property
     def kv_bytes_logical(self) -> int:

@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .attention import use_kvbench_attention
 from .base import KVCache, Method
-from .sharing.plan import Plan, plan_of
+from .layout import layout_of, reset_rope
+from .sharing.plan import Plan
 from .storage.base import KVShape
 
 
@@ -57,11 +58,10 @@ class NoCache(Method):
 
     def new_cache(self, model: PreTrainedModel) -> KVCache:
         use_kvbench_attention(model)
-        return NoCacheState(plan_of(model.config.get_text_config()))
+        reset_rope(model)
+        return NoCacheState(layout_of(model).plan)
 
-    def bytes_read_formula(
-        self, config: PretrainedConfig, dtype: torch.dtype, prompt_length: int, new_tokens: int = 0
-    ) -> int:
+    def bytes_read_formula(self, model: PreTrainedModel, prompt_length: int, new_tokens: int = 0) -> int:
         return 0
 
     def bytes_formula(self, shape: KVShape, prompt_length: int, new_tokens: int = 0) -> int:

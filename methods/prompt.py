@@ -16,7 +16,8 @@ import torch
 
 from ..conf.errors import InputError
 from .attention import causal_attention
-from .sharing.plan import Use
+from .logits import LogitRule
+from .sharing.plan import Span, Use
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Prompt:
             ``observation_window``, or the prompt's length if that is shorter. Where several layers of the model attend
             over these keys, H_q counts the heads of all of them, those that share a KV head side by side.
         keys, values: [R, H_kv, T, D], keys after RoPE.
-        scaling: factor on the logits.
+        rule: how logits are formed.
         layer_idx, num_layers: which layer of how many.
         blind: [H_q / H_kv] bool, True for the query heads of a group that do not see their own token; None: all do.
         found: what has been worked out about this prompt; methods that read it together share it (:meth:`once`).
@@ -54,7 +55,7 @@ class Prompt:
     query: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
-    scaling: float
+    rule: LogitRule
     layer_idx: int
     num_layers: int
     blind: torch.Tensor | None = None
@@ -93,12 +94,14 @@ class PromptReader(ABC):
     Args:
         layer_idx, num_layers: which layer of how many.
         observation_window: how many of the prompt's last queries :meth:`absorb` needs.
+        span: the tokens that each token sees; None: all before it.
     """
 
-    def __init__(self, layer_idx: int, num_layers: int, observation_window: int):
+    def __init__(self, layer_idx: int, num_layers: int, observation_window: int, span: Span | None = None):
         self.layer_idx, self.num_layers = layer_idx, num_layers
         self.model_layer = layer_idx  # the same, counted among all layers of the model
-        self.observation_window = observation_window
+        self.observation_window, self.span = observation_window, span
+        self.is_finite: torch.Tensor | None = None  # bool, of a prompt's keys and values; looked at after the prefill
         self.seen = 0  # columns fed so far, pads included
         self.reading = True
         self._keys: torch.Tensor | None = None  # [B, H_kv, prompt length, D] while a chunked prompt is read
@@ -121,7 +124,7 @@ class PromptReader(ABC):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        scaling: float,
+        rule: LogitRule,
         rows: list[Rows],
         prompt_length: int | None,
         use: Use,
@@ -132,7 +135,7 @@ class PromptReader(ABC):
         Args:
             query: [B, H_q, m, D], of the last m of the chunk's n columns: a layer may leave out what nobody asks for.
             key, value: [B, H_kv, n, D], of this chunk; what is attended over beside the chunks before.
-            scaling: factor on the logits.
+            rule: how logits are formed.
             rows: the batch, grouped by leading pads.
             prompt_length: columns of the whole prompt, or None: this chunk is all of it.
             use: what this layer of the model does here.
@@ -148,13 +151,13 @@ class PromptReader(ABC):
         keys, values = self._so_far(key, value, start, end, use)
         if use.writes and new_kv is not None:
             self._collect(*new_kv, start, end, whole)
-        out = self._attend_rows(query, keys, values, scaling, rows, end, use.strict)
+        out = self._attend_rows(query, keys, values, rule, rows, end, use.strict)
         if use.counts:
             self._note(query, use.strict)
         if use.last and use.counts:
             self.seen, self._turn = end, 0
             if end >= whole:
-                self._finish(scaling, rows)
+                self._finish(rule, rows)
         return out
 
     def _so_far(
@@ -173,14 +176,15 @@ class PromptReader(ABC):
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        scaling: float,
+        rule: LogitRule,
         rows: list[Rows],
         end: int,
         strict: bool,
     ) -> torch.Tensor:
         """Attention of the columns up to ``end``, each group of rows without its pads."""
         start = end - query.shape[2]  # column of the first query
-        out = torch.zeros_like(query) if len(rows) > 1 or rows[0].pads else None
+        shape = (*query.shape[:3], values.shape[3])
+        out = query.new_zeros(shape) if len(rows) > 1 or rows[0].pads else None
         for r in rows:
             first = max(r.pads, start)  # column of the first real query
             if first >= end:
@@ -189,8 +193,9 @@ class PromptReader(ABC):
                 r.take(query)[:, :, first - start :],
                 r.take(keys)[:, :, r.pads :],
                 r.take(values)[:, :, r.pads :],
-                scaling,
-                strict=strict,
+                rule,
+                strict,
+                self.span,
             )
             if out is None:
                 out = attended
@@ -210,31 +215,24 @@ class PromptReader(ABC):
         self._queries[self._turn] = tail[:, :, max(0, tail.shape[2] - self.observation_window) :]
         self._turn += 1
 
-    def _finish(self, scaling: float, rows: list[Rows]) -> None:
+    def _finish(self, rule: LogitRule, rows: list[Rows]) -> None:
         """The prompt is in: hand it over."""
         keys, values, queries = self._keys, self._values, self._queries
         assert keys is not None and values is not None
         self.reading, self._keys, self._values, self._queries = False, None, None, []
         query, blind = queries[0], None
         if len(queries) > 1:
+            if rule.sinks is not None:
+                raise InputError("model", f"layer {self.model_layer}", "shares keys and values and has attention sinks")
             heads = keys.shape[1]
             grouped = [q.unflatten(1, (heads, -1)) for q in queries]  # [B, H_kv, g, W, D]
             query = torch.cat(grouped, dim=2).flatten(1, 2)
         if any(self._strict):
             flags = [s for s, q in zip(self._strict, queries, strict=True) for _ in range(q.shape[1] // keys.shape[1])]
             blind = torch.tensor(flags, device=keys.device)
-        self._refuse_what_is_not_finite(keys, values)
-        self.absorb([(r, self._view(r, query, blind, keys, values, scaling)) for r in rows])
-
-    def _refuse_what_is_not_finite(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """One NaN would win every vote and stay, and the text would be garbage without a word."""
-        total = keys.sum(dtype=torch.float32) + values.sum(dtype=torch.float32)
-        if not bool(total.isfinite()):
-            raise InputError(
-                "model",
-                f"layer {self.model_layer}",
-                f"gave {self.names()} keys or values that are NaN or infinite; try dtype=float32",
-            )
+        # Noted here and looked at once for all layers (KVCache.check_prompt): the host does not wait in each layer.
+        self.is_finite = (keys.sum(dtype=torch.float32) + values.sum(dtype=torch.float32)).isfinite()
+        self.absorb([(r, self._view(r, query, blind, keys, values, rule)) for r in rows])
 
     def _view(
         self,
@@ -243,12 +241,12 @@ class PromptReader(ABC):
         blind: torch.Tensor | None,
         keys: torch.Tensor,
         values: torch.Tensor,
-        scaling: float,
+        rule: LogitRule,
     ) -> Prompt:
         keys, values, queries = (r.take(x) for x in (keys, values, queries))
         keys, values = keys[:, :, r.pads :], values[:, :, r.pads :]
         queries = queries[:, :, max(0, queries.shape[2] - keys.shape[2]) :]
-        return Prompt(queries, keys, values, scaling, self.layer_idx, self.num_layers, blind)
+        return Prompt(queries, keys, values, rule, self.layer_idx, self.num_layers, blind)
 
     def _collect(self, key: torch.Tensor, value: torch.Tensor, start: int, end: int, whole: int) -> None:
         """Put down the keys and values of columns start .. end - 1; a prompt that comes in one piece is not copied."""
@@ -257,7 +255,6 @@ class PromptReader(ABC):
             self._keys, self._values = key, value
             return
         if self._keys is None or self._values is None:
-            shape = (key.shape[0], key.shape[1], whole, key.shape[3])
-            self._keys, self._values = key.new_empty(shape), value.new_empty(shape)
+            self._keys, self._values = (x.new_empty(*x.shape[:2], whole, x.shape[3]) for x in (key, value))
         self._keys[:, :, start:end] = key
         self._values[:, :, start:end] = value

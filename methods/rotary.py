@@ -1,15 +1,14 @@
-"""Turning rotary position embeddings (RoPE) by a number of positions, for methods that re-position tokens."""
+"""Rotary position embeddings (RoPE) turned by a number of positions, for methods that re-position tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-from transformers import PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers import PreTrainedModel
 
-from ..conf.errors import InputError
-
-_RELATIVE = ("default", "linear", "llama3", "yarn")
-_INTERLEAVED = ("cohere", "cohere2", "glm", "glm4", "ernie4_5", "deepseek_v2", "deepseek_v3", "gptj", "codegen")
+DYNAMIC_ROPE_TYPES = ("longrope", "dynamic")
+"""Kinds of RoPE whose frequencies depend on the length of what is fed together."""
 
 
 def rope(x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -23,40 +22,62 @@ class Rotary:
     """Rotation by a difference of positions: ``turn(rope(x, p), d) == rope(x, p + d)``.
 
     Holds for every RoPE whose frequencies do not depend on the sequence length; a scaling factor on cos and sin is in
-    ``x`` already. Channels are paired as in Llama: i with i + D / 2.
+    ``x`` already.
 
     Args:
-        config: the model's configuration.
-        key, value: the setting that asks for it, for the error.
-
-    Raises:
-        InputError: the model's RoPE changes its frequencies with the length, or pairs its channels in another way.
+        inv_freq: [pairs] float32, radians a position; empty: positions leave no trace in the keys.
+        interleaved: channels are paired as 2 i with 2 i + 1 (GPT-J, Llama 4); else as i with i + pairs (Llama).
     """
 
-    def __init__(self, config: PretrainedConfig, key: str = "method.selection.reposition", value: object = True):
-        rope = getattr(config, "rope_parameters", None) or {}
-        kind = rope.get("rope_type", "default")
-        if "rope_theta" not in rope or kind not in _RELATIVE or config.model_type in _INTERLEAVED:
-            raise InputError(
-                key,
-                value,
-                f"needs RoPE that can be turned, and that of model type {config.model_type} (type {kind}) cannot be",
-            )
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        if kind == "default":
-            dim = int(head_dim * rope.get("partial_rotary_factor", 1.0))
-            inv_freq = 1.0 / (rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float) / dim))
-        else:
-            inv_freq, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-        self._inv_freq = inv_freq.float().cpu()
-        self.dim = 2 * self._inv_freq.numel()
+    def __init__(self, inv_freq: torch.Tensor, interleaved: bool = False):
+        self._inv_freq, self.interleaved = inv_freq.detach().float().cpu(), interleaved
+        self.dim = 2 * inv_freq.numel()
 
     def turn(self, x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
         """Rotate x [B, H, n, D] by ``by`` [B, n] positions (int64, may be negative)."""
+        if not self.dim:
+            return x
         if self._inv_freq.device != x.device:
             self._inv_freq = self._inv_freq.to(x.device)
         angle = by[:, None, :, None].to(torch.float32) * self._inv_freq  # [B, 1, n, dim / 2]
         cos, sin = angle.cos(), angle.sin()
-        first, second, rest = x.split([self.dim // 2, self.dim // 2, x.shape[-1] - self.dim], dim=-1)
-        turned = [first * cos - second * sin, second * cos + first * sin]
-        return torch.cat([t.to(x.dtype) for t in turned] + [rest], dim=-1)
+        turned, rest = x[..., : self.dim], x[..., self.dim :]
+        if self.interleaved:
+            first, second = turned[..., ::2], turned[..., 1::2]
+        else:
+            first, second = turned.chunk(2, dim=-1)
+        pair = [(first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)]
+        whole = torch.stack(pair, dim=-1).flatten(-2) if self.interleaved else torch.cat(pair, dim=-1)
+        return torch.cat([whole, rest], dim=-1)
+
+
+def measured_rotary(model: PreTrainedModel, first: torch.Tensor, second: torch.Tensor, by: int) -> Rotary | None:
+    """The rotation that turns one token's keys at a position into those ``by`` positions on; None: there is none.
+
+    Frequencies are those that the model itself holds, so they are exact at any distance; which of them a layer uses,
+    and how it pairs its channels, is decided by the keys.
+
+    Args:
+        model: whose keys they are.
+        first, second: [H, D] float32, keys of one layer.
+        by: positions between them.
+    """
+    tolerance = 8 * torch.finfo(model.dtype).eps * float(first.abs().max()) + 1e-12
+    away = torch.tensor([[by]])
+    for rotary in _candidates(model):
+        if rotary.dim <= first.shape[-1]:
+            turned = rotary.turn(first[None, :, None], away)[0, :, 0]
+            if float((turned - second).abs().max()) <= max(tolerance, 1e-4 * float(first.abs().max())):
+                return rotary
+    return None
+
+
+def _candidates(model: PreTrainedModel) -> Iterator[Rotary]:
+    """No rotation, and those by each set of frequencies that a module of the model holds, paired in both ways."""
+    yield Rotary(torch.empty(0))
+    for module in model.get_decoder().modules():
+        kind = getattr(module, "rope_type", "default")
+        for name, buffer in module.named_buffers(recurse=False):
+            of = kind.get(name.partition("_inv_freq")[0], "default") if isinstance(kind, dict) else kind
+            if name.endswith("inv_freq") and "original" not in name and of not in DYNAMIC_ROPE_TYPES:
+                yield from (Rotary(buffer, interleaved) for interleaved in (False, True))

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..analysis.stats import macro_mean, paired_difference
 from ..conf.errors import InputError, one_of, require
-from ..methods.base import Method, full_shape, kv_shape
+from ..methods.base import Method, full_shape, model_shape
 from ..models.base import LoadedModel, ModelSource
 from ..tasks.base import PERCENT, Example, Reply, Source, Task
 from . import provenance
@@ -300,8 +300,8 @@ class AccuracyRunner(PairedRunner):
         self, run: ScoredRun, item: Item, answer: Answer, task: Task, reference: Reply | None, loaded: LoadedModel
     ) -> dict[str, Any]:
         """A line of ``samples.jsonl``."""
-        config, dtype, example = loaded.model.config, loaded.model.dtype, item.example
-        shape, full = kv_shape(config, dtype), full_shape(config, dtype, run.method.sharing)
+        example = item.example
+        shape, full = model_shape(loaded.model), full_shape(loaded.model, run.method.sharing)
         read = item.compressed_lengths
         return {
             "dataset": example.dataset,

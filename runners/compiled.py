@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..conf.errors import InputError
 from ..methods.base import KVCache
+from ..methods.logits import LogitRule
 from ..methods.rotary import rope
 from .lean import is_changed, is_plain
 from .weights import let_go_of_files
@@ -67,7 +68,7 @@ class CompiledStep:
         self.layers = [_weights_of(layer) for layer in self._model.model.layers]
         self.output, self._last_norm = _affine(self._model.lm_head), self._model.model.norm.weight.detach()
         first = self._model.model.layers[0]
-        self._scaling, epsilon, act = first.self_attn.scaling, model.config.rms_norm_eps, first.mlp.act_fn
+        self._rule, epsilon, act = LogitRule(first.self_attn.scaling), model.config.rms_norm_eps, first.mlp.act_fn
         head_dim, heads = first.self_attn.head_dim, model.config.num_attention_heads
 
         def normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -103,7 +104,7 @@ class CompiledStep:
         cos_sin = base.rotary_emb(x, position_ids=cache.next_positions()[:, None])
         for number, weights in enumerate(self.layers):
             query, key, value = self._before(x, weights, cos_sin)
-            out = cache.attend(number, query, key, value, self._scaling, None)
+            out = cache.attend(number, query, key, value, self._rule, None)
             x = self._behind(out.contiguous(), x, weights)  # one layout, so that nothing is compiled for another
         logits: torch.Tensor = self._head(x, self._last_norm, self.output)
         return logits

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from ..conf.errors import InputError
 from ..methods.base import KVCache
+from ..methods.rotary import DYNAMIC_ROPE_TYPES
 from ..methods.sharing.model import KVShareLlamaForCausalLM
 from ..tasks.base import Likelihood
 from .lean import is_plain, lean_step
@@ -29,9 +30,6 @@ AT_ONCE = 256
 """Columns fed together after a prompt, at most."""
 LOGITS = 1 << 28
 """Logits in memory at a time, at most: fewer columns go together where rows are many and the vocabulary is large."""
-
-FOLLOWS_LENGTH = ("longrope", "dynamic")
-"""Kinds of RoPE whose frequencies depend on the length of what is fed together."""
 
 
 def rope_type(model: PreTrainedModel) -> str | None:
@@ -64,8 +62,15 @@ def prefill(
         Logits of the last token, [rows, vocabulary], rows as in :func:`decode`.
 
     Raises:
+        InputError: there is no token, the cache has been used, or the model takes its prompts in one piece.
         RuntimeError: a layer did not hand its keys and values to the cache (full attention would run silently).
     """
+    if not input_ids.shape[1]:
+        raise InputError("prompt", "of no tokens", "must have at least one token")
+    if cache.get_seq_length():
+        raise InputError(
+            "cache", f"of {cache.get_seq_length()} tokens", "has been used; make a new one for each prompt"
+        )
     if cache.readings:
         return cache.join([prefill(model, one, input_ids, attention_mask, chunk_size) for one in cache.readings])
     length = input_ids.shape[1]
@@ -75,12 +80,16 @@ def prefill(
     pieces = chunk_size is not None and chunk_size < length
     by_layers = pieces and cache.layers_are_independent and _decoder_layers(model) is not None
     kind = rope_type(model)
-    if kind in FOLLOWS_LENGTH and (mask is not None or (pieces and not by_layers)):
+    if kind in DYNAMIC_ROPE_TYPES and (mask is not None or (pieces and not by_layers)):
         raise InputError(
             "runner.chunk_size" if mask is None else "batch_size",
             chunk_size if mask is None else input_ids.shape[0],
             f"the model's RoPE ({kind}) depends on the length of what is fed together: "
             "use batch_size=1 and runner.chunk_size=null",
+        )
+    if pieces and cache.states is not None:
+        raise InputError(
+            "runner.chunk_size", chunk_size, "a model with recurrent layers takes a prompt in one piece: null"
         )
     if mask is None:
         positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
@@ -104,8 +113,9 @@ def prefill(
                 use_cache=True,
                 logits_to_keep=1,
             ).logits
-    if any(cache.get_seq_length(i) != length for i in range(len(cache.plan.cache_layer))):
+    if any(cache.get_seq_length(i) != length for i in cache.plan.attending):
         raise RuntimeError(f"{type(model).__name__} did not route every layer's attention through the kvbench cache")
+    cache.end_prompt()
     return logits[:, -1].repeat(cache.copies, 1)
 
 
@@ -134,7 +144,9 @@ def _layer_by_layer(model: PreTrainedModel, cache: KVCache, step: int) -> Iterat
             for start in range(0, length, step):
                 end = min(length, start + step)
                 out = forward(
-                    hidden_states[:, start:end], *rest, **{k: _piece(k, v, start, end) for k, v in how.items()}
+                    hidden_states[:, start:end],
+                    *(_piece("", x, start, end, length) for x in rest),
+                    **{k: _piece(k, v, start, end, length) for k, v in how.items()},
                 )
                 hidden_states[:, start:end] = out[0] if isinstance(out, tuple) else out
             return hidden_states[:, -1:] if is_last else hidden_states  # nobody asks for the other columns
@@ -155,17 +167,18 @@ def _layer_by_layer(model: PreTrainedModel, cache: KVCache, step: int) -> Iterat
                 layer.forward = before
 
 
-def _piece(name: str, value: Any, start: int, end: int) -> Any:
-    """What columns ``start`` .. ``end`` - 1 need of a decoder layer's argument."""
+def _piece(name: str, value: Any, start: int, end: int, length: int) -> Any:
+    """What columns ``start`` .. ``end`` - 1 of ``length`` need of a decoder layer's argument."""
+    if isinstance(value, tuple):
+        return tuple(_piece(name, x, start, end, length) for x in value)
+    if not isinstance(value, torch.Tensor):
+        return value
     if name == "attention_mask":  # of all columns so far, [B, columns]; the cache sees to causality
-        return None if value is None else value[:, :end]
-    if name == "position_ids":
-        return None if value is None else value[:, start:end]
-    if name == "position_embeddings":
-        return tuple(x[:, start:end] for x in value)
+        return value[:, :end]
     if name == "cache_position":
-        return None if value is None else value[start:end]
-    return value
+        return value[start:end]
+    # positions, their cosines and sines, inputs of a layer's own: [B, columns, ...]
+    return value[:, start:end] if value.dim() > 1 and value.shape[1] == length else value
 
 
 @torch.inference_mode()
@@ -189,7 +202,7 @@ def feed(model: PreTrainedModel, cache: KVCache, ids: torch.Tensor) -> Iterator[
     """Feed several tokens to every row after the prompt, each after the one before it.
 
     They go through the model several at a time where that is the same as one by one: not where tokens are rounded as
-    they age, nor where RoPE depends on the length of what is fed together.
+    they age, nor where RoPE depends on the length of what is fed together or layers keep a recurrent state.
 
     Args:
         model: the model that ``cache`` was made for.
@@ -200,7 +213,7 @@ def feed(model: PreTrainedModel, cache: KVCache, ids: torch.Tensor) -> Iterator[
         Logits of the next columns, [rows, m, vocabulary] each, n columns in all.
     """
     step = min(AT_ONCE, max(1, LOGITS // (ids.shape[0] * model.config.get_text_config().vocab_size)))
-    if cache.rounds or rope_type(model) in FOLLOWS_LENGTH:
+    if cache.rounds or cache.states is not None or rope_type(model) in DYNAMIC_ROPE_TYPES:
         step = 1
     for piece in ids.split(step, dim=1):
         n = piece.shape[1]

@@ -18,8 +18,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ..methods.base import KVCache
+from ..methods.rotary import DYNAMIC_ROPE_TYPES
 from .compiled import ROWS, CompiledStep, can_compile
-from .engine import FOLLOWS_LENGTH, decode, rope_type
+from .engine import decode, rope_type
 
 EAGER, GRAPH, COMPILED = "eager", "cuda graph", "compiled"
 
@@ -57,7 +58,7 @@ class Stepper:
             self.how = COMPILED
             return
         # RoPE that follows the length compares it with a limit on the host, at every step.
-        alike = not _is_spread(self.model) and rope_type(self.model) not in FOLLOWS_LENGTH
+        alike = not _is_spread(self.model) and rope_type(self.model) not in DYNAMIC_ROPE_TYPES
         possible = self.model.device.type == "cuda" and alike
         self.how = GRAPH if self.record and possible and self.cache.can_freeze else EAGER
         if self.how == EAGER:

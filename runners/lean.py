@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from ..methods.base import KVCache
+from ..methods.logits import LogitRule
 
 BUILT_ALIKE = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
@@ -31,8 +32,6 @@ def is_plain(model: PreTrainedModel) -> bool:
     parts = [model, base]
     for layer in base.layers:
         attention = layer.self_attn
-        if getattr(attention, "sliding_window", None) is not None:
-            return False
         # its first projections may be taken as one product
         parts += (layer, attention, attention.q_proj, attention.k_proj, attention.v_proj)
     return not any(map(is_changed, parts))
@@ -52,7 +51,7 @@ def lean_step(model: PreTrainedModel, cache: KVCache, token: torch.Tensor) -> to
         attention = layer.self_attn
         h = layer.input_layernorm(x)
         query, key, value = (part.transpose(1, 2) for part in _projected(attention, h, turned))
-        out = cache.attend(number, query, key, value, attention.scaling, None)
+        out = cache.attend(number, query, key, value, LogitRule(attention.scaling), None)
         x = x + attention.o_proj(out.transpose(1, 2).reshape(*h.shape[:-1], -1))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     logits: torch.Tensor = model.lm_head(base.norm(x))

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..conf.errors import InputError
-from ..methods.base import KVCache, Method, full_shape, kv_shape
+from ..methods.base import KVCache, Method, full_shape, model_shape
 from ..methods.no_cache import NoCache
 from ..models.base import LoadedModel, ModelSource
 from ..models.pretrained import devices_of, input_device
@@ -289,8 +289,8 @@ def bytes_read_per_step(work: Sequence[Batch], model: PreTrainedModel, method: M
     total = 0.0
     for batch in work:
         lengths = [len(r.prompt) for r in batch.requests]
-        first = sum(method.bytes_read_formula(model.config, model.dtype, n) for n in lengths)
-        last = sum(method.bytes_read_formula(model.config, model.dtype, n, batch.steps - 1) for n in lengths)
+        first = sum(method.bytes_read_formula(model, n) for n in lengths)
+        last = sum(method.bytes_read_formula(model, n, batch.steps - 1) for n in lengths)
         total += (batch.steps - 1) * (weights + (first + last) / 2)
     return total / sum(batch.steps - 1 for batch in work)
 
@@ -355,7 +355,7 @@ def memory_pass(job: Job) -> dict[str, Any]:
     meter = MemoryMeter(job.device, devices_of(model, job.device))
     take_workspaces(model, batch, job)
     held = memory_of(model, batch, meter, job)
-    shape, full = kv_shape(model.config, job.dtype), full_shape(model.config, job.dtype, job.method.sharing)
+    shape, full = model_shape(model), full_shape(model, job.method.sharing)
     lengths, steps = [len(r.prompt) for r in batch.requests], batch.steps - 1
     return {
         "bytes": {

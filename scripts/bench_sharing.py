@@ -99,7 +99,7 @@ def main() -> None:
             "stored": cache.kv_bytes_stored,
             "logical": cache.kv_bytes_logical,
             "formula": method.bytes_formula(kv_shape(config, dtype), args.length, STEPS),
-            "plain": full.bytes_formula(full_shape(config, dtype, method.sharing), args.length, STEPS),
+            "plain": full.bytes_formula(full_shape(model, method.sharing), args.length, STEPS),
         }
         row = rows[method.label]
         print(

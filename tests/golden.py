@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from kvbench.methods.logits import LogitRule
 from kvbench.methods.prompt import Prompt
 
 LENGTH, DIM = 40, 8
@@ -17,4 +18,4 @@ def golden_prompt(
     query = 1.5 * torch.sin(1.7 * (h + 1) + 0.9 * (t + 1) * (d + 1) + 0.31 * t * h)
     h, t, d = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (kv_heads, LENGTH, DIM)), indexing="ij")
     keys = 1.5 * torch.cos(0.6 * (h + 1) * (d + 1) + 1.3 * t + 0.17 * t * t * (d + 1))
-    return Prompt(query[None, :, -window:], keys[None], keys[None].clone(), DIM**-0.5, layer_idx, num_layers)
+    return Prompt(query[None, :, -window:], keys[None], keys[None].clone(), LogitRule(DIM**-0.5), layer_idx, num_layers)

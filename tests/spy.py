@@ -29,18 +29,18 @@ class Witness:
         self._attend = layer.attend
         layer.attend = self.attend  # type: ignore[method-assign]
 
-    def attend(self, query, key, value, scaling, new, use, new_kv=None):
+    def attend(self, query, key, value, rule, new, use, new_kv=None):
         if not use.counts:  # a pass that will be done again
-            return self._attend(query, key, value, scaling, new, use, new_kv)
+            return self._attend(query, key, value, rule, new, use, new_kv)
         reading = self.layer.reading
         if self.first:
             self.held = None if reading or self.keys is None else self.held_columns()
             self.before = 0 if self.keys is None else self.keys.shape[2]
         if use.writes:
             self.remember(*((key, value) if new_kv is None else new_kv), new)
-        out = self._attend(query, key, value, scaling, new, use, new_kv)
+        out = self._attend(query, key, value, rule, new, use, new_kv)
         if not (reading and use.strict):  # while the prompt is read that is an approximation, tested elsewhere
-            self.check(query, out, scaling, key.shape[2], use.strict)
+            self.check(query, out, rule, key.shape[2], use.strict)
         self.first = use.last
         self.steps += use.last
         return out
@@ -84,7 +84,7 @@ class Witness:
             columns.append(per_head)
         return columns
 
-    def check(self, query, out, scaling, new, strict) -> None:
+    def check(self, query, out, rule, new, strict) -> None:
         """``new`` columns have come, of which the last ones ask; ``strict``: not about themselves."""
         held, before = self.held, self.before
         groups = query.shape[1] // self.keys.shape[1]
@@ -101,7 +101,7 @@ class Witness:
                         stored = held[b][j * len(held[b]) // query.shape[1]]
                         seen = stored + [c for c in range(before, end) if self.real[b, c]]
                     k, v = self.keys[b, j // groups, seen].double(), self.values[b, j // groups, seen].double()
-                    weights = torch.softmax(k @ query[b, j, i].double() * scaling, 0)
+                    weights = torch.softmax(k @ query[b, j, i].double() * rule.scaling, 0)
                     error = (weights @ v - out[b, j, i].double()).abs().max().item()
                     assert error < self.tolerance, f"row {b} head {j} query {at}: off by {error}"
 

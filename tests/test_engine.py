@@ -15,6 +15,7 @@ from kvbench.methods import attention
 from kvbench.methods.attention import attention_in_parts, cached_attention, lower_right_attention
 from kvbench.methods.base import CacheLayer, Method
 from kvbench.methods.fan_out import FanOutCache
+from kvbench.methods.logits import LogitRule
 from kvbench.methods.selection.pyramid_infer import PyramidInfer
 from kvbench.methods.selection.snapkv import SnapKV
 from kvbench.methods.selection.streaming_llm import StreamingLLM
@@ -305,7 +306,10 @@ def test_a_planted_number_survives_snapkv_and_not_a_window_without_it(smollm2):
 def test_the_attention_that_pieces_take_on_cuda_is_the_masked_one():
     query, key, value = (torch.randn(2, h, n, 16, dtype=torch.float64) for h, n in ((4, 5), (2, 30), (2, 30)))
     torch.testing.assert_close(
-        lower_right_attention(query, key, value, 0.3), cached_attention(query, key, value, 0.3), rtol=0, atol=1e-12
+        lower_right_attention(query, key, value, 0.3),
+        cached_attention(query, key, value, LogitRule(0.3)),
+        rtol=0,
+        atol=1e-12,
     )
 
 
@@ -343,9 +347,6 @@ def test_nothing_that_sits_on_a_model_is_passed_by():
     assert is_plain(model)
     model.model.layers[0].self_attn.forward = model.model.layers[0].self_attn.forward
     assert not is_plain(model)
-    windowed = copy.deepcopy(tiny_model("mistral"))
-    windowed.model.layers[0].self_attn.sliding_window = 16
-    assert not is_plain(windowed)
     assert not is_plain(phi3_with_longrope())
 
 
@@ -374,7 +375,7 @@ def test_a_long_cache_is_read_by_all_threads_where_its_heads_do_not_share_out(mo
     def attend(batch: int, heads: int, length: int, valid: torch.Tensor | None = None) -> None:
         query = torch.randn(batch, 2 * heads, 1, 16)
         keys, values = torch.randn(2, batch, heads, length, 16)
-        cached_attention(query, keys, values, 0.25, valid)
+        cached_attention(query, keys, values, LogitRule(0.25), valid)
 
     attend(1, 3, 4096)
     assert calls == [6]
@@ -383,7 +384,7 @@ def test_a_long_cache_is_read_by_all_threads_where_its_heads_do_not_share_out(mo
     attend(1, 3, 512)  # too short to be worth it
     attend(1, 3, 4096, torch.ones(1, 1, 4096, dtype=torch.bool))  # the kernel takes no mask
     query, keys = torch.randn(1, 6, 1, 16), torch.randn(1, 3, 16, 4096).transpose(2, 3)
-    out = cached_attention(query, keys, keys, 0.25)  # channels do not lie together
+    out = cached_attention(query, keys, keys, LogitRule(0.25))  # channels do not lie together
     expected = (0.25 * query.view(1, 3, 2, 16) @ keys.transpose(2, 3)).softmax(-1) @ keys
     assert (out.view(1, 3, 2, 16) - expected).abs().max() < 1e-5
     assert calls == [6]

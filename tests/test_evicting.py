@@ -9,6 +9,7 @@ from tiny_models import left_pad, prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
 from kvbench.methods.base import Method
+from kvbench.methods.logits import LogitRule
 from kvbench.methods.prompt import Prompt
 from kvbench.methods.selection import h2o
 from kvbench.methods.selection.base import Step
@@ -39,7 +40,7 @@ def random_prompt(query_heads: int, kv_heads: int, length: int, seed: int = 0) -
     q, k, v = (
         torch.randn(1, h, length, D, generator=g, dtype=torch.float64) for h in (query_heads, kv_heads, kv_heads)
     )
-    return Prompt(3 * q, k, v, D**-0.5, 0, 1)
+    return Prompt(3 * q, k, v, LogitRule(D**-0.5), 0, 1)
 
 
 def causal_matrix(prompt: Prompt) -> torch.Tensor:
@@ -47,7 +48,7 @@ def causal_matrix(prompt: Prompt) -> torch.Tensor:
     out = torch.zeros(prompt.query.shape[1], prompt.length, prompt.length, dtype=torch.float64)
     for j in range(out.shape[0]):
         for i in range(prompt.length):
-            logits = prompt.keys[0, j // prompt.groups, : i + 1] @ prompt.query[0, j, i] * prompt.scaling
+            logits = prompt.keys[0, j // prompt.groups, : i + 1] @ prompt.query[0, j, i] * prompt.rule.scaling
             out[j, i, : i + 1] = logits.softmax(0)
     return out
 
@@ -64,10 +65,10 @@ def test_column_sums_are_causal_and_add_up_to_the_queries():
     prompt = random_prompt(2, 2, 19)
     sums = attention_received(prompt)
     assert sums.sum(-1)[0].tolist() == pytest.approx([19.0, 19.0], rel=1e-5)
-    shorter = Prompt(prompt.query[:, :, :12], prompt.keys[:, :, :12], prompt.values[:, :, :12], prompt.scaling, 0, 1)
+    shorter = Prompt(prompt.query[:, :, :12], prompt.keys[:, :, :12], prompt.values[:, :, :12], prompt.rule, 0, 1)
     later = prompt.query.clone()
     later[:, :, 12:] += 5.0  # what later queries look at moves no earlier row
-    changed = Prompt(later, prompt.keys, prompt.values, prompt.scaling, 0, 1)
+    changed = Prompt(later, prompt.keys, prompt.values, prompt.rule, 0, 1)
     assert torch.allclose(causal_matrix(changed)[:, :12], causal_matrix(prompt)[:, :12])
     assert torch.all(sums[0, :, :12] >= attention_received(shorter)[0] - 1e-5)
 

@@ -241,7 +241,7 @@ def test_a_step_reads_what_is_shared_once_for_each_layer(text):
         for merged in (pair.keys, pair.values):
             read += sum(t.nbytes for t in merged.directions.tensors()) + merged.retained.nbytes
             read += merged.lengths.used[which].nbytes + merged.exact[which].nbytes
-    assert method.bytes_read_formula(model.config, model.dtype, length) == read
+    assert method.bytes_read_formula(model, length) == read
     assert read > method.bytes_formula(kv_shape(model.config, model.dtype), length)
 
 

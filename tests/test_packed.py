@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from kvbench.methods.attention import cached_attention
+from kvbench.methods.logits import LogitRule
 from kvbench.methods.storage.kivi import KiviSegments
 from kvbench.methods.storage.minicache import Directions, Pair
 from kvbench.methods.storage.minicache_kivi import QuantizedDirections
@@ -86,7 +87,7 @@ for case in ((2, 2, 3, 64, 300, 250), (1, 4, 1, 96, 70, 70), (3, 1, 8, 32, 5000,
             query = torch.randn(batch, heads * groups, 1, dim).to(dtype)
             found = kernels.attention_of_one_token(query, keys, values, there, torch.tensor([used]), 0.2)
             part = (x[:, :, :used].double() for x in (keys, values))
-            expected = cached_attention(query.double(), *part, 0.2, there[..., :used])
+            expected = cached_attention(query.double(), *part, LogitRule(0.2), there[..., :used])
             worst.append([str(dtype), float((found.double() - expected).abs().max())])
 print(json.dumps(worst))
 """
@@ -175,7 +176,7 @@ def test_a_step_over_kivi_s_codes_is_a_step_over_what_is_read(length, bits):
     held.append(numbers(4, 1, 32, seed=2), numbers(4, 1, 32, seed=3))
     query = numbers(4, 3, 1, 32, seed=4)
     keys, values = held.read()
-    expected = cached_attention(query, keys[:, None], values[:, None], 0.2)
+    expected = cached_attention(query, keys[:, None], values[:, None], LogitRule(0.2))
     torch.testing.assert_close(held.attend(query, 0.2), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -216,10 +217,10 @@ def test_half_precision_rounds_no_logits(storage):
             )
             for m, new in zip((pair.keys, pair.values), pair.new[0], strict=True)
         )
-        usual_of = cached_attention(q, *restored, 0.2)
+        usual_of = cached_attention(q, *restored, LogitRule(0.2))
     if storage == "kivi":
-        usual_of = cached_attention(q, keys, values, 0.2)
-    expected = cached_attention(q.double(), keys.double(), values.double(), 0.2)
+        usual_of = cached_attention(q, keys, values, LogitRule(0.2))
+    expected = cached_attention(q.double(), keys.double(), values.double(), LogitRule(0.2))
     error, usual = ((x.double() - expected).norm() / expected.norm() for x in (found, usual_of))
     assert error < 3 * usual  # 8-bit numbers are rounded once more where they are expanded
 
@@ -299,8 +300,12 @@ def test_a_step_over_shared_directions_is_a_step_over_what_is_read(retention, ga
             query = numbers(2, heads, groups, dim, seed=60 + step)
             keys, values = pair.read(which)
             expected = cached_attention(
-                query.flatten(1, 2)[:, :, None], keys, values, 0.2, None if pair.valid is None else pair.valid
+                query.flatten(1, 2)[:, :, None],
+                keys,
+                values,
+                LogitRule(0.2),
+                None if pair.valid is None else pair.valid,
             )
-            found = pair.attend(which, query, 0.2).flatten(1, 2)[:, :, None]
+            found = pair.attend(which, query, LogitRule(0.2)).flatten(1, 2)[:, :, None]
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         pair.merge()

@@ -47,7 +47,7 @@ def kept_sets(method: Method, prompt: Prompt, config) -> list[set[int]]:
     """Tokens that each head keeps, from the queries that the method asks for."""
     window = min(method.selection.observation_window, prompt.length)
     query = prompt.query[:, :, prompt.length - window :]
-    asked = Prompt(query, prompt.keys, prompt.values, prompt.scaling, prompt.layer_idx, prompt.num_layers)
+    asked = Prompt(query, prompt.keys, prompt.values, prompt.rule, prompt.layer_idx, prompt.num_layers)
     state = method.selection.new_state(config)
     if isinstance(method.selection, PyramidInfer):  # it says which tokens go on to the next layer
         state.layer_idx, state.shared = prompt.layer_idx, Sequences(lambda: None, prompt.num_layers, [prompt.length])

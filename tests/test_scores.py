@@ -10,6 +10,7 @@ from tiny_models import tiny_model
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from kvbench.conf.errors import InputError
+from kvbench.methods.logits import LogitRule
 from kvbench.methods.prompt import Prompt
 from kvbench.methods.rotary import Rotary
 from kvbench.methods.selection.expected_attention import ExpectedAttention
@@ -35,7 +36,7 @@ def random_prompt(
     raw = torch.randn(1, query_heads, length, D, generator=g, dtype=torch.float64) @ mix
     raw = raw + bias * torch.randn(1, query_heads, 1, D, generator=g, dtype=torch.float64)
     k, v = (torch.randn(1, kv_heads, length, D, generator=g, dtype=torch.float64) for _ in range(2))
-    return Prompt(rotated(raw), rotated(k), v, D**-0.5, 1, 3), raw
+    return Prompt(rotated(raw), rotated(k), v, LogitRule(D**-0.5), 1, 3), raw
 
 
 def test_key_diff_is_minus_the_cosine_to_the_mean_direction():
@@ -52,14 +53,14 @@ def test_key_diff_keeps_the_odd_one_out():
     keys = torch.ones(1, 1, 20, D)
     keys[0, 0, 7] *= -1
     keys[0, 0, 12, ::2] *= -1
-    prompt = Prompt(torch.zeros(1, 1, 0, D), keys, keys, 1.0, 0, 1)
+    prompt = Prompt(torch.zeros(1, 1, 0, D), keys, keys, LogitRule(1.0), 0, 1)
     assert KeyDiff(budget=2).select(prompt).slots.tolist() == [[[7, 12]]]
 
 
 def test_random_scores_depend_on_seed_layer_and_length_alone():
     prompt, _ = random_prompt()
-    other = Prompt(prompt.query * 2, prompt.keys + 1, prompt.values, 1.0, 1, 3)
-    deeper = Prompt(prompt.query, prompt.keys, prompt.values, 1.0, 2, 3)
+    other = Prompt(prompt.query * 2, prompt.keys + 1, prompt.values, LogitRule(1.0), 1, 3)
+    deeper = Prompt(prompt.query, prompt.keys, prompt.values, LogitRule(1.0), 2, 3)
     kept = RandomTokens(budget=20, window=4).select(prompt).slots
     assert torch.equal(kept, RandomTokens(budget=20, window=4).select(other).slots)
     assert not torch.equal(kept, RandomTokens(budget=20, window=4).select(deeper).slots)
@@ -116,7 +117,7 @@ def test_expected_attention_is_the_papers_closed_form(sinks, epsilon, future):
 def test_expected_attention_ranks_as_sampled_queries_do():
     """Queries drawn from the prompt's distribution and turned to future positions pay attention in the same order."""
     prompt, raw = random_prompt(query_heads=1, kv_heads=1, bias=2.0)
-    prompt = Prompt(prompt.query, prompt.keys, torch.ones_like(prompt.values), prompt.scaling, 1, 3)
+    prompt = Prompt(prompt.query, prompt.keys, torch.ones_like(prompt.values), prompt.rule, 1, 3)
     method = ExpectedAttention(budget=12, sinks=0, future=8)
     ours = method.score(prompt, Rotary(tiny_model().config))[0, 0].double()
     mean, centred = raw[0, 0].mean(0), raw[0, 0] - raw[0, 0].mean(0)

@@ -144,7 +144,7 @@ def test_bytes_are_the_formulas(sharing, selection):
         for i in range(9):
             decode(model, cache, tokens(i))
             assert cache.kv_bytes_logical == method.bytes_formula(shape, length, i + 1)
-    plain = full_shape(model.config, model.dtype)
+    plain = full_shape(model)
     assert method.bytes_formula(shape, 30) < Method("full").bytes_formula(plain, 30)
 
 
@@ -213,8 +213,8 @@ def test_how_a_prompt_is_encoded_is_each_methods_own():
 @torch.inference_mode()
 def test_what_layers_share_is_read_by_each_of_them():
     for sharing, layers in ((CLA(2), 6), (YOCO(window=8), 3), (LCKV(2), 6)):
-        config = shared_model(sharing).config
-        read = Method("full").bytes_read_formula(config, torch.float32, 30)
+        model = shared_model(sharing)
+        read = Method("full").bytes_read_formula(model, 30)
         a_token = 2 * 2 * 8 * 4
         assert read == layers * 30 * a_token + (6 - layers) * 7 * a_token
 

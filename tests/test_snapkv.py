@@ -12,6 +12,7 @@ from tiny_models import prompt_ids, tiny_model
 from kvbench.conf.errors import InputError
 from kvbench.methods.base import Method
 from kvbench.methods.fan_out import FanOutCache
+from kvbench.methods.logits import LogitRule
 from kvbench.methods.prompt import Prompt
 from kvbench.methods.selection import snapkv
 from kvbench.methods.selection.ada_kv import AdaKV
@@ -54,7 +55,7 @@ def test_golden_sets_with_max_pooling(golden, kernel):
 def random_prompt(seed=0, rows=2, query_heads=4, kv_heads=2, length=50, dim=8, window=6) -> Prompt:
     g = torch.Generator().manual_seed(seed)
     make = lambda heads, n: torch.randn(rows, heads, n, dim, generator=g, dtype=torch.float64)  # noqa: E731
-    return Prompt(make(query_heads, window), make(kv_heads, length), make(kv_heads, length), dim**-0.5, 0, 1)
+    return Prompt(make(query_heads, window), make(kv_heads, length), make(kv_heads, length), LogitRule(dim**-0.5), 0, 1)
 
 
 def naive_votes(prompt: Prompt, row: int, query_head: int, kv_head: int) -> list[float]:
@@ -64,7 +65,7 @@ def naive_votes(prompt: Prompt, row: int, query_head: int, kv_head: int) -> list
     votes = [0.0] * prefix
     for i, query in enumerate(prompt.query[row, query_head].tolist()):
         visible = keys[: prefix + i + 1]
-        logits = [sum(a * b for a, b in zip(query, key, strict=True)) * prompt.scaling for key in visible]
+        logits = [sum(a * b for a, b in zip(query, key, strict=True)) * prompt.rule.scaling for key in visible]
         norm = sum(math.exp(x) for x in logits)
         votes = [vote + math.exp(logits[s]) / norm for s, vote in enumerate(votes)]
     return votes
@@ -122,7 +123,7 @@ def test_one_kv_head_per_query_head_is_the_same_in_both_granularities():
 def test_repeated_kv_heads_give_the_kv_head_result():
     """GQA whose query heads are equal inside a group votes as one head would."""
     prompt = random_prompt(query_heads=2, kv_heads=2)
-    doubled = Prompt(prompt.query.repeat_interleave(2, 1), prompt.keys, prompt.values, prompt.scaling, 0, 1)
+    doubled = Prompt(prompt.query.repeat_interleave(2, 1), prompt.keys, prompt.values, prompt.rule, 0, 1)
     options = {"budget": 20, "window": 6, "kernel": 5, "pooling": "avg"}
     assert torch.equal(SnapKV(**options).select(prompt).slots, SnapKV(**options).select(doubled).slots)
 
@@ -200,7 +201,7 @@ def test_values_that_cannot_be_used_name_the_key(options, key):
 def test_score_dtype_model_rounds_the_attention_before_the_sum():
     g = torch.Generator().manual_seed(3)
     query, keys = (torch.randn(1, h, n, 16, generator=g).bfloat16() for h, n in ((4, 8), (2, 200)))
-    prompt = Prompt(query, keys, keys, 0.25, 0, 1)
+    prompt = Prompt(query, keys, keys, LogitRule(0.25), 0, 1)
     rounded = SnapKV(budget=20, window=8, kernel=1, score_dtype="model").score(prompt)
     attention = window_attention(prompt).bfloat16()
     expected = attention.double().sum(2)[..., :192].unflatten(1, (2, 2)).mean(2)

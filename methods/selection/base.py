@@ -8,15 +8,17 @@ stays of a prompt) and ``attend`` (what a step sees, and what leaves after it).
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ...conf.errors import is_whole, require
+from ..logits import LogitRule
 from ..prompt import Prompt
+from ..rotary import Rotary
 from ..sharing.plan import Use
 from ..storage.base import LayerStorage
 
@@ -44,13 +46,27 @@ def resolve_budget(budget: Budget, prompt_length: int) -> int:
 
 
 @dataclass(frozen=True)
+class ModelLayer:
+    """The layer of the model that a selection works on.
+
+    Attributes:
+        index: which of the model's layers.
+        rotary: the rotation of its keys by positions, for methods that re-position tokens; raises InputError where
+            there is none. Measured on the model when it is first asked for.
+    """
+
+    index: int
+    rotary: Callable[[], Rotary]
+
+
+@dataclass(frozen=True)
 class Step:
     """New tokens at one layer, after the prompt.
 
     Attributes:
         query: [B, H_q, n, D], after RoPE.
         key, value: [B, H, n, D], with H the stored heads; keys after RoPE.
-        scaling: factor on the logits.
+        rule: how logits are formed.
         valid: [B, n] bool, False for pads among the new tokens; None: all real.
         use: what this layer of the model does here. Where several share the keys and values, each of them comes in
             turn with its own query; one of them writes, and what leaves, leaves after the last.
@@ -59,7 +75,7 @@ class Step:
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    scaling: float
+    rule: LogitRule
     valid: torch.Tensor | None
     use: Use = field(default_factory=Use)
 
@@ -71,7 +87,7 @@ class Step:
     def part(self, columns: slice) -> Step:
         """Some of the new tokens."""
         q, k, v = (x[:, :, columns] for x in (self.query, self.key, self.value))
-        return Step(q, k, v, self.scaling, None if self.valid is None else self.valid[:, columns], self.use)
+        return Step(q, k, v, self.rule, None if self.valid is None else self.valid[:, columns], self.use)
 
     def tokens(self) -> list[Step]:
         """The new tokens one by one."""
@@ -149,7 +165,7 @@ class Selection:
         """Keys and values are stored once per query head instead of once per KV head."""
         return False
 
-    def new_state(self, config: PretrainedConfig) -> Any:
+    def new_state(self, layer: ModelLayer) -> Any:
         """State of one layer for one batch, handed to the methods below; made fresh each time."""
         return None
 
@@ -181,7 +197,7 @@ class Selection:
             [B, H_q, n, D].
         """
         step.append_to(storage, before_attention=True)
-        out = storage.attend(step.query, step.scaling, step.valid)
+        out = storage.attend(step.query, step.rule, step.valid)
         step.append_to(storage, before_attention=False)
         return out
 

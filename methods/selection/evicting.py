@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import PretrainedConfig
 
 from ..attention import exact_products
 from ..storage.base import LayerStorage
-from .base import Budget, Selection, Step, check_budget, resolve_budget
+from .base import Budget, ModelLayer, Selection, Step, check_budget, resolve_budget
 
 
 @dataclass
@@ -74,7 +73,7 @@ class EvictingSelection(Selection):
         """
         raise NotImplementedError
 
-    def new_state(self, config: PretrainedConfig) -> EvictingState:
+    def new_state(self, layer: ModelLayer) -> EvictingState:
         return EvictingState()
 
     def after_prompt(self, state: EvictingState, lengths: torch.Tensor, scores: torch.Tensor | None) -> None:
@@ -153,14 +152,14 @@ def attend_and_weigh(storage: LayerStorage, step: Step) -> tuple[torch.Tensor, t
     keys, values, held = storage.read()
     batch, query_heads, _, dim = step.query.shape
     grouped = step.query.reshape(batch, keys.shape[1], -1, dim)  # [B, H, g, D]
-    logits = exact_products(grouped, keys).mul_(step.scaling)
+    logits = step.rule.logits(exact_products(grouped, keys))
     if held is not None:
         visible = held
         if step.valid is not None:
             visible = held.clone()
             visible[..., -1] = True  # a pad sees itself, for a softmax over something
         logits = logits.masked_fill(~visible[:, :, None], float("-inf"))
-    weights = logits.softmax(-1)
-    out = (weights.to(values.dtype) @ values).reshape(batch, query_heads, 1, dim)
+    weights = step.rule.weights(logits, head_dims=2)
+    out = (weights.to(values.dtype) @ values).reshape(batch, query_heads, 1, -1)
     step.append_to(storage, before_attention=False)
     return out, weights.float(), held

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from transformers import PretrainedConfig
 
 from ...conf.errors import require
 from ..prompt import Prompt
 from ..rotary import Rotary
-from .base import ALL_QUERIES, Budget, TopKSelection
+from .base import ALL_QUERIES, Budget, ModelLayer, TopKSelection
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,8 @@ class ExpectedAttention(TopKSelection):
     def observation_window(self) -> int:
         return ALL_QUERIES
 
-    def new_state(self, config: PretrainedConfig) -> Rotary:
-        return Rotary(config, "method", "expected_attention")
+    def new_state(self, layer: ModelLayer) -> Rotary:
+        return layer.rotary()
 
     def score(self, prompt: Prompt, state: Rotary) -> torch.Tensor:
         """[R, H_kv, T - window], float32; infinite for the sinks."""
@@ -73,8 +72,8 @@ class ExpectedAttention(TopKSelection):
         covariance = rotation.T @ covariance @ rotation
 
         keys = prompt.keys.float().repeat_interleave(prompt.groups, dim=1)  # [R, H_q, T, D]
-        logits = (keys @ mean[..., None])[..., 0] * prompt.scaling
-        logits = logits + (keys @ covariance * keys).sum(-1) * prompt.scaling**2 / 2
+        logits = (keys @ mean[..., None])[..., 0] * prompt.rule.scaling
+        logits = logits + (keys @ covariance * keys).sum(-1) * prompt.rule.scaling**2 / 2
         logits[..., :sinks] = float("-inf")
         attention = logits.softmax(dim=-1).unflatten(1, (-1, prompt.groups)).mean(dim=2)  # [R, H_kv, T]
         scores = (attention + self.epsilon) * prompt.values.float().norm(dim=-1)

@@ -123,7 +123,7 @@ def attention_blocks(prompt: Prompt, count: int) -> Iterator[tuple[int, torch.Te
         first, end = length - count + start, length - count + start + n  # positions of the block's queries
         at = held - count + start
         queries = grouped[:, :, :, at : at + n].reshape(rows, heads, prompt.groups * n, dim)
-        logits = (queries @ prompt.keys[:, :, :end].transpose(-1, -2)).float().mul_(prompt.scaling)
+        logits = prompt.rule.logits((queries @ prompt.keys[:, :, :end].transpose(-1, -2)).float())
         logits = logits.reshape(rows, heads, prompt.groups, n, end)
         hide_future(logits, first, prompt.blind)
-        yield start, attention_from(logits, prompt.blind)
+        yield start, attention_from(logits, prompt)

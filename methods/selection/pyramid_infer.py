@@ -28,12 +28,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ...conf.errors import InputError, is_whole, require
 from ..prompt import Prompt, Rows
 from ..storage.base import LayerStorage, slots_that_stay
-from .base import ALL_QUERIES, Budget, Kept, Selection, Step, check_budget, resolve_budget
+from .base import ALL_QUERIES, Budget, Kept, ModelLayer, Selection, Step, check_budget, resolve_budget
 from .evicting import attend_and_weigh
 from .h2o import attention_blocks
 
@@ -244,7 +244,7 @@ class PyramidInfer(Selection):
 
     # the prompt --------------------------------------------------------------------------------------------------
 
-    def new_state(self, config: PretrainedConfig) -> PyramidState:
+    def new_state(self, layer: ModelLayer) -> PyramidState:
         return PyramidState()
 
     def attach(self, model: PreTrainedModel, cache: KVCache) -> None:

@@ -103,10 +103,9 @@ def window_attention(prompt: Prompt) -> torch.Tensor:
     heads, length = prompt.keys.shape[1], prompt.length
     grouped = prompt.query.reshape(rows, heads, prompt.groups * w, dim)
     logits = (grouped @ prompt.keys.transpose(-1, -2)).reshape(rows, query_heads, w, length)
-    logits = logits.float() if logits.dtype != torch.float64 else logits
-    logits = logits * prompt.scaling
+    logits = prompt.rule.logits(logits.to(torch.promote_types(logits.dtype, torch.float32)))
     hide_future(logits.view(rows, heads, prompt.groups, w, length), length - w, prompt.blind)
-    return attention_from(logits, prompt.blind)
+    return attention_from(logits, prompt)
 
 
 def hide_future(logits: torch.Tensor, first: int, blind: torch.Tensor | None) -> None:
@@ -124,10 +123,13 @@ def hide_future(logits: torch.Tensor, first: int, blind: torch.Tensor | None) ->
     logits[..., first : first + n].masked_fill_(future, float("-inf"))
 
 
-def attention_from(logits: torch.Tensor, blind: torch.Tensor | None) -> torch.Tensor:
-    """Softmax over the last dimension; a token that sees nothing, the first of a blind head, pays nothing."""
-    weights = logits.softmax(dim=-1)
-    return weights if blind is None else weights.nan_to_num(0.0)
+def attention_from(logits: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+    """Softmax over the last dimension of masked logits [R, H_q, n, T] or [R, H_kv, g, n, T], sinks in the normalizer.
+
+    Fully masked rows (the first token under strictly causal masking) get zero weights instead of NaN.
+    """
+    weights = prompt.rule.weights(logits, head_dims=logits.dim() - 3)
+    return weights if prompt.blind is None else weights.nan_to_num(0.0)
 
 
 def reduce_groups(votes: torch.Tensor, groups: int, how: str) -> torch.Tensor:

@@ -24,14 +24,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import PretrainedConfig
 
 from ...conf.errors import InputError, require
 from ..attention import cached_attention, exact_products
 from ..prompt import Prompt
 from ..rotary import Rotary
 from ..storage.base import LayerStorage
-from .base import Budget, Kept, Selection, Step, check_budget, resolve_budget
+from .base import Budget, Kept, ModelLayer, Selection, Step, check_budget, resolve_budget
 
 BLOCK = 256
 """Prompt tokens that pass through the cache at a time in ``true_stream``; memory is O(BLOCK x (budget + BLOCK))."""
@@ -112,8 +111,8 @@ class StreamingLLM(Selection):
     def keeps_positions(self) -> bool:
         return not self.reposition
 
-    def new_state(self, config: PretrainedConfig) -> StreamState:
-        return StreamState(Rotary(config) if self.reposition else None)
+    def new_state(self, layer: ModelLayer) -> StreamState:
+        return StreamState(layer.rotary() if self.reposition else None)
 
     def select(self, prompt: Prompt, state: Any = None) -> Kept:
         budget = resolve_budget(self.budget, prompt.length)
@@ -156,7 +155,7 @@ class StreamingLLM(Selection):
             state.seen = state.seen + (n if step.valid is None else step.valid.sum(1))
             state.fed, state.evicted = fed, None
         if isinstance(self.budget, int) and fed <= self.budget:  # nothing has to leave yet
-            out = cached_attention(query, keys, values, step.scaling, held)
+            out = cached_attention(query, keys, values, step.rule, held)
             step.append_to(storage, before_attention=False)
             return out
 
@@ -178,9 +177,9 @@ class StreamingLLM(Selection):
                 visible = visible | F.pad(torch.eye(n, dtype=torch.bool, device=query.device), (slots - n, 0))
         shift = (at - state.limit).clamp(min=0)  # how much further than in the cache a sink is, per query
         logits = self._logits(state.rotary, query, keys, is_sink, shift, state.padded)
-        logits = (logits * step.scaling).masked_fill(~visible[:, None, None], float("-inf"))
-        weights = logits.softmax(-1).to(values.dtype).flatten(2, 3)  # [B, H, g * n, S]
-        out = (weights @ values).reshape(query.shape)
+        logits = step.rule.logits(logits).masked_fill(~visible[:, None, None], float("-inf"))
+        weights = step.rule.weights(logits, head_dims=2).to(values.dtype).flatten(2, 3)  # [B, H, g * n, S]
+        out = (weights @ values).reshape(*query.shape[:3], -1)
         step.append_to(storage, before_attention=False)
         if step.use.last:
             if step.use.strict:  # the new token has come since

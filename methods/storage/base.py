@@ -13,7 +13,26 @@ from dataclasses import dataclass
 import torch
 
 from ..attention import cached_attention
+from ..logits import LogitRule
+from ..sharing.plan import Span
 from .buffer import Growing
+
+
+@dataclass(frozen=True)
+class LocalShape:
+    """Layers that own keys and values and see a span of tokens: they hold those whatever the method.
+
+    Attributes:
+        layers: how many.
+        span: the tokens that they see.
+        kv_heads: KV heads per layer.
+        channels: channels of one key and one value together.
+    """
+
+    layers: int
+    span: Span
+    kv_heads: int
+    channels: int
 
 
 @dataclass(frozen=True)
@@ -23,12 +42,12 @@ class KVShape:
     Attributes:
         layers: decoder layers that own keys and values and attend over all tokens.
         kv_heads: KV heads per layer.
-        head_dim: channels per head.
+        head_dim: channels of a key.
         element_bytes: bytes of one element in the compute dtype.
         query_heads: query heads per layer (a method that stores per query head multiplies by them).
-        sliding_layers: decoder layers that own keys and values and attend over a window.
-        window: tokens that those see, the newest included; one less is held between steps.
-        recurrent_bytes: of the layers that hold a state of fixed size instead.
+        local: layers of local attention.
+        recurrent_bytes: of the layers that hold a state of fixed size, beside keys and values or instead of them.
+        value_channels: channels of a value, where they are not those of a key; None: the same.
     """
 
     layers: int
@@ -36,15 +55,24 @@ class KVShape:
     head_dim: int
     element_bytes: int
     query_heads: int
-    sliding_layers: int = 0
-    window: int = 0
+    local: tuple[LocalShape, ...] = ()
     recurrent_bytes: int = 0
+    value_channels: int | None = None
+
+    @property
+    def value_dim(self) -> int:
+        """Channels of a value."""
+        return self.head_dim if self.value_channels is None else self.value_channels
+
+    @property
+    def token_channels(self) -> int:
+        """Channels of one key and one value together."""
+        return self.head_dim + self.value_dim
 
     def fixed_bytes(self, tokens: int) -> int:
         """Bytes of one sequence that no method changes: windows and states, after ``tokens`` tokens."""
-        held = min(tokens, max(0, self.window - 1))
-        a_token = 2 * self.kv_heads * self.head_dim * self.element_bytes
-        return self.sliding_layers * held * a_token + self.recurrent_bytes
+        held = sum(x.layers * x.span.held(tokens) * x.kv_heads * x.channels for x in self.local)
+        return held * self.element_bytes + self.recurrent_bytes
 
 
 def slots_that_stay(stay: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -97,18 +125,18 @@ class LayerStorage(Growing, ABC):
         self.keep(slots, valid)
         return slots
 
-    def attend(self, query: torch.Tensor, scaling: float, valid: torch.Tensor | None) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, rule: LogitRule, valid: torch.Tensor | None) -> torch.Tensor:
         """Attention of n new tokens, already appended, over everything held: [B, H_q, n, D] -> the same shape.
 
         A storage that does not hold its tokens as one tensor can do better than read them all into one.
 
         Args:
             query: of the last n tokens.
-            scaling: factor on the logits.
+            rule: how logits are formed.
             valid: [B, n], False for pads among the new tokens; None: all real.
         """
         keys, values, held = self.read()
-        return cached_attention(query, keys, values, scaling, held)
+        return cached_attention(query, keys, values, rule, held)
 
     @property
     def can_freeze(self) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..logits import LogitRule
 from .base import KVShape, LayerStorage, Storage
 from .buffer import grown
 from .packed import has_kernels
@@ -87,8 +88,8 @@ class DenseLayer(LayerStorage):
         if slots.dim() == 1:
             keys, values = keys.index_select(2, slots), values.index_select(2, slots)
         else:
-            index = slots[..., None].expand(-1, keys.shape[1], -1, keys.shape[3])
-            keys, values = keys.gather(2, index), values.gather(2, index)
+            slots = slots.expand(-1, keys.shape[1], -1)[..., None]
+            keys, values = (x.gather(2, slots.expand(-1, -1, -1, x.shape[3])) for x in (keys, values))
         count = keys.shape[2]
         assert self._keys is not None and self._values is not None
         if self._keys.shape[2] > count + self.growth:  # memory worth giving back
@@ -125,14 +126,14 @@ class DenseLayer(LayerStorage):
         self._next -= 1
         self._valid.index_fill_(2, self._next, False)
 
-    def attend(self, query: torch.Tensor, scaling: float, valid: torch.Tensor | None) -> torch.Tensor:
-        if self._next is None or not (query.is_cuda and has_kernels()):
-            return super().attend(query, scaling, valid)
+    def attend(self, query: torch.Tensor, rule: LogitRule, valid: torch.Tensor | None) -> torch.Tensor:
+        if self._next is None or not rule.is_plain or not (query.is_cuda and has_kernels()):
+            return super().attend(query, rule, valid)
         from .kernels import attention_of_one_token
 
         keys, values, held = self.read()
         assert held is not None
-        return attention_of_one_token(query, keys, values, held, self._next, scaling)
+        return attention_of_one_token(query, keys, values, held, self._next, rule.scaling)
 
     def trim(self) -> None:
         keys, values, valid = self.read()
@@ -151,10 +152,10 @@ class DenseLayer(LayerStorage):
 
     @property
     def logical_bytes(self) -> int:
-        keys, _, _ = self.read()
-        heads, dim = keys.shape[1], keys.shape[3]
+        keys, values, _ = self.read()
+        heads = keys.shape[1]
         slots = int(self.tokens.expand(-1, heads).sum())
-        return 2 * slots * dim * keys.element_size()
+        return slots * (keys.shape[3] + values.shape[3]) * keys.element_size()
 
 
 @dataclass(frozen=True)
@@ -169,5 +170,5 @@ class Dense(Storage):
         return [DenseLayer() for _ in range(num_layers)]
 
     def bytes_formula(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int = 0) -> int:
-        """sum over layers of 2 x heads x tokens x head_dim x element_bytes."""
-        return 2 * heads * shape.head_dim * shape.element_bytes * sum(tokens)
+        """sum over layers of heads x tokens x (key's + value's channels) x element_bytes."""
+        return heads * shape.token_channels * shape.element_bytes * sum(tokens)

@@ -143,7 +143,8 @@ class HFQuantized(Storage):
 
         They are counted from the prompt's end: the step at which ``residual`` of them have come rounds everything.
         """
-        size, dim = shape.element_bytes, shape.head_dim
-        recent = new_tokens % self.residual
-        old = dim * self.bits // 8 + 2 * size * (dim // min(self.group, dim))
-        return sum(2 * heads * ((n - recent) * old + recent * dim * size) for n in tokens)
+        size, recent = shape.element_bytes, new_tokens % self.residual
+        old = sum(
+            dim * self.bits // 8 + 2 * size * (dim // min(self.group, dim)) for dim in (shape.head_dim, shape.value_dim)
+        )
+        return sum(heads * ((n - recent) * old + recent * shape.token_channels * size) for n in tokens)

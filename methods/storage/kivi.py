@@ -21,6 +21,7 @@ import torch
 
 from ...conf.errors import require
 from ..attention import exact_products, softmax_of
+from ..logits import LogitRule
 from .base import KVShape, Storage
 from .buffer import SPARE, Buffer
 from .packed import (
@@ -82,8 +83,8 @@ class KiviSegments(Segments):
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._keys is not None and self._values is not None, "read before append"
         recent = self._keys.used
-        shape = (recent.shape[0], self.length, recent.shape[2])
-        keys, values = recent.new_empty(shape), recent.new_empty(shape)
+        shape = (recent.shape[0], self.length)
+        keys, values = (recent.new_empty(*shape, x.used.shape[2]) for x in (self._keys, self._values))
         keys[:, self.length - self._keys.length :] = recent
         values[:, self.length - self._values.length :] = self._values.used
         if self._blocks is not None:
@@ -93,14 +94,14 @@ class KiviSegments(Segments):
             dequantize_into(self._old.used, self.bits, values[:, : self._old.tokens])
         return keys, values
 
-    def attend(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, rule: LogitRule) -> torch.Tensor:
         if query.shape[2] > 1 or self._blocks is None or self._old is None:
-            return super().attend(query, scaling)
+            return super().attend(query, rule)
         assert self._keys is not None and self._values is not None
         one = query[:, :, 0]  # [N, g, D]
         old = query_times_keys(one, self._blocks.used, self.bits)
         recent = exact_products(one, self._keys.used)
-        weights = softmax_of(torch.cat([old, recent], dim=-1) * scaling, query.dtype)
+        weights = softmax_of(rule.logits(torch.cat([old, recent], dim=-1)), query.dtype)
         n = self._old.tokens
         out = weights_times_values(weights[..., :n], self._old.used, self.bits)
         out += torch.matmul(weights[..., n:], self._values.used)
@@ -189,9 +190,9 @@ class Kivi(Storage):
         return sum(heads * self._head_bytes(n, shape) for n in tokens)
 
     def _head_bytes(self, tokens: int, shape: KVShape) -> int:
-        dim = shape.head_dim
+        wide, narrow = shape.head_dim, shape.value_dim
         keys, values = tokens - tokens % self.residual, max(0, tokens - self.residual)
-        codes = (keys + values) * dim * self.bits // 8
-        groups = keys // self.group * dim + values * (dim // min(self.group, dim))
-        recent = 2 * tokens - keys - values
-        return codes + 2 * 2 * groups + recent * dim * shape.element_bytes
+        codes = (keys * wide + values * narrow) * self.bits // 8
+        groups = keys // self.group * wide + values * (narrow // min(self.group, narrow))
+        recent = (tokens - keys) * wide + (tokens - values) * narrow
+        return codes + 2 * 2 * groups + recent * shape.element_bytes

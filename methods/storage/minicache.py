@@ -29,6 +29,7 @@ import torch.nn.functional as F
 
 from ...conf.errors import InputError, require
 from ..attention import exact_products
+from ..logits import LogitRule
 from .base import KVShape, LayerStorage, Storage
 from .buffer import Buffer, Growing
 from .dense import DenseLayer
@@ -226,7 +227,7 @@ class Pair(Growing):
             x[:, :, n : n + more] = new
         return x[:, :, : n + more]
 
-    def attend(self, which: int, query: torch.Tensor, scaling: float) -> torch.Tensor:
+    def attend(self, which: int, query: torch.Tensor, rule: LogitRule) -> torch.Tensor:
         """Attention of one new token of one layer: [B, H, G, D] in and out.
 
         Over the shared directions themselves: a product with a merged vector is its length times that with the
@@ -245,10 +246,10 @@ class Pair(Growing):
         else:
             recent = exact_products(query, new[0].used)
             logits = torch.cat([logits[..., :n], recent], dim=-1)
-        logits *= scaling
+        logits = rule.logits(logits.contiguous())
         if self.valid is not None:
             logits = logits.masked_fill(~self.valid[:, :, None], -math.inf)
-        weights = logits.softmax(-1)  # rounded once, when they have been multiplied with the lengths
+        weights = rule.weights(logits, head_dims=2)  # rounded once, when they have been multiplied with the lengths
         merged = F.pad(weights[..., :n], (0, 1))
         places = _places(values, n, query)
         retained = merged.gather(3, places)
@@ -423,12 +424,12 @@ class PairLayer(LayerStorage):
         self.pair.growth, self.pair.expected = self.growth, self.expected
         self.pair.append(self.which, keys, values, None if valid is None else valid[:, None])
 
-    def attend(self, query: torch.Tensor, scaling: float, valid: torch.Tensor | None) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, rule: LogitRule, valid: torch.Tensor | None) -> torch.Tensor:
         if query.shape[2] > 1 or not self.pair.length:
-            return super().attend(query, scaling, valid)
+            return super().attend(query, rule, valid)
         heads = self.pair.head_count
         one = query[:, :, 0].unflatten(1, (heads, -1))  # [B, H, G, D]
-        return self.pair.attend(self.which, one, scaling).flatten(1, 2)[:, :, None]
+        return self.pair.attend(self.which, one, rule).flatten(1, 2)[:, :, None]
 
     def settle(self) -> None:
         if self.which == 1:
@@ -521,14 +522,14 @@ class MiniCache(Storage):
 
     def _bytes(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int, readers: int) -> int:
         """What a pair's layers share counted ``readers`` times."""
-        size, dim = shape.element_bytes, shape.head_dim
+        size, channels = shape.element_bytes, shape.token_channels
         start = self.first_pair(len(tokens))
         pairs = (len(tokens) - start) // 2
-        total = 2 * heads * dim * size * (sum(tokens[:start]) + sum(tokens[start + 2 * pairs :]))
+        total = heads * channels * size * (sum(tokens[:start]) + sum(tokens[start + 2 * pairs :]))
         for held in tokens[start : start + 2 * pairs : 2]:
             retained = held
             if self.gamma < 1:
                 retained = math.ceil(self.gamma * (held - new_tokens)) if self.retention == "top_ratio" else 0
-            shared = held * dim * size + retained * 4
-            total += 2 * heads * (readers * shared + held * 2 * size + retained * 2 * dim * size)
+            shared = held * channels * size + 2 * retained * 4
+            total += heads * (readers * shared + 2 * held * 2 * size + retained * 2 * channels * size)
         return total

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..logits import LogitRule
 from .base import KVShape, LayerStorage
 from .kivi import Kivi
 from .minicache import Directions, MiniCache, Pair
@@ -94,10 +95,10 @@ class PairSegments(Segments):
         keys, values = self.pair.read(self.which)
         return keys[:, 0], values[:, 0]
 
-    def attend(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, rule: LogitRule) -> torch.Tensor:
         if query.shape[2] > 1 or not self.pair.length:
-            return super().attend(query, scaling)
-        return self.pair.attend(self.which, query[:, None, :, 0], scaling)[:, 0, :, None]
+            return super().attend(query, rule)
+        return self.pair.attend(self.which, query[:, None, :, 0], rule)[:, 0, :, None]
 
     def take(self, index: torch.Tensor) -> Segments:
         return PairSegments(self.pair.part(index), self.which)
@@ -173,7 +174,7 @@ class MiniCacheKivi(MiniCache):
         return self._bytes(tokens, heads, shape, new_tokens, readers=1)
 
     def _bytes(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int, readers: int) -> int:
-        size, dim = shape.element_bytes, shape.head_dim
+        size, wide, narrow = shape.element_bytes, shape.head_dim, shape.value_dim
         start = self.first_pair(len(tokens))
         pairs = (len(tokens) - start) // 2
         single = [*tokens[:start], *tokens[start + 2 * pairs :]]
@@ -184,9 +185,9 @@ class MiniCacheKivi(MiniCache):
             retained = merged
             if self.gamma < 1:
                 retained = math.ceil(self.gamma * at_first) if self.retention == "top_ratio" else 0
-            groups = merged // self.group * dim + merged * (dim // min(self.group, dim))
-            codes = 2 * merged * dim * self.bits // 8 + 2 * 2 * groups
-            unmerged = 2 * 2 * (held - merged) * dim * size
+            groups = merged // self.group * wide + merged * (narrow // min(self.group, narrow))
+            codes = merged * (wide + narrow) * self.bits // 8 + 2 * 2 * groups
+            unmerged = 2 * (held - merged) * (wide + narrow) * size
             shared = codes + 2 * retained * 4
-            total += heads * (readers * shared + 4 * merged * size + 2 * retained * 2 * dim * size + unmerged)
+            total += heads * (readers * shared + 4 * merged * size + 2 * retained * (wide + narrow) * size + unmerged)
         return total

@@ -73,5 +73,5 @@ class Ragged(Storage):
         return [SegmentedLayer(DenseSegments) for _ in range(num_layers)]
 
     def bytes_formula(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int = 0) -> int:
-        """sum over layers of 2 x heads x tokens (of the mean head) x head_dim x element_bytes."""
-        return 2 * heads * shape.head_dim * shape.element_bytes * sum(tokens)
+        """sum over layers of heads x tokens (of the mean head) x (key's + value's channels) x element_bytes."""
+        return heads * shape.token_channels * shape.element_bytes * sum(tokens)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 
 from ..attention import cached_attention
+from ..logits import LogitRule
 from .base import LayerStorage
 from .buffer import Growing
 
@@ -29,10 +30,10 @@ class Segments(Growing, ABC):
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(keys, values) [N, S, D] in the compute dtype."""
 
-    def attend(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, rule: LogitRule) -> torch.Tensor:
         """Attention of the last n tokens over all: [N, g, n, D] -> the same shape."""
         keys, values = self.read()
-        return cached_attention(query, keys[:, None], values[:, None], scaling)
+        return cached_attention(query, keys[:, None], values[:, None], rule)
 
     @abstractmethod
     def take(self, index: torch.Tensor) -> Segments:
@@ -90,8 +91,8 @@ class SegmentedLayer(LayerStorage):
 
     def _add(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None) -> None:
         """``valid`` [B, n], or [B, H, n]; real tokens are the last of their row."""
-        batch, heads, n, dim = keys.shape
-        keys, values = keys.reshape(-1, n, dim), values.reshape(-1, n, dim)
+        batch, heads, n, _ = keys.shape
+        keys, values = keys.flatten(0, 1), values.flatten(0, 1)
         if valid is None:
             for index, segments in self._groups:
                 segments.growth, segments.expected = self.growth, self.expected
@@ -120,7 +121,7 @@ class SegmentedLayer(LayerStorage):
         width = max(s.length for _, s in self._groups)
         parts = [(index, s.length, *s.read()) for index, s in self._groups]
         keys = parts[0][2].new_zeros(batch * heads, width, dim)
-        values = torch.zeros_like(keys)
+        values = parts[0][3].new_zeros(batch * heads, width, parts[0][3].shape[2])
         valid = torch.zeros(batch * heads, width, dtype=torch.bool, device=keys.device)
         for index, length, k, v in parts:
             keys[index, width - length :] = k
@@ -129,19 +130,25 @@ class SegmentedLayer(LayerStorage):
         keys, values, valid = (x.unflatten(0, (batch, heads)) for x in (keys, values, valid))
         return keys, values, None if bool(valid.all()) else valid
 
-    def attend(self, query: torch.Tensor, scaling: float, valid: torch.Tensor | None) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, rule: LogitRule, valid: torch.Tensor | None) -> torch.Tensor:
+        if rule.sinks is not None:  # they belong to heads, and segments are grouped by their length
+            return super().attend(query, rule, valid)
         batch, query_heads, n, dim = query.shape
         segments = self._shape[0] * self._shape[1]
         rows = query.reshape(segments, -1, n, dim)  # [B * H, g, n, D]
-        out = torch.zeros_like(rows)
+        out: torch.Tensor | None = None  # [B * H, g, n, D_v]
         for index, group in self._groups:
             real = n  # a row's pads, if any, are its first new columns, and are not stored
             if valid is not None:
                 real = int(valid[index[0] // self._shape[1]].sum())
             if not real:
                 continue
-            out[index, :, n - real :] = group.attend(_rows(rows, index)[:, :, n - real :], scaling)
-        return out.reshape(batch, query_heads, n, dim)
+            attended = group.attend(_rows(rows, index)[:, :, n - real :], rule)
+            if out is None:
+                out = attended.new_zeros(*rows.shape[:3], attended.shape[3])
+            out[index, :, n - real :] = attended
+        assert out is not None
+        return out.reshape(batch, query_heads, n, -1)
 
     def settle(self) -> None:
         for _, segments in self._groups:
@@ -149,15 +156,15 @@ class SegmentedLayer(LayerStorage):
 
     def keep(self, slots: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         keys, values, held = self.read()
-        batch, heads, dim = self._shape
+        batch, heads, _ = self._shape
         if slots.dim() == 1:
             slots = slots.expand(batch, 1, -1)
         slots = slots.expand(-1, heads, -1)
         real = None if held is None else held.gather(2, slots)
         if valid is not None:
             real = valid.expand_as(slots) if real is None else real & valid
-        index = slots[..., None].expand(-1, -1, -1, dim)
-        self.write(keys.gather(2, index), values.gather(2, index), real)
+        keys, values = (x.gather(2, slots[..., None].expand(-1, -1, -1, x.shape[3])) for x in (keys, values))
+        self.write(keys, values, real)
 
     def trim(self) -> None:
         for _, segments in self._groups:
