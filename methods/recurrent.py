@@ -30,7 +30,7 @@ class RecurrentStates:
     """
 
     def __init__(self, config: PretrainedConfig, recurrent: Sequence[int]):
-        made: list[Any] = DynamicCache(config=config).layers  # type: ignore[assignment]
+        made: list[Any] = DynamicCache(config=config).layers
         layers: list[Any] = [DynamicLayer() for _ in range(config.num_hidden_layers)]
         for i in recurrent:
             alone = not isinstance(made[i], DynamicLayer)  # a layer may have keys and values beside its state
