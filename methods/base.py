@@ -202,6 +202,8 @@ class Method:
             if value is None:  # a run from before there was such a part is the same run
                 continue
             parts[part] = {"class": type(value).__name__, **asdict(value)}
+            if getattr(value, "version", 1) > 1:
+                parts[part]["version"] = value.version
         return parts
 
     @property

@@ -12,6 +12,7 @@ from kvbench.methods.selection.h2o import H2O
 from kvbench.methods.selection.snapkv import SnapKV
 from kvbench.methods.storage.base import KVShape
 from kvbench.methods.storage.kivi import Kivi, KiviSegments
+from kvbench.methods.storage.minicache_kivi import MiniCacheKivi
 from kvbench.methods.storage.packed import Quantized, channels_together, dequantize_into, pack, quantize
 from kvbench.runners.engine import decode, generate, prefill
 
@@ -49,17 +50,39 @@ def test_golden_group(golden):
     assert dequantize(q, 2, torch.float32).tolist() == pytest.approx(want["dequant"])
 
 
+@pytest.mark.parametrize("magnitude", [2.0**-10, 1.0, 1000.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_no_number_is_further_off_than_half_a_step(bits, dtype):
-    x = (5 * numbers(4, 6, 64)).to(dtype)
+def test_no_number_is_further_off_than_half_a_step(bits, dtype, magnitude):
+    """Of the step that the group's own range gives: what 16-bit scales and zeros add is below a hundredth of one."""
+    x = (5 * magnitude * numbers(4, 6, 640)).to(dtype)
     q = quantize(x, bits, 32)
-    error = (dequantize(q, bits, dtype).float() - x.float()).abs().unflatten(-1, (-1, 32))
-    # Beside half a step: the largest number may lie above what a scale rounded to 16 bits reaches, and the result is
-    # itself rounded to the dtype.
-    eps = torch.finfo(q.scale.dtype).eps
-    slack = q.scale.float() * (2**bits - 1) * eps + x.float().abs().amax() * (eps + torch.finfo(dtype).eps)
-    assert (error <= (q.scale.float() / 2 + slack)[..., None]).all()
+    assert q.scale.dtype == q.zero.dtype == torch.float16
+    groups, back = (t.double().unflatten(-1, (-1, 32)) for t in (x, dequantize(q, bits, torch.float64)))
+    step = (groups.amax(-1) - groups.amin(-1)) / (2**bits - 1)
+    assert ((back - groups).abs() / step[..., None]).max() <= 0.505
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_half_a_stored_step_holds_far_from_zero(bits):
+    """A narrow group whose smallest value float16 does not have: its zero lies below, and its step reaches the top."""
+    x = 100.01 + numbers(4, 64).double().sigmoid() / 50
+    q = quantize(x, bits, 32)
+    error = (dequantize(q, bits, torch.float64) - x).abs().unflatten(-1, (-1, 32))
+    assert (error <= q.scale.double()[..., None] / 2 + 1e-12).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_numbers_beyond_float16_are_clamped(bits, dtype):
+    x = torch.tensor([[-3e38, -1e6, 0.0, 3e38], [1e6, 1e6, 1e6, 1e6], [-1e6, -1e6, -1e6, -1e6]]).to(dtype)
+    x = x.repeat(1, 2)
+    q = quantize(x, bits, 8)
+    assert q.scale.isfinite().all() and q.zero.isfinite().all()
+    back = dequantize(q, bits, torch.float32)
+    assert back[0, 0] == back[2, 0] == -65504 and back[0, 3] > 65504 and back[1].min() > 65504
+    constant = torch.full((1, 8), 3e-9, dtype=dtype)  # below float16's smallest number
+    assert (dequantize(quantize(constant, bits, 8), bits, torch.float32) - constant).abs().max() < 6e-8
 
 
 def test_numbers_on_the_grid_and_constant_groups_are_exact():
@@ -208,3 +231,10 @@ def test_a_head_whose_codes_do_not_fill_bytes():
         channels_together(32, 6, 2)
     assert channels_together(32, 6, 4) == 6
     assert channels_together(32, 64, 2) == 32
+
+
+def test_a_storage_whose_numbers_changed_is_another_run():
+    """Records of scales in bfloat16 are not reused, nor shown as these; a storage that never changed says nothing."""
+    assert Method("kivi", storage=Kivi(4)).identity()["storage"]["version"] == 2
+    assert Method("minicache", storage=MiniCacheKivi()).identity()["storage"]["version"] == 2
+    assert all("version" not in part for part in (Method("full").identity()[p] for p in ("selection", "storage")))

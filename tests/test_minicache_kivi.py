@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import left_pad, prompt_ids, tiny_model
@@ -67,9 +68,12 @@ def test_with_no_pair_it_is_kivi_bit_for_bit():
 
 
 def naive_rounded(x: list[float], bits: int) -> list[float]:
-    """A group of numbers in few bits; scale and smallest value in float16."""
-    zero = torch.tensor(min(x)).half().item()
-    scale = torch.tensor((max(x) - zero) / (2**bits - 1)).half().item() or 1.0
+    """A group of numbers in few bits; the smallest value rounded down to float16 and the scale up."""
+    zero = np.float16(min(x))
+    zero = float(np.nextafter(zero, np.float16(-np.inf)) if float(zero) > min(x) else zero)
+    exact = (max(x) - zero) / (2**bits - 1)
+    scale = np.float16(exact)
+    scale = float(np.nextafter(scale, np.float16(np.inf)) if float(scale) < exact else scale) or 1.0
     return [zero + scale * min(max(round((v - zero) / scale), 0), 2**bits - 1) for v in x]
 
 

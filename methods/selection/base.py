@@ -117,6 +117,9 @@ ALL_QUERIES = sys.maxsize
 class Selection:
     """Keep everything: the base of every selection and the one of ``method=full``."""
 
+    version: ClassVar[int] = 1
+    """Raised by a change that changes numbers; above 1 it is part of a run's identity."""
+
     @property
     def reads_prompt_by_steps(self) -> bool:
         """The prompt goes through the cache token by token (in effect) instead of being read whole."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -180,6 +181,9 @@ class LayerStorage(Growing, ABC):
 
 class Storage(ABC):
     """Configuration of a storage."""
+
+    version: ClassVar[int] = 1
+    """Raised by a change that changes numbers; above 1 it is part of a run's identity."""
 
     @property
     def name(self) -> str:

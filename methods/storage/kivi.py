@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 
@@ -157,6 +158,8 @@ class Kivi(Storage):
     bits: int = 4
     group: int = 32
     residual: int = 128
+
+    version: ClassVar[int] = 2  # 2: scales in float16 for every dtype
 
     def __post_init__(self) -> None:
         at = "method.storage."

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -132,6 +133,8 @@ class MiniCacheKivi(MiniCache):
     bits: int = 4
     group: int = 32
     residual: int = 128
+
+    version: ClassVar[int] = 2  # 2: scales in float16 for every dtype
 
     def __post_init__(self) -> None:
         super().__post_init__()
