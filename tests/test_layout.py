@@ -5,6 +5,7 @@ under ``TYPE_CHECKING`` counts too. Each rule is also shown to catch a file that
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -248,3 +249,42 @@ def test_every_yaml_starts_with_what_it_is(file: str) -> None:
 def test_a_yaml_without_a_description_would_be_noticed() -> None:
     assert description("# What it is\nname: x\n") == description("# @package _global_\n# What it is\n") == "What it is"
     assert not any(map(description, ("name: x\n", "\n# late\n", "#\nname: x\n", "")))
+
+
+SOURCE = re.compile(r" # .+ \((paper|authors|library|ours): .+\)$")
+
+
+def without_source(text: str, parts: tuple[str, ...] = ("selection", "sharing")) -> list[str]:
+    """Lines of a method's YAML that set a default and do not say whose it is.
+
+    A default is a key of a method's ``parts``, or its budget; in a storage's file (no ``parts``) it is any key. What
+    refers to another key has its source there, and a budget of null is none.
+    """
+    found, part = [], ""
+    for line in text.splitlines():
+        if not re.match(r" *\w+:", line):
+            continue
+        key, value = line.strip().split(":", 1)
+        if not line.startswith(" "):
+            part = key
+        is_default = (part in parts and line.startswith(" ")) or part == "budget" or not parts
+        if not is_default or key == "_target_" or value.strip().startswith(("${", "null # accepted")):
+            continue
+        if key in ("selection", "storage", "sharing") or SOURCE.search(line):
+            continue
+        found.append(line.strip())
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conf/method").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_default_of_a_method_says_whose_it_is(path: Path) -> None:
+    """A reader must not take our choice for the paper's: ``(paper: ...)``, ``(authors: ...)``, ``(ours: why)``."""
+    parts = () if path.parent.name == "storage" else ("selection", "sharing")
+    assert without_source(path.read_text(encoding="utf-8"), parts) == []
+
+
+def test_a_default_without_a_source_would_be_noticed() -> None:
+    text = "name: x\nbudget: 64 # tokens\nselection:\n  _target_: a.B\n  budget: ${..budget}\n  sinks: 4 # first tokens"
+    assert without_source(text) == ["budget: 64 # tokens", "sinks: 4 # first tokens"]
+    assert without_source(text.replace("tokens", "tokens (paper: section 3)")) == []
+    assert without_source("_target_: a.B\nbits: 4 # of a code\n", ()) == ["bits: 4 # of a code"]

@@ -16,6 +16,7 @@ from kvbench.methods.rotary import Rotary
 from kvbench.methods.selection.expected_attention import ExpectedAttention
 from kvbench.methods.selection.key_diff import KeyDiff
 from kvbench.methods.selection.random_tokens import RandomTokens
+from kvbench.runners.cli import named_method
 
 D = 16  # of the tiny models
 
@@ -103,7 +104,7 @@ def naive_expected(prompt: Prompt, raw: torch.Tensor, method: ExpectedAttention)
     return out
 
 
-@pytest.mark.parametrize(("sinks", "epsilon", "future"), [(4, 0.0, 16), (0, 0.02, 5)])
+@pytest.mark.parametrize(("sinks", "epsilon", "future"), [(4, 0.0, 16), (0, 0.02, 5), (4, 0.01, 512)])
 def test_expected_attention_is_the_papers_closed_form(sinks, epsilon, future):
     prompt, raw = random_prompt()
     method = ExpectedAttention(budget=12, sinks=sinks, epsilon=epsilon, future=future)
@@ -111,7 +112,20 @@ def test_expected_attention_is_the_papers_closed_form(sinks, epsilon, future):
     expected = naive_expected(prompt, raw, method)[None]
     finite = expected.isfinite()
     assert torch.equal(finite, ours.isfinite())
-    assert torch.allclose(ours.double()[finite], expected[finite], rtol=1e-3, atol=1e-7)
+    assert torch.allclose(ours.double()[finite], expected[finite], rtol=1e-5, atol=0)
+
+
+def test_epsilon_is_the_authors_and_gives_long_values_a_chance():
+    """Their evaluation's 0.01, on the command line as in Python; 0, their class's default, ranks by attention first."""
+    assert ExpectedAttention().epsilon == named_method("expected_attention").selection.epsilon == 0.01
+    prompt, _ = random_prompt()
+    state, keys, values = Rotary(tiny_model().config), 3 * prompt.keys, prompt.values.clone()  # attention that peaks
+    prompt = Prompt(prompt.query, keys, values, prompt.scaling, 1, 3)
+    attention = ExpectedAttention(sinks=0, epsilon=0.0).score(prompt, state)[0, 0] / values[0, 0].norm(dim=-1)
+    least = int(attention.argmin())
+    values[:, :, least] *= 20
+    kept = {e: ExpectedAttention(6, sinks=0, epsilon=e).select(prompt, state).slots[0, 0].tolist() for e in (0.0, 0.01)}
+    assert least in kept[0.01] and least not in kept[0.0]
 
 
 def test_expected_attention_ranks_as_sampled_queries_do():

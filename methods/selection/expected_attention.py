@@ -3,11 +3,18 @@
 Section 3: the queries of a head, before RoPE, are taken to be normally distributed with the mean and covariance of the
 prompt's. Averaging RoPE's rotation over the next ``future`` positions gives the mean m and covariance S of the queries
 to come, and for a key k the expectation of exp(q.k / sqrt(D)) is exp(m.k / sqrt(D) + k.S.k / (2 D)). Normalised over
-the prompt, averaged over a group's query heads and multiplied by the length of the value, it is the token's score. The
-first tokens (attention sinks) take no part in the statistics and are always kept.
+the prompt and averaged over a group's query heads it is the token's expected attention a, and its score is
+(a + ``epsilon``) times the length of its value. The first tokens (attention sinks) take no part in the statistics and
+are always kept.
+
+The mean of a is 1 / T, so ``epsilon`` decides by its size beside that: at 2,000 tokens 0.01 is 20 times the mean, most
+tokens are ranked by the length of their value, and only the peaks of a by a. It is the authors' evaluation's setting;
+the default of their class is 0.
 
 The paper multiplies by the length of the value after the output projection; here it is the value's own, so that a
-method needs nothing of the model but its cache (the authors' library does the same).
+method needs nothing of the model but its cache (the authors' library does the same). Their evaluation shares a layer's
+budget between its heads as Ada-KV does; here every head keeps as many tokens. Their library also compresses while
+decoding; here only the prompt is.
 """
 
 from __future__ import annotations
@@ -39,7 +46,7 @@ class ExpectedAttention(TopKSelection):
     window: int = 0
     future: int = 512
     sinks: int = 4
-    epsilon: float = 0.0
+    epsilon: float = 0.01
 
     least_window: ClassVar[int] = 0
 
