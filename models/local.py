@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from ..conf.errors import InputError, require
 from ..methods.sharing.base import Sharing
 from .base import LoadedModel, ModelSource, file_sha256
-from .pretrained import load_pretrained, plain_device_map, prompt_limit
+from .pretrained import check_folder, load_pretrained, plain_device_map, prompt_limit, read_config
 
 # Positions kept back when no prompt limit is given: LongBench's longest generation is 512 tokens, and the chat template
 # comes on top of the prompt.
@@ -66,6 +66,7 @@ class LocalModel(ModelSource):
                 if pickles
                 else "has no *.safetensors file",
             )
+        check_folder(folder)
 
     @property
     def folder(self) -> Path:
@@ -81,18 +82,25 @@ class LocalModel(ModelSource):
     @property
     def config(self) -> PretrainedConfig:
         """What the folder's ``config.json`` says."""
-        return AutoConfig.from_pretrained(self.folder, local_files_only=True)
+        return read_config(self.folder)
 
     def fingerprint(self) -> str:
-        """``sha256:`` over names and contents of the configs, the weights and the tokenizer's files."""
+        """``sha256:`` over names and contents of every file that transformers may open.
+
+        These are the configs, the weights with their index, and the tokenizer's files.
+        """
         return self._digest
 
     @cached_property
     def _digest(self) -> str:
-        patterns = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
+        patterns = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.spm", "*.codes", "*.tokenizer")
+        patterns += ("additional_chat_templates/*.jinja",)
         whole = hashlib.sha256()
         for file in sorted({file for pattern in patterns for file in self.folder.glob(pattern)}):
-            whole.update(f"{file.name}\0{file_sha256(file)}\n".encode())
+            try:
+                whole.update(f"{file.relative_to(self.folder).as_posix()}\0{file_sha256(file)}\n".encode())
+            except OSError as error:
+                raise InputError("model.path", file, f"cannot be read: {error.strerror}") from error
         return f"sha256:{whole.hexdigest()}"
 
     def load(self, device: str, dtype: torch.dtype) -> LoadedModel:

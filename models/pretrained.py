@@ -7,16 +7,25 @@ opened), no code from the repository, and the padding that the caches are tested
 from __future__ import annotations
 
 import atexit
+import json
+import logging
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..conf.errors import InputError, require
 from ..methods.sharing import model as _sharing  # noqa: F401  (AutoModelForCausalLM knows its classes from here on)
@@ -57,8 +66,10 @@ def load_pretrained(
     Raises
     ------
     InputError
-        Files are missing, the weights exist only as a pickle, or the model needs code of its own.
+        Files are missing or damaged, the weights exist only as a pickle or are not those of ``config.json``, the
+        tokenizer has ids that the model has no embedding for, or the model needs code of its own.
     """
+    check_folder(folder)
     safe = {"local_files_only": True, "trust_remote_code": False}
     spread: dict[str, Any] = {}
     if device_map is not None:
@@ -66,25 +77,167 @@ def load_pretrained(
         offload = tempfile.mkdtemp(prefix="kvbench-offload-")
         spread = {"device_map": plain_device_map(device_map), "offload_folder": offload}
         atexit.register(shutil.rmtree, offload, ignore_errors=True)
-    try:
+    with refused_in_one_line(folder):
         tokenizer = tokenizer_class.from_pretrained(folder, **safe)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **safe, **spread)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # missing, torn, or of an unknown kind
-        if "trust_remote_code" in str(error):
-            reason = "it needs Python code from its own repository, which kvbench never runs"
-        else:
-            reason = " ".join(str(error).strip().splitlines()[:2])
-        raise InputError("model", folder, f"cannot be loaded: {reason}") from error
+        with _without_load_report():
+            model: Any
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                # A tensor of another shape is then listed in `loading` and refused by name below.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **safe,
+                **spread,
+            )
+    _check_tensors(folder, loading)
+    if device_map is not None and getattr(model.config, "kv_source_layers", None) is not None:
+        raise InputError("model.device_map", device_map, "is for models whose layers have keys and values of their own")
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.vocab_size > rows:
+        allowed = f"its tokenizer has {tokenizer.vocab_size} tokens and its embedding {rows} rows: not the model's own"
+        raise InputError("model", folder, allowed)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
-    if tokenizer.pad_token is None:
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= rows:  # pads are masked, but are looked up all the same
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     if device_map is None:
         return model.to(device).eval(), tokenizer
-    if getattr(model.config, "kv_source_layers", None) is not None:
-        raise InputError("model.device_map", device_map, "is for models whose layers have keys and values of their own")
     return model.eval(), tokenizer
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The config of a model folder.
+
+    Raises:
+        InputError: ``config.json`` is damaged, or of a kind that transformers does not know.
+    """
+    with refused_in_one_line(folder):
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder whose files would make transformers read weights from elsewhere, or run code.
+
+    Args:
+        folder: what is to be loaded; may lack any file.
+
+    Raises:
+        InputError: an index or ``config.json`` names weights that are not safetensors files of this folder, the folder
+            is an adapter to other weights, or ``config.json`` asks for a kernel from the hub, which is code.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise InputError("model", folder, "is an adapter to other weights: merge it into them (PEFT: merge_and_unload)")
+    config = _json_object(folder / "config.json") if (folder / "config.json").exists() else {}
+    for key, value in _items(config):
+        if key.endswith(("_implementation", "_implementation_internal")) and isinstance(value, str) and "/" in value:
+            allowed = f"its config.json asks for {key}={value}, code from the hub, which kvbench never runs; delete it"
+            raise InputError("model", folder, allowed)
+    chosen = config.get("transformers_weights")
+    if chosen is not None:
+        suffixes = (".safetensors", ".safetensors.index.json")
+        if not _is_file_of(folder, chosen, suffixes):
+            allowed = f"its config.json names the weights {chosen}: must be a safetensors file in the folder itself"
+            raise InputError("model", folder, allowed)
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        shards = _json_object(index).get("weight_map")
+        if not isinstance(shards, dict) or not isinstance(_json_object(index).get("metadata", {}), dict):
+            raise InputError("model", index, "must hold a weight_map: tensor -> file")
+        for tensor, name in shards.items():
+            if not _is_file_of(folder, name, (".safetensors",)):
+                there = "which is not there" if _is_plain_name(name, (".safetensors",)) else "which is refused"
+                allowed = f"names {name} for {tensor}, {there}: must be *.safetensors files in the folder itself"
+                raise InputError("model", index, allowed)
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"is not JSON: {error}"
+        raise InputError("model", path, str(reason)) from error
+    require(isinstance(content, dict), "model", path, "must be a JSON object")
+    return dict(content)
+
+
+def _items(content: Any) -> Iterator[tuple[str, Any]]:
+    """Every key and value of nested JSON."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield key, value
+            yield from _items(value)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _items(value)
+
+
+def _is_plain_name(name: Any, suffixes: tuple[str, ...]) -> bool:
+    return isinstance(name, str) and name.endswith(suffixes) and not set("/\\:\0") & set(name)
+
+
+def _is_file_of(folder: Path, name: Any, suffixes: tuple[str, ...]) -> bool:
+    return _is_plain_name(name, suffixes) and (folder / name).is_file()
+
+
+def _check_tensors(folder: Path, loading: Mapping[str, Any]) -> None:
+    """Refuse a model whose weights are not exactly those that its config describes.
+
+    transformers draws missing tensors at random and drops the others. Tied tensors, and those that a model's class
+    declares ignorable, are not in its lists.
+    """
+    phrases = {
+        "missing_keys": "lack {} of the model's tensors, such as {}",
+        "unexpected_keys": "hold {} tensors that the model has no place for, such as {}",
+        "mismatched_keys": "hold {} tensors of another shape, such as {}",
+    }
+    for kind, phrase in phrases.items():
+        names = sorted(loading[kind])
+        if names:
+            first = names[0] if isinstance(names[0], str) else "{}, {} for {}".format(*map(_shape, names[0]))
+            said = phrase.format(len(names), first)
+            allowed = f"its weights {said}; config.json and weights must be of one model (is num_hidden_layers right?)"
+            raise InputError("model", folder, allowed)
+
+
+def _shape(part: Any) -> str:
+    return part if isinstance(part, str) else str(list(part))
+
+
+@contextmanager
+def refused_in_one_line(folder: Path) -> Iterator[None]:
+    """Turn whatever transformers raises over the files of a folder into an InputError; out of memory is not of them."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error):
+            raise
+        if "trust_remote_code" in str(error):
+            reason = "it needs Python code from its own repository, which kvbench never runs"
+        else:
+            lines = " ".join(str(error).strip().splitlines()[:2])
+            described = isinstance(error, OSError | ValueError | RuntimeError | ImportError) and lines
+            reason = lines if described else f"{type(error).__name__} {lines}".strip()
+        raise InputError("model", folder, f"cannot be loaded: {reason}") from error
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Keep transformers' table of missing tensors off the terminal: one line says the same."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        said = record.getMessage()
+        return "LOAD REPORT" not in said or "CONVERSION" in said
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(wanted)
 
 
 def plain_device_map(device_map: Any) -> Any:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig
 
 from ..conf.errors import InputError, require
 from ..methods.sharing.base import Sharing
@@ -17,6 +16,7 @@ from ..methods.sharing.config import KVShareLlamaConfig
 from ..methods.sharing.convert import convert_to
 from .base import LoadedModel, ModelSource
 from .local import LocalModel
+from .pretrained import read_config, refused_in_one_line
 
 WEIGHTS, HOW = "trained.safetensors", "uptrained.json"
 
@@ -61,14 +61,15 @@ class UptrainedModel(ModelSource):
     @property
     def _how(self) -> dict[str, Any]:
         """How the base was converted, as the training wrote it."""
-        found: dict[str, Any] = json.loads((self._folder / HOW).read_text(encoding="utf-8"))
-        return found
+        with refused_in_one_line(self._folder):
+            found: dict[str, Any] = json.loads((self._folder / HOW).read_text(encoding="utf-8"))
+            return {key: found[key] for key in ("base", "init", "adapter_rank")}
 
     def for_sharing(self, sharing: Sharing | None, method: str) -> ModelSource:
         """This one, if it shares as the method says."""
         self._check()
         if sharing is not None:
-            sharing.fit(AutoConfig.from_pretrained(self._folder, local_files_only=True))
+            sharing.fit(read_config(self._folder))
         return self
 
     def fingerprint(self) -> str:
@@ -80,16 +81,26 @@ class UptrainedModel(ModelSource):
         """See :meth:`ModelSource.load`; adapters are merged into the weights that they stand on."""
         self._check()
         loaded, how = self.base.load(device, dtype), self._how
-        config = KVShareLlamaConfig.from_pretrained(self._folder, local_files_only=True)
-        model: Any = convert_to(loaded.model, config, how["init"])
-        if how["adapter_rank"]:
-            model = add_adapters(model, how["adapter_rank"])
-        trained = {name: tensor.to(dtype) for name, tensor in load_file(self._folder / WEIGHTS, device=device).items()}
-        unknown = model.load_state_dict(trained, strict=False).unexpected_keys
-        require(not unknown, "model.path", self.path, f"has weights that the model has no place for: {unknown[:1]}")
+        with refused_in_one_line(self._folder):
+            config = KVShareLlamaConfig.from_pretrained(self._folder, local_files_only=True)
+            tensors = load_file(self._folder / WEIGHTS, device=device)
+            model: Any = convert_to(loaded.model, config, how["init"])
+            if how["adapter_rank"]:
+                model = add_adapters(model, how["adapter_rank"])
+            wanted = {name for name, _ in model.named_parameters() if is_trained(name)}
+            for name in sorted(wanted ^ tensors.keys()):
+                problem = f"its {WEIGHTS} lacks {name}" if name in wanted else f"the model has no place for its {name}"
+                raise InputError("model.path", self.path, problem)
+            model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, strict=False)
         if how["adapter_rank"]:
             merge_adapters(model)
         return replace(loaded, model=model.to(device).eval(), name=self.name, fingerprint=self.fingerprint())
+
+
+def is_trained(name: str) -> bool:
+    """Whether ``runner.train=kv`` trains the parameter of this name: keys, values, queries, norms and adapters."""
+    affected = ("q_proj", "k_proj", "v_proj", "kv_layernorm", "input_layernorm")
+    return "lora_" in name or any(part in name.split(".") for part in affected)
 
 
 def add_adapters(model: Any, rank: int) -> Any:

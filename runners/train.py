@@ -35,7 +35,7 @@ from ..methods.base import Method, kv_shape
 from ..methods.sharing.convert import INITS, converted
 from ..models.base import ModelSource, file_sha256
 from ..models.scratch import ScratchModel
-from ..models.uptrained import HOW, WEIGHTS, add_adapters
+from ..models.uptrained import HOW, WEIGHTS, add_adapters, is_trained
 from ..tasks.training import IGNORED, TrainingData
 from . import provenance
 from .record import RunFolder
@@ -297,11 +297,10 @@ class Training:
 
     def _keys_and_values_alone(self, model: Any) -> Any:
         """Leave the rest of the model as it is but for low-rank adapters, where asked for."""
-        affected = ("q_proj", "k_proj", "v_proj", "kv_layernorm", "input_layernorm")
         if self.rule.adapter_rank:
             model = add_adapters(model, self.rule.adapter_rank)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_("lora_" in name or any(part in name.split(".") for part in affected))
+            parameter.requires_grad_(is_trained(name))
         return model
 
     # the loop -----------------------------------------------------------------------------------------------------

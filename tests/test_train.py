@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from local_model import kvbench
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sharing_models import SHAPE, shared_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -563,7 +563,17 @@ def test_distillation_and_the_loss_on_changing_keys_add_up(checkpoint, corpus):
 def test_what_was_trained_needs_the_checkpoint_it_was_trained_on(tmp_path, corpus, checkpoint):
     rule = replace(RULE, steps=1, sequence=64, train="kv")
     folder = train(tmp_path / "out", rule, CLA2, checkpoint, Text(path=str(corpus)))
-    assert UptrainedModel(str(folder.path / "model"), checkpoint).name == "uptrained"
+    source = UptrainedModel(str(folder.path / "model"), checkpoint)
+    source.load("cpu", torch.float32)
+    weights = load_file(folder.path / "model" / "trained.safetensors")
+    lost = weights.pop("model.layers.0.self_attn.q_proj.weight")
+    save_file(weights, folder.path / "model" / "trained.safetensors")
+    with pytest.raises(InputError, match=r"lacks model\.layers\.0\.self_attn\.q_proj\.weight"):
+        source.load("cpu", torch.float32)
+    weights |= {"model.layers.0.self_attn.q_proj.weight": lost, "extra": torch.ones(1)}
+    save_file(weights, folder.path / "model" / "trained.safetensors")
+    with pytest.raises(InputError, match="no place for its extra"):
+        source.load("cpu", torch.float32)
     how = folder.path / "model" / "uptrained.json"
     how.write_text(how.read_text().replace("sha256:", "sha256:0"))
     with pytest.raises(InputError, match=r"^model\.base=local: has other weights"):
