@@ -319,6 +319,7 @@ def test_the_cache_is_hashed_once_per_change(
     cache: Path, no_hub: None, pip: Pip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Embedded().fetch()
+    assert Embedded().is_cached()
     hashed: list[str] = []
 
     def spy(path: Path) -> str:
