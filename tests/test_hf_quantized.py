@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+from optimum.quanto.library import extensions
 from tiny_models import prompt_ids, tiny_model
 from transformers.cache_utils import QuantizedCache
 
 from kvbench.conf.errors import InputError
 from kvbench.methods.base import Method, kv_shape
 from kvbench.methods.storage import hf_quantized
-from kvbench.methods.storage.hf_quantized import HFQuantized
+from kvbench.methods.storage.hf_quantized import HFQuantized, build_extension
 from kvbench.methods.storage.kivi import Kivi
 from kvbench.runners.engine import decode, generate, prefill
 
@@ -79,6 +82,61 @@ def test_without_the_package_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(hf_quantized, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"hf_quantized4: needs the package optimum-quanto: pip install"):
         Method("x", storage=HFQuantized()).new_cache(tiny_model())
+
+
+class FakeExtension:
+    """Stands for optimum-quanto's: ``lib`` waits for torch's lock file, as its FileBaton does, or fails."""
+
+    def __init__(self, folder: Path, error: Exception | None = None):
+        self.build_directory, self.error = str(folder), error
+        self._lib: object = None
+
+    @property
+    def lib(self) -> object:
+        assert not (Path(self.build_directory) / "lock").exists(), "would wait for ever"
+        if self.error is not None:
+            raise self.error
+        self._lib = self._lib or object()
+        return self._lib
+
+
+@pytest.fixture
+def extension(tmp_path, monkeypatch) -> FakeExtension:
+    fake = FakeExtension(tmp_path / "build")
+    (tmp_path / "build").mkdir()
+    monkeypatch.setattr(extensions, "get_extension", lambda name: fake)
+    return fake
+
+
+def test_a_lock_file_of_a_killed_compilation_is_deleted(extension, tmp_path, capsys):
+    (tmp_path / "build" / "lock").touch()
+    build_extension("cpu")
+    assert extension._lib is not None
+    assert capsys.readouterr().err == "kvbench: compiling optimum-quanto's extension, once (minutes)\n"
+    (tmp_path / "build" / "lock").touch()
+    build_extension("cpu")  # loaded: nothing is asked
+    assert (tmp_path / "build" / "lock").exists()
+
+
+def test_an_extension_that_is_compiled_is_loaded_without_a_word(extension, tmp_path, capsys):
+    (tmp_path / "build" / "quanto_cpp.so").touch()
+    build_extension("cpu")
+    assert capsys.readouterr().err == ""
+
+
+def test_waiting_for_another_compilation_ends_in_one_line(extension, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_quantized, "BUILD_TIMEOUT_S", 0.1)
+    with FileLock(tmp_path / "kvbench-build.lock"), pytest.raises(InputError, match=r"kvbench-build\.lock"):
+        build_extension("cpu")
+    build_extension("cpu")
+    assert extension._lib is not None
+
+
+def test_a_compilation_that_fails_is_one_line(extension):
+    extension.error = RuntimeError("Ninja is required to load C++ extensions\nand more")
+    with pytest.raises(InputError, match=r"cannot be compiled in .*: Ninja is required") as error:
+        build_extension("cpu")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("options", [{"bits": 8}, {"group": 0}, {"residual": 0}], ids=str)

@@ -11,19 +11,59 @@ Needs the package optimum-quanto (``pip install 'kvbench[quanto]'``).
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from transformers.cache_utils import QuantoQuantizedLayer
 
 from ...conf.errors import InputError, require
 from .base import KVShape, Storage
 from .packed import channels_together
 from .segments import SegmentedLayer, Segments
+
+BUILD_TIMEOUT_S = 1800.0
+"""Longest wait for another process that compiles optimum-quanto's extension."""
+
+
+def build_extension(device_type: str) -> None:
+    """Load optimum-quanto's extension for ``cpu`` or ``cuda``; compiles it the first time in an installation.
+
+    torch guards the compilation with a file that outlives a process that is killed, and every later process waits for
+    it without end. Here a lock of the operating system's is held, which ends with its process; whoever holds it knows
+    that a file found inside is nobody's, and deletes it.
+
+    Raises:
+        InputError: another process is still compiling after :data:`BUILD_TIMEOUT_S`, or the compilation fails.
+    """
+    from optimum.quanto.library.extensions import get_extension, is_extension_available
+
+    name = "quanto_cpp" if device_type == "cpu" else f"quanto_{device_type}"
+    if not is_extension_available(name) or get_extension(name)._lib is not None:
+        return
+    extension = get_extension(name)
+    folder = Path(extension.build_directory)
+    lock = folder.with_name("kvbench-build.lock")  # beside it: optimum-quanto deletes the folder after torch's updates
+    key, value = "method/storage", "hf_quantized"
+    try:
+        with FileLock(lock, timeout=BUILD_TIMEOUT_S):
+            (folder / "lock").unlink(missing_ok=True)
+            if not (folder / f"{name}.so").exists():
+                print("kvbench: compiling optimum-quanto's extension, once (minutes)", file=sys.stderr, flush=True)
+            extension.lib  # noqa: B018 (a property that compiles and loads)
+    except Timeout as error:
+        waited = f"another process has been compiling optimum-quanto's extension for {BUILD_TIMEOUT_S:.0f} s"
+        raise InputError(key, value, f"{waited} and holds {lock}; wait for it or stop it") from error
+    except (OSError, RuntimeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        allowed = f"optimum-quanto's extension cannot be compiled in {folder}: {reason}"
+        raise InputError(key, value, allowed) from error
 
 
 class HFSegments(Segments):
@@ -42,6 +82,7 @@ class HFSegments(Segments):
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         if self._layer is None:
+            build_extension(keys.device.type)
             group = channels_together(self.group, keys.shape[2], self.bits)
             self._layer = QuantoQuantizedLayer(self.bits, 0, 0, group, self.residual)
         self._now = self._layer.update(keys[:, None], values[:, None])
