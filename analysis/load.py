@@ -71,7 +71,10 @@ class Run:
 
     def samples(self) -> list[dict[str, Any]]:
         """Rows of ``samples.jsonl``, one per example."""
-        return [json.loads(line) for line in (self.path / SAMPLES).read_text(encoding="utf-8").splitlines()]
+        with (self.path / SAMPLES).open(
+            encoding="utf-8"
+        ) as file:  # str.splitlines would also split at U+2028 in a text
+            return [json.loads(line) for line in file]
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -277,3 +277,11 @@ def test_by_budget_is_a_row_a_method_and_a_column_a_budget(tmp_path, capsys):
     assert "128: 3.1 %, 256: 6.2 %" in out
     assert main([str(tmp_path), "--by-budget", "-o", str(tmp_path / "x.csv")]) == 2
     assert "--by-budget=csv" in capsys.readouterr().err
+
+
+def test_samples_are_split_at_line_feeds_alone(tmp_path):
+    """str.splitlines would cut a row at characters that JSON leaves as they are."""
+    rows = [{"id": str(i), "prediction": f"a{separator}b"} for i, separator in enumerate("\u2028\u2029\x85\x1c\r\n")]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "samples.jsonl").write_bytes(text.encode())
+    assert Run(tmp_path, {}, "full").samples() == rows
