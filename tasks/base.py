@@ -209,21 +209,37 @@ class Task(Described):
         return {}
 
 
+def is_text(value: str) -> bool:
+    """Whether a string is text: JSON can spell half of a character (``"\\ud800"``), which no tokenizer takes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def prompt_tokens(prompt: str, tokenizer: Any, chat: bool, answer_prefix: str = "") -> list[int]:
     """Token ids of a whole prompt, in the tokenizer's chat template where it has one and ``chat`` asks for it.
 
     ``answer_prefix`` is the beginning of the model's own turn. Both are one text, not two lists of ids: some tokenizers
     put a blank of their own at the beginning of a text.
+
+    Raises:
+        InputError: the chat template cannot be used.
     """
     if not chat or not getattr(tokenizer, "chat_template", None):
         return list(tokenizer(prompt + answer_prefix, truncation=False, verbose=False).input_ids)
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}],
-        tokenize=False,
-        add_generation_prompt=True,
-        # Templates that do not know it ignore it; a generation limit of 32 tokens leaves no room to think aloud.
-        enable_thinking=False,
-    )
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            tokenize=False,
+            add_generation_prompt=True,
+            # Templates that do not know it ignore it; a generation limit of 32 tokens leaves no room to think aloud.
+            enable_thinking=False,
+        )
+    except Exception as error:  # whatever a template of the model's makers, or of the user, does in jinja's sandbox
+        template = " ".join(str(tokenizer.chat_template).split())[:60]
+        raise InputError("model.chat_template", template, f"fails: {type(error).__name__}: {error}") from error
     return plain_tokens(text + answer_prefix, tokenizer)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import lzma
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from ..conf.errors import InputError
+from .base import is_text
 from .hub import DownloadFailed, fetch
 from .longbench_metrics import unscorable
 from .longbench_spec import SPECS, DatasetSpec
@@ -32,6 +34,9 @@ HUB_REPOS = ("THUDM/LongBench", "zai-org/LongBench")
 HUB_REVISION = "5e628be450b7e67fb7ae6e201bd6d8f7056f7672"
 HUB_SHA256 = "cb45b11a4133c6bc1d6a44b0f8e701335ff1e543195db1103472e575857f7f64"
 """Of ``data.zip`` (113,932,529 bytes) at :data:`HUB_REVISION`: the figures published on the hub's file page."""
+
+UNREADABLE = (zipfile.BadZipFile, RuntimeError, lzma.LZMAError)
+"""What zipfile raises over a damaged member, and over one that is encrypted or compressed in a way it does not know."""
 
 FIELDS = ("input", "context", "answers", "length", "dataset", "language", "all_classes")
 """Fields every row must have. ``_id`` is official too, but copies in circulation have dropped it."""
@@ -87,7 +92,7 @@ class Store:
                     total += 1
                     if limit is None or len(rows) < limit:
                         rows.append(row)
-        except (OSError, zipfile.BadZipFile) as error:
+        except (*UNREADABLE, OSError) as error:
             raise InputError(name, "unreadable", str(error)) from error
         if not total:
             raise InputError(name, "empty", "the file must hold at least one row")
@@ -119,6 +124,10 @@ def _parse_row(line: bytes, spec: DatasetSpec, where: str) -> dict[str, Any]:
     for field in ("input", "context"):
         if not isinstance(row[field], str):
             raise InputError(where, field, "must be a string")
+    if b"\\u" in line:
+        for field, value in row.items():
+            if not is_text(json.dumps(value, ensure_ascii=False)):
+                raise InputError(where, field, "must be text: it has half of a character (a lone surrogate)")
     if isinstance(row["length"], bool) or not isinstance(row["length"], int):
         raise InputError(where, f"length:{row['length']}", "must be a whole number")
     problem = unscorable(spec, row["answers"], row["all_classes"])
@@ -131,7 +140,7 @@ def parse_json_line(line: bytes, where: str) -> dict[str, Any]:
     """One JSON object from one line of UTF-8; InputError naming ``where`` (file:line) for anything else."""
     try:
         row = json.loads(line.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number of 5,000 digits, nested too deeply
         raise InputError(where, _shorten(line), f"not a line of JSON ({error})") from error
     if not isinstance(row, dict):
         raise InputError(where, _shorten(line), "must be a JSON object")
@@ -210,7 +219,7 @@ def _zip_files(archive: Path, key: str, value: str) -> dict[str, Opener]:
     try:
         with zipfile.ZipFile(archive) as bundle:
             members = set(bundle.namelist())
-    except zipfile.BadZipFile as error:
+    except (*UNREADABLE, OSError) as error:
         raise InputError(key, value, f"damaged zip archive: {error}") from error
     for member in sorted(members):
         path = member.replace("\\", "/")

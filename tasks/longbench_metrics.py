@@ -90,7 +90,8 @@ def unscorable(spec: DatasetSpec, answers: Any, all_classes: Any) -> str | None:
     """Why a row cannot be scored with the data set's metric, or None. Found when a file is read, not hours later."""
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
         return "`answers` must be a list of at least one string"
-    if spec.metric == "classification" and not (isinstance(all_classes, list) and all_classes):
+    names = all_classes if isinstance(all_classes, list) else []
+    if spec.metric == "classification" and not (names and all(isinstance(name, str) for name in names)):
         return f"`all_classes` must list the class names of {spec.name}"
     pattern = _ANSWER_PATTERN.get(spec.metric)
     if pattern and not all(re.search(pattern, answer) for answer in answers):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..conf.errors import InputError, is_whole, one_of, require
-from .base import Example, Reply, Source, Task, prompt_tokens
+from .base import Example, Reply, Source, Task, is_text, prompt_tokens
 from .hub import fetch_or_refuse
 
 FILE = "data.json"
@@ -359,6 +359,7 @@ def _read(path: Path) -> list[dict[str, str]]:
         for field in FIELDS:
             value = row[field]
             require(isinstance(value, str), f"{where}.{field}", _short(value), "must be a string")
+            require(is_text(value), f"{where}.{field}", _short(ascii(value)), "has half of a character")
             if field in OPTIONS:
                 require(value in OPTIONS[field], f"{where}.{field}", _short(value), one_of(value, OPTIONS[field]))
         # A resumed run finds its place by it.

@@ -700,7 +700,7 @@ def _read(key: str, name: str, parser: tuple[Callable[[Any], Documents], str]) -
     data = path.read_bytes()
     try:
         made = parse(json.loads(gzip.decompress(data) if path.suffix == ".gz" else data))
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, zlib.error) as error:
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError, OSError, EOFError, zlib.error) as error:
         raise InputError(key, name, f"must be {what}, as published: {type(error).__name__} {error}") from None
     require(bool(made.rows), key, name, f"must be {what}, as published: it has no question with an answer")
     return Documents(made.rows, made.texts, hashlib.sha256(data).hexdigest())

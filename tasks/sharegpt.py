@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..conf.errors import InputError, is_whole, one_of, require
-from .base import Example, Reply, Source, Task, prompt_tokens, require_fit
+from .base import Example, Reply, Source, Task, is_text, prompt_tokens, require_fit
 from .hub import fetch_or_refuse
 from .longbench_metrics import rouge
 from .workload import Request, Workload, check_shape, random_tokens
@@ -308,6 +308,8 @@ class Conversations:
                     if text.grow():
                         continue
                     break
+                except (ValueError, RecursionError) as error:  # a number of 5,000 digits, nested too deeply
+                    raise self._wrong(f"item {len(self.turns)} cannot be read: {error}") from error
                 start = text.byte
                 text.advance(end)
                 self._add(entry, (start, text.byte - start))
@@ -328,6 +330,8 @@ class Conversations:
         for turn in turns[:2]:
             if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
                 raise self._wrong(f"item {len(self.turns)} has a turn without a text `value`")
+            if not is_text(turn["value"]):
+                raise self._wrong(f"item {len(self.turns)} has half of a character (a lone surrogate)")
         self.turns.append(len(turns))
         self._spans.append(span)
 

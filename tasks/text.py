@@ -136,8 +136,8 @@ class Text(TrainingData):
         if self.tokenizer != BYTES:
             try:
                 tokenizer: Any = AutoTokenizer.from_pretrained(Path(self.tokenizer).expanduser())
-            except (OSError, ValueError) as error:
-                reason = str(error).strip().splitlines()[0]
+            except Exception as error:  # transformers raises whatever a damaged folder makes it do
+                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
                 raise InputError("task.tokenizer", self.tokenizer, f"cannot be loaded: {reason}") from error
             tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
             tokenizer.padding_side = "left"

@@ -313,6 +313,11 @@ def test_missing_folder_and_missing_files(tmp_path: Path) -> None:
 GOOD = jsonl([row()])
 
 
+def escaped(**changes: Any) -> bytes:
+    """A row in ASCII, where JSON spells half of a character as "\\ud800"."""
+    return json.dumps(row(**changes)).encode() + b"\n"
+
+
 @pytest.mark.parametrize(
     ("content", "where", "expected"),
     [
@@ -327,6 +332,13 @@ GOOD = jsonl([row()])
         (jsonl([row(length="8k")]), ":1=length", "whole number"),
         (jsonl([row(answers="yes")]), ":1", "`answers` must be a list"),
         (jsonl([row(answers=[])]), ":1", "`answers` must be a list"),
+        (GOOD + escaped(context="half \ud800 of one"), ":2=context", "half of a character"),
+        (GOOD + escaped(input="\udfff"), ":2=input", "half of a character"),
+        (escaped(_id="a\ud800"), ":1=_id", "half of a character"),
+        (escaped(answers=["\ud800"]), ":1=answers", "half of a character"),
+        (GOOD + b'{"input": ' + b"[" * 3000 + b"]" * 3000 + b"}\n", ":2", "not a line of JSON"),
+        (GOOD + b"[" * 100_000 + b"\n", ":2", "not a line of JSON"),
+        (GOOD + b'{"length": ' + b"7" * 5000 + b"}\n", ":2", "not a line of JSON"),
     ],
 )
 def test_damaged_rows_are_reported_with_file_and_line(
@@ -388,6 +400,22 @@ def test_an_archive_that_points_outside_itself_is_refused(tmp_path: Path, member
         bundle.writestr(zipfile.ZipInfo(member), b"x")
     with pytest.raises(InputError, match="points outside the archive"):
         LongBench(data_dir=str(archive)).source()
+
+
+@pytest.mark.parametrize("spoil", ["encrypted", "unknown compression"])
+def test_an_archive_that_cannot_be_unpacked_is_one_line(tmp_path: Path, spoil: str) -> None:
+    archive = tmp_path / "data.zip"
+    with zipfile.ZipFile(archive, "w") as bundle:
+        bundle.writestr("data/qasper.jsonl", GOOD)
+    content = bytearray(archive.read_bytes())
+    for signature, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):  # the member's own header, and the directory's
+        start = content.index(signature) + flags
+        field, value = (start, 1) if spoil == "encrypted" else (start + 2, 99)
+        content[field] = value
+    archive.write_bytes(content)
+    with pytest.raises(InputError, match=r"qasper\.jsonl=unreadable") as error:
+        LongBench(["qasper"], data_dir=str(archive)).source()
+    one_line(error)
 
 
 def test_a_file_that_is_no_archive_and_a_damaged_archive(tmp_path: Path) -> None:

@@ -511,6 +511,10 @@ GOOD = json.dumps([row()]).encode()
         (b"[]", "data.json=rows: must be a JSON list of at least one question"),
         (GOOD[1:-1], "data.json=rows: must be a JSON list of at least one question"),
         (b"[1]", "data.json[0]=int: must be a JSON object"),
+        (
+            json.dumps([row() | {"question": "\udc00"}]).encode(),
+            "data.json[0].question='\\udc00': has half of a character",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, content: bytes, expected: str) -> None:

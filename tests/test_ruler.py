@@ -811,6 +811,8 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     assert "must have sentence ends" in refused(haystack=written(tmp_path, "endless.txt", "words without an end"))
     torn = written(tmp_path, "torn.json", '{"data": [')
     assert f"task.squad={torn}: must be dev-v2.0.json of SQuAD, as published: JSONDecodeError" in refused(squad=torn)
+    for nested in ("[" * 100_000, '{"data": ' + "7" * 5000 + "}"):
+        assert "must be dev-v2.0.json of SQuAD, as published" in refused(squad=written(tmp_path, "n.json", nested))
     assert "as published: KeyError 'data'" in refused(squad=written(tmp_path, "v.json", {"version": 2}))
     assert "as published: TypeError" in refused(squad=hotpot(tmp_path))
     assert "must be hotpot_dev_distractor_v1.json" in refused(hotpot=squad(tmp_path))

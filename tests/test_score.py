@@ -126,6 +126,13 @@ GOOD = json.dumps(prediction()).encode() + b"\n"
         ("hotpotqa.jsonl.gz", gzip.compress(GOOD * 9, mtime=0)[:-12], "hotpotqa.jsonl.gz:"),
         ("hotpotqa.jsonl.gz", GOOD, "hotpotqa.jsonl.gz:1=damaged"),
         ("trec.jsonl", GOOD, "`all_classes` must list the class names of trec"),
+        (
+            "trec.jsonl",
+            json.dumps(prediction(all_classes=["a", 5])).encode(),
+            "`all_classes` must list the class names",
+        ),
+        ("hotpotqa.jsonl", GOOD + b"[" * 100_000, "hotpotqa.jsonl:2="),
+        ("hotpotqa.jsonl", GOOD + b'{"length": ' + b"7" * 5000 + b"}", "hotpotqa.jsonl:2="),
         ("passage_retrieval_en.jsonl", GOOD, "must look like Paragraph 7"),
         ("qasper.jsonl.gz", gzip.compress(GOOD, mtime=0), "two files hold predictions of the same data set"),
     ],

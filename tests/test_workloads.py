@@ -414,6 +414,9 @@ def test_damage_in_the_middle_ends_the_file(tmp_path: Path) -> None:
         (b'[{"conversations": [{"value": null}]}]', "item 0 has a turn without a text `value`"),
         (b'[{"conversations": [{"value": "a"}]}] [1]', "text follows the end of the list at byte 38"),
         (b'[{"conversations": [{"value": "\xff"}]}]', "must be UTF-8"),
+        (rb'[{"conversations": [{"value": "a\ud800"}]}]', "item 0 has half of a character"),
+        (b'[{"id": ' + b"7" * 5000 + b"}]", "item 0 cannot be read"),
+        (b"[" * 100_000, "item 0 cannot be read"),
     ],
 )
 def test_a_file_that_is_no_list_of_conversations(tmp_path: Path, content: bytes, text: str) -> None:
