@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache
 
 from ..conf.errors import InputError
 from .attention import announce, repeat_heads, tag, use_kvbench_attention
+from .inference_mode import under_inference_mode
 from .logits import LogitRule
 from .prompt import Prompt, PromptReader, Rows
 from .recurrent import RecurrentStates
@@ -505,6 +506,7 @@ class KVCache(Cache):
 
     # the attention function's side --------------------------------------------------------------------------------
 
+    @under_inference_mode
     def attend(
         self,
         layer_idx: int,
@@ -621,6 +623,7 @@ class KVCache(Cache):
             for layer in self.layers
         )
 
+    @under_inference_mode
     def freeze(self, room: int) -> None:
         """See :meth:`.storage.base.LayerStorage.freeze`."""
         self.frozen = True
@@ -632,6 +635,7 @@ class KVCache(Cache):
         for layer in self.layers:
             layer.seen += steps
 
+    @under_inference_mode
     def take_back(self) -> None:
         """Undo the last step of a frozen cache."""
         assert self.frozen and self.tokens_seen is not None

@@ -50,6 +50,7 @@ class Stepper:
     record: bool = True
     how: str = field(init=False)
 
+    @torch.inference_mode()
     def __post_init__(self) -> None:
         self._compiled: CompiledStep | None = getattr(self.model, "compiled_step", None)
         rows = self.token.shape[0]
@@ -72,6 +73,7 @@ class Stepper:
             self._logits = decode(self.model, self.cache, self.token)
         self.cache.advance(-1)  # it was written down, not run
 
+    @torch.inference_mode()
     def __call__(self, token: torch.Tensor) -> torch.Tensor:
         """[rows] int64 -> logits [rows, vocabulary]; the next call may overwrite them."""
         if self.how == EAGER:

@@ -19,7 +19,7 @@ class RecurrentLayer:
 
     def update(self, state: torch.Tensor) -> None:
         """Keep ``state`` [B, H, D, D] instead of the one before."""
-        self.recurrent_states[0] = state
+        self.recurrent_states[0] = state.detach()
 
     @property
     def tokens(self) -> torch.Tensor:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from ..attention import cached_attention
+from ..inference_mode import under_inference_mode
 from ..logits import LogitRule
 from ..sharing.plan import Span
 from .buffer import Growing
@@ -87,6 +88,10 @@ def slots_that_stay(stay: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | No
     return slots, None if bool(valid.all()) else valid
 
 
+IN_PLACE = ("write", "append", "keep", "drop", "freeze", "take_back", "settle", "trim")
+"""Methods of a storage that change what it holds."""
+
+
 class LayerStorage(Growing, ABC):
     """Keys and values of one layer for one batch.
 
@@ -94,6 +99,13 @@ class LayerStorage(Growing, ABC):
     (or heads) of a batch that keep fewer tokens than the longest one are padded on the left, and a token that was
     dropped may leave a hole.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Have what changes a layer in place run under inference mode, in every storage."""
+        super().__init_subclass__(**kwargs)
+        for name in IN_PLACE:
+            if name in vars(cls):
+                setattr(cls, name, under_inference_mode(vars(cls)[name]))
 
     @abstractmethod
     def write(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
