@@ -21,6 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ..conf.errors import InputError
 from .logits import LogitRule
+from .sdpa import sdpa_without_cudnn
 from .sharing.plan import SLIDING, Span, span_of
 
 if TYPE_CHECKING:
@@ -432,7 +433,7 @@ def masked_attention(
     if parts > 1:
         out = attention_in_parts(rows, keys, values, rule.scaling, parts)
     else:
-        out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=rule.scaling)
+        out = sdpa_without_cudnn(rows, keys, values, attn_mask=mask, scale=rule.scaling)
     return out.reshape(batch, query_heads, n, -1)
 
 
