@@ -1,0 +1,190 @@
+"""Correctness and speed of every method on one CUDA device, written down as they come; see gpu_check.sh.
+
+    python scripts/gpu_check.py correct|sdpa|speed [--seconds 120]
+
+``correct``: errors of logits against the CPU for each method, eager and captured, as tests/test_cuda.py runs them.
+``sdpa``: host and device time of attention by cuDNN and without it, at shapes that are new and at the same ones again.
+``speed``: TTFT, TPOT and MBU of each method on random weights of a 7B shape, one sequence.
+
+Each writes ``$OUT/<part>.json`` (``gpu_check/`` by default) after every row, and begins no row after ``--seconds``.
+``DEV=cpu`` rehearses it at toy size on any machine. Exit status: 0 done, 1 a row failed or there was no time for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+DEVICE = os.environ.get("DEV", "cuda")
+IS_CUDA = DEVICE.startswith("cuda")
+OUT = Path(os.environ.get("OUT") or "gpu_check")
+PROMPT_TOKENS, NEW_TOKENS, BUDGET = (4096, 24, 1024) if IS_CUDA else (200, 4, 100)
+SHAPE = "llama2-7b" if IS_CUDA else "tiny"
+
+SPEED = [
+    "full",
+    f"snapkv budget={BUDGET}",
+    f"h2o budget={BUDGET}",
+    "kivi storage=kivi4",
+    "kivi storage=kivi2",
+    f"tova budget={BUDGET}",
+    f"streaming_llm budget={BUDGET} selection.mode=prefill_evict",
+    f"streaming_llm budget={BUDGET}",
+    f"snapkv_kivi4 budget={BUDGET}",
+    "minicache",
+    "minicache_kivi4",
+    f"pyramidkv budget={BUDGET}",
+    f"key_diff budget={BUDGET}",
+    f"expected_attention budget={BUDGET}",
+    "pyramid_infer",
+    f"ada_kv budget={BUDGET}",
+]
+"""Those of most interest first, the slowest one last."""
+
+Row = dict[str, Any]
+Task = tuple[Row, Callable[[], Row]]
+"""What a row is about, and what measures it."""
+
+
+def synchronize() -> None:
+    if IS_CUDA:
+        torch.cuda.synchronize()
+
+
+def correct() -> Iterator[Task]:
+    """Errors as shares of the largest logit; float32 and bfloat16, eager and captured."""
+    os.environ["KVBENCH_CUDA_TEST_DEVICE"] = DEVICE
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+    import test_cuda as tests
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+    def compare(text: str) -> Row:
+        expected, row = tests.on_the_cpu(text), {}
+        for dtype in (torch.float32, torch.bfloat16):
+            for capture in (False, True):
+                found = tests.run(text, "device", dtype, capture)
+                if capture and not found.captured:
+                    continue
+                close = 1e-3 if dtype == torch.float32 else 0.05
+                row[f"{str(dtype).removeprefix('torch.')} {'captured' if capture else 'eager'}"] = {
+                    "error": float((found.logits - expected.logits).abs().max() / expected.logits.abs().max()),
+                    "relative_norm": float((found.logits - expected.logits).norm() / expected.logits.norm()),
+                    "same_tokens": tests.same_tokens(found.prompt_keys, expected.prompt_keys, close),
+                    "top_equal": float((found.logits.argmax(-1) == expected.logits.argmax(-1)).float().mean()),
+                }
+        return row
+
+    for text in tests.METHODS:
+        if not text.startswith("hf_quantized"):  # another library compiles its kernels when they are first used
+            yield {"method": text}, functools.partial(compare, text)
+
+
+def sdpa() -> Iterator[Task]:
+    """Milliseconds until a call returns to the host, and until it is done; the first call at a shape and later ones."""
+    from kvbench.methods.sdpa import sdpa_without_cudnn
+
+    dtype = torch.bfloat16 if IS_CUDA else torch.float32
+    heads, dim = (32, 128) if IS_CUDA else (2, 16)
+
+    def measure(call: Callable[..., torch.Tensor], queries: int, length: int) -> Row:
+        calls = []
+        for _ in range(4):  # other tensors of the same shape, as the next layer has them
+            query = torch.randn(1, heads, queries, dim, device=DEVICE, dtype=dtype)
+            key, value = (torch.randn(1, heads, length, dim, device=DEVICE, dtype=dtype) for _ in range(2))
+            synchronize()
+            start = time.perf_counter()
+            call(query, key, value, is_causal=queries == length)
+            returned = time.perf_counter()
+            synchronize()
+            calls.append({"host_ms": 1e3 * (returned - start), "done_ms": 1e3 * (time.perf_counter() - start)})
+        return {"calls": calls}
+
+    for kind, lengths in (
+        ("prefill", (PROMPT_TOKENS // 2, PROMPT_TOKENS // 2 + 40, PROMPT_TOKENS)),
+        ("one token", (PROMPT_TOKENS, PROMPT_TOKENS + 1, PROMPT_TOKENS + 2)),
+    ):
+        for name, call in (("any", F.scaled_dot_product_attention), ("without cuDNN", sdpa_without_cudnn)):
+            for length in lengths:
+                about = {"kind": kind, "kernels": name, "keys": length}
+                yield about, functools.partial(measure, call, length if kind == "prefill" else 1, length)
+
+
+def speed() -> Iterator[Task]:
+    """One process and one model for all methods; two prompts each, of which the second one counts."""
+    from kvbench.models.random import RandomModel
+    from kvbench.runners.cli import named_method
+    from kvbench.runners.measure import copy_bandwidth
+    from kvbench.runners.passes import Job, batches, bytes_read_per_step, time_batch
+    from kvbench.tasks.shape import Shape
+
+    dtype = torch.bfloat16 if IS_CUDA else torch.float32
+    source = RandomModel(shape=SHAPE, max_positions=1 << 20)
+    loaded = source.load(DEVICE, dtype)
+    bandwidth = copy_bandwidth(DEVICE)
+    assert bandwidth is not None
+
+    def measure(text: str) -> Row:
+        method, workload = named_method(text), Shape(prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS)
+        job = Job(source, method, workload, DEVICE, dtype, 0, 1, None, 1, 1)
+        work = batches(job, loaded)
+        if IS_CUDA:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        time_batch(loaded.model, work[0], job)
+        timed = time_batch(loaded.model, work[0], job)
+        tpot_s = timed.decoding / len(timed.steps)
+        return {
+            "ttft_ms": 1e3 * timed.ttft,
+            "tpot_ms": 1e3 * tpot_s,
+            "step_median_ms": 1e3 * sorted(timed.steps)[len(timed.steps) // 2],
+            "decode": timed.how,
+            "recording_s": timed.recording,
+            "mbu": bytes_read_per_step(work, loaded.model, method) / bandwidth / tpot_s,
+            "peak_bytes": torch.cuda.max_memory_allocated() if IS_CUDA else None,
+        }
+
+    for text in SPEED:
+        about = {"method": text, "shape": SHAPE, "prompt_tokens": PROMPT_TOKENS, "copy_bytes_per_s": bandwidth}
+        yield about, functools.partial(measure, text)
+
+
+PARTS = {"correct": correct, "sdpa": sdpa, "speed": speed}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--seconds", type=float, default=120)
+    asked = parser.parse_args()
+    OUT.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    name = torch.cuda.get_device_name() if IS_CUDA else "cpu"
+    rows: list[Row] = [{"device": name, "torch": torch.__version__}]
+    for about, measure in PARTS[asked.part]():
+        row = dict(about)
+        try:
+            row |= measure() if time.perf_counter() - start < asked.seconds else {"problem": "no time left"}
+        except Exception as error:  # the other rows are still wanted
+            row["problem"] = f"{type(error).__name__}: {str(error)[:300]}"
+        gc.collect()
+        row["at_s"] = round(time.perf_counter() - start, 1)
+        rows.append(row)
+        (OUT / f"{asked.part}.json").write_text(json.dumps(rows, indent=1) + "\n")
+        print(json.dumps(row), flush=True)
+    return int(any("problem" in row for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

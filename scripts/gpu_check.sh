@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Correctness and a short measurement of speed on one CUDA GPU, within 8 minutes, on a machine that has PyTorch,
+# transformers, Triton, pytest and pandas but not kvbench. Nothing is fetched: what else is needed is in .whl/ as wheels.
+#
+#   scripts/gpu_check.sh [PART...]            all parts, or some: tests correct sdpa speed
+#   DEV=cpu scripts/gpu_check.sh [PART...]    the same at toy size, on any machine
+#
+# Results go to $OUT (gpu_check/ by default): tests.log, tests.xml, and a JSON and a log for each other part, complete up
+# to where it was cut off. Each part has a time limit of its own. PYTHON names the interpreter, python3 by default.
+# Exit status: 0 all done, 1 something failed or was cut off.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+export OUT="${OUT:-$PWD/gpu_check}" DEV="${DEV:-cuda}" PYTHON="${PYTHON:-python3}"
+mkdir -p "$OUT"
+site="$(mktemp -d)"
+trap 'rm -rf "$site"' EXIT
+if compgen -G ".whl/*.whl" > /dev/null; then
+    "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" .whl/*.whl || exit 1
+fi
+mkdir -p "$site/kvbench"
+for folder in conf methods models tasks runners analysis; do ln -s "$PWD/$folder" "$site/kvbench/$folder"; done
+export PYTHONPATH="$site" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 KVBENCH_CUDA_TEST_DEVICE="$DEV"
+
+status=0
+part() { # name, seconds, command...
+    local name=$1 limit=$2 begin=$SECONDS
+    shift 2
+    echo "== $name (at most $limit s)"
+    timeout --kill-after=5 "$limit" "$@" > "$OUT/$name.log" 2>&1
+    local left=$?
+    [ $left -eq 0 ] || status=1
+    tail -n 25 "$OUT/$name.log" | cut -c 1-300
+    echo "== $name: exit status $left after $((SECONDS - begin)) s"
+}
+
+for name in ${*:-tests correct sdpa speed}; do
+    case $name in
+        tests)
+            part tests 200 "$PYTHON" -m pytest -q --tb=short -p no:cacheprovider --junitxml="$OUT/tests.xml" \
+                --durations=5 tests/test_cuda.py tests/test_graph.py tests/test_sdpa.py ;;
+        correct) part correct 100 "$PYTHON" scripts/gpu_check.py correct --seconds 80 ;;
+        sdpa) part sdpa 40 "$PYTHON" scripts/gpu_check.py sdpa --seconds 25 ;;
+        speed) part speed 130 "$PYTHON" scripts/gpu_check.py speed --seconds 105 ;;
+        *)
+            echo "no part $name: tests, correct, sdpa or speed" >&2
+            exit 1 ;;
+    esac
+done
+exit $status
