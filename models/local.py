@@ -93,7 +93,16 @@ class LocalModel(ModelSource):
 
     @cached_property
     def _digest(self) -> str:
-        patterns = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.spm", "*.codes", "*.tokenizer")
+        patterns: tuple[str, ...] = (
+            "*.json",
+            "*.safetensors",
+            "*.model",
+            "*.jinja",
+            "*.txt",
+            "*.spm",
+            "*.codes",
+            "*.tokenizer",
+        )
         patterns += ("additional_chat_templates/*.jinja",)
         whole = hashlib.sha256()
         for file in sorted({file for pattern in patterns for file in self.folder.glob(pattern)}):

@@ -80,8 +80,7 @@ def load_pretrained(
     with refused_in_one_line(folder):
         tokenizer = tokenizer_class.from_pretrained(folder, **safe)
         with _without_load_report():
-            model: Any
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
                 use_safetensors=True,
@@ -91,6 +90,7 @@ def load_pretrained(
                 **safe,
                 **spread,
             )
+    model, loading = loaded
     _check_tensors(folder, loading)
     if device_map is not None and getattr(model.config, "kv_source_layers", None) is not None:
         raise InputError("model.device_map", device_map, "is for models whose layers have keys and values of their own")
