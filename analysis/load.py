@@ -36,6 +36,9 @@ RESULTS = {
 }
 """Fields of a finished run by its kind."""
 
+UNRANKED = ("Selection", "StreamingLLM")
+"""Selections that rank no tokens. Records of the others name their rule, but for those from before there was one."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -167,6 +170,14 @@ def settings_key(record: Mapping[str, Any]) -> str:
         rest = {k: v for k, v in rest.items() if k != "seed"}
         rest["train"] = {k: v for k, v in rest["train"].items() if k != "lr"}
     return "\x00".join([record["kind"], record["task"], record["model"], json.dumps(rest, sort_keys=True)])
+
+
+def tie_rule(record: Mapping[str, Any]) -> str | None:
+    """What ranked a run's tokens, down to equal scores; None: its method ranks none."""
+    selection = record["identity"]["method"]["selection"]
+    if selection["class"] in UNRANKED:
+        return None
+    return str(selection.get("ties", "score, then as the device sorts"))
 
 
 def fewer_is_better(record: Mapping[str, Any]) -> bool:

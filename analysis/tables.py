@@ -22,7 +22,7 @@ from statistics import fmean
 from typing import Any
 
 from ..conf.errors import InputError, one_of
-from .load import Run, average, comparable, fewer_is_better, load, setting
+from .load import Run, average, comparable, fewer_is_better, load, setting, tie_rule
 
 MIB, GIB = 2**20, 2**30
 
@@ -190,6 +190,8 @@ def budget_tables(runs: Sequence[Run]) -> list[Table]:
             shares = ", ".join(f"{b}: {100 * k:.1f} %" for b, k in zip(budgets, kept, strict=True))
             what = "Perplexity" if fewer_is_better(group[0].record) else "Mean score"
             notes = [f"{what} and its 95 % interval. Bytes kept of the full cache, mean of the methods: {shares}."]
+            shown = [run for row in by_curve.values() for run in row.values()]
+            notes += _tie_rules(shown)
             made.append(Table(title, ["method / budget", *map(str, budgets)], rows, first, notes))
         if others:
             what_column = "perplexity" if fewer_is_better(group[0].record) else "score"
@@ -415,7 +417,20 @@ def _made_by(runs: Sequence[Run]) -> list[str]:
     ):
         if len(versions) > 1:
             notes.append(f"Runs {what}: {', '.join(sorted(map(str, versions)))}.")
-    return notes
+    return notes + _tie_rules(runs)
+
+
+def _tie_rules(runs: Sequence[Run]) -> list[str]:
+    """Which rules chose between equally scored tokens, where not all runs were made under one."""
+    by_rule: dict[str, list[str]] = {}
+    for run in runs:
+        rule = tie_rule(run.record)
+        if rule is not None:
+            by_rule.setdefault(rule, []).append(run.record["method_label"])
+    if len(by_rule) < 2:
+        return []
+    rules = "; ".join(f"by {rule}: {', '.join(dict.fromkeys(labels))}" for rule, labels in sorted(by_rule.items()))
+    return [f"Tokens were not ranked alike ({rules}): a part of a difference is the choice among equal scores."]
 
 
 def _makers(record: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:

@@ -120,7 +120,8 @@ def attention_function(
         query: [B, H_q, n, D], after RoPE.
         key: [B, H_kv, n, D], the new tokens only, after RoPE.
         value: [B, H_kv, n, D_v].
-        attention_mask: the 2-D padding mask [B, tokens seen + n], True where a token is real, or None: no padding.
+        attention_mask: as :func:`padding_mask` gives it, [B, 1, 1, tokens seen + n], True where a token is real; also
+            without the two dimensions between; None: no padding.
         scaling: factor on the logits; 1 / sqrt(D) when None.
         sliding_window: the model's own window for this layer, if it has one; the plan's must be the same.
         softcap, s_aux: see :class:`.logits.LogitRule`.
@@ -147,12 +148,10 @@ def attention_function(
         _refuse(module, "dropout", dropout, "is for training; call model.eval() first")
     if is_causal is False or (is_causal is None and not getattr(module, "is_causal", True)):
         _refuse(module, "is_causal", False, "is attention in both directions; kvbench's caches are causal")
-    if cache is not None and others.get("use_cache") is False:
-        _refuse(module, "use_cache", False, "was given together with a cache, which would take every token again")
-    if attention_mask is not None and attention_mask.dim() != 2:
-        _refuse(
-            module, "attention_mask", f"of {attention_mask.dim()} dimensions", "must be a padding mask [batch, tokens]"
-        )
+    if cache is not None and _begins_again(module, cache, query.shape[2], others.get("position_ids")):
+        _refuse(module, "position_ids", 0, "begins a text in a cache that has read one; is use_cache=False?")
+    if attention_mask is not None:
+        attention_mask = _padding_of(module, attention_mask)
     declared = getattr(module, "sinks", None)
     if isinstance(declared, torch.Tensor) and s_aux is None and "s_aux" not in others:
         _refuse(module, "sinks", "None", "has attention sinks that its attention function is not given")
@@ -165,6 +164,24 @@ def attention_function(
     else:
         out = cache.attend(module.layer_idx, query, key, value, rule, attention_mask, new_kv)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _padding_of(module: Any, mask: torch.Tensor) -> torch.Tensor:
+    """[B, tokens] of a mask as :func:`padding_mask` gives it out, [B, 1, 1, tokens]."""
+    if mask.dim() == 4 and mask.shape[1] == mask.shape[2] == 1 and mask.dtype == torch.bool:
+        flat = mask[:, 0, 0]
+        flat.kvbench_local_size = getattr(mask, "kvbench_local_size", None)  # type: ignore[attr-defined]
+        return flat
+    if mask.dim() != 2:
+        _refuse(module, "attention_mask", f"of {mask.dim()} dimensions", "must be a padding mask [batch, tokens]")
+    return mask
+
+
+def _begins_again(module: Any, cache: KVCache, n: int, position_ids: torch.Tensor | None) -> bool:
+    """Whether several new columns have the positions of a text's beginning although the cache holds some."""
+    if n == 1 or position_ids is None or module.layer_idx != cache.first_layer or not cache.get_seq_length():
+        return False
+    return int(position_ids[..., 0].max()) == 0
 
 
 def _refuse(module: Any, keyword: str, value: object, problem: str) -> NoReturn:
@@ -181,23 +198,25 @@ def padding_mask(
     use_vmap: bool = False,
     **others: Any,
 ) -> torch.Tensor | None:
-    """The mask "function" registered beside it: the 2-D padding mask as it is; causality belongs to the cache.
+    """The mask "function" registered beside it: the padding mask as it is; causality belongs to the cache.
 
     A window or chunk that a model puts into its mask is named on the tensor, so that it can be compared with the plan.
+
+    Returns:
+        [B, 1, 1, tokens] (some models cut masks of four dimensions), or None: no padding.
 
     Raises:
         InputError: the model's mask is more than causal, padded and local: a prefix that is seen from both sides, say.
     """
     both_directions = "allow_is_bidirectional_skip" in others or not getattr(config, "is_causal", True)
     if both_directions or use_vmap:
-        reason = "attends in both directions" if both_directions else "adds a rule of its own to the causal mask"
-        raise InputError(
-            "model", getattr(config, "model_type", "?"), f"{reason}, which a KV cache of a decoder has not"
-        )
-    if attention_mask is not None and local_size is not None:
-        attention_mask = attention_mask.view_as(attention_mask)
-        attention_mask.kvbench_local_size = local_size  # type: ignore[attr-defined]
-    return attention_mask
+        problem = "attends in both directions" if both_directions else "adds a rule of its own to the causal mask"
+        raise InputError("model", getattr(config, "model_type", "?"), f"{problem}; kvbench's caches are causal")
+    if attention_mask is None:
+        return None
+    mask = attention_mask.bool()[:, None, None]
+    mask.kvbench_local_size = local_size  # type: ignore[attr-defined]
+    return mask
 
 
 AttentionInterface.register(ATTENTION_NAME, attention_function)

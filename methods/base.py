@@ -27,6 +27,7 @@ from .inference_mode import under_inference_mode
 from .logits import LogitRule
 from .prompt import Prompt, PromptReader, Rows
 from .recurrent import RecurrentStates
+from .selection import ranking
 from .selection.base import ALL_QUERIES, ModelLayer, Selection, Step
 from .selection.local import LocalAttention
 from .selection.streaming_llm import BLOCK
@@ -205,6 +206,10 @@ class Method:
             parts[part] = {"class": type(value).__name__, **asdict(value)}
             if getattr(value, "version", 1) > 1:
                 parts[part]["version"] = value.version
+        if not parts["selection"].get("prefill_only", True):  # a run from before there was such a key is the same run
+            del parts["selection"]["prefill_only"]
+        if self.selection.ranks_tokens:  # one from before there was such a rule is not: it kept other tokens
+            parts["selection"]["ties"] = ranking.RULE
         return parts
 
     @property
@@ -408,7 +413,7 @@ class KVCache(Cache):
     def __init__(self, layers: Sequence[Any], plan: Plan, passes: int | None = None):
         super().__init__(layers=list(layers))
         self.plan, self.passes = plan, passes
-        self._first_layer = next(iter(plan.attending), 0)  # of the model's layers, the first to come here in a forward
+        self.first_layer = next(iter(plan.attending), 0)  # of the model's layers, the first to come here in a forward
         self.rehearsing = False
         self.prompt_length: int | None = None
         self.tokens_seen: torch.Tensor | None = None
@@ -445,7 +450,7 @@ class KVCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         if layer_idx not in self.plan.attending:
-            layer_idx = self._first_layer
+            layer_idx = self.first_layer
         return self.layers[self.plan.cache_layer[layer_idx]].get_seq_length()
 
     # the recurrent layers' calls go to transformers' own cache
@@ -535,7 +540,7 @@ class KVCache(Cache):
             use = Use(writes=False, strict=use.strict, last=False, counts=False)
         layer = self.layers[self.plan.cache_layer[layer_idx]]
         end = layer.get_seq_length() + key.shape[2]
-        if layer_idx == self._first_layer:
+        if layer_idx == self.first_layer:
             self.new_tokens = self._begin(key, padding_mask)
             if self.pieces is not None:
                 self.pieces[end] = self.new_tokens

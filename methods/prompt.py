@@ -224,6 +224,13 @@ class PromptReader(ABC):
         if len(queries) > 1:
             if rule.sinks is not None:
                 raise InputError("model", f"layer {self.model_layer}", "shares keys and values and has attention sinks")
+            if len({q.shape[2] for q in queries}) > 1:
+                raise InputError(
+                    "model.generate",
+                    self.names(),
+                    "needs the prompt's last queries of every layer, and this model leaves some out of the layers that "
+                    "share keys; use kvbench.runners.engine.generate",
+                )
             heads = keys.shape[1]
             grouped = [q.unflatten(1, (heads, -1)) for q in queries]  # [B, H_kv, g, W, D]
             query = torch.cat(grouped, dim=2).flatten(1, 2)

@@ -102,6 +102,9 @@ def prefill(
         reading: AbstractContextManager[None] = _layer_by_layer(model, cache, chunk_size)
     else:
         reading = nullcontext()
+    # Given a number, Gemma 4 leaves the other tokens out of the layers that only read keys, and a method would not see
+    # their queries.
+    takes_index = cache.plan.shares and not isinstance(model, KVShareLlamaForCausalLM)
     for start in range(0, length, step):
         end = min(length, start + step)
         with reading:
@@ -111,7 +114,7 @@ def prefill(
                 position_ids=positions[:, start:end],
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=torch.tensor([end - start - 1], device=input_ids.device) if takes_index else 1,
             ).logits
     if any(cache.get_seq_length(i) != length for i in cache.plan.attending):
         raise RuntimeError(f"{type(model).__name__} did not route every layer's attention through the kvbench cache")
@@ -174,7 +177,7 @@ def _piece(name: str, value: Any, start: int, end: int, length: int) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     if name == "attention_mask":  # of all columns so far, [B, columns]; the cache sees to causality
-        return value[:, :end]
+        return value[..., :end]
     if name == "cache_position":
         return value[start:end]
     # positions, their cosines and sines, inputs of a layer's own: [B, columns, ...]

@@ -10,6 +10,20 @@ from kvbench.methods.prompt import Prompt
 LENGTH, DIM = 40, 8
 
 
+def swapped(ours: list[int], published: list[int], scores: torch.Tensor) -> tuple[list[int], list[int]]:
+    """(kept here alone, kept by the published code alone), once it is sure that they differ within one tie.
+
+    Args:
+        ours, published: tokens that one head keeps, the protected last ones included.
+        scores: [T - w], pooled.
+    """
+    here, there = sorted(set(ours) - set(published)), sorted(set(published) - set(ours))
+    if here or there:
+        cut = min(float(scores[t]) for t in ours if t < len(scores))
+        assert all(abs(float(scores[t]) - cut) < 1e-6 for t in here + there), "not a tie where the budget ends"
+    return here, there
+
+
 def golden_prompt(
     query_heads: int = 4, kv_heads: int = 4, window: int = 4, layer_idx: int = 0, num_layers: int = 1
 ) -> Prompt:

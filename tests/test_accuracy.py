@@ -405,6 +405,25 @@ def test_rows_of_another_setting_or_of_other_data_are_not_reused(world, tmp_path
     assert len(json.loads(newest.read_text())["sessions"]) == 1
 
 
+def test_runs_under_another_rule_for_equal_scores_are_neither_reused_nor_taken_as_done(world, tmp_path):
+    """A record from before there was a rule has no ``ties``; the full cache ranks nothing, and its rows are taken."""
+    from kvbench.runners.record import identity_hash
+
+    part = ("task.datasets=[qasper]", "task.limit=2")
+    run(world, tmp_path, *part)
+    (old,) = tmp_path.glob("*/*/snapkv/*")
+    record = json.loads((old / "record.json").read_text())
+    assert record["identity"]["method"]["selection"].pop("ties") == "score, unpooled score, index"
+    record["hash"] = identity_hash(record["identity"])
+    (old / "record.json").write_text(json.dumps(record))
+    old = old.rename(old.with_name(record["hash"]))
+    out = run(world, tmp_path, "task.datasets=[qasper]", "task.limit=3", "runner.reuse=true").stdout
+    assert re.findall(r"(\w+)(?: \d+)?: (\d) examples from", out) == [("full", "2")]
+    again = run(world, tmp_path, *part).stdout
+    assert "full: already done" in again and "snapkv 40: already done" not in again
+    assert len(list(tmp_path.glob("*/*/snapkv/*/record.json"))) == 3
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

@@ -15,6 +15,7 @@ from kvbench.methods.selection import h2o
 from kvbench.methods.selection.base import Step
 from kvbench.methods.selection.evicting import EvictingState
 from kvbench.methods.selection.h2o import H2O, attention_received
+from kvbench.methods.selection.pyramid_infer import PyramidInfer
 from kvbench.methods.selection.streaming_llm import StreamingLLM
 from kvbench.methods.selection.tova import TOVA
 from kvbench.methods.storage import dense
@@ -195,11 +196,41 @@ def test_rows_of_different_lengths_have_their_own_limits(selection):
 
 
 @pytest.mark.parametrize(
-    "options", [{"recent_share": 1.5}, {"recent_share": "half"}, {"prefill_only": 3}, {"budget": 0}]
+    ("rule", "options"),
+    [
+        (H2O, {"recent_share": 1.5}),
+        (H2O, {"recent_share": "half"}),
+        (H2O, {"prefill_only": 3}),
+        (H2O, {"budget": 0}),
+        (TOVA, {"prefill_only": "once"}),
+        (PyramidInfer, {"prefill_only": "once"}),
+    ],
 )
-def test_bad_settings(options):
+def test_bad_settings(rule, options):
     with pytest.raises(InputError, match=r"method\."):
-        H2O(**options)
+        rule(**options)
+
+
+@pytest.mark.parametrize("rule", [H2O, TOVA], ids=lambda r: r.__name__)
+def test_prefill_only_keeps_of_the_prompt_what_the_method_does_and_everything_generated(rule):
+    model, ids = tiny_model(), prompt_ids(30)
+    caches = [Method("x", rule(11, prefill_only=only)).new_cache(model) for only in (False, True)]
+    for cache in caches:
+        prefill(model, cache, ids)
+    for every, once in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert torch.equal(every.storage.read()[0], once.storage.read()[0])
+    for i in range(20):
+        for cache in caches:
+            decode(model, cache, torch.tensor([3 + i]))
+    assert all((t == 11).all() for t in caches[0].tokens_held)
+    assert all((t == 31).all() for t in caches[1].tokens_held)
+    assert all(not list(layer.selection.state_tensors(layer.state)) for layer in caches[1].layers)
+
+
+def test_prefill_only_of_pyramid_infer_is_the_trigger_never():
+    assert PyramidInfer(prefill_only=True) == PyramidInfer(trigger="never")
+    ours, other = (Method("x", PyramidInfer(**o)).identity() for o in ({"prefill_only": True}, {"trigger": "never"}))
+    assert ours == other
 
 
 @pytest.mark.parametrize(

@@ -335,7 +335,7 @@ def test_a_used_cache_takes_further_turns_and_no_other_prompt():
     with pytest.raises(InputError, match="make a new one"):
         prefill(model, cache, prompt_ids(50))
     new = method.new_cache(model)
-    with pytest.raises(InputError, match="use_cache=False: was given together with a cache"):
+    with pytest.raises(InputError, match="begins a text in a cache that has read one"):
         model.generate(prompt_ids(9), past_key_values=new, use_cache=False, max_new_tokens=4, do_sample=False)
 
 

@@ -9,6 +9,19 @@ from pathlib import Path
 
 import pytest
 
+from kvbench.methods.base import Method
+from kvbench.methods.selection.ada_kv import AdaKV
+from kvbench.methods.selection.expected_attention import ExpectedAttention
+from kvbench.methods.selection.h2o import H2O
+from kvbench.methods.selection.key_diff import KeyDiff
+from kvbench.methods.selection.pyramid_infer import PyramidInfer
+from kvbench.methods.selection.pyramidkv import PyramidKV
+from kvbench.methods.selection.random_tokens import RandomTokens
+from kvbench.methods.selection.snapkv import SnapKV
+from kvbench.methods.selection.streaming_llm import StreamingLLM
+from kvbench.methods.selection.tova import TOVA
+from kvbench.methods.storage.kivi import Kivi
+from kvbench.methods.storage.minicache import MiniCache
 from kvbench.runners.record import RunFolder
 from kvbench.runners.runs import in_turns
 
@@ -80,3 +93,29 @@ def test_two_jobs_with_the_same_runs_in_another_order_both_end(tmp_path):
     jobs = [threading.Thread(target=job, args=(tmp_path, names, log)) for names in (("a", "b"), ("b", "a"))]
     at_once(*jobs)
     assert sorted(entry[1] for entry in log if entry[0] == "done") == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [SnapKV(), PyramidKV(), AdaKV(), H2O(), TOVA(), KeyDiff(), ExpectedAttention(), RandomTokens(), PyramidInfer()],
+    ids=lambda s: type(s).__name__,
+)
+def test_a_method_that_ranks_tokens_names_the_rule_for_equal_scores(selection):
+    """So the hash of a run made before there was a rule is another one."""
+    assert Method("x", selection).identity()["selection"]["ties"] == "score, unpooled score, index"
+
+
+def test_methods_that_rank_no_tokens_keep_their_hash():
+    """As they stand in records from before there was a rule."""
+    dense = {"class": "Dense"}
+    stream = {"class": "StreamingLLM", "budget": 1024, "sinks": 4, "mode": "true_stream", "reposition": True}
+    kivi = {"class": "Kivi", "bits": 4, "group": 32, "residual": 128}
+    pairs = {"class": "MiniCache", "start": None, "t": 0.6, "gamma": 0.05, "retention": "top_ratio"}
+    everything = {"class": "Selection"}
+    for method, expected in (
+        (Method("full"), {"name": "full", "selection": everything, "storage": dense}),
+        (Method("kivi", storage=Kivi(bits=4)), {"name": "kivi", "selection": everything, "storage": kivi}),
+        (Method("minicache", storage=MiniCache()), {"name": "minicache", "selection": everything, "storage": pairs}),
+        (Method("streaming_llm", StreamingLLM()), {"name": "streaming_llm", "selection": stream, "storage": dense}),
+    ):
+        assert method.identity() == expected

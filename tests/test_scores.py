@@ -21,6 +21,9 @@ from kvbench.runners.cli import named_method
 D = 16  # of the tiny models
 
 
+ROTARY = Rotary(LlamaRotaryEmbedding(tiny_model().config).inv_freq)
+
+
 def rotated(x: torch.Tensor, start: int = 0) -> torch.Tensor:
     """Llama's own RoPE on [1, H, T, D], positions from ``start``."""
     rope = LlamaRotaryEmbedding(tiny_model().config).double()
@@ -108,7 +111,7 @@ def naive_expected(prompt: Prompt, raw: torch.Tensor, method: ExpectedAttention)
 def test_expected_attention_is_the_papers_closed_form(sinks, epsilon, future):
     prompt, raw = random_prompt()
     method = ExpectedAttention(budget=12, sinks=sinks, epsilon=epsilon, future=future)
-    ours = method.score(prompt, Rotary(tiny_model().config))
+    ours = method.score(prompt, ROTARY)
     expected = naive_expected(prompt, raw, method)[None]
     finite = expected.isfinite()
     assert torch.equal(finite, ours.isfinite())
@@ -119,8 +122,8 @@ def test_epsilon_is_the_authors_and_gives_long_values_a_chance():
     """Their evaluation's 0.01, on the command line as in Python; 0, their class's default, ranks by attention first."""
     assert ExpectedAttention().epsilon == named_method("expected_attention").selection.epsilon == 0.01
     prompt, _ = random_prompt()
-    state, keys, values = Rotary(tiny_model().config), 3 * prompt.keys, prompt.values.clone()  # attention that peaks
-    prompt = Prompt(prompt.query, keys, values, prompt.scaling, 1, 3)
+    state, keys, values = ROTARY, 3 * prompt.keys, prompt.values.clone()  # attention that peaks
+    prompt = Prompt(prompt.query, keys, values, prompt.rule, 1, 3)
     attention = ExpectedAttention(sinks=0, epsilon=0.0).score(prompt, state)[0, 0] / values[0, 0].norm(dim=-1)
     least = int(attention.argmin())
     values[:, :, least] *= 20
@@ -133,7 +136,7 @@ def test_expected_attention_ranks_as_sampled_queries_do():
     prompt, raw = random_prompt(query_heads=1, kv_heads=1, bias=2.0)
     prompt = Prompt(prompt.query, prompt.keys, torch.ones_like(prompt.values), prompt.rule, 1, 3)
     method = ExpectedAttention(budget=12, sinks=0, future=8)
-    ours = method.score(prompt, Rotary(tiny_model().config))[0, 0].double()
+    ours = method.score(prompt, ROTARY)[0, 0].double()
     mean, centred = raw[0, 0].mean(0), raw[0, 0] - raw[0, 0].mean(0)
     factor = torch.linalg.cholesky(centred.T @ centred / 40 + 1e-9 * torch.eye(D, dtype=torch.float64))
     g = torch.Generator().manual_seed(0)
@@ -148,7 +151,7 @@ def test_expected_attention_ranks_as_sampled_queries_do():
 
 def test_sinks_stay():
     prompt, _ = random_prompt()
-    kept = ExpectedAttention(budget=6, sinks=4).select(prompt, Rotary(tiny_model().config)).slots
+    kept = ExpectedAttention(budget=6, sinks=4).select(prompt, ROTARY).slots
     assert kept[0, :, :4].tolist() == [[0, 1, 2, 3]] * 2
 
 

@@ -8,14 +8,16 @@ from importlib.resources import files
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import left_pad, prompt_ids, tiny_model
+from tiny_models import SHAPE, left_pad, prompt_ids, tiny_model
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from kvbench.conf.errors import InputError
 from kvbench.methods.base import Method
 from kvbench.methods.rotary import Rotary
 from kvbench.methods.selection.streaming_llm import StreamingLLM
-from kvbench.runners.engine import decode, generate, prefill
+from kvbench.methods.storage.dense import Dense
+from kvbench.methods.storage.kivi import Kivi
+from kvbench.runners.engine import decode, feed, generate, prefill
 
 BUDGET, SINKS = 20, 4
 
@@ -98,6 +100,73 @@ def test_several_tokens_at_once_are_the_same_as_one_after_another(mode):
     assert all((t == BUDGET).all() for t in at_once.tokens_held)
 
 
+def naive_prefill_only(model, prompt, tokens, budget: int, sinks: int) -> torch.Tensor:
+    """Logits after each of ``tokens``: full prefill, one eviction, then keys before RoPE at their places in the cache.
+
+    The newest token's place is the number of held tokens before it, as it is in the paper's stream.
+    """
+    layers, rotary = model.model.layers, model.model.rotary_emb
+    out = model(input_ids=prompt, output_hidden_states=True)
+    kept = [*range(sinks), *range(prompt.shape[1] - budget + sinks, prompt.shape[1])]
+    caches = []
+    for layer, hidden in zip(layers, out.hidden_states[:-1], strict=True):
+        x = layer.input_layernorm(hidden)
+        shape = (1, prompt.shape[1], -1, layer.self_attn.head_dim)
+        k, v = (p(x).view(shape).transpose(1, 2) for p in (layer.self_attn.k_proj, layer.self_attn.v_proj))
+        caches.append([k[:, :, kept], v[:, :, kept]])
+    logits = []
+    for token in tokens:
+        hidden = model.model.embed_tokens(token[None])
+        for layer, held in zip(layers, caches, strict=True):
+            attention, residual = layer.self_attn, hidden
+            x = layer.input_layernorm(hidden)
+            shape = (1, 1, -1, attention.head_dim)
+            q, k, v = (p(x).view(shape).transpose(1, 2) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+            held[0], held[1] = torch.cat([held[0], k], 2), torch.cat([held[1], v], 2)
+            cos, sin = rotary(v, torch.arange(held[0].shape[2])[None])
+            _, keys = apply_rotary_pos_emb(held[0], held[0], cos, sin)
+            q, _ = apply_rotary_pos_emb(q, q, cos[:, -1:], sin[:, -1:])
+            groups = q.shape[1] // keys.shape[1]
+            keys, values = keys.repeat_interleave(groups, 1), held[1].repeat_interleave(groups, 1)
+            weights = torch.softmax(q @ keys.transpose(-1, -2) * attention.scaling, -1)
+            hidden = residual + attention.o_proj((weights @ values).transpose(1, 2).reshape(1, 1, -1))
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        logits.append(model.lm_head(model.model.norm(hidden))[:, -1])
+    return torch.stack(logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("storage", ["dense", "kivi8"])
+def test_prefill_only_evicts_once_and_counts_positions_in_the_cache(storage):
+    """In a padded batch whose second row is too short for anything to leave; several tokens at once too."""
+    model = tiny_model()
+    held = Dense() if storage == "dense" else Kivi(bits=8, group=8, residual=16)
+    selection = StreamingLLM(budget=BUDGET, mode="prefill_evict", prefill_only=True)
+    method = Method("streaming_llm", selection, held)
+    prompts = [prompt_ids(50, 1), prompt_ids(9, 2)]
+    more = torch.cat([prompt_ids(30, 3), prompt_ids(30, 4)])
+    expected = naive_prefill_only(model, prompts[0], more[0, :, None], BUDGET, SINKS)[:, 0]
+    cache, several = (method.new_cache(model) for _ in range(2))
+    ids, mask = left_pad(prompts)
+    prefill(model, cache, ids, mask)
+    prefill(model, several, ids, mask)
+    ours = torch.stack([decode(model, cache, more[:, t]) for t in range(30)])
+    assert (ours[:, 0] - expected).abs().max() < (2e-4 if storage == "dense" else 0.5)
+    assert [t.flatten().unique().tolist() for t in cache.tokens_held] == [[9 + 30, BUDGET + 30]] * 3
+    full = Method("full").new_cache(model)
+    prefill(model, full, prompts[1])
+    plain = torch.stack([decode(model, full, more[1:, t]) for t in range(30)])
+    assert (ours[:, 1] - plain[:, 0]).abs().max() < (1e-9 if storage == "dense" else 0.5)
+    if storage == "dense":
+        together = torch.cat(list(feed(model, several, more)), dim=1).transpose(0, 1)
+        assert (together - ours).abs().max() < 1e-9
+
+
+def test_prefill_only_of_a_stream_is_one_line():
+    with pytest.raises(InputError, match=r"method\.selection\.prefill_only=True: .*mode=prefill_evict$"):
+        StreamingLLM(budget=BUDGET, prefill_only=True)
+
+
 def test_never_more_than_the_budget_is_held_and_the_sinks_never_change():
     model, ids = tiny_model(), prompt_ids(70)
     cache = Method("streaming_llm", StreamingLLM(budget=BUDGET)).new_cache(model)
@@ -166,16 +235,17 @@ def test_turning_is_moving_by_so_many_positions(rope):
     embedding = LlamaRotaryEmbedding(config)
     x = torch.randn(1, 2, 3, 16, generator=torch.Generator().manual_seed(0))
     at = lambda p: apply_rotary_pos_emb(x, x, *embedding(x, torch.tensor([p])))[0]  # noqa: E731
-    turned = Rotary(config).turn(at([5, 90, 700]), torch.tensor([[3, -40, 300]]))
+    turned = Rotary(embedding.inv_freq).turn(at([5, 90, 700]), torch.tensor([[3, -40, 300]]))
     assert (turned - at([8, 50, 1000])).abs().max() < 1e-4
 
 
 def test_models_whose_positions_cannot_be_moved_are_refused():
-    from transformers import LlamaConfig
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=rope)).eval()
     with pytest.raises(InputError, match="reposition"):
-        Rotary(config)
+        Method("streaming_llm", StreamingLLM(budget=16)).new_cache(model)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +257,8 @@ def test_models_whose_positions_cannot_be_moved_are_refused():
         ({"budget": 0}, "method.budget"),
         ({"mode": "stream"}, "method.selection.mode"),
         ({"reposition": "yes"}, "method.selection.reposition"),
+        ({"prefill_only": 1, "mode": "prefill_evict"}, "method.selection.prefill_only"),
+        ({"prefill_only": True}, "method.selection.prefill_only"),
     ],
 )
 def test_values_that_cannot_be_used_name_the_key(options, key):

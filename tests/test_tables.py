@@ -48,6 +48,31 @@ def test_energy_has_a_column_where_it_was_measured():
     assert "J/token" not in efficiency_table([Run(Path(), r, r["method_label"]) for r in made]).columns
 
 
+@pytest.mark.parametrize("kind", ["accuracy", "efficiency"])
+@pytest.mark.parametrize("form", [[], ["--by-budget"]])
+def test_a_table_of_runs_under_two_rules_for_equal_scores_says_so(tmp_path, capsys, kind, form):
+    """Runs from before there was a rule name none; those that rank no tokens have none to name."""
+    if kind == "efficiency" and form:
+        return
+    make = accuracy if kind == "accuracy" else efficiency
+    old, new, full = make("snapkv", 128, 20.0), make("snapkv", 256, 21.0), make("full", None, 22.0)
+    stream = make("streaming_llm", 128, 19.0)
+    stream["identity"]["method"]["selection"] = {"class": "StreamingLLM", "budget": 128}
+    new["identity"]["method"]["selection"]["ties"] = "score, unpooled score, index"
+    said = (
+        "Tokens were not ranked alike (by score, then as the device sorts: snapkv 128; "
+        "by score, unpooled score, index: snapkv 256)"
+    )
+    assert main([str(save(tmp_path / "both", old, new, full, stream)), *form]) == 0
+    out = capsys.readouterr().out
+    assert said in out
+    rows = [line for line in out.splitlines() if line.startswith("| ") and "ties=score, unpooled score, index" in line]
+    assert len(rows) == 1  # a row, and a figure's curve, of its own
+    for alone in (old, new):
+        assert main([str(save(tmp_path / str(alone["budget"]), alone, full, stream)), *form]) == 0
+        assert "ranked alike" not in capsys.readouterr().out
+
+
 def test_a_row_holds_scores_interval_difference_and_bytes(tmp_path):
     (table,) = made(tmp_path, accuracy("snapkv", 128, 20.0), accuracy("full", None, 22.0))
     assert [row[0].text for row in table.rows] == ["full", "snapkv 128"]  # the baseline first

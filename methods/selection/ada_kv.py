@@ -25,6 +25,7 @@ from ..prompt import Prompt
 from ..storage.base import slots_that_stay
 from .base import Kept, TopKSelection
 from .pyramidkv import PyramidKV
+from .ranking import keep_mask
 
 
 @dataclass(frozen=True)
@@ -65,23 +66,22 @@ class AdaKV(PyramidKV):
         window = min(self.window, budget)
         if prompt.length <= budget or budget == window:
             return super().select(prompt, state)
-        scores = self.score(prompt, state)[..., : prompt.length - window]  # [R, H, N]
-        caps = self.head_budgets(scores, budget - window)
-        rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        stay = F.pad(rank < caps[..., None], (0, window), value=True)  # [R, H, T]
+        scores, ties = self._candidates(prompt, state, prompt.length - window)  # [R, H, N]
+        caps = self.head_budgets(scores, budget - window, ties)
+        stay = F.pad(keep_mask(scores, caps, ties), (0, window), value=True)  # [R, H, T]
         return Kept(*slots_that_stay(stay))
 
-    def head_budgets(self, scores: torch.Tensor, base: int) -> torch.Tensor:
+    def head_budgets(self, scores: torch.Tensor, base: int, ties: torch.Tensor | None = None) -> torch.Tensor:
         """Tokens that each head keeps beside the window: [R, H] int64, adding up to H x ``base``.
 
         Args:
             scores: [R, H, N], pooled votes.
             base: the heads' mean.
+            ties: [R, H, N], decides between equal scores; then the lower head does, then the lower index.
         """
-        rows, heads, count = scores.shape
-        best = scores.flatten(1).topk(heads * base, dim=-1, sorted=False).indices // count
-        won = torch.zeros(rows, heads, dtype=torch.float64, device=scores.device)
-        won.scatter_add_(1, best, torch.ones_like(best, dtype=torch.float64))
+        _, heads, count = scores.shape
+        best = keep_mask(scores.flatten(1), heads * base, None if ties is None else ties.flatten(1))  # [R, H * N]
+        won = best.unflatten(1, (heads, count)).sum(-1).double()  # [R, H]
         if self.rounding == "published":
             return ((1 - self.floor) * won + int(self.floor * base)).round().long().clamp(max=count)
         shares = (1 - self.floor) * won + self.floor * base

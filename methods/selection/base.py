@@ -21,6 +21,7 @@ from ..prompt import Prompt
 from ..rotary import Rotary
 from ..sharing.plan import Use
 from ..storage.base import LayerStorage
+from .ranking import keep_slots
 
 if TYPE_CHECKING:
     from ..base import KVCache
@@ -149,6 +150,11 @@ class Selection:
         return False
 
     @property
+    def ranks_tokens(self) -> bool:
+        """Scores decide which tokens stay, so that the rule for equal ones (``ranking.py``) is a part of the method."""
+        return False
+
+    @property
     def keeps_positions(self) -> bool:
         """A step attends over the held tokens at their true positions: plain attention, which a test can recompute."""
         return True
@@ -249,9 +255,17 @@ class TopKSelection(Selection):
                 f"must be at most method.budget={self.budget}, which includes the window",
             )
 
+    @property
+    def ranks_tokens(self) -> bool:
+        return True
+
     def score(self, prompt: Prompt, state: Any) -> torch.Tensor:
         """Score of every prompt token before the window: [R, H, T - window]; the largest stay."""
         raise NotImplementedError
+
+    def tie_scores(self, prompt: Prompt, state: Any) -> torch.Tensor | None:
+        """Of the same shape: which of equally scored tokens stays, the largest first; None: the lower index."""
+        return None
 
     def layer_budgets(self, prompt_length: int, layers: int) -> Sequence[int]:
         """Tokens that each layer keeps per head of a prompt of ``prompt_length``, window included."""
@@ -267,9 +281,14 @@ class TopKSelection(Selection):
         if budget == window:
             heads = prompt.query.shape[1] if self.stores_query_heads else prompt.keys.shape[1]
             return Kept(recent.expand(prompt.keys.shape[0], heads, -1))
-        scores = self.score(prompt, state)[..., : prompt.length - window]
-        best = scores.topk(budget - window, dim=-1, sorted=False).indices.sort(dim=-1).values
+        scores, ties = self._candidates(prompt, state, prompt.length - window)
+        best = keep_slots(scores, budget - window, ties)  # [R, H, C - w]
         return Kept(torch.cat([best, recent.expand(*best.shape[:2], -1)], dim=-1))
+
+    def _candidates(self, prompt: Prompt, state: Any, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scores [R, H, count] of the first ``count`` tokens, and what decides between equal ones."""
+        ties = self.tie_scores(prompt, state)
+        return self.score(prompt, state)[..., :count], None if ties is None else ties[..., :count]
 
     def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int) -> Sequence[int]:
         return [kept + new_tokens for kept in self.layer_budgets(prompt_length, layers)]

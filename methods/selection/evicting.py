@@ -14,9 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ...conf.errors import require
 from ..attention import exact_products
 from ..storage.base import LayerStorage
 from .base import Budget, ModelLayer, Selection, Step, check_budget, resolve_budget
+from .ranking import last_slot
 
 
 @dataclass
@@ -44,15 +46,24 @@ class EvictingSelection(Selection):
 
     Attributes:
         budget: tokens held per head, or a fraction of the prompt.
+        prefill_only: evict once, after the prompt, and keep every generated token (kvpress' and KVCache-Factory's
+            protocol); False: evict after every step too (the papers').
     """
 
     budget: Budget = 1024
+    prefill_only: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
+        only = self.prefill_only
+        require(isinstance(only, bool), "method.selection.prefill_only", only, "must be true or false")
 
     @property
     def evicts_while_decoding(self) -> bool:
+        return not self.prefill_only
+
+    @property
+    def ranks_tokens(self) -> bool:
         return True
 
     def recent(self, limit: int) -> int:
@@ -77,6 +88,8 @@ class EvictingSelection(Selection):
         return EvictingState()
 
     def after_prompt(self, state: EvictingState, lengths: torch.Tensor, scores: torch.Tensor | None) -> None:
+        if self.prefill_only:
+            return
         limits = [resolve_budget(self.budget, n) for n in lengths.tolist()]
         state.limit = torch.tensor([[n] for n in limits], device=lengths.device)
         state.safe = torch.tensor([[self.recent(n)] for n in limits], device=lengths.device)
@@ -84,6 +97,8 @@ class EvictingSelection(Selection):
         state.scores = scores
 
     def attend(self, state: EvictingState, storage: LayerStorage, step: Step) -> torch.Tensor:
+        if self.prefill_only:
+            return super().attend(state, storage, step)
         return torch.cat([self._attend_one(state, storage, token) for token in step.tokens()], dim=2)
 
     def _attend_one(self, state: EvictingState, storage: LayerStorage, step: Step) -> torch.Tensor:
@@ -123,14 +138,17 @@ class EvictingSelection(Selection):
         stay = torch.ones_like(worth, dtype=torch.bool) if held is None else held.expand_as(worth)
         rank = torch.arange(slots, device=worth.device)
         protected = rank >= slots - state.safe[:, :, None]  # the last slots hold the last tokens, without a gap
-        victim = worth.masked_fill(protected | ~stay, float("inf")).argmin(-1, keepdim=True)  # [B, 1 or H, 1]
+        victim = last_slot(worth.masked_fill(protected | ~stay, float("inf")))  # [B, 1 or H, 1]
         stay = stay.scatter(-1, victim, stay.gather(-1, victim) & (count <= limit))
         moved = storage.drop(stay, at_once)
         if moved is not None and state.scores is not None:
             state.scores = state.scores.gather(-1, moved.expand(*state.scores.shape[:2], -1))
 
     def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int) -> Sequence[int]:
-        return [min(prompt_length + new_tokens, resolve_budget(self.budget, prompt_length))] * layers
+        budget = resolve_budget(self.budget, prompt_length)
+        if self.prefill_only:
+            return [min(prompt_length, budget) + new_tokens] * layers
+        return [min(prompt_length + new_tokens, budget)] * layers
 
     def logical_state_bytes(self, state: Any, tokens: torch.Tensor) -> int:
         if state.scores is None:

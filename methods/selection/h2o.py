@@ -11,7 +11,7 @@ the heads of a group are averaged into their KV head's sum.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,9 @@ import torch.nn.functional as F
 
 from ...conf.errors import require
 from ..prompt import Prompt
-from ..storage.base import LayerStorage
-from .base import ALL_QUERIES, Kept, Selection, Step, resolve_budget
+from .base import ALL_QUERIES, Kept, resolve_budget
 from .evicting import EvictingSelection, EvictingState
+from .ranking import keep_slots
 from .snapkv import attention_from, hide_future
 
 BLOCK = 64
@@ -36,11 +36,10 @@ class H2O(EvictingSelection):
     Attributes:
         budget: tokens held per head, heavy hitters and recent ones together, or a fraction of the prompt.
         recent_share: share of the budget for the most recent tokens (half in the paper); 1 is a sliding window.
-        prefill_only: evict once, after the prompt, and keep every generated token (later papers' H2O rows).
+        prefill_only: see :class:`.evicting.EvictingSelection`.
     """
 
     recent_share: float = 0.5
-    prefill_only: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,11 +48,6 @@ class H2O(EvictingSelection):
         require(
             isinstance(share, int | float) and 0 <= share <= 1, at + "recent_share", share, "must be between 0 and 1"
         )
-        require(isinstance(self.prefill_only, bool), at + "prefill_only", self.prefill_only, "must be true or false")
-
-    @property
-    def evicts_while_decoding(self) -> bool:
-        return not self.prefill_only
 
     @property
     def observation_window(self) -> int:
@@ -70,7 +64,7 @@ class H2O(EvictingSelection):
         if prompt.length > budget:
             recent = self.recent(budget)
             older = scores[..., : prompt.length - recent]
-            heavy = older.topk(budget - recent, dim=-1, sorted=False).indices.sort(dim=-1).values
+            heavy = keep_slots(older, budget - recent)  # [R, H, C - recent]
             last = torch.arange(prompt.length - recent, prompt.length, device=scores.device)
             slots = torch.cat([heavy, last.expand(*heavy.shape[:2], -1)], dim=-1)
             return Kept(slots, scores=None if self.prefill_only else scores.gather(-1, slots))
@@ -83,16 +77,6 @@ class H2O(EvictingSelection):
             received = received * real[:, None, None]
         state.scores = F.pad(state.scores, (0, 1)) + received
         return state.scores
-
-    def attend(self, state: EvictingState, storage: LayerStorage, step: Step) -> torch.Tensor:
-        if self.prefill_only:
-            return Selection.attend(self, state, storage, step)
-        return super().attend(state, storage, step)
-
-    def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int) -> Sequence[int]:
-        if self.prefill_only:
-            return [min(prompt_length, resolve_budget(self.budget, prompt_length)) + new_tokens] * layers
-        return super().kept_tokens(prompt_length, new_tokens, layers)
 
     def state_bytes(self, prompt_length: int, new_tokens: int, layers: int, heads: int) -> int:
         """One float32 sum for each held token of each head."""

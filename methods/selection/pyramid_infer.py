@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ from ..storage.base import LayerStorage, slots_that_stay
 from .base import ALL_QUERIES, Budget, Kept, ModelLayer, Selection, Step, check_budget, resolve_budget
 from .evicting import attend_and_weigh
 from .h2o import attention_blocks
+from .ranking import keep_mask, keep_slots
 
 if TYPE_CHECKING:
     from ..base import KVCache
@@ -132,6 +133,7 @@ class PyramidInfer(Selection):
         trigger: ``own_length``, ``published`` or ``never``; see the module's docstring.
         gen_window, gen_keep_ratio, gen_decay_ratio: of ``gen_window`` generated tokens the share ``gen_keep_ratio``
             stays in the first layer, and ``gen_decay_ratio`` of that in the last.
+        prefill_only: the same as ``trigger=never``, under the name that other methods have for it.
     """
 
     budget: Budget | None = None
@@ -146,9 +148,13 @@ class PyramidInfer(Selection):
     gen_window: int = 16
     gen_keep_ratio: float = 0.9
     gen_decay_ratio: float = 0.1
+    prefill_only: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, prefill_only: bool) -> None:
         at = "method.selection."
+        require(isinstance(prefill_only, bool), at + "prefill_only", prefill_only, "must be true or false")
+        if prefill_only:
+            object.__setattr__(self, "trigger", "never")
         if self.budget is not None:
             check_budget(self.budget)
         for key in ("prefill_decay_ratio", "gen_keep_ratio", "gen_decay_ratio"):
@@ -168,6 +174,10 @@ class PyramidInfer(Selection):
     @property
     def reads_whole_prompt(self) -> bool:
         return False
+
+    @property
+    def ranks_tokens(self) -> bool:
+        return True
 
     @property
     def spans_layers(self) -> bool:
@@ -290,7 +300,7 @@ class PyramidInfer(Selection):
         context = prompt.length - recent
         sinks = min(self.sinks, context)
         score[:, :sinks] = 1e6 - torch.arange(sinks, device=score.device)  # above any attention; the earliest first
-        best = score[:, :context].topk(going_on - recent, dim=-1, sorted=False).indices.sort(dim=-1).values
+        best = keep_slots(score[:, :context], going_on - recent)  # [R, going_on - recent]
         tail = torch.arange(context, prompt.length, device=best.device).expand(best.shape[0], -1)
         state.chosen.append(torch.cat([best, tail], dim=1))
         return Kept()
@@ -358,10 +368,8 @@ class PyramidInfer(Selection):
                 if staying is None:
                     every = torch.ones(len(state.lengths), 1, slots, dtype=torch.bool, device=worth.device)
                     staying = every if held is None else held[:, :1].clone()
-                mark = torch.zeros(number, dtype=torch.bool, device=worth.device)
-                mark[worth.topk(left, sorted=False).indices] = True
                 at = slots - length + first
-                staying[row, 0, at : at + number] = mark
+                staying[row, 0, at : at + number] = keep_mask(worth, left)
                 state.lengths[row] -= number - left
             state.settled[row] = self.settled_after(state.lengths[row], settled, recent, left)
         if staying is not None:

@@ -30,7 +30,7 @@ class SnapKV(TopKSelection):
         budget: tokens kept per head, window included (the paper's max_capacity_prompt), or a fraction of the prompt.
         window: observation window; its queries vote and its tokens are kept (32 for LongBench, 16 for needles).
         kernel: width of the pooling, odd; 1 switches it off (7 for LongBench, 5 for needles).
-        pooling: ``max`` or ``avg``. Max pooling makes ties; which of the tied tokens survives is arbitrary.
+        pooling: ``max`` or ``avg``. Max pooling gives a peak and its neighbours one score; the peak itself stays first.
         granularity: ``kv_head`` votes and stores per KV head; ``query_head`` is the published variant.
         group_reduce: how the query heads of a group are reduced to their KV head's vote: ``mean``, ``max`` or ``sum``.
         score_dtype: ``float32``; or ``model``, whose precision the published code rounds the attention to before it is
@@ -80,11 +80,19 @@ class SnapKV(TopKSelection):
 
     def score(self, prompt: Prompt, state: Any = None) -> torch.Tensor:
         """Pooled votes of the tokens before the window: [R, H, T - w], float32, H stored heads."""
+        return pool(self._head_votes(prompt), self.kernel, self.pooling)
+
+    def tie_scores(self, prompt: Prompt, state: Any = None) -> torch.Tensor | None:
+        """The votes before pooling, so that of a peak and its neighbours the peak stays."""
+        return None if self.kernel == 1 else self._head_votes(prompt)
+
+    def _head_votes(self, prompt: Prompt) -> torch.Tensor:
+        """Votes before pooling, reduced to the stored heads: [R, H, T - w]."""
         votes = prompt.once(f"votes in {self.score_dtype}", self._votes)  # [R, H_q, T]
         votes = votes[..., : prompt.length - prompt.query.shape[2]]
         if not self.stores_query_heads:
             votes = reduce_groups(votes, prompt.groups, self.group_reduce)
-        return pool(votes, self.kernel, self.pooling)
+        return votes
 
     def _votes(self, prompt: Prompt) -> torch.Tensor:
         attention = prompt.once("window_attention", window_attention)

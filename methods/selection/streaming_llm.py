@@ -9,7 +9,9 @@ Two protocols exist under this name and both are here:
 * ``mode=true_stream`` (the paper's): every token, the prompt's too, sees only what the cache held at its time. Computed
   in blocks with a banded mask, which equals feeding the tokens one by one.
 * ``mode=prefill_evict`` (later papers' baseline rows): the prompt is read with full attention and evicted once, so the
-  surviving tokens have already seen the middle of the prompt.
+  surviving tokens have already seen the middle of the prompt. Each step then evicts as in the paper. With
+  ``prefill_only=true`` every generated token stays: the protocol of kvpress and KVCache-Factory (which also leave the
+  sinks at their true distance: ``reposition=false``).
 
 Positions inside the cache, without rotating the cache: RoPE attention depends on distances alone. The recent tokens
 stand at their true distances from the query anyway; only the sinks are too far, by the number of tokens evicted. So
@@ -66,12 +68,14 @@ class StreamingLLM(Selection):
         sinks: first tokens that are always kept (4 in the paper); 0 is plain window attention.
         mode: ``true_stream`` or ``prefill_evict``, see the module's docstring.
         reposition: count positions inside the cache (the paper); False leaves the sinks at their true distance.
+        prefill_only: with ``prefill_evict``, evict once, after the prompt, and keep every generated token.
     """
 
     budget: Budget = 1024
     sinks: int = 4
     mode: str = "true_stream"
     reposition: bool = True
+    prefill_only: bool = False
 
     def __post_init__(self) -> None:
         at = "method.selection."
@@ -83,7 +87,15 @@ class StreamingLLM(Selection):
             self.mode,
             "must be true_stream or prefill_evict",
         )
-        require(isinstance(self.reposition, bool), at + "reposition", self.reposition, "must be true or false")
+        for key in ("reposition", "prefill_only"):
+            require(isinstance(getattr(self, key), bool), at + key, getattr(self, key), "must be true or false")
+        if self.prefill_only and self.reads_prompt_by_steps:
+            raise InputError(
+                at + "prefill_only",
+                True,
+                "keeps what is generated after one eviction at the prompt's end, and a stream evicts at every token: "
+                "set method.selection.mode=prefill_evict",
+            )
         if isinstance(self.budget, int):
             require(
                 self.sinks < self.budget,
@@ -105,7 +117,7 @@ class StreamingLLM(Selection):
 
     @property
     def evicts_while_decoding(self) -> bool:
-        return True
+        return not self.prefill_only
 
     @property
     def keeps_positions(self) -> bool:
@@ -129,6 +141,8 @@ class StreamingLLM(Selection):
         state.limit = torch.tensor([[resolve_budget(self.budget, n)] for n in lengths.tolist()], device=lengths.device)
 
     def attend(self, state: StreamState, storage: LayerStorage, step: Step) -> torch.Tensor:
+        if self.prefill_only and not self.reposition:
+            return super().attend(state, storage, step)
         batch, n = step.query.shape[0], step.query.shape[2]
         if state.seen is None:
             state.seen = torch.zeros(batch, dtype=torch.int64, device=step.query.device)
@@ -170,18 +184,21 @@ class StreamingLLM(Selection):
         position = torch.where(is_sink, rank, rank + evicted)  # [B, S], true positions
         at = seen[:, None] if step.use.strict else position[:, -n:]  # [B, n], of the queries
         age = at[:, :, None] - position[:, None, :]  # [B, n, S]
-        visible = (age >= 0) & (is_sink[:, None, :] | (age <= recent[:, :, None]))
+        visible = age >= 0
+        if not self.prefill_only:
+            visible = visible & (is_sink[:, None, :] | (age <= recent[:, :, None]))
         if held is not None:
             visible = visible & held
             if step.valid is not None:  # a pad sees itself, for a softmax over something
                 visible = visible | F.pad(torch.eye(n, dtype=torch.bool, device=query.device), (slots - n, 0))
-        shift = (at - state.limit).clamp(min=0)  # how much further than in the cache a sink is, per query
+        # How much further than in the cache a sink is, per query: [B, n].
+        shift = evicted.expand_as(at) if self.prefill_only else (at - state.limit).clamp(min=0)
         logits = self._logits(state.rotary, query, keys, is_sink, shift, state.padded)
         logits = step.rule.logits(logits).masked_fill(~visible[:, None, None], float("-inf"))
         weights = step.rule.weights(logits, head_dims=2).to(values.dtype).flatten(2, 3)  # [B, H, g * n, S]
         out = (weights @ values).reshape(*query.shape[:3], -1)
         step.append_to(storage, before_attention=False)
-        if step.use.last:
+        if step.use.last and not self.prefill_only:
             if step.use.strict:  # the new token has come since
                 rank, held = F.pad(rank, (0, 1), value=slots), None if held is None else F.pad(held, (0, 1), value=True)
             self._evict(storage, held, rank, sinks, recent, at_once=n > 1 or step.valid is not None)
@@ -231,4 +248,7 @@ class StreamingLLM(Selection):
         storage.drop(stay, at_once)
 
     def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int) -> Sequence[int]:
-        return [min(prompt_length + new_tokens, resolve_budget(self.budget, prompt_length))] * layers
+        budget = resolve_budget(self.budget, prompt_length)
+        if self.prefill_only:
+            return [min(prompt_length, budget) + new_tokens] * layers
+        return [min(prompt_length + new_tokens, budget)] * layers

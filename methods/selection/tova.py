@@ -15,6 +15,7 @@ import torch
 from ..prompt import Prompt
 from .base import Kept, resolve_budget
 from .evicting import EvictingSelection, EvictingState
+from .ranking import keep_slots
 from .snapkv import window_attention
 
 
@@ -24,6 +25,7 @@ class TOVA(EvictingSelection):
 
     Attributes:
         budget: tokens held per layer (the paper's multi-state size), or a fraction of the prompt.
+        prefill_only: see :class:`.evicting.EvictingSelection`.
     """
 
     @property
@@ -35,8 +37,7 @@ class TOVA(EvictingSelection):
         if prompt.length <= budget:
             return Kept()
         worth = prompt.once("window_attention", window_attention)[:, :, -1].mean(dim=1)  # [R, T]
-        best = worth.topk(budget, dim=-1, sorted=False).indices.sort(dim=-1).values
-        return Kept(best[:, None].expand(-1, prompt.keys.shape[1], -1))
+        return Kept(keep_slots(worth, budget)[:, None].expand(-1, prompt.keys.shape[1], -1))
 
     def observe(self, state: EvictingState, weights: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
         worth = weights.mean(dim=(1, 2))[:, None]  # [B, 1, S]

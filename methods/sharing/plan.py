@@ -15,8 +15,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from transformers import cache_utils
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -27,6 +27,8 @@ from ...conf.errors import InputError
 
 FULL, SLIDING, LINEAR, CHUNKED = "full_attention", "sliding_attention", "linear_attention", "chunked_attention"
 LAYER_TYPES = (FULL, SLIDING, LINEAR)
+HOLDS_NOTHING = getattr(cache_utils, "DummyLayer", ())
+"""transformers' cache layer of a layer that keeps nothing; older releases make none."""
 NO_LAYER = -1
 """In place of a cache layer's number: the layer of the model neither attends nor keeps a state."""
 ENCODINGS = ("iterative", "exact")
@@ -235,7 +237,7 @@ def _plan_of_transformers_model(config: Any) -> Plan:
     sources: list[int | None] = []  # for each layer of the model, the layer whose cache layer it uses
     recurrent: list[int] = []
     for i in range(count):
-        layer = held[i] if i < len(held) else DummyLayer()
+        layer = held[i] if i < len(held) else None
         declared = types[i] if types is not None else None
         kind, span = FULL, None
         if modes[i] == "reuse":
@@ -244,7 +246,7 @@ def _plan_of_transformers_model(config: Any) -> Plan:
                 raise InputError("model", name, f"layer {i} shares keys and values with a layer that cannot be told")
             sources.append(earlier[-1])
             continue
-        if isinstance(layer, DummyLayer):
+        if layer is None or isinstance(layer, HOLDS_NOTHING):
             sources.append(None)
             continue
         if isinstance(layer, LinearAttentionCacheLayerMixin):

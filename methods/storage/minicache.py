@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from ...conf.errors import InputError, require
 from ..attention import exact_products
 from ..logits import LogitRule
+from ..selection.ranking import keep_mask
 from .base import KVShape, LayerStorage, Storage
 from .buffer import Buffer, Growing
 from .dense import DenseLayer
@@ -338,8 +339,8 @@ class Pair(Growing):
             return (real if self.gamma else must), None
         if self.retention == "top_ratio":
             count = (self.gamma * real.sum(-1).to(torch.float64)).ceil()  # [B, H]
-            rank = torch.where(real, angle, -math.inf).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-            return (rank < count[..., None]) | must, None
+            largest = keep_mask(torch.where(real, angle, -math.inf), count.long())  # [B, H, n]
+            return largest | must, None
         lowest = torch.where(real, angle, math.inf).amin(-1)
         highest = torch.where(real, angle, -math.inf).amax(-1)
         width = self.gamma * (highest - lowest)

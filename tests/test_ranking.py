@@ -1,0 +1,278 @@
+"""One ranking of tokens: it is two stable sorts, and the same whatever a device's ``topk`` does with equal entries."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from spy import watch
+from tiny_models import left_pad, prompt_ids, tiny_model
+
+from kvbench.methods.base import Method
+from kvbench.methods.logits import LogitRule
+from kvbench.methods.prompt import Prompt
+from kvbench.methods.rotary import Rotary
+from kvbench.methods.selection.ada_kv import AdaKV
+from kvbench.methods.selection.base import ModelLayer
+from kvbench.methods.selection.evicting import EvictingState
+from kvbench.methods.selection.expected_attention import ExpectedAttention
+from kvbench.methods.selection.h2o import H2O
+from kvbench.methods.selection.key_diff import KeyDiff
+from kvbench.methods.selection.pyramidkv import PyramidKV
+from kvbench.methods.selection.random_tokens import RandomTokens
+from kvbench.methods.selection.ranking import keep_mask, keep_slots, last_slot
+from kvbench.methods.selection.snapkv import SnapKV
+from kvbench.methods.selection.tova import TOVA
+from kvbench.methods.storage.dense import Dense, DenseLayer
+from kvbench.methods.storage.ragged import Ragged
+from kvbench.runners.engine import prefill
+
+N = 60
+INF = float("inf")
+
+
+def make_scores(kind: str, seed: int = 0) -> torch.Tensor:
+    """[2, 3, N] float32."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, 3, N, generator=g)
+    if kind == "coarse":  # as sums of bfloat16 numbers are: few distinct values, both zeros among them
+        return (x * 1.5).round() / 4
+    if kind == "bfloat16":
+        return x.softmax(-1).bfloat16().float()
+    if kind == "equal":
+        return torch.zeros_like(x)
+    if kind == "infinite":
+        return torch.where(x.abs() > 1, x.sign() * INF, (2 * x).round())
+    return x
+
+
+def two_stable_sorts(scores: torch.Tensor, count: int, ties: torch.Tensor | None) -> torch.Tensor:
+    """The first ``count`` of the tokens sorted by (score, tie score, lower index), in increasing order."""
+    order = torch.arange(scores.shape[-1]).expand(scores.shape)
+    if ties is not None:
+        order = ties.argsort(dim=-1, descending=True, stable=True)
+    order = order.gather(-1, scores.gather(-1, order).argsort(dim=-1, descending=True, stable=True))
+    return order[..., :count].sort(dim=-1).values
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 29, N - 1, N])
+@pytest.mark.parametrize("ties", [None, "random", "coarse", "equal"])
+@pytest.mark.parametrize("kind", ["random", "coarse", "bfloat16", "equal", "infinite"])
+def test_the_ranking_is_two_stable_sorts(kind, ties, count):
+    scores = make_scores(kind)
+    tie_scores = None if ties is None else make_scores(ties, seed=1)
+    kept = keep_slots(scores, count, tie_scores)
+    assert torch.equal(kept, two_stable_sorts(scores, count, tie_scores))
+    mask = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, kept, True)
+    assert torch.equal(keep_mask(scores, count, tie_scores), mask)
+
+
+def test_each_ranking_may_keep_a_number_of_its_own():
+    scores, ties = make_scores("coarse"), make_scores("coarse", 1)
+    counts = torch.tensor([[0, 1, 7], [29, N - 1, N]])
+    mask = keep_mask(scores, counts, ties)
+    for row in range(2):
+        for head in range(3):
+            alone = keep_mask(scores[row, head], int(counts[row, head]), ties[row, head])
+            assert torch.equal(mask[row, head], alone)
+
+
+def test_zeros_of_both_signs_are_equal_and_nan_is_kept_without_a_wrong_index():
+    assert keep_slots(torch.tensor([0.0, -0.0, 0.0, -1.0]), 2).tolist() == [0, 1]
+    assert keep_slots(torch.tensor([-0.0, 0.0, -0.0, -1.0]), 2).tolist() == [0, 1]
+    assert keep_slots(torch.ones(4), 2, torch.tensor([-0.0, 0.0, -1.0, 0.0])).tolist() == [0, 1]
+    assert keep_slots(torch.tensor([1.0, torch.nan, 3.0]), 2).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("kind", ["random", "coarse", "bfloat16", "equal"])
+def test_what_is_evicted_is_what_the_ranking_drops(kind):
+    scores = make_scores(kind)
+    kept = keep_mask(scores, N - 1)
+    assert torch.equal(~kept, torch.zeros_like(kept).scatter(-1, last_slot(scores), True))
+
+
+def test_nothing_waits_for_the_device(monkeypatch):
+    scores, ties, counts = make_scores("coarse"), make_scores("random", 1), torch.full((2, 3), 9)
+    for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__int__", "__float__", "__bool__", "__index__"):
+
+        def refuse(self, *args, name=name, **kwargs):
+            raise AssertionError(f"{name} waits for the device")
+
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    keep_slots(scores, 9, ties)
+    keep_mask(scores, counts, ties)
+    last_slot(scores)
+
+
+@pytest.fixture
+def another_device(monkeypatch):
+    """``topk``, ``argsort``, ``argmin`` and ``argmax`` that choose other ones among equal entries: the last first."""
+
+    def backwards(name):
+        real = getattr(torch, name)
+
+        def flip(x, k=None, dim=-1, *args, **kwargs):
+            dim = kwargs.pop("dim", dim)
+            last = x.shape[dim] - 1
+            if name == "topk":
+                out = real(x.flip(dim), k, dim, *args, **kwargs)
+                return torch.return_types.topk((out.values, last - out.indices))
+            if name == "argsort":
+                if kwargs.get("stable"):
+                    return real(x, dim=dim, **kwargs)
+                return last - real(x.flip(dim), dim=dim, stable=True, **kwargs)
+            return last - real(x.flip(dim), dim=dim, **kwargs)
+
+        return flip
+
+    for name in ("topk", "argsort", "argmin", "argmax"):
+        fake = backwards(name)
+        monkeypatch.setattr(torch, name, fake)
+        if name == "topk":
+            monkeypatch.setattr(torch.Tensor, name, fake)
+        else:
+            monkeypatch.setattr(torch.Tensor, name, lambda x, *a, fake=fake, **kw: fake(x, None, *a, **kw))
+
+
+def test_the_other_device_does_choose_other_tokens(another_device):
+    scores = torch.tensor([1.0] + [0.0] * 3)
+    assert int(scores.argmin()) == 3 and scores.argsort().tolist() == [3, 2, 1, 0]
+
+
+def peaked_prompt(seed: int = 0, length: int = N, query_heads: int = 4, kv_heads: int = 2, window: int = 6) -> Prompt:
+    """Float32; attention is so peaked that max pooling makes ties at most budgets."""
+    g = torch.Generator().manual_seed(seed)
+    make = lambda heads, n: torch.randn(2, heads, n, 16, generator=g)  # noqa: E731
+    return Prompt(4 * make(query_heads, window), make(kv_heads, length), make(kv_heads, length), LogitRule(0.25), 1, 3)
+
+
+def equal_keys(prompt: Prompt) -> Prompt:
+    """Groups of four tokens with the same key and value: ties for methods that do not pool."""
+    keys, values = (x[:, :, ::4].repeat_interleave(4, 2) for x in (prompt.keys, prompt.values))
+    return Prompt(prompt.query, keys, values, prompt.rule, prompt.layer_idx, prompt.num_layers)
+
+
+def kept_of(selection, prompt: Prompt) -> list[list[int]]:
+    """Tokens of each row's heads."""
+    rotary = Rotary(1e4 ** (-torch.arange(0, 1, 1 / 8)))
+    state = selection.new_state(ModelLayer(1, lambda: rotary))
+    kept = selection.select(prompt.last_queries(selection.observation_window), state)
+    valid = torch.ones_like(kept.slots, dtype=torch.bool) if kept.valid is None else kept.valid
+    return [s[v].tolist() for s, v in zip(kept.slots.flatten(0, 1), valid.flatten(0, 1), strict=True)]
+
+
+POOLED = [
+    SnapKV(budget=21, window=6, kernel=7),
+    SnapKV(budget=21, window=6, kernel=5, group_reduce="max", granularity="query_head"),
+    PyramidKV(budget=20, window=6, beta=4),
+    AdaKV(budget=21, window=6, floor=0.2),
+]
+OTHERS = [H2O(budget=21), TOVA(budget=21), KeyDiff(budget=21), RandomTokens(budget=21, window=6)]
+OTHERS += [ExpectedAttention(budget=21, sinks=4)]
+
+
+@pytest.mark.parametrize("selection", POOLED + OTHERS, ids=str)
+def test_another_devices_topk_changes_no_kept_token(selection, request):
+    window = N if selection in OTHERS else 6
+    prompts = [peaked_prompt(seed, window=window) for seed in range(4)]
+    if selection in OTHERS:
+        prompts = [equal_keys(p) for p in prompts]
+    here = [kept_of(selection, p) for p in prompts]
+    request.getfixturevalue("another_device")
+    assert [kept_of(selection, p) for p in prompts] == here
+
+
+def test_plain_topk_would_choose_other_tokens(request):
+    """The prompts above do have ties where the budget ends."""
+    selection, prompts = POOLED[0], [peaked_prompt(seed) for seed in range(4)]
+    scores = [selection.score(p) for p in prompts]
+    here = [set(x.flatten().tolist()) for s in scores for x in s.topk(15).indices.flatten(0, 1)]
+    request.getfixturevalue("another_device")
+    there = [set(x.flatten().tolist()) for s in scores for x in s.topk(15).indices.flatten(0, 1)]
+    assert sum(a != b for a, b in zip(here, there, strict=True)) > len(here) // 2
+
+
+@pytest.mark.parametrize("count", range(1, 16))
+def test_the_peak_of_a_tie_is_kept_first(count):
+    """One peak at 20, its pooled value on 17 to 23, and a smaller one at 40: the peak, its neighbours from the left."""
+    votes = torch.zeros(1, 1, N)
+    votes[0, 0, 20], votes[0, 0, 40] = 1.0, 0.5
+    pooled = torch.nn.functional.max_pool1d(votes, 7, 1, 3)
+    order = [20, 17, 18, 19, 21, 22, 23, 40, 37, 38, 39, 41, 42, 43, 0]
+    assert keep_slots(pooled, count, votes)[0, 0].tolist() == sorted(order[:count])
+
+
+def test_no_peak_is_dropped_for_its_neighbours():
+    """A token whose own vote is the pooled score where the budget ends stays in every head of every prompt."""
+    selection, dropped = POOLED[0], 0
+    for seed in range(20):
+        prompt = peaked_prompt(seed)
+        votes, pooled = selection.tie_scores(prompt), selection.score(prompt)
+        for row in range(2):
+            for head, kept in enumerate(selection.select(prompt).slots[row, :, :15].tolist()):
+                cut = pooled[row, head, kept].min()
+                peaks = [t for t in range(N - 6) if votes[row, head, t] == cut == pooled[row, head, t]]
+                assert set(peaks[:1]) <= set(kept)
+                plain = pooled[row, head].topk(15).indices.tolist()
+                dropped += not set(peaks) <= set(plain)
+    assert dropped > 0  # by plain topk
+
+
+@pytest.mark.parametrize("kernel", [1, 5, 7])
+@pytest.mark.parametrize("rounding", ["exact", "published"])
+def test_ada_kv_with_a_floor_of_one_is_snapkv(kernel, rounding):
+    for seed in range(10):
+        prompt = peaked_prompt(seed)
+        ada = AdaKV(budget=21, window=6, kernel=kernel, floor=1, rounding=rounding)
+        assert kept_of(ada, prompt) == kept_of(SnapKV(budget=21, window=6, kernel=kernel), prompt)
+
+
+def test_a_tie_across_heads_goes_to_the_lower_head():
+    scores = torch.ones(1, 3, 4)
+    assert AdaKV(budget=40, floor=0.0).head_budgets(scores, 2).tolist() == [[4, 2, 0]]
+    ties = torch.zeros(1, 3, 4)
+    ties[0, 2, 1:3] = 1.0
+    assert AdaKV(budget=40, floor=0.0).head_budgets(scores, 2, ties).tolist() == [[4, 0, 2]]
+
+
+@pytest.mark.parametrize("selection", POOLED, ids=str)
+def test_kept_sets_are_the_same_in_any_batch_and_any_chunks(selection):
+    """Float32 and max pooling, alone, four together (two of them padded), whole and in chunks of 17."""
+    model = tiny_model(dtype=torch.float32)
+    storage = Ragged() if isinstance(selection, AdaKV) else Dense()
+    method = Method("x", selection, storage)
+    prompts = [prompt_ids(n, seed) for seed, n in enumerate((70, 70, 70, 55))]
+
+    def held(ids, mask=None, chunk_size=None):
+        cache = method.new_cache(model)
+        witnesses = watch(cache, mask, tolerance=1e-3)
+        prefill(model, cache, ids, mask, chunk_size)
+        return [w.held_columns() for w in witnesses]
+
+    alone = [held(p) for p in prompts]
+    for chunk_size in (None, 17):
+        together = held(*left_pad(prompts), chunk_size)
+        for row, prompt in enumerate(prompts):
+            pads = 70 - prompt.shape[1]
+            mine = [[[c - pads for c in head] for head in layer[row]] for layer in together]
+            assert mine == [layer[0] for layer in alone[row]]
+    assert held(prompts[0], chunk_size=17) == alone[0]
+
+
+@pytest.mark.parametrize("selection", [TOVA(budget=8), H2O(budget=8, recent_share=0.25)], ids=str)
+def test_of_equally_weak_tokens_the_higher_index_leaves(selection, request):
+    """Held tokens 3 to 5 have the lowest score; index 5 leaves, though a device's ``argmin`` may say 3, 4 or 5."""
+    scores = torch.tensor([[[5.0, 4.0, 2.0, 1.0, 1.0, 1.0, 3.0, 2.0, 0.0]]])
+
+    def held_after_eviction() -> list[float]:
+        storage, state = DenseLayer(), EvictingState()
+        keys = torch.arange(9.0)[None, None, :, None]
+        storage.write(keys, keys)
+        selection.after_prompt(state, torch.tensor([9]), None)
+        worth = scores if selection.recent(8) else scores.masked_fill(scores == 0, 9.0)
+        selection._evict(state, storage, None, worth, at_once=True)
+        held, _, valid = storage.read()
+        return held[0, 0, valid[0, 0] if valid is not None else slice(None), 0].tolist()
+
+    assert held_after_eviction() == [0, 1, 2, 3, 4, 6, 7, 8]
+    request.getfixturevalue("another_device")
+    assert held_after_eviction() == [0, 1, 2, 3, 4, 6, 7, 8]
