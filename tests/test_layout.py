@@ -47,7 +47,7 @@ MODEL_CLASSES = (
 
 RULES = {
     "conf": Rule(own=("kvbench.conf",), others=()),
-    "methods": Rule(own=("kvbench.methods", ERRORS), others=("torch", "transformers", "numpy")),
+    "methods": Rule(own=("kvbench.methods", ERRORS), others=("torch", "transformers", "numpy", "filelock")),
     "models": Rule(own=("kvbench.models", "kvbench.methods.sharing", ERRORS)),
     "tasks": Rule(own=("kvbench.tasks", ERRORS), never=("torch", *MODEL_CLASSES)),
     "runners": Rule(
@@ -62,8 +62,8 @@ RULES = {
     ),
     "analysis": Rule(own=("kvbench.analysis", ERRORS), never=("torch", "transformers")),
 }
-OF_ONE_FILE = {"triton": "methods/storage/kernels.py"}
-"""What only one file may import, which is itself imported only where the package is there."""
+OF_ONE_FILE = {"triton": "methods/storage/kernels.py", "optimum": "methods/storage/hf_quantized.py"}
+"""What only one file may import, and only where the package is there."""
 CONFIG_FRAMEWORK = ("hydra", "omegaconf")
 KNOWS_HYDRA = "runners/cli.py"
 
