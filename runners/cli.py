@@ -33,6 +33,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from ..conf.errors import InputError, one_of
 from .sweep import LOG, SweepLog, describe, end_of_sweep
+from .terminal import lasting_streams
 
 CONF = "pkg://kvbench.conf"
 USER_ERRORS = (InputError, HydraException, OmegaConfBaseException)
@@ -46,13 +47,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the configuration named on the command line.
 
     Exit status: 0 done; 2 an input that cannot be used (one line says which), or a sweep with jobs that are not done
-    (its last lines say which); 130 interrupted (nothing lost).
+    (its last lines say which); 130 interrupted (nothing lost). A reader or a terminal that goes away changes none of
+    it.
     """
     if argv is not None:
         sys.argv = ["kvbench run", *argv]
+    with lasting_streams():
+        _main()
+
+
+def _main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text())
         return
+    try:
+        Path.cwd()
+    except OSError:
+        _exit_with(InputError("current folder", os.environ.get("PWD", "?"), "has been deleted: cd to one that exists"))
     # Hydra's own handler prints several lines and exits 1; with this set it lets the exception through to us.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     os.environ.pop(LOG, None)  # a sweep started from within a job of another one has a log of its own
@@ -159,7 +170,8 @@ def _sweep_job(config: DictConfig) -> None:
     log = SweepLog.of_job()
     log.started(job, overrides)
     try:
-        run(config)
+        with lasting_streams():  # in a launcher's own process, which has the streams of the first one
+            run(config)
     except Exception as error:
         cause = _input_error(error) if isinstance(error, USER_ERRORS) else None
         if cause is None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
+
+from .terminal import CLOSED, lasting_streams
 
 COMMANDS = {
     "run": ("kvbench.runners.cli", "run a method on a task and record it"),
@@ -17,9 +18,23 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
-    """Dispatch; the exit status is the command's own."""
+    """Dispatch; the exit status is the command's own, or 2 where its output could not be written.
+
+    A reader that has seen enough (``kvbench table | head``) is no error. What ``run`` makes is a record, so it needs no
+    reader at all: it goes on without one, and its status says whether the record is there.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     name = args[0] if args else "--help"
+    with lasting_streams() as out:
+        status = _dispatch(name, args[1:])
+        out.flush()
+        if out.error is not None and out.error.errno not in CLOSED and (name != "run" or {"-h", "--help"} & set(args)):
+            print(f"error: kvbench {name}: standard output: {out.error.strerror}", file=sys.stderr)
+            return status or 2
+    return status
+
+
+def _dispatch(name: str, args: list[str]) -> int | None:
     if name in ("-h", "--help"):
         print("usage: kvbench COMMAND ...\n")
         print("\n".join(f"  {command:<8} {what}" for command, (_, what) in COMMANDS.items()))
@@ -28,11 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if name not in COMMANDS:
         print(f"error: kvbench {name}: no such command; one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    try:
-        return importlib.import_module(COMMANDS[name][0]).main(args[1:])
-    except BrokenPipeError:  # `kvbench table ... | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    status: int | None = importlib.import_module(COMMANDS[name][0]).main(args)
+    return status
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from .terminal import lasting_streams
+
 A = TypeVar("A")
 R = TypeVar("R")
 
@@ -52,7 +54,8 @@ def main(call: str, answer: str) -> None:
     """The new process's side."""
     function, argument = pickle.loads(Path(call).read_bytes())
     try:
-        result = (False, function(argument))
+        with lasting_streams():
+            result = (False, function(argument))
     except Exception as error:
         error.add_note(f"in the measuring process: {traceback.format_exc()}")
         try:

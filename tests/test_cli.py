@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from local_model import kvbench, save_local_model, save_rows
+
+from kvbench.runners.terminal import lasting_streams
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -132,6 +141,14 @@ def test_a_sweep_goes_on_after_a_bad_job_and_says_so(world, tmp_path, monkeypatc
     assert len(list(tmp_path.rglob("record.json"))) == 2
 
 
+def test_a_current_folder_that_was_deleted_is_one_line(monkeypatch):
+    monkeypatch.setattr(os, "getcwd", Mock(side_effect=FileNotFoundError(2, "No such file or directory")))
+    done = kvbench("run", "method=full")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: current folder=")
+    assert done.stderr.count("\n") == 1
+
+
 def test_commands():
     assert kvbench("--help").returncode == 0
     unknown = kvbench("rnu")
@@ -149,3 +166,47 @@ def test_run_py_from_any_folder_is_one_line_too_and_leaves_no_file_behind(tmp_pa
     assert done.stderr.startswith("error: method.selection.kernel=4: must be an odd number")
     assert done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("streams", ["reader gone", "disk full", "closed"])
+def test_a_run_goes_on_without_its_terminal(streams, world, tmp_path):
+    """Real processes, because the streams of this one are pytest's. Exit status 0 comes with the record."""
+    command = [sys.executable, "-m", "kvbench.runners.command", "run", "model=local", f"model.path={world}/model"]
+    command += ["model.max_prompt_tokens=700", f"task.data_dir={world}/data", "task.datasets=[qasper]"]
+    command += ["method=full", "runner.pair_with=[]", f"results_dir={tmp_path}/results"]
+    options: dict[str, Any] = {"cwd": tmp_path, "env": os.environ | {"HF_HUB_OFFLINE": "1"}}
+    if streams == "reader gone":
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+        process.stdout.readline()
+        process.stdout.close()
+        process.stderr.close()
+        process.send_signal(signal.SIGHUP)  # what a terminal sends when it is closed
+        status = process.wait()
+    elif streams == "disk full":
+        with open("/dev/full", "w") as full:
+            status = subprocess.run(command, stdout=full, stderr=full, **options).returncode
+    else:
+        status = subprocess.run(["sh", "-c", '"$@" >&- 2>&-', "sh", *command], **options).returncode
+    assert status == 0
+    (record,) = tmp_path.rglob("record.json")
+    assert json.loads(record.read_text())["status"] == "done"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error_and_a_full_disk_is(tmp_path):
+    command = f"{sys.executable} -m kvbench.runners.command"
+    piped = ["bash", "-c", f"{command} --help | head -1; exit ${{PIPESTATUS[0]}}"]
+    done = subprocess.run(piped, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    full = subprocess.run(["bash", "-c", f"{command} --help > /dev/full"], cwd=tmp_path, capture_output=True, text=True)
+    assert (full.returncode, full.stderr) == (2, "error: kvbench --help: standard output: No space left on device\n")
+
+
+def test_a_stream_that_failed_is_asked_no_more():
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    with redirect_stdout(Gone()), lasting_streams() as out:
+        print("a line")
+        print("another")
+    assert out.error.errno == errno.EPIPE

@@ -1,0 +1,99 @@
+"""Standard streams that outlive their reader: a closed pipe, a lost terminal or a full disk does not end a command."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO, cast
+
+CLOSED = (errno.EPIPE, errno.EIO)
+"""A reader that has gone (``| head``), and a terminal that was closed."""
+
+
+class LastingStream:
+    """A text stream whose writes never fail.
+
+    The first error is kept in :attr:`error`, and what is written from then on goes to the null device, that of child
+    processes and of the interpreter's last flush too.
+
+    Args:
+        stream: standard output or standard error; None where the process was started without it (``>&-``).
+        descriptor: its file descriptor, 1 or 2.
+    """
+
+    def __init__(self, stream: TextIO | None, descriptor: int):
+        self.error: OSError | None = None
+        if stream is None:
+            self.error = OSError(errno.EBADF, os.strerror(errno.EBADF))
+            _to_null(descriptor)
+            stream = open(descriptor, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 (it lasts as long as this)
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, or drop what cannot be written."""
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._failed(error)
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush, or drop what cannot be written."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._failed(error)
+
+    def _failed(self, error: OSError) -> None:
+        if self.error is not None:
+            return
+        self.error = error
+        with suppress(OSError, ValueError):  # a stream without a descriptor, as tests have them
+            _to_null(self._stream.fileno())
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _to_null(descriptor: int) -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    if null != descriptor:
+        os.dup2(null, descriptor)
+        os.close(null)
+    os.set_inheritable(descriptor, True)
+
+
+def _ignore_hang_up() -> bool:
+    """Ignore SIGHUP; False where that is not this process's to decide: it has a handler, or this is another thread."""
+    if not hasattr(signal, "SIGHUP") or threading.current_thread() is not threading.main_thread():
+        return False
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL:
+        return False
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    return True
+
+
+@contextmanager
+def lasting_streams() -> Iterator[LastingStream]:
+    """Work whose standard streams may go away; yields standard output.
+
+    The hang-up signal of a terminal that is closed is ignored too, unless the process has a handler of its own.
+    """
+    before = sys.stdout, sys.stderr
+    out, errors = LastingStream(sys.stdout, 1), LastingStream(sys.stderr, 2)
+    sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, errors)
+    ignored = _ignore_hang_up()
+    try:
+        yield out
+    finally:
+        out.flush()
+        errors.flush()
+        sys.stdout, sys.stderr = before
+        if ignored:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
