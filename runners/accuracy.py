@@ -7,25 +7,28 @@ that is already done is not run again, and one that was killed continues after i
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
 from tqdm import tqdm
 
+from ..analysis.load import SAMPLES
 from ..analysis.stats import macro_mean, paired_difference
 from ..conf.errors import InputError, one_of, require
 from ..methods.base import Method, full_shape, model_shape
 from ..models.base import LoadedModel, ModelSource
-from ..tasks.base import PERCENT, Example, Reply, Source, Task
+from ..tasks.base import PERCENT, Example, Reply, Source, Task, is_text
 from . import provenance
 from .ask import Answer, Item, ask, encode, row_seed
 from .engine import Sampling
 from .measure import is_out_of_memory, release_memory
+from .record import START_OVER, RunFolder, example_key
 from .runs import (
     BASELINE,
     MethodRun,
@@ -119,6 +122,9 @@ class AccuracyRunner(PairedRunner):
             require(settings.batch_size == 1, "runner.reuse", True, one_at_a_time)
             require(len(task.chosen_by) > 0, "runner.reuse", True, f"must be false: {task.name} is one set of examples")
         examples = task.examples()
+        for e in examples:
+            name = f"{e.dataset}/{e.id}"
+            require(is_text(name + e.prompt), "task", task.name, f"{name!a} has half of a character in it")
         data = task.source()
         say(f"data: {data.name}, {len(examples)} examples, from {data.location}")
         runs = [self._open(m, source.for_sharing(m.sharing, m.name), task, settings) for m in methods]
@@ -127,7 +133,10 @@ class AccuracyRunner(PairedRunner):
         def work(mine: list[ScoredRun]) -> None:
             started = time.time()
             for run in mine:
-                run.rows = {(r["dataset"], r["id"]): r for r in run.folder.samples()}
+                run.rows = checked_rows(run.folder, task, run.method.label, examples)
+                if lost := run.folder.lost_rows():
+                    damaged = f"{run.folder.path / SAMPLES} is damaged: it lacks {lost} rows that the record counts"
+                    say(f"{run.method.label}: {damaged}; their examples are run again")
                 if self.reuse and not run.folder.done:
                     self._reuse(run, examples, task, say)
             for one in distinct_sources(mine):
@@ -152,7 +161,7 @@ class AccuracyRunner(PairedRunner):
         """
         for other in on_other_examples(run.folder, task.chosen_by):
             wanted = {(e.dataset, e.id) for e in examples} - run.rows.keys()
-            rows = {(r["dataset"], r["id"]): r for r in other.samples()}
+            rows = checked_rows(other, task, run.method.label)
             taken = [rows[key] for key in rows if key in wanted]
             if not taken:
                 continue
@@ -380,6 +389,60 @@ class AccuracyRunner(PairedRunner):
                     "paired",
                     {"with": baseline.method.label, "hash": baseline.folder.hash, "difference": asdict(difference)},
                 )
+
+
+KV_BYTES = tuple(f"kv_bytes_{kind}" for kind in ("stored", "stored_end", "logical", "formula", "full"))
+MEASURED = ("score", "prompt_tokens", *KV_BYTES)
+"""Numbers that every row of ``samples.jsonl`` has."""
+
+
+def checked_rows(
+    folder: RunFolder, task: Task, label: str, examples: Sequence[Example] | None = None
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """Rows of a run by (data set, id), each checked to be one that this run can have written.
+
+    Args:
+        folder: the run.
+        task: the task, which says what a score can be.
+        label: the method's label.
+        examples: the run's examples; None: those of another choice, of which any may be there.
+
+    Raises:
+        InputError: a row is damaged, of another method or of no example of the run, or it contradicts an earlier row of
+            its example; names file and line.
+    """
+    known = None if examples is None else {(e.dataset, e.id) for e in examples}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for place, row in folder.numbered_samples():
+        problem = _problem_of(row, task, label)
+        key = example_key(row)
+        name = "row" if key is None else "/".join(key)
+        if key is not None and problem is None:
+            if known is not None and key not in known:
+                problem = "is no example of this run"
+            elif rows.setdefault(key, row) != row:
+                problem = "has another row before this one, with other content"
+        if problem is not None:
+            raise InputError(place, name, f"{problem}; {START_OVER}")
+    return rows
+
+
+def _problem_of(row: Mapping[str, Any], task: Task, label: str) -> str | None:
+    """What shows that a row was not written by a run of ``label`` on ``task``, or None."""
+    missing = [key for key in ("dataset", "id", "method", "prediction", *MEASURED) if key not in row]
+    if missing:
+        return f"lacks {', '.join(missing)}"
+    if example_key(row) is None:
+        return "has a dataset or an id that is no text"
+    if row["method"] != label:
+        return f"is of {row['method']}, not of {label}"
+    for key in MEASURED:
+        value = row[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            return f"has {key}={value!r}, which is no number of 0 or more"
+    if task.unit == PERCENT and row["score"] > 1:
+        return f"has score={row['score']!r}, which is no share of 1"
+    return None
 
 
 def together(runs: Sequence[ScoredRun], apart: bool = False) -> Iterator[list[ScoredRun]]:

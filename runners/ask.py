@@ -71,7 +71,8 @@ def encode(task: Task, example: Example, loaded: LoadedModel, limit: int | None,
     """An example as token ids; ``split``: the method compresses before the question.
 
     Raises:
-        InputError: it is longer than the model's positions, or there is no question to split off.
+        InputError: it has no token, a token that the model has no embedding for, or more tokens than the model has
+            positions; or there is no question to split off.
     """
     assert loaded.tokenizer is not None
     encoded = task.encode(example, loaded.tokenizer, limit)
@@ -83,11 +84,19 @@ def encode(task: Task, example: Example, loaded: LoadedModel, limit: int | None,
         to_come = max(needed) - len(ids)
     else:
         ids, to_come = [i for i in encoded if isinstance(i, int)], example.max_new_tokens
+    name = f"{example.dataset}/{example.id}"
+    if not ids or any(not c.context for c in scored):
+        raise InputError("task", task.name, f"{name} is a prompt of no tokens, which a model cannot continue")
+    embedding: Any = loaded.model.get_input_embeddings()
+    rows, largest = embedding.weight.shape[0], _largest_id(ids, scored)
+    if largest >= rows:
+        allowed = f"its tokenizer gives {name} a token {largest}, its embedding has {rows} rows: not the model's own"
+        raise InputError("model", loaded.name, allowed)
     if len(ids) + to_come > loaded.max_positions:
         raise InputError(
             "task.max_length",
             limit,
-            f"{example.dataset}/{example.id} has {len(ids)} prompt tokens and {to_come} may follow, but {loaded.name} "
+            f"{name} has {len(ids)} prompt tokens and {to_come} may follow, but {loaded.name} "
             f"has {loaded.max_positions} positions; the prompts must be shorter (see conf/task for the keys that say "
             "how long they are)",
         )
@@ -99,6 +108,12 @@ def encode(task: Task, example: Example, loaded: LoadedModel, limit: int | None,
         )
     count = question_tokens(ids, example.question, loaded.tokenizer)
     return Item(example, ids[:-count], ids[-count:])
+
+
+def _largest_id(ids: Sequence[int], scored: Sequence[Continuations]) -> int:
+    """The largest token id that the model is to look up."""
+    lists = [ids, *(part for c in scored for pair in c.asked for part in pair), *(c.context for c in scored)]
+    return max(max(one, default=0) for one in lists)
 
 
 def ask(

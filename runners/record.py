@@ -12,7 +12,9 @@ import errno
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,10 @@ from typing import Any
 import filelock
 
 from ..analysis.load import RECORD, SAMPLES, SCHEMA, read_record
-from ..conf.errors import InputError
+from ..conf.errors import InputError, is_whole
 
 SESSIONS = "sessions.jsonl"
+START_OVER = "delete the line to have its example run again, or the folder to start over"
 
 
 def identity_hash(identity: Mapping[str, Any]) -> str:
@@ -42,7 +45,7 @@ class RunFolder:
         identity: what decides the run's numbers; hashed into the last folder's name.
 
     Raises:
-        InputError: the folder cannot be written; a line of ``samples.jsonl`` before the last is not JSON.
+        InputError: the folder cannot be written; a line of ``samples.jsonl`` before the last is damaged.
     """
 
     def __init__(self, root: Path, task: str, model: str, method: str, identity: Mapping[str, Any]):
@@ -87,48 +90,89 @@ class RunFolder:
 
     @property
     def done(self) -> bool:
-        """Whether there is a record of the whole run; one that ran out of memory is tried again."""
-        path = self.path / RECORD
-        return path.is_file() and read_record(path)["status"] == "done"
+        """Whether the record of the whole run is there, and each row that it counts.
+
+        A run that was out of memory is tried again, and one that has lost rows is completed.
+        """
+        return self._is_recorded and not self.lost_rows()
+
+    @property
+    def _is_recorded(self) -> bool:
+        return (self.path / RECORD).is_file() and self.record()["status"] == "done"
+
+    def lost_rows(self) -> int:
+        """How many examples the finished record counts (``data.examples``) that ``samples.jsonl`` has no row of."""
+        data = self.record()["data"] if self._is_recorded else None
+        counts = data.get("examples") if isinstance(data, dict) else None
+        if not isinstance(counts, dict):  # a run of another kind, or not finished
+            return 0
+        there = {example_key(row) for _, row in self._lines(SAMPLES, damaged_too=True)}
+        found = Counter(key[0] for key in there if key is not None)
+        return sum(max(0, count - found[dataset]) for dataset, count in counts.items() if is_whole(count))
 
     def record(self) -> dict[str, Any]:
         """The finished run's record.
 
         Raises:
-            InputError: it is not JSON, or of another schema.
+            InputError: it cannot be read, is not JSON, or of another schema.
         """
-        return read_record(self.path / RECORD)
+        try:
+            return read_record(self.path / RECORD)
+        except OSError as error:
+            raise _unreadable(self.path / RECORD, error) from error
 
     def samples(self) -> list[dict[str, Any]]:
-        """Complete rows so far; what a killed process left of its last line is cut off the file.
+        """Complete rows so far.
 
-        Only call with the lock held, or on a finished run.
+        What a killed process left of its last line is passed over, and cut off the file where the lock is held.
+
+        Raises:
+            InputError: a line is not a JSON object; names file and line.
         """
-        return self._read_lines(self.path / SAMPLES)
+        return [row for _, row in self.numbered_samples()]
+
+    def numbered_samples(self) -> list[tuple[str, dict[str, Any]]]:
+        """:meth:`samples`, each with its place in the file (``.../samples.jsonl:12``)."""
+        return self._lines(SAMPLES)
 
     def sessions(self) -> list[dict[str, Any]]:
-        """What :meth:`begin_session` was given, process by process."""
-        return self._read_lines(self.path / SESSIONS)
+        """What :meth:`begin_session` was given, process by process.
+
+        Raises:
+            InputError: a line is not one that was written by it; names file and line.
+        """
+        lines = self._lines(SESSIONS)
+        for place, session in lines:
+            git, after = session.get("git"), session.get("after_examples", 0)
+            if not isinstance(git, dict) or "sha" not in git or not is_whole(after, 0):
+                raise InputError(place, _shortened(json.dumps(session)), f"is no session; {START_OVER}")
+        return [session for _, session in lines]
 
     def begin_session(self, session: Mapping[str, Any]) -> None:
         """Note that a process starts to work on this run."""
         self._append_line(self.path / SESSIONS, session)
 
-    def _read_lines(self, path: Path) -> list[dict[str, Any]]:
-        if not path.exists():
-            return []
-        data = path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            os.truncate(path, whole)
+    def _lines(self, name: str, damaged_too: bool = False) -> list[tuple[str, dict[str, Any]]]:
+        """(file:line, JSON object) for each complete line; ``damaged_too``: {} for one that is none."""
+        path = self.path / name
+        try:
+            data = path.read_bytes() if path.exists() else b""
+            whole = data.rfind(b"\n") + 1
+            if whole < len(data) and self._lock.is_locked:
+                os.truncate(path, whole)
+        except OSError as error:
+            raise _unreadable(path, error) from error
         rows = []
-        for number, line in enumerate(data[:whole].splitlines(), start=1):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                found = line[:40].decode(errors="replace")
-                problem = InputError(f"{path}:{number}", found, "not JSON; delete the folder to start over")
-                raise problem from None
+        for number, line in enumerate(data[:whole].split(b"\n")[:-1], start=1):
+            row: Any = None
+            with suppress(ValueError, RecursionError):  # no UTF-8, no JSON, a number of 5,000 digits, nested too deeply
+                row = json.loads(line)
+            if not isinstance(row, dict):
+                if not damaged_too:
+                    said = _shortened(line.decode(errors="replace"))
+                    raise InputError(f"{path}:{number}", said, f"is damaged (no JSON object); {START_OVER}")
+                row = {}
+            rows.append((f"{path}:{number}", row))
         return rows
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -170,6 +214,20 @@ class RunFolder:
         """Add ``key`` to the finished record; call with the lock held."""
         record = self.record()
         self.finish({**{k: v for k, v in record.items() if k != "schema"}, key: value})
+
+
+def example_key(row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """(data set, id) of a row of ``samples.jsonl``; None where it lacks one of them."""
+    dataset, name = row.get("dataset"), row.get("id")
+    return (dataset, name) if isinstance(dataset, str) and isinstance(name, str) else None
+
+
+def _shortened(text: str) -> str:
+    return text[:40]
+
+
+def _unreadable(path: Path, error: OSError) -> InputError:
+    return InputError("results_dir", path, f"cannot be read: {error.strerror}")
 
 
 def _disk_error(error: OSError, path: Path) -> Exception:

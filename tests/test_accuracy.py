@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from local_model import Done, kvbench, save_local_model, save_rows
+
+from kvbench.runners import record
+from kvbench.runners.record import RunFolder
+from kvbench.tasks.longbench import LongBench
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -487,3 +494,177 @@ def test_a_prompt_whose_question_was_cut_off_cannot_be_asked_after_compression(w
     assert "runner.question=after_compression: needs a prompt with a context and a question" in done.stderr
     done = run(world, tmp_path, "runner.question=later", status=2)
     assert "runner.question=later: must be one of after_compression, with_context" in done.stderr
+
+
+# --- damaged runs ----------------------------------------------------------------------------------------------------
+
+
+def run_full(world: Path, results: Path, status: int = 0) -> Done:
+    """The full cache alone, on six examples."""
+    given = [o for o in settings(world, results) if not o.startswith("method")]
+    done = kvbench("run", *given, "method=full", "runner.pair_with=[]", "task.datasets=[qasper]")
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def six_rows(world, tmp_path_factory) -> Path:
+    results = tmp_path_factory.mktemp("six")
+    run_full(world, results)
+    return results
+
+
+@pytest.fixture
+def again(six_rows, tmp_path) -> Path:
+    """A copy of the finished run's results folder."""
+    return Path(shutil.copytree(six_rows, tmp_path / "again"))
+
+
+def change(row: str, **keys: object) -> bytes:
+    return (json.dumps(json.loads(row) | keys) + "\n").encode()
+
+
+def without(row: str, key: str) -> bytes:
+    return (json.dumps({k: v for k, v in json.loads(row).items() if k != key}) + "\n").encode()
+
+
+DAMAGED_ROWS: dict[str, tuple[Callable[[str], bytes], str]] = {
+    "no UTF-8": (lambda row: row.encode().replace(b"qasper", b"qas\xffper", 1) + b"\n", "no JSON object"),
+    "no object": (lambda row: b"[1]\n", "no JSON object"),
+    "zeros": (lambda row: b"\0" * 64 + b"\n", "no JSON object"),
+    "blank": (lambda row: b"\n", "no JSON object"),
+    "nested": (lambda row: b"[" * 100_000 + b"\n", "no JSON object"),
+    "digits": (lambda row: b'{"score": ' + b"9" * 5000 + b"}\n", "no JSON object"),
+    "no dataset": (lambda row: without(row, "dataset"), "lacks dataset"),
+    "no score": (lambda row: without(row, "score"), "lacks score"),
+    "no bytes": (lambda row: without(row, "kv_bytes_formula"), "lacks kv_bytes_formula"),
+    "id is a number": (lambda row: change(row, id=5), "an id that is no text"),
+    "score is a text": (lambda row: change(row, score="1"), "has score='1'"),
+    "score is NaN": (lambda row: change(row, score=float("nan")), "has score=nan"),
+    "score of 7": (lambda row: change(row, score=7.0), "has score=7.0, which is no share of 1"),
+    "score below 0": (lambda row: change(row, score=-0.5), "has score=-0.5"),
+    "bytes are true": (lambda row: change(row, kv_bytes_stored=True), "has kv_bytes_stored=True"),
+    "another method": (lambda row: change(row, method="snapkv 40"), "is of snapkv 40, not of full"),
+    "unknown example": (lambda row: change(row, id="qasper-99"), "qasper/qasper-99: is no example of this run"),
+    "a second score": (lambda row: f"{row}\n".encode() + change(row, score=1.0), "has another row before this one"),
+}
+
+
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "unfinished"])
+@pytest.mark.parametrize(("damage", "said"), DAMAGED_ROWS.values(), ids=DAMAGED_ROWS)
+def test_a_damaged_row_is_named_by_file_and_line(world, again, damage, said, finished):
+    (folder,) = folders(again).values()
+    lines = (folder / "samples.jsonl").read_text().splitlines()
+    written = damage(lines[2])
+    (folder / "samples.jsonl").write_bytes(
+        "".join(f"{line}\n" for line in lines[:2]).encode() + written + "".join(f"{x}\n" for x in lines[3:]).encode()
+    )
+    if not finished:
+        (folder / "record.json").unlink()
+    errors = [line for line in run_full(world, again, status=2).stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert f"samples.jsonl:{2 + written.count(b'%c' % 10)}=" in errors[0]
+    assert said in errors[0]
+    assert "delete the line" in errors[0]
+
+
+@pytest.mark.parametrize("left", ["", "half a row", "two rows", "no file", "a row twice"])
+def test_a_finished_run_that_has_lost_rows_is_completed(world, again, left):
+    (folder,) = folders(again).values()
+    before, record = rows(folder), json.loads((folder / "record.json").read_text())
+    samples = folder / "samples.jsonl"
+    lines = samples.read_bytes().splitlines(keepends=True)
+    if left == "no file":
+        samples.unlink()
+    else:
+        kept = {"": [], "half a row": [*lines[:3], lines[3][:40]], "two rows": lines[:2], "a row twice": lines[:1] * 6}
+        samples.write_bytes(b"".join(kept[left]))
+    out = run_full(world, again).stdout
+    lost = {"": 6, "half a row": 3, "two rows": 4, "no file": 6, "a row twice": 5}[left]
+    assert f"{samples} is damaged: it lacks {lost} rows" in out
+    assert "already done" not in out
+    key = lambda r: r["id"]  # noqa: E731
+    assert sorted({r["id"]: r for r in rows(folder)}.values(), key=key) == sorted(before, key=key)
+    assert json.loads((folder / "record.json").read_text())["scores"] == record["scores"]
+    assert "already done" in run_full(world, again).stdout
+
+
+def test_a_new_method_beside_a_full_cache_that_has_lost_rows(world, again):
+    (folder,) = folders(again).values()
+    (folder / "samples.jsonl").write_bytes((folder / "samples.jsonl").read_bytes()[:1000])
+    run(world, again, "task.datasets=[qasper]")
+    assert "paired" in json.loads((folders(again)["snapkv 40"] / "record.json").read_text())
+    assert len(rows(folder)) == 6
+
+
+def test_an_identical_second_row_is_harmless(world, again):
+    (folder,) = folders(again).values()
+    lines = (folder / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "samples.jsonl").write_bytes(b"".join([*lines, lines[1]]))
+    assert "already done" in run_full(world, again).stdout
+
+
+def test_a_cut_last_line_is_not_cut_off_a_run_that_another_process_may_be_writing(six_rows, again):
+    (folder,) = folders(again).values()
+    identity = json.loads((folder / "record.json").read_text())["identity"]
+    opened = RunFolder(again, folder.parents[2].name, folder.parents[1].name, folder.parent.name, identity)
+    assert opened.path == folder
+    with (folder / "samples.jsonl").open("ab") as file:
+        file.write(b'{"data')
+    assert len(opened.samples()) == 6
+    assert (folder / "samples.jsonl").read_bytes().endswith(b'{"data')
+    with opened:
+        assert len(opened.samples()) == 6
+    assert (folder / "samples.jsonl").read_bytes().endswith(b"}\n")
+
+
+def test_damaged_sessions_are_named_by_file_and_line(world, again):
+    (folder,) = folders(again).values()
+    (folder / "record.json").unlink()
+    (folder / "sessions.jsonl").write_text('{"after_examples": 0}\n')
+    assert "sessions.jsonl:1=" in run_full(world, again, status=2).stderr
+
+
+def test_files_without_the_right_to_read_them_are_one_line(world, again, monkeypatch):
+    (folder,) = folders(again).values()
+    (folder / "samples.jsonl").unlink()
+    (folder / "samples.jsonl").mkdir()
+    assert "samples.jsonl: cannot be read" in run_full(world, again, status=2).stderr
+    monkeypatch.setattr(record, "read_record", Mock(side_effect=PermissionError(13, "Permission denied")))
+    assert "record.json: cannot be read: Permission denied" in run_full(world, again, status=2).stderr
+
+
+# --- prompts that cannot be asked -------------------------------------------------------------------------------------
+
+
+def test_a_prompt_of_no_tokens_is_one_line(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(LongBench, "encode", lambda *_: [])
+    said = run(world, tmp_path, "task.datasets=[qasper]", status=2).stderr
+    assert "error: task=longbench: qasper/qasper-0 is a prompt of no tokens" in said
+
+
+def test_a_token_without_an_embedding_is_one_line(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(LongBench, "encode", lambda *_: [5, 400, 7])
+    said = run(world, tmp_path, "task.datasets=[qasper]", status=2).stderr
+    assert "error: model=local: its tokenizer gives qasper/qasper-0 a token 400, its embedding has 258 rows" in said
+
+
+BAD_TEMPLATES = {
+    "syntax": "{{ messages",
+    "unknown name": "{{ nothing.of.this }}",
+    "sandbox": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "raises": "{{ raise_exception('no') }}",
+    "wrong type": "{{ messages + 1 }}",
+}
+
+
+@pytest.mark.parametrize("template", BAD_TEMPLATES.values(), ids=BAD_TEMPLATES)
+def test_a_bad_chat_template_is_one_line(world, tmp_path, template):
+    folder = Path(shutil.copytree(world / "model", tmp_path / "model"))
+    (folder / "chat_template.jinja").write_text(template)
+    run_it = [*settings(world, tmp_path / "results", "task.datasets=[qasper]"), f"model.path={folder}"]
+    done = kvbench("run", *run_it)
+    assert done.returncode == 2
+    assert "error: model.chat_template=" in done.stderr
+    assert "Traceback" not in done.stderr
