@@ -141,9 +141,9 @@ def main(argv: list[str] | None = None) -> int:
         problems += unusable
         if scores:
             text = json.dumps(scores, indent=2)
+            print(text)
             if args.output:
                 _write(args.output, text + "\n")
-            print(text)
     except (InputError, _UsageError) as error:
         problems.append(error)
     for problem in problems:
