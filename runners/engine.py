@@ -180,8 +180,11 @@ def _piece(name: str, value: Any, start: int, end: int, length: int) -> Any:
         return value[..., :end]
     if name == "cache_position":
         return value[start:end]
-    # positions, their cosines and sines, inputs of a layer's own: [B, columns, ...]
-    return value[:, start:end] if value.dim() > 1 and value.shape[1] == length else value
+    # positions, their cosines and sines, inputs of a layer's own: [B, columns, ...] or [B, heads, columns, ...]
+    for dim in (1, 2):
+        if value.dim() > dim and value.shape[dim] == length:
+            return value.narrow(dim, start, end - start)
+    return value
 
 
 @torch.inference_mode()

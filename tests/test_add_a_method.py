@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from local_model import kvbench, save_local_model, save_rows
 
+from kvbench.methods.selection.ranking import RULE
+
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "add_a_method.md").read_text(encoding="utf-8")
 
 
@@ -38,7 +40,7 @@ def test_the_page_gives_a_method_that_runs(own_folder):
     assert done.returncode == 0, done.stderr
     records = [json.loads(p.read_text()) for p in Path("results").rglob("record.json")]
     ours = next(r for r in records if r["method"] == "key_norm")
-    assert ours["identity"]["method"]["selection"] == {"class": "KeyNorm", "budget": 64, "window": 0}
+    assert ours["identity"]["method"]["selection"] == {"class": "KeyNorm", "budget": 64, "window": 0, "ties": RULE}
     assert ours["bytes"]["kv_bytes_stored"] == ours["bytes"]["kv_bytes_formula"]
     assert ours["paired"]["with"] == "full"
 

@@ -86,7 +86,7 @@ def stream(selection, prompt: Prompt, steps: int, query_heads: int, kv_heads: in
     for _ in range(steps):
         q, k, v = (torch.randn(1, h, 1, D, generator=g, dtype=torch.float64) for h in (query_heads, kv_heads, kv_heads))
         q = 3 * q
-        out = selection.attend(state, storage, Step(q, k, v, D**-0.5, None))
+        out = selection.attend(state, storage, Step(q, k, v, LogitRule(D**-0.5), None))
         keys, _, valid = storage.read()
         real = torch.ones(1, 1, keys.shape[2], dtype=torch.bool) if valid is None else valid
         real = real.expand(1, kv_heads, -1)[0]

@@ -11,7 +11,8 @@ from test_contract import NAMES, make
 
 from kvbench.methods.base import CacheLayer, Method, kv_shape
 from kvbench.methods.prompt import Prompt
-from kvbench.methods.selection.base import ALL_QUERIES
+from kvbench.methods.rotary import Rotary
+from kvbench.methods.selection.base import ALL_QUERIES, ModelLayer
 from kvbench.methods.selection.pyramid_infer import PyramidInfer, Sequences
 from kvbench.runners.engine import prefill
 
@@ -48,7 +49,7 @@ def kept_sets(method: Method, prompt: Prompt, config) -> list[set[int]]:
     window = min(method.selection.observation_window, prompt.length)
     query = prompt.query[:, :, prompt.length - window :]
     asked = Prompt(query, prompt.keys, prompt.values, prompt.rule, prompt.layer_idx, prompt.num_layers)
-    state = method.selection.new_state(config)
+    state = method.selection.new_state(ModelLayer(prompt.layer_idx, lambda: Rotary(config)))
     if isinstance(method.selection, PyramidInfer):  # it says which tokens go on to the next layer
         state.layer_idx, state.shared = prompt.layer_idx, Sequences(lambda: None, prompt.num_layers, [prompt.length])
         method.selection.select(asked, state)

@@ -109,7 +109,7 @@ def test_methods_that_rank_no_tokens_keep_their_hash():
     """As they stand in records from before there was a rule."""
     dense = {"class": "Dense"}
     stream = {"class": "StreamingLLM", "budget": 1024, "sinks": 4, "mode": "true_stream", "reposition": True}
-    kivi = {"class": "Kivi", "bits": 4, "group": 32, "residual": 128}
+    kivi = {"class": "Kivi", "bits": 4, "group": 32, "residual": 128, "version": Kivi.version}
     pairs = {"class": "MiniCache", "start": None, "t": 0.6, "gamma": 0.05, "retention": "top_ratio"}
     everything = {"class": "Selection"}
     for method, expected in (

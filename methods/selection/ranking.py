@@ -17,7 +17,10 @@ import torch
 RULE = "score, unpooled score, index"
 """What decides, in this order. A part of a run's identity: runs under another rule kept other tokens."""
 
-SIGN_BIT, MAGNITUDE_BITS = -(2**31), 2**31 - 1
+SMALLEST = torch.finfo(torch.float32).tiny
+"""Numbers below it (a softmax of far lower logits) are zero on some devices, and so they are here."""
+MAGNITUDE_BITS = 2**31 - 1
+"""All bits of a float32 number but its sign."""
 
 
 def keep_slots(scores: torch.Tensor, count: int, ties: torch.Tensor | None = None) -> torch.Tensor:
@@ -31,10 +34,14 @@ def keep_slots(scores: torch.Tensor, count: int, ties: torch.Tensor | None = Non
     Returns:
         [..., count] int64, increasing.
     """
+    index = torch.arange(scores.shape[-1], device=scores.device)
+    if ties is None:  # the index fits beside one score, so no two keys are equal
+        keys = _ordered_bits(scores).long().bitwise_left_shift_(32).sub_(index)
+        return keys.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
     kept = keep_mask(scores, count, ties)
-    place = kept.cumsum(-1, dtype=torch.int32)  # [..., N]; 1 at the first kept token
-    wanted = torch.arange(1, count + 1, dtype=torch.int32, device=scores.device)
-    return torch.searchsorted(place, wanted.expand(*place.shape[:-1], count).contiguous())
+    # Write each kept token's index to its place from 1 on, and all others' to place 0, which is cut off.
+    place = kept.cumsum(-1, dtype=torch.int32).mul_(kept).long()  # [..., N]
+    return place.new_empty(*place.shape[:-1], count + 1).scatter_(-1, place, index.expand_as(place))[..., 1:]
 
 
 def keep_mask(scores: torch.Tensor, count: int | torch.Tensor, ties: torch.Tensor | None = None) -> torch.Tensor:
@@ -64,24 +71,24 @@ def last_slot(scores: torch.Tensor) -> torch.Tensor:
     The lowest score, and of equal ones the higher index: :func:`keep_slots` of N - 1 tokens keeps the others.
     """
     index = torch.arange(scores.shape[-1], device=scores.device)
+    scores = _flushed(scores)
     lowest = scores == scores.amin(-1, keepdim=True)
     return torch.where(lowest, index, 0).amax(-1, keepdim=True)
 
 
 def _keys(scores: torch.Tensor, ties: torch.Tensor | None) -> torch.Tensor:
-    """Integers in the order of the scores, and of ``ties`` where those are equal: int32, with ``ties`` int64.
-
-    Integers are what ``topk`` selects without a special case for NaN, and two float32 numbers fit into one int64.
-    """
-    high = _float_bits(scores)
-    high = high.bitwise_xor_((high >> 31).bitwise_and_(MAGNITUDE_BITS))  # negative: the larger magnitude is lower
-    if ties is None:
-        return high
-    low = _float_bits(ties)
-    low = low.bitwise_xor_((low >> 31).bitwise_or_(SIGN_BIT))  # the same as an unsigned number
-    return high.long().bitwise_left_shift_(32).bitwise_or_(low.long().bitwise_and_(2**32 - 1))
+    """Integers in the order of the scores, and of ``ties`` where those are equal: int32, with ``ties`` int64."""
+    keys = _ordered_bits(scores)
+    return keys if ties is None else keys.long().bitwise_left_shift_(32).add_(_ordered_bits(ties))
 
 
-def _float_bits(x: torch.Tensor) -> torch.Tensor:
-    """Bits of float32 numbers as int32, in memory of their own; those of -0.0 are those of 0.0."""
-    return (x.float() + 0.0).view(torch.int32)
+def _ordered_bits(x: torch.Tensor) -> torch.Tensor:
+    """Int32 numbers in the order of float32 ones: their bits, with a larger magnitude lower where they are negative."""
+    bits = (_flushed(x) + 0.0).view(torch.int32)  # of 0.0 for -0.0
+    return bits.bitwise_xor_((bits >> 31).bitwise_and_(MAGNITUDE_BITS))
+
+
+def _flushed(x: torch.Tensor) -> torch.Tensor:
+    """In float32, with zero in place of what a device may flush to zero."""
+    x = x.float()
+    return torch.where(x.abs() < SMALLEST, 0.0, x)
