@@ -152,7 +152,7 @@ def accuracy_table(runs: Sequence[Run], by_set: bool = True) -> Table:
         table.notes.append(
             f"What {', '.join(quantised)} keeps is a share of a 32-bit cache; of a 16-bit one it is larger."
         )
-    table.notes += _made_by(runs)
+    table.notes += _ways_of_reading(runs) + _made_by(runs)
     return _emphasised(table)
 
 
@@ -192,6 +192,8 @@ def budget_tables(runs: Sequence[Run]) -> list[Table]:
             notes = [f"{what} and its 95 % interval. Bytes kept of the full cache, mean of the methods: {shares}."]
             shown = [run for row in by_curve.values() for run in row.values()]
             notes += _tie_rules(shown)
+            if not others:
+                notes += _ways_of_reading(group)
             made.append(Table(title, ["method / budget", *map(str, budgets)], rows, first, notes))
         if others:
             what_column = "perplexity" if fewer_is_better(group[0].record) else "score"
@@ -199,7 +201,8 @@ def budget_tables(runs: Sequence[Run]) -> list[Table]:
                 [Cell(run.label), _with_interval(run), _number(100 * run.record["bytes"]["kv_ratio"], 1, " %")]
                 for run in others
             ]
-            made.append(Table(title, ["method", what_column, "KV kept"], rows, others, _made_by(group)))
+            notes = _ways_of_reading(group) + _made_by(group)
+            made.append(Table(title, ["method", what_column, "KV kept"], rows, others, notes))
     return made
 
 
@@ -310,6 +313,22 @@ def search_table(runs: Sequence[Run]) -> Table:
         table.notes.append(f"Sizes are found to within {100 * tolerance:g} %.")
     table.notes += _ways_of_decoding(runs) + _made_by(runs) + _problems(runs)
     return table
+
+
+def _ways_of_reading(runs: Sequence[Run]) -> list[str]:
+    """How prompts were read, where not alike and in 16 bits: chunk size and a shared prefill are each another rounding."""
+    dtype = runs[0].record["identity"]["dtype"]
+    records = [run.record for run in runs if run.done]
+    chunks = sorted({maker.get("chunk_size") or 0 for record in records for maker in _makers(record)})
+    methods = sorted({1 + len(record["rode_with"]) for record in records if "rode_with" in record})
+    ways = []
+    if len(chunks) > 1:
+        ways.append(f"in chunks of {', '.join(str(size) if size else 'all' for size in chunks)} tokens")
+    if len(methods) > 1:
+        ways.append(f"by {', '.join(map(str, methods))} methods in a command")
+    if dtype == "float32" or not ways:
+        return []
+    return [f"Prompts were read {' and '.join(ways)}: in {dtype} each is another rounding."]
 
 
 def _ways_of_decoding(runs: Sequence[Run]) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 from records import accuracy, efficiency, estimate, save
 
 from kvbench.analysis.load import Run, load
-from kvbench.analysis.tables import efficiency_table, main, tables
+from kvbench.analysis.tables import budget_tables, efficiency_table, main, tables
 
 
 def made(folder, *records):
@@ -266,6 +266,26 @@ def test_rows_that_other_processes_made_are_told(tmp_path):
     notes = " ".join(table.notes)
     assert "of more than one commit: aaaaaaa, ccccccc." in notes
     assert "on more than one processor: EPYC, Xeon." in notes
+
+
+def test_prompts_read_in_several_ways_are_told_in_16_bits(tmp_path):
+    """Chunk size and shared prefills are not in a run's identity; in bfloat16 each is another rounding."""
+
+    def notes(folder, dtype, chunks=(None, None), others=(1, 1)):
+        runs = [accuracy("full", None, 22.0), accuracy("snapkv", 128, 20.0)]
+        for record, chunk, count in zip(runs, chunks, others, strict=True):
+            record["identity"]["dtype"] = dtype
+            record["sessions"] = [{"after_examples": 0, "git": {"sha": "a" * 40}, "packages": {}, "chunk_size": chunk}]
+            record["rode_with"] = ["x"] * count
+        of_all = made(tmp_path / folder, *runs)
+        by_budget = budget_tables(load(tmp_path / folder))
+        said = [[n for t in group for n in t.notes if "another rounding" in n] for group in (of_all, by_budget)]
+        assert said[0] == said[1]
+        return " ".join(said[0])
+
+    assert "in chunks of all, 512 tokens" in notes("a", "bfloat16", chunks=(None, 512))
+    assert "by 1, 6 methods in a command" in notes("b", "bfloat16", others=(0, 5))
+    assert notes("c", "bfloat16") == notes("d", "float32", chunks=(None, 512), others=(0, 5)) == ""
 
 
 def test_bits_on_a_32_bit_cache_are_told(tmp_path):
