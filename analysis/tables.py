@@ -316,7 +316,7 @@ def search_table(runs: Sequence[Run]) -> Table:
 
 
 def _ways_of_reading(runs: Sequence[Run]) -> list[str]:
-    """How prompts were read, where not alike and in 16 bits: chunk size and a shared prefill are each another rounding."""
+    """How prompts were read where it differs, in 16 bits: chunk size and a shared prefill each round differently."""
     dtype = runs[0].record["identity"]["dtype"]
     records = [run.record for run in runs if run.done]
     chunks = sorted({maker.get("chunk_size") or 0 for record in records for maker in _makers(record)})

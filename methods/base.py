@@ -25,6 +25,7 @@ from ..conf.errors import InputError
 from .attention import announce, repeat_heads, tag, use_kvbench_attention
 from .inference_mode import under_inference_mode
 from .logits import LogitRule
+from .named import token_methods
 from .prompt import Prompt, PromptReader, Rows
 from .recurrent import RecurrentStates
 from .selection import ranking
@@ -57,6 +58,7 @@ class Method:
     budget: int | float | None = None
 
     def __post_init__(self) -> None:
+        self._check_name()
         if self.storage.needs_the_same_tokens and not self.selection.keeps_everything:
             raise InputError(
                 "method/storage",
@@ -82,6 +84,26 @@ class Method:
     def shares_steps(self) -> bool:
         """Whether other methods can ride on the same decode steps (``fan_out.py``)."""
         return True
+
+    def _check_name(self) -> None:
+        """Refuse a full cache under another method's name, or with a budget that nothing keeps.
+
+        ``method=full`` accepts a budget and ignores it, so that a sweep can include it; likewise what saves bits or
+        layers.
+        """
+        if type(self) is not Method or self.name == "full" or not self.selection.keeps_everything:
+            return
+        methods = token_methods()
+        is_plain = self.storage.is_exact and self.sharing is None
+        if methods.get(self.name) or (is_plain and (self.name in methods or self.budget is not None)):
+            budget = "" if self.budget is None else f" budget={self.budget}"
+            raise InputError(
+                "method",
+                f"{self.name}{budget}",
+                "is given no selection, storage or sharing of that name, so every token would stay; in Python pass the "
+                f'selection, as in Method("snapkv", SnapKV(budget=64)), or call '
+                f'kvbench.runners.cli.named_method("{self.name}{budget}")',
+            )
 
     def _check_sharing(self) -> None:
         """What cannot be held where layers share keys and values."""

@@ -278,7 +278,7 @@ def test_prompts_read_in_several_ways_are_told_in_16_bits(tmp_path):
             record["sessions"] = [{"after_examples": 0, "git": {"sha": "a" * 40}, "packages": {}, "chunk_size": chunk}]
             record["rode_with"] = ["x"] * count
         of_all = made(tmp_path / folder, *runs)
-        by_budget = budget_tables(load(tmp_path / folder))
+        by_budget = budget_tables(load(tmp_path / folder)[0])
         said = [[n for t in group for n in t.notes if "another rounding" in n] for group in (of_all, by_budget)]
         assert said[0] == said[1]
         return " ".join(said[0])
