@@ -289,7 +289,7 @@ class CacheLayer(PromptReader):
     """One layer: reads the prompt, keeps what the selection says in the storage, then takes step after step."""
 
     is_sliding = False  # read by transformers
-    is_compileable = False
+    is_compileable = record_past = False
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ class FanOutLayer(PromptReader):
     """The same layer of every member."""
 
     is_sliding = False
-    is_compileable = False
+    is_compileable = record_past = False
 
     def __init__(self, members: Sequence[CacheLayer]):
         self.members = list(members)

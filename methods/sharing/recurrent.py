@@ -9,7 +9,7 @@ class RecurrentLayer:
     """Holds the state that the layer hands over after each forward."""
 
     is_sliding = False  # read by transformers
-    is_compileable = False
+    is_compileable = record_past = False
     reading = False
     evicts_while_decoding = reads_prompt_by_steps = False
     observation_window = 0
