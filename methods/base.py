@@ -175,9 +175,10 @@ class Method:
             )
         storage = iter(self.storage.new_layers(count))
         layers: list[Any] = []
+        states = RecurrentStates(config, plan.recurrent) if plan.recurrent else None
         for number, (owner, kind, span) in enumerate(zip(plan.owners, plan.layer_types, plan.spans, strict=True)):
             if kind == LINEAR:
-                layers.append(RecurrentLayer())
+                layers.append(RecurrentLayer() if states is None else states.cache.layers[owner])
                 continue
             selection = self.selection if span is None else LocalAttention(span)
             held: LayerStorage = next(storage) if span is None else Dense().new_layers(1)[0]
@@ -187,8 +188,7 @@ class Method:
             layer.model_layer = owner
             layers.append(layer)
         cache = KVCache(layers, plan, self.passes)
-        if plan.recurrent:
-            cache.states = RecurrentStates(config, plan.recurrent)
+        cache.states = states
         cache.rounds = not self.storage.is_exact
         self.selection.attach(model, cache)
         return cache

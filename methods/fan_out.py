@@ -17,7 +17,7 @@ import torch
 from .base import CacheLayer, KVCache, NewTokens
 from .logits import LogitRule
 from .prompt import Prompt, PromptReader, Rows
-from .sharing.plan import Use
+from .sharing.plan import LINEAR, Use
 from .sharing.recurrent import RecurrentLayer
 
 
@@ -89,7 +89,7 @@ class FanOutLayer(PromptReader):
 
 def fan_out_layer(members: Sequence[Any]) -> FanOutLayer | RecurrentLayer:
     """The members' cache layers of one place as one."""
-    if isinstance(members[0], RecurrentLayer):
+    if not isinstance(members[0], CacheLayer):
         return RecurrentLayer()
     return FanOutLayer(members)
 
@@ -117,6 +117,10 @@ class FanOutCache(KVCache):
         self.members = list(members)
         self.rounds = any(m.rounds for m in members)
         self.states = copy.deepcopy(members[0].states)  # empty as yet; the members' own are for their bytes
+        if self.states is not None:
+            for number, (owner, kind) in enumerate(zip(self.plan.owners, self.plan.layer_types, strict=True)):
+                if kind == LINEAR:
+                    self.layers[number] = self.states.cache.layers[owner]
         alike = [m for m in members if m.reads_whole_prompt]
         if len(alike) < len(members):
             shared = [FanOutCache(alike)] if len(alike) > 1 else alike
@@ -139,7 +143,7 @@ class FanOutCache(KVCache):
         for number, layer in enumerate(self.layers):
             if isinstance(layer, FanOutLayer):
                 layer.go_on()
-            else:
+            elif self.states is None:
                 layer.update(torch.cat([m.layers[number].recurrent_states[0] for m in self.members]))
         if self.states is not None:
             self.states.join([m._states for m in self.members])

@@ -22,6 +22,24 @@ from transformers.cache_utils import (
 STATES = ("conv_states", "recurrent_states")
 
 
+class StateLayer(LinearAttentionLayer):
+    """transformers' state of one recurrent layer, as a layer of a kvbench cache; its bytes are RecurrentStates'."""
+
+    is_sliding = is_compileable = False  # read by transformers
+    reading = evicts_while_decoding = reads_prompt_by_steps = spans_layers = False
+    observation_window = 0
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """No token is held, [1, 1] zero."""
+        return torch.zeros(1, 1, dtype=torch.int64)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return []
+
+    logical_bytes = 0
+
+
 class RecurrentStates:
     """The states of a model's recurrent layers, for one batch.
 
@@ -33,8 +51,7 @@ class RecurrentStates:
         made: list[Any] = DynamicCache(config=config).layers
         layers: list[Any] = [DynamicLayer() for _ in range(config.num_hidden_layers)]
         for i in recurrent:
-            alone = not isinstance(made[i], DynamicLayer)  # a layer may have keys and values beside its state
-            layers[i] = made[i] if alone else LinearAttentionLayer(number_of_states=made[i].number_of_states)
+            layers[i] = StateLayer(number_of_states=made[i].number_of_states)
         self.cache = Cache(layers=layers)
 
     def _each(self) -> Iterator[tuple[dict[int, Any], int]]:
