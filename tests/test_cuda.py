@@ -40,8 +40,10 @@ SEED = 20
 other; these prompts have none at a budget's boundary."""
 
 FLOAT32_TOLERANCE = 1e-5
-"""Of the largest logit."""
-CODED_TOLERANCE = {2: 0.2, 4: 0.05, 8: 5e-3}
+"""Of the largest logit, after the prompt."""
+STEPS_TOLERANCE = 3e-5
+"""The same over the forced steps: through three layers of peaked attention an H200 was up to 1.7e-5 off."""
+CODED_TOLERANCE = {2: 0.2, 4: 0.05, 8: 1e-2}
 """The same where tokens are held in so many bits. A number in the middle between two codes is rounded by its last bits,
 which differ between devices, and then differs by a whole step: the range of its group / (2^bits - 1)."""
 BFLOAT16_TOLERANCE = {None: 0.15, 8: 0.15, 4: 0.3, 2: 0.6}
@@ -176,7 +178,7 @@ def test_float32_is_as_on_the_cpu(text, capture):
     if capture and not found.captured:
         pytest.skip("its steps change shapes")
     scale = expected.logits.abs().max()
-    tolerance = CODED_TOLERANCE.get(bits_of(text), FLOAT32_TOLERANCE)
+    tolerance = CODED_TOLERANCE.get(bits_of(text), STEPS_TOLERANCE)
     assert float((found.logits[0] - expected.logits[0]).abs().max() / scale) < FLOAT32_TOLERANCE
     assert float((found.logits - expected.logits).abs().max() / scale) < tolerance
     assert same_tokens(found.prompt_keys, expected.prompt_keys, 1e-3)
