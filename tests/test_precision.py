@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_contract import NAMES, make
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from kvbench.methods.base import CacheLayer, Method, kv_shape
 from kvbench.methods.prompt import Prompt
@@ -49,7 +50,9 @@ def kept_sets(method: Method, prompt: Prompt, config) -> list[set[int]]:
     window = min(method.selection.observation_window, prompt.length)
     query = prompt.query[:, :, prompt.length - window :]
     asked = Prompt(query, prompt.keys, prompt.values, prompt.rule, prompt.layer_idx, prompt.num_layers)
-    state = method.selection.new_state(ModelLayer(prompt.layer_idx, lambda: Rotary(config)))
+    state = method.selection.new_state(
+        ModelLayer(prompt.layer_idx, lambda: Rotary(LlamaRotaryEmbedding(config).inv_freq))
+    )
     if isinstance(method.selection, PyramidInfer):  # it says which tokens go on to the next layer
         state.layer_idx, state.shared = prompt.layer_idx, Sequences(lambda: None, prompt.num_layers, [prompt.length])
         method.selection.select(asked, state)

@@ -8,10 +8,10 @@ Two protocols exist under this name and both are here:
 
 * ``mode=true_stream`` (the paper's): every token, the prompt's too, sees only what the cache held at its time. Computed
   in blocks with a banded mask, which equals feeding the tokens one by one.
-* ``mode=prefill_evict`` (later papers' baseline rows): the prompt is read with full attention and evicted once, so the
-  surviving tokens have already seen the middle of the prompt. Each step then evicts as in the paper. With
-  ``prefill_only=true`` every generated token stays: the protocol of kvpress and KVCache-Factory (which also leave the
-  sinks at their true distance: ``reposition=false``).
+* ``mode=prefill_evict``: the prompt is read with full attention and evicted once, so that the surviving tokens have
+  already seen the middle of the prompt. Each step then evicts as in the paper. With ``prefill_only=true`` every
+  generated token stays: the protocol of kvpress and KVCache-Factory (which also leave the sinks at their true distance:
+  ``reposition=false``).
 
 Positions inside the cache, without rotating the cache: RoPE attention depends on distances alone. The recent tokens
 stand at their true distances from the query anyway; only the sinks are too far, by the number of tokens evicted. So
