@@ -59,6 +59,22 @@ class Layout:
     rotary: dict[int, Rotary | None] = field(default_factory=dict)
 
 
+def describe_layers(model: PreTrainedModel) -> dict[str, Any]:
+    """Which layers a method works on and which hold what the model needs whatever the method; for a record."""
+    layout = layout_of(model)
+    plan, shape = layout.plan, layout.shape
+    out: dict[str, Any] = {"full_attention": shape.layers}
+    if shape.local:
+        out["local"] = [{"kind": x.span.kind, "tokens": x.span.size, "layers": x.layers} for x in shape.local]
+    if plan.recurrent:
+        out["recurrent"] = len(plan.recurrent)
+    if plan.shares:
+        out["reading_others"] = sum(not use.writes for use in plan.uses)
+    if layout.latent_channels:
+        out["latents"] = {"held": "expanded keys and values", "latent_numbers_a_token": layout.latent_channels}
+    return out
+
+
 class Trial(KVCache):
     """A cache that looks at one token's keys and keeps nothing.
 

@@ -22,6 +22,7 @@ from ..analysis.load import SAMPLES
 from ..analysis.stats import macro_mean, paired_difference
 from ..conf.errors import InputError, one_of, require
 from ..methods.base import Method, full_shape, model_shape
+from ..methods.layout import describe_layers
 from ..models.base import LoadedModel, ModelSource
 from ..tasks.base import PERCENT, Example, Reply, Source, Task, is_text
 from . import provenance
@@ -52,6 +53,7 @@ class ScoredRun(MethodRun):
 
     rows: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)  # (dataset, id) -> row of samples.jsonl
     problem: str | None = None  # why it cannot go on: out of memory
+    cache_layers: dict[str, Any] | None = None  # of the model, once it has answered
 
     def scores(self, task: Task, examples: Sequence[Example]) -> dict[str, dict[str, float]]:
         """{group of the task: {"dataset/id": score, of 100 where it is a percentage}}."""
@@ -310,6 +312,7 @@ class AccuracyRunner(PairedRunner):
     ) -> dict[str, Any]:
         """A line of ``samples.jsonl``."""
         example = item.example
+        run.cache_layers = describe_layers(loaded.model)
         shape, full = model_shape(loaded.model), full_shape(loaded.model, run.method.sharing)
         read = item.compressed_lengths
         return {
@@ -341,6 +344,8 @@ class AccuracyRunner(PairedRunner):
         record["data"]["examples"] = dict(Counter(e.dataset for e in examples))
         record["rode_with"] = [r.method.label for r in runs if r is not run]
         record["sessions"] = run.folder.sessions()
+        if run.cache_layers is not None:
+            record["cache_layers"] = run.cache_layers
         record |= circumstances
         if record["status"] == "done":
             record |= self._results(run, examples, task)

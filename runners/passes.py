@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..conf.errors import InputError
 from ..methods.base import KVCache, Method, full_shape, model_shape
+from ..methods.layout import describe_layers
 from ..methods.no_cache import NoCache
 from ..models.base import LoadedModel, ModelSource
 from ..models.pretrained import devices_of, input_device
@@ -358,6 +359,7 @@ def memory_pass(job: Job) -> dict[str, Any]:
     shape, full = model_shape(model), full_shape(model, job.method.sharing)
     lengths, steps = [len(r.prompt) for r in batch.requests], batch.steps - 1
     return {
+        "cache_layers": describe_layers(model),
         "bytes": {
             "kv_bytes_stored": held.stored[0],
             "kv_bytes_stored_end": held.stored[1],

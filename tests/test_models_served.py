@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -446,3 +447,29 @@ def test_layers_that_share_keys_hold_them_once():
 def test_masked_attention_gives_values_of_another_width():
     query, key, value = (torch.randn(1, 2, 3, d) for d in (8, 8, 5))
     assert masked_attention(query, key, value, LogitRule(1.0), None).shape == (1, 2, 3, 5)
+
+
+def test_a_record_says_which_layers_a_method_works_on(tmp_path):
+    from local_model import kvbench, save_local_model, save_rows
+    from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
+
+    folder, data, results = tmp_path / "gemma", tmp_path / "data", tmp_path / "results"
+    tokenizer = AutoTokenizer.from_pretrained(save_local_model(folder))
+    shape = SHAPE | {"vocab_size": len(tokenizer), "max_position_embeddings": 1024, "num_hidden_layers": 4}
+    types = ["sliding_attention", "full_attention"] * 2
+    Gemma3ForCausalLM(Gemma3TextConfig(**shape, sliding_window=32, layer_types=types)).save_pretrained(folder)
+    save_rows(data, "qasper", 2)
+    run = (
+        "run",
+        "model=local",
+        f"model.path={folder}",
+        "model.max_prompt_tokens=200",
+        "method=snapkv",
+        "method.budget=40",
+    )
+    done = kvbench(*run, "task=longbench", f"task.data_dir={data}", "task.datasets=[qasper]", f"results_dir={results}")
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(path.read_text()) for path in results.rglob("record.json")]
+    assert {record["method"] for record in records} == {"full", "snapkv"}
+    windows = [{"kind": "sliding_attention", "tokens": 32, "layers": 2}]
+    assert all(record["cache_layers"] == {"full_attention": 2, "local": windows} for record in records)
