@@ -205,11 +205,14 @@ def own_logits(model: PreTrainedModel, ids: torch.Tensor, prompt: int, cached: b
         ends = range(prompt, ids.shape[1] + 1)
         return torch.stack([model(input_ids=ids[:, :end], use_cache=False).logits[:, -1] for end in ends], dim=1)
     config = model.config.get_text_config(decoder=True)
+    takes_positions = "position_ids" in inspect.signature(forward).parameters
     makes_its_own = not model._supports_default_dynamic_cache()  # type: ignore[operator]
     cache: Any = None if makes_its_own else DynamicCache(config=config)
-    logits = []
+    logits: list[torch.Tensor] = []
     for piece in ids.split([prompt, *[1] * (ids.shape[1] - prompt)], dim=1):
-        out = model(input_ids=piece, past_key_values=cache, use_cache=True)
+        # Bamba counts every step's positions from 0 where none are given; generate gives them, and so does this.
+        at = {"position_ids": torch.tensor([[prompt + len(logits) - 1]])} if logits and takes_positions else {}
+        out = model(input_ids=piece, past_key_values=cache, use_cache=True, **at)
         cache = out.past_key_values
         logits.append(out.logits[:, -1])
     return torch.stack(logits, dim=1)
