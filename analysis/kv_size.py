@@ -4,8 +4,10 @@ In each layer, every token leaves one key and one value of ``head_dim`` numbers 
 
     KV bytes = batch x layers x kv_heads x tokens x head_dim x 2 x bits/8
 
-Each way of shrinking the cache lowers one of these factors. The formula is arithmetic on a config.json, so neither the
-model nor torch is needed.
+Each way of shrinking the cache lowers one of these factors. Layers of sliding or chunked attention hold fewer tokens,
+layers that share or keep a fixed state count nothing, and for multi-head latent attention (MLA) the latents' size is
+shown beside that of the keys and values expanded from them, which this project's cache holds. The formula is arithmetic
+on a config.json, so neither the model nor torch is needed.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import math
 import re
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -34,17 +36,30 @@ DTYPE_BITS = {"float16": 16, "bfloat16": 16, "float32": 32, "int8": 8, "int4": 4
 EVERY_LAYER_SLIDES = ("mistral", "mixtral", "phi3", "phimoe", "starcoder2")
 # Fields that say: the formula does not describe this model.
 OTHER_CACHES = {
-    "kv_lora_rank": "multi-latent attention caches one compressed vector per token, not keys and values per head",
-    "num_kv_shared_layers": "some layers read the keys and values of others and hold none",
-    "attention_chunk_size": "chunked attention does not hold every token",
     "global_head_dim": "head_dim differs between layers",
+    "attention_head_dim": "head_dim is given in a way of its own; use --layers, --kv-heads and --head-dim",
     "block_configs": "the number of KV heads differs between layers",
     "multi_query": "the KV heads are given in a way of its own; use --layers, --kv-heads and --head-dim",
     "is_encoder_decoder": "the decoder caches keys and values of the encoder too",
-    "attn_layer_period": "only some of the layers hold keys and values",
-    "full_attention_interval": "only some of the layers hold keys and values",
-    "hybrid_override_pattern": "only some of the layers hold keys and values",
+    "index_topk": "the indexer of sparse attention caches a key of its own besides",
+    "indexer_head_dim": "the indexer of sparse attention caches a key of its own besides",
 }
+# Fields of hybrids that only `layer_types` puts in a form which all models share.
+NEED_LAYER_TYPES = (
+    *("attn_layer_indices", "attn_layer_period", "attn_type_list", "block_types", "full_attn_idxs"),
+    *("hybrid_override_pattern", "layer_group_size", "layers_block_type", "linear_attn_config"),
+)
+FULL, SLIDING, CHUNKED, LINEAR = "full_attention", "sliding_attention", "chunked_attention", "linear_attention"
+LEGACY_TYPES = {"attention": FULL, "mamba": LINEAR}
+# What a layer of each type attends over; None: it has no keys and values.
+ATTENDS: dict[str, str | None] = {
+    FULL: FULL,
+    SLIDING: SLIDING,
+    CHUNKED: CHUNKED,
+    "hybrid": FULL,
+    "hybrid_sliding": SLIDING,
+} | dict.fromkeys((LINEAR, "conv", "recurrent", "moe", "mlp"))
+FIXED_STATE = (LINEAR, "conv", "recurrent", "hybrid", "hybrid_sliding")
 
 
 @dataclass(frozen=True)
@@ -54,13 +69,22 @@ class KVConfig:
     Attributes
     ----------
     layers, kv_heads, head_dim : int
-        Layers with keys and values of their own, KV heads of each, numbers in one key.
+        Layers with keys and values of their own, KV heads of each, numbers in one key (MLA: expanded, for each head).
     query_heads : int or None
         Query heads of a layer: as many as KV heads is MHA, several for each GQA, all for one MQA. Not in the formula.
     name : str
         Shown in tables and plots.
     sliding_layers, sliding_window : int
         How many of ``layers`` hold only the last ``sliding_window`` tokens.
+    chunked_layers, chunk : int
+        How many of ``layers`` attend within chunks of ``chunk`` tokens.
+    value_dim : int
+        Numbers in one value; 0: as in a key.
+    latent_dims : tuple of int
+        With MLA, ``(kv_lora_rank, qk_rope_head_dim)``: the numbers of a token and layer before they are expanded.
+    states : tuple of str
+        Layers with a state of fixed size, instead of keys and values or beside them, as ``"36 linear_attention"``. Not
+        in the formula.
     """
 
     layers: int
@@ -70,6 +94,16 @@ class KVConfig:
     name: str = "this shape"
     sliding_layers: int = 0
     sliding_window: int = 0
+    chunked_layers: int = 0
+    chunk: int = 0
+    value_dim: int = 0
+    latent_dims: tuple[int, ...] = ()
+    states: tuple[str, ...] = ()
+
+    @property
+    def pair_dim(self) -> int:
+        """Numbers in a key and a value."""
+        return self.head_dim + (self.value_dim or self.head_dim)
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any], name: str, where: str = "config.json") -> KVConfig:
@@ -94,38 +128,95 @@ class KVConfig:
             if config.get(field):
                 raise InputError(f"{where}:{field}", config[field], f"the formula does not hold: {reason}")
         layers, query_heads = whole("num_hidden_layers"), whole("num_attention_heads")
-        window = None if config.get("use_sliding_window") is False else config.get("sliding_window")
         types = config.get("layer_types")
         if types is None:
-            clear = window is None or config.get("model_type") in EVERY_LAYER_SLIDES
-            require(clear, f"{where}:sliding_window", window, "layer_types must say which layers slide")
-            types = ["full_attention" if window is None else "sliding_attention"] * layers
-        kinds = types if isinstance(types, list) else [types]
-        others = ", ".join(sorted({str(kind) for kind in kinds} - {"full_attention", "sliding_attention"}))
-        require(not others, f"{where}:layer_types", others, "the formula knows full_attention and sliding_attention")
+            types = _types_without_layer_types(config, layers, where, whole)
+        kinds = [LEGACY_TYPES.get(str(kind), str(kind)) for kind in (types if isinstance(types, list) else [types])]
+        others = ", ".join(sorted(set(kinds) - set(ATTENDS)))
+        require(not others, f"{where}:layer_types", others, f"the formula knows {', '.join(ATTENDS)}")
         allowed = f"must be {layers} entries, as num_hidden_layers says"
         require(len(kinds) == layers, f"{where}:layer_types", f"{len(kinds)} entries", allowed)
+        states = tuple(f"{kinds.count(kind)} {kind}" for kind in FIXED_STATE if kind in kinds)
         source = config.get("kv_source_layers")
         if source is not None:  # kvbench's own models: the others attend over their source's keys and values
             whole_list = isinstance(source, list) and len(source) == layers
             require(whole_list, f"{where}:kv_source_layers", source, allowed)
             kinds = [kinds[i] for i, s in enumerate(source) if s == i]
-        sliding_layers = kinds.count("sliding_attention")
+        if config.get("num_kv_shared_layers"):  # the last ones attend over those of earlier layers
+            shared = whole("num_kv_shared_layers")
+            require(shared < layers, f"{where}:num_kv_shared_layers", shared, f"must be below the {layers} layers")
+            kinds = kinds[: layers - shared]
+        held = [ATTENDS[kind] for kind in kinds if ATTENDS[kind]]
+        require(bool(held), f"{where}:layer_types", ", ".join(sorted(set(kinds))), "no layer has keys and values")
+        latent = bool(config.get("kv_lora_rank"))
+        if latent:  # num_key_value_heads and head_dim mean other things there
+            kv_heads, head_dim = query_heads, whole("qk_nope_head_dim") + whole("qk_rope_head_dim")
+        else:
+            kv_heads = whole("num_key_value_heads", default=query_heads)
+            head_dim = whole("head_dim", default=whole("hidden_size") // query_heads)
         return cls(
-            layers=len(kinds),
-            kv_heads=whole("num_key_value_heads", default=query_heads),
-            head_dim=whole("head_dim", default=whole("hidden_size") // query_heads),
+            layers=len(held),
+            kv_heads=kv_heads,
+            head_dim=head_dim,
             query_heads=query_heads,
             name=name,
-            sliding_layers=sliding_layers,
-            sliding_window=whole("sliding_window") if sliding_layers else 0,
+            sliding_layers=held.count(SLIDING),
+            sliding_window=whole("sliding_window") if SLIDING in held else 0,
+            chunked_layers=held.count(CHUNKED),
+            chunk=whole("attention_chunk_size") if CHUNKED in held else 0,
+            value_dim=whole("v_head_dim") if latent else 0,
+            latent_dims=(whole("kv_lora_rank"), whole("qk_rope_head_dim")) if latent else (),
+            states=states,
         )
 
     def __str__(self) -> str:
         kind = "MHA" if self.kv_heads == self.query_heads else "MQA" if self.kv_heads == 1 else "GQA"
+        kind = "MLA" if self.latent_dims else kind
         query = f", {kind}: query heads {self.query_heads}" if self.query_heads else ""
-        sliding = f" ({self.sliding_layers} hold {self.sliding_window} tokens at most)" if self.sliding_layers else ""
-        return f"{self.name}: layers {self.layers}{sliding}{query}, KV heads {self.kv_heads}, head_dim {self.head_dim}"
+        local = [(self.sliding_layers, self.sliding_window), (self.chunked_layers, self.chunk)]
+        limits = ", ".join(f"{layers} hold {tokens} tokens at most" for layers, tokens in local if layers)
+        limits = limits and f" ({limits})"
+        sizes = f"head_dim {self.head_dim}"
+        if self.latent_dims:
+            latent = " + ".join(map(str, self.latent_dims))
+            sizes = f"expanded keys {self.head_dim} and values {self.value_dim} wide, latent {latent}"
+        fixed = f"; not counted: the states of fixed size of {', '.join(self.states)} layers" if self.states else ""
+        return f"{self.name}: layers {self.layers}{limits}{query}, KV heads {self.kv_heads}, {sizes}{fixed}"
+
+
+def _types_without_layer_types(
+    config: Mapping[str, Any], layers: int, where: str, whole: Callable[[str, int | None], int]
+) -> list[str]:
+    """The layer types that the other fields of a config imply; InputError if they leave them open."""
+    for field in NEED_LAYER_TYPES:
+        allowed = "only some of the layers hold keys and values; layer_types must say which"
+        require(not config.get(field), f"{where}:{field}", config.get(field), allowed)
+    if config.get("full_attention_interval"):
+        interval = whole("full_attention_interval", None)
+        return [LINEAR if (i + 1) % interval else FULL for i in range(layers)]
+    if config.get("attention_chunk_size"):
+        allowed = "layer_types must say which layers are chunked"
+        is_llama4 = config.get("model_type") in ("llama4", "llama4_text")
+        require(is_llama4, f"{where}:attention_chunk_size", config["attention_chunk_size"], allowed)
+        interval = whole("no_rope_layer_interval", 4)
+        rotated = config.get("no_rope_layers") or [(i + 1) % interval for i in range(layers)]  # 0: without RoPE
+        require(isinstance(rotated, list), f"{where}:no_rope_layers", rotated, "must be a list with an entry per layer")
+        return [CHUNKED if rope else FULL for rope in rotated]
+    window = None if config.get("use_sliding_window") is False else config.get("sliding_window")
+    clear = window is None or config.get("model_type") in EVERY_LAYER_SLIDES
+    require(clear, f"{where}:sliding_window", window, "layer_types must say which layers slide")
+    return [FULL if window is None else SLIDING] * layers
+
+
+def layer_tokens(config: KVConfig, tokens: int) -> int:
+    """Tokens held by a sequence of ``tokens``, summed over the layers.
+
+    A sliding layer counts min(tokens, window). A chunked layer holds tokens mod chunk between steps, none at a chunk's
+    end and a whole chunk at its peak: min(tokens, chunk) is counted, the most it has held up to there.
+    """
+    full_layers = config.layers - config.sliding_layers - config.chunked_layers
+    sliding = config.sliding_layers * min(tokens, config.sliding_window)
+    return full_layers * tokens + sliding + config.chunked_layers * min(tokens, config.chunk)
 
 
 def kv_bytes(config: KVConfig, batch: int, tokens: int, bits: float) -> int:
@@ -133,12 +224,16 @@ def kv_bytes(config: KVConfig, batch: int, tokens: int, bits: float) -> int:
 
         batch x layers x kv_heads x tokens x head_dim x 2 x bits/8        (2: a key and a value)
 
-    A sliding layer counts min(tokens, window) tokens. ``bits`` per number is an average: a quantised cache has scales
-    and zero points besides (4-bit numbers in groups of 32, each with a 16-bit scale and zero point: 5 bits).
+    :func:`layer_tokens` says what a sliding or chunked layer counts. With MLA these are the expanded keys and values of
+    every head, head_dim + value_dim numbers. ``bits`` per number is an average: a quantised cache has scales and zero
+    points besides (4-bit numbers in groups of 32, each with a 16-bit scale and zero point: 5 bits).
     """
-    full_layers = config.layers - config.sliding_layers
-    layer_tokens = full_layers * tokens + config.sliding_layers * min(tokens, config.sliding_window)
-    return math.ceil(batch * layer_tokens * config.kv_heads * config.head_dim * 2 * bits / 8)
+    return math.ceil(batch * layer_tokens(config, tokens) * config.kv_heads * config.pair_dim * bits / 8)
+
+
+def latent_bytes(config: KVConfig, batch: int, tokens: int, bits: float) -> int:
+    """The same for MLA's latents: kv_lora_rank + qk_rope_head_dim numbers a token and layer. 0 without MLA."""
+    return math.ceil(batch * layer_tokens(config, tokens) * sum(config.latent_dims) * bits / 8)
 
 
 def load(model: str) -> KVConfig:
@@ -183,24 +278,48 @@ class Grid:
 def calculation(grid: Grid) -> list[str]:
     """Lines: the formula, the same with the numbers of the grid's only cell, its size."""
     (config, batch), tokens, size = grid.rows[0], grid.tokens[0], grid.sizes_bytes()[0][0]
-    factors, numbers = "layers x kv_heads x tokens", f"{config.layers} x {config.kv_heads} x {tokens}"
-    per_token = f"; {human(kv_bytes(config, 1, 1, grid.bits))} per token"
-    if config.sliding_layers:
-        full_layers, held = config.layers - config.sliding_layers, min(tokens, config.sliding_window)
-        factors = "kv_heads x (full layers x tokens + sliding layers x min(tokens, window))"
-        numbers = f"{config.kv_heads} x ({full_layers} x {tokens} + {config.sliding_layers} x {held})"
-        per_token = ""  # not the same for all
-    return [
-        f"KV bytes = batch x {factors} x head_dim x 2 x bits/8",
-        f"         = {batch} x {numbers} x {config.head_dim} x 2 x {grid.bits:g}/8",
-        f"         = {size:,} bytes = {human(size)}{per_token}",
+    terms = [("full", "tokens", config.layers - config.sliding_layers - config.chunked_layers, tokens)]
+    terms += [("sliding", "min(tokens, window)", config.sliding_layers, min(tokens, config.sliding_window))]
+    terms += [("chunked", "min(tokens, chunk)", config.chunked_layers, min(tokens, config.chunk))]
+    is_local = config.sliding_layers + config.chunked_layers > 0
+    if is_local:
+        terms = [term for term in terms if term[0] == "full" or term[2]]
+        layers_tokens = f"({' + '.join(f'{kind} layers x {held}' for kind, held, _, _ in terms)})"
+        held_numbers = f"({' + '.join(f'{layers} x {held}' for _, _, layers, held in terms)})"
+        factors, numbers = f"kv_heads x {layers_tokens}", f"{config.kv_heads} x {held_numbers}"
+    else:
+        layers_tokens, held_numbers = "layers x tokens", f"{config.layers} x {tokens}"
+        factors, numbers = "layers x kv_heads x tokens", f"{config.layers} x {config.kv_heads} x {tokens}"
+    pair, widths = "head_dim x 2", f"{config.head_dim} x 2"
+    if config.value_dim:
+        pair, widths = "(key width + value width)", f"({config.head_dim} + {config.value_dim})"
+
+    def per_token(one_bytes: int) -> str:
+        return "" if is_local else f"; {human(one_bytes)} per token"  # else not the same for all
+
+    lines = [
+        f"KV bytes = batch x {factors} x {pair} x bits/8",
+        f"         = {batch} x {numbers} x {widths} x {grid.bits:g}/8",
+        f"         = {size:,} bytes = {human(size)}{per_token(kv_bytes(config, 1, 1, grid.bits))}",
     ]
+    if config.latent_dims:
+        latent, numbers = latent_bytes(config, batch, tokens, grid.bits), " + ".join(map(str, config.latent_dims))
+        lines += [
+            f"latent   = batch x {layers_tokens} x (kv_lora_rank + qk_rope_head_dim) x bits/8",
+            f"         = {batch} x {held_numbers} x ({numbers}) x {grid.bits:g}/8",
+            f"         = {latent:,} bytes = {human(latent)}{per_token(latent_bytes(config, 1, 1, grid.bits))}",
+        ]
+    return lines
 
 
 def table(grid: Grid) -> list[str]:
-    """Lines of a Markdown table, aligned so that it reads well as plain text."""
+    """Lines of a Markdown table, aligned so that it reads well as plain text; MLA's latents have a row of their own."""
     cells = [["model" if grid.by_model else "batch", *(f"{in_k(tokens)} tokens" for tokens in grid.tokens)]]
-    cells += [[label, *map(human, row)] for label, row in zip(grid.labels(), grid.sizes_bytes(), strict=True)]
+    for (config, batch), label, row in zip(grid.rows, grid.labels(), grid.sizes_bytes(), strict=True):
+        cells.append([label, *map(human, row)])
+        if config.latent_dims:
+            latent = (latent_bytes(config, batch, tokens, grid.bits) for tokens in grid.tokens)
+            cells.append([f"{label}, latent", *map(human, latent)])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * (width - 1) + ":" for width in widths])
     rows = (" | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
@@ -214,13 +333,18 @@ def page(grid: Grid, body: list[str]) -> str:
 
 
 def csv_table(grid: Grid) -> str:
-    """A row for each cell, in bytes."""
+    """A row for each cell, in bytes; ``latent_bytes`` is empty without MLA."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["model", "layers", "kv_heads", "head_dim", "bits", "batch", "tokens", "kv_bytes"])
-    for (config, batch), sizes in zip(grid.rows, grid.sizes_bytes(), strict=True):
-        model = (config.name, config.layers, config.kv_heads, config.head_dim, f"{grid.bits:g}")
-        writer.writerows([*model, batch, *cell] for cell in zip(grid.tokens, sizes, strict=True))
+    sizes = ["layers", "kv_heads", "head_dim", "value_dim"]
+    writer.writerow(["model", *sizes, "bits", "batch", "tokens", "kv_bytes", "latent_bytes"])
+    for config, batch in grid.rows:
+        value_dim = config.value_dim or config.head_dim
+        model = (config.name, config.layers, config.kv_heads, config.head_dim, value_dim, f"{grid.bits:g}")
+        for tokens in grid.tokens:
+            cell = (config, batch, tokens, grid.bits)
+            latent = latent_bytes(*cell) if config.latent_dims else ""
+            writer.writerow([*model, batch, tokens, kv_bytes(*cell), latent])
     return file.getvalue()
 
 

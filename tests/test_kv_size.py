@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvbench.analysis.kv_size import Grid, KVConfig, heat_map, human, in_k, kv_bytes, load, main
+from kvbench.analysis.kv_size import Grid, KVConfig, heat_map, human, in_k, kv_bytes, latent_bytes, load, main
 from kvbench.conf.errors import InputError
 
 SHAPES = sorted((Path(__file__).resolve().parents[1] / "models" / "shapes").glob("*.json"))
@@ -135,6 +135,103 @@ def test_only_layers_that_slide_are_cut(changes: dict[str, Any], sliding_layers:
 
 
 @pytest.mark.parametrize(
+    ("layers", "heads", "latent", "widths", "numbers"),
+    [
+        (60, 128, (512, 64), (128, 128), 34_560),  # DeepSeek-V2
+        (61, 128, (512, 64), (128, 128), 35_136),  # DeepSeek-V3, Kimi K2
+        (27, 16, (512, 64), (128, 128), 15_552),  # DeepSeek-V2-Lite
+        (62, 40, (256, 32), (64, 64), 17_856),  # MiniCPM3
+    ],
+)
+def test_mla_counts_latents_and_what_they_expand_to(
+    layers: int, heads: int, latent: tuple[int, int], widths: tuple[int, int], numbers: int
+) -> None:
+    config = KVConfig.from_json(mla(layers, heads, latent, widths), "mla")
+    assert latent_bytes(config, 1, 1, 16) == 2 * numbers
+    assert latent_bytes(config, 3, 5 * K, 8) == 15 * K * numbers
+    key, value = np.zeros((heads, widths[0] + latent[1]), np.float16), np.zeros((heads, widths[1]), np.float16)
+    assert kv_bytes(config, 1, 1, 16) == layers * (key.nbytes + value.nbytes)
+    assert kv_bytes(config, 3, 5 * K, 8) == 15 * K * layers * (key.size + value.size)
+    assert latent_bytes(read(), 1, 1, 16) == 0
+
+
+def mla(layers: int, heads: int, latent: tuple[int, int], widths: tuple[int, int]) -> dict[str, Any]:
+    """A config with multi-head latent attention; its num_key_value_heads and head_dim must not be believed."""
+    sizes = {"kv_lora_rank": latent[0], "qk_rope_head_dim": latent[1], "head_dim": latent[1], "num_key_value_heads": 1}
+    sizes |= {"qk_nope_head_dim": widths[0], "v_head_dim": widths[1], "num_attention_heads": heads}
+    return sizes | {"num_hidden_layers": layers, "hidden_size": 7168}
+
+
+LLAMA4 = {"model_type": "llama4_text", "attention_chunk_size": 10}
+
+
+@pytest.mark.parametrize(
+    ("changes", "chunked_layers"),
+    [
+        ({"layer_types": ["chunked_attention", "full_attention"] * 3, "attention_chunk_size": 10}, 3),
+        ({"layer_types": ["full_attention"] * 6, "attention_chunk_size": 10}, 0),
+        (LLAMA4, 5),  # every fourth is full
+        (LLAMA4 | {"no_rope_layers": []}, 5),
+        (LLAMA4 | {"no_rope_layers": [1, 1, 0, 1, 1, 0]}, 4),
+        (LLAMA4 | {"no_rope_layer_interval": 2}, 3),
+    ],
+)
+def test_chunked_layers_hold_a_chunk_at_most(changes: dict[str, Any], chunked_layers: int) -> None:
+    config, full = read(**changes), read()
+    assert (config.layers, config.chunked_layers) == (6, chunked_layers)
+    a_layer = kv_bytes(full, 1, 1, 16) // 6
+    for tokens in (1, 9, 10, 11, 25):
+        held = max(len(range(n // 10 * 10, n + 1)) for n in range(tokens))  # tokens that the n-th, from 0, sees
+        assert kv_bytes(config, 1, tokens, 16) == a_layer * ((6 - chunked_layers) * tokens + chunked_layers * held)
+
+
+@pytest.mark.parametrize(
+    ("changes", "layers", "sliding_layers", "states"),
+    [
+        ({"layer_types": ["linear_attention", "conv", "full_attention"] * 2}, 2, 0, ("2 linear_attention", "2 conv")),
+        ({"layer_types": ["mamba"] * 5 + ["attention"]}, 1, 0, ("5 linear_attention",)),
+        ({"layer_types": ["recurrent"] * 4 + ["sliding_attention"] * 2, "sliding_window": 4}, 2, 2, ("4 recurrent",)),
+        (
+            {"layer_types": ["hybrid", "hybrid_sliding"] * 3, "sliding_window": 4},
+            6,
+            3,
+            ("3 hybrid", "3 hybrid_sliding"),
+        ),
+        ({"layer_types": ["moe", "mlp", "full_attention"] * 2}, 2, 0, ()),
+        ({"full_attention_interval": 3}, 2, 0, ("4 linear_attention",)),
+        ({"full_attention_interval": 4}, 1, 0, ("5 linear_attention",)),
+        ({"full_attention_interval": 4, "layer_types": ["full_attention"] * 6}, 6, 0, ()),
+        ({"attn_layer_period": 8, "layer_types": ["conv", "full_attention"] * 3}, 3, 0, ("3 conv",)),
+    ],
+)
+def test_of_a_hybrid_only_layers_with_keys_and_values_count(
+    changes: dict[str, Any], layers: int, sliding_layers: int, states: tuple[str, ...]
+) -> None:
+    config = read(**changes)
+    assert (config.layers, config.sliding_layers, config.states) == (layers, sliding_layers, states)
+    assert 6 * kv_bytes(config, 1, 3, 16) == layers * kv_bytes(read(), 1, 3, 16)
+    assert ("not counted" in str(config)) == bool(states)
+    assert all(state in str(config) for state in states)
+
+
+def test_qwen3_next_holds_keys_and_values_in_every_fourth_layer() -> None:
+    sizes = {"num_hidden_layers": 48, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256}
+    config = KVConfig.from_json(sizes | {"hidden_size": 2048, "full_attention_interval": 4}, "qwen3-next")
+    assert kv_bytes(config, 1, 1, 16) == 24 * K  # 12 layers x 2 heads x 2 x 256 x 2 bytes
+    assert config.states == ("36 linear_attention",)
+
+
+def test_the_last_layers_hold_nothing_where_they_share() -> None:
+    types = (["sliding_attention"] * 4 + ["full_attention"]) * 7  # as Gemma 3n: 20 of 35 layers hold keys and values
+    changes = {"num_hidden_layers": 35, "layer_types": types, "sliding_window": 512, "num_kv_shared_layers": 15}
+    config = read(**changes)
+    assert (config.layers, config.sliding_layers) == (20, 16)
+    a_layer = 2 * 64 * 2
+    assert kv_bytes(config, 1, 4 * K, 16) == a_layer * (4 * 4 * K + 16 * 512)
+    assert read(num_kv_shared_layers=0) == read()
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"num_hidden_layers": None}, "config.json=num_hidden_layers: the config lacks this field"),
@@ -144,11 +241,26 @@ def test_only_layers_that_slide_are_cut(changes: dict[str, Any], sliding_layers:
         ({"num_key_value_heads": 0}, "config.json:num_key_value_heads=0: must be"),
         ({"num_key_value_heads": [8, 4]}, "config.json:num_key_value_heads=[8, 4]: must be"),
         ({"hidden_size": 4}, "config.json:head_dim=0: must be"),
-        ({"kv_lora_rank": 512}, "config.json:kv_lora_rank=512: the formula does not hold: multi-latent attention"),
+        ({"kv_lora_rank": 512}, "config.json=qk_nope_head_dim: the config lacks"),
+        (
+            {"kv_lora_rank": 512, "index_topk": 2048},
+            "config.json:index_topk=2048: the formula does not hold: the indexer",
+        ),
+        ({"global_head_dim": 512}, "config.json:global_head_dim=512: the formula does not hold: head_dim differs"),
+        ({"block_configs": [{}]}, "the number of KV heads differs between layers"),
         ({"multi_query": True}, "use --layers, --kv-heads and --head-dim"),
-        ({"full_attention_interval": 4}, "only some of the layers"),
+        ({"attn_layer_period": 8}, "config.json:attn_layer_period=8: only some of the layers"),
+        ({"block_types": ["recurrent", "attention"]}, "layer_types must say which"),
+        (
+            {"attention_chunk_size": 4},
+            "config.json:attention_chunk_size=4: layer_types must say which layers are chunked",
+        ),
+        ({"layer_types": ["chunked_attention"] * 6}, "config.json=attention_chunk_size: the config lacks"),
+        ({"layer_types": ["conv", "mamba"] * 3}, "layer_types=conv, linear_attention: no layer has keys and values"),
+        ({"num_kv_shared_layers": 6}, "config.json:num_kv_shared_layers=6: must be below the 6 layers"),
+        ({"layer_types": ["full_attention"] * 5 + ["indexed_attention"]}, "layer_types=indexed_attention: the formula"),
         ({"sliding_window": 10}, "config.json:sliding_window=10: layer_types must say which layers slide"),
-        ({"layer_types": ["full_attention"] * 5 + ["mamba"]}, "config.json:layer_types=mamba: the formula knows"),
+        ({"layer_types": ["full_attention"] * 5 + ["rwkv"]}, "config.json:layer_types=rwkv: the formula knows"),
         ({"layer_types": "full"}, "config.json:layer_types=full: the formula knows"),
         ({"layer_types": ["full_attention"] * 5}, "config.json:layer_types=5 entries: must be 6 entries"),
         ({"layer_types": ["sliding_attention"] * 6}, "config.json=sliding_window: the config lacks"),
@@ -223,10 +335,33 @@ def test_a_single_point_is_written_out(capsys: pytest.CaptureFixture[str]) -> No
 def test_the_numbers_written_out_give_the_result(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     sliding = SMALL | {"layer_types": ["sliding_attention", "full_attention"] * 3, "sliding_window": 10}
     (tmp_path / "config.json").write_text(json.dumps(sliding))
-    for args in (["--model", tmp_path], ["--model", "llama3-8b", "--dtype", "int4"], ["--bits", 2.25]):
+    chunked = SMALL | {"layer_types": ["chunked_attention", "full_attention"] * 3, "attention_chunk_size": 10}
+    (tmp_path / "chunked.json").write_text(json.dumps(chunked))
+    chunks = ["--model", tmp_path / "chunked.json"]
+    for args in (["--model", tmp_path], chunks, ["--model", "llama3-8b", "--dtype", "int4"], ["--bits", 2.25]):
         _, numbers, result = run(capsys, *args, "--tokens", "4k", "--batch", 3).splitlines()[2:5]
         expected = eval(numbers.replace("=", "").replace("x", "*"))
         assert int(result.split()[1].replace(",", "")) == expected
+
+
+def test_mla_is_shown_as_latents_and_as_expanded(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "v3.json").write_text(json.dumps(mla(61, 128, (512, 64), (128, 128))))
+    model = ["--model", tmp_path / "v3.json", "--dtype", "bfloat16"]
+    lines = run(capsys, *model, "--tokens", "1k", "--batch", 2).splitlines()
+    assert lines[3] == "         = 2 x 61 x 128 x 1024 x (192 + 128) x 16/8"
+    assert lines[4] == "         = 10,234,101,760 bytes = 9.53 GiB; 4.77 MiB per token"
+    assert lines[5] == "latent   = batch x layers x tokens x (kv_lora_rank + qk_rope_head_dim) x bits/8"
+    assert lines[6] == "         = 2 x 61 x 1024 x (512 + 64) x 16/8"
+    assert lines[7] == "         = 143,917,056 bytes = 137 MiB; 68.6 KiB per token"
+    assert "MLA: query heads 128, KV heads 128, expanded keys 192 and values 128 wide, latent 512 + 64" in lines[-1]
+    rows = cells(run(capsys, *model, "--tokens", "1k,2k", "--batch", 2))
+    assert (rows["2"], rows["2, latent"]) == (["9.53 GiB", "19.1 GiB"], ["137 MiB", "274 MiB"])
+    run(capsys, *model, "--tokens", "1k", "-o", tmp_path / "kv.csv")
+    run(capsys, "--tokens", "1k", "-o", tmp_path / "llama.csv")
+    row, other = (next(csv.DictReader((tmp_path / name).read_text().splitlines())) for name in ("kv.csv", "llama.csv"))
+    assert (row["head_dim"], row["value_dim"], row["latent_bytes"]) == ("192", "128", str(K * 70_272))
+    assert int(row["kv_bytes"]) == K * 61 * 128 * (192 + 128) * 2
+    assert (other["value_dim"], other["latent_bytes"]) == ("128", "")
 
 
 def test_models_are_compared_at_one_batch(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
