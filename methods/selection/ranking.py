@@ -84,11 +84,11 @@ def _keys(scores: torch.Tensor, ties: torch.Tensor | None) -> torch.Tensor:
 
 def _ordered_bits(x: torch.Tensor) -> torch.Tensor:
     """Int32 numbers in the order of float32 ones: their bits, with a larger magnitude lower where they are negative."""
-    bits = (_flushed(x) + 0.0).view(torch.int32)  # of 0.0 for -0.0
+    bits = _flushed(x).view(torch.int32)
     return bits.bitwise_xor_((bits >> 31).bitwise_and_(MAGNITUDE_BITS))
 
 
 def _flushed(x: torch.Tensor) -> torch.Tensor:
-    """In float32, with zero in place of what a device may flush to zero."""
+    """A float32 copy with 0.0 in place of -0.0 and of what a device may flush to zero."""
     x = x.float()
     return torch.where(x.abs() < SMALLEST, 0.0, x)
