@@ -72,6 +72,7 @@ def test_products_with_packed_numbers_are_those_with_the_numbers(case, bits, pie
 ONE_TOKEN = """
 import json, torch
 from kvbench.methods.attention import cached_attention
+from kvbench.methods.logits import LogitRule
 from kvbench.methods.storage import kernels
 
 torch.manual_seed(0)
@@ -177,7 +178,7 @@ def test_a_step_over_kivi_s_codes_is_a_step_over_what_is_read(length, bits):
     query = numbers(4, 3, 1, 32, seed=4)
     keys, values = held.read()
     expected = cached_attention(query, keys[:, None], values[:, None], LogitRule(0.2))
-    torch.testing.assert_close(held.attend(query, 0.2), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(held.attend(query, LogitRule(0.2)), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_codes_lie_as_they_are_read():
@@ -199,7 +200,7 @@ def test_half_precision_rounds_no_logits(storage):
         held.append(keys.flatten(0, 1), values.flatten(0, 1))
         held.settle()
         q = query.flatten(0, 1)[:, :, None]
-        found, (keys, values) = held.attend(q, 0.2), held.read()
+        found, (keys, values) = held.attend(q, LogitRule(0.2)), held.read()
         keys, values = keys[:, None], values[:, None]
     else:
         pair = Pair(0.6, 0.0, "top_ratio")
@@ -209,7 +210,7 @@ def test_half_precision_rounds_no_logits(storage):
         for which in range(2):
             pair.append(which, keys[:, :, :1], values[:, :, :1], None)
         q = query.flatten(1, 2)[:, :, None]
-        found = pair.attend(0, query, 0.2).flatten(1, 2)[:, :, None]
+        found = pair.attend(0, query, LogitRule(0.2)).flatten(1, 2)[:, :, None]
         restored = pair.read(0)
         keys, values = (
             torch.cat(
@@ -240,7 +241,7 @@ def test_nothing_of_the_expanded_cache_is_written(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "mul_", spy)
     monkeypatch.setattr(KiviSegments, "read", None)
-    held.attend(numbers(4, 2, 1, 64), 0.125)
+    held.attend(numbers(4, 2, 1, 64), LogitRule(0.125))
     assert largest and max(largest) <= 4 * 8192 * 64 // 16
 
     shared = QuantizedDirections(numbers(1, 4, 8192, 64), 4, 32, is_keys=True)  # one long block
@@ -260,7 +261,8 @@ def test_a_step_over_packed_codes_is_faster_than_expanding_them():
     held.append(numbers(12, 8192, 64), numbers(12, 8192, 64))
     held.settle()
     query = numbers(12, 3, 1, 64)
-    works = (lambda: held.attend(query, 0.125), lambda: Segments.attend(held, query, 0.125))
+    rule = LogitRule(0.125)
+    works = (lambda: held.attend(query, rule), lambda: Segments.attend(held, query, rule))
     threads, ratios = torch.get_num_threads(), []
     torch.set_num_threads(1)
     try:
