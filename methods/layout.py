@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..conf.errors import InputError
-from .attention import ADVICE, masked_attention
+from .attention import ADVICE, kvbench_attention, masked_attention
 from .base import KVCache
 from .logits import LogitRule
 from .recurrent import RecurrentStates
@@ -126,7 +126,7 @@ _layouts: weakref.WeakKeyDictionary[PreTrainedModel, Layout] = weakref.WeakKeyDi
 
 
 def layout_of(model: PreTrainedModel) -> Layout:
-    """What is known of a model; it is tried when it is first asked for, with kvbench's attention in place.
+    """What is known of a model; it is tried when it is first asked for.
 
     Raises:
         InputError: no cache of this project can serve the model: which rule it breaks, and what to use instead.
@@ -176,7 +176,7 @@ def _run(model: PreTrainedModel, plan: Plan, position: int | None) -> tuple[Tria
     given = {} if position is None else {"position_ids": torch.full_like(ids, position)}
     mask = torch.ones_like(ids, dtype=torch.bool)
     try:
-        with torch.no_grad(), _untouched_rope(model):
+        with kvbench_attention(model), torch.no_grad(), _untouched_rope(model):
             out = model(input_ids=ids, attention_mask=mask, past_key_values=trial, use_cache=True, **given)
     except InputError:
         raise

@@ -313,12 +313,12 @@ def test_kivi_rounds_each_source_once_and_holds_the_formulas_bytes(sharing):
 def test_the_upper_half_of_yoco_runs_for_the_queries_that_a_method_wants():
     model, x = shared_model(YOCO(window=8)), prompt(40)
     for selection, queries in ((Selection(), 1), (SnapKV(12, window=4, kernel=3), 4), (TOVA(12), 1), (H2O(12), 40)):
-        columns = []
+        columns, cache = [], Method("x", selection).new_cache(model)
         hooks = [
             layer.mlp.register_forward_pre_hook(lambda _, args, seen=columns: seen.append(args[0].shape[1]))
             for layer in model.model.layers
         ]
-        prefill(model, Method("x", selection).new_cache(model), x)
+        prefill(model, cache, x)
         for hook in hooks:
             hook.remove()
         assert columns == [40] * 3 + [queries] * 3
