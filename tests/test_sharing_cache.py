@@ -215,7 +215,7 @@ def test_what_layers_share_is_read_by_each_of_them():
     for sharing, layers in ((CLA(2), 6), (YOCO(window=8), 3), (LCKV(2), 6)):
         model = shared_model(sharing)
         read = Method("full").bytes_read_formula(model, 30)
-        a_token = 2 * 2 * 8 * 4
+        a_token = 2 * 2 * 8 * 8
         assert read == layers * 30 * a_token + (6 - layers) * 7 * a_token
 
 
