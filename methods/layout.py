@@ -254,9 +254,11 @@ def _rope_modules(model: PreTrainedModel) -> Iterator[Any]:
 def _untouched_rope(model: PreTrainedModel) -> Iterator[None]:
     """Undo what a forward does to RoPE whose frequencies follow the length of the text."""
     before = [(m, m.inv_freq, m.max_seq_len_cached) for m in _rope_modules(model) if hasattr(m, "inv_freq")]
-    yield
-    for module, inv_freq, longest in before:
-        module.inv_freq, module.max_seq_len_cached = inv_freq, longest
+    try:
+        yield
+    finally:
+        for module, inv_freq, longest in before:
+            module.inv_freq, module.max_seq_len_cached = inv_freq, longest
 
 
 def reset_rope(model: PreTrainedModel) -> None:

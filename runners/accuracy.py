@@ -312,7 +312,8 @@ class AccuracyRunner(PairedRunner):
     ) -> dict[str, Any]:
         """A line of ``samples.jsonl``."""
         example = item.example
-        run.cache_layers = describe_layers(loaded.model)
+        if run.cache_layers is None:
+            run.cache_layers = describe_layers(loaded.model)
         shape, full = model_shape(loaded.model), full_shape(loaded.model, run.method.sharing)
         read = item.compressed_lengths
         return {

@@ -91,11 +91,9 @@ class LocalAttention(Selection):
         assert state.seen is not None
         if self.span.held(state.most) == state.most:
             return
-        _, _, held = storage.read()
-        batch = state.seen.shape[0]
+        keys, _, held = storage.read()
         if held is None:
-            slots = storage.read()[0].shape[2]
-            held = torch.ones(batch, 1, slots, dtype=torch.bool, device=state.seen.device)
+            held = torch.ones(keys.shape[0], 1, keys.shape[2], dtype=torch.bool, device=keys.device)
         there = held[:, 0]
         behind = there.long().flip(1).cumsum(1).flip(1)  # [B, S]: how many held tokens from this one to the end
         stay = there & (behind <= self.span.held_of(state.seen)[:, None])
