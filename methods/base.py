@@ -467,7 +467,7 @@ class KVCache(Cache):
         return tag(key_states, self), value_states
 
     def __bool__(self) -> bool:
-        """False: Phi-3's ``generate`` throws a cache away that is true, where its RoPE changes with the length."""
+        """False: Phi-3's ``generate`` throws a true cache away where RoPE changes; this one refuses (``_begin``)."""
         return False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -584,6 +584,14 @@ class KVCache(Cache):
             )
         if not reading and not self._checked and not self.rehearsing:
             self.check_prompt()
+        seen, switch = self.get_seq_length(), self.plan.rope_switch
+        if switch is not None and not reading and 0 < seen <= switch < seen + n:
+            raise InputError(
+                "model",
+                f"RoPE of other frequencies beyond {switch} tokens (longrope)",
+                f"a text of {seen} tokens cannot grow past that length with the keys that the cache holds; use prompts "
+                f"that are longer, or end before it with their new tokens (task.max_length), or method=no_cache",
+            )
         valid = None
         rows = [Rows(0, None)]
         in_prompt = reading or (self.prompt_length is not None and self.get_seq_length() < self.prompt_length)

@@ -162,10 +162,10 @@ def _rope(rope_type: str, **values: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 1e4, **values}}
 
 
-def _longrope(original: int) -> dict[str, Any]:
+def _longrope(original: int, **scales: float) -> dict[str, Any]:
     short, long = ([1.0 + step * i for i in range(HEAD_DIM // 2)] for step in (0.05, 0.5))
     lengths = {"original_max_position_embeddings": original}
-    return _rope("longrope", short_factor=short, long_factor=long, **lengths) | lengths
+    return _rope("longrope", short_factor=short, long_factor=long, **lengths, **scales) | lengths
 
 
 VARIANTS: dict[str, tuple[Variant, ...]] = {
@@ -181,10 +181,17 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         Variant("dynamic, prompt above its length", _rope("dynamic", factor=4.0) | {"max_position_embeddings": 32}),
         Variant("dynamic, passed while decoding", _rope("dynamic", factor=4.0) | {"max_position_embeddings": 68}),
     ),
-    "phi3": tuple(
-        Variant(f"longrope, {where}", _longrope(original))
-        for original, where in ((256, "below its length"), (32, "above its length"), (68, "passed while decoding"))
-    ),
+    **{
+        name: tuple(
+            Variant(f"longrope, {where}", _longrope(original, **scales))
+            for original, where in ((256, "below its length"), (32, "above its length"), (68, "passed while decoding"))
+        )
+        for name, scales in (
+            ("phi3", {}),
+            ("phi4_multimodal", {}),
+            ("phimoe", {"short_mscale": 1.0, "long_mscale": 1.25}),
+        )
+    },
     "cohere": (Variant("norm of queries and keys", {"use_qk_norm": True}),),
     "deepseek_v3": (
         Variant("no query rank", {"q_lora_rank": None}),

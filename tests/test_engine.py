@@ -9,7 +9,7 @@ from importlib.resources import files
 import pytest
 import torch
 from tiny_models import SHAPE, left_pad, prompt_ids, tiny_model
-from transformers import Phi3Config, Phi3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from kvbench.methods import attention
 from kvbench.methods.attention import attention_in_parts, cached_attention, lower_right_attention
@@ -172,6 +172,14 @@ def phi3_with_longrope():
     )
     torch.manual_seed(0)
     return Phi3ForCausalLM(config).double().eval()
+
+
+def llama_with_dynamic_rope():
+    """RoPE whose frequencies follow the length of the text beyond 64 tokens."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    config = LlamaConfig(**SHAPE | {"max_position_embeddings": 64}, rope_parameters=rope)
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).double().eval()
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 64])
@@ -411,7 +419,7 @@ def test_a_question_after_compression_is_read_through_the_compressed_cache():
 
 def test_a_model_whose_rope_follows_the_length_is_fed_token_by_token():
     """Several at once would all be turned as the last of them is, on the way over the model's first length."""
-    model, ids = phi3_with_longrope(), prompt_ids(80)
+    model, ids = llama_with_dynamic_rope(), prompt_ids(80)
     cache = full(model)
     prefill(model, cache, ids[:, :50])
     expected = torch.stack([decode(model, cache, token[None]) for token in ids[0, 50:]], dim=1)

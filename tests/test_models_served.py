@@ -310,17 +310,24 @@ def test_a_longer_text_read_before_changes_nothing_for_dynamic_rope():
         assert torch.equal(cached_logits(model, method, ids), first)
 
 
-def test_phi3_keeps_a_compressed_cache_where_its_rope_changes():
+def test_longrope_keeps_a_compressed_cache_and_refuses_to_pass_its_length():
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0}
     rope |= {"short_factor": [1.0] * 8, "long_factor": [1.0 + i for i in range(8)]}
     model = model_of("phi3", max_position_embeddings=272, original_max_position_embeddings=68, rope_parameters=rope)
-    method = Method("snapkv", SnapKV(budget=16, window=4))
-    for length in (PROMPT, 80):  # crossed while decoding, and by the prompt
+    method, tokens = Method("snapkv", SnapKV(budget=16, window=4)), []
+
+    def generate_by_transformers(model, cache, ids, max_new_tokens):
+        return model.generate(ids, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False)
+
+    for run in (generate_by_transformers, generate):  # above that length from the start
         cache = method.new_cache(model)
-        theirs = model.generate(prompt_ids(length), past_key_values=cache, max_new_tokens=STEPS, do_sample=False)
-        ours = generate(model, method.new_cache(model), prompt_ids(length), max_new_tokens=STEPS)
-        assert theirs[:, length:].tolist() == ours.tokens
+        out = run(model, cache, prompt_ids(80), max_new_tokens=STEPS)
         assert [int(t.max()) for t in cache.tokens_held] == [16 + STEPS - 1] * 4
+        tokens.append(out[:, 80:].tolist() if isinstance(out, torch.Tensor) else out.tokens)
+    assert tokens[0] == tokens[1]
+    for run in (generate_by_transformers, generate):  # passed while decoding: transformers reads all tokens again
+        with pytest.raises(InputError, match="beyond 68 tokens"):
+            run(model, method.new_cache(model), prompt_ids(PROMPT), max_new_tokens=STEPS)
 
 
 def test_a_used_cache_takes_further_turns_and_no_other_prompt():

@@ -170,6 +170,7 @@ class Plan:
         spans: for each cache layer, the tokens that it sees; None: all (or it does not attend).
         recurrent: the model's layers whose state transformers' own layer classes hold, beside keys and values or
             instead of them.
+        rope_switch: tokens of a text up to which RoPE has other frequencies than beyond (longrope); None: none.
     """
 
     owners: tuple[int, ...]
@@ -178,6 +179,7 @@ class Plan:
     layer_types: tuple[str, ...]
     spans: tuple[Span | None, ...]
     recurrent: tuple[int, ...] = ()
+    rope_switch: int | None = None
 
     @cached_property
     def attending(self) -> tuple[int, ...]:
@@ -271,7 +273,15 @@ def _plan_of_transformers_model(config: Any) -> Plan:
     last = {s: i for i, s in enumerate(sources)}
     uses = tuple(Use(writes=s in (i, None), last=last[s] == i) for i, s in enumerate(sources))
     cache_layer = tuple(NO_LAYER if s is None else owners.index(s) for s in sources)
-    return Plan(tuple(owners), cache_layer, uses, tuple(kinds), tuple(spans), tuple(recurrent))
+    return Plan(tuple(owners), cache_layer, uses, tuple(kinds), tuple(spans), tuple(recurrent), _rope_switch(config))
+
+
+def _rope_switch(config: Any) -> int | None:
+    """The shortest of its layers' ``original_max_position_embeddings`` under longrope."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope] if "rope_type" in rope else [kind for kind in rope.values() if isinstance(kind, dict)]
+    lengths = [k["original_max_position_embeddings"] for k in kinds if k.get("rope_type") == "longrope"]
+    return min(lengths, default=None)
 
 
 def _sharing_modes(config: Any) -> list[str | None]:
