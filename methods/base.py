@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,6 @@ from .logits import LogitRule
 from .named import token_methods
 from .prompt import Prompt, PromptReader, Rows
 from .recurrent import RecurrentStates
-from .selection import ranking
 from .selection.base import ALL_QUERIES, ModelLayer, Selection, Step
 from .selection.local import LocalAttention
 from .selection.streaming_llm import BLOCK
@@ -219,19 +218,12 @@ class Method:
         return stored + state + shape.fixed_bytes(prompt_length + new_tokens)
 
     def identity(self) -> dict[str, Any]:
-        """What decides this method's numbers, as plain data: class and values of its parts (not what is only shown)."""
+        """What decides this method's numbers, as plain data: see :class:`.conf.identity.HasIdentity`."""
         parts: dict[str, Any] = {"name": self.name}
         for part in ("selection", "storage", "sharing"):
             value = getattr(self, part)
-            if value is None:  # a run from before there was such a part is the same run
-                continue
-            parts[part] = {"class": type(value).__name__, **asdict(value)}
-            if getattr(value, "version", 1) > 1:
-                parts[part]["version"] = value.version
-        if not parts["selection"].get("prefill_only", True):  # a run from before there was such a key is the same run
-            del parts["selection"]["prefill_only"]
-        if self.selection.ranks_tokens:  # one from before there was such a rule is not: it kept other tokens
-            parts["selection"]["ties"] = ranking.RULE
+            if value is not None:  # a run from before there was such a part is the same run
+                parts[part] = value.identity()
         return parts
 
     @property

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..conf.errors import InputError
+from ..conf.identity import HasIdentity
 from ..methods.sharing.base import Sharing
 
 
@@ -57,7 +59,7 @@ class LoadedModel:
     random_weights: bool = False
 
 
-class ModelSource(ABC):
+class ModelSource(HasIdentity, ABC):
     """Where a model comes from. Subclasses are dataclasses whose fields are the YAML keys under ``model.``.
 
     Attributes
@@ -70,8 +72,7 @@ class ModelSource(ABC):
 
     name: str
     random_weights: ClassVar[bool] = False
-    location_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields that say where the weights are on this machine; they take no part in :meth:`identity`."""
+    omitted_at: ClassVar[Mapping[str, Any]] = {"device_map": None}
 
     @property
     def method_weights(self) -> str | None:
@@ -80,13 +81,7 @@ class ModelSource(ABC):
 
     def identity(self) -> dict[str, Any]:
         """What decides this model's outputs, as plain data: fingerprint, prompt limit, chat template and the like."""
-        settings = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        if settings.get("device_map") is None:  # a run from before there was such a key is the same run
-            settings.pop("device_map", None)
-        return {
-            "fingerprint": self.fingerprint(),
-            **{key: value for key, value in settings.items() if key not in self.location_fields},
-        }
+        return {"fingerprint": self.fingerprint(), **self.parameters()}
 
     def for_sharing(self, sharing: Sharing | None, method: str) -> ModelSource:
         """The source of weights for a method: this one, or another member of its family.

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..conf.errors import InputError, is_whole, require
+from ..conf.identity import HasIdentity
 
 PERCENT, NATS = "percent", "nats per token"
 
@@ -106,23 +107,15 @@ class Source:
     note: str = ""
 
 
-class Described(ABC):
+class Described(HasIdentity, ABC):
     """A dataclass whose fields are the YAML keys under ``task.``, and whose data comes from somewhere."""
 
     name: str
-    location_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields that say where data is looked for, not what it is; they take no part in :meth:`identity`."""
 
     def identity(self) -> dict[str, Any]:
         """The settings and the data's sha256 as plain data: what decides the numbers beside seed and tokenizer."""
-        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.init}  # type: ignore[arg-type]
         source = self.source()
-        return {
-            **{k: list(v) if isinstance(v, tuple) else v for k, v in settings.items() if k not in self.location_fields},
-            "class": type(self).__name__,
-            "source": source.name,
-            "sha256": dict(source.sha256),
-        }
+        return super().identity() | {"source": source.name, "sha256": dict(source.sha256)}
 
     @abstractmethod
     def source(self) -> Source:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -36,6 +36,7 @@ class Copying(Task, TrainingData):
         max_length: prompt tokens that the model may be given; nothing is ever cut.
     """
 
+    id: ClassVar[str] = "Copying"
     name = "copying"
 
     symbols: int = 32

@@ -28,7 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..conf.errors import InputError, is_whole, near, require
 from .base import NATS, PERCENT, Continuations, Example, Likelihood, Reply, Source, Task
@@ -73,6 +73,7 @@ class LmEval(Task):
     max_length : tokens of a context and its continuation; a longer context loses its beginning, as in lm-eval.
     """
 
+    id: ClassVar[str] = "LmEval"
     name = "lm_eval"
     fills_positions = True
     shown = ("fewshot", "metric", "held_back", "chunk")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ..conf.errors import InputError, is_whole, one_of, require
 from .base import Example, Source, Task, prompt_tokens
@@ -42,6 +42,7 @@ class LongBench(Task):
     no_context : control: the prompt with an empty context.
     """
 
+    id: ClassVar[str] = "LongBench"
     name = "longbench"
     location_fields = ("data_dir", "origin")
     chosen_by = ("datasets", "limit")

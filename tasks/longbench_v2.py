@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..conf.errors import InputError, is_whole, one_of, require
 from .base import Example, Reply, Source, Task, is_text, prompt_tokens
@@ -113,6 +113,7 @@ class LongBenchV2(Task):
     no_context : control: the official prompt without the text.
     """
 
+    id: ClassVar[str] = "LongBenchV2"
     name = "longbench_v2"
     location_fields = ("data_dir",)
     chosen_by = ("datasets", "lengths", "limit")

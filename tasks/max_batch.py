@@ -23,6 +23,7 @@ class MaxBatch(Search):
     start, most, step, tolerance : see :class:`.workload.Search`; in sequences.
     """
 
+    id: ClassVar[str] = "MaxBatch"
     name = "max_batch"
     what: ClassVar[str] = "batch_size"
 

@@ -20,6 +20,7 @@ class MaxContext(Search):
     start, most, step, tolerance : see :class:`.workload.Search`; in prompt tokens.
     """
 
+    id: ClassVar[str] = "MaxContext"
     name = "max_context"
     what: ClassVar[str] = "prompt_tokens"
 

@@ -20,7 +20,7 @@ from functools import cached_property
 from importlib import resources
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..conf.errors import InputError, is_whole, one_of, require
 from .base import Example, Source, Task, plain_tokens, prompt_tokens
@@ -82,6 +82,7 @@ class Needle(Task):
     needle, question, answer : the user's own sentence, question and answer; None for the made-up ones.
     """
 
+    id: ClassVar[str] = "Needle"
     name = "needle"
     location_fields = ("haystack",)
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
 
 from ..conf.errors import InputError, is_whole, one_of, require
 from .base import NATS, Continuations, Example, Likelihood, Source, Task
@@ -53,6 +53,7 @@ class Perplexity(Task):
     max_length : tokens of a stretch that the model may be given; a longer one is an error.
     """
 
+    id: ClassVar[str] = "Perplexity"
     name = "perplexity"
     unit = NATS
     writes = False

@@ -17,7 +17,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -52,6 +52,7 @@ class Recall(Task, TrainingData):
         max_length: prompt tokens that the model may be given; nothing is ever cut.
     """
 
+    id: ClassVar[str] = "Recall"
     name = "recall"
 
     keys: int = 16

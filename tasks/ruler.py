@@ -389,6 +389,7 @@ class Ruler(Task):
         the limit is an error.
     """
 
+    id: ClassVar[str] = "Ruler"
     name = "ruler"
     location_fields = ("haystack", "squad", "hotpot")
 

@@ -10,7 +10,7 @@ import math
 import random
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from ..conf.errors import InputError, one_of, require
 from .base import Source
@@ -33,6 +33,7 @@ class Shape(Workload):
         without special tokens; each request starts at another place, and behind the end the text starts again.
     """
 
+    id: ClassVar[str] = "Shape"
     name = "shape"
 
     prompt_tokens: int = 2048

@@ -22,7 +22,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..conf.errors import InputError, is_whole, one_of, require
 from .base import Example, Reply, Source, Task, is_text, prompt_tokens, require_fit
@@ -65,6 +65,7 @@ class ShareGPT(Workload, Task):
     max_length : prompt tokens that the model may be given; a longer prompt is an error.
     """
 
+    id: ClassVar[str] = "ShareGPT"
     name = "sharegpt"
     location_fields = ("data_dir",)
     compares = True

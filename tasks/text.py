@@ -40,6 +40,7 @@ class Text(TrainingData):
         tokenizer: of a model trained from scratch: ``bytes``, or a folder or hub name with a tokenizer.
     """
 
+    id: ClassVar[str] = "Text"
     name = "text"
     location_fields: ClassVar[tuple[str, ...]] = ("path", "tokenizer")
 

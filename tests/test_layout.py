@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ERRORS = "kvbench.conf.errors"
+COMMON = ("kvbench.conf.errors", "kvbench.conf.identity")
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ MODEL_CLASSES = (
 
 RULES = {
     "conf": Rule(own=("kvbench.conf",), others=()),
-    "methods": Rule(own=("kvbench.methods", ERRORS), others=("torch", "transformers", "numpy", "filelock")),
-    "models": Rule(own=("kvbench.models", "kvbench.methods.sharing", ERRORS)),
-    "tasks": Rule(own=("kvbench.tasks", ERRORS), never=("torch", *MODEL_CLASSES)),
+    "methods": Rule(own=("kvbench.methods", *COMMON), others=("torch", "transformers", "numpy", "filelock")),
+    "models": Rule(own=("kvbench.models", "kvbench.methods.sharing", *COMMON)),
+    "tasks": Rule(own=("kvbench.tasks", *COMMON), never=("torch", *MODEL_CLASSES)),
     "runners": Rule(
         own=(
             "kvbench.runners",
@@ -60,7 +60,7 @@ RULES = {
             "kvbench.analysis",
         )
     ),
-    "analysis": Rule(own=("kvbench.analysis", ERRORS), never=("torch", "transformers")),
+    "analysis": Rule(own=("kvbench.analysis", *COMMON), never=("torch", "transformers")),
 }
 OF_ONE_FILE = {"triton": "methods/storage/kernels.py", "optimum": "methods/storage/hf_quantized.py"}
 """What only one file may import, and only where the package is there."""

@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def one_line(error: pytest.ExceptionInfo[InputError]) -> str:
 def test_the_yaml_has_the_keys_and_defaults_of_the_class(file: str, expected: Workload) -> None:
     config = OmegaConf.load(CONF / f"{file}.yaml")
     assert hydra.utils.instantiate(config) == expected
-    assert list(config) == ["_target_", *expected.__dataclass_fields__]
+    assert list(config) == ["_target_", *(f.name for f in fields(expected))]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,7 @@ class AdaKV(PyramidKV):
         kernel, pooling, granularity, group_reduce, score_dtype: see :class:`.snapkv.SnapKV`.
     """
 
+    id: ClassVar[str] = "AdaKV"
     window: int = 32
     floor: float = 0.2
     layers: str = "uniform"

@@ -16,11 +16,13 @@ import torch
 from transformers import PreTrainedModel
 
 from ...conf.errors import is_whole, require
+from ...conf.identity import HasIdentity
 from ..logits import LogitRule
 from ..prompt import Prompt
 from ..rotary import Rotary
 from ..sharing.plan import Use
 from ..storage.base import LayerStorage
+from . import ranking
 from .ranking import keep_slots
 
 if TYPE_CHECKING:
@@ -115,11 +117,14 @@ ALL_QUERIES = sys.maxsize
 
 
 @dataclass(frozen=True)
-class Selection:
+class Selection(HasIdentity):
     """Keep everything: the base of every selection and the one of ``method=full``."""
 
-    version: ClassVar[int] = 1
-    """Raised by a change that changes numbers; above 1 it is part of a run's identity."""
+    id: ClassVar[str] = "Selection"
+
+    def identity(self) -> dict[str, Any]:
+        """As of any part; where tokens are ranked, the rule of ties decides with it which ones stay."""
+        return super().identity() | ({"ties": ranking.RULE} if self.ranks_tokens else {})
 
     @property
     def reads_prompt_by_steps(self) -> bool:

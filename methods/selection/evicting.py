@@ -7,9 +7,9 @@ step of n tokens is n steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,7 @@ class EvictingSelection(Selection):
             protocol); False: evict after every step too (the papers').
     """
 
+    omitted_at: ClassVar[Mapping[str, Any]] = {"prefill_only": False}
     budget: Budget = 1024
     prefill_only: bool = field(default=False, kw_only=True)
 

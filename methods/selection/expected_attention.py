@@ -42,6 +42,7 @@ class ExpectedAttention(TopKSelection):
         epsilon: added to the attention before it is multiplied by the value's length.
     """
 
+    id: ClassVar[str] = "ExpectedAttention"
     budget: Budget = 1024
     window: int = 0
     future: int = 512

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,7 @@ class H2O(EvictingSelection):
         prefill_only: see :class:`.evicting.EvictingSelection`.
     """
 
+    id: ClassVar[str] = "H2O"
     recent_share: float = 0.5
 
     def __post_init__(self) -> None:

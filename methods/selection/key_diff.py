@@ -27,6 +27,7 @@ class KeyDiff(TopKSelection):
         window: last tokens that are always kept; 0 in the paper's own score.
     """
 
+    id: ClassVar[str] = "KeyDiff"
     budget: Budget = 1024
     window: int = 0
 

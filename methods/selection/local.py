@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -40,6 +40,7 @@ class LocalAttention(Selection):
         span: of the model's layer.
     """
 
+    id: ClassVar[str] = "LocalAttention"
     span: Span
 
     @property

@@ -24,7 +24,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -136,6 +136,7 @@ class PyramidInfer(Selection):
         prefill_only: the same as ``trigger=never``, under the name that other methods have for it.
     """
 
+    id: ClassVar[str] = "PyramidInfer"
     budget: Budget | None = None
     prefill_decay_ratio: float = 0.9
     strategy: str = "cosine"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ...conf.errors import require
 from .base import resolve_budget
@@ -31,6 +32,7 @@ class PyramidKV(SnapKV):
         kernel, pooling, granularity, group_reduce, score_dtype: see :class:`.snapkv.SnapKV`.
     """
 
+    id: ClassVar[str] = "PyramidKV"
     window: int = 8
     beta: int = 20
     rounding: str = "exact"

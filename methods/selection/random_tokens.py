@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -22,6 +22,7 @@ class RandomTokens(TopKSelection):
         seed: of the scores. They depend on it, the layer, the head and the prompt's length alone.
     """
 
+    id: ClassVar[str] = "RandomTokens"
     budget: Budget = 1024
     window: int = 32
     seed: int = 0

@@ -12,7 +12,7 @@ H_q / H_kv times larger than its token count says (``granularity=query_head`` do
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ class SnapKV(TopKSelection):
             summed.
     """
 
+    id: ClassVar[str] = "SnapKV"
     budget: Budget = 1024
     window: int = 32
     kernel: int = 7

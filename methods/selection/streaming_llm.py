@@ -20,9 +20,9 @@ keys keep their true positions and, for the sinks' logits alone, the query is ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +71,8 @@ class StreamingLLM(Selection):
         prefill_only: with ``prefill_evict``, evict once, after the prompt, and keep every generated token.
     """
 
+    id: ClassVar[str] = "StreamingLLM"
+    omitted_at: ClassVar[Mapping[str, Any]] = {"prefill_only": False}
     budget: Budget = 1024
     sinks: int = 4
     mode: str = "true_stream"

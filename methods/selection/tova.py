@@ -8,7 +8,7 @@ whole and cut down once, by its last token's attention.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -27,6 +27,8 @@ class TOVA(EvictingSelection):
         budget: tokens held per layer (the paper's multi-state size), or a fraction of the prompt.
         prefill_only: see :class:`.evicting.EvictingSelection`.
     """
+
+    id: ClassVar[str] = "TOVA"
 
     @property
     def observation_window(self) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...conf.errors import InputError, is_whole, require
+from ...conf.identity import HasIdentity
 from .plan import ENCODINGS, FULL, check_map
 
 RUN_KEYS = ("iter_forward", "iter_backward", "kv_loss_weight", "encode")
@@ -19,7 +20,7 @@ RUN_KEYS = ("iter_forward", "iter_backward", "kv_loss_weight", "encode")
 
 
 @dataclass(frozen=True)
-class Sharing(ABC):
+class Sharing(HasIdentity, ABC):
     """A layer -> KV-source map for any number of layers, and what else of the architecture goes with it."""
 
     @property

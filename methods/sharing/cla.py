@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ...conf.errors import is_whole, require
 from .base import Sharing
@@ -29,6 +29,7 @@ class CLA(Sharing):
             not in new ones.
     """
 
+    id: ClassVar[str] = "CLA"
     factor: int = 2
     separate_kv_norm: bool | None = None
 

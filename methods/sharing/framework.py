@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ...conf.errors import InputError, is_whole, require
 from .base import Encoded
@@ -36,6 +36,7 @@ class KVShare(Encoded):
         map: the source of every layer, instead of ``partition`` and ``position``; None: as they say.
     """
 
+    id: ClassVar[str] = "KVShare"
     kv_layers: int = 3
     partition: str = "sandwich"
     position: str = "middle"

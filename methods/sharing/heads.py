@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ...conf.errors import is_whole, require
 from .base import Sharing
@@ -22,6 +22,7 @@ class Heads(Sharing):
         kv_heads: KV heads of each layer; None: as many as query heads (multi-head attention).
     """
 
+    id: ClassVar[str] = "Heads"
     kv_heads: int | None = None
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ...conf.errors import InputError, is_whole, require
 from .base import Encoded
@@ -35,6 +35,7 @@ class LCKV(Encoded):
         style: ``fresh`` or ``paper``.
     """
 
+    id: ClassVar[str] = "LCKV"
     warmup: int = 2
     kv_loss_weight: float = 0.0
     style: str = "fresh"

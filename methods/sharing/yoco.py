@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ...conf.errors import is_whole, require
 from .base import Sharing
@@ -35,6 +35,7 @@ class YOCO(Sharing):
         separate_kv_norm: keys and values have an RMSNorm of their own before them, in every layer that makes some.
     """
 
+    id: ClassVar[str] = "YOCO"
     self_layers: int | None = None
     mixer: str = "swa"
     window: int | None = None

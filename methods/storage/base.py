@@ -9,10 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
+from ...conf.identity import HasIdentity
 from ..attention import cached_attention
 from ..inference_mode import under_inference_mode
 from ..logits import LogitRule
@@ -191,11 +192,8 @@ class LayerStorage(Growing, ABC):
         """Bytes of the real tokens alone: no padding, no room to grow."""
 
 
-class Storage(ABC):
+class Storage(HasIdentity, ABC):
     """Configuration of a storage."""
-
-    version: ClassVar[int] = 1
-    """Raised by a change that changes numbers; above 1 it is part of a run's identity."""
 
     @property
     def name(self) -> str:

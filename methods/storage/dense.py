@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -161,6 +162,8 @@ class DenseLayer(LayerStorage):
 @dataclass(frozen=True)
 class Dense(Storage):
     """Uncompressed storage; it has no options."""
+
+    id: ClassVar[str] = "Dense"
 
     @property
     def is_exact(self) -> bool:

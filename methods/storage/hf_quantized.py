@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -152,6 +152,7 @@ class HFQuantized(Storage):
         residual: how many tokens come between two roundings of everything (128 by default).
     """
 
+    id: ClassVar[str] = "HFQuantized"
     bits: int = 4
     group: int = 64
     residual: int = 128

@@ -155,6 +155,7 @@ class Kivi(Storage):
         residual: recent tokens kept as they are, a multiple of ``group`` (128 in the paper).
     """
 
+    id: ClassVar[str] = "Kivi"
     bits: int = 4
     group: int = 32
     residual: int = 128

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -470,6 +471,7 @@ class MiniCache(Storage):
         retention: ``top_ratio``, ``range_distinct`` or ``range_literal``; see the module's docstring.
     """
 
+    id: ClassVar[str] = "MiniCache"
     start: int | None = None
     t: float = 0.6
     gamma: float = 0.05

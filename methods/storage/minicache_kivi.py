@@ -130,6 +130,7 @@ class MiniCacheKivi(MiniCache):
         bits, group, residual: see :class:`.kivi.Kivi`.
     """
 
+    id: ClassVar[str] = "MiniCacheKivi"
     bits: int = 4
     group: int = 32
     residual: int = 128

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -64,6 +65,8 @@ class DenseSegments(Segments):
 @dataclass(frozen=True)
 class Ragged(Storage):
     """Uncompressed storage, head by head; it has no options."""
+
+    id: ClassVar[str] = "Ragged"
 
     @property
     def is_exact(self) -> bool:

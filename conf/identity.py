@@ -1,0 +1,58 @@
+"""Identity of a run's parts: the names and values that the hash of its record comes from.
+
+A part (selection, storage, sharing, task, model) is recorded under its ``id`` and the keys of its parameters. Both stay
+the same when a Python class or field is renamed, so that records and their hashes stay valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any, ClassVar, Self
+
+
+class HasIdentity:
+    """A dataclass that is a part of a run."""
+
+    id: ClassVar[str]
+    """Name of the part in records. Declared by each class; one that declares none is recorded by its class name."""
+    version: ClassVar[int] = 1
+    """Raised by a change that changes numbers; above 1 it is part of the identity."""
+    recorded_as: ClassVar[Mapping[str, str]] = {}
+    """Field -> its key in records, for fields that were renamed since."""
+    omitted_at: ClassVar[Mapping[str, Any]] = {}
+    """Field -> the value at which it is left out, for fields that are newer than the first records."""
+    location_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that say where data lies on this machine; they are never recorded."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "id" not in cls.__dict__:
+            cls.id = cls.__name__
+
+    def parameters(self) -> dict[str, Any]:
+        """The fields that are arguments, as plain data, by their keys in records."""
+        values = asdict(self)  # type: ignore[call-overload]
+        names = [f.name for f in fields(self) if f.init and f.name not in self.location_fields]  # type: ignore[arg-type]
+        values = {name: list(v) if isinstance(v := values[name], tuple) else v for name in names}
+        missing = object()
+        return {
+            self.recorded_as.get(name, name): value
+            for name, value in values.items()
+            if value != self.omitted_at.get(name, missing)
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """What decides this part's numbers, as plain data; ``class`` is the key under which records have the ``id``."""
+        version = {"version": self.version} if self.version > 1 else {}
+        return {"class": self.id, **self.parameters(), **version}
+
+    @classmethod
+    def from_parameters(cls, recorded: Mapping[str, Any]) -> Self:
+        """The part of a recorded :meth:`identity`; parameters that the record lacks have their defaults.
+
+        Raises:
+            TypeError: the record has a parameter that the part no longer knows.
+        """
+        keys = {key: name for name, key in cls.recorded_as.items()}
+        return cls(**{keys.get(k, k): v for k, v in recorded.items() if k not in ("class", "version", "ties")})
