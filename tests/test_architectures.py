@@ -68,7 +68,8 @@ def test_architecture_is_exact_or_refused(name: str) -> None:
     assert not bad, f"{name}: {'; '.join(bad)}. {ADVICE}"
     versions, verdicts = page().read(page().PAGE)
     if versions == page().versions():
-        assert forms[0].verdict == verdicts[name], (
+        # Where transformers itself cannot run a model, the page says so; here it may be refused before that shows.
+        assert verdicts[name] in (forms[0].verdict, UNTESTED), (
             f"{name}: docs/models.md is old: python scripts/models_page.py --write"
         )
 
