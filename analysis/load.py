@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,6 +181,45 @@ def tie_rule(record: Mapping[str, Any]) -> str | None:
     return str(selection.get("ties", "score, then as the device sorts"))
 
 
+def compressed_layers(record: Mapping[str, Any]) -> str | None:
+    """How many attention layers a method works on, and what the other layers hold; None: the record does not say."""
+    found = record.get("cache_layers")
+    if found is None:
+        return None
+    spans: Counter[tuple[str, int]] = Counter()
+    for local in found.get("local", ()):
+        spans[local["kind"], local["tokens"]] += local["layers"]
+    borrowing = found.get("reading_others", 0)
+    held = [
+        f"{'chunk' if kind == 'chunked_attention' else 'window'} of {tokens} tokens in {_layers(count)}"
+        for (kind, tokens), count in sorted(spans.items())
+    ]
+    if borrowing:
+        held.append(f"keys and values of another layer in {_layers(borrowing)}")
+    if "recurrent" in found:
+        held.append(f"recurrent state in {_layers(found['recurrent'])}")
+    if "latents" in found:
+        latents = found["latents"]
+        held.append(f"{latents['held']} instead of {latents['latent_numbers_a_token']} latent numbers a token")
+    attending = found["full_attention"] + spans.total() + borrowing
+    share = f"{found['full_attention']} of {_layers(attending)} with attention"
+    return f"{share} ({', '.join(held)})" if held else share
+
+
+def _layers(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count} layers"
+
+
+def by_compressed_layers(runs: Iterable[Run]) -> dict[str, list[str]]:
+    """Labels of the runs by :func:`compressed_layers`, without those whose records do not say."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        layers = compressed_layers(run.record)
+        if layers is not None:
+            found.setdefault(layers, []).append(run.label)
+    return found
+
+
 def fewer_is_better(record: Mapping[str, Any]) -> bool:
     """Whether a run's scores are losses, in nats per token; they are shown as perplexity."""
     return record.get("unit") == "nats per token"
@@ -221,8 +261,13 @@ def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def setting(record: Mapping[str, Any]) -> str:
-    """The settings of a group in words: dtype, device, batch size and the like."""
+def setting(record: Mapping[str, Any], runs: Iterable[Run]) -> str:
+    """The settings of a group in words: dtype, device, batch size and the like.
+
+    Args:
+        record: of one run of the group.
+        runs: those shown. The layers that methods work on are named where those are not simply all layers of the model.
+    """
     identity = record["identity"]
     words = [identity["dtype"], f"on {identity['device']}"]
     hardware = identity.get("hardware")
@@ -238,6 +283,11 @@ def setting(record: Mapping[str, Any]) -> str:
     words += [f"{key} {value}" for key, value in record.get("shown", {}).items() if value is not None]
     if identity["seed"]:
         words.append(f"seed {identity['seed']}")
+    layers = by_compressed_layers(runs)
+    if len(layers) > 1:
+        words.append("methods work on different layers")
+    elif any("(" in text for text in layers):  # some layer holds something else
+        words.append(f"methods work on {next(iter(layers))}")
     return ", ".join(words).replace(", (", " (").replace(f"{identity['dtype']}, on", f"{identity['dtype']} on")
 
 

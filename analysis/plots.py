@@ -171,7 +171,7 @@ def heat_maps(group: Sequence[Run]) -> Iterator[Plot]:
         ]
         yield Plot(
             _name("-".join(["heat", *budget.split()]), group),
-            _budget_title(first, budget),
+            _budget_title(first, budget, runs),
             "prompt length, tokens",
             "score",
             points,
@@ -197,7 +197,7 @@ def by_distance(group: Sequence[Run]) -> Iterator[Plot]:
                 points.append(Point(run.label, method, "", distance, nats - theirs, None, None, (run.path,)))
         yield Plot(
             _name("-".join(["distance", *budget.split()]), group),
-            _budget_title(first, budget),
+            _budget_title(first, budget, runs),
             "tokens behind the compressed context, up to",
             "loss beyond the full cache's, nats per token",
             points,
@@ -211,7 +211,7 @@ def pareto_bytes(group: Sequence[Run]) -> Plot:
     first = group[0].record
     return Plot(
         _name("pareto-bytes", group),
-        f"{_data_title(first)}, {first['model']}\n{setting(first)}",
+        f"{_data_title(first)}, {first['model']}\n{setting(first, group)}",
         "KV cache stored after the prompt, MiB per sequence (log)",
         _score_label(first),
         [p for p in points if p.x > 0],  # no cache at all has no place on a logarithmic axis
@@ -235,7 +235,7 @@ def pareto_speed(group: Sequence[Run], speeds: Sequence[Run]) -> Plot | None:
         return None
     return Plot(
         _name(f"pareto-speed-{timed['task']}-batch{timed['identity']['batch_size']}", group, speeds),
-        f"{_data_title(first)}, {first['model']}\nspeed: {timed['task']}, {setting(timed)}",
+        f"{_data_title(first)}, {first['model']}\nspeed: {timed['task']}, {setting(timed, [*group, *speeds])}",
         "decode throughput, tokens/s (median)",
         _score_label(first),
         points,
@@ -254,7 +254,7 @@ def lengths(timed: Sequence[Sequence[Run]]) -> Iterator[Plot]:
         first = family[0].record
         yield Plot(
             _name("length", family),
-            f"Time per output token, {first['model']}\n{setting(first)}",
+            f"Time per output token, {first['model']}\n{setting(first, family)}",
             "prompt length, tokens",
             "TPOT, ms (median; bars: min to max)",
             [_measured(run, "tpot_ms", length(run.record)) for run in family],
@@ -271,7 +271,7 @@ def batch_sizes(timed: Sequence[Sequence[Run]]) -> Iterator[Plot]:
 
     for family in _families_along(timed, batch, ("limit", "batch_size")):
         first = family[0].record
-        title = f"{first['task']}, {first['model']}\n{setting(first)}".replace(f", batch {batch(first)}", "")
+        title = f"{first['task']}, {first['model']}\n{setting(first, family)}".replace(f", batch {batch(first)}", "")
         yield Plot(
             _name("batch-throughput", family),
             f"Throughput, {title}",
@@ -334,9 +334,9 @@ def _data_title(record: Mapping[str, Any]) -> str:
     return f"{record['task']} (part of the rows)" if "-subset" in record["task"] else str(record["task"])
 
 
-def _budget_title(record: Mapping[str, Any], budget: str) -> str:
+def _budget_title(record: Mapping[str, Any], budget: str, runs: Sequence[Run]) -> str:
     """Of a figure of one budget; ``budget`` is empty where no run has one."""
-    return f"{_data_title(record)}, {record['model']}, {budget}".removesuffix(", ") + f"\n{setting(record)}"
+    return f"{_data_title(record)}, {record['model']}, {budget}".removesuffix(", ") + f"\n{setting(record, runs)}"
 
 
 def _name(kind: str, *groups: Sequence[Run]) -> str:

@@ -22,7 +22,7 @@ from statistics import fmean
 from typing import Any
 
 from ..conf.errors import InputError, one_of
-from .load import Run, average, comparable, fewer_is_better, load, setting, tie_rule
+from .load import Run, average, by_compressed_layers, comparable, fewer_is_better, load, setting, tie_rule
 
 MIB, GIB = 2**20, 2**30
 
@@ -139,7 +139,7 @@ def accuracy_table(runs: Sequence[Run], by_set: bool = True) -> Table:
     first = runs[0].record
     examples = sum(first["data"]["examples"].values())
     table = Table(
-        _accuracy_title(first), ["method", *(LONGBENCH.get(n, n) for n in names), *further, *ends], rows, list(runs)
+        _accuracy_title(runs), ["method", *(LONGBENCH.get(n, n) for n in names), *further, *ends], rows, list(runs)
     )
     if "-mini" in first["task"]:
         table.notes.append("Scores on the small bundled set, not LongBench scores.")
@@ -156,10 +156,11 @@ def accuracy_table(runs: Sequence[Run], by_set: bool = True) -> Table:
     return _emphasised(table)
 
 
-def _accuracy_title(record: Mapping[str, Any]) -> str:
+def _accuracy_title(runs: Sequence[Run]) -> str:
+    record = runs[0].record
     examples = record["data"]["examples"]
-    count = sum(examples.values())
-    return f"{record['task']} / {record['model']}: {count} examples of {len(examples)} data sets, {setting(record)}"
+    count = f"{sum(examples.values())} examples of {len(examples)} data sets"
+    return f"{record['task']} / {record['model']}: {count}, {setting(record, runs)}"
 
 
 def budget_tables(runs: Sequence[Run]) -> list[Table]:
@@ -177,7 +178,7 @@ def budget_tables(runs: Sequence[Run]) -> list[Table]:
                 by_curve.setdefault(run.curve, {})[budget] = run
             else:
                 others.append(run)
-        title = _accuracy_title(group[0].record)
+        title = _accuracy_title(group)
         budgets = sorted({b for row in by_curve.values() for b in row})
         if by_curve:
             by_curve = dict(sorted(by_curve.items()))
@@ -191,7 +192,7 @@ def budget_tables(runs: Sequence[Run]) -> list[Table]:
             what = "Perplexity" if fewer_is_better(group[0].record) else "Mean score"
             notes = [f"{what} and its 95 % interval. Bytes kept of the full cache, mean of the methods: {shares}."]
             shown = [run for row in by_curve.values() for run in row.values()]
-            notes += _tie_rules(shown)
+            notes += _tie_rules(shown) + _different_layers(group)
             if not others:
                 notes += _ways_of_reading(group)
             made.append(Table(title, ["method / budget", *map(str, budgets)], rows, first, notes))
@@ -245,7 +246,7 @@ def efficiency_table(runs: Sequence[Run]) -> Table:
             ]
         )
     first = runs[0].record
-    title = f"{first['task']} / {first['model']}: {setting(first)}"
+    title = f"{first['task']} / {first['model']}: {setting(first, runs)}"
     table = Table(title, columns, rows, list(runs))
     repeats = first["identity"]["runner"]["repeats"]
     table.notes.append(f"Medians of {repeats} repetitions" + ("." if repeats >= 5 else ", which is few."))
@@ -304,7 +305,7 @@ def search_table(runs: Sequence[Run]) -> Table:
             ]
         )
     first = runs[0].record
-    table = Table(f"{first['task']} / {first['model']}: {setting(first)}", columns, rows, list(runs))
+    table = Table(f"{first['task']} / {first['model']}: {setting(first, runs)}", columns, rows, list(runs))
     limits = {run.record["search"]["limit_bytes"] for run in runs if "search" in run.record}
     given = ["what the device has" if limit is None else f"{limit / GIB:.4g} GiB" for limit in limits]
     table.notes.append(f"Memory: {', '.join(sorted(given))}. Times and bytes are those at the largest size.")
@@ -436,7 +437,16 @@ def _made_by(runs: Sequence[Run]) -> list[str]:
     ):
         if len(versions) > 1:
             notes.append(f"Runs {what}: {', '.join(sorted(map(str, versions)))}.")
-    return notes + _tie_rules(runs)
+    return notes + _tie_rules(runs) + _different_layers(runs)
+
+
+def _different_layers(runs: Sequence[Run]) -> list[str]:
+    """Which runs compressed which layers, where not all are alike."""
+    layers = by_compressed_layers(runs)
+    if len(layers) < 2:
+        return []
+    groups = "; ".join(f"{text}: {', '.join(labels)}" for text, labels in sorted(layers.items()))
+    return [f"Methods did not work on the same layers. {groups}. A part of a difference is that."]
 
 
 def _tie_rules(runs: Sequence[Run]) -> list[str]:
@@ -600,7 +610,7 @@ def cells_csv(made: Sequence[Table]) -> str:
     for table in made:
         for run, row in zip(table.runs, table.rows, strict=True):
             r = run.record
-            head = [r["task"], r["model"], setting(r), run.label, r["budget"]]
+            head = [r["task"], r["model"], setting(r, table.runs), run.label, r["budget"]]
             for column, cell in zip(table.columns, row, strict=True):
                 if cell.value is not None:
                     writer.writerow([*head, column, cell.value, cell.low, cell.high, cell.n, run.path])

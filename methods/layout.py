@@ -66,8 +66,9 @@ def describe_layers(model: PreTrainedModel) -> dict[str, Any]:
     out: dict[str, Any] = {"full_attention": shape.layers}
     if shape.local:
         out["local"] = [{"kind": x.span.kind, "tokens": x.span.size, "layers": x.layers} for x in shape.local]
-    if plan.recurrent:
-        out["recurrent"] = len(plan.recurrent)
+    recurrent = {*plan.recurrent, *(i for i, kind in zip(plan.owners, plan.layer_types, strict=True) if kind == LINEAR)}
+    if recurrent:
+        out["recurrent"] = len(recurrent)
     if plan.shares:
         out["reading_others"] = sum(not use.writes for use in plan.uses)
     if layout.latent_channels:

@@ -9,6 +9,7 @@ from sharing_models import DOWNWARD, RETENTION, SHAPE, UPWARD, config_of, name_o
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 
 from kvbench.conf.errors import InputError
+from kvbench.methods.layout import describe_layers
 from kvbench.methods.sharing.cla import CLA
 from kvbench.methods.sharing.config import KVShareLlamaConfig
 from kvbench.methods.sharing.framework import KVShare
@@ -208,6 +209,11 @@ def test_the_kernels_own_causal_mask_is_the_mask_with_a_slot_of_zeros(sharing, a
 
 
 # 6, 15: what is stored -------------------------------------------------------------------------------------------
+
+
+def test_layers_of_gated_retention_are_described_as_recurrent():
+    described = describe_layers(shared_model(RETENTION))
+    assert described == {"full_attention": 1, "recurrent": 3, "reading_others": 2}
 
 
 @torch.no_grad()

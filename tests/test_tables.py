@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from records import accuracy, efficiency, estimate, save
 
-from kvbench.analysis.load import Run, load
+from kvbench.analysis.load import Run, compressed_layers, load
+from kvbench.analysis.plots import plots
 from kvbench.analysis.tables import budget_tables, efficiency_table, main, tables
 
 
@@ -71,6 +72,75 @@ def test_a_table_of_runs_under_two_rules_for_equal_scores_says_so(tmp_path, caps
     for alone in (old, new):
         assert main([str(save(tmp_path / str(alone["budget"]), alone, full, stream)), *form]) == 0
         assert "ranked alike" not in capsys.readouterr().out
+
+
+WINDOW = {"kind": "sliding_attention", "tokens": 4096, "layers": 1}
+CHUNK = {"kind": "chunked_attention", "tokens": 8192, "layers": 3}
+LATENTS = {"held": "expanded keys and values", "latent_numbers_a_token": 576}
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (None, None),
+        ({"full_attention": 4}, "4 of 4 layers with attention"),
+        (
+            {"full_attention": 2, "local": [WINDOW, WINDOW]},
+            "2 of 4 layers with attention (window of 4096 tokens in 2 layers)",
+        ),
+        (
+            {"full_attention": 1, "local": [WINDOW, CHUNK], "recurrent": 6, "reading_others": 2},
+            "1 of 7 layers with attention (chunk of 8192 tokens in 3 layers, window of 4096 tokens in 1 layer, "
+            "keys and values of another layer in 2 layers, recurrent state in 6 layers)",
+        ),
+        (
+            {"full_attention": 1, "latents": LATENTS},
+            "1 of 1 layer with attention (expanded keys and values instead of 576 latent numbers a token)",
+        ),
+    ],
+)
+def test_compressed_layers_are_counted_among_those_with_attention(found, said):
+    assert compressed_layers({} if found is None else {"cache_layers": found}) == said
+
+
+@pytest.mark.parametrize("make", [accuracy, efficiency])
+@pytest.mark.parametrize("form", [[], ["--by-budget"], ["--format", "tex"], ["--format", "csv"]])
+def test_titles_say_which_layers_methods_work_on(tmp_path, capsys, make, form):
+    """Of the record that says so; one from before the field says nothing of the layers."""
+    if make is efficiency and form == ["--by-budget"]:
+        return
+    old, new = make("full", None, 22.0), make("snapkv", 128, 20.0)
+    said = "methods work on 2 of 4 layers with attention (window of 4096 tokens in 2 layers)"
+    for layers in (None, {"full_attention": 4}, {"full_attention": 2, "local": [WINDOW | {"layers": 2}]}):
+        if layers is not None:
+            new["cache_layers"] = layers
+        assert main([str(save(tmp_path / str(layers), old, new)), *form]) == 0
+        out = capsys.readouterr().out
+        assert (said in out) == ("local" in (layers or {}))
+        assert ("work on" in out) == (said in out)
+        titles = [plot.title for plot in plots(load(tmp_path / str(layers))[0])]
+        assert all((said in title) == (said in out) for title in titles)
+        assert titles or make is efficiency
+
+
+@pytest.mark.parametrize("make", [accuracy, efficiency])
+@pytest.mark.parametrize("form", [[], ["--by-budget"], ["--format", "tex"], ["--format", "csv"]])
+def test_rows_whose_methods_work_on_other_layers_are_told(tmp_path, capsys, make, form):
+    """The same model under another release of transformers, say; a row that does not tell its layers is neither."""
+    if make is efficiency and form == ["--by-budget"]:
+        return
+    runs = [make(name, budget, 20.0) for name, budget in (("full", None), ("snapkv", 128), ("h2o", 128), ("old", 64))]
+    for record, layers in zip(runs, (4, 4, 2), strict=False):
+        record["cache_layers"] = {"full_attention": layers}
+    runs[2]["cache_layers"]["local"] = [WINDOW | {"layers": 2}]
+    assert main([str(save(tmp_path, *runs)), *form]) == 0
+    out = capsys.readouterr().out
+    assert "methods work on different layers" in out
+    if form != ["--format", "csv"]:
+        windowed = "2 of 4 layers with attention (window of 4096 tokens in 2 layers): h2o 128"
+        plain = "4 of 4 layers with attention: full, snapkv 128"
+        assert f"Methods did not work on the same layers. {windowed}; {plain}. A part of a difference is that." in out
+    assert all("methods work on different layers" in plot.title for plot in plots(load(tmp_path)[0]))
 
 
 def test_a_row_holds_scores_interval_difference_and_bytes(tmp_path):
