@@ -211,9 +211,14 @@ def _layers(count: int) -> str:
 
 
 def by_compressed_layers(runs: Iterable[Run]) -> dict[str, list[str]]:
-    """Labels of the runs by :func:`compressed_layers`, without those whose records do not say."""
+    """Labels of the runs by :func:`compressed_layers`, without those whose records do not say.
+
+    A method with an architecture of its own (``method.sharing``) differs in its layers by definition, and is left out.
+    """
     found: dict[str, list[str]] = {}
     for run in runs:
+        if run.record["identity"]["method"].get("sharing") is not None:
+            continue
         layers = compressed_layers(run.record)
         if layers is not None:
             found.setdefault(layers, []).append(run.label)
