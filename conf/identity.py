@@ -34,12 +34,11 @@ class HasIdentity:
         """The fields that are arguments, as plain data, by their keys in records."""
         values = asdict(self)  # type: ignore[call-overload]
         names = [f.name for f in fields(self) if f.init and f.name not in self.location_fields]  # type: ignore[arg-type]
-        values = {name: list(v) if isinstance(v := values[name], tuple) else v for name in names}
         missing = object()
         return {
-            self.recorded_as.get(name, name): value
-            for name, value in values.items()
-            if value != self.omitted_at.get(name, missing)
+            self.recorded_as.get(name, name): _plain(getattr(self, name), values[name])
+            for name in names
+            if getattr(self, name) != self.omitted_at.get(name, missing)
         }
 
     def identity(self) -> dict[str, Any]:
@@ -56,3 +55,10 @@ class HasIdentity:
         """
         keys = {key: name for name, key in cls.recorded_as.items()}
         return cls(**{keys.get(k, k): v for k, v in recorded.items() if k not in ("class", "version", "ties")})
+
+
+def _plain(value: Any, as_dict: Any) -> Any:
+    """A field's value as recorded: a part by its identity, a tuple as a list."""
+    if isinstance(value, HasIdentity):
+        return value.identity()
+    return list(as_dict) if isinstance(as_dict, tuple) else as_dict

@@ -25,7 +25,8 @@ from ..conf.errors import InputError
 from .attention import announce, repeat_heads, tag, use_kvbench_attention
 from .inference_mode import under_inference_mode
 from .logits import LogitRule
-from .named import token_methods
+from .named import allocators, token_methods
+from .policies.allocators.base import Allocator
 from .prompt import Prompt, PromptReader, Rows
 from .recurrent import RecurrentStates
 from .selection.base import ALL_QUERIES, ModelLayer, Selection, Step
@@ -48,6 +49,7 @@ class Method:
         storage: how kept tokens are represented.
         sharing: which layers own keys and values at all, a part of the model; None: as the model at hand has it.
         budget: where the key ``method.budget`` stands; the selection takes its own from there and is what counts.
+        allocator: likewise the group ``method/allocator``.
     """
 
     name: str
@@ -55,9 +57,16 @@ class Method:
     storage: Storage = field(default_factory=Dense)
     sharing: Sharing | None = None
     budget: int | float | None = None
+    allocator: Allocator | None = None
 
     def __post_init__(self) -> None:
         self._check_name()
+        if self.allocator is not None and self.allocator != getattr(self.selection, "allocator", None):
+            raise InputError(
+                "method.allocator",
+                self.allocator.id,
+                "is not the selection's own; in Python pass it there, as in SnapKV(budget=64, allocator=Adaptive())",
+            )
         if self.storage.needs_the_same_tokens and not self.selection.keeps_everything:
             raise InputError(
                 "method/storage",
@@ -228,8 +237,14 @@ class Method:
 
     @property
     def label(self) -> str:
-        """Short name for tables: ``snapkv 512``, ``cla2 + kivi4``; how exact storages differ is bytes alone."""
+        """Short name for tables: ``snapkv 512``, ``cla2 + kivi4``, ``key_diff 64 + adaptive``.
+
+        Lossless storages only differ in size, so they are not shown.
+        """
         text = self.name if self.effective_budget is None else f"{self.name} {self.effective_budget}"
+        allocator = getattr(self.selection, "allocator", None)
+        if allocator is not None and allocator.id != allocators().get(self.name, "uniform"):
+            text = f"{text} + {allocator.id}"
         if self.sharing is not None:
             text = self.sharing.label if self.selection.keeps_everything else f"{self.sharing.label} + {text}"
         elif self.storage.name.startswith(self.name):  # the method is its storage: ``kivi4``

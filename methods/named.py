@@ -10,6 +10,18 @@ KEEPS_EVERYTHING = "kvbench.methods.selection.base.Selection"
 
 
 @cache
+def allocators() -> dict[str, str]:
+    """{name in ``conf/method``: the allocator that its YAML names}."""
+    found = {}
+    for file in files("kvbench.conf").joinpath("method").iterdir():
+        if file.name.endswith(".yaml"):
+            named = re.search(r"^  - allocator: (\w+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            if named is not None:
+                found[file.name.removesuffix(".yaml")] = named[1]
+    return found
+
+
+@cache
 def token_methods() -> dict[str, bool]:
     """{name in ``conf/method``: whether its YAML has a selection that lets tokens leave}.
 

@@ -232,10 +232,10 @@ def _with_budget(method: DictConfig, budget: float) -> DictConfig:
 
 
 def named_method(text: str) -> Any:
-    """``"streaming_llm budget=256 selection.sinks=0"``, ``"snapkv storage=kivi4"`` -> that method."""
+    """The method of a text like ``"streaming_llm budget=256 selection.sinks=0"`` or ``"snapkv storage=kivi4"``."""
     name, *settings = text.split()
     overrides = [f"method={name}"]
-    overrides += [f"method/{s}" if s.startswith("storage=") else f"method.{s}" for s in settings]
+    overrides += [f"method/{s}" if s.startswith(("storage=", "allocator=")) else f"method.{s}" for s in settings]
     if GlobalHydra.instance().is_initialized():  # inside a run
         return instantiate(hydra.compose("config", overrides=overrides).method)
     with hydra.initialize_config_module("kvbench.conf", version_base="1.3"):

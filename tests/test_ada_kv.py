@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from golden import golden_prompt, swapped
+from published import RoundedByHeadAdaptive, ada_kv, pyramidkv
 from tiny_models import prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
 from kvbench.methods.base import Method, kv_shape
-from kvbench.methods.selection.ada_kv import AdaKV
-from kvbench.methods.selection.pyramidkv import PyramidKV
 from kvbench.methods.selection.snapkv import SnapKV
 from kvbench.methods.storage.dense import Dense
 from kvbench.methods.storage.ragged import Ragged
@@ -33,7 +32,10 @@ def kept_by_head(selection, prompt) -> list[list[int]]:
 )
 def test_golden_sets(golden, floor, differences):
     """Lengths, and up to one tied token a head, the tokens: of each head, the one kept here and the one kept there."""
-    selection, prompt = AdaKV(budget=12, window=4, kernel=7, floor=floor, rounding="published"), golden_prompt()
+    selection, prompt = (
+        ada_kv(budget=12, window=4, kernel=7, floor=floor, allocator=RoundedByHeadAdaptive),
+        golden_prompt(),
+    )
     name = f"adakv floor={floor} base=12 w=4 k=7 maxpool"
     ours, theirs = kept_by_head(selection, prompt), golden[f"{name} kept"]
     assert [len(head) for head in ours] == golden[f"{name} head_lens"]
@@ -42,7 +44,7 @@ def test_golden_sets(golden, floor, differences):
 
 @pytest.mark.parametrize("pooling", ["avg", "max"])
 def test_a_floor_of_one_is_snapkv(pooling):
-    ada = AdaKV(budget=12, window=4, kernel=5, pooling=pooling, floor=1)
+    ada = ada_kv(budget=12, window=4, kernel=5, pooling=pooling, floor=1)
     snapkv = SnapKV(budget=12, window=4, kernel=5, pooling=pooling)
     assert torch.equal(ada.select(golden_prompt()).slots, snapkv.select(golden_prompt()).slots)
 
@@ -52,7 +54,7 @@ def test_a_floor_of_one_is_snapkv(pooling):
 @pytest.mark.parametrize("seed", range(4))
 def test_head_budgets_add_up_and_respect_the_floor(floor, base, seed):
     scores = torch.rand(3, 5, 30, generator=torch.Generator().manual_seed(seed)) ** 3
-    caps = AdaKV(budget=40, floor=floor).head_budgets(scores, base)
+    caps = ada_kv(budget=40, floor=floor).allocator.head_budgets(scores, base)
     assert caps.sum(-1).tolist() == [5 * base] * 3
     assert int(caps.min()) >= int(floor * base)
     assert int(caps.max()) <= 30
@@ -60,13 +62,13 @@ def test_head_budgets_add_up_and_respect_the_floor(floor, base, seed):
 
 def test_equal_heads_share_equally():
     scores = torch.rand(1, 1, 30, generator=torch.Generator().manual_seed(0)).expand(1, 4, 30)
-    assert AdaKV(budget=40, floor=0.0).head_budgets(scores, 8).tolist() == [[8, 8, 8, 8]]
+    assert ada_kv(budget=40, floor=0.0).allocator.head_budgets(scores, 8).tolist() == [[8, 8, 8, 8]]
 
 
 def test_what_is_kept_is_worth_at_least_what_snapkv_keeps():
     """A global choice is the best one for its total (theorem 3.1 of the paper, on the pooled votes)."""
     prompt = golden_prompt()
-    ada = AdaKV(budget=12, window=4, kernel=5, pooling="avg", floor=0.0)
+    ada = ada_kv(budget=12, window=4, kernel=5, pooling="avg", floor=0.0)
     scores = ada.score(prompt)[0]
 
     def mass(selection) -> float:
@@ -80,17 +82,17 @@ def test_what_is_kept_is_worth_at_least_what_snapkv_keeps():
 
 def test_the_pyramid_gives_each_layer_its_total():
     options = {"budget": 12, "window": 4, "beta": 4, "kernel": 5, "pooling": "avg"}
-    budgets = PyramidKV(**options).layer_budgets(40, 4)
+    budgets = pyramidkv(**options).layer_budgets(40, 4)
     for layer in range(4):
         prompt = golden_prompt(layer_idx=layer, num_layers=4)
-        assert sum(map(len, kept_by_head(AdaKV(**options, layers="pyramid"), prompt))) == 4 * budgets[layer]
+        assert sum(map(len, kept_by_head(ada_kv(**options, layers="pyramid"), prompt))) == 4 * budgets[layer]
 
 
 def test_heads_really_differ_and_only_the_padded_storage_pays_for_it():
     model, ids = tiny_model(), torch.cat([prompt_ids(70, s) for s in range(3)])
     shape, caches = kv_shape(model.config, model.dtype), {}
     for storage in (Ragged(), Dense()):
-        method = Method("ada_kv", AdaKV(budget=24, window=4, floor=0.0), storage)
+        method = Method("ada_kv", ada_kv(budget=24, window=4, floor=0.0), storage)
         cache = method.new_cache(model)
         prefill(model, cache, ids)
         caches[storage.name] = cache
@@ -102,7 +104,7 @@ def test_heads_really_differ_and_only_the_padded_storage_pays_for_it():
     assert torch.allclose(decode(model, caches["ragged"], token), decode(model, caches["dense"], token), atol=1e-9)
 
 
-@pytest.mark.parametrize("options", [{"floor": 1.2}, {"floor": "x"}, {"layers": "cone"}, {"rounding": "down"}])
+@pytest.mark.parametrize("options", [{"floor": 1.2}, {"floor": "x"}, {"floor": True}, {"layers": "cone"}, {"beta": 0}])
 def test_bad_settings(options):
-    with pytest.raises(InputError, match=r"method\.selection\."):
-        AdaKV(**options)
+    with pytest.raises(InputError, match=r"method\.allocator\."):
+        ada_kv(**options)

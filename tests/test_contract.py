@@ -36,9 +36,13 @@ VARIANTS = [
     "streaming_llm mode=prefill_evict reposition=false prefill_only=true",
     "streaming_llm reposition=false",
     "streaming_llm sinks=0",
-    "pyramidkv beta=3 pooling=avg",
-    "ada_kv window=8 floor=0.0",
-    "ada_kv window=8 layers=pyramid granularity=query_head",
+    "pyramidkv allocator.beta=3 pooling=avg",
+    "ada_kv window=8 allocator.floor=0.0",
+    "ada_kv window=8 allocator.layers=pyramid granularity=query_head",
+    "key_diff window=8 allocator=pyramid",
+    "key_diff allocator=adaptive allocator.floor=0.0",
+    "expected_attention allocator=adaptive storage=ragged",
+    "random allocator=adaptive allocator.layers=pyramid storage=ragged",
     "h2o prefill_only=true",
     "h2o recent_share=0.0",
     "tova prefill_only=true",
@@ -64,8 +68,10 @@ def make(text: str, budget: float | str = BUDGET) -> Method:
     overrides = [f"method={name}", f"method.budget={budget}"]
     if name in ("lckv", "kvshare"):  # as many passes as tokens, so that all ways of feeding a prompt are one
         overrides.append("method.sharing.encode=exact")
-    group = {"storage=": "method/", "storage.": "method."}
-    overrides += [group.get(s[:8], "method.selection.") + s for s in settings]
+    for setting in settings:
+        group = next((g for g in ("storage", "allocator") if setting.startswith((f"{g}=", f"{g}."))), None)
+        at = "method.selection." if group is None else "method/" if setting.startswith(f"{group}=") else "method."
+        overrides.append(at + setting)
     with hydra.initialize_config_module("kvbench.conf", version_base="1.3"):
         return instantiate(hydra.compose("config", overrides=overrides).method)
 

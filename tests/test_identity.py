@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from kvbench.conf.identity import HasIdentity
 from kvbench.methods.base import Method
+from kvbench.methods.policies.allocators.adaptive import Adaptive
 from kvbench.methods.selection.base import Selection
 from kvbench.methods.selection.snapkv import SnapKV
 from kvbench.runners.record import identity_hash
@@ -22,6 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORDS = sorted((ROOT / "results").rglob("record.json"))
 NEWER = {"ties": "", "version": 0, "score_dtype": "float32"}
 """Keys that some records were made before. ``ties`` and ``version`` are meant to change the hash."""
+
+RETIRED = ("PyramidKV", "AdaKV")
+"""Now SnapKV with an allocator. Their records are older than the rule for ties, so no run of today has their hash."""
 
 
 def targets() -> dict[str, type[HasIdentity]]:
@@ -50,7 +54,7 @@ def recorded_parts() -> list[tuple[str, dict[str, Any]]]:
     found = {}
     for path in RECORDS:
         for part, value in json.loads(path.read_text())["identity"]["method"].items():
-            if isinstance(value, dict):
+            if isinstance(value, dict) and value["class"] not in RETIRED:
                 found[part, json.dumps(value, sort_keys=True)] = (part, value)
     return list(found.values())
 
@@ -99,6 +103,9 @@ def test_renamed_class_and_field_have_the_same_identity():
         newer: str | None = None
         path: str = ""
 
+    adaptive = SnapKV(allocator=Adaptive(floor=0.5)).identity()
+    assert adaptive["allocator"] == {"class": "adaptive", "floor": 0.5, "layers": "uniform", "beta": 20}
+    assert "allocator" not in SnapKV().identity()
     assert Renamed(path="/data").identity() == {"class": "Part", "window": 8}
     assert Renamed(newer="x").identity() == {"class": "Part", "window": 8, "newer": "x"}
     assert Renamed.from_parameters({"class": "Part", "window": 4}) == Renamed(n_recent=4)

@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from golden import golden_prompt
+from published import RoundedDownPyramid, pyramidkv
 from tiny_models import prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
 from kvbench.methods.base import Method
-from kvbench.methods.selection.pyramidkv import PyramidKV
 from kvbench.methods.selection.snapkv import SnapKV
 from kvbench.runners.engine import prefill
 
 
 @pytest.mark.parametrize("layer", range(4))
 def test_golden_sets(golden, layer):
-    selection = PyramidKV(budget=12, window=4, beta=4, kernel=5, pooling="avg", rounding="published")
+    selection = pyramidkv(budget=12, window=4, beta=4, kernel=5, pooling="avg", allocator=RoundedDownPyramid)
     kept = selection.select(golden_prompt(layer_idx=layer, num_layers=4)).slots[0]
     assert kept.tolist() == golden[f"pyramidkv layer={layer}/4 C=12 w=4 beta=4 k=5 avgpool"]
 
@@ -25,7 +25,7 @@ def test_golden_sets(golden, layer):
     ("budget", "length"), [(128, 8192), (64, 8192), (2048, 8192), (2048, 5000), (2048, 4000), (128, 100)]
 )
 def test_published_budgets(golden, budget, length):
-    ours = PyramidKV(budget=budget, window=8, beta=20, rounding="published").layer_budgets(length, 32)
+    ours = pyramidkv(budget=budget, window=8, beta=20, allocator=RoundedDownPyramid).layer_budgets(length, 32)
     assert list(ours) == golden["pyramidkv official kept tokens per layer"][f"C={budget} w=8 beta=20 L=32 T={length}"]
 
 
@@ -34,7 +34,7 @@ def test_published_budgets(golden, budget, length):
 @pytest.mark.parametrize("layers", [1, 2, 7, 30, 32])
 @pytest.mark.parametrize("beta", [1, 3, 20])
 def test_budgets_fall_and_add_up_exactly(budget, length, layers, beta):
-    kept = PyramidKV(budget=budget, window=8, beta=beta).layer_budgets(length, layers)
+    kept = pyramidkv(budget=budget, window=8, beta=beta).layer_budgets(length, layers)
     assert sum(kept) == layers * min(budget, length)
     assert list(kept) == sorted(kept, reverse=True)
     assert min(kept) > 8 or budget > length
@@ -45,7 +45,7 @@ def test_budgets_fall_and_add_up_exactly(budget, length, layers, beta):
 
 def test_a_prompt_too_short_for_a_pyramid_is_snapkv():
     """budget <= T < 2 (budget - window): every layer alike, and the same tokens."""
-    pyramid = PyramidKV(budget=30, window=4, kernel=5, pooling="avg")
+    pyramid = pyramidkv(budget=30, window=4, kernel=5, pooling="avg")
     snapkv = SnapKV(budget=30, window=4, kernel=5, pooling="avg")
     prompt = golden_prompt(layer_idx=2, num_layers=4)
     assert torch.equal(pyramid.select(prompt).slots, snapkv.select(prompt).slots)
@@ -53,14 +53,14 @@ def test_a_prompt_too_short_for_a_pyramid_is_snapkv():
 
 def test_layers_hold_what_their_budget_says():
     model = tiny_model()
-    method = Method("pyramidkv", PyramidKV(budget=20, window=4, beta=4))
+    method = Method("pyramidkv", pyramidkv(budget=20, window=4, beta=4))
     cache = method.new_cache(model)
     prefill(model, cache, prompt_ids(90))
     held = [int(t[0, 0]) for t in cache.tokens_held]
     assert held == list(method.selection.layer_budgets(90, 3)) == [32, 20, 8]
 
 
-@pytest.mark.parametrize("options", [{"beta": 0}, {"beta": 1.5}, {"rounding": "up"}, {"window": 2000}])
+@pytest.mark.parametrize("options", [{"beta": 0}, {"beta": 1.5}, {"beta": True}, {"window": 2000}])
 def test_bad_settings(options):
-    with pytest.raises(InputError, match=r"method\.selection"):
-        PyramidKV(**options)
+    with pytest.raises(InputError, match=r"method\.(selection\.window|allocator\.beta)"):
+        pyramidkv(**options)

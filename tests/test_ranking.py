@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from published import RoundedByHeadAdaptive, ada_kv, pyramidkv
 from spy import watch
 from tiny_models import left_pad, prompt_ids, tiny_model
 
 from kvbench.methods.base import Method
 from kvbench.methods.logits import LogitRule
+from kvbench.methods.policies.allocators.adaptive import Adaptive
 from kvbench.methods.prompt import Prompt
 from kvbench.methods.rotary import Rotary
-from kvbench.methods.selection.ada_kv import AdaKV
 from kvbench.methods.selection.base import ModelLayer
 from kvbench.methods.selection.evicting import EvictingState
 from kvbench.methods.selection.expected_attention import ExpectedAttention
 from kvbench.methods.selection.h2o import H2O
 from kvbench.methods.selection.key_diff import KeyDiff
-from kvbench.methods.selection.pyramidkv import PyramidKV
 from kvbench.methods.selection.random_tokens import RandomTokens
 from kvbench.methods.selection.ranking import keep_mask, keep_slots, last_slot
 from kvbench.methods.selection.snapkv import SnapKV
@@ -163,8 +163,8 @@ def kept_of(selection, prompt: Prompt) -> list[list[int]]:
 POOLED = [
     SnapKV(budget=21, window=6, kernel=7),
     SnapKV(budget=21, window=6, kernel=5, group_reduce="max", granularity="query_head"),
-    PyramidKV(budget=20, window=6, beta=4),
-    AdaKV(budget=21, window=6, floor=0.2),
+    pyramidkv(budget=20, window=6, beta=4),
+    ada_kv(budget=21, window=6, floor=0.2),
 ]
 OTHERS = [H2O(budget=21), TOVA(budget=21), KeyDiff(budget=21), RandomTokens(budget=21, window=6)]
 OTHERS += [ExpectedAttention(budget=21, sinks=4)]
@@ -218,27 +218,27 @@ def test_no_peak_is_dropped_for_its_neighbours():
 
 
 @pytest.mark.parametrize("kernel", [1, 5, 7])
-@pytest.mark.parametrize("rounding", ["exact", "published"])
-def test_ada_kv_with_a_floor_of_one_is_snapkv(kernel, rounding):
+@pytest.mark.parametrize("allocator", [Adaptive, RoundedByHeadAdaptive])
+def test_ada_kv_with_a_floor_of_one_is_snapkv(kernel, allocator):
     for seed in range(10):
         prompt = peaked_prompt(seed)
-        ada = AdaKV(budget=21, window=6, kernel=kernel, floor=1, rounding=rounding)
+        ada = ada_kv(budget=21, window=6, kernel=kernel, floor=1, allocator=allocator)
         assert kept_of(ada, prompt) == kept_of(SnapKV(budget=21, window=6, kernel=kernel), prompt)
 
 
 def test_a_tie_across_heads_goes_to_the_lower_head():
     scores = torch.ones(1, 3, 4)
-    assert AdaKV(budget=40, floor=0.0).head_budgets(scores, 2).tolist() == [[4, 2, 0]]
+    assert ada_kv(budget=40, floor=0.0).allocator.head_budgets(scores, 2).tolist() == [[4, 2, 0]]
     ties = torch.zeros(1, 3, 4)
     ties[0, 2, 1:3] = 1.0
-    assert AdaKV(budget=40, floor=0.0).head_budgets(scores, 2, ties).tolist() == [[4, 0, 2]]
+    assert ada_kv(budget=40, floor=0.0).allocator.head_budgets(scores, 2, ties).tolist() == [[4, 0, 2]]
 
 
 @pytest.mark.parametrize("selection", POOLED, ids=str)
 def test_kept_sets_are_the_same_in_any_batch_and_any_chunks(selection):
     """Float32 and max pooling, alone, four together (two of them padded), whole and in chunks of 17."""
     model = tiny_model(dtype=torch.float32)
-    storage = Ragged() if isinstance(selection, AdaKV) else Dense()
+    storage = Ragged() if selection.heads_differ else Dense()
     method = Method("x", selection, storage)
     prompts = [prompt_ids(n, seed) for seed, n in enumerate((70, 70, 70, 55))]
 

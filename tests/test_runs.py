@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from published import ada_kv, pyramidkv
 
 from kvbench.methods.base import Method
-from kvbench.methods.selection.ada_kv import AdaKV
 from kvbench.methods.selection.expected_attention import ExpectedAttention
 from kvbench.methods.selection.h2o import H2O
 from kvbench.methods.selection.key_diff import KeyDiff
 from kvbench.methods.selection.pyramid_infer import PyramidInfer
-from kvbench.methods.selection.pyramidkv import PyramidKV
 from kvbench.methods.selection.random_tokens import RandomTokens
 from kvbench.methods.selection.snapkv import SnapKV
 from kvbench.methods.selection.streaming_llm import StreamingLLM
@@ -97,7 +96,7 @@ def test_two_jobs_with_the_same_runs_in_another_order_both_end(tmp_path):
 
 @pytest.mark.parametrize(
     "selection",
-    [SnapKV(), PyramidKV(), AdaKV(), H2O(), TOVA(), KeyDiff(), ExpectedAttention(), RandomTokens(), PyramidInfer()],
+    [SnapKV(), pyramidkv(), ada_kv(), H2O(), TOVA(), KeyDiff(), ExpectedAttention(), RandomTokens(), PyramidInfer()],
     ids=lambda s: type(s).__name__,
 )
 def test_a_method_that_ranks_tokens_names_the_rule_for_equal_scores(selection):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from published import ada_kv, pyramidkv
 from sharing_models import DOWNWARD, RETENTION, SHAPE, UPWARD, name_of, shared_model
 from spy import Witness
 from tiny_models import left_pad
@@ -13,12 +14,10 @@ from kvbench.conf.errors import InputError
 from kvbench.methods.base import Method, full_shape, kv_shape
 from kvbench.methods.fan_out import FanOutCache
 from kvbench.methods.no_cache import NoCache
-from kvbench.methods.selection.ada_kv import AdaKV
 from kvbench.methods.selection.base import Selection
 from kvbench.methods.selection.h2o import H2O
 from kvbench.methods.selection.key_diff import KeyDiff
 from kvbench.methods.selection.pyramid_infer import PyramidInfer
-from kvbench.methods.selection.pyramidkv import PyramidKV
 from kvbench.methods.selection.random_tokens import RandomTokens
 from kvbench.methods.selection.snapkv import SnapKV
 from kvbench.methods.selection.streaming_llm import StreamingLLM
@@ -36,8 +35,8 @@ SHARINGS = [CLA(2), YOCO(window=8), DOWNWARD[-1], LCKV(2), UPWARD[2], UPWARD[3]]
 SELECTIONS = [
     Selection(),
     SnapKV(budget=12, window=4, kernel=3),
-    PyramidKV(budget=16, window=4, kernel=3),
-    AdaKV(budget=16, window=4, kernel=3),
+    pyramidkv(budget=16, window=4, kernel=3),
+    ada_kv(budget=16, window=4, kernel=3),
     H2O(12),
     TOVA(12),
     KeyDiff(12, window=2),
@@ -56,7 +55,7 @@ def prompt(length, seed=0):
 
 
 def method_of(selection, storage=None):
-    return Method("x", selection, storage or (Ragged() if isinstance(selection, AdaKV) else Dense()))
+    return Method("x", selection, storage or (Ragged() if selection.heads_differ else Dense()))
 
 
 def tokens(step, batch=1):

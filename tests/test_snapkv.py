@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from golden import golden_prompt, swapped
+from published import ada_kv, pyramidkv
 from tiny_models import prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
@@ -15,9 +16,7 @@ from kvbench.methods.fan_out import FanOutCache
 from kvbench.methods.logits import LogitRule
 from kvbench.methods.prompt import Prompt
 from kvbench.methods.selection import snapkv
-from kvbench.methods.selection.ada_kv import AdaKV
 from kvbench.methods.selection.base import resolve_budget
-from kvbench.methods.selection.pyramidkv import PyramidKV
 from kvbench.methods.selection.snapkv import SnapKV, reduce_groups, window_attention
 from kvbench.methods.storage.ragged import Ragged
 from kvbench.runners.engine import decode, generate, prefill
@@ -221,6 +220,6 @@ def test_methods_on_one_reading_work_out_the_same_thing_once(monkeypatch):
     monkeypatch.setattr(snapkv, "window_attention", lambda prompt: calls.append(1) or window_attention(prompt))
     model = tiny_model()
     methods = [Method("x", SnapKV(budget=b, window=8)) for b in (10, 20, 30, 40, 50)]
-    methods += [Method("x", PyramidKV(budget=20, window=8)), Method("x", AdaKV(budget=20, window=8), Ragged())]
+    methods += [Method("x", pyramidkv(budget=20, window=8)), Method("x", ada_kv(budget=20, window=8), Ragged())]
     prefill(model, FanOutCache([m.new_cache(model) for m in methods]), prompt_ids(60))
     assert len(calls) == model.config.num_hidden_layers

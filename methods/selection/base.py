@@ -8,22 +8,25 @@ stays of a prompt) and ``attend`` (what a step sees, and what leaves after it).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from ...conf.errors import is_whole, require
 from ...conf.identity import HasIdentity
 from ..logits import LogitRule
+from ..policies.allocators.base import Allocator
+from ..policies.allocators.uniform import Uniform
 from ..prompt import Prompt
 from ..rotary import Rotary
 from ..sharing.plan import Use
-from ..storage.base import LayerStorage
+from ..storage.base import LayerStorage, slots_that_stay
 from . import ranking
-from .ranking import keep_slots
+from .ranking import keep_mask, keep_slots
 
 if TYPE_CHECKING:
     from ..base import KVCache
@@ -237,12 +240,15 @@ class TopKSelection(Selection):
     """Keep the best-scored prompt tokens and a protected window of the last ones; nothing leaves while decoding.
 
     Attributes:
-        budget: tokens kept per head, the window included, or a fraction of the prompt.
+        budget: mean over heads and layers of the tokens kept, the window included, or a fraction of the prompt.
         window: last tokens that are always kept.
+        allocator: how the budget is shared out among layers and heads.
     """
 
+    omitted_at: ClassVar[Mapping[str, Any]] = {"allocator": Uniform()}
     budget: Budget
     window: int
+    allocator: Allocator = field(default=Uniform(), kw_only=True)
 
     least_window: ClassVar[int] = 1
     """Smallest ``window`` that makes sense; a method that scores every token by itself may protect none."""
@@ -264,6 +270,10 @@ class TopKSelection(Selection):
     def ranks_tokens(self) -> bool:
         return True
 
+    @property
+    def heads_differ(self) -> bool:
+        return self.allocator.heads_differ
+
     def score(self, prompt: Prompt, state: Any) -> torch.Tensor:
         """Score of every prompt token before the window: [R, H, T - window]; the largest stay."""
         raise NotImplementedError
@@ -273,8 +283,11 @@ class TopKSelection(Selection):
         return None
 
     def layer_budgets(self, prompt_length: int, layers: int) -> Sequence[int]:
-        """Tokens that each layer keeps per head of a prompt of ``prompt_length``, window included."""
-        return [min(prompt_length, resolve_budget(self.budget, prompt_length))] * layers
+        """Tokens that each layer keeps per head (their mean) of a prompt of ``prompt_length``, window included."""
+        budget = resolve_budget(self.budget, prompt_length)
+        if prompt_length <= budget:
+            return [prompt_length] * layers
+        return self.allocator.layer_budgets(budget, min(self.window, budget), prompt_length, layers)
 
     def select(self, prompt: Prompt, state: Any = None) -> Kept:
         budget = self.layer_budgets(prompt.length, prompt.num_layers)[prompt.layer_idx]
@@ -286,7 +299,11 @@ class TopKSelection(Selection):
         if budget == window:
             heads = prompt.query.shape[1] if self.stores_query_heads else prompt.keys.shape[1]
             return Kept(recent.expand(prompt.keys.shape[0], heads, -1))
-        scores, ties = self._candidates(prompt, state, prompt.length - window)
+        scores, ties = self._candidates(prompt, state, prompt.length - window)  # [R, H, N]
+        if self.allocator.heads_differ:
+            budgets = self.allocator.head_budgets(scores, budget - window, ties)  # [R, H]
+            stay = F.pad(keep_mask(scores, budgets, ties), (0, window), value=True)  # [R, H, T]
+            return Kept(*slots_that_stay(stay))
         best = keep_slots(scores, budget - window, ties)  # [R, H, C - w]
         return Kept(torch.cat([best, recent.expand(*best.shape[:2], -1)], dim=-1))
 

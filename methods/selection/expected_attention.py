@@ -13,8 +13,8 @@ the default of their class is 0.
 
 The paper multiplies by the length of the value after the output projection; here it is the value's own, so that a
 method needs nothing of the model but its cache (the authors' library does the same). Their evaluation shares a layer's
-budget between its heads as Ada-KV does; here every head keeps as many tokens. Their library also compresses while
-decoding; here only the prompt is.
+budget between its heads (``method/allocator=adaptive``); the default here is the same budget for every head. Their
+library also compresses while decoding; here only the prompt is.
 """
 
 from __future__ import annotations

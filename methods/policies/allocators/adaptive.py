@@ -1,0 +1,62 @@
+"""Ada-KV's budgets (Feng et al., 2024, arXiv 2407.11550, algorithm 1): the heads of a layer share one budget.
+
+Scores are ranked over all heads of a layer at once instead of head by head, so a head whose attention is spread out
+keeps more tokens than one that looks at a few. A share ``floor`` of every head's budget is safe from the others.
+
+Heads of different lengths need a storage that holds them so (``method/storage=ragged``); with ``dense`` they are
+padded, and the padding is counted. The published code rounds each head by itself, so that its total is off by a few
+tokens; here the remainders go to the heads with the largest fractions, and the total is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ....conf.errors import is_whole, require
+from ...selection.ranking import keep_mask
+from .base import Allocator
+from .pyramid import Pyramid
+
+
+@dataclass(frozen=True)
+class Adaptive(Allocator):
+    """One budget for all heads of a layer.
+
+    Attributes:
+        floor: Share of the mean that every head keeps whatever the others score (alpha; 0.2 in the paper); 1 is
+            uniform.
+        layers: Budgets of the layers: ``uniform``, or ``pyramid`` (the paper's Ada-PyramidKV).
+        beta: Steepness of the pyramid, see :class:`.pyramid.Pyramid`.
+    """
+
+    id: ClassVar[str] = "adaptive"
+    heads_differ: ClassVar[bool] = True
+    floor: float = 0.2
+    layers: str = "uniform"
+    beta: int = 20
+
+    def __post_init__(self) -> None:
+        at, floor = "method.allocator.", self.floor
+        is_number = isinstance(floor, int | float) and not isinstance(floor, bool)
+        require(is_number and 0 <= floor <= 1, at + "floor", floor, "must be between 0 and 1")
+        require(self.layers in ("uniform", "pyramid"), at + "layers", self.layers, "must be uniform or pyramid")
+        require(is_whole(self.beta, 1), at + "beta", self.beta, "must be a whole number >= 1")
+
+    def layer_budgets(self, budget: int, protected: int, prompt_length: int, layers: int) -> Sequence[int]:
+        if self.layers == "pyramid":
+            return Pyramid(self.beta).layer_budgets(budget, protected, prompt_length, layers)
+        return super().layer_budgets(budget, protected, prompt_length, layers)
+
+    def head_budgets(self, scores: torch.Tensor, budget: int, ties: torch.Tensor | None = None) -> torch.Tensor:
+        _, heads, count = scores.shape
+        best = keep_mask(scores.flatten(1), heads * budget, None if ties is None else ties.flatten(1))  # [R, H * N]
+        won = best.unflatten(1, (heads, count)).sum(-1).double()  # [R, H]
+        shares = (1 - self.floor) * won + self.floor * budget
+        budgets = shares.floor()
+        missing = (heads * budget - budgets.sum(-1)).round().long()  # [R], below the number of heads
+        place = (shares - budgets).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1, stable=True)
+        return (budgets + (place < missing[:, None])).long()  # [R, H]
