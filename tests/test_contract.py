@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import replace
+from functools import cache as memoize
 from importlib.resources import files
 
 import hydra
@@ -71,6 +72,7 @@ def own_settings(name: str) -> dict[str, str]:
     return {} if found is None else dict(setting.split("=") for setting in found[1].split())
 
 
+@memoize
 def make(text: str, budget: float | str = BUDGET) -> Method:
     """The method that ``text`` names, at ``budget``; settings are the selection's but for ``storage``."""
     name, *settings = text.split()
