@@ -7,7 +7,8 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -236,10 +238,69 @@ def named_method(text: str) -> Any:
     name, *settings = text.split()
     overrides = [f"method={name}"]
     overrides += [f"method/{s}" if s.startswith(("storage=", "allocator=")) else f"method.{s}" for s in settings]
-    if GlobalHydra.instance().is_initialized():  # inside a run
+    with _config_loader():
         return instantiate(hydra.compose("config", overrides=overrides).method)
-    with hydra.initialize_config_module("kvbench.conf", version_base="1.3"):
-        return instantiate(hydra.compose("config", overrides=overrides).method)
+
+
+def configured_method(name: str, options: Mapping[str, Any]) -> Any:
+    """``("snapkv", {"budget": 256, "storage": "kivi4", "selection": {"window": 16}})`` -> that method.
+
+    Raises:
+        InputError: there is no such method or key, or the value cannot be used.
+    """
+    values = dict(_flat(options))
+    choices: dict[str, Any] = {"method": name}  # by config group
+    with _config_loader() as loader:
+        for key in list(values):
+            if loader.get_group_options(f"method/{key}"):
+                choices[f"method/{key}"] = values.pop(key)
+        for group, choice in choices.items():
+            names = loader.get_group_options(group)
+            if choice not in names:
+                raise InputError(group, choice, one_of(str(choice), names))
+        config = hydra.compose("config", overrides=[f"{group}={choice}" for group, choice in choices.items()])
+    for key, value in values.items():
+        problem = _missing_key(config, f"method.{key}")
+        if problem is None and isinstance(OmegaConf.select(config, f"method.{key}"), DictConfig):
+            problem = "has keys of its own: pass a dict of them"
+        if problem is not None:
+            raise InputError(f"method.{key}", value, problem)
+        try:
+            OmegaConf.update(config, f"method.{key}", value)
+        except OmegaConfBaseException:
+            raise InputError(f"method.{key}", value, "must be a number, text, bool, None or a list of them") from None
+    try:
+        return instantiate(config.method)
+    except InstantiationException as error:
+        raise _first_input_error(error) or error from None
+    except OmegaConfBaseException as error:
+        raise InputError("method", name, str(error).split("\n")[0]) from None
+
+
+@contextmanager
+def _config_loader() -> Iterator[ConfigLoader]:
+    """Hydra's loader for ``kvbench.conf``: inside a run the run's own, which may have folders of the user's as well."""
+    outer = GlobalHydra.instance().hydra  # of a run, or of a program that calls kvbench
+    if outer is not None:
+        loader = outer.config_loader
+        if any(f"{source.scheme()}://{source.path}" == CONF for source in loader.get_sources()):
+            yield loader
+            return
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_module("kvbench.conf", version_base="1.3"):
+            yield GlobalHydra.instance().config_loader()
+    finally:
+        GlobalHydra.instance().hydra = outer
+
+
+def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested options."""
+    for key, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 # errors -------------------------------------------------------------------------------------------------------------
@@ -247,15 +308,10 @@ def named_method(text: str) -> Any:
 
 def _input_error(error: BaseException) -> str | None:
     """The one line for the person at the keyboard, or None: not the user's doing."""
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    for link in chain:
-        if isinstance(link, InputError):
-            return str(link)
-    for link in chain:
+    given = _first_input_error(error)
+    if given is not None:
+        return str(given)
+    for link in _causes(error):
         if isinstance(link, OverrideParseException):
             hint = "cannot be read; texts with blanks or signs need quotes of their own, as in 'key=[\"a b=1\",c]'"
             return f"{link.override}: {hint}"
@@ -273,6 +329,20 @@ def _input_error(error: BaseException) -> str | None:
     return " ".join(str(error).split("\n")[0].split())
 
 
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error and what it was raised from, one after another."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    return chain
+
+
+def _first_input_error(error: BaseException) -> InputError | None:
+    return next((link for link in _causes(error) if isinstance(link, InputError)), None)
+
+
 def _unknown_key(overrides: Sequence[str]) -> str | None:
     """Which override names a key that does not exist, and which keys are there instead."""
     groups = {name for name, _ in _groups(files("kvbench.conf"))}
@@ -287,14 +357,22 @@ def _unknown_key(overrides: Sequence[str]) -> str | None:
         key, eq, _ = override.partition("=")
         if not eq or key in groups or key.startswith(("+", "~", "-", "hydra")):
             continue
-        node: Any = config
-        path = key.split(".")
-        for depth, part in enumerate(path):
-            if not isinstance(node, DictConfig) or part not in node.keys():  # noqa: SIM118 (`in` is False for a ??? value)
-                options = [str(k) for k in node if k != "_target_"] if isinstance(node, DictConfig) else []
-                where = ".".join(path[:depth]) or "the configuration"
-                return f"{key}: {where} has no key {part}; {one_of(part, options, 'one of')}"
-            node = node._get_node(part)
+        problem = _missing_key(config, key)
+        if problem is not None:
+            return f"{key}: {problem}"
+    return None
+
+
+def _missing_key(config: DictConfig, key: str) -> str | None:
+    """Which part of a dotted key does not exist, and which keys are there instead; None: the key exists."""
+    node: Any = config
+    path = key.split(".")
+    for depth, part in enumerate(path):
+        if not isinstance(node, DictConfig) or part not in node.keys():  # noqa: SIM118 (`in` is False for a ??? value)
+            options = [str(k) for k in node if k != "_target_"] if isinstance(node, DictConfig) else []
+            where = ".".join(path[:depth]) or "the configuration"
+            return f"{where} has no key {part}" + (f"; {one_of(part, options)}" if options else "")
+        node = node._get_node(part)
     return None
 
 

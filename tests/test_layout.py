@@ -8,6 +8,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ MODEL_CLASSES = (
 )
 
 RULES = {
+    "kvbench": Rule(own=("kvbench",), others=()),
     "conf": Rule(own=("kvbench.conf",), others=()),
     "methods": Rule(own=("kvbench.methods", *COMMON), others=("torch", "transformers", "numpy", "filelock")),
     "models": Rule(own=("kvbench.models", "kvbench.methods.sharing", *COMMON)),
@@ -62,6 +64,8 @@ RULES = {
     ),
     "analysis": Rule(own=("kvbench.analysis", *COMMON), never=("torch", "transformers")),
 }
+NOT_PACKAGED = ("kvbench.run", "kvbench.scripts", "kvbench.tests", "kvbench.kvbench")
+"""What can be imported in a checkout alone, because ``kvbench/__init__.py`` looks for packages next to its folder."""
 OF_ONE_FILE = {"triton": "methods/storage/kernels.py", "optimum": "methods/storage/hf_quantized.py"}
 """What only one file may import, and only where the package is there."""
 CONFIG_FRAMEWORK = ("hydra", "omegaconf")
@@ -95,10 +99,10 @@ def violations(source: str, file: str) -> list[str]:
     for line, name in imports(source, file):
         top = name.split(".")[0]
         reason: str | None
-        if top in RULES:
+        if top in RULES and top != "kvbench":
             reason = f"the import name is kvbench.{top}"
-        elif top == "run" or below(name, ("kvbench.run",)):
-            reason = "nothing imports run.py"
+        elif top == "run" or below(name, NOT_PACKAGED):
+            reason = "is no part of what is installed"
         elif top in CONFIG_FRAMEWORK and file != KNOWS_HYDRA and not file.startswith("tests/"):
             reason = f"only {KNOWS_HYDRA} knows Hydra"
         elif rule is None or top in sys.stdlib_module_names:
@@ -161,6 +165,9 @@ def test_a_file_imports_only_what_its_folder_may(file: str) -> None:
         ("runners/cli.py", "import run"),
         ("tests/test_x.py", "from run import main"),
         ("runners/cli.py", "from .. import run"),
+        ("tests/test_x.py", "from kvbench.tests.tiny_models import tiny_model"),
+        ("runners/api.py", "from .. import SnapKV"),
+        ("kvbench/__init__.py", "import torch"),
     ],
 )
 def test_each_rule_can_fail(file: str, source: str) -> None:
@@ -187,10 +194,25 @@ def test_each_rule_can_fail(file: str, source: str) -> None:
         ("runners/cli.py", "import hydra\nfrom omegaconf import OmegaConf"),
         ("analysis/plots.py", "import matplotlib.pyplot as plt\nfrom .load import runs"),
         ("run.py", "from kvbench.runners.cli import main"),
+        ("kvbench/__init__.py", "import importlib\nfrom kvbench.methods.base import Method"),
+        ("scripts/x.py", "import kvbench\nfrom kvbench import SnapKV"),
     ],
 )
 def test_what_the_rules_allow(file: str, source: str) -> None:
     assert violations(source, file) == []
+
+
+def test_the_package_folder_holds_the_public_api_alone() -> None:
+    files = {path.name for path in (ROOT / "kvbench").iterdir() if path.name != "__pycache__"}
+    assert files == {"__init__.py", "py.typed"}
+
+
+def test_every_folder_of_python_files_is_a_package_of_the_wheel() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    folders = {path.parent.relative_to(ROOT) for top in RULES for path in (ROOT / top).rglob("__init__.py")}
+    names = {folder.as_posix().replace("/", ".") for folder in folders}
+    assert set(project["packages"]) == {name if name == "kvbench" else f"kvbench.{name}" for name in names}
+    assert project["package-dir"] == {name if name == "kvbench" else f"kvbench.{name}": name for name in RULES}
 
 
 def modules(folder: str) -> list[str]:

@@ -1,0 +1,158 @@
+"""KV-cache compression for transformers models, measured in quality, bytes and speed.
+
+    import kvbench
+
+    with kvbench.compress(model, "snapkv", budget=512) as cache:
+        output = model.generate(**inputs, past_key_values=cache, max_new_tokens=64)
+
+The names of ``__all__`` are the public API. They are imported when they are first used, so ``import kvbench`` is fast,
+and what only reads results (:func:`load_runs`) needs no torch.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvbench.analysis.load import load as load_runs
+    from kvbench.conf.errors import InputError
+    from kvbench.methods.base import KVCache, Method
+    from kvbench.methods.policies.allocators.adaptive import Adaptive
+    from kvbench.methods.policies.allocators.base import Allocator
+    from kvbench.methods.policies.allocators.pyramid import Pyramid
+    from kvbench.methods.policies.allocators.uniform import Uniform
+    from kvbench.methods.selection.base import Selection, TopKSelection
+    from kvbench.methods.selection.expected_attention import ExpectedAttention
+    from kvbench.methods.selection.h2o import H2O
+    from kvbench.methods.selection.key_diff import KeyDiff
+    from kvbench.methods.selection.pyramid_infer import PyramidInfer
+    from kvbench.methods.selection.random_tokens import RandomTokens
+    from kvbench.methods.selection.snapkv import SnapKV
+    from kvbench.methods.selection.streaming_llm import StreamingLLM
+    from kvbench.methods.selection.tova import TOVA
+    from kvbench.methods.sharing.base import Sharing
+    from kvbench.methods.sharing.cla import CLA
+    from kvbench.methods.sharing.heads import Heads
+    from kvbench.methods.sharing.lckv import LCKV
+    from kvbench.methods.sharing.yoco import YOCO
+    from kvbench.methods.storage.base import Storage
+    from kvbench.methods.storage.dense import Dense
+    from kvbench.methods.storage.hf_quantized import HFQuantized
+    from kvbench.methods.storage.kivi import Kivi
+    from kvbench.methods.storage.minicache import MiniCache
+    from kvbench.methods.storage.minicache_kivi import MiniCacheKivi
+    from kvbench.methods.storage.ragged import Ragged
+    from kvbench.runners.api import compress, method
+    from kvbench.runners.engine import Generation, Sampling, decode, generate, prefill
+
+    __version__: str
+
+__all__ = [
+    "CLA",
+    "H2O",
+    "LCKV",
+    "TOVA",
+    "YOCO",
+    "Adaptive",
+    "Allocator",
+    "Dense",
+    "ExpectedAttention",
+    "Generation",
+    "HFQuantized",
+    "Heads",
+    "InputError",
+    "KVCache",
+    "KeyDiff",
+    "Kivi",
+    "Method",
+    "MiniCache",
+    "MiniCacheKivi",
+    "Pyramid",
+    "PyramidInfer",
+    "Ragged",
+    "RandomTokens",
+    "Sampling",
+    "Selection",
+    "Sharing",
+    "SnapKV",
+    "Storage",
+    "StreamingLLM",
+    "TopKSelection",
+    "Uniform",
+    "__version__",
+    "compress",
+    "decode",
+    "generate",
+    "load_runs",
+    "method",
+    "prefill",
+]
+
+# Module below kvbench, and the names that it defines. The imports above say the same to type checkers.
+_NAMES_BY_MODULE = {
+    "analysis.load": ("load_runs",),
+    "conf.errors": ("InputError",),
+    "methods.base": ("KVCache", "Method"),
+    "methods.policies.allocators.adaptive": ("Adaptive",),
+    "methods.policies.allocators.base": ("Allocator",),
+    "methods.policies.allocators.pyramid": ("Pyramid",),
+    "methods.policies.allocators.uniform": ("Uniform",),
+    "methods.selection.base": ("Selection", "TopKSelection"),
+    "methods.selection.expected_attention": ("ExpectedAttention",),
+    "methods.selection.h2o": ("H2O",),
+    "methods.selection.key_diff": ("KeyDiff",),
+    "methods.selection.pyramid_infer": ("PyramidInfer",),
+    "methods.selection.random_tokens": ("RandomTokens",),
+    "methods.selection.snapkv": ("SnapKV",),
+    "methods.selection.streaming_llm": ("StreamingLLM",),
+    "methods.selection.tova": ("TOVA",),
+    "methods.sharing.base": ("Sharing",),
+    "methods.sharing.cla": ("CLA",),
+    "methods.sharing.heads": ("Heads",),
+    "methods.sharing.lckv": ("LCKV",),
+    "methods.sharing.yoco": ("YOCO",),
+    "methods.storage.base": ("Storage",),
+    "methods.storage.dense": ("Dense",),
+    "methods.storage.hf_quantized": ("HFQuantized",),
+    "methods.storage.kivi": ("Kivi",),
+    "methods.storage.minicache": ("MiniCache",),
+    "methods.storage.minicache_kivi": ("MiniCacheKivi",),
+    "methods.storage.ragged": ("Ragged",),
+    "runners.api": ("compress", "method"),
+    "runners.engine": ("Generation", "Sampling", "decode", "generate", "prefill"),
+}
+_MODULES = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
+_DEFINED_AS = {"load_runs": "load"}
+
+if not (Path(__file__).parent / "methods").is_dir():  # a checkout: the subpackages are next to this folder, not in it
+    __path__.append(str(Path(__file__).resolve().parents[1]))
+
+
+if not TYPE_CHECKING:  # a type checker would take any name for a public one
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name when it is first used (PEP 562)."""
+        if name == "__version__":
+            value = _version()
+        elif name in _MODULES:
+            value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), _DEFINED_AS.get(name, name))
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    """Version of the installed distribution, or of the checkout's ``pyproject.toml`` where none is installed."""
+    import tomllib
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("kvbench")
+    except PackageNotFoundError:
+        project = Path(__file__).resolve().parents[1] / "pyproject.toml"
+        return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])

@@ -1,0 +1,64 @@
+"""The functions of the public API: a method by its name, and its cache for one batch of a transformers model.
+
+``kvbench.method`` and ``kvbench.compress``; :mod:`kvbench` re-exports them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..conf.errors import InputError
+from ..methods.attention import kvbench_attention
+from ..methods.base import KVCache, Method
+from .cli import configured_method
+
+
+def method(name: str, /, **options: Any) -> Method:
+    """The method that ``method=NAME method.KEY=VALUE ...`` is on the command line.
+
+        kvbench.method("snapkv", budget=512)
+        kvbench.method("snapkv", budget=0.25, storage="kivi4", selection={"window": 16})
+
+    Args:
+        name: one of ``conf/method``, with the defaults of its YAML.
+        options: keys of that YAML with their values, nested as there.
+
+    Raises:
+        InputError: there is no such name or key, or the value cannot be used.
+    """
+    made: Method = configured_method(name, options)
+    return made
+
+
+@contextmanager
+def compress(model: PreTrainedModel, method: str | Method, /, **options: Any) -> Iterator[KVCache]:
+    """A fresh KV cache for one batch of ``model``, to use inside a ``with`` block.
+
+        with kvbench.compress(model, "snapkv", budget=512) as cache:
+            output = model.generate(**inputs, past_key_values=cache, max_new_tokens=64)
+
+    The model runs with kvbench's attention function inside the block, and with the one it had before after it, also
+    where the block raises an exception. The cache cannot be used further after the block; what it measures, such as
+    ``cache.kv_bytes_logical``, can be read.
+
+    Args:
+        model: a causal language model of transformers.
+        method: a name, as for :func:`method`, or a method.
+        options: see :func:`method`; only with a name.
+
+    Raises:
+        InputError: the method or an option cannot be used, or the model cannot be served.
+    """
+    if isinstance(method, str):
+        chosen: Method = configured_method(method, options)
+    elif not options:
+        chosen = method
+    else:
+        key, value = next(iter(options.items()))
+        raise InputError(f"method.{key}", value, "goes with a method's name; a Method has its own settings")
+    with kvbench_attention(model):
+        yield chosen.new_cache(model)

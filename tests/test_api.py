@@ -1,0 +1,184 @@
+"""The public API: ``import kvbench`` and what is in it."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import SHAPE, prompt_ids, tiny_model
+from transformers import MistralConfig, MistralForCausalLM
+
+import kvbench
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", sorted(set(kvbench.__all__) - {"__version__"}))
+def test_every_public_name_resolves_and_is_documented(name):
+    assert getattr(kvbench, name).__doc__.strip()
+    assert name in dir(kvbench)
+
+
+def test_type_checkers_see_what_python_imports():
+    """The imports under ``TYPE_CHECKING`` and the table of lazy imports agree, and both are ``__all__``."""
+    tree = ast.parse(Path(kvbench.__file__).read_text(encoding="utf-8"))
+    seen = {
+        alias.asname or alias.name: getattr(importlib.import_module(node.module), alias.name)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("kvbench.")
+        for alias in node.names
+    }
+    assert seen == {name: getattr(kvbench, name) for name in kvbench.__all__ if name != "__version__"}
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="has no attribute 'SnapKv'"):
+        kvbench.SnapKv  # noqa: B018
+
+
+def test_the_version_is_the_one_of_pyproject():
+    assert kvbench.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+@pytest.mark.parametrize("use", ["", "; kvbench.InputError; kvbench.load_runs; dir(kvbench)"])
+def test_import_alone_and_reading_results_import_no_torch(use):
+    code = f"import sys, kvbench{use}; print({{'torch', 'transformers', 'hydra'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == ("set()", "")
+
+
+def test_a_checkout_s_own_folders_are_imported_whatever_is_installed(tmp_path):
+    """Without links and without an installation, from another folder."""
+    code = "import kvbench.conf.errors as e, sys; print(e.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.stdout.strip() == str(ROOT / "conf" / "errors.py"), done.stderr
+
+
+# method ---------------------------------------------------------------------------------------------------------------
+
+
+def test_method_is_what_the_command_line_makes():
+    assert kvbench.method("snapkv", budget=512) == kvbench.Method("snapkv", kvbench.SnapKV(budget=512), budget=512)
+    composed = kvbench.method("snapkv", budget=0.25, storage="kivi4", selection={"window": 16})
+    assert composed.selection == kvbench.SnapKV(budget=0.25, window=16)
+    assert composed.storage == kvbench.Kivi(bits=4)
+    assert kvbench.method("kivi", storage={"bits": 2}).storage == kvbench.Kivi(bits=2)
+    assert kvbench.method("full", budget=None) == kvbench.Method("full")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "key", "message"),
+    [
+        ("snapvk", {}, "method", "did you mean snapkv"),
+        ("snapkv", {"buget": 5}, "method.buget", "has no key buget; must be one of .*did you mean budget"),
+        ("snapkv", {"selection": {"windw": 5}}, "method.selection.windw", "did you mean window"),
+        ("snapkv", {"budget": {"x": 5}}, "method.budget.x", "method.budget has no key x$"),
+        ("snapkv", {"selection": "h2o"}, "method.selection", "has keys of its own"),
+        ("snapkv", {"storage": "kivi3"}, "method/storage", "did you mean kivi"),
+        ("snapkv", {"storage": None}, "method/storage", "must be one of"),
+        ("snapkv", {"budget": "many"}, "method.budget", "must be a whole number of tokens"),
+        ("snapkv", {"budget": object()}, "method.budget", "must be a number"),
+        ("snapkv", {"budget": "${nothing}"}, "method", "nothing"),
+        ("h2o", {"storage": "kivi4"}, "method/storage", "holds rounded tokens"),
+        ("full", {"name": "snapkv"}, "method", "every token would stay"),
+    ],
+)
+def test_what_method_cannot_use_is_one_line_of_input_error(name, options, key, message):
+    with pytest.raises(kvbench.InputError, match=message) as error:
+        kvbench.method(name, **options)
+    assert error.value.key == key and "\n" not in str(error.value)
+
+
+def test_method_works_inside_another_program_s_hydra(tmp_path):
+    """Its own configuration is neither read nor disturbed."""
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    (tmp_path / "app.yaml").write_text("x: 1\n")
+    with hydra.initialize_config_dir(str(tmp_path), version_base="1.3"):
+        assert kvbench.method("snapkv", budget=64).selection.budget == 64
+        assert hydra.compose("app").x == 1
+    assert not GlobalHydra.instance().is_initialized()
+
+
+# compress -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model():
+    """The tiny model with transformers' own attention, as a user has it."""
+    made = tiny_model(dtype=torch.float32)
+    made.set_attn_implementation("sdpa")
+    return made
+
+
+def test_compress_gives_the_cache_of_the_method_and_restores_the_attention(model):
+    ids = prompt_ids(50)
+    options = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
+    plain = model.generate(**options)
+    with kvbench.compress(model, "snapkv", budget=20, selection={"window": 4}) as cache:
+        assert model.config._attn_implementation == "kvbench"
+        generated = model.generate(**options, past_key_values=cache)
+    assert model.config._attn_implementation == "sdpa"
+    assert [layer.selection for layer in cache.layers] == [kvbench.SnapKV(budget=20, window=4)] * 3
+    assert cache.kv_bytes_logical == 3 * 2 * 2 * 16 * 4 * (20 + 5)  # layers, K and V, heads, head_dim, bytes; tokens
+    with kvbench.compress(model, "snapkv", budget=20, selection={"window": 4}) as again:
+        first = kvbench.generate(model, again, ids, max_new_tokens=6)
+    assert generated[0, 50:].tolist() == first.tokens[0]
+    assert torch.equal(model.generate(**options), plain)
+
+
+def test_compress_takes_a_method(model):
+    with kvbench.compress(model, kvbench.Method("mine", kvbench.TOVA(budget=16))) as cache:
+        assert {type(layer.selection) for layer in cache.layers} == {kvbench.TOVA}
+    with (
+        pytest.raises(kvbench.InputError, match=r"method\.budget=5: goes with a method's name"),
+        kvbench.compress(model, kvbench.Method("full"), budget=5),
+    ):
+        pass
+
+
+def test_compress_restores_the_attention_after_an_exception(model):
+    with pytest.raises(ZeroDivisionError), kvbench.compress(model, "snapkv", budget=40):
+        1 / 0  # noqa: B018
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_compress_restores_the_attention_of_a_model_that_is_refused():
+    """All layers attend over a window, which is found out after the attention has been switched."""
+    model = MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=8))
+    before = model.config._attn_implementation
+    with pytest.raises(kvbench.InputError, match="use method=full"), kvbench.compress(model, "snapkv", budget=40):
+        pytest.fail("gave a cache")
+    assert model.config._attn_implementation == before
+
+
+def test_compress_inside_compress_keeps_the_outer_attention(model):
+    with kvbench.compress(model, "full"):
+        with kvbench.compress(model, "full"):
+            pass
+        assert model.config._attn_implementation == "kvbench"
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_snippets_of_the_readme_run(model, monkeypatch):
+    snippets = re.findall(r"```python\n(.*?)```", README, re.S)
+    ids = prompt_ids(50)
+    for snippet in snippets:
+        names = {"model": model, "inputs": {"input_ids": ids, "attention_mask": torch.ones_like(ids)}}
+        exec(compile(snippet, "README.md", "exec"), names)
+        assert names["cache"].tokens_seen.tolist() == [50 + 64 - 1]
+    assert snippets and model.config._attn_implementation == "sdpa"
