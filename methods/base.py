@@ -104,13 +104,13 @@ class Method:
         methods = token_methods()
         is_plain = self.storage.is_exact and self.sharing is None
         if methods.get(self.name) or (is_plain and (self.name in methods or self.budget is not None)):
-            budget = "" if self.budget is None else f" budget={self.budget}"
+            budget = "" if self.budget is None else f"budget={self.budget}"
             raise InputError(
                 "method",
-                f"{self.name}{budget}",
+                f"{self.name} {budget}".strip(),
                 "is given no selection, storage or sharing of that name, so every token would stay; in Python pass the "
                 f'selection, as in Method("snapkv", SnapKV(budget=64)), or call '
-                f'kvbench.runners.cli.named_method("{self.name}{budget}")',
+                f'kvbench.method("{self.name}"{budget and f", {budget}"})',
             )
 
     def _check_sharing(self) -> None:

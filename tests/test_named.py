@@ -24,7 +24,8 @@ def test_a_name_alone_is_no_full_cache(name):
     for budget in (None, 64):
         with pytest.raises(InputError, match="every token would stay") as error:
             Method(name, budget=budget)
-        assert f'named_method("{name}' in str(error.value) and "\n" not in str(error.value)
+        call = f'kvbench.method("{name}"{", budget=64" if budget else ""})'
+        assert call in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", NAMES)
