@@ -57,7 +57,7 @@ class Method:
     storage: Storage = field(default_factory=Dense)
     sharing: Sharing | None = None
     budget: int | float | None = None
-    allocator: Allocator | None = None
+    allocator: Allocator | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         self._check_name()
