@@ -42,7 +42,7 @@ VARIANTS = [
     "ada_kv window=8 allocator.floor=0.0",
     "ada_kv window=8 allocator.layers=pyramid granularity=query_head",
     "key_diff window=8 allocator=pyramid",
-    "key_diff allocator=adaptive allocator.floor=0.0",
+    "key_diff allocator=adaptive allocator.floor=0.0 storage=ragged",
     "expected_attention allocator=adaptive storage=ragged",
     "random allocator=adaptive allocator.layers=pyramid storage=ragged",
     "h2o prefill_only=true",
@@ -314,7 +314,7 @@ def test_bytes_are_the_formulas(text, kv_heads):
 
 
 @pytest.mark.parametrize("text", METHODS)
-@pytest.mark.parametrize("length", [1, 2, 5, BUDGET - 1, BUDGET, BUDGET + 1])
+@pytest.mark.parametrize("length", [1, 5, BUDGET, BUDGET + 1])
 def test_prompts_around_the_window_and_the_budget(text, length):
     model, ids = model_for(text), prompt_ids(length)
     logits, _ = logits_of(model, make(text), ids, some_tokens(3))
