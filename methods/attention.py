@@ -450,7 +450,7 @@ def masked_attention(
         mask = mask.repeat(1, 1, groups, 1)
     parts = 1 if mask is not None else _parts(rows, keys, values)
     if parts > 1:
-        out = attention_in_parts(rows, keys, values, rule.scaling, parts)
+        out = split_kv_attention(rows, keys, values, rule.scaling, parts)
     else:
         out = sdpa_without_cudnn(rows, keys, values, attn_mask=mask, scale=rule.scaling)
     return out.reshape(batch, query_heads, n, -1)
@@ -471,7 +471,7 @@ def _parts(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> int:
     return threads if worth else 1
 
 
-def attention_in_parts(
+def split_kv_attention(
     rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, parts: int
 ) -> torch.Tensor:
     """Attention over slots that are cut into parts, each with a softmax of its own, joined by their log-sum-exp.

@@ -33,10 +33,10 @@ from .selection.base import ALL_QUERIES, ModelLayer, Selection, Step
 from .selection.local import LocalAttention
 from .selection.streaming_llm import BLOCK
 from .sharing.base import Sharing
-from .sharing.plan import FULL, LINEAR, Plan, Span, Use, plan_of
+from .sharing.plan import FULL, LINEAR, KVAccess, Plan, Span, plan_of
 from .sharing.recurrent import RecurrentLayer
 from .storage.base import KVShape, LayerStorage, LocalShape, Storage
-from .storage.dense import HIDDEN, Dense
+from .storage.dense import COMPACTION_INTERVAL_STEPS, Dense
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Method:
                 self.allocator.id,
                 "is not the selection's own; in Python pass it there, as in SnapKV(budget=64, allocator=Adaptive())",
             )
-        if self.storage.needs_the_same_tokens and not self.selection.keeps_everything:
+        if self.storage.requires_same_tokens_across_layers and not self.selection.keeps_everything:
             raise InputError(
                 "method/storage",
                 self.storage.name,
@@ -121,7 +121,7 @@ class Method:
                 self.name,
                 "drops tokens between layers, which then cannot share keys and values; use it on a plain model",
             )
-        if self.storage.needs_the_same_tokens:
+        if self.storage.requires_same_tokens_across_layers:
             raise InputError(
                 "method/storage",
                 self.storage.name,
@@ -166,7 +166,7 @@ class Method:
                 self.name,
                 "drops tokens between layers; use it on a model all of whose layers attend over all tokens",
             )
-        if plan.looks_up and self.selection.reads_prompt_by_steps:
+        if plan.has_upward_kv_refs and self.selection.reads_prompt_by_steps:
             raise InputError(
                 "method",
                 self.name,
@@ -197,7 +197,7 @@ class Method:
             layers.append(layer)
         cache = KVCache(layers, plan, self.passes)
         cache.states = states
-        cache.rounds = not self.storage.is_exact
+        cache.requantizes_on_append = not self.storage.is_exact
         self.selection.attach(model, cache)
         return cache
 
@@ -310,7 +310,7 @@ class CacheLayer(PromptReader):
         super().__init__(layer_idx, num_layers, selection.observation_window, span)
         self.selection, self.state, self.storage = selection, state, storage
         if selection.evicts_while_decoding:  # more slots than steps between two moves are never in use
-            storage.growth = HIDDEN
+            storage.growth = COMPACTION_INTERVAL_STEPS
         self.reading = not selection.reads_prompt_by_steps
 
     def names(self) -> str:
@@ -375,7 +375,7 @@ class CacheLayer(PromptReader):
         value: torch.Tensor,
         rule: LogitRule,
         new: NewTokens,
-        use: Use,
+        use: KVAccess,
         new_kv: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """One layer of the model comes here: [B, H_q, n, D] queries in, the same shape out."""
@@ -387,7 +387,7 @@ class CacheLayer(PromptReader):
             groups = query.shape[1] // key.shape[1]
             key, value = repeat_heads(key, groups), repeat_heads(value, groups)
         out = self.selection.attend(self.state, self.storage, Step(query, key, value, rule, new.valid, use))
-        if use.last:
+        if use.is_last_reader:
             self.seen += key.shape[2]
             self.storage.settle()
             if self.seen == new.prompt_length:
@@ -420,7 +420,7 @@ class KVCache(Cache):
         layers: cache layers; ``plan`` says which layers of the model use which.
         plan: see :class:`.sharing.plan.Plan`.
         passes: that a sharing model makes over layers that refer up; 0: as many as tokens; None: as its config says.
-        rehearsing: the forward under way is a pass that will be done again: nothing may be kept of it.
+        is_warmup_pass: the forward under way is a pass that will be done again: nothing may be kept of it.
         prompt_length: columns of the whole prompt, set before a prompt is fed in chunks; None: the first forward is
             all of it.
         tokens_seen: real tokens of each row so far, [B] int64; the next token's position.
@@ -443,13 +443,13 @@ class KVCache(Cache):
         super().__init__(layers=list(layers))
         self.plan, self.passes = plan, passes
         self.first_layer = next(iter(plan.attending), 0)  # of the model's layers, the first to come here in a forward
-        self.rehearsing = False
+        self.is_warmup_pass = False
         self.prompt_length: int | None = None
         self.tokens_seen: torch.Tensor | None = None
         self.new_tokens: NewTokens | None = None
         self.frozen = False
-        self.rounds = False
-        self.pieces: dict[int, NewTokens] | None = None
+        self.requantizes_on_append = False
+        self.chunk_states: dict[int, NewTokens] | None = None
         self.readings: list[KVCache] = []
         self.states: RecurrentStates | None = None
         self._checked = False
@@ -565,16 +565,18 @@ class KVCache(Cache):
             [B, H_q, m, D].
         """
         use = self.plan.uses[layer_idx]
-        if self.rehearsing:
-            use = Use(writes=False, strict=use.strict, last=False, counts=False)
+        if self.is_warmup_pass:
+            use = KVAccess(
+                is_owner=False, strictly_causal=use.strictly_causal, is_last_reader=False, is_final_pass=False
+            )
         layer = self.layers[self.plan.cache_layer[layer_idx]]
         end = layer.get_seq_length() + key.shape[2]
         if layer_idx == self.first_layer:
             self.new_tokens = self._begin(key, padding_mask)
-            if self.pieces is not None:
-                self.pieces[end] = self.new_tokens
-        elif self.pieces is not None:
-            self.new_tokens = self.pieces[end]
+            if self.chunk_states is not None:
+                self.chunk_states[end] = self.new_tokens
+        elif self.chunk_states is not None:
+            self.new_tokens = self.chunk_states[end]
         assert self.new_tokens is not None
         return layer.attend(query, key, value, rule, self.new_tokens.on(key.device), use, new_kv)
 
@@ -589,7 +591,7 @@ class KVCache(Cache):
                 f"cannot take {n} new ones under a mask of {padding_mask.shape[1]}: it is for one text and its "
                 "further turns, with use_cache=True; make a new one with Method.new_cache",
             )
-        if not reading and not self._checked and not self.rehearsing:
+        if not reading and not self._checked and not self.is_warmup_pass:
             self.check_prompt()
         seen, switch = self.get_seq_length(), self.plan.rope_switch
         if switch is not None and not reading and 0 < seen <= switch < seen + n:
@@ -609,7 +611,7 @@ class KVCache(Cache):
                 valid = None
             if reading:
                 rows = rows_by_padding(mask)
-        if self.rehearsing:
+        if self.is_warmup_pass:
             return NewTokens(rows, valid, self.prompt_length)
         if self.tokens_seen is None:
             self.tokens_seen = torch.zeros(batch, dtype=torch.int64, device=key.device)
@@ -644,7 +646,7 @@ class KVCache(Cache):
         """Called once by the engine when the prompt is in."""
         self.check_prompt()
 
-    def expect(self, new_tokens: int) -> None:
+    def reserve(self, new_tokens: int) -> None:
         """Say how many tokens will come after the prompt: buffers then grow once for all of them.
 
         Only a hint: fewer or more may come. Room that a layer has beyond its tokens counts as stored.
@@ -666,25 +668,25 @@ class KVCache(Cache):
         )
 
     @under_inference_mode
-    def freeze(self, room: int) -> None:
-        """See :meth:`.storage.base.LayerStorage.freeze`."""
+    def make_static(self, room: int) -> None:
+        """See :meth:`.storage.base.LayerStorage.make_static`."""
         self.frozen = True
         for layer in self.layers:
-            layer.storage.freeze(room)
+            layer.storage.make_static(room)
 
-    def advance(self, steps: int) -> None:
-        """Count steps that were played again instead of run."""
+    def skip(self, steps: int) -> None:
+        """Count steps that were replayed instead of run."""
         for layer in self.layers:
             layer.seen += steps
 
     @under_inference_mode
-    def take_back(self) -> None:
+    def rollback(self) -> None:
         """Undo the last step of a frozen cache."""
         assert self.frozen and self.tokens_seen is not None
-        self.advance(-1)
+        self.skip(-1)
         self.tokens_seen -= 1
         for layer in self.layers:
-            layer.storage.take_back()
+            layer.storage.rollback()
 
     def next_positions(self) -> torch.Tensor:
         """Position of the next token of every decode row: [copies x B] int64."""
@@ -725,7 +727,7 @@ class KVCache(Cache):
             uses = [u for u, c in zip(self.plan.uses, self.plan.cache_layer, strict=True) if c == number]
             if len(uses) > 1 and layer.evicts_while_decoding and layer.span is None:
                 most.append(BLOCK if layer.reads_prompt_by_steps else 1)
-            if any(use.strict for use in uses):
+            if any(use.strictly_causal for use in uses):
                 most.append(1)
         return min(most, default=None)
 

@@ -17,7 +17,7 @@ import torch
 from .base import CacheLayer, KVCache, NewTokens
 from .logits import LogitRule
 from .prompt import Prompt, PromptReader, Rows
-from .sharing.plan import LINEAR, Use
+from .sharing.plan import LINEAR, KVAccess
 from .sharing.recurrent import RecurrentLayer
 
 
@@ -48,12 +48,12 @@ class FanOutLayer(PromptReader):
         value: torch.Tensor,
         rule: LogitRule,
         new: NewTokens,
-        use: Use,
+        use: KVAccess,
         new_kv: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         if self.reading:
             return self.read_prompt(query, key, value, rule, new.rows, new.prompt_length, use, new_kv)
-        if use.last:
+        if use.is_last_reader:
             self.seen += key.shape[2]
         share = query.shape[0] // len(self.members)
         out = []
@@ -115,7 +115,7 @@ class FanOutCache(KVCache):
         together = zip(*(m.layers for m in members), strict=True)
         super().__init__([fan_out_layer(layers) for layers in together], members[0].plan, members[0].passes)
         self.members = list(members)
-        self.rounds = any(m.rounds for m in members)
+        self.requantizes_on_append = any(m.requantizes_on_append for m in members)
         self.states = copy.deepcopy(members[0].states)  # empty as yet; the members' own are for their bytes
         if self.states is not None:
             for number, (owner, kind) in enumerate(zip(self.plan.owners, self.plan.layer_types, strict=True)):

@@ -70,7 +70,7 @@ def describe_layers(model: PreTrainedModel) -> dict[str, Any]:
     if recurrent:
         out["recurrent"] = len(recurrent)
     if plan.shares:
-        out["reading_others"] = sum(not use.writes for use in plan.uses)
+        out["reading_others"] = sum(not use.is_owner for use in plan.uses)
     if layout.latent_channels:
         out["latents"] = {"held": "expanded keys and values", "latent_numbers_a_token": layout.latent_channels}
     return out

@@ -17,7 +17,7 @@ import torch
 from ..conf.errors import InputError
 from .attention import causal_attention
 from .logits import LogitRule
-from .sharing.plan import Span, Use
+from .sharing.plan import KVAccess, Span
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,9 @@ class Prompt:
         keys, values: [R, H_kv, T, D], keys after RoPE.
         rule: how logits are formed.
         layer_idx, num_layers: which layer of how many.
-        blind: [H_q / H_kv] bool, True for the query heads of a group that do not see their own token; None: all do.
-        found: what has been worked out about this prompt; methods that read it together share it (:meth:`once`).
+        strictly_causal: [H_q / H_kv] bool, True for the query heads of a group that do not attend to their own token;
+            None: all do.
+        found: what has been worked out about this prompt; methods that read it together share it (:meth:`cached`).
     """
 
     query: torch.Tensor
@@ -58,10 +59,10 @@ class Prompt:
     rule: LogitRule
     layer_idx: int
     num_layers: int
-    blind: torch.Tensor | None = None
+    strictly_causal: torch.Tensor | None = None
     found: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
-    def once(self, what: str, work_out: Callable[[Prompt], torch.Tensor]) -> torch.Tensor:
+    def cached(self, what: str, work_out: Callable[[Prompt], torch.Tensor]) -> torch.Tensor:
         """``work_out(self)``, computed for the first that asks; not to be changed in place.
 
         Args:
@@ -127,7 +128,7 @@ class PromptReader(ABC):
         rule: LogitRule,
         rows: list[Rows],
         prompt_length: int | None,
-        use: Use,
+        use: KVAccess,
         new_kv: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Attend over the prompt so far; with its last chunk and last use, absorb it.
@@ -146,28 +147,30 @@ class PromptReader(ABC):
         """
         start, end = self.seen, self.seen + key.shape[2]
         whole = end if prompt_length is None else prompt_length
-        if use.writes and new_kv is None:
+        if use.is_owner and new_kv is None:
             self._collect(key, value, start, end, whole)
         keys, values = self._so_far(key, value, start, end, use)
-        if use.writes and new_kv is not None:
+        if use.is_owner and new_kv is not None:
             self._collect(*new_kv, start, end, whole)
-        out = self._attend_rows(query, keys, values, rule, rows, end, use.strict)
-        if use.counts:
-            self._note(query, use.strict)
-        if use.last and use.counts:
+        out = self._attend_rows(query, keys, values, rule, rows, end, use.strictly_causal)
+        if use.is_final_pass:
+            self._note(query, use.strictly_causal)
+        if use.is_last_reader and use.is_final_pass:
             self.seen, self._turn = end, 0
             if end >= whole:
                 self._finish(rule, rows)
         return out
 
     def _so_far(
-        self, key: torch.Tensor, value: torch.Tensor, start: int, end: int, use: Use
+        self, key: torch.Tensor, value: torch.Tensor, start: int, end: int, use: KVAccess
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all columns up to ``end``, the new ones as given."""
         if start == 0:
             return key, value
         assert self._keys is not None and self._values is not None
-        if self._written == end and not use.strict and use.counts:  # the new ones have been put down as given
+        if (
+            self._written == end and not use.strictly_causal and use.is_final_pass
+        ):  # the new ones have been put down as given
             return self._keys[:, :, :end], self._values[:, :, :end]
         return torch.cat([self._keys[:, :, :start], key], dim=2), torch.cat([self._values[:, :, :start], value], dim=2)
 
@@ -220,7 +223,7 @@ class PromptReader(ABC):
         keys, values, queries = self._keys, self._values, self._queries
         assert keys is not None and values is not None
         self.reading, self._keys, self._values, self._queries = False, None, None, []
-        query, blind = queries[0], None
+        query, strictly_causal = queries[0], None
         if len(queries) > 1:
             if rule.sinks is not None:
                 raise InputError("model", f"layer {self.model_layer}", "shares keys and values and has attention sinks")
@@ -236,16 +239,16 @@ class PromptReader(ABC):
             query = torch.cat(grouped, dim=2).flatten(1, 2)
         if any(self._strict):
             flags = [s for s, q in zip(self._strict, queries, strict=True) for _ in range(q.shape[1] // keys.shape[1])]
-            blind = torch.tensor(flags, device=keys.device)
+            strictly_causal = torch.tensor(flags, device=keys.device)
         # Noted here and looked at once for all layers (KVCache.check_prompt): the host does not wait in each layer.
         self.is_finite = (keys.sum(dtype=torch.float32) + values.sum(dtype=torch.float32)).isfinite()
-        self.absorb([(r, self._view(r, query, blind, keys, values, rule)) for r in rows])
+        self.absorb([(r, self._view(r, query, strictly_causal, keys, values, rule)) for r in rows])
 
     def _view(
         self,
         r: Rows,
         queries: torch.Tensor,
-        blind: torch.Tensor | None,
+        strictly_causal: torch.Tensor | None,
         keys: torch.Tensor,
         values: torch.Tensor,
         rule: LogitRule,
@@ -253,7 +256,7 @@ class PromptReader(ABC):
         keys, values, queries = (r.take(x) for x in (keys, values, queries))
         keys, values = keys[:, :, r.pads :], values[:, :, r.pads :]
         queries = queries[:, :, max(0, queries.shape[2] - keys.shape[2]) :]
-        return Prompt(queries, keys, values, rule, self.layer_idx, self.num_layers, blind)
+        return Prompt(queries, keys, values, rule, self.layer_idx, self.num_layers, strictly_causal)
 
     def _collect(self, key: torch.Tensor, value: torch.Tensor, start: int, end: int, whole: int) -> None:
         """Put down the keys and values of columns start .. end - 1; a prompt that comes in one piece is not copied."""

@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 VOCABULARY = 101
 LAYERS = 4
-HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, EXPERT_INNER, EXPERTS, SMALL = 64, 4, 2, 16, 96, 32, 4, 8
+COMPACTION_INTERVAL_STEPS, HEADS, KV_HEADS, HEAD_DIM, INNER, EXPERT_INNER, EXPERTS, SMALL = 64, 4, 2, 16, 96, 32, 4, 8
 WEIGHT_STD = 0.3
 """Large weights make peaked attention: with the usual 0.02 each token gets the same share."""
 SINK_STD = 1.5
@@ -35,7 +35,7 @@ WINDOW, CROSSED, UNREACHED, CHUNK = 24, 68, 256, 32
 
 _FIELDS: tuple[tuple[int, str], ...] = (
     (
-        HIDDEN,
+        COMPACTION_INTERVAL_STEPS,
         "hidden_size d_model n_embd emb_dim embedding_dim embedding_size word_embed_proj_dim lru_width "
         "backbone_hidden_size input_embedding_size output_embedding_size adapter_in_dim adapter_input_size "
         "adapter_out_dim",

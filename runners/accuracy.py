@@ -35,11 +35,11 @@ from .runs import (
     MethodRun,
     PairedRunner,
     distinct_sources,
+    find_reusable_runs,
     finished_baseline,
-    in_turns,
-    on_other_examples,
     open_run,
     record_head,
+    run_with_locks,
 )
 from .settings import Settings
 from .weights import load
@@ -150,7 +150,7 @@ class AccuracyRunner(PairedRunner):
                         circumstances |= {"problem": run.problem, "examples_done": len(run.rows)}
                     self._finish(run, mine, examples, task, settings, circumstances)
 
-        in_turns(runs, work, say)
+        run_with_locks(runs, work, say)
         self._pair(runs, examples, task)  # with no lock held but the one of the record that is being amended
         return runs
 
@@ -161,7 +161,7 @@ class AccuracyRunner(PairedRunner):
         By one rule for all methods: where an example is in several runs, made by different code or on different
         machines, what is compared with each other should be of the same one.
         """
-        for other in on_other_examples(run.folder, task.chosen_by):
+        for other in find_reusable_runs(run.folder, task.chosen_by):
             wanted = {(e.dataset, e.id) for e in examples} - run.rows.keys()
             rows = checked_rows(other, task, run.method.label)
             taken = [rows[key] for key in rows if key in wanted]

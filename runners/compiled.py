@@ -20,7 +20,7 @@ from ..conf.errors import InputError
 from ..methods.base import KVCache
 from ..methods.logits import LogitRule
 from ..methods.rotary import rope
-from .lean import is_changed, is_plain
+from .fused_decode import is_changed, supports_fused_decode
 from .weights import let_go_of_files
 
 P = ParamSpec("P")
@@ -149,7 +149,7 @@ def product(x: torch.Tensor, by: Affine) -> torch.Tensor:
 
 def can_compile(model: PreTrainedModel) -> bool:
     """Whether a compiled step is what ``model(...)`` does: a plain decoder on the CPU, with nothing on its layers."""
-    if model.device.type != "cpu" or not is_plain(model):
+    if model.device.type != "cpu" or not supports_fused_decode(model):
         return False
     parts = list(model.modules())
     return not any(map(is_changed, parts)) and all(type(p) is nn.Linear for p in parts if hasattr(p, "in_features"))

@@ -30,9 +30,9 @@ from ..tasks.workload import Search, Workload
 from . import provenance
 from .compiled import ROWS
 from .fresh import Killed, in_fresh_process
-from .measure import EnergyMeter, honest_malloc, is_out_of_memory, one_at_a_time
+from .measure import EnergyMeter, is_out_of_memory, malloc_trim_env, one_at_a_time
 from .passes import QUIET, Job, energy_pass, memory_pass, spread, time_pass
-from .runs import MethodRun, PairedRunner, finished_baseline, in_turns, open_run, record_head
+from .runs import MethodRun, PairedRunner, finished_baseline, open_run, record_head, run_with_locks
 from .search import SearchJob, search
 from .settings import Settings
 
@@ -141,7 +141,7 @@ class EfficiencyRunner(PairedRunner):
                 head = record_head(status, run.folder, run.method, data, settings)
                 run.folder.finish({**head, "provenance": made_by, "load_average_before": load, **results})
 
-        in_turns(runs, work, say)
+        run_with_locks(runs, work, say)
         _pair(runs)
         return runs
 
@@ -198,7 +198,7 @@ class EfficiencyRunner(PairedRunner):
 def _passes(job: Job) -> dict[str, Any]:
     """Time, memory and energy of a workload, and what the times mean."""
     times = in_fresh_process(time_pass, job, QUIET)
-    memory = in_fresh_process(memory_pass, job, QUIET | (honest_malloc() if job.device == "cpu" else {}))
+    memory = in_fresh_process(memory_pass, job, QUIET | (malloc_trim_env() if job.device == "cpu" else {}))
     # No process for what is known to be impossible; only CUDA's counter needs a look at the device.
     problem = EnergyMeter(job.device).problem if job.device == "cpu" else None
     try:

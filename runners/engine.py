@@ -24,7 +24,7 @@ from ..methods.base import KVCache
 from ..methods.rotary import DYNAMIC_ROPE_TYPES
 from ..methods.sharing.model import KVShareLlamaForCausalLM
 from ..tasks.base import Likelihood
-from .lean import is_plain, lean_step
+from .fused_decode import fused_decode_step, supports_fused_decode
 
 AT_ONCE = 256
 """Columns fed together after a prompt, at most."""
@@ -156,13 +156,13 @@ def _layer_by_layer(model: PreTrainedModel, cache: KVCache, step: int) -> Iterat
 
         return whole
 
-    cache.pieces = {}
+    cache.chunk_states = {}
     try:
         for layer in layers:
             layer.forward = in_pieces(layer.forward, layer is last)
         yield
     finally:
-        cache.pieces = None
+        cache.chunk_states = None
         for layer, before in zip(layers, of_instance, strict=True):
             if before is None:
                 del layer.forward
@@ -192,8 +192,8 @@ def decode(model: PreTrainedModel, cache: KVCache, token: torch.Tensor) -> torch
     """Feed one token per row: [rows] int64 -> logits [rows, vocabulary]; rows are ``cache.copies`` x B."""
     if cache.recomputes:
         return _forward_all(model, cache, token[:, None], None)[:, -1]
-    if is_plain(model):
-        return lean_step(model, cache, token)
+    if supports_fused_decode(model):
+        return fused_decode_step(model, cache, token)
     return model(
         input_ids=token[:, None],
         position_ids=cache.next_positions()[:, None],
@@ -219,7 +219,7 @@ def feed(model: PreTrainedModel, cache: KVCache, ids: torch.Tensor) -> Iterator[
         Logits of the next columns, [rows, m, vocabulary] each, n columns in all.
     """
     step = min(AT_ONCE, max(1, LOGITS // (ids.shape[0] * model.config.get_text_config().vocab_size)))
-    if cache.rounds or cache.states is not None or rope_type(model) in DYNAMIC_ROPE_TYPES:
+    if cache.requantizes_on_append or cache.states is not None or rope_type(model) in DYNAMIC_ROPE_TYPES:
         step = 1
     for piece in ids.split(step, dim=1):
         n = piece.shape[1]
@@ -321,7 +321,7 @@ def generate(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
     batch, members = input_ids.shape[0], cache.copies
-    draw = _Drawer(sampling or Sampling(), stop_ids, min_new_tokens, batch, input_ids.device)
+    draw = _Sampler(sampling or Sampling(), stop_ids, min_new_tokens, batch, input_ids.device)
     logits = prefill(model, cache, input_ids, attention_mask, chunk_size)
     if after_prefill is not None:
         after_prefill()
@@ -427,7 +427,7 @@ def _drop_ended_members(
     return [rows[i] for i in index], token[torch.tensor(index, device=token.device)]
 
 
-class _Drawer:
+class _Sampler:
     """Draws the next token of every row from its logits."""
 
     def __init__(

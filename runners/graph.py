@@ -64,14 +64,14 @@ class Stepper:
         self.how = GRAPH if self.record and possible and self.cache.can_freeze else EAGER
         if self.how == EAGER:
             return
-        self.cache.freeze(self.steps)
+        self.cache.make_static(self.steps)
         self.token = self.token.clone()
         decode(self.model, self.cache, self.token)  # libraries take what they need before anything is recorded
-        self.cache.take_back()
+        self.cache.rollback()
         self._graph = torch.cuda.CUDAGraph()
         with recording(self._graph):
             self._logits = decode(self.model, self.cache, self.token)
-        self.cache.advance(-1)  # it was written down, not run
+        self.cache.skip(-1)  # capture does not execute the kernels
 
     @torch.inference_mode()
     def __call__(self, token: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,7 @@ class Stepper:
             return self._compiled(self.cache, token)
         self.token.copy_(token)
         self._graph.replay()
-        self.cache.advance(1)
+        self.cache.skip(1)
         return self._logits
 
 

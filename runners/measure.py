@@ -273,7 +273,7 @@ class MemoryMeter:
         return Peak(_resident("VmHWM"), None)
 
 
-def honest_malloc() -> dict[str, str]:
+def malloc_trim_env() -> dict[str, str]:
     """Environment of a process whose resident set is its memory on a CPU.
 
     glibc keeps blocks of up to 32 MiB after they are freed; with this set before a process starts, every block of

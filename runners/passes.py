@@ -29,7 +29,7 @@ from .engine import left_padded, prefill
 from .graph import EAGER, Stepper
 from .measure import EnergyMeter, MemoryMeter, Peak, Stopwatch, copy_bandwidth, now
 from .runs import BASELINE
-from .weights import lay_out
+from .weights import prepack_linear_weights
 
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 """Environment of a measuring process: a model is loaded in each, and a bar for each would bury what is said."""
@@ -146,7 +146,7 @@ def load(job: Job) -> LoadedModel:
     if job.compile and can_compile(loaded.model) and not isinstance(job.method, NoCache):
         compile_steps(loaded.model)
     else:
-        lay_out(loaded.model)
+        prepack_linear_weights(loaded.model)
     return loaded
 
 
@@ -218,7 +218,7 @@ def answer(
     Returns:
         How the steps were run; see :class:`.graph.Stepper`.
     """
-    cache.expect(batch.steps - 1)
+    cache.reserve(batch.steps - 1)
     token = prefill(model, cache, batch.input_ids, batch.mask, job.chunk_size).argmax(-1)
     after_token()
     step = Stepper(model, cache, token, batch.steps - 1, job.cuda_graph)

@@ -37,7 +37,7 @@ def identity_hash(identity: Mapping[str, Any]) -> str:
 class RunFolder:
     """One run on disk. Use as a context manager: it holds a lock, so that two processes cannot write one run.
 
-    Jobs of a sweep share the run of the full cache that they are paired with: see :func:`.runs.in_turns`.
+    Jobs of a sweep share the run of the full cache that they are paired with: see :func:`.runs.run_with_locks`.
 
     Args:
         root: ``results_dir``.

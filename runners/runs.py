@@ -112,7 +112,7 @@ class MethodRun:
     source: ModelSource
 
 
-def on_other_examples(folder: RunFolder, chosen_by: Sequence[str]) -> list[RunFolder]:
+def find_reusable_runs(folder: RunFolder, chosen_by: Sequence[str]) -> list[RunFolder]:
     """Finished runs that would have given the same rows, the newest first: all but the choice of examples is as in
     ``folder``.
 
@@ -155,7 +155,7 @@ def finished_baseline(runs: Sequence[R]) -> R | None:
     return next((r for r in runs if r.method.identity() == BASELINE.identity() and r.folder.done), None)
 
 
-def in_turns(runs: Sequence[R], work: Callable[[list[R]], None], say: Callable[[str], None]) -> None:
+def run_with_locks(runs: Sequence[R], work: Callable[[list[R]], None], say: Callable[[str], None]) -> None:
     """Do the runs that no other process is doing, then wait for the others.
 
     Jobs of a sweep share the run of the full cache: the first one does it, the others do their own meanwhile. A lock

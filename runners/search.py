@@ -21,7 +21,7 @@ from ..models.base import LoadedModel
 from ..models.pretrained import devices_of
 from ..tasks.workload import Search
 from .fresh import Killed, in_fresh_process
-from .measure import MemoryMeter, available_memory, data_bytes, honest_malloc, is_out_of_memory, release_memory
+from .measure import MemoryMeter, available_memory, data_bytes, is_out_of_memory, malloc_trim_env, release_memory
 from .passes import QUIET, Job, batches, load, memory_of, take_workspaces, use_device
 
 SPARE = 0.95
@@ -47,7 +47,7 @@ class SearchJob:
 
 def search(todo: SearchJob) -> dict[str, Any]:
     """The field ``search`` of a record: what was found and every size that was tried."""
-    environment = QUIET | (honest_malloc() if todo.job.device == "cpu" else {})
+    environment = QUIET | (malloc_trim_env() if todo.job.device == "cpu" else {})
     known = outcomes(todo.log).values()
     todo.log.parent.mkdir(parents=True, exist_ok=True)
     todo.log.write_text("".join(json.dumps(line) + "\n" for line in known))

@@ -4,7 +4,7 @@ A step of decoding multiplies every weight by one row of each request. For that 
 which is made for large matrices and takes its generic kernels on processors that are not Intel's: it can be several
 times slower than reading the weights (docs/efficiency.md has the figures). oneDNN, which is a part of torch, multiplies
 by weights that are stored in the blocks its kernels read; torch.compile does the same for a frozen model. In
-the decoders of :mod:`.lean`, weights that meet the same input are joined into one, as in other inference engines: each
+the decoders of :mod:`.fused_decode`, weights with the same input are one tensor, as in other inference engines: each
 product costs a start, and a small one is not shared out well between threads. A weight is stored once, in the one form
 or the other; only an output layer tied to the embedding needs its table twice, for a table is looked up by rows.
 """
@@ -19,13 +19,13 @@ import torch
 from torch import nn
 
 from ..models.base import LoadedModel, ModelSource
-from .lean import BUILT_ALIKE
+from .fused_decode import BUILT_ALIKE
 
 PIECE_TOKENS = 1024
 """Tokens of a prompt for which a joined MLP holds what lies between its products."""
 
 
-class BlockedLinear(nn.Module):
+class PrepackedLinear(nn.Module):
     """A linear layer whose weight lies in oneDNN's blocks; for inference alone.
 
     It has no gradient, and its ``weight`` is of a kind that few operations take: it is not moved to another device,
@@ -58,7 +58,7 @@ def has_blocked_products(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-class SharedProduct(nn.Module):
+class FusedQKV(nn.Module):
     """The product of one input with several weights, asked for one weight at a time.
 
     Args:
@@ -66,7 +66,7 @@ class SharedProduct(nn.Module):
         sizes: output features of each.
     """
 
-    def __init__(self, whole: BlockedLinear, sizes: Sequence[int]):
+    def __init__(self, whole: PrepackedLinear, sizes: Sequence[int]):
         super().__init__()
         self.whole, self.sizes = whole, list(sizes)
         self._input: torch.Tensor | None = None
@@ -89,10 +89,10 @@ class SharedProduct(nn.Module):
         return out
 
 
-class Part(nn.Module):
-    """Stands in the place of one of the layers of a :class:`SharedProduct`."""
+class QKVSlice(nn.Module):
+    """Stands in the place of one of the layers of a :class:`FusedQKV`."""
 
-    def __init__(self, shared: SharedProduct, number: int):
+    def __init__(self, shared: FusedQKV, number: int):
         super().__init__()
         self.shared, self.number = shared, number
 
@@ -101,7 +101,7 @@ class Part(nn.Module):
         return self.shared.part(self.number, x)
 
 
-class JoinedMLP(nn.Module):
+class FusedGateUpMLP(nn.Module):
     """A gated MLP, ``down(act(gate(x)) * up(x))``, with gate and up in one product.
 
     A prompt goes through in pieces, so that what lies between the products is not held for all of it.
@@ -112,7 +112,7 @@ class JoinedMLP(nn.Module):
         act: between them.
     """
 
-    def __init__(self, gate_and_up: BlockedLinear, down: nn.Module, act: nn.Module):
+    def __init__(self, gate_and_up: PrepackedLinear, down: nn.Module, act: nn.Module):
         super().__init__()
         self.gate_and_up, self.down, self.act = gate_and_up, down, act
 
@@ -151,17 +151,17 @@ def _join(layer: Any) -> None:
     sizes = [getattr(attention, name).out_features for name in names]
     whole = _taken(attention, names)
     if whole is not None:
-        shared = SharedProduct(BlockedLinear(whole), sizes)
+        shared = FusedQKV(PrepackedLinear(whole), sizes)
         for number, name in enumerate(names):
-            setattr(attention, name, Part(shared, number))
+            setattr(attention, name, QKVSlice(shared, number))
     del whole
     whole = _taken(mlp, ("gate_proj", "up_proj"))
     if whole is not None:
-        layer.mlp = JoinedMLP(BlockedLinear(whole), mlp.down_proj, mlp.act_fn)
+        layer.mlp = FusedGateUpMLP(PrepackedLinear(whole), mlp.down_proj, mlp.act_fn)
 
 
-def lay_out(model: nn.Module) -> None:
-    """Replace the linear layers of a model on the CPU by :class:`BlockedLinear`, one (or one joined) at a time.
+def prepack_linear_weights(model: nn.Module) -> None:
+    """Replace the linear layers of a model on the CPU by :class:`PrepackedLinear`, one (or one joined) at a time.
 
     At no time is more than that held in both forms. Layers on other devices, or of a type that the machine's oneDNN
     does not multiply in blocks, stay. A model that accelerate spread over devices keeps what it has: its hooks move the
@@ -181,7 +181,7 @@ def lay_out(model: nn.Module) -> None:
     for name in names:
         module = model.get_submodule(name)
         assert isinstance(module, nn.Linear)
-        model.set_submodule(name, BlockedLinear(module))
+        model.set_submodule(name, PrepackedLinear(module))
     if names:
         let_go_of_files(model)
 
@@ -194,7 +194,7 @@ def let_go_of_files(model: nn.Module) -> None:
 
 
 def load(source: ModelSource, device: str, dtype: torch.dtype) -> LoadedModel:
-    """A model to be run and not trained: :meth:`ModelSource.load` (its arguments, its errors), then :func:`lay_out`."""
+    """Load a model for inference: :meth:`ModelSource.load`, then :func:`prepack_linear_weights`."""
     loaded = source.load(device, dtype)
-    lay_out(loaded.model)
+    prepack_linear_weights(loaded.model)
     return loaded

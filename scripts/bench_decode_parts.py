@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from bench_engine import finish, random_ids
 
-from kvbench.methods.attention import attention_in_parts
+from kvbench.methods.attention import split_kv_attention
 from kvbench.methods.base import KVCache, Method
 from kvbench.models.embedded import Embedded
 from kvbench.runners import provenance
@@ -35,7 +35,7 @@ from kvbench.runners.compiled import Affine, compile_steps, product
 from kvbench.runners.engine import decode, prefill
 from kvbench.runners.graph import Stepper
 from kvbench.runners.measure import read_bandwidth
-from kvbench.runners.weights import BlockedLinear, lay_out
+from kvbench.runners.weights import PrepackedLinear, prepack_linear_weights
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Form = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -53,7 +53,7 @@ def whole_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tens
 
 def parts(number: int) -> Form:
     """The same with the slots of each head in parts, as the engine has it."""
-    return lambda q, k, v: attention_in_parts(q, k, v, SCALE, number)
+    return lambda q, k, v: split_kv_attention(q, k, v, SCALE, number)
 
 
 def batched_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -115,12 +115,12 @@ def steps_without(model: Any, ids: torch.Tensor, repeats: int) -> dict[str, floa
     """Milliseconds of a step with parts of it left out, in turn."""
     cache = Method("full").new_cache(model)
     token = prefill(model, cache, ids).argmax(-1)
-    real = KVCache.attend, BlockedLinear.forward
+    real = KVCache.attend, PrepackedLinear.forward
 
     def no_attention(self: KVCache, layer: int, query: torch.Tensor, *rest: Any) -> torch.Tensor:
         return query
 
-    def no_linear(self: BlockedLinear, x: torch.Tensor) -> torch.Tensor:
+    def no_linear(self: PrepackedLinear, x: torch.Tensor) -> torch.Tensor:
         return x.new_zeros(*x.shape[:-1], self.out_features)
 
     variants = {
@@ -134,14 +134,14 @@ def steps_without(model: Any, ids: torch.Tensor, repeats: int) -> dict[str, floa
     try:
         for _ in range(repeats):
             for name, (attend, linear) in variants.items():
-                KVCache.attend, BlockedLinear.forward = attend, linear  # type: ignore[method-assign,assignment]
+                KVCache.attend, PrepackedLinear.forward = attend, linear  # type: ignore[method-assign,assignment]
                 cache.tokens_seen = seen
                 for _ in range(10):
                     start = time.perf_counter()
                     decode(model, cache, token)
                     times[name].append(time.perf_counter() - start)
     finally:
-        KVCache.attend, BlockedLinear.forward = real  # type: ignore[method-assign]
+        KVCache.attend, PrepackedLinear.forward = real  # type: ignore[method-assign]
     return {name: 1e3 * median(found) for name, found in times.items()}
 
 
@@ -149,8 +149,8 @@ def products(plain: Any, joined: Any, compiled: Any, repeats: int) -> dict[str, 
     """Milliseconds of a product with every weight that a step reads, for so many rows; sums for few alone."""
     layers = {
         "linear": [m for m in plain.modules() if isinstance(m, torch.nn.Linear)],
-        "blocked": [BlockedLinear(m) for m in plain.modules() if isinstance(m, torch.nn.Linear)],
-        "joined": [m for m in joined.modules() if isinstance(m, BlockedLinear)],
+        "blocked": [PrepackedLinear(m) for m in plain.modules() if isinstance(m, torch.nn.Linear)],
+        "joined": [m for m in joined.modules() if isinstance(m, PrepackedLinear)],
     }
     sums: list[Affine] = []
     if compiled is not None:
@@ -222,7 +222,7 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     plain = Embedded().load("cpu", dtype).model
     model = copy.deepcopy(plain)
-    lay_out(model)
+    prepack_linear_weights(model)
     compiled_model = None
     if args.compile:
         compiled_model = copy.deepcopy(plain)

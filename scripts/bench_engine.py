@@ -45,7 +45,7 @@ from kvbench.runners.engine import generate, prefill
 from kvbench.runners.graph import Stepper
 from kvbench.runners.measure import copy_bandwidth, now, read_bandwidth
 from kvbench.runners.passes import weight_bytes_read
-from kvbench.runners.weights import lay_out
+from kvbench.runners.weights import prepack_linear_weights
 
 BUDGETS = (64, 128, 192, 256, 384, 512, 768, 1024)
 
@@ -149,7 +149,7 @@ def main() -> None:
     compiled = copy.deepcopy(ours) if DEVICE == "cpu" else None
     if compiled is not None:
         compile_steps(compiled)
-    lay_out(ours)
+    prepack_linear_weights(ours)
     ids = random_ids(1, args.prompt_tokens)
     full, snapkv = Method("full"), Method("snapkv", SnapKV(budget=512))
     members = [Method("snapkv", SnapKV(budget=b)) for b in BUDGETS]

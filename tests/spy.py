@@ -30,19 +30,19 @@ class Witness:
         layer.attend = self.attend  # type: ignore[method-assign]
 
     def attend(self, query, key, value, rule, new, use, new_kv=None):
-        if not use.counts:  # a pass that will be done again
+        if not use.is_final_pass:  # a pass that will be done again
             return self._attend(query, key, value, rule, new, use, new_kv)
         reading = self.layer.reading
         if self.first:
             self.held = None if reading or self.keys is None else self.held_columns()
             self.before = 0 if self.keys is None else self.keys.shape[2]
-        if use.writes:
+        if use.is_owner:
             self.remember(*((key, value) if new_kv is None else new_kv), new)
         out = self._attend(query, key, value, rule, new, use, new_kv)
-        if not (reading and use.strict):  # while the prompt is read that is an approximation, tested elsewhere
-            self.check(query, out, rule, key.shape[2], use.strict)
-        self.first = use.last
-        self.steps += use.last
+        if not (reading and use.strictly_causal):  # while the prompt is read that is an approximation, tested elsewhere
+            self.check(query, out, rule, key.shape[2], use.strictly_causal)
+        self.first = use.is_last_reader
+        self.steps += use.is_last_reader
         return out
 
     def remember(self, key, value, new):

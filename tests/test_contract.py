@@ -27,7 +27,7 @@ from kvbench.methods.storage import buffer, dense
 from kvbench.methods.storage.buffer import GROWTH
 from kvbench.runners import engine
 from kvbench.runners.engine import decode, feed, generate, prefill, score
-from kvbench.runners.weights import has_blocked_products, lay_out
+from kvbench.runners.weights import has_blocked_products, prepack_linear_weights
 
 NAMES = sorted(p.name.removesuffix(".yaml") for p in files("kvbench.conf").joinpath("method").iterdir() if p.is_file())
 VARIANTS = [
@@ -167,7 +167,7 @@ def test_room_for_what_is_to_come_is_made_once(text, monkeypatch):
 
     for module in (buffer, dense):
         monkeypatch.setattr(module, "grown", watched)
-    cache.expect(steps)
+    cache.reserve(steps)
     prefill(model, cache, prompt_ids(LONG))
     for token in some_tokens(steps):
         decode(model, cache, token)
@@ -412,7 +412,7 @@ def test_a_cache_holds_its_own_bytes_on_weights_as_they_are_run(text):
     """Where products are joined, what a cache keeps of one does not keep the others too."""
     plain = model_for(text, dtype=torch.float32)
     run = copy.deepcopy(plain)
-    lay_out(run)
+    prepack_linear_weights(run)
     held = []
     for model in (plain, run):
         _, cache = logits_of(model, make(text), prompt_ids(LONG), some_tokens(20))

@@ -124,7 +124,7 @@ def run(text: str, where: str, dtype: torch.dtype, capture: bool) -> Outcome:
     ids, mask = (x.to(model.device) for x in prompts(text, model.config.vocab_size))
     forced = torch.stack([prompt_ids(len(ids), 50 + i)[0] for i in range(STEPS)]).to(model.device)
     cache = method.new_cache(model)
-    cache.expect(STEPS)
+    cache.reserve(STEPS)
     logits = [prefill(model, cache, ids, mask)]
     prompt_keys, before = held(cache), cache.kv_bytes_logical
     captured = capture and cache.can_freeze
@@ -133,7 +133,7 @@ def run(text: str, where: str, dtype: torch.dtype, capture: bool) -> Outcome:
         assert (step.how == GRAPH) == captured
     else:
         if captured:
-            cache.freeze(STEPS)
+            cache.make_static(STEPS)
         step = functools.partial(decode, model, cache)
     logits += [step(token).clone() for token in forced]
     keys, after = ([], 0) if captured else (held(cache), cache.kv_bytes_logical)

@@ -20,7 +20,7 @@ from kvbench.methods.selection.snapkv import SnapKV
 from kvbench.models.random import RandomModel
 from kvbench.runners import efficiency, graph, measure, passes
 from kvbench.runners.fresh import Killed, in_fresh_process
-from kvbench.runners.measure import honest_malloc
+from kvbench.runners.measure import malloc_trim_env
 from kvbench.runners.passes import Batch, Job, Timed, memory_pass, metrics, time_batch
 from kvbench.tasks.shape import Shape
 from kvbench.tasks.workload import Request
@@ -230,7 +230,7 @@ def test_the_peak_while_decoding_falls_by_the_bytes_that_the_cache_lost():
         job = Job(
             RandomModel("tiny", max_positions=4096), method, Shape(2000, 4), "cpu", torch.float32, 0, 32, None, 0, 1
         )
-        measured = in_fresh_process(memory_pass, job, honest_malloc())
+        measured = in_fresh_process(memory_pass, job, malloc_trim_env())
         if measured["memory"]["problem"]:
             pytest.skip(measured["memory"]["problem"])
         peaks.append(measured["memory"]["peak_decode"]["allocated"])
@@ -270,7 +270,7 @@ def peaks() -> dict[str, dict]:
         return f"{name} budget=1000" if "${..budget}" in YAMLS[name] and name != "pyramid_infer" else name
 
     command = [sys.executable, "-c", PEAKS, *map(named, HELD)]
-    made = subprocess.run(command, env=os.environ | honest_malloc(), capture_output=True, text=True, check=True)
+    made = subprocess.run(command, env=os.environ | malloc_trim_env(), capture_output=True, text=True, check=True)
     return dict(zip(HELD, map(json.loads, made.stdout.splitlines()), strict=True))
 
 

@@ -12,7 +12,7 @@ from tiny_models import SHAPE, left_pad, prompt_ids, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from kvbench.methods import attention
-from kvbench.methods.attention import attention_in_parts, cached_attention, lower_right_attention
+from kvbench.methods.attention import cached_attention, lower_right_attention, split_kv_attention
 from kvbench.methods.base import CacheLayer, Method
 from kvbench.methods.fan_out import FanOutCache
 from kvbench.methods.logits import LogitRule
@@ -21,8 +21,8 @@ from kvbench.methods.selection.snapkv import SnapKV
 from kvbench.methods.selection.streaming_llm import StreamingLLM
 from kvbench.runners import engine
 from kvbench.runners.engine import Sampling, decode, feed, generate, prefill
-from kvbench.runners.lean import is_plain
-from kvbench.runners.weights import lay_out
+from kvbench.runners.fused_decode import supports_fused_decode
+from kvbench.runners.weights import prepack_linear_weights
 
 
 def full(model):
@@ -134,9 +134,9 @@ def test_a_rows_draws_depend_on_its_own_seed_alone():
 
 
 def test_draws_follow_the_probabilities():
-    from kvbench.runners.engine import _Drawer
+    from kvbench.runners.engine import _Sampler
 
-    draw = _Drawer(Sampling(temperature=1.0, top_p=0.79, seeds=list(range(4000))), (), 0, 4000, torch.device("cpu"))
+    draw = _Sampler(Sampling(temperature=1.0, top_p=0.79, seeds=list(range(4000))), (), 0, 4000, torch.device("cpu"))
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(4000, 4)
     counts = torch.bincount(draw(logits, 0), minlength=4) / 4000
     # 0.79 is reached by the first two; what is left is drawn in proportion.
@@ -271,7 +271,7 @@ def test_full_is_transformers_generate_token_for_token_alone_and_padded(smollm2,
     theirs = AutoModelForCausalLM.from_config(ours.config, attn_implementation="sdpa").eval()
     theirs.load_state_dict(ours.state_dict())
     if blocked:
-        lay_out(ours)
+        prepack_linear_weights(ours)
     chats = [
         tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True)
         for q in QUESTIONS
@@ -328,16 +328,16 @@ def test_the_lean_step_is_the_library_s_forward(monkeypatch, family, joined):
     model = tiny_model(family)
     if joined:
         model = copy.deepcopy(model).float()
-        lay_out(model)
+        prepack_linear_weights(model)
     ids, mask = left_pad([prompt_ids(30, 1), prompt_ids(12, 2)])
     caches = [full(model), full(model)]
     token = prefill(model, caches[0], ids, mask).argmax(-1)
     prefill(model, caches[1], ids, mask)
-    assert is_plain(model)
+    assert supports_fused_decode(model)
     for _ in range(4):
         lean = decode(model, caches[0], token)
         with monkeypatch.context() as patch:
-            patch.setattr(engine, "is_plain", lambda model: False)
+            patch.setattr(engine, "supports_fused_decode", lambda model: False)
             expected = decode(model, caches[1], token)
         assert torch.equal(lean, expected)
         token = expected.argmax(-1)
@@ -345,17 +345,17 @@ def test_the_lean_step_is_the_library_s_forward(monkeypatch, family, joined):
 
 def test_nothing_that_sits_on_a_model_is_passed_by():
     model = copy.deepcopy(tiny_model())
-    assert is_plain(model)
+    assert supports_fused_decode(model)
     handle = model.model.layers[1].register_forward_pre_hook(lambda *_: None)
-    assert not is_plain(model)
+    assert not supports_fused_decode(model)
     handle.remove()
     handle = model.model.layers[1].self_attn.k_proj.register_forward_hook(lambda *_: None)
-    assert not is_plain(model)
+    assert not supports_fused_decode(model)
     handle.remove()
-    assert is_plain(model)
+    assert supports_fused_decode(model)
     model.model.layers[0].self_attn.forward = model.model.layers[0].self_attn.forward
-    assert not is_plain(model)
-    assert not is_plain(phi3_with_longrope())
+    assert not supports_fused_decode(model)
+    assert not supports_fused_decode(phi3_with_longrope())
 
 
 @pytest.mark.parametrize("length", [1024, 1025, 1499])
@@ -369,15 +369,15 @@ def test_attention_in_parts_is_attention(length, rows, heads, parts):
         for _ in range(2)
     )
     expected = (0.3 * query @ keys.transpose(2, 3)).softmax(-1) @ values
-    assert (attention_in_parts(query, keys, values, 0.3, parts) - expected).abs().max() < 1e-12
-    single = attention_in_parts(query.float(), keys.float(), values.float(), 0.3, parts)
+    assert (split_kv_attention(query, keys, values, 0.3, parts) - expected).abs().max() < 1e-12
+    single = split_kv_attention(query.float(), keys.float(), values.float(), 0.3, parts)
     assert (single - expected).abs().max() < 1e-5
 
 
 def test_a_long_cache_is_read_by_all_threads_where_its_heads_do_not_share_out(monkeypatch):
     calls = []
-    whole = attention.attention_in_parts
-    monkeypatch.setattr(attention, "attention_in_parts", lambda *args: calls.append(args[-1]) or whole(*args))
+    whole = attention.split_kv_attention
+    monkeypatch.setattr(attention, "split_kv_attention", lambda *args: calls.append(args[-1]) or whole(*args))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
 
     def attend(batch: int, heads: int, length: int, valid: torch.Tensor | None = None) -> None:

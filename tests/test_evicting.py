@@ -100,7 +100,7 @@ def stream(selection, prompt: Prompt, steps: int, query_heads: int, kv_heads: in
 @pytest.mark.parametrize("hidden", [1, 4])
 def test_h2o_is_the_naive_simulator(query_heads, kv_heads, length, share, hidden, monkeypatch):
     """Positions held, by a simulator with one Python list per head; the victim of a step took part in its output."""
-    monkeypatch.setattr(dense, "HIDDEN", hidden)  # gaps are closed at every step, or at every fourth
+    monkeypatch.setattr(dense, "COMPACTION_INTERVAL_STEPS", hidden)  # gaps are closed at every step, or at every fourth
     budget, steps = 12, 15
     prompt = random_prompt(query_heads, kv_heads, length)
     recent, groups = int(share * budget), query_heads // kv_heads
@@ -147,7 +147,7 @@ def test_h2o_is_the_naive_simulator(query_heads, kv_heads, length, share, hidden
 @pytest.mark.parametrize("length", [6, 12, 30])
 @pytest.mark.parametrize("hidden", [1, 4])
 def test_tova_is_the_naive_simulator(length, hidden, monkeypatch):
-    monkeypatch.setattr(dense, "HIDDEN", hidden)
+    monkeypatch.setattr(dense, "COMPACTION_INTERVAL_STEPS", hidden)
     budget, query_heads, kv_heads = 12, 4, 2
     prompt = random_prompt(query_heads, kv_heads, length)
     last = causal_matrix(prompt)[:, -1].mean(0)
@@ -242,7 +242,7 @@ def test_when_gaps_are_closed_changes_nothing(selection, monkeypatch):
     ids, mask = left_pad([prompt_ids(30, 1), prompt_ids(8, 2), prompt_ids(17, 3)])
     logits, held = {}, {}
     for hidden in (1, 5, 64):
-        monkeypatch.setattr(dense, "HIDDEN", hidden)
+        monkeypatch.setattr(dense, "COMPACTION_INTERVAL_STEPS", hidden)
         cache = method.new_cache(model)
         logits[hidden] = [prefill(model, cache, ids, mask)]
         logits[hidden] += [decode(model, cache, torch.tensor([3 + i, 4 + i, 5 + i])) for i in range(20)]

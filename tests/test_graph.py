@@ -48,7 +48,7 @@ def test_a_frozen_cache_steps_as_a_growing_one(text, padded):
     token = prefill(model, grows, ids, mask).argmax(-1)
     prefill(model, frozen, ids, mask)
     assert frozen.can_freeze
-    frozen.freeze(9)
+    frozen.make_static(9)
     stored = frozen.kv_bytes_stored
     places = [[t.data_ptr() for t in layer.tensors()] for layer in frozen.layers]
     for _ in range(9):
@@ -68,7 +68,7 @@ def test_models_that_share_freeze_too(sharing):
     grows, frozen = method.new_cache(model), method.new_cache(model)
     token = prefill(model, grows, ids).argmax(-1)
     prefill(model, frozen, ids)
-    frozen.freeze(5)
+    frozen.make_static(5)
     for _ in range(5):
         expected = decode(model, grows, token)
         torch.testing.assert_close(decode(model, frozen, token), expected, rtol=0, atol=1e-10)
@@ -99,7 +99,7 @@ class FakeGraph:
     def replay(self):
         stepper = self.stepper()
         stepper._logits.copy_(decode(stepper.model, stepper.cache, stepper.token))
-        stepper.cache.advance(-1)  # a graph runs no Python
+        stepper.cache.skip(-1)  # a graph runs no Python
 
 
 class OnCuda:

@@ -76,10 +76,10 @@ def test_a_static_cache_changes_outside_of_inference_mode(text):
     expected_cache, cache = make(text).new_cache(model), make(text).new_cache(model)
     token = prefill(model, expected_cache, ids, mask).argmax(-1)
     prefill(model, cache, ids, mask)
-    cache.freeze(3)
+    cache.make_static(3)
     for step in (lambda t: decode(model, cache, t), lambda t: forward(model, cache, t[:, None])):
         step((token + 1) % 101)
-        cache.take_back()
+        cache.rollback()
         expected = decode(model, expected_cache, token)
         torch.testing.assert_close(step(token).detach(), expected, rtol=0, atol=1e-9)
         token = expected.argmax(-1)

@@ -22,8 +22,8 @@ from kvbench.runners.measure import (
     MemoryMeter,
     Stopwatch,
     copy_bandwidth,
-    honest_malloc,
     is_out_of_memory,
+    malloc_trim_env,
     now,
 )
 from kvbench.runners.settings import Settings
@@ -117,7 +117,7 @@ def test_a_device_is_asked_through_its_driver(monkeypatch):
 def test_the_meter_sees_an_allocation_and_that_it_was_freed():
     """The second phase's peak must not hide under the first one's: the fault that makes all methods look alike."""
     done = subprocess.run(
-        [sys.executable, "-c", PHASES], env=os.environ | honest_malloc(), capture_output=True, text=True, check=True
+        [sys.executable, "-c", PHASES], env=os.environ | malloc_trim_env(), capture_output=True, text=True, check=True
     )
     at_rest, first, second = (int(x) for x in done.stdout.strip("[] \n").split(","))
     assert first - at_rest == pytest.approx(200 * MIB, rel=0.05)
@@ -127,11 +127,11 @@ def test_the_meter_sees_an_allocation_and_that_it_was_freed():
 def test_memory_is_measured_under_glibc_s_allocator(monkeypatch):
     """Another one would keep what is freed; what else is preloaded stays. A record names all of it, without paths."""
     monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libjemalloc.so.2 /opt/trace.so:/opt/libtcmalloc_minimal.so.4")
-    assert honest_malloc()["LD_PRELOAD"] == "/opt/trace.so"
+    assert malloc_trim_env()["LD_PRELOAD"] == "/opt/trace.so"
     named = provenance.collect("cpu")["hardware"]["preloaded"]
     assert named == ["libjemalloc.so.2", "trace.so", "libtcmalloc_minimal.so.4"]
     monkeypatch.delenv("LD_PRELOAD")
-    assert honest_malloc()["LD_PRELOAD"] == ""
+    assert malloc_trim_env()["LD_PRELOAD"] == ""
     assert provenance.collect("cpu")["hardware"]["preloaded"] == []
 
 

@@ -22,7 +22,7 @@ from kvbench.methods.selection.tova import TOVA
 from kvbench.methods.storage.kivi import Kivi
 from kvbench.methods.storage.minicache import MiniCache
 from kvbench.runners.record import RunFolder
-from kvbench.runners.runs import in_turns
+from kvbench.runners.runs import run_with_locks
 
 
 @dataclass
@@ -50,7 +50,7 @@ def job(root: Path, names: tuple[str, ...], log: list, seconds: float = 0.3, fai
             )
             log.append(("done", run.name, names[0], start, time.monotonic()))
 
-    in_turns(runs, work, lambda line: log.append(("said", line)))
+    run_with_locks(runs, work, lambda line: log.append(("said", line)))
 
 
 def at_once(*jobs: threading.Thread) -> None:

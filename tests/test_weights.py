@@ -24,13 +24,13 @@ from kvbench.runners import weights
 from kvbench.runners.engine import generate, prefill
 from kvbench.runners.passes import bytes_read_per_step
 from kvbench.runners.weights import (
-    BlockedLinear,
-    JoinedMLP,
-    Part,
-    SharedProduct,
+    FusedGateUpMLP,
+    FusedQKV,
+    PrepackedLinear,
+    QKVSlice,
     has_blocked_products,
-    lay_out,
     load,
+    prepack_linear_weights,
 )
 
 float32 = pytest.mark.skipif(not has_blocked_products(torch.float32), reason="torch has no oneDNN here")
@@ -48,14 +48,14 @@ def test_a_blocked_layer_is_the_layer(dtype, bias, shape):
     linear = nn.Linear(200, 77, bias=bias).to(dtype)
     x = torch.randn(*shape, 200, generator=generator).to(dtype)
     with torch.inference_mode():
-        out = BlockedLinear(linear)(x)
+        out = PrepackedLinear(linear)(x)
         exact = nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
     assert out.dtype == dtype and out.shape == exact.shape
     torch.testing.assert_close(out.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=200 * 2**-24)
     # rows of a transposed tensor, and rows that are not next to one another
     for other in (x.transpose(0, -1).contiguous().transpose(0, -1), torch.stack([x, -x], -1)[..., 0]):
         with torch.inference_mode():
-            assert torch.equal(BlockedLinear(linear)(other), out)
+            assert torch.equal(PrepackedLinear(linear)(other), out)
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,18 @@ class Loads:
 
 
 def linear_layers(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if isinstance(m, nn.Linear | BlockedLinear)]
+    return [m for m in model.modules() if isinstance(m, nn.Linear | PrepackedLinear)]
 
 
 def weight_of(model: nn.Module, name: str) -> torch.Tensor:
     """The weight that had this name, wherever it is now."""
     owner, _, last = name.rpartition(".")
     parent = model.get_submodule(owner)
-    if isinstance(parent, JoinedMLP):
+    if isinstance(parent, FusedGateUpMLP):
         gate, up = parent.gate_and_up.weight.to_dense().chunk(2)
         return {"gate_proj": gate, "up_proj": up}.get(last, parent.down.weight.to_dense())
     layer = getattr(parent, last)
-    if isinstance(layer, Part):
+    if isinstance(layer, QKVSlice):
         return layer.shared.whole.weight.to_dense().split(layer.shared.sizes)[layer.number]
     return layer.weight.to_dense()
 
@@ -96,13 +96,13 @@ def a_model(family: str) -> nn.Module:
 def test_a_model_that_is_run_has_blocked_layers_and_its_own_weights(family):
     plain = a_model(family)
     blocked = load(Loads(copy.deepcopy(plain)), "cpu", torch.float32).model
-    assert all(type(layer) is BlockedLinear for layer in linear_layers(blocked))
+    assert all(type(layer) is PrepackedLinear for layer in linear_layers(blocked))
     names = [name for name, module in plain.named_modules() if isinstance(module, nn.Linear)]
     assert len(names) > 7
     joined = 0
     for name in names:
         ours, theirs = weight_of(blocked, name), plain.get_submodule(name).weight
-        joined += isinstance(blocked.get_submodule(name.rpartition(".")[0]), JoinedMLP)
+        joined += isinstance(blocked.get_submodule(name.rpartition(".")[0]), FusedGateUpMLP)
         assert torch.equal(ours, theirs)
     assert joined == (0 if family == "yoco" else 3 * plain.config.num_hidden_layers)
     ids = prompt_ids(40, 1) % plain.config.vocab_size
@@ -122,7 +122,7 @@ def test_a_weight_is_held_once_and_a_tied_table_twice(tied):
     config.tie_word_embeddings = tied
     plain = type(plain)(config).eval()
     blocked = copy.deepcopy(plain)
-    lay_out(blocked)
+    prepack_linear_weights(blocked)
     table = plain.get_input_embeddings().weight
     held, before = (sum(p.nbytes for p in m.parameters()) for m in (blocked, plain))
     assert (plain.get_output_embeddings().weight is table) == tied
@@ -141,10 +141,10 @@ def test_layers_are_replaced_one_at_a_time(monkeypatch):
 
     def copied(layer):
         alive.append(sum(ref() is not None and ref() is not layer for ref in old))
-        return BlockedLinear(layer)
+        return PrepackedLinear(layer)
 
-    monkeypatch.setattr(weights, "BlockedLinear", copied)
-    lay_out(model)
+    monkeypatch.setattr(weights, "PrepackedLinear", copied)
+    prepack_linear_weights(model)
     layers = model.config.num_hidden_layers
     gone = [3, 2] * layers + [1, 1] * layers + [1]  # joined ones; outputs, downs; the head
     assert alive == [len(old) - n for n in itertools.accumulate(gone)] and alive[-1] == 0 and len(old) > 7
@@ -159,20 +159,20 @@ def test_a_model_from_a_file_does_not_hold_the_file_beside_its_weights(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     before = model(prompt_ids(20)).logits
     assert str(tmp_path) in Path("/proc/self/maps").read_text()  # as the library loads it
-    lay_out(model)
+    prepack_linear_weights(model)
     gc.collect()
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
     torch.testing.assert_close(model(prompt_ids(20)).logits, before, rtol=0, atol=1e-4)
 
 
-def joined_products(bias: bool = False) -> tuple[SharedProduct, list[nn.Linear]]:
+def joined_products(bias: bool = False) -> tuple[FusedQKV, list[nn.Linear]]:
     layers = [nn.Linear(24, size, bias=bias) for size in (32, 16, 8)]
     whole = nn.Linear(24, 56, bias=bias)
     with torch.no_grad():
         whole.weight.copy_(torch.cat([m.weight for m in layers]))
         if bias:
             whole.bias.copy_(torch.cat([m.bias for m in layers]))
-    return SharedProduct(BlockedLinear(whole), [32, 16, 8]), layers
+    return FusedQKV(PrepackedLinear(whole), [32, 16, 8]), layers
 
 
 @float32
@@ -180,7 +180,7 @@ def joined_products(bias: bool = False) -> tuple[SharedProduct, list[nn.Linear]]
 @torch.inference_mode()
 def test_joined_products_are_the_layers_in_any_order_and_nothing_is_kept(bias):
     shared, layers = joined_products(bias)
-    parts = [Part(shared, number) for number in range(3)]
+    parts = [QKVSlice(shared, number) for number in range(3)]
     a, b, prompt = torch.randn(2, 1, 24), torch.randn(2, 1, 24), torch.randn(2, 9, 24)
     # each once; one twice; others between; one alone, then another input; a prompt
     for number, x in [(0, a), (1, a), (2, a), (0, b), (0, b), (2, a), (1, b), (2, b), (0, prompt), (1, prompt)]:
@@ -195,8 +195,8 @@ def test_joined_products_are_the_layers_in_any_order_and_nothing_is_kept(bias):
 def test_products_are_computed_once_for_what_meets_them(monkeypatch):
     shared, _ = joined_products()
     calls = []
-    real = BlockedLinear.forward
-    monkeypatch.setattr(BlockedLinear, "forward", lambda self, x: calls.append(x.shape) or real(self, x))
+    real = PrepackedLinear.forward
+    monkeypatch.setattr(PrepackedLinear, "forward", lambda self, x: calls.append(x.shape) or real(self, x))
     for x in torch.randn(3, 1, 1, 24).unbind():
         for number in (0, 1, 2):
             shared.part(number, x)
@@ -209,9 +209,9 @@ def test_products_are_computed_once_for_what_meets_them(monkeypatch):
 def test_a_joined_mlp_is_the_mlp_whole_and_in_pieces(shape):
     plain = tiny_model("llama", torch.float32)
     joined = copy.deepcopy(plain)
-    lay_out(joined)
+    prepack_linear_weights(joined)
     mlp, other = plain.model.layers[1].mlp, joined.model.layers[1].mlp
-    assert isinstance(other, JoinedMLP)
+    assert isinstance(other, FusedGateUpMLP)
     x = torch.randn(*shape, plain.config.hidden_size)
     torch.testing.assert_close(other(x), mlp(x), rtol=1e-4, atol=1e-5)
 
@@ -219,16 +219,16 @@ def test_a_joined_mlp_is_the_mlp_whole_and_in_pieces(shape):
 def test_what_is_not_for_the_cpu_s_kernels_stays(monkeypatch):
     model = RandomModel("tiny").load("cpu", torch.float32).model
     monkeypatch.setattr(weights, "has_blocked_products", lambda dtype: False)
-    lay_out(model)
-    assert not any(isinstance(m, BlockedLinear) for m in model.modules())
+    prepack_linear_weights(model)
+    assert not any(isinstance(m, PrepackedLinear) for m in model.modules())
     monkeypatch.undo()
     model.hf_device_map = {"": "cpu"}  # accelerate's hooks move the weights
-    assert not any(isinstance(m, BlockedLinear) for m in load(Loads(model), "cpu", torch.float32).model.modules())
+    assert not any(isinstance(m, PrepackedLinear) for m in load(Loads(model), "cpu", torch.float32).model.modules())
     assert not has_blocked_products(torch.float64) and not has_blocked_products(torch.float16)
 
     class Mine(nn.Linear):
         """A layer that does something of its own."""
 
     model = nn.Sequential(Mine(8, 8), nn.Linear(8, 8, device="meta"), nn.Linear(8, 8).double())
-    lay_out(model)
-    assert not any(isinstance(m, BlockedLinear) for m in model)
+    prepack_linear_weights(model)
+    assert not any(isinstance(m, PrepackedLinear) for m in model)

@@ -23,7 +23,7 @@ from ..policies.allocators.base import Allocator
 from ..policies.allocators.uniform import Uniform
 from ..prompt import Prompt
 from ..rotary import Rotary
-from ..sharing.plan import Use
+from ..sharing.plan import KVAccess
 from ..storage.base import LayerStorage, slots_that_stay
 from . import ranking
 from .ranking import keep_mask, keep_slots
@@ -83,11 +83,11 @@ class Step:
     value: torch.Tensor
     rule: LogitRule
     valid: torch.Tensor | None
-    use: Use = field(default_factory=Use)
+    use: KVAccess = field(default_factory=KVAccess)
 
     def append_to(self, storage: LayerStorage, *, before_attention: bool) -> None:
         """Write the new tokens, if this is the use and the moment; one that is hidden from itself comes after."""
-        if self.use.writes and before_attention != self.use.strict:
+        if self.use.is_owner and before_attention != self.use.strictly_causal:
             storage.append(self.key, self.value, self.valid)
 
     def part(self, columns: slice) -> Step:

@@ -105,10 +105,10 @@ class EvictingSelection(Selection):
     def _attend_one(self, state: EvictingState, storage: LayerStorage, step: Step) -> torch.Tensor:
         out, weights, held = attend_and_weigh(storage, step)
         if (
-            not step.use.last or step.use.strict or state.weights
+            not step.use.is_last_reader or step.use.strictly_causal or state.weights
         ):  # several layers of the model: what leaves is decided by all of them
             state.weights.append(weights)
-            if not step.use.last:
+            if not step.use.is_last_reader:
                 return out
             keys, _, held = storage.read()
             slots = keys.shape[2]  # a layer that came before the new token was written paid it nothing

@@ -61,7 +61,7 @@ class H2O(EvictingSelection):
         budget = resolve_budget(self.budget, prompt.length)
         if self.prefill_only and prompt.length <= budget:
             return Kept()
-        scores = prompt.once("attention_received", attention_received)  # [R, H_kv, T]
+        scores = prompt.cached("attention_received", attention_received)  # [R, H_kv, T]
         if prompt.length > budget:
             recent = self.recent(budget)
             older = scores[..., : prompt.length - recent]
@@ -110,5 +110,5 @@ def attention_blocks(prompt: Prompt, count: int) -> Iterator[tuple[int, torch.Te
         queries = grouped[:, :, :, at : at + n].reshape(rows, heads, prompt.groups * n, dim)
         logits = prompt.rule.logits((queries @ prompt.keys[:, :, :end].transpose(-1, -2)).float())
         logits = logits.reshape(rows, heads, prompt.groups, n, end)
-        hide_future(logits, first, prompt.blind)
+        hide_future(logits, first, prompt.strictly_causal)
         yield start, attention_from(logits, prompt)

@@ -68,7 +68,7 @@ class LocalAttention(Selection):
             out = storage.attend(step.query, step.rule, None)
         else:
             out = self._attend_several(state.seen, storage, step)
-        if step.use.last:
+        if step.use.is_last_reader:
             state.seen = state.seen + (n if step.valid is None else step.valid.sum(1))
             state.most += n
             self._drop(state, storage, at_once=n > 1 or step.valid is not None)

@@ -89,14 +89,14 @@ class SnapKV(TopKSelection):
 
     def _head_votes(self, prompt: Prompt) -> torch.Tensor:
         """Votes before pooling, reduced to the stored heads: [R, H, T - w]."""
-        votes = prompt.once(f"votes in {self.score_dtype}", self._votes)  # [R, H_q, T]
+        votes = prompt.cached(f"votes in {self.score_dtype}", self._votes)  # [R, H_q, T]
         votes = votes[..., : prompt.length - prompt.query.shape[2]]
         if not self.stores_query_heads:
             votes = reduce_groups(votes, prompt.groups, self.group_reduce)
         return votes
 
     def _votes(self, prompt: Prompt) -> torch.Tensor:
-        attention = prompt.once("window_attention", window_attention)
+        attention = prompt.cached("window_attention", window_attention)
         if self.score_dtype == "model":
             attention = attention.to(prompt.query.dtype)
         return attention.sum(dim=2).to(torch.promote_types(attention.dtype, torch.float32))
@@ -113,22 +113,22 @@ def window_attention(prompt: Prompt) -> torch.Tensor:
     grouped = prompt.query.reshape(rows, heads, prompt.groups * w, dim)
     logits = (grouped @ prompt.keys.transpose(-1, -2)).reshape(rows, query_heads, w, length)
     logits = prompt.rule.logits(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-    hide_future(logits.view(rows, heads, prompt.groups, w, length), length - w, prompt.blind)
+    hide_future(logits.view(rows, heads, prompt.groups, w, length), length - w, prompt.strictly_causal)
     return attention_from(logits, prompt)
 
 
-def hide_future(logits: torch.Tensor, first: int, blind: torch.Tensor | None) -> None:
+def hide_future(logits: torch.Tensor, first: int, strictly_causal: torch.Tensor | None) -> None:
     """Mask, in place, what queries do not see.
 
     Args:
         logits: [R, H_kv, g, n, columns], of the queries of positions ``first`` .. ``first + n - 1``.
         first: see there; columns from there on are the queries' own.
-        blind: [g] bool, query heads whose tokens do not see themselves; None: all do.
+        strictly_causal: [g] bool, query heads whose tokens do not see themselves; None: all do.
     """
     n = logits.shape[3]
     future = torch.ones(n, n, dtype=torch.bool, device=logits.device).triu(1)
-    if blind is not None:
-        future = future | (blind[:, None, None] & torch.eye(n, dtype=torch.bool, device=logits.device))
+    if strictly_causal is not None:
+        future = future | (strictly_causal[:, None, None] & torch.eye(n, dtype=torch.bool, device=logits.device))
     logits[..., first : first + n].masked_fill_(future, float("-inf"))
 
 
@@ -138,7 +138,7 @@ def attention_from(logits: torch.Tensor, prompt: Prompt) -> torch.Tensor:
     Fully masked rows (the first token under strictly causal masking) get zero weights instead of NaN.
     """
     weights = prompt.rule.weights(logits, head_dims=logits.dim() - 3)
-    return weights if prompt.blind is None else weights.nan_to_num(0.0)
+    return weights if prompt.strictly_causal is None else weights.nan_to_num(0.0)
 
 
 def reduce_groups(votes: torch.Tensor, groups: int, how: str) -> torch.Tensor:

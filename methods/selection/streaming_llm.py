@@ -167,7 +167,7 @@ class StreamingLLM(Selection):
         step.append_to(storage, before_attention=True)
         keys, values, held = storage.read()
         held = None if held is None else held[:, :1]  # all heads alike
-        if step.use.last:
+        if step.use.is_last_reader:
             state.seen = state.seen + (n if step.valid is None else step.valid.sum(1))
             state.fed, state.evicted = fed, None
         if isinstance(self.budget, int) and fed <= self.budget:  # nothing has to leave yet
@@ -184,7 +184,7 @@ class StreamingLLM(Selection):
         recent = state.limit - sinks
         is_sink = rank < sinks
         position = torch.where(is_sink, rank, rank + evicted)  # [B, S], true positions
-        at = seen[:, None] if step.use.strict else position[:, -n:]  # [B, n], of the queries
+        at = seen[:, None] if step.use.strictly_causal else position[:, -n:]  # [B, n], of the queries
         age = at[:, :, None] - position[:, None, :]  # [B, n, S]
         visible = age >= 0
         if not self.prefill_only:
@@ -200,8 +200,8 @@ class StreamingLLM(Selection):
         weights = step.rule.weights(logits, head_dims=2).to(values.dtype).flatten(2, 3)  # [B, H, g * n, S]
         out = (weights @ values).reshape(*query.shape[:3], -1)
         step.append_to(storage, before_attention=False)
-        if step.use.last and not self.prefill_only:
-            if step.use.strict:  # the new token has come since
+        if step.use.is_last_reader and not self.prefill_only:
+            if step.use.strictly_causal:  # the new token has come since
                 rank, held = F.pad(rank, (0, 1), value=slots), None if held is None else F.pad(held, (0, 1), value=True)
             self._evict(storage, held, rank, sinks, recent, at_once=n > 1 or step.valid is not None)
         return out

@@ -38,7 +38,7 @@ class TOVA(EvictingSelection):
         budget = resolve_budget(self.budget, prompt.length)
         if prompt.length <= budget:
             return Kept()
-        worth = prompt.once("window_attention", window_attention)[:, :, -1].mean(dim=1)  # [R, T]
+        worth = prompt.cached("window_attention", window_attention)[:, :, -1].mean(dim=1)  # [R, T]
         return Kept(keep_slots(worth, budget)[:, None].expand(-1, prompt.keys.shape[1], -1))
 
     def observe(self, state: EvictingState, weights: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:

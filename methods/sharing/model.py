@@ -563,13 +563,13 @@ def rehearsal(stream: Stream) -> Iterator[None]:
     kept, past = (stream.states, stream.attentions), stream.past
     stream.states = stream.attentions = None
     if isinstance(past, KVCache):
-        past.rehearsing = True
+        past.is_warmup_pass = True
     try:
         yield
     finally:
         stream.states, stream.attentions = kept
         if isinstance(past, KVCache):
-            past.rehearsing = False
+            past.is_warmup_pass = False
 
 
 class KVShareLlamaForCausalLM(LlamaForCausalLM):

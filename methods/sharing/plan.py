@@ -103,20 +103,20 @@ def segments(source: Sequence[int]) -> list[Segment]:
 
 
 @dataclass(frozen=True)
-class Use:
-    """How a layer of the model uses the cache layer that holds its keys and values.
+class KVAccess:
+    """How a layer of the model accesses the cache layer that holds its keys and values.
 
     Attributes:
-        writes: the keys and values that come with the queries are new and stay.
-        strict: no token sees itself.
-        last: no other layer of the model comes to this cache layer in the same forward.
-        counts: the queries count for whoever chooses tokens by them; not in a pass that is done again.
+        is_owner: The layer's own keys and values are written; else it reads those of another layer.
+        strictly_causal: No token attends to itself.
+        is_last_reader: No later layer of the model attends over this cache layer in the same forward.
+        is_final_pass: The queries count for scores; False in the warm-up passes of an iterative encoding.
     """
 
-    writes: bool = True
-    strict: bool = False
-    last: bool = True
-    counts: bool = True
+    is_owner: bool = True
+    strictly_causal: bool = False
+    is_last_reader: bool = True
+    is_final_pass: bool = True
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class Plan:
 
     owners: tuple[int, ...]
     cache_layer: tuple[int, ...]
-    uses: tuple[Use, ...]
+    uses: tuple[KVAccess, ...]
     layer_types: tuple[str, ...]
     spans: tuple[Span | None, ...]
     recurrent: tuple[int, ...] = ()
@@ -189,7 +189,7 @@ class Plan:
     @property
     def shares(self) -> bool:
         """Some layer attends over keys and values that are not its own."""
-        return any(not use.writes for use in self.uses)
+        return any(not use.is_owner for use in self.uses)
 
     @property
     def is_uniform(self) -> bool:
@@ -201,9 +201,9 @@ class Plan:
         return [self.cache_layer.count(number) for number, k in enumerate(self.layer_types) if k == kind]
 
     @property
-    def looks_up(self) -> bool:
+    def has_upward_kv_refs(self) -> bool:
         """Some layer does not see its own token, so that further tokens have to come one by one."""
-        return any(use.strict for use in self.uses)
+        return any(use.strictly_causal for use in self.uses)
 
 
 def plan_of(config: Any) -> Plan:
@@ -218,7 +218,7 @@ def plan_of(config: Any) -> Plan:
     paper = config.upward_style == "paper" and any(s > i for i, s in enumerate(source))
     owners = tuple(i for i, s in enumerate(source) if s == i)
     last = {s: i for i, s in enumerate(source)}
-    uses = tuple(Use(s == i, s > i or paper, last[s] == i) for i, s in enumerate(source))
+    uses = tuple(KVAccess(s == i, s > i or paper, last[s] == i) for i, s in enumerate(source))
     types = tuple(config.layer_types[i] for i in owners)
     spans = tuple(Span(SLIDING, config.sliding_window) if kind == SLIDING else None for kind in types)
     return Plan(owners, tuple(owners.index(s) for s in source), uses, types, spans)
@@ -271,7 +271,7 @@ def _plan_of_transformers_model(config: Any) -> Plan:
         spans.append(span)
         sources.append(i)
     last = {s: i for i, s in enumerate(sources)}
-    uses = tuple(Use(writes=s in (i, None), last=last[s] == i) for i, s in enumerate(sources))
+    uses = tuple(KVAccess(is_owner=s in (i, None), is_last_reader=last[s] == i) for i, s in enumerate(sources))
     cache_layer = tuple(NO_LAYER if s is None else owners.index(s) for s in sources)
     return Plan(tuple(owners), cache_layer, uses, tuple(kinds), tuple(spans), tuple(recurrent), _rope_switch(config))
 

@@ -89,7 +89,7 @@ def slots_that_stay(stay: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | No
     return slots, None if bool(valid.all()) else valid
 
 
-IN_PLACE = ("write", "append", "keep", "drop", "freeze", "take_back", "settle", "trim")
+IN_PLACE = ("write", "append", "keep", "drop", "freeze", "rollback", "settle", "trim")
 """Methods of a storage that change what it holds."""
 
 
@@ -157,7 +157,7 @@ class LayerStorage(Growing, ABC):
         """Whether :meth:`freeze` can be called."""
         return False
 
-    def freeze(self, room: int) -> None:
+    def make_static(self, room: int) -> None:
         """Give every tensor its last shape, with room for so many tokens.
 
         From then on single tokens come, each to a slot whose number is on the device: no step looks at a number on the
@@ -165,7 +165,7 @@ class LayerStorage(Growing, ABC):
         """
         raise NotImplementedError
 
-    def take_back(self) -> None:
+    def rollback(self) -> None:
         """Of a frozen layer: empty the last slot again."""
         raise NotImplementedError
 
@@ -206,7 +206,7 @@ class Storage(HasIdentity, ABC):
         return False
 
     @property
-    def needs_the_same_tokens(self) -> bool:
+    def requires_same_tokens_across_layers(self) -> bool:
         """Layers share what they hold, so all of them must hold the same tokens."""
         return False
 

@@ -13,7 +13,7 @@ from .base import KVShape, LayerStorage, Storage
 from .buffer import grown
 from .packed import has_kernels
 
-HIDDEN = 64
+COMPACTION_INTERVAL_STEPS = 64
 """Steps with tokens that leave after which the others are moved together; until then their slots are holes."""
 
 
@@ -69,7 +69,7 @@ class DenseLayer(LayerStorage):
 
     def drop(self, stay: torch.Tensor, at_once: bool) -> torch.Tensor | None:
         self._drops += 1
-        if at_once or self._drops >= HIDDEN:
+        if at_once or self._drops >= COMPACTION_INTERVAL_STEPS:
             self._drops = 0
             return super().drop(stay, at_once)
         assert self._keys is not None, "drop before write"
@@ -108,7 +108,7 @@ class DenseLayer(LayerStorage):
     def can_freeze(self) -> bool:
         return True
 
-    def freeze(self, room: int) -> None:
+    def make_static(self, room: int) -> None:
         keys, values, valid = self.read()
         assert self._keys is not None and self._values is not None
         capacity = max(self.length + room, self._keys.shape[2])
@@ -122,7 +122,7 @@ class DenseLayer(LayerStorage):
         self._valid, self._next = there, torch.tensor([self.length], device=keys.device)
         self.length = capacity
 
-    def take_back(self) -> None:
+    def rollback(self) -> None:
         assert self._next is not None and self._valid is not None
         self._next -= 1
         self._valid.index_fill_(2, self._next, False)

@@ -490,7 +490,7 @@ class MiniCache(Storage):
         )
 
     @property
-    def needs_the_same_tokens(self) -> bool:
+    def requires_same_tokens_across_layers(self) -> bool:
         return True
 
     def first_pair(self, num_layers: int) -> int:

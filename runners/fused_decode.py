@@ -24,8 +24,11 @@ from ..methods.logits import LogitRule
 BUILT_ALIKE = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
 
-def is_plain(model: PreTrainedModel) -> bool:
-    """Whether :func:`lean_step` is what ``model(...)`` does; looked at anew for each step, for hooks come and go."""
+def supports_fused_decode(model: PreTrainedModel) -> bool:
+    """Whether :func:`fused_decode_step` is what ``model(...)`` does.
+
+    Re-checked every step, because hooks may be added or removed.
+    """
     if type(model) not in BUILT_ALIKE or model.training:
         return False
     base: Any = model.model
@@ -42,7 +45,7 @@ def is_changed(module: torch.nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
-def lean_step(model: PreTrainedModel, cache: KVCache, token: torch.Tensor) -> torch.Tensor:
+def fused_decode_step(model: PreTrainedModel, cache: KVCache, token: torch.Tensor) -> torch.Tensor:
     """Logits [rows, vocabulary] for one token [rows] of each row."""
     base: Any = model.model
     x = base.embed_tokens(token[:, None])
