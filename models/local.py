@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import PretrainedConfig
 
-from ..conf.errors import InputError, require
+from ..conf.errors import InputError, is_whole, require
 from ..methods.sharing.base import Sharing
 from .base import LoadedModel, ModelSource, file_sha256
 from .pretrained import check_folder, load_pretrained, plain_device_map, prompt_limit, read_config
@@ -53,6 +53,10 @@ class LocalModel(ModelSource):
 
     def __post_init__(self) -> None:
         self.device_map = plain_device_map(self.device_map)
+        for key in ("max_prompt_tokens", "max_positions"):
+            value = getattr(self, key)
+            is_valid = value is None or is_whole(value, 1)
+            require(is_valid, f"model.{key}", value, "must be a whole number of tokens, 1 or more, or null")
         folder = self.folder
         require(folder.is_dir(), "model.path", self.path, "is not a folder")
         require((folder / "config.json").is_file(), "model.path", self.path, "has no config.json: not a model folder")
@@ -118,6 +122,11 @@ class LocalModel(ModelSource):
         model, tokenizer = load_pretrained(self.folder, device=device, dtype=dtype, **how)
         positions = self.max_positions or model.config.max_position_embeddings
         limit = positions - _ANSWER_TOKENS if self.max_prompt_tokens is None else self.max_prompt_tokens
+        if self.max_prompt_tokens is None and limit < 2:
+            allowed = (
+                f"must be given: the model has {positions} positions, and null keeps {_ANSWER_TOKENS} for the answer"
+            )
+            raise InputError("model.max_prompt_tokens", "null", allowed)
         return LoadedModel(
             model=model,
             tokenizer=tokenizer,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+import hydra._internal.hydra
+from hydra._internal.callbacks import Callbacks
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
@@ -31,9 +34,10 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
-from ..conf.errors import InputError, one_of
+from ..conf.errors import InputError, one_of, require
+from .composed import check_results_dir, check_targets, check_values, target_class, unknown_key
 from .sweep import LOG, SweepLog, describe, end_of_sweep
 from .terminal import lasting_streams
 
@@ -42,6 +46,8 @@ USER_ERRORS = (InputError, HydraException, OmegaConfBaseException)
 # Our launchers have the names of the plugins' own, so Hydra checks their types against those: as wanted, and no news.
 # Here and not in `main`, because the processes of the launchers compose the configuration too.
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
+PARTS = ("model", "method", "task", "runner", "logger")
+SETTINGS = ("seed", "batch_size", "device", "dtype", "results_dir")
 STOPPED = 130  # exit status of a run that was interrupted, as the shell has it for Ctrl-C
 
 
@@ -71,6 +77,7 @@ def _main() -> None:
     os.environ.pop(LOG, None)  # a sweep started from within a job of another one has a log of its own
     status = 0
     try:
+        _check_choices(sys.argv[1:])
         _hydra_main()
     except KeyboardInterrupt:
         print("\nstopped; every complete example is kept: run the same command again to continue", file=sys.stderr)
@@ -95,6 +102,22 @@ def _main() -> None:
     status = end_of_sweep(status)
     if status:
         sys.exit(status)
+
+
+class CheckedCallbacks(Callbacks):
+    """Hydra's callbacks, which it builds before anything of ours runs, from a configuration that was checked."""
+
+    def __init__(self, config: DictConfig | None = None) -> None:
+        if config is not None:
+            check_targets(OmegaConf.to_container(config.hydra.callbacks, resolve=True), "hydra.callbacks")
+            for part in ("launcher", "sweeper"):  # Hydra itself takes only plugins for these, but anything in them
+                plain = OmegaConf.to_container(config.hydra[part], resolve=True)
+                assert isinstance(plain, dict)
+                check_targets({k: v for k, v in plain.items() if k != "_target_"}, f"hydra.{part}")
+        super().__init__(config)
+
+
+hydra._internal.hydra.Callbacks = CheckedCallbacks  # type: ignore[misc]  # a class is replaced on purpose
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
@@ -140,6 +163,7 @@ class SweepStart(Callback):
         try:
             if not _is_installed(config.hydra.launcher["_target_"]):
                 raise InputError("hydra/launcher", launcher, "needs the cluster extra: pip install 'kvbench[cluster]'")
+            check_results_dir(config.results_dir)
             jobs = _planned_jobs(config)
             SweepLog.begin(config.results_dir, launcher, jobs)
         except USER_ERRORS as error:  # out of here Hydra would make it a warning and go on
@@ -188,28 +212,67 @@ def _sweep_job(config: DictConfig) -> None:
 
 def run(config: DictConfig) -> None:
     """Build the parts that the configuration names and hand them to the runner."""
+    from ..methods.base import Method  # torch is imported here, after the configuration has been found to exist
+    from ..models.base import ModelSource
+    from ..tasks.base import Described
+    from .loggers import Logger
     from .report import closing
-    from .settings import Settings  # torch is imported here, after the configuration has been found to exist
+    from .settings import Settings
 
-    method = instantiate(config.method)
-    runner = instantiate(config.runner)
-    task = instantiate(config.task)
-    source = instantiate(config.model)
-    logger = instantiate(config.logger)
-    settings = Settings(
-        **{key: config[key] for key in ("seed", "batch_size", "device", "dtype", "results_dir")},
-        config=recorded(config),
-    )
-    methods = [method]
-    if runner.budgets is not None:
-        methods = [instantiate(_with_budget(config.method, budget)) for budget in runner.budgets]
-    methods += [named_method(text) for text in runner.pair_with]
+    names = (*SETTINGS, *PARTS)
+    for key in names:
+        require(key in config, key, "(nothing)", f"must be given: leave ~{key} out")
+    plain = {str(key): _plain(config, str(key)) for key in config}
+    for key in plain.keys() - set(names):
+        raise InputError(key, plain[key], unknown_key(dict.fromkeys(names), "", key))
+    method: Method = build(config.method, "method", Method)
+    runner: Any = build(config.runner, "runner")
+    task = build(config.task, "task", Described)
+    source = build(config.model, "model", ModelSource)
+    logger = build(config.logger, "logger", Logger)
+    values = {key: plain[key] for key in SETTINGS}
+    settings = Settings(**values, config=recorded(config))
+    check_values(values, "", Settings, ignored=["config"])
+    methods = [method] if runner.budgets is None else [_with_budget(config.method, b) for b in runner.budgets]
+    for text in runner.pair_with:
+        methods += _paired(text, runner.budgets)
     distinct = list({str(m.identity()): m for m in methods}.values())
     runs = runner.run(source, distinct, task, settings, lambda line: print(line, flush=True))
     for run in runs:
         logger.log(run.folder.record(), run.folder.samples(), run.folder.path)
     print()
     print(closing([r.folder.path for r in runs], settings.results_dir))
+
+
+def build(node: DictConfig, key: str, kind: type | None = None) -> Any:
+    """The part that ``node``, at ``key`` of the configuration, describes: an object of the class ``kind``.
+
+    A part's own complaints come first, because they say most; then what its annotations say.
+
+    Raises:
+        InputError: a class in it is not allowed or not of that kind, or a value is none that the part takes.
+    """
+    if not isinstance(node, DictConfig) or "_target_" not in node:
+        raise InputError(key, node, f"must be a choice of {key}=NAME")
+    plain = _plain(node)
+    check_targets(plain, key)
+    cls = target_class(plain["_target_"], f"{key}._target_")
+    if kind is not None and not issubclass(cls, kind):
+        raise InputError(f"{key}._target_", plain["_target_"], f"must be a {kind.__name__}")
+    try:
+        part = instantiate(node)
+    except InstantiationException as error:
+        if _input_error(error) is None:
+            check_values(plain, key, cls)
+        raise
+    check_values(plain, key, cls)
+    return part
+
+
+def _plain(config: DictConfig, key: str | None = None) -> Any:
+    """A part of the configuration, or the value at ``key``, as resolved plain data."""
+    value = config if key is None else config[key]
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def recorded(config: DictConfig) -> dict[str, Any]:
@@ -227,19 +290,59 @@ def recorded(config: DictConfig) -> dict[str, Any]:
     return {str(k): clean(v) for k, v in plain.items() if k != "results_dir"}
 
 
-def _with_budget(method: DictConfig, budget: float) -> DictConfig:
+def _with_budget(method: DictConfig, budget: float) -> Any:
     copy = method.copy()
     copy.budget = budget
-    return copy
+    try:
+        return build(copy, "method")
+    except (InputError, InstantiationException) as error:
+        cause = _first_input_error(error)
+        if cause is None or cause.key != "method.budget":
+            raise
+        raise InputError("runner.budgets", budget, cause.allowed) from error
 
 
 def named_method(text: str) -> Any:
     """The method of a text like ``"streaming_llm budget=256 selection.sinks=0"`` or ``"snapkv storage=kivi4"``."""
-    name, *settings = text.split()
+    return build(_named(text), "method")
+
+
+def _paired(text: str, budgets: Sequence[float] | None) -> list[Any]:
+    """The methods that an entry of ``runner.pair_with`` stands for.
+
+    One that has a budget and names none is run at ``runner.budgets``, so that equal budgets are compared.
+    """
+    config = _named(text)
+    is_named = any(setting.startswith("budget=") for setting in text.split())
+    if budgets is None or is_named or config.get("budget") is None:
+        return [build(config, "method")]
+    return [_with_budget(config, budget) for budget in budgets]
+
+
+def _named(text: str) -> DictConfig:
+    """The configuration of a method that is given as text."""
+    name, *settings = text.split() or [""]
+    require(bool(name), "runner.pair_with", repr(text), "must name a method")
+    groups = {group for group, _ in _groups(files("kvbench.conf"))}
     overrides = [f"method={name}"]
-    overrides += [f"method/{s}" if s.startswith(("storage=", "allocator=")) else f"method.{s}" for s in settings]
+    slash = {s for s in settings if "method/" + s.partition("=")[0] in groups}
+    overrides += [f"method/{s}" if s in slash else f"method.{s}" for s in settings]
+    _check_choices(overrides)
+    try:
+        node: DictConfig = _compose(overrides).method
+    except ConfigCompositionException as error:
+        is_no_file = any(isinstance(link, MissingConfigException) for link in _causes(error))
+        cause = None if is_no_file else _unknown_key(overrides)
+        if cause is None:
+            raise
+        raise InputError("runner.pair_with", text, cause) from error
+    return node
+
+
+def _compose(overrides: Sequence[str]) -> DictConfig:
+    """The configuration with ``overrides``; within a run with the folders of its ``--config-dir``."""
     with _config_loader():
-        return instantiate(hydra.compose("config", overrides=overrides).method)
+        return hydra.compose("config", overrides=list(overrides))
 
 
 def configured_method(name: str, options: Mapping[str, Any]) -> Any:
@@ -270,7 +373,7 @@ def configured_method(name: str, options: Mapping[str, Any]) -> Any:
         except OmegaConfBaseException:
             raise InputError(f"method.{key}", value, "must be a number, text, bool, None or a list of them") from None
     try:
-        return instantiate(config.method)
+        return build(config.method, "method")
     except InstantiationException as error:
         raise _first_input_error(error) or error from None
     except OmegaConfBaseException as error:
@@ -306,29 +409,6 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 # errors -------------------------------------------------------------------------------------------------------------
 
 
-def _input_error(error: BaseException) -> str | None:
-    """The one line for the person at the keyboard, or None: not the user's doing."""
-    given = _first_input_error(error)
-    if given is not None:
-        return str(given)
-    for link in _causes(error):
-        if isinstance(link, OverrideParseException):
-            hint = "cannot be read; texts with blanks or signs need quotes of their own, as in 'key=[\"a b=1\",c]'"
-            return f"{link.override}: {hint}"
-        if isinstance(link, MissingMandatoryValue):
-            return f"{link.full_key or str(link).rpartition(' ')[2]}=???: must be given on the command line"
-        if isinstance(link, MissingConfigException) and link.missing_cfg_file:
-            group, _, name = str(link.missing_cfg_file).rpartition("/")
-            return str(InputError(group or "config", name, one_of(name, link.options or [])))
-    if isinstance(error, InstantiationException):
-        return None  # a bug in a constructor: the traceback is what helps
-    if isinstance(error, ConfigCompositionException):
-        unknown = _unknown_key(sys.argv[1:])
-        if unknown is not None:
-            return unknown
-    return " ".join(str(error).split("\n")[0].split())
-
-
 def _causes(error: BaseException) -> list[BaseException]:
     """The error and what it was raised from, one after another."""
     chain: list[BaseException] = []
@@ -343,14 +423,75 @@ def _first_input_error(error: BaseException) -> InputError | None:
     return next((link for link in _causes(error) if isinstance(link, InputError)), None)
 
 
+def _input_error(error: BaseException) -> str | None:
+    """The one line for the person at the keyboard, or None: not the user's doing."""
+    given = _first_input_error(error)
+    if given is not None:
+        return str(given)
+    for link in _causes(error):
+        if isinstance(link, OverrideParseException):
+            hint = "cannot be read; texts with blanks or signs need quotes of their own, as in 'key=[\"a b=1\",c]'"
+            return f"{link.override}: {hint}"
+        if isinstance(link, MissingMandatoryValue):
+            return f"{link.full_key or str(link).rpartition(' ')[2]}=???: must be given on the command line"
+        if isinstance(link, MissingConfigException) and link.missing_cfg_file:
+            group, _, name = str(link.missing_cfg_file).rpartition("/")
+            if not group:
+                return (
+                    f"--config-name={name}: must be config; an experiment of yours is experiment=NAME, see --config-dir"
+                )
+            return str(InputError(group, name, one_of(name, link.options or [])))
+        if isinstance(link, InterpolationResolutionError):
+            return (
+                f"{link.full_key}: {_first_line(link).removeprefix('KeyError raised while resolving interpolation: ')}"
+            )
+    if isinstance(error, InstantiationException):
+        return None  # a bug in a constructor: the traceback is what helps
+    if isinstance(error, ConfigCompositionException):
+        return _composition_error(error)
+    return _first_line(error)
+
+
+def _composition_error(error: ConfigCompositionException) -> str:
+    """What to say of overrides that do not go together."""
+    line = _first_line(error)
+    swept = re.match("(?:Ambiguous value for argument|Sweep parameters) '(.*?)=(.*)'", line)
+    if swept is not None:
+        key, value = swept.groups()
+        if key in {group for group, _ in _groups(files("kvbench.conf"))} or "(" in value:
+            return f"{key}={value}: one run has one choice; add -m for a sweep over them"
+        listed = "runner.budgets" if key == "method.budget" else key
+        return f"{key}={value}: write '{listed}=[{value}]' for a list, or add -m for a sweep"
+    unknown = _unknown_key(sys.argv[1:])
+    if unknown is not None:
+        return unknown
+    if line.startswith("Error merging override ") and error.__cause__ is not None:
+        reason = _first_line(error.__cause__).replace("Cannot merge DictConfig with ListConfig", "must be a list")
+        return f"{line.removeprefix('Error merging override ')}: {reason}"
+    return line
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split("\n")[0].split())
+
+
+def _check_choices(overrides: Sequence[str]) -> None:
+    """Refuse what cannot be the name of a file in a group (``method=null``), at which Hydra itself fails."""
+    options = {group: [p.name.removesuffix(".yaml") for p in found] for group, found in _groups(files("kvbench.conf"))}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        is_optional = key == "experiment" and value == "null"
+        if key in options and not is_optional and re.fullmatch(r"|null|true|false|[-+\d.][\d.e]*|\{.*", value):
+            raise InputError(key, value, one_of(value, options[key]))
+
+
 def _unknown_key(overrides: Sequence[str]) -> str | None:
     """Which override names a key that does not exist, and which keys are there instead."""
     groups = {name for name, _ in _groups(files("kvbench.conf"))}
     chosen = [o for o in overrides if o.split("=", 1)[0].lstrip("+~") in groups and not o.startswith("-")]
     chosen = [o.split(",")[0] for o in chosen if "(" not in o]  # of a sweep's choices, the first will do
     try:
-        with hydra.initialize_config_module("kvbench.conf", version_base="1.3"):
-            config = hydra.compose("config", overrides=chosen)
+        config = _compose(chosen)
     except HydraException:  # the choices themselves do not fit; Hydra's own line says how
         return None
     for override in overrides:
@@ -369,9 +510,8 @@ def _missing_key(config: DictConfig, key: str) -> str | None:
     path = key.split(".")
     for depth, part in enumerate(path):
         if not isinstance(node, DictConfig) or part not in node.keys():  # noqa: SIM118 (`in` is False for a ??? value)
-            options = [str(k) for k in node if k != "_target_"] if isinstance(node, DictConfig) else []
-            where = ".".join(path[:depth]) or "the configuration"
-            return f"{where} has no key {part}" + (f"; {one_of(part, options)}" if options else "")
+            known = {str(k): node._get_node(k) for k in node} if isinstance(node, DictConfig) else {}
+            return unknown_key(known, ".".join(path[:depth]), part)
         node = node._get_node(part)
     return None
 

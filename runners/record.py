@@ -22,7 +22,7 @@ from typing import Any
 import filelock
 
 from ..analysis.load import RECORD, SAMPLES, SCHEMA, read_record
-from ..conf.errors import InputError, is_whole
+from ..conf.errors import InputError, is_whole, require
 
 SESSIONS = "sessions.jsonl"
 START_OVER = "delete the line to have its example run again, or the folder to start over"
@@ -32,6 +32,18 @@ def identity_hash(identity: Mapping[str, Any]) -> str:
     """12 hexadecimal digits of the sha256 of ``identity`` as canonical JSON."""
     text = json.dumps({"schema": SCHEMA, **identity}, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def folder_name(key: str, name: Any) -> str:
+    """``name`` where it can be the name of a folder on any file system, in this place and in no other.
+
+    Raises:
+        InputError: names the key.
+    """
+    allowed = "must be a name of 1 to 100 characters that does not begin with a point and holds no / or \\"
+    is_text = isinstance(name, str) and name.isprintable() and not set(name) & set("/\\")
+    require(is_text and bool(name.strip()) and name[0] != "." and len(name.encode()) <= 100, key, name, allowed)
+    return str(name)
 
 
 class RunFolder:
@@ -45,13 +57,15 @@ class RunFolder:
         identity: what decides the run's numbers; hashed into the last folder's name.
 
     Raises:
-        InputError: the folder cannot be written; a line of ``samples.jsonl`` before the last is damaged.
+        InputError: a name cannot be that of a folder; the folder cannot be written; a line of ``samples.jsonl`` before
+            the last is damaged.
     """
 
     def __init__(self, root: Path, task: str, model: str, method: str, identity: Mapping[str, Any]):
         self.identity = dict(identity)
         self.hash = identity_hash(identity)
-        self.path = root / task / model / method / self.hash
+        names = {"task.name": task, "model.name": model, "method.name": method}
+        self.path = root.joinpath(*(folder_name(key, name) for key, name in names.items()), self.hash)
         # Beside the runs and never deleted: a lock file that is removed can be locked twice.
         self._lock = filelock.FileLock(root / ".locks" / f"{self.hash}.lock")
 

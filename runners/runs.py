@@ -27,6 +27,7 @@ class PairedRunner:
     Attributes:
         pair_with: methods that run on the same data beside the one asked for, as text (``full``,
             ``streaming_llm budget=256``, ``snapkv storage=kivi4``); the command line makes methods of them. []: none.
+            One that has a budget and names none is run at each of ``budgets``, where these are given.
         budgets: run the method at each of these budgets; None: at ``method.budget`` alone.
         chunk_size: tokens of a prompt fed at a time; None: all at once.
     """

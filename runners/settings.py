@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ..conf.errors import require
+from ..conf.errors import is_whole, require
+from .composed import check_results_dir
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,9 @@ class Settings:
     config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        require(isinstance(self.seed, int) and self.seed >= 0, "seed", self.seed, "must be a whole number >= 0")
-        require(
-            isinstance(self.batch_size, int) and self.batch_size >= 1, "batch_size", self.batch_size, "must be >= 1"
-        )
+        require(is_whole(self.seed, 0), "seed", self.seed, "must be a whole number >= 0")
+        require(is_whole(self.batch_size, 1), "batch_size", self.batch_size, "must be a whole number >= 1")
+        check_results_dir(self.results_dir)
         dtypes = ("auto", "float32", "bfloat16", "float16")
         require(self.dtype in dtypes, "dtype", self.dtype, f"must be one of {', '.join(dtypes)}")
         require(isinstance(self.device, str), "device", self.device, "must be auto, cpu, cuda or cuda:<number>")

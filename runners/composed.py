@@ -1,0 +1,226 @@
+"""Checks of the composed configuration: which classes it may name, and whether every value fits the part it is for.
+
+A part is a mapping with a ``_target_``; its keys are the parameters of that class, and their annotations say what a
+value may be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from ..conf.errors import InputError, near, one_of, require
+from ..conf.identity import HasIdentity
+
+ALLOW = "KVBENCH_ALLOW"
+"""Environment variable: installed packages whose classes a configuration may name, separated by commas."""
+INSTALLED = {"site-packages", "dist-packages"}
+LARGEST = 2**53
+"""Whole numbers up to this are exact in JSON, whoever reads it."""
+EXAMPLE_COUNTS = ("limit", "stretches", "sequences", "depths", "limit_bytes")
+"""Keys by which tasks say how much of their data is used; a task has one of them."""
+WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
+
+
+# classes ------------------------------------------------------------------------------------------------------------
+
+
+def check_targets(values: Any, key: str) -> None:
+    """Refuse every ``_target_`` in a plain configuration that is no class of an allowed package.
+
+    Args:
+        values: what stands under ``key``, resolved.
+        key: for the error.
+
+    Raises:
+        InputError: names the key, and how a package is allowed.
+    """
+    if isinstance(values, Mapping):
+        if "_target_" in values:
+            target_class(values["_target_"], f"{key}._target_")
+        for name, value in values.items():
+            check_targets(value, f"{key}.{name}")
+    elif isinstance(values, list):
+        for place, value in enumerate(values):
+            check_targets(value, f"{key}[{place}]")
+
+
+def target_class(target: Any, key: str) -> type:
+    """The class that a ``_target_`` names.
+
+    Raises:
+        InputError: it is of another package, or no class that its package itself defines. A function is none: it would
+            run with whatever arguments the configuration holds.
+    """
+    module, _, name = target.rpartition(".") if isinstance(target, str) else ("", "", "")
+    package = module.partition(".")[0]
+    if not package:
+        raise InputError(key, _shown(target), "must be the full name of a class, as in my_module.MyScorer")
+    allowed = "must be a class of kvbench, or of a module that is neither Python's own nor an installed package"
+    require(package not in sys.stdlib_module_names, key, target, allowed)
+    if package not in ("kvbench", *os.environ.get(ALLOW, "").split(",")) and _is_installed(package):
+        raise InputError(key, target, f"{allowed}; {ALLOW}={package} in the environment allows this one")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(key, target, f"cannot be imported: {error}") from error
+    is_defined_there = isinstance(found, type) and found.__module__.partition(".")[0] == package
+    require(is_defined_there, key, target, f"must be a class that {package} itself defines")
+    return found
+
+
+def _is_installed(package: str) -> bool:
+    """Whether a top-level module lies in a folder of installed packages."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except ValueError:  # __main__ and the like, which no file stands for
+        return True
+    places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or ())]
+    return any(INSTALLED & set(Path(place).resolve().parts) for place in places if place)
+
+
+# keys and values ----------------------------------------------------------------------------------------------------
+
+
+def check_values(values: Mapping[str, Any], key: str, cls: type, ignored: Iterable[str] = ()) -> None:
+    """Check the keys and the types of the values that a class is built from, and of the parts among them.
+
+    Args:
+        values: plain data; classes in it have been checked by :func:`check_targets`.
+        key: where they stand; empty for the top of the configuration.
+        cls: the class; its parameters are the keys.
+        ignored: parameters that are no keys.
+
+    Raises:
+        InputError: a key is missing or unknown, or a value is of another type than its annotation says.
+    """
+    parameters = {k: p for k, p in inspect.signature(cls).parameters.items() if k not in ignored}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    hints = _hints(cls)
+    prefix = f"{key}." if key else ""
+    for name, value in values.items():
+        at = f"{prefix}{name}"
+        if name in ("_target_", "_convert_"):
+            continue
+        if name not in parameters:
+            if takes_any and not name.startswith("_"):
+                continue
+            known = {k: values.get(k) for k in parameters}
+            raise InputError(at, _shown(value), unknown_key(known, key, name))
+        hint = hints.get(name, Any)
+        if isinstance(value, Mapping) and "_target_" in value:
+            part = target_class(value["_target_"], f"{at}._target_")
+            if isinstance(hint, type) and not issubclass(part, hint):
+                raise InputError(f"{at}._target_", value["_target_"], f"must be a {hint.__name__}")
+            check_values(value, at, part)
+        else:
+            _check_value(value, at, hint)
+    for name, parameter in parameters.items():
+        is_needed = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        require(not is_needed or name in values, f"{prefix}{name}", "(nothing)", "must be given")
+
+
+def check_results_dir(value: Any) -> None:
+    """Raise InputError unless ``results_dir`` is the name of a folder."""
+    _check_value(value, "results_dir", str)
+    require(bool(value.strip()), "results_dir", value, "must be a folder; . for the current one")
+
+
+def unknown_key(values: Mapping[str, Any], where: str, name: str) -> str:
+    """What to say of a key that ``values``, the mapping at ``where``, does not have."""
+    said = f"{where or 'the configuration'} has no key {name}; "
+    prefix = f"{where}." if where else ""
+    inside = [f"{prefix}{k}.{name}" for k, v in values.items() if isinstance(v, Mapping) and name in v]
+    counts = [f"{prefix}{k}" for k in EXAMPLE_COUNTS if k in values and name in EXAMPLE_COUNTS]
+    if counts:
+        return f"{said}the number of examples is set by {counts[0]} here"
+    if inside:
+        return f"{said}did you mean {' or '.join(inside)}?"
+    options = [k for k in values if k not in ("_target_", "config")]
+    return said + one_of(name, options) if options else said.removesuffix("; ")
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    try:
+        return get_type_hints(cls if dataclasses.is_dataclass(cls) else inspect.getattr_static(cls, "__init__"))
+    except NameError:  # an annotation that only a type checker can look up
+        return {}
+
+
+def _check_value(value: Any, key: str, hint: Any) -> None:
+    if isinstance(value, int) and abs(value) >= LARGEST:
+        raise InputError(key, value, "is too large: whole numbers are below 2**53")
+    if _fits(value, hint):
+        return
+    group = key.replace(".", "/")
+    if _is_part(hint):
+        if isinstance(value, str) and files("kvbench.conf").joinpath(group).is_dir():
+            options = [p.name.removesuffix(".yaml") for p in files("kvbench.conf").joinpath(group).iterdir()]
+            hint = f"{group}={value}" if value in options else f"{group}=NAME"
+            raise InputError(
+                key, value, f"is a group of keys: use {hint}{'' if value in options else near(value, options)}"
+            )
+        raise InputError(key, _shown(value), f"is a group of keys, which are set one by one: {key}.KEY=VALUE")
+    quotes = ""
+    if _fits("", hint) and isinstance(value, int | float):
+        quotes = f"; for this text write '{key}=\"{_shown(value)}\"'"
+    raise InputError(key, _shown(value), f"must be {_in_words(hint)}{quotes}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value is what an annotation says; True where it says nothing that can be checked."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if hint is NoneType:
+        return value is None
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (str, bool):
+        return isinstance(value, hint)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, Mapping)
+    if isinstance(origin, type) and issubclass(origin, Sequence):  # one value is as good as a list of it
+        kinds = [arg for arg in args if arg is not ...]
+        return all(any(_fits(v, kind) for kind in kinds) for v in (value if isinstance(value, list) else [value]))
+    return not _is_part(hint)
+
+
+def _is_part(hint: Any) -> bool:
+    kinds = get_args(hint) or (hint,)
+    return any(isinstance(k, type) and (dataclasses.is_dataclass(k) or issubclass(k, HasIdentity)) for k in kinds)
+
+
+def _in_words(hint: Any) -> str:
+    origin, args = get_origin(hint), [arg for arg in get_args(hint) if arg is not ...]
+    if origin in (Union, UnionType):
+        kinds = [arg for arg in args if not (arg is int and float in args)]  # a whole number is a number
+        return ", or ".join(map(_in_words, kinds))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return "a mapping"
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return f"a list, each {' or '.join(map(_in_words, args))}"
+    return WORDS.get(hint, str(hint))
+
+
+def _shown(value: Any) -> str:
+    """A value as it is typed."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(_shown, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{k}:{_shown(v)}' for k, v in value.items())}}}"
+    return str(value)

@@ -1,0 +1,179 @@
+"""Which classes a configuration may name, and that every choice of ``conf`` passes the checks of its own values."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from local_model import kvbench, save_local_model, save_rows
+from omegaconf import OmegaConf
+
+from kvbench.conf.errors import InputError
+from kvbench.runners.cli import PARTS, _compose, _groups, named_method
+from kvbench.runners.composed import check_targets, check_values, target_class
+from kvbench.runners.record import folder_name
+
+
+class Marker:
+    """Unpickling it makes a file."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("ran"),))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "builtins.open",
+        "io.open",
+        "os.makedirs",
+        "os.system",
+        "subprocess.Popen",
+        "pathlib.Path",
+        "pathlib.Path.touch",
+        "pathlib.Path.write_text",
+        "pandas.read_pickle",
+        "joblib.load",
+        "pip.main",
+        "torch.load",
+        "torch.nn.Linear",
+        "hydra.utils.instantiate",
+        "__main__.Path",
+        "kvbench.runners.cli.os.system",
+        "kvbench.runners.cli.Path",
+        "kvbench.runners.cli.Path.touch",
+        "kvbench.runners.cli.named_method",
+        "kvbench.runners.cli.help_text",
+        "kvbench.runners.cli",
+        "kvbench.methods.base.Method.new_cache",
+        "kvbench.no_such.Class",
+        "no_such_module.Class",
+        "Method",
+        "",
+        None,
+        5,
+    ],
+)
+def test_what_is_no_class_of_ours_is_refused(target):
+    with pytest.raises(InputError, match=r"^method\.selection\._target_="):
+        check_targets({"selection": {"_target_": target}}, "method")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["++logger._target_=builtins.open", "++logger.file=ran", "++logger.mode=w"],
+        ["++logger._target_=os.makedirs", "++logger.name=ran"],
+        ["++logger._target_=pathlib.Path.write_text", "++logger.self._target_=pathlib.Path", "++logger.data=x"],
+        ["++logger._target_=pandas.read_pickle", "++logger.filepath_or_buffer=planted.pkl"],
+        ["++logger._target_=joblib.load", "++logger.filename=planted.pkl"],
+        ["++logger.x=[{_target_:pathlib.Path.touch,self:{_target_:pathlib.Path,_args_:[ran]}}]"],
+        ["+method.selection.x._target_=os.makedirs", "+method.selection.x.name=ran"],
+        ["+task.x={_target_:os.makedirs,name:ran}"],
+        ["+task.x=\"${oc.create:'{_target_: os.makedirs, name: ran}'}\""],
+        ["runner.pair_with=['snapkv selection._target_=pandas.read_pickle']"],
+        ["+hydra.callbacks.x={_target_:os.makedirs,name:ran}"],
+        ["method=full,snapkv", "+hydra.callbacks.x={_target_:os.makedirs,name:ran}", "-m"],
+    ],
+)
+def test_no_code_but_ours_runs_from_a_configuration(overrides, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("planted.pkl").write_bytes(pickle.dumps(Marker()))
+    done = kvbench("run", "model=scratch", *overrides)
+    assert done.returncode == 2
+    assert "_target_=" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not Path("ran").exists()
+
+
+def test_modules_of_ones_own_are_allowed_and_installed_ones_when_they_are_named(tmp_path, monkeypatch):
+    source = "from pathlib import Path\nclass Mine:\n    pass\n"
+    installed = tmp_path / "lib" / "site-packages"
+    for folder, name in ((tmp_path, "module_of_mine"), (installed, "installed_module")):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.py").write_text(source)
+        monkeypatch.syspath_prepend(folder)
+    assert target_class("module_of_mine.Mine", "key").__name__ == "Mine"
+    with pytest.raises(InputError, match="must be a class that module_of_mine itself defines"):
+        target_class("module_of_mine.Path", "key")
+    with pytest.raises(InputError, match="KVBENCH_ALLOW=installed_module in the environment allows this one"):
+        target_class("installed_module.Mine", "key")
+    assert "installed_module" not in sys.modules
+    monkeypatch.setenv("KVBENCH_ALLOW", "another,installed_module")
+    assert target_class("installed_module.Mine", "key").__name__ == "Mine"
+
+
+def choices() -> list[tuple[str, str]]:
+    return [(group, p.name.removesuffix(".yaml")) for group, found in _groups(files("kvbench.conf")) for p in found]
+
+
+@pytest.mark.parametrize(("group", "name"), [c for c in choices() if not c[0].startswith("hydra")])
+def test_every_choice_passes_the_checks(group, name):
+    GlobalHydra.instance().clear()
+    config = OmegaConf.to_container(_compose([f"{group}={name}"]), resolve=True)
+    check_targets(config, "config")
+    for key in PARTS:
+        check_values(config[key], key, target_class(config[key]["_target_"], key))
+
+
+def test_names_of_folders():
+    for name in ("snapkv", "llama-3.1 8B", "x" * 100, "Übung"):
+        assert folder_name("model.name", name) == name
+    for name in (
+        "",
+        " ",
+        ".",
+        "..",
+        ".locks",
+        "a/b",
+        "a\\b",
+        "../x",
+        "/x",
+        "a\0b",
+        "a\nb",
+        "x" * 101,
+        "é" * 51,
+        None,
+        5,
+    ):
+        with pytest.raises(InputError, match=r"^model\.name="):
+            folder_name("model.name", name)
+
+
+def test_methods_beside_follow_the_budgets_unless_they_name_one(tmp_path, monkeypatch):
+    model = save_local_model(tmp_path / "model")
+    save_rows(tmp_path / "data", "qasper", 1, words=60)
+    monkeypatch.chdir(tmp_path)
+    done = kvbench(
+        "run",
+        "model=local",
+        f"model.path={model}",
+        "model.max_prompt_tokens=700",
+        f"task.data_dir={tmp_path / 'data'}",
+        "method=tova",
+        "runner.budgets=[64,0.5]",
+        "runner.pair_with=[full,snapkv,'h2o budget=48',pyramid_infer]",
+    )
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(path.read_text()) for path in tmp_path.rglob("record.json")]
+    held = sorted((r["method"], r["identity"]["method"]["selection"].get("budget")) for r in records)
+    assert held == [
+        ("full", None),
+        ("h2o", 48),
+        ("pyramid_infer", None),
+        ("snapkv", 0.5),
+        ("snapkv", 64),
+        ("tova", 0.5),
+        ("tova", 64),
+    ]
+
+
+def test_a_method_in_text_is_checked_too():
+    with pytest.raises(InputError, match=r"^runner\.pair_with=snapkv windw=8: method\.windw: method has no key windw"):
+        named_method("snapkv windw=8")
+    with pytest.raises(InputError, match="must name a method"):
+        named_method(" ")
