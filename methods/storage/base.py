@@ -89,7 +89,7 @@ def slots_that_stay(stay: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | No
     return slots, None if bool(valid.all()) else valid
 
 
-IN_PLACE = ("write", "append", "keep", "drop", "freeze", "rollback", "settle", "trim")
+IN_PLACE = ("write", "append", "keep", "drop", "make_static", "rollback", "settle", "trim")
 """Methods of a storage that change what it holds."""
 
 
