@@ -7,7 +7,7 @@ the same when a Python class or field is renamed, so that records and their hash
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any, ClassVar, Self
 
 
@@ -32,13 +32,12 @@ class HasIdentity:
 
     def parameters(self) -> dict[str, Any]:
         """The fields that are arguments, as plain data, by their keys in records."""
-        values = asdict(self)  # type: ignore[call-overload]
         names = [f.name for f in fields(self) if f.init and f.name not in self.location_fields]  # type: ignore[arg-type]
         missing = object()
         return {
-            self.recorded_as.get(name, name): _plain(getattr(self, name), values[name])
-            for name in names
-            if getattr(self, name) != self.omitted_at.get(name, missing)
+            self.recorded_as.get(name, name): _plain(value)
+            for name, value in ((name, getattr(self, name)) for name in names)
+            if value != self.omitted_at.get(name, missing)
         }
 
     def identity(self) -> dict[str, Any]:
@@ -57,8 +56,8 @@ class HasIdentity:
         return cls(**{keys.get(k, k): v for k, v in recorded.items() if k not in ("class", "version", "ties")})
 
 
-def _plain(value: Any, as_dict: Any) -> Any:
+def _plain(value: Any) -> Any:
     """A field's value as recorded: a part by its identity, a tuple as a list."""
     if isinstance(value, HasIdentity):
         return value.identity()
-    return list(as_dict) if isinstance(as_dict, tuple) else as_dict
+    return list(value) if isinstance(value, tuple) else value
