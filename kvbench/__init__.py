@@ -16,20 +16,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvbench.analysis.load import load as load_runs
     from kvbench.conf.errors import InputError
-    from kvbench.methods.base import KVCache, Method
+    from kvbench.methods.cache.cache import KVCache
+    from kvbench.methods.cache.method import Method
     from kvbench.methods.policies.allocators.adaptive import Adaptive
     from kvbench.methods.policies.allocators.base import Allocator
     from kvbench.methods.policies.allocators.pyramid import Pyramid
     from kvbench.methods.policies.allocators.uniform import Uniform
-    from kvbench.methods.selection.base import Selection, TopKSelection
-    from kvbench.methods.selection.expected_attention import ExpectedAttention
-    from kvbench.methods.selection.h2o import H2O
-    from kvbench.methods.selection.key_diff import KeyDiff
-    from kvbench.methods.selection.pyramid_infer import PyramidInfer
-    from kvbench.methods.selection.random_tokens import RandomTokens
-    from kvbench.methods.selection.snapkv import SnapKV
-    from kvbench.methods.selection.streaming_llm import StreamingLLM
-    from kvbench.methods.selection.tova import TOVA
+    from kvbench.methods.policies.base import Selection, TopKSelection
+    from kvbench.methods.policies.pyramid_infer import PyramidInfer
+    from kvbench.methods.policies.scorers.attention_sums import H2O
+    from kvbench.methods.policies.scorers.expected_attention import ExpectedAttention
+    from kvbench.methods.policies.scorers.key_diff import KeyDiff
+    from kvbench.methods.policies.scorers.last_query import TOVA
+    from kvbench.methods.policies.scorers.random_tokens import RandomTokens
+    from kvbench.methods.policies.scorers.snapkv import SnapKV
+    from kvbench.methods.policies.streaming_llm import StreamingLLM
     from kvbench.methods.sharing.base import Sharing
     from kvbench.methods.sharing.cla import CLA
     from kvbench.methods.sharing.heads import Heads
@@ -92,20 +93,21 @@ __all__ = [
 _NAMES_BY_MODULE = {
     "analysis.load": ("load_runs",),
     "conf.errors": ("InputError",),
-    "methods.base": ("KVCache", "Method"),
+    "methods.cache.cache": ("KVCache",),
+    "methods.cache.method": ("Method",),
     "methods.policies.allocators.adaptive": ("Adaptive",),
     "methods.policies.allocators.base": ("Allocator",),
     "methods.policies.allocators.pyramid": ("Pyramid",),
     "methods.policies.allocators.uniform": ("Uniform",),
-    "methods.selection.base": ("Selection", "TopKSelection"),
-    "methods.selection.expected_attention": ("ExpectedAttention",),
-    "methods.selection.h2o": ("H2O",),
-    "methods.selection.key_diff": ("KeyDiff",),
-    "methods.selection.pyramid_infer": ("PyramidInfer",),
-    "methods.selection.random_tokens": ("RandomTokens",),
-    "methods.selection.snapkv": ("SnapKV",),
-    "methods.selection.streaming_llm": ("StreamingLLM",),
-    "methods.selection.tova": ("TOVA",),
+    "methods.policies.base": ("Selection", "TopKSelection"),
+    "methods.policies.scorers.expected_attention": ("ExpectedAttention",),
+    "methods.policies.scorers.attention_sums": ("H2O",),
+    "methods.policies.scorers.key_diff": ("KeyDiff",),
+    "methods.policies.pyramid_infer": ("PyramidInfer",),
+    "methods.policies.scorers.random_tokens": ("RandomTokens",),
+    "methods.policies.scorers.snapkv": ("SnapKV",),
+    "methods.policies.streaming_llm": ("StreamingLLM",),
+    "methods.policies.scorers.last_query": ("TOVA",),
     "methods.sharing.base": ("Sharing",),
     "methods.sharing.cla": ("CLA",),
     "methods.sharing.heads": ("Heads",),

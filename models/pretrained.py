@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from ..conf.errors import InputError, require
-from ..methods.sharing import model as _sharing  # noqa: F401  (AutoModelForCausalLM knows its classes from here on)
+from .kvshare import model as _sharing  # noqa: F401  (AutoModelForCausalLM knows its classes from here on)
 
 
 def load_pretrained(

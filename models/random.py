@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ..conf.errors import one_of, require
 from ..methods.sharing.base import Sharing
-from ..methods.sharing.convert import shared_config
 from .base import LoadedModel, ModelSource
+from .kvshare.convert import shared_config
 from .pretrained import prompt_limit
 
 # One file a shape, as published in the config.json of the model it is named after (``tiny`` is for tests: every

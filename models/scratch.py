@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..conf.errors import InputError, is_whole, require
 from ..methods.sharing.base import Sharing
-from ..methods.sharing.config import KVShareLlamaConfig
 from ..methods.sharing.heads import Heads
-from ..methods.sharing.model import KVShareLlamaForCausalLM
 from .base import LoadedModel, ModelSource
+from .kvshare.config import KVShareLlamaConfig
+from .kvshare.model import KVShareLlamaForCausalLM
 
 FFN_STEP = 8
 """The width of the feed-forward layers is a multiple of this."""

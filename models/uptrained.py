@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from ..conf.errors import InputError, require
 from ..methods.sharing.base import Sharing
-from ..methods.sharing.config import KVShareLlamaConfig
-from ..methods.sharing.convert import convert_to
 from .base import LoadedModel, ModelSource
+from .kvshare.config import KVShareLlamaConfig
+from .kvshare.convert import convert_to
 from .local import LocalModel
 from .pretrained import read_config, refused_in_one_line
 

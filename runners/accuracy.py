@@ -1,8 +1,8 @@
 """Quality of a method on a task, paired with the full cache on the same examples.
 
 One pass over the examples serves several methods: those that read the prompt whole ride on one prefill and decode as
-one batch (``kvbench.methods.fan_out``). Each method has its own run folder, so who rode along changes nothing: a method
-that is already done is not run again, and one that was killed continues after its last complete example.
+one batch (``methods/cache/fan_out.py``). Each method has its own run folder, so who rode along changes nothing: a
+method that is already done is not run again, and one that was killed continues after its last complete example.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from tqdm import tqdm
 from ..analysis.load import SAMPLES
 from ..analysis.stats import macro_mean, paired_difference
 from ..conf.errors import InputError, one_of, require
-from ..methods.base import Method, full_shape, model_shape
-from ..methods.layout import describe_layers
+from ..methods.cache.layout import describe_layers, full_shape, model_shape
+from ..methods.cache.method import Method
 from ..models.base import LoadedModel, ModelSource
 from ..tasks.base import PERCENT, Example, Reply, Source, Task, is_text
 from . import provenance

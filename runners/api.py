@@ -12,8 +12,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..conf.errors import InputError
-from ..methods.attention import kvbench_attention
-from ..methods.base import KVCache, Method
+from ..methods.cache.attention import kvbench_attention
+from ..methods.cache.cache import KVCache
+from ..methods.cache.method import Method
 from .cli import configured_method
 
 

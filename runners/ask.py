@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ..conf.errors import InputError
-from ..methods.base import Method
-from ..methods.fan_out import FanOutCache
+from ..methods.cache.fan_out import FanOutCache
+from ..methods.cache.method import Method
 from ..models.base import LoadedModel
 from ..models.pretrained import input_device
 from ..tasks.base import Continuations, Example, Likelihood, Reply, Task, cut_at, question_tokens

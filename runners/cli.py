@@ -212,7 +212,7 @@ def _sweep_job(config: DictConfig) -> None:
 
 def run(config: DictConfig) -> None:
     """Build the parts that the configuration names and hand them to the runner."""
-    from ..methods.base import Method  # torch is imported here, after the configuration has been found to exist
+    from ..methods.cache.method import Method  # torch is imported here, after the configuration has been found to exist
     from ..models.base import ModelSource
     from ..tasks.base import Described
     from .loggers import Logger

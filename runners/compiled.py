@@ -17,9 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..conf.errors import InputError
-from ..methods.base import KVCache
-from ..methods.logits import LogitRule
-from ..methods.rotary import rope
+from ..methods.cache.cache import KVCache
+from ..methods.cache.logits import LogitRule
+from ..methods.cache.rotary import rope
 from .fused_decode import is_changed, supports_fused_decode
 from .weights import let_go_of_files
 

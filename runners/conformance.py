@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, PreTrainedModel
 
 from ..conf.errors import InputError
-from ..methods.base import Method
-from ..methods.no_cache import NoCache
-from ..methods.selection.snapkv import SnapKV
+from ..methods.cache.method import Method
+from ..methods.policies.no_cache import NoCache
+from ..methods.policies.scorers.snapkv import SnapKV
 from ..methods.storage.kivi import Kivi
 from ..models.architectures import Variant, build, features, kinds_of_layers
 from . import engine

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..conf.errors import InputError, is_whole, require
-from ..methods.base import Method
+from ..methods.cache.method import Method
 from ..models.base import ModelSource
 from ..tasks.workload import Search, Workload
 from . import provenance

@@ -20,9 +20,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ..conf.errors import InputError
-from ..methods.base import KVCache
-from ..methods.rotary import DYNAMIC_ROPE_TYPES
-from ..methods.sharing.model import KVShareLlamaForCausalLM
+from ..methods.cache.cache import KVCache
+from ..methods.cache.rotary import DYNAMIC_ROPE_TYPES
+from ..models.kvshare.model import KVShareLlamaForCausalLM
 from ..tasks.base import Likelihood
 from .fused_decode import fused_decode_step, supports_fused_decode
 

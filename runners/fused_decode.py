@@ -18,8 +18,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from ..methods.base import KVCache
-from ..methods.logits import LogitRule
+from ..methods.cache.cache import KVCache
+from ..methods.cache.logits import LogitRule
 
 BUILT_ALIKE = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 

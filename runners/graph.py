@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
-from ..methods.base import KVCache
-from ..methods.rotary import DYNAMIC_ROPE_TYPES
+from ..methods.cache.cache import KVCache
+from ..methods.cache.rotary import DYNAMIC_ROPE_TYPES
 from .compiled import ROWS, CompiledStep, can_compile
 from .engine import decode, rope_type
 

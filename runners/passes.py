@@ -18,9 +18,10 @@ import torch
 from transformers import PreTrainedModel
 
 from ..conf.errors import InputError
-from ..methods.base import KVCache, Method, full_shape, model_shape
-from ..methods.layout import describe_layers
-from ..methods.no_cache import NoCache
+from ..methods.cache.cache import KVCache
+from ..methods.cache.layout import describe_layers, full_shape, model_shape
+from ..methods.cache.method import Method
+from ..methods.policies.no_cache import NoCache
 from ..models.base import LoadedModel, ModelSource
 from ..models.pretrained import devices_of, input_device
 from ..tasks.workload import Request, Workload

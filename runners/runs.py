@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..conf.errors import require
-from ..methods.base import Method
+from ..methods.cache.method import Method
 from ..models.base import ModelSource
 from ..tasks.base import Source
 from .record import RunFolder, identity_hash

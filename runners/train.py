@@ -31,9 +31,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..conf.errors import InputError, is_whole, one_of, require
-from ..methods.base import Method, kv_shape
-from ..methods.sharing.convert import INITS, converted
+from ..methods.cache.kv_shape import kv_shape
+from ..methods.cache.method import Method
 from ..models.base import ModelSource, file_sha256
+from ..models.kvshare.convert import INITS, converted
 from ..models.scratch import ScratchModel
 from ..models.uptrained import HOW, WEIGHTS, add_adapters, is_trained
 from ..tasks.training import IGNORED, TrainingData

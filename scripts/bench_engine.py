@@ -35,9 +35,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LogitsProcessorList
 
-from kvbench.methods.base import CacheLayer, KVCache, Method
-from kvbench.methods.fan_out import FanOutCache
-from kvbench.methods.selection.snapkv import SnapKV
+from kvbench.methods.cache.cache import KVCache
+from kvbench.methods.cache.fan_out import FanOutCache
+from kvbench.methods.cache.layer import CacheLayer
+from kvbench.methods.cache.method import Method
+from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.models.embedded import Embedded
 from kvbench.runners import provenance
 from kvbench.runners.compiled import compile_steps

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from bench_engine import DEVICE, alternating, decode_seconds, finish, prefill_seconds, seconds
 from train_family import ARMS, OF_ARM, SETTINGS
 
-from kvbench.methods.base import Method
+from kvbench.methods.cache.method import Method
 from kvbench.models.tiny import TinyModel
 from kvbench.runners import provenance
 from kvbench.runners.cli import named_method

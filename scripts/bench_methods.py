@@ -31,8 +31,10 @@ import torch
 from bench_engine import DEVICE, finish, prefill_seconds, seconds
 
 from kvbench.conf.errors import InputError
-from kvbench.methods.base import KVCache, Method, kv_shape
-from kvbench.methods.fan_out import FanOutCache
+from kvbench.methods.cache.cache import KVCache
+from kvbench.methods.cache.fan_out import FanOutCache
+from kvbench.methods.cache.kv_shape import kv_shape
+from kvbench.methods.cache.method import Method
 from kvbench.models.embedded import Embedded
 from kvbench.runners import provenance
 from kvbench.runners.cli import named_method

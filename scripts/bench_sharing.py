@@ -25,7 +25,9 @@ import torch
 from bench_engine import DEVICE, finish, prefill_seconds, seconds
 from bench_methods import steps
 
-from kvbench.methods.base import Method, full_shape, kv_shape
+from kvbench.methods.cache.kv_shape import kv_shape
+from kvbench.methods.cache.layout import full_shape
+from kvbench.methods.cache.method import Method
 from kvbench.models.random import SHAPES, RandomModel
 from kvbench.runners import provenance
 from kvbench.runners.cli import named_method

@@ -93,7 +93,7 @@ def correct() -> Iterator[Task]:
 
 def sdpa() -> Iterator[Task]:
     """Milliseconds until a call returns to the host, and until it is done; the first call at a shape and later ones."""
-    from kvbench.methods.sdpa import sdpa_without_cudnn
+    from kvbench.methods.cache.sdpa import sdpa_without_cudnn
 
     dtype = torch.bfloat16 if IS_CUDA else torch.float32
     heads, dim = (32, 128) if IS_CUDA else (2, 16)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from bench_engine import finish
 
-from kvbench.methods.base import Method
+from kvbench.methods.cache.method import Method
 from kvbench.models.embedded import Embedded
 from kvbench.runners import provenance
 from kvbench.runners.engine import prefill

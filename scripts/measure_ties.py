@@ -1,7 +1,7 @@
 """What the choice among equally scored tokens changes by itself: SnapKV under three rules, on the bundled set.
 
 Max pooling gives a peak and its neighbours one score, so that most budgets end inside such a tie. The rule of kvbench
-keeps the token with the largest own score, then the lower index (``kvbench.methods.selection.ranking``). Here it stands
+keeps the token with the largest own score, then the lower index (``kvbench.methods.policies.ranking``). Here it stands
 beside two that look at the index alone, the lower or the higher one first, as a device's ``topk`` may do. All rules and
 budgets share one prefill of each prompt; the full cache is not run.
 
@@ -27,11 +27,11 @@ from bench_engine import finish
 from tqdm import tqdm
 
 from kvbench.analysis.stats import paired_difference
-from kvbench.methods.base import Method
-from kvbench.methods.prompt import Prompt
-from kvbench.methods.selection import ranking
-from kvbench.methods.selection.base import Kept
-from kvbench.methods.selection.snapkv import SnapKV, pool
+from kvbench.methods.cache.method import Method
+from kvbench.methods.cache.prefill import Prompt
+from kvbench.methods.policies import ranking
+from kvbench.methods.policies.base import Kept
+from kvbench.methods.policies.scorers.snapkv import SnapKV, pool
 from kvbench.models.embedded import Embedded
 from kvbench.runners import provenance
 from kvbench.runners.ask import ask, encode

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from kvbench.methods.logits import LogitRule
-from kvbench.methods.prompt import Prompt
+from kvbench.methods.cache.logits import LogitRule
+from kvbench.methods.cache.prefill import Prompt
 
 LENGTH, DIM = 40, 8
 

@@ -10,8 +10,8 @@ import torch
 
 from kvbench.methods.policies.allocators.adaptive import Adaptive
 from kvbench.methods.policies.allocators.pyramid import Pyramid
-from kvbench.methods.selection.ranking import keep_mask
-from kvbench.methods.selection.snapkv import SnapKV
+from kvbench.methods.policies.ranking import keep_mask
+from kvbench.methods.policies.scorers.snapkv import SnapKV
 
 
 def pyramidkv(beta: int = 20, allocator: type[Pyramid] = Pyramid, **options: Any) -> SnapKV:

@@ -7,12 +7,12 @@ from transformers import LlamaConfig
 
 from kvbench.methods.sharing.base import RUN_KEYS, Sharing
 from kvbench.methods.sharing.cla import CLA
-from kvbench.methods.sharing.config import KVShareLlamaConfig
 from kvbench.methods.sharing.framework import KVShare
 from kvbench.methods.sharing.heads import Heads
 from kvbench.methods.sharing.lckv import LCKV
-from kvbench.methods.sharing.model import KVShareLlamaForCausalLM
 from kvbench.methods.sharing.yoco import YOCO
+from kvbench.models.kvshare.config import KVShareLlamaConfig
+from kvbench.models.kvshare.model import KVShareLlamaForCausalLM
 
 SHAPE = {
     "vocab_size": 97,

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from kvbench.methods.base import CacheLayer, KVCache
+from kvbench.methods.cache.cache import KVCache
+from kvbench.methods.cache.layer import CacheLayer
 
 
 class Witness:

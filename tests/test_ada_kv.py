@@ -9,8 +9,9 @@ from published import RoundedByHeadAdaptive, ada_kv, pyramidkv
 from tiny_models import prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
-from kvbench.methods.base import Method, kv_shape
-from kvbench.methods.selection.snapkv import SnapKV
+from kvbench.methods.cache.kv_shape import kv_shape
+from kvbench.methods.cache.method import Method
+from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.storage.dense import Dense
 from kvbench.methods.storage.ragged import Ragged
 from kvbench.runners.engine import decode, prefill

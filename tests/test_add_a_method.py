@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from local_model import kvbench, save_local_model, save_rows
 
-from kvbench.methods.selection.ranking import RULE
+from kvbench.methods.policies.ranking import RULE
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "add_a_method.md").read_text(encoding="utf-8")
 

@@ -6,11 +6,13 @@ import pytest
 import torch
 from tiny_models import prompt_ids, tiny_model
 
-from kvbench.methods.base import Method, stored_bytes
-from kvbench.methods.selection.h2o import H2O
-from kvbench.methods.selection.streaming_llm import StreamingLLM
-from kvbench.methods.selection.tova import TOVA
-from kvbench.methods.storage.base import KVShape, LayerStorage, Storage
+from kvbench.methods.cache.cache import stored_bytes
+from kvbench.methods.cache.kv_shape import KVShape
+from kvbench.methods.cache.method import Method
+from kvbench.methods.policies.scorers.attention_sums import H2O
+from kvbench.methods.policies.scorers.last_query import TOVA
+from kvbench.methods.policies.streaming_llm import StreamingLLM
+from kvbench.methods.storage.base import LayerStorage, Storage
 from kvbench.methods.storage.buffer import GROWTH, SPARE, Buffer
 from kvbench.methods.storage.dense import COMPACTION_INTERVAL_STEPS, Dense
 from kvbench.methods.storage.kivi import Kivi

@@ -13,10 +13,10 @@ from tiny_models import SHAPE, left_pad, prompt_ids, tiny_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from kvbench.conf.errors import InputError
-from kvbench.methods.base import Method
-from kvbench.methods.no_cache import NoCache
-from kvbench.methods.selection.h2o import H2O
-from kvbench.methods.selection.snapkv import SnapKV
+from kvbench.methods.cache.method import Method
+from kvbench.methods.policies.no_cache import NoCache
+from kvbench.methods.policies.scorers.attention_sums import H2O
+from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.sharing.yoco import YOCO
 from kvbench.methods.storage.kivi import Kivi
 from kvbench.models.random import RandomModel

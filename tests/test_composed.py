@@ -50,7 +50,7 @@ class Marker:
         "kvbench.runners.cli.named_method",
         "kvbench.runners.cli.help_text",
         "kvbench.runners.cli",
-        "kvbench.methods.base.Method.new_cache",
+        "kvbench.methods.cache.method.Method.new_cache",
         "kvbench.no_such.Class",
         "no_such_module.Class",
         "Method",

@@ -20,9 +20,10 @@ from spy import watch
 from tiny_models import SHAPE, left_pad, prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
-from kvbench.methods.base import Method, kv_shape
-from kvbench.methods.fan_out import FanOutCache
-from kvbench.methods.selection.pyramid_infer import PyramidInfer
+from kvbench.methods.cache.fan_out import FanOutCache
+from kvbench.methods.cache.kv_shape import kv_shape
+from kvbench.methods.cache.method import Method
+from kvbench.methods.policies.pyramid_infer import PyramidInfer
 from kvbench.methods.storage import buffer, dense
 from kvbench.methods.storage.buffer import GROWTH
 from kvbench.runners import engine

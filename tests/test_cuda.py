@@ -18,7 +18,8 @@ from test_contract import METHODS as CONTRACT
 from test_contract import make, model_for
 from tiny_models import left_pad, prompt_ids
 
-from kvbench.methods.base import KVCache, Method
+from kvbench.methods.cache.cache import KVCache
+from kvbench.methods.cache.method import Method
 from kvbench.runners.engine import decode, prefill
 from kvbench.runners.graph import GRAPH, Stepper
 

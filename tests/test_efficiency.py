@@ -15,8 +15,8 @@ import torch
 from local_model import kvbench, save_local_model
 from tiny_models import prompt_ids, tiny_model
 
-from kvbench.methods.base import Method
-from kvbench.methods.selection.snapkv import SnapKV
+from kvbench.methods.cache.method import Method
+from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.models.random import RandomModel
 from kvbench.runners import efficiency, graph, measure, passes
 from kvbench.runners.fresh import Killed, in_fresh_process

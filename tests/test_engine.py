@@ -11,14 +11,15 @@ import torch
 from tiny_models import SHAPE, left_pad, prompt_ids, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from kvbench.methods import attention
-from kvbench.methods.attention import cached_attention, lower_right_attention, split_kv_attention
-from kvbench.methods.base import CacheLayer, Method
-from kvbench.methods.fan_out import FanOutCache
-from kvbench.methods.logits import LogitRule
-from kvbench.methods.selection.pyramid_infer import PyramidInfer
-from kvbench.methods.selection.snapkv import SnapKV
-from kvbench.methods.selection.streaming_llm import StreamingLLM
+from kvbench.methods.cache import attention
+from kvbench.methods.cache.fan_out import FanOutCache
+from kvbench.methods.cache.layer import CacheLayer
+from kvbench.methods.cache.logits import LogitRule
+from kvbench.methods.cache.method import Method
+from kvbench.methods.cache.products import cached_attention, lower_right_attention, split_kv_attention
+from kvbench.methods.policies.pyramid_infer import PyramidInfer
+from kvbench.methods.policies.scorers.snapkv import SnapKV
+from kvbench.methods.policies.streaming_llm import StreamingLLM
 from kvbench.runners import engine
 from kvbench.runners.engine import Sampling, decode, feed, generate, prefill
 from kvbench.runners.fused_decode import supports_fused_decode
@@ -289,7 +290,7 @@ def test_full_is_transformers_generate_token_for_token_alone_and_padded(smollm2,
 @pytest.mark.real_model
 def test_a_planted_number_survives_snapkv_and_not_a_window_without_it(smollm2):
     """Quality that can be lost: SnapKV at a fifth of the bytes answers, a stream whose window has passed it cannot."""
-    from kvbench.methods.selection.streaming_llm import StreamingLLM
+    from kvbench.methods.policies.streaming_llm import StreamingLLM
 
     model, tokenizer = smollm2.model, smollm2.tokenizer
     rows = files("kvbench.tasks").joinpath("data", "longbench_mini", "narrativeqa.jsonl").read_text(encoding="utf-8")

@@ -8,16 +8,16 @@ from golden import golden_prompt
 from tiny_models import left_pad, prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
-from kvbench.methods.base import Method
-from kvbench.methods.logits import LogitRule
-from kvbench.methods.prompt import Prompt
-from kvbench.methods.selection import h2o
-from kvbench.methods.selection.base import Step
-from kvbench.methods.selection.evicting import EvictingState
-from kvbench.methods.selection.h2o import H2O, attention_received
-from kvbench.methods.selection.pyramid_infer import PyramidInfer
-from kvbench.methods.selection.streaming_llm import StreamingLLM
-from kvbench.methods.selection.tova import TOVA
+from kvbench.methods.cache.logits import LogitRule
+from kvbench.methods.cache.method import Method
+from kvbench.methods.cache.prefill import Prompt
+from kvbench.methods.policies.base import Step
+from kvbench.methods.policies.evicting import EvictingState
+from kvbench.methods.policies.pyramid_infer import PyramidInfer
+from kvbench.methods.policies.scorers import attention_sums as h2o
+from kvbench.methods.policies.scorers.attention_sums import H2O, attention_received
+from kvbench.methods.policies.scorers.last_query import TOVA
+from kvbench.methods.policies.streaming_llm import StreamingLLM
 from kvbench.methods.storage import dense
 from kvbench.methods.storage.dense import DenseLayer
 from kvbench.runners.engine import decode, prefill

@@ -12,9 +12,9 @@ import torch
 from sharing_models import shared_model
 from tiny_models import left_pad, prompt_ids, tiny_model
 
-from kvbench.methods.base import Method
-from kvbench.methods.fan_out import FanOutCache
-from kvbench.methods.selection.snapkv import SnapKV
+from kvbench.methods.cache.fan_out import FanOutCache
+from kvbench.methods.cache.method import Method
+from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.sharing.cla import CLA
 from kvbench.methods.sharing.lckv import LCKV
 from kvbench.methods.sharing.yoco import YOCO

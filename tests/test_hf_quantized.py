@@ -13,7 +13,8 @@ from tiny_models import prompt_ids, tiny_model
 from transformers.cache_utils import QuantizedCache
 
 from kvbench.conf.errors import InputError
-from kvbench.methods.base import Method, kv_shape
+from kvbench.methods.cache.kv_shape import kv_shape
+from kvbench.methods.cache.method import Method
 from kvbench.methods.storage import hf_quantized
 from kvbench.methods.storage.hf_quantized import HFQuantized, build_extension
 from kvbench.methods.storage.kivi import Kivi

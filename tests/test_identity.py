@@ -13,10 +13,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from kvbench.conf.identity import HasIdentity
-from kvbench.methods.base import Method
+from kvbench.methods.cache.method import Method
 from kvbench.methods.policies.allocators.adaptive import Adaptive
-from kvbench.methods.selection.base import Selection
-from kvbench.methods.selection.snapkv import SnapKV
+from kvbench.methods.policies.base import Selection
+from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.runners.record import identity_hash
 
 ROOT = Path(__file__).resolve().parents[1]

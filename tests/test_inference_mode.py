@@ -8,7 +8,8 @@ from sharing_models import RETENTION, shared_model
 from test_contract import METHODS, make, model_for
 from tiny_models import left_pad, prompt_ids, tiny_model
 
-from kvbench.methods.base import KVCache, Method
+from kvbench.methods.cache.cache import KVCache
+from kvbench.methods.cache.method import Method
 from kvbench.methods.storage.base import IN_PLACE, LayerStorage
 from kvbench.runners.cli import named_method
 from kvbench.runners.engine import decode, prefill

@@ -7,10 +7,10 @@ import torch
 from tiny_models import prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
-from kvbench.methods.base import Method, kv_shape
-from kvbench.methods.selection.h2o import H2O
-from kvbench.methods.selection.snapkv import SnapKV
-from kvbench.methods.storage.base import KVShape
+from kvbench.methods.cache.kv_shape import KVShape, kv_shape
+from kvbench.methods.cache.method import Method
+from kvbench.methods.policies.scorers.attention_sums import H2O
+from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.storage.kivi import Kivi, KiviSegments
 from kvbench.methods.storage.minicache_kivi import MiniCacheKivi
 from kvbench.methods.storage.packed import Quantized, channels_together, dequantize_into, pack, quantize

@@ -277,7 +277,7 @@ def test_a_config_the_formula_does_not_fit_is_refused(changes: dict[str, Any], m
 def test_a_shape_is_the_same_for_the_calculator_and_for_the_model(file: Path) -> None:
     import torch  # in this test alone: the others show what a machine without it can do
 
-    from kvbench.methods.base import kv_shape
+    from kvbench.methods.cache.kv_shape import kv_shape
     from kvbench.models.random import SHAPES as MODELS
 
     shape, config = kv_shape(MODELS[file.stem], torch.float16), load(file.stem)

@@ -50,7 +50,7 @@ RULES = {
     "kvbench": Rule(own=("kvbench",), others=()),
     "conf": Rule(own=("kvbench.conf",), others=()),
     "methods": Rule(own=("kvbench.methods", *COMMON), others=("torch", "transformers", "numpy", "filelock")),
-    "models": Rule(own=("kvbench.models", "kvbench.methods.sharing", *COMMON)),
+    "models": Rule(own=("kvbench.models", "kvbench.methods.sharing", "kvbench.methods.cache", *COMMON)),
     "tasks": Rule(own=("kvbench.tasks", *COMMON), never=("torch", *MODEL_CLASSES)),
     "runners": Rule(
         own=(
@@ -136,21 +136,21 @@ def test_a_file_imports_only_what_its_folder_may(file: str) -> None:
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("methods/base.py", "import pandas"),
-        ("methods/base.py", "from ..models.base import LoadedModel"),
-        ("methods/selection/snapkv.py", "from ...tasks import base"),
-        ("methods/selection/snapkv.py", "def f():\n    from ...runners.engine import prefill"),
-        ("methods/selection/snapkv.py", "from ...conf import other"),
-        ("models/base.py", "from ..methods.base import KVCache"),
+        ("methods/cache/method.py", "import pandas"),
+        ("methods/cache/method.py", "from ...models.base import LoadedModel"),
+        ("methods/policies/scorers/snapkv.py", "from ....tasks import base"),
+        ("methods/policies/scorers/snapkv.py", "def f():\n    from ....runners.engine import prefill"),
+        ("methods/policies/scorers/snapkv.py", "from ....conf import other"),
+        ("models/base.py", "from ..methods.policies.base import Selection"),
         ("models/base.py", "import kvbench.runners.engine"),
         ("tasks/longbench.py", "import torch"),
-        ("methods/base.py", "import triton"),
+        ("methods/cache/method.py", "import triton"),
         ("tasks/longbench.py", "import torch.nn.functional as F"),
         ("tasks/longbench.py", "from transformers import AutoModelForCausalLM"),
         ("tasks/longbench.py", "from transformers.models.llama import LlamaForCausalLM"),
         ("tasks/longbench.py", "from ..methods import Method"),
         ("analysis/tables.py", "from ..runners.record import RunFolder"),
-        ("analysis/tables.py", "from kvbench.methods.base import Method"),
+        ("analysis/tables.py", "from kvbench.methods.cache.method import Method"),
         ("runners/engine.py", "import hydra.utils"),
         ("runners/engine.py", "from omegaconf import OmegaConf"),
         ("analysis/load.py", "import torch"),
@@ -178,12 +178,12 @@ def test_each_rule_can_fail(file: str, source: str) -> None:
     ("file", "source"),
     [
         (
-            "methods/selection/snapkv.py",
-            "import math\nimport torch\nfrom ...conf.errors import require\nfrom .base import X",
+            "methods/policies/scorers/snapkv.py",
+            "import math\nimport torch\nfrom ....conf.errors import require\nfrom .base import X",
         ),
         (
-            "methods/base.py",
-            "from .selection.base import Selection\nfrom .prompt import Prompt\nfrom . import attention",
+            "methods/cache/method.py",
+            "from ..policies.base import Selection\nfrom .prefill import Prompt\nfrom . import attention",
         ),
         ("models/sharing.py", "from ..methods.sharing.cla import CLA\nimport huggingface_hub"),
         (
@@ -194,7 +194,7 @@ def test_each_rule_can_fail(file: str, source: str) -> None:
         ("runners/cli.py", "import hydra\nfrom omegaconf import OmegaConf"),
         ("analysis/plots.py", "import matplotlib.pyplot as plt\nfrom .load import runs"),
         ("run.py", "from kvbench.runners.cli import main"),
-        ("kvbench/__init__.py", "import importlib\nfrom kvbench.methods.base import Method"),
+        ("kvbench/__init__.py", "import importlib\nfrom kvbench.methods.cache.method import Method"),
         ("scripts/x.py", "import kvbench\nfrom kvbench import SnapKV"),
     ],
 )

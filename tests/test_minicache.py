@@ -11,9 +11,9 @@ from tiny_models import left_pad, prompt_ids, tiny_model
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from kvbench.conf.errors import InputError
-from kvbench.methods.base import Method, kv_shape
-from kvbench.methods.selection.snapkv import SnapKV
-from kvbench.methods.storage.base import KVShape
+from kvbench.methods.cache.kv_shape import KVShape, kv_shape
+from kvbench.methods.cache.method import Method
+from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.storage.minicache import MiniCache, Pair, PairLayer, angle_between, slerp
 from kvbench.runners.cli import named_method
 from kvbench.runners.engine import decode, prefill

@@ -10,8 +10,8 @@ import torch
 from tiny_models import left_pad, prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
-from kvbench.methods.base import Method, kv_shape
-from kvbench.methods.storage.base import KVShape
+from kvbench.methods.cache.kv_shape import KVShape, kv_shape
+from kvbench.methods.cache.method import Method
 from kvbench.methods.storage.kivi import Kivi
 from kvbench.methods.storage.minicache import MiniCache, Pair
 from kvbench.methods.storage.minicache_kivi import MiniCacheKivi

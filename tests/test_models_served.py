@@ -11,21 +11,16 @@ from tiny_models import SHAPE, left_pad, prompt_ids, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from kvbench.conf.errors import InputError
-from kvbench.methods.attention import (
-    causal_attention,
-    kvbench_attention,
-    masked_attention,
-    uncached_attention,
-    use_kvbench_attention,
-)
-from kvbench.methods.base import Method, model_shape
-from kvbench.methods.fan_out import FanOutCache
-from kvbench.methods.layout import layout_of, rotary_of
-from kvbench.methods.logits import LogitRule
-from kvbench.methods.no_cache import NoCache
-from kvbench.methods.selection.h2o import H2O
-from kvbench.methods.selection.snapkv import SnapKV
-from kvbench.methods.selection.streaming_llm import StreamingLLM
+from kvbench.methods.cache.attention import kvbench_attention, use_kvbench_attention
+from kvbench.methods.cache.fan_out import FanOutCache
+from kvbench.methods.cache.layout import layout_of, model_shape, rotary_of
+from kvbench.methods.cache.logits import LogitRule
+from kvbench.methods.cache.method import Method
+from kvbench.methods.cache.products import causal_attention, masked_attention, uncached_attention
+from kvbench.methods.policies.no_cache import NoCache
+from kvbench.methods.policies.scorers.attention_sums import H2O
+from kvbench.methods.policies.scorers.snapkv import SnapKV
+from kvbench.methods.policies.streaming_llm import StreamingLLM
 from kvbench.methods.sharing.plan import CHUNKED, SLIDING, Span, plan_of
 from kvbench.methods.storage.kivi import Kivi
 from kvbench.methods.storage.minicache import MiniCache
@@ -240,8 +235,8 @@ def test_attention_is_its_definition(span, softcap, with_sinks):
 
 def test_scores_have_the_cap_and_the_sinks_in_them():
     """H2O's sums over a prompt are those of the model's own weights: with sinks, rows add up to less than one."""
-    from kvbench.methods.prompt import Prompt
-    from kvbench.methods.selection.h2o import attention_received
+    from kvbench.methods.cache.prefill import Prompt
+    from kvbench.methods.policies.scorers.attention_sums import attention_received
 
     generator = torch.Generator().manual_seed(1)
     query, key = (torch.randn(1, h, 9, 8, generator=generator) for h in (4, 2))
@@ -395,7 +390,7 @@ def test_the_attention_of_a_vision_tower_stays_and_a_block_gives_back_the_decode
 )
 def test_the_rotation_of_keys_is_measured_layer_by_layer(kind, settings):
     """Turned keys are the model's own at the other position, whatever pairs its channels make; not all layers turn."""
-    from kvbench.methods.layout import _run
+    from kvbench.methods.cache.layout import _run
 
     model = model_of(kind, **settings)
     use_kvbench_attention(model)

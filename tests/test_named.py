@@ -7,9 +7,9 @@ from importlib.resources import files
 import pytest
 
 from kvbench.conf.errors import InputError
-from kvbench.methods.base import Method
-from kvbench.methods.named import token_methods
-from kvbench.methods.selection.snapkv import SnapKV
+from kvbench.methods.cache.method import Method
+from kvbench.methods.policies.names import token_methods
+from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.sharing.cla import CLA
 from kvbench.methods.storage.dense import Dense
 from kvbench.methods.storage.kivi import Kivi

@@ -15,8 +15,8 @@ import time
 import pytest
 import torch
 
-from kvbench.methods.attention import cached_attention
-from kvbench.methods.logits import LogitRule
+from kvbench.methods.cache.logits import LogitRule
+from kvbench.methods.cache.products import cached_attention
 from kvbench.methods.storage.kivi import KiviSegments
 from kvbench.methods.storage.minicache import Directions, Pair
 from kvbench.methods.storage.minicache_kivi import QuantizedDirections
@@ -71,8 +71,8 @@ def test_products_with_packed_numbers_are_those_with_the_numbers(case, bits, pie
 
 ONE_TOKEN = """
 import json, torch
-from kvbench.methods.attention import cached_attention
-from kvbench.methods.logits import LogitRule
+from kvbench.methods.cache.attention import cached_attention
+from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.storage import kernels
 
 torch.manual_seed(0)

@@ -10,11 +10,13 @@ import torch
 from test_contract import NAMES, make
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from kvbench.methods.base import CacheLayer, Method, kv_shape
-from kvbench.methods.prompt import Prompt
-from kvbench.methods.rotary import Rotary
-from kvbench.methods.selection.base import ALL_QUERIES, ModelLayer
-from kvbench.methods.selection.pyramid_infer import PyramidInfer, Sequences
+from kvbench.methods.cache.kv_shape import kv_shape
+from kvbench.methods.cache.layer import CacheLayer
+from kvbench.methods.cache.method import Method
+from kvbench.methods.cache.prefill import Prompt
+from kvbench.methods.cache.rotary import Rotary
+from kvbench.methods.policies.base import ALL_QUERIES, ModelLayer
+from kvbench.methods.policies.pyramid_infer import PyramidInfer, Sequences
 from kvbench.runners.engine import prefill
 
 TEXT = Path(__file__).resolve().parents[1] / "LICENSE"

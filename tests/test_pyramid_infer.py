@@ -11,10 +11,11 @@ import torch
 from tiny_models import left_pad, prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
-from kvbench.methods.base import Method, kv_shape
-from kvbench.methods.selection import pyramid_infer
-from kvbench.methods.selection.pyramid_infer import PyramidInfer
-from kvbench.methods.selection.streaming_llm import StreamingLLM
+from kvbench.methods.cache.kv_shape import kv_shape
+from kvbench.methods.cache.method import Method
+from kvbench.methods.policies import pyramid_infer
+from kvbench.methods.policies.pyramid_infer import PyramidInfer
+from kvbench.methods.policies.streaming_llm import StreamingLLM
 from kvbench.methods.storage.dense import Dense
 from kvbench.methods.storage.ragged import Ragged
 from kvbench.runners.engine import decode, generate, prefill

@@ -9,8 +9,8 @@ from published import RoundedDownPyramid, pyramidkv
 from tiny_models import prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
-from kvbench.methods.base import Method
-from kvbench.methods.selection.snapkv import SnapKV
+from kvbench.methods.cache.method import Method
+from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.runners.engine import prefill
 
 

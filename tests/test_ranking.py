@@ -8,20 +8,20 @@ from published import RoundedByHeadAdaptive, ada_kv, pyramidkv
 from spy import watch
 from tiny_models import left_pad, prompt_ids, tiny_model
 
-from kvbench.methods.base import Method
-from kvbench.methods.logits import LogitRule
+from kvbench.methods.cache.logits import LogitRule
+from kvbench.methods.cache.method import Method
+from kvbench.methods.cache.prefill import Prompt
+from kvbench.methods.cache.rotary import Rotary
 from kvbench.methods.policies.allocators.adaptive import Adaptive
-from kvbench.methods.prompt import Prompt
-from kvbench.methods.rotary import Rotary
-from kvbench.methods.selection.base import ModelLayer
-from kvbench.methods.selection.evicting import EvictingState
-from kvbench.methods.selection.expected_attention import ExpectedAttention
-from kvbench.methods.selection.h2o import H2O
-from kvbench.methods.selection.key_diff import KeyDiff
-from kvbench.methods.selection.random_tokens import RandomTokens
-from kvbench.methods.selection.ranking import keep_mask, keep_slots, last_slot
-from kvbench.methods.selection.snapkv import SnapKV
-from kvbench.methods.selection.tova import TOVA
+from kvbench.methods.policies.base import ModelLayer
+from kvbench.methods.policies.evicting import EvictingState
+from kvbench.methods.policies.ranking import keep_mask, keep_slots, last_slot
+from kvbench.methods.policies.scorers.attention_sums import H2O
+from kvbench.methods.policies.scorers.expected_attention import ExpectedAttention
+from kvbench.methods.policies.scorers.key_diff import KeyDiff
+from kvbench.methods.policies.scorers.last_query import TOVA
+from kvbench.methods.policies.scorers.random_tokens import RandomTokens
+from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.storage.dense import Dense, DenseLayer
 from kvbench.methods.storage.ragged import Ragged
 from kvbench.runners.engine import prefill

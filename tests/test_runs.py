@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 from published import ada_kv, pyramidkv
 
-from kvbench.methods.base import Method
-from kvbench.methods.selection.expected_attention import ExpectedAttention
-from kvbench.methods.selection.h2o import H2O
-from kvbench.methods.selection.key_diff import KeyDiff
-from kvbench.methods.selection.pyramid_infer import PyramidInfer
-from kvbench.methods.selection.random_tokens import RandomTokens
-from kvbench.methods.selection.snapkv import SnapKV
-from kvbench.methods.selection.streaming_llm import StreamingLLM
-from kvbench.methods.selection.tova import TOVA
+from kvbench.methods.cache.method import Method
+from kvbench.methods.policies.pyramid_infer import PyramidInfer
+from kvbench.methods.policies.scorers.attention_sums import H2O
+from kvbench.methods.policies.scorers.expected_attention import ExpectedAttention
+from kvbench.methods.policies.scorers.key_diff import KeyDiff
+from kvbench.methods.policies.scorers.last_query import TOVA
+from kvbench.methods.policies.scorers.random_tokens import RandomTokens
+from kvbench.methods.policies.scorers.snapkv import SnapKV
+from kvbench.methods.policies.streaming_llm import StreamingLLM
 from kvbench.methods.storage.kivi import Kivi
 from kvbench.methods.storage.minicache import MiniCache
 from kvbench.runners.record import RunFolder

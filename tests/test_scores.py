@@ -10,12 +10,12 @@ from tiny_models import tiny_model
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from kvbench.conf.errors import InputError
-from kvbench.methods.logits import LogitRule
-from kvbench.methods.prompt import Prompt
-from kvbench.methods.rotary import Rotary
-from kvbench.methods.selection.expected_attention import ExpectedAttention
-from kvbench.methods.selection.key_diff import KeyDiff
-from kvbench.methods.selection.random_tokens import RandomTokens
+from kvbench.methods.cache.logits import LogitRule
+from kvbench.methods.cache.prefill import Prompt
+from kvbench.methods.cache.rotary import Rotary
+from kvbench.methods.policies.scorers.expected_attention import ExpectedAttention
+from kvbench.methods.policies.scorers.key_diff import KeyDiff
+from kvbench.methods.policies.scorers.random_tokens import RandomTokens
 from kvbench.runners.cli import named_method
 
 D = 16  # of the tiny models

@@ -13,7 +13,7 @@ import torch
 from local_model import kvbench
 
 from kvbench.conf.errors import InputError
-from kvbench.methods.base import Method
+from kvbench.methods.cache.method import Method
 from kvbench.models.random import RandomModel
 from kvbench.runners.passes import Job
 from kvbench.runners.search import SearchJob, largest, outcomes, search

@@ -9,16 +9,16 @@ from sharing_models import DOWNWARD, RETENTION, SHAPE, UPWARD, config_of, name_o
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 
 from kvbench.conf.errors import InputError
-from kvbench.methods.layout import describe_layers
+from kvbench.methods.cache.layout import describe_layers
 from kvbench.methods.sharing.cla import CLA
-from kvbench.methods.sharing.config import KVShareLlamaConfig
 from kvbench.methods.sharing.framework import KVShare
 from kvbench.methods.sharing.heads import Heads
 from kvbench.methods.sharing.lckv import LCKV
-from kvbench.methods.sharing.model import KVShareLlamaForCausalLM
 from kvbench.methods.sharing.plan import Segment, segments
-from kvbench.methods.sharing.retention import retention
 from kvbench.methods.sharing.yoco import YOCO
+from kvbench.models.kvshare.config import KVShareLlamaConfig
+from kvbench.models.kvshare.model import KVShareLlamaForCausalLM
+from kvbench.models.kvshare.retention import retention
 from kvbench.tasks.text import Text
 
 ALL = [*DOWNWARD, *UPWARD, RETENTION]

@@ -11,17 +11,19 @@ from tiny_models import left_pad
 from transformers import DynamicCache
 
 from kvbench.conf.errors import InputError
-from kvbench.methods.base import Method, full_shape, kv_shape
-from kvbench.methods.fan_out import FanOutCache
-from kvbench.methods.no_cache import NoCache
-from kvbench.methods.selection.base import Selection
-from kvbench.methods.selection.h2o import H2O
-from kvbench.methods.selection.key_diff import KeyDiff
-from kvbench.methods.selection.pyramid_infer import PyramidInfer
-from kvbench.methods.selection.random_tokens import RandomTokens
-from kvbench.methods.selection.snapkv import SnapKV
-from kvbench.methods.selection.streaming_llm import StreamingLLM
-from kvbench.methods.selection.tova import TOVA
+from kvbench.methods.cache.fan_out import FanOutCache
+from kvbench.methods.cache.kv_shape import kv_shape
+from kvbench.methods.cache.layout import full_shape
+from kvbench.methods.cache.method import Method
+from kvbench.methods.policies.base import Selection
+from kvbench.methods.policies.no_cache import NoCache
+from kvbench.methods.policies.pyramid_infer import PyramidInfer
+from kvbench.methods.policies.scorers.attention_sums import H2O
+from kvbench.methods.policies.scorers.key_diff import KeyDiff
+from kvbench.methods.policies.scorers.last_query import TOVA
+from kvbench.methods.policies.scorers.random_tokens import RandomTokens
+from kvbench.methods.policies.scorers.snapkv import SnapKV
+from kvbench.methods.policies.streaming_llm import StreamingLLM
 from kvbench.methods.sharing.cla import CLA
 from kvbench.methods.sharing.lckv import LCKV
 from kvbench.methods.sharing.yoco import YOCO

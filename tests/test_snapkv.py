@@ -11,13 +11,13 @@ from published import ada_kv, pyramidkv
 from tiny_models import prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
-from kvbench.methods.base import Method
-from kvbench.methods.fan_out import FanOutCache
-from kvbench.methods.logits import LogitRule
-from kvbench.methods.prompt import Prompt
-from kvbench.methods.selection import snapkv
-from kvbench.methods.selection.base import resolve_budget
-from kvbench.methods.selection.snapkv import SnapKV, reduce_groups, window_attention
+from kvbench.methods.cache.fan_out import FanOutCache
+from kvbench.methods.cache.logits import LogitRule
+from kvbench.methods.cache.method import Method
+from kvbench.methods.cache.prefill import Prompt
+from kvbench.methods.policies.base import resolve_budget
+from kvbench.methods.policies.scorers import snapkv
+from kvbench.methods.policies.scorers.snapkv import SnapKV, reduce_groups, window_attention
 from kvbench.methods.storage.ragged import Ragged
 from kvbench.runners.engine import decode, generate, prefill
 

@@ -12,9 +12,9 @@ from tiny_models import SHAPE, left_pad, prompt_ids, tiny_model
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from kvbench.conf.errors import InputError
-from kvbench.methods.base import Method
-from kvbench.methods.rotary import Rotary
-from kvbench.methods.selection.streaming_llm import StreamingLLM
+from kvbench.methods.cache.method import Method
+from kvbench.methods.cache.rotary import Rotary
+from kvbench.methods.policies.streaming_llm import StreamingLLM
 from kvbench.methods.storage.dense import Dense
 from kvbench.methods.storage.kivi import Kivi
 from kvbench.runners.engine import decode, feed, generate, prefill

@@ -9,8 +9,8 @@ import torch
 
 from kvbench.analysis.load import comparable, read_runs
 from kvbench.conf.errors import InputError
-from kvbench.methods.base import Method
-from kvbench.methods.selection.snapkv import SnapKV
+from kvbench.methods.cache.method import Method
+from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.sharing.cla import CLA
 from kvbench.methods.sharing.heads import Heads
 from kvbench.methods.sharing.yoco import YOCO

@@ -21,14 +21,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kvbench.analysis.load import read_runs
 from kvbench.analysis.tables import markdown, tables, train_table
 from kvbench.conf.errors import InputError
-from kvbench.methods.base import Method
-from kvbench.methods.selection.snapkv import SnapKV
+from kvbench.methods.cache.method import Method
+from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.sharing.cla import CLA
-from kvbench.methods.sharing.convert import converted, shared_config
 from kvbench.methods.sharing.framework import KVShare
 from kvbench.methods.sharing.heads import Heads
 from kvbench.methods.sharing.lckv import LCKV
 from kvbench.methods.sharing.yoco import YOCO
+from kvbench.models.kvshare.convert import converted, shared_config
 from kvbench.models.local import LocalModel
 from kvbench.models.random import RandomModel
 from kvbench.models.scratch import ScratchModel, parameters

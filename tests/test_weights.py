@@ -15,7 +15,7 @@ from tiny_models import prompt_ids, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from kvbench.methods.base import Method
+from kvbench.methods.cache.method import Method
 from kvbench.methods.sharing.yoco import YOCO
 from kvbench.models.base import LoadedModel
 from kvbench.models.random import RandomModel

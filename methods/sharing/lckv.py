@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 from ...conf.errors import InputError, is_whole, require
 from .base import Encoded
-from .config import UPWARD_STYLES
+from .plan import UPWARD_STYLES
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ HOLDS_NOTHING = getattr(cache_utils, "DummyLayer", ())
 NO_LAYER = -1
 """In place of a cache layer's number: the layer of the model neither attends nor keeps a state."""
 ENCODINGS = ("iterative", "exact")
+UPWARD_STYLES = ("fresh", "paper")
 
 
 def check_map(source: Sequence[int], layer_types: Sequence[str], layers: int, window: int | None) -> None:

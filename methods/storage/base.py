@@ -8,74 +8,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ...conf.identity import HasIdentity
-from ..attention import cached_attention
-from ..inference_mode import under_inference_mode
-from ..logits import LogitRule
-from ..sharing.plan import Span
+from ..cache.inference_mode import under_inference_mode
+from ..cache.kv_shape import KVShape
+from ..cache.logits import LogitRule
+from ..cache.products import cached_attention
 from .buffer import Growing
-
-
-@dataclass(frozen=True)
-class LocalShape:
-    """Layers that own keys and values and see a span of tokens: they hold those whatever the method.
-
-    Attributes:
-        layers: how many.
-        span: the tokens that they see.
-        kv_heads: KV heads per layer.
-        channels: channels of one key and one value together.
-    """
-
-    layers: int
-    span: Span
-    kv_heads: int
-    channels: int
-
-
-@dataclass(frozen=True)
-class KVShape:
-    """What the byte formulas need to know of a model.
-
-    Attributes:
-        layers: decoder layers that own keys and values and attend over all tokens.
-        kv_heads: KV heads per layer.
-        head_dim: channels of a key.
-        element_bytes: bytes of one element in the compute dtype.
-        query_heads: query heads per layer (a method that stores per query head multiplies by them).
-        local: layers of local attention.
-        recurrent_bytes: of the layers that hold a state of fixed size, beside keys and values or instead of them.
-        value_channels: channels of a value, where they are not those of a key; None: the same.
-    """
-
-    layers: int
-    kv_heads: int
-    head_dim: int
-    element_bytes: int
-    query_heads: int
-    local: tuple[LocalShape, ...] = ()
-    recurrent_bytes: int = 0
-    value_channels: int | None = None
-
-    @property
-    def value_dim(self) -> int:
-        """Channels of a value."""
-        return self.head_dim if self.value_channels is None else self.value_channels
-
-    @property
-    def token_channels(self) -> int:
-        """Channels of one key and one value together."""
-        return self.head_dim + self.value_dim
-
-    def fixed_bytes(self, tokens: int) -> int:
-        """Bytes of one sequence that no method changes: windows and states, after ``tokens`` tokens."""
-        held = sum(x.layers * x.span.held(tokens) * x.kv_heads * x.channels for x in self.local)
-        return held * self.element_bytes + self.recurrent_bytes
 
 
 def slots_that_stay(stay: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

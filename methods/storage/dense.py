@@ -8,8 +8,9 @@ from typing import ClassVar
 
 import torch
 
-from ..logits import LogitRule
-from .base import KVShape, LayerStorage, Storage
+from ..cache.kv_shape import KVShape
+from ..cache.logits import LogitRule
+from .base import LayerStorage, Storage
 from .buffer import grown
 from .packed import has_kernels
 

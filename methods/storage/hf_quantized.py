@@ -24,7 +24,8 @@ from filelock import FileLock, Timeout
 from transformers.cache_utils import QuantoQuantizedLayer
 
 from ...conf.errors import InputError, require
-from .base import KVShape, Storage
+from ..cache.kv_shape import KVShape
+from .base import Storage
 from .packed import channels_together
 from .segments import SegmentedLayer, Segments
 

@@ -21,9 +21,10 @@ from typing import ClassVar
 import torch
 
 from ...conf.errors import require
-from ..attention import exact_products, softmax_of
-from ..logits import LogitRule
-from .base import KVShape, Storage
+from ..cache.kv_shape import KVShape
+from ..cache.logits import LogitRule
+from ..cache.products import exact_products, softmax_of
+from .base import Storage
 from .buffer import SPARE, Buffer
 from .packed import (
     Quantized,

@@ -29,10 +29,11 @@ import torch
 import torch.nn.functional as F
 
 from ...conf.errors import InputError, require
-from ..attention import exact_products
-from ..logits import LogitRule
-from ..selection.ranking import keep_mask
-from .base import KVShape, LayerStorage, Storage
+from ..cache.kv_shape import KVShape
+from ..cache.logits import LogitRule
+from ..cache.products import exact_products
+from ..policies.ranking import keep_mask
+from .base import LayerStorage, Storage
 from .buffer import Buffer, Growing
 from .dense import DenseLayer
 

@@ -15,8 +15,9 @@ from typing import ClassVar
 
 import torch
 
-from ..logits import LogitRule
-from .base import KVShape, LayerStorage
+from ..cache.kv_shape import KVShape
+from ..cache.logits import LogitRule
+from .base import LayerStorage
 from .kivi import Kivi
 from .minicache import Directions, MiniCache, Pair
 from .packed import (

@@ -14,7 +14,7 @@ from itertools import product
 import torch
 
 from ...conf.errors import InputError
-from ..attention import PIECE
+from ..cache.products import PIECE
 from .buffer import Buffer
 
 CUT = 2 * PIECE

@@ -12,7 +12,8 @@ from typing import ClassVar
 
 import torch
 
-from .base import KVShape, Storage
+from ..cache.kv_shape import KVShape
+from .base import Storage
 from .buffer import Buffer
 from .segments import SegmentedLayer, Segments
 

@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import torch
 
-from ..attention import cached_attention
-from ..logits import LogitRule
+from ..cache.logits import LogitRule
+from ..cache.products import cached_attention
 from .base import LayerStorage
 from .buffer import Growing
 

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 
 from ....conf.errors import is_whole, require
-from ...selection.ranking import keep_mask
+from ..ranking import keep_mask
 from .base import Allocator
 from .pyramid import Pyramid
 

@@ -24,10 +24,10 @@ from typing import ClassVar
 
 import torch
 
-from ...conf.errors import require
-from ..prompt import Prompt
-from ..rotary import Rotary
-from .base import ALL_QUERIES, Budget, ModelLayer, TopKSelection
+from ....conf.errors import require
+from ...cache.prefill import Prompt
+from ...cache.rotary import Rotary
+from ..base import ALL_QUERIES, Budget, ModelLayer, TopKSelection
 
 
 @dataclass(frozen=True)

@@ -18,18 +18,18 @@ from transformers import PreTrainedModel
 
 from ...conf.errors import is_whole, require
 from ...conf.identity import HasIdentity
-from ..logits import LogitRule
-from ..policies.allocators.base import Allocator
-from ..policies.allocators.uniform import Uniform
-from ..prompt import Prompt
-from ..rotary import Rotary
+from ..cache.logits import LogitRule
+from ..cache.prefill import Prompt
+from ..cache.rotary import Rotary
 from ..sharing.plan import KVAccess
 from ..storage.base import LayerStorage, slots_that_stay
 from . import ranking
+from .allocators.base import Allocator
+from .allocators.uniform import Uniform
 from .ranking import keep_mask, keep_slots
 
 if TYPE_CHECKING:
-    from ..base import KVCache
+    from ..cache.cache import KVCache
 
 Budget = int | float
 """Tokens kept per layer, the protected window included (int), or a fraction of the prompt (float in (0, 1])."""

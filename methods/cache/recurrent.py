@@ -1,7 +1,7 @@
 """Recurrent state beside the KV cache: models whose layers are partly linear attention, Mamba or convolutions.
 
 The state has a fixed size whatever the number of tokens, so no method changes it. transformers' own cache layers hold
-it, and :class:`.base.KVCache` passes its layers' calls on to them.
+it, and :class:`.cache.KVCache` passes its layers' calls on to them.
 """
 
 from __future__ import annotations

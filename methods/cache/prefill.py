@@ -14,27 +14,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..conf.errors import InputError
-from .attention import causal_attention
+from ...conf.errors import InputError
+from ..sharing.plan import KVAccess, Span
+from .forward import Rows
 from .logits import LogitRule
-from .sharing.plan import KVAccess, Span
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of a batch that have the same number of leading pads.
-
-    Attributes:
-        pads: leading pad columns of these rows.
-        index: row numbers [R], or None for the whole batch.
-    """
-
-    pads: int
-    index: torch.Tensor | None
-
-    def take(self, x: torch.Tensor) -> torch.Tensor:
-        """These rows of a batch-first tensor."""
-        return x if self.index is None else x[self.index]
+from .products import causal_attention
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,11 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
-from ..attention import ATTENTION_NAME, tag
-from ..base import KVCache
-from ..rotary import rope
+from ...methods.cache.attention import ATTENTION_NAME, tag
+from ...methods.cache.cache import KVCache
+from ...methods.cache.rotary import rope
+from ...methods.sharing.plan import FULL, LINEAR, SLIDING, Segment, segments
 from .config import KVShareLlamaConfig
-from .plan import FULL, LINEAR, SLIDING, Segment, segments
 from .retention import GatedRetention
 
 KV = tuple[torch.Tensor, torch.Tensor]

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..attention import masked_attention
-from ..prompt import Prompt
+from ..cache.prefill import Prompt
+from ..cache.products import masked_attention
 from ..sharing.plan import Span
 from ..storage.base import LayerStorage
 from .base import Kept, ModelLayer, Selection, Step

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..prompt import Prompt
-from .base import Kept, resolve_budget
-from .evicting import EvictingSelection, EvictingState
-from .ranking import keep_slots
+from ...cache.prefill import Prompt
+from ..base import Kept, resolve_budget
+from ..evicting import EvictingSelection, EvictingState
+from ..ranking import keep_slots
 from .snapkv import window_attention
 
 

@@ -31,15 +31,16 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from ...conf.errors import InputError, is_whole, require
-from ..prompt import Prompt, Rows
+from ..cache.forward import Rows
+from ..cache.prefill import Prompt
 from ..storage.base import LayerStorage, slots_that_stay
 from .base import ALL_QUERIES, Budget, Kept, ModelLayer, Selection, Step, check_budget, resolve_budget
 from .evicting import attend_and_weigh
-from .h2o import attention_blocks
 from .ranking import keep_mask, keep_slots
+from .scorers.attention_sums import attention_blocks
 
 if TYPE_CHECKING:
-    from ..base import KVCache
+    from ..cache.cache import KVCache
 
 STRATEGIES = ("cosine", "linear", "constant")
 TRIGGERS = ("own_length", "published", "never")
@@ -620,7 +621,7 @@ def _shrink(
     cache: KVCache, shared: Sequences, layer_idx: int, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """What a layer is given: only the tokens that the one before passes on."""
-    from ..base import NewTokens  # at run time: that module imports this package's base
+    from ..cache.forward import NewTokens  # at run time: that module imports this package's base
 
     hidden = args[0]
     before, new = cache.layers[layer_idx - 1], cache.new_tokens

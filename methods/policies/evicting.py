@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ...conf.errors import require
-from ..attention import exact_products
+from ..cache.products import exact_products
 from ..storage.base import LayerStorage
 from .base import Budget, ModelLayer, Selection, Step, check_budget, resolve_budget
 from .ranking import last_slot

@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from ...conf.errors import require
-from ..prompt import Prompt
-from .base import Budget, TopKSelection
+from ....conf.errors import require
+from ...cache.prefill import Prompt
+from ..base import Budget, TopKSelection
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ import torch
 import torch.nn.functional as F
 
 from ...conf.errors import InputError, require
-from ..attention import cached_attention, exact_products
-from ..prompt import Prompt
-from ..rotary import Rotary
+from ..cache.prefill import Prompt
+from ..cache.products import cached_attention, exact_products
+from ..cache.rotary import Rotary
 from ..storage.base import LayerStorage
 from .base import Budget, Kept, ModelLayer, Selection, Step, check_budget, resolve_budget
 

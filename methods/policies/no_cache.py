@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from .attention import use_kvbench_attention
-from .base import KVCache, Method
-from .layout import layout_of, reset_rope
-from .sharing.plan import Plan
-from .storage.base import KVShape
+from ..cache.attention import use_kvbench_attention
+from ..cache.cache import KVCache
+from ..cache.kv_shape import KVShape
+from ..cache.layout import layout_of, reset_rope
+from ..cache.method import Method
+from ..sharing.plan import Plan
 
 
 class NoCacheState(KVCache):

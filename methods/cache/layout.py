@@ -12,20 +12,22 @@ import collections
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from ..conf.errors import InputError
-from .attention import ADVICE, kvbench_attention, masked_attention
-from .base import KVCache
+from ...conf.errors import InputError
+from ..sharing.base import Sharing
+from ..sharing.plan import FULL, LINEAR, Plan, plan_of
+from .attention import ADVICE, kvbench_attention
+from .cache import KVCache
+from .kv_shape import KVShape, LocalShape
 from .logits import LogitRule
+from .products import masked_attention
 from .recurrent import RecurrentStates
 from .rotary import Rotary, measured_rotary
-from .sharing.plan import FULL, LINEAR, Plan, plan_of
-from .storage.base import KVShape, LocalShape
 
 POSITIONS = (1, 38)
 """Two positions at which one token's keys are compared."""
@@ -268,3 +270,20 @@ def reset_rope(model: PreTrainedModel) -> None:
         if getattr(module, "rope_type", None) == "dynamic" and module.max_seq_len_cached != module.original_max_seq_len:
             module.inv_freq = module.original_inv_freq.to(module.inv_freq.device)
             module.max_seq_len_cached = module.original_max_seq_len
+
+
+def model_shape(model: PreTrainedModel) -> KVShape:
+    """What the byte formulas need, as the model's layers were seen to hand over keys, values and states."""
+    return layout_of(model).shape
+
+
+def full_shape(model: PreTrainedModel, sharing: Sharing | None = None) -> KVShape:
+    """The same for the plain model of this size: every layer with keys and values of its own.
+
+    Where ``sharing`` is a number of KV heads, the plain model has as many as query heads.
+    """
+    shape, config = model_shape(model), model.config.get_text_config()
+    heads = shape.query_heads if sharing is not None and sharing.shares_heads else shape.kv_heads
+    if getattr(config, "upward_style", None) is None:
+        return replace(shape, kv_heads=heads)
+    return replace(shape, layers=config.num_hidden_layers, kv_heads=heads, local=(), recurrent_bytes=0)

@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 
-from .base import CacheLayer, KVCache, NewTokens
+from ..sharing.plan import LINEAR, KVAccess
+from .cache import KVCache
+from .forward import NewTokens, Rows
+from .layer import CacheLayer
 from .logits import LogitRule
-from .prompt import Prompt, PromptReader, Rows
-from .sharing.plan import LINEAR, KVAccess
-from .sharing.recurrent import RecurrentLayer
+from .prefill import Prompt, PromptReader
+from .retention import RecurrentLayer
 
 
 class FanOutLayer(PromptReader):

@@ -6,7 +6,7 @@ import re
 from functools import cache
 from importlib.resources import files
 
-KEEPS_EVERYTHING = "kvbench.methods.selection.base.Selection"
+KEEPS_EVERYTHING = "kvbench.methods.policies.base.Selection"
 
 
 @cache

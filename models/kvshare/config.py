@@ -6,9 +6,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from .plan import ENCODINGS, FULL, LINEAR, check_map
-
-UPWARD_STYLES = ("fresh", "paper")
+from ...methods.sharing.plan import ENCODINGS, FULL, LINEAR, UPWARD_STYLES, check_map
 
 
 class KVShareLlamaConfig(LlamaConfig):

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from ...conf.errors import require
-from ..prompt import Prompt
-from .base import Budget, TopKSelection
+from ....conf.errors import require
+from ...cache.prefill import Prompt
+from ..base import Budget, TopKSelection
 
 
 @dataclass(frozen=True)

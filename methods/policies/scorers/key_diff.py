@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from ..prompt import Prompt
-from .base import Budget, TopKSelection
+from ...cache.prefill import Prompt
+from ..base import Budget, TopKSelection
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from ...conf.errors import require
-from ..prompt import Prompt
-from .base import ALL_QUERIES, Kept, resolve_budget
-from .evicting import EvictingSelection, EvictingState
-from .ranking import keep_slots
+from ....conf.errors import require
+from ...cache.prefill import Prompt
+from ..base import ALL_QUERIES, Kept, resolve_budget
+from ..evicting import EvictingSelection, EvictingState
+from ..ranking import keep_slots
 from .snapkv import attention_from, hide_future
 
 BLOCK = 64

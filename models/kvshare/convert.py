@@ -20,10 +20,10 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ...conf.errors import InputError, require
-from .base import Sharing
+from ...methods.sharing.base import Sharing
+from ...methods.sharing.plan import LINEAR
 from .config import KVShareLlamaConfig
 from .model import KVShareLlamaForCausalLM
-from .plan import LINEAR
 
 INITS = ("copy", "mean", "gain_folded_mean")
 NO_GAIN = 1e-6

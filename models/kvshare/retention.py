@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..rotary import rope
+from ...methods.cache.rotary import rope
 
 TAU = 16.0
 CHUNK = 256

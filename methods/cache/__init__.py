@@ -1,0 +1,1 @@
+"""The engine's side of a cache: it appends, attends and compresses, layer by layer, whatever the method."""

@@ -1,0 +1,390 @@
+"""The cache of one batch, as transformers and the attention function use it."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from ...conf.errors import InputError
+from ..policies.base import ALL_QUERIES, Selection
+from ..policies.streaming_llm import BLOCK
+from ..sharing.plan import FULL, KVAccess, Plan
+from .attention import announce, tag
+from .forward import NewTokens, Rows, rows_by_padding
+from .inference_mode import under_inference_mode
+from .layer import CacheLayer
+from .logits import LogitRule
+from .recurrent import RecurrentStates
+
+
+class KVCache(Cache):
+    """The cache of one batch. Make it with :meth:`Method.new_cache`; it is used once and thrown away.
+
+    Attributes:
+        layers: cache layers; ``plan`` says which layers of the model use which.
+        plan: see :class:`.sharing.plan.Plan`.
+        passes: that a sharing model makes over layers that refer up; 0: as many as tokens; None: as its config says.
+        is_warmup_pass: the forward under way is a pass that will be done again: nothing may be kept of it.
+        prompt_length: columns of the whole prompt, set before a prompt is fed in chunks; None: the first forward is
+            all of it.
+        tokens_seen: real tokens of each row so far, [B] int64; the next token's position.
+        new_tokens: what the forward under way adds.
+        pieces: what each piece of a prompt adds, by the column at which it ends, while each layer reads all pieces
+            before the next layer begins; None: all layers read a piece before the next piece comes.
+        frozen: see :meth:`freeze`.
+        rounds: what is held is rounded as it ages, so several tokens fed together are not one after another.
+        copies: rows a decode step has per row of the prompt (more than one in ``fan_out.py``).
+        recomputes: holds no keys and values; the engine feeds it the whole sequence at each step (``no_cache.py``).
+        readings: caches that read the prompt in place of this one, one after another (``fan_out.py``).
+        states: of the model's recurrent layers; None: it has none.
+    """
+
+    recomputes = False
+    copies = 1
+    layers: list[Any]  # CacheLayer, or FanOutLayer: transformers' own layer classes hold tensors in their own way
+
+    def __init__(self, layers: Sequence[Any], plan: Plan, passes: int | None = None):
+        super().__init__(layers=list(layers))
+        self.plan, self.passes = plan, passes
+        self.first_layer = next(iter(plan.attending), 0)  # of the model's layers, the first to come here in a forward
+        self.is_warmup_pass = False
+        self.prompt_length: int | None = None
+        self.tokens_seen: torch.Tensor | None = None
+        self.new_tokens: NewTokens | None = None
+        self.frozen = False
+        self.requantizes_on_append = False
+        self.chunk_states: dict[int, NewTokens] | None = None
+        self.readings: list[KVCache] = []
+        self.states: RecurrentStates | None = None
+        self._checked = False
+
+    def fork(self) -> KVCache:
+        """A copy that goes on by itself, once the prompt is in: what one of them is fed, the other does not see."""
+        return copy.deepcopy(self)
+
+    # transformers' side -------------------------------------------------------------------------------------------
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pass the new keys and values straight through, with this cache's name on them.
+
+        Raises:
+            InputError: the layer before attended by code of its own, or this one should have no keys.
+        """
+        if layer_idx not in self.plan.attending:
+            raise InputError("model", f"layer {layer_idx}", "gives keys and values that its config does not speak of")
+        announce(self, layer_idx)
+        return tag(key_states, self), value_states
+
+    def __bool__(self) -> bool:
+        """False: Phi-3's ``generate`` throws a true cache away where RoPE changes; this one refuses (``_begin``)."""
+        return False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        if layer_idx not in self.plan.attending:
+            layer_idx = self.first_layer
+        return self.layers[self.plan.cache_layer[layer_idx]].get_seq_length()
+
+    # the recurrent layers' calls go to transformers' own cache
+
+    def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
+        return self.states is not None and self.states.cache.has_previous_state(layer_idx, *args, **kwargs)
+
+    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        return self._states.cache.get_conv_state(layer_idx, *args, **kwargs)
+
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._states.cache.update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        return self._states.cache.get_recurrent_state(layer_idx, *args, **kwargs)
+
+    @property
+    def _states(self) -> RecurrentStates:
+        if self.states is None:
+            raise InputError("model", "a recurrent layer", "keeps a state that its config does not speak of")
+        return self.states
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """transformers sizes masks by it; here every layer counts the columns that it has seen."""
+        return [False] * len(self.plan.cache_layer)
+
+    is_linear = is_dummy = is_sliding
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        if not query_length:
+            raise InputError(
+                "past_key_values",
+                f"a cache of {self.get_seq_length()} tokens",
+                "is given no new ones: a text must be longer than what its cache has seen; make a new one",
+            )
+        return self.get_seq_length(layer_idx) + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.tokens_seen is not None
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self.tokens_seen is None else self.tokens_seen.shape[0]
+
+    def reset(self) -> None:
+        raise NotImplementedError("a kvbench cache is used once: make a new one with Method.new_cache")
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        raise NotImplementedError("beam search is not supported by kvbench caches: use num_beams=1")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError("a compressed cache cannot be cropped: tokens that left it cannot come back")
+
+    # the attention function's side --------------------------------------------------------------------------------
+
+    @under_inference_mode
+    def attend(
+        self,
+        layer_idx: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rule: LogitRule,
+        padding_mask: torch.Tensor | None,
+        new_kv: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Attention of one layer of the model.
+
+        Args:
+            layer_idx: which.
+            query: [B, H_q, m, D] of the last m of n new columns.
+            key, value: [B, H_kv, n, D], what the new columns show.
+            rule: how logits are formed.
+            padding_mask: [B, columns so far + n], or None: no padding.
+            new_kv: what the new columns leave in the cache, where that is not ``key`` and ``value``.
+
+        Returns:
+            [B, H_q, m, D].
+        """
+        use = self.plan.uses[layer_idx]
+        if self.is_warmup_pass:
+            use = KVAccess(
+                is_owner=False, strictly_causal=use.strictly_causal, is_last_reader=False, is_final_pass=False
+            )
+        layer = self.layers[self.plan.cache_layer[layer_idx]]
+        end = layer.get_seq_length() + key.shape[2]
+        if layer_idx == self.first_layer:
+            self.new_tokens = self._begin(key, padding_mask)
+            if self.chunk_states is not None:
+                self.chunk_states[end] = self.new_tokens
+        elif self.chunk_states is not None:
+            self.new_tokens = self.chunk_states[end]
+        assert self.new_tokens is not None
+        return layer.attend(query, key, value, rule, self.new_tokens.on(key.device), use, new_kv)
+
+    def _begin(self, key: torch.Tensor, padding_mask: torch.Tensor | None) -> NewTokens:
+        """Look at a forward's padding once, for all of its layers."""
+        batch, n = key.shape[0], key.shape[2]
+        reading = any(layer.reading for layer in self.layers)
+        if padding_mask is not None and padding_mask.shape[1] != self.get_seq_length() + n:
+            raise InputError(
+                "past_key_values",
+                f"a cache of {self.get_seq_length()} tokens",
+                f"cannot take {n} new ones under a mask of {padding_mask.shape[1]}: it is for one text and its "
+                "further turns, with use_cache=True; make a new one with Method.new_cache",
+            )
+        if not reading and not self._checked and not self.is_warmup_pass:
+            self.check_prompt()
+        seen, switch = self.get_seq_length(), self.plan.rope_switch
+        if switch is not None and not reading and 0 < seen <= switch < seen + n:
+            raise InputError(
+                "model",
+                f"RoPE of other frequencies beyond {switch} tokens (longrope)",
+                f"a text of {seen} tokens cannot grow past that length with the keys that the cache holds; use prompts "
+                f"that are longer, or end before it with their new tokens (task.max_length), or method=no_cache",
+            )
+        valid = None
+        rows = [Rows(0, None)]
+        in_prompt = reading or (self.prompt_length is not None and self.get_seq_length() < self.prompt_length)
+        if padding_mask is not None and (in_prompt or n > 1):  # after the prompt a single new token is a real one
+            mask = padding_mask.bool()
+            valid = mask[:, -n:]
+            if bool(valid.all()):
+                valid = None
+            if reading:
+                rows = rows_by_padding(mask)
+        if self.is_warmup_pass:
+            return NewTokens(rows, valid, self.prompt_length)
+        if self.tokens_seen is None:
+            self.tokens_seen = torch.zeros(batch, dtype=torch.int64, device=key.device)
+        # In a fan-out the copies of a row are fed alike: the first ones stand for all.
+        more = n if valid is None else valid[: self.batch_size].sum(1)
+        if self.frozen:  # the same tensor for every step
+            self.tokens_seen += more
+        else:
+            self.tokens_seen = self.tokens_seen + more
+        return NewTokens(rows, valid, self.prompt_length)
+
+    def check_prompt(self) -> None:
+        """Look at what the layers noted about the prompt's keys and values, once for all of them.
+
+        Raises:
+            InputError: some are NaN or infinite: NaN scores rank first, so what follows would be garbage.
+        """
+        self._checked = True
+        noted = [layer for layer in self.layers if getattr(layer, "is_finite", None) is not None]
+        if not noted:
+            return
+        flags = torch.stack([layer.is_finite.to(noted[0].is_finite.device) for layer in noted])
+        if not bool(flags.all()):
+            layer = noted[flags.tolist().index(False)]
+            raise InputError(
+                "model",
+                f"layer {layer.model_layer}",
+                f"gave {layer.names()} keys or values that are NaN or infinite; try dtype=float32",
+            )
+
+    def end_prompt(self) -> None:
+        """Called once by the engine when the prompt is in."""
+        self.check_prompt()
+
+    def reserve(self, new_tokens: int) -> None:
+        """Say how many tokens will come after the prompt: buffers then grow once for all of them.
+
+        Only a hint: fewer or more may come. Room that a layer has beyond its tokens counts as stored.
+        """
+        for layer in self.layers:
+            if isinstance(layer, CacheLayer):
+                slots = min(new_tokens, layer.storage.growth) if layer.evicts_while_decoding else new_tokens
+                layer.storage.expected = slots
+
+    @property
+    def can_freeze(self) -> bool:
+        """Whether no step from here on changes a shape: every layer holds all that comes, as it is."""
+        return not self.recomputes and all(
+            isinstance(layer, CacheLayer)
+            and not layer.reading
+            and layer.storage.can_freeze
+            and type(layer.selection).attend is Selection.attend
+            for layer in self.layers
+        )
+
+    @under_inference_mode
+    def make_static(self, room: int) -> None:
+        """See :meth:`.storage.base.LayerStorage.make_static`."""
+        self.frozen = True
+        for layer in self.layers:
+            layer.storage.make_static(room)
+
+    def skip(self, steps: int) -> None:
+        """Count steps that were replayed instead of run."""
+        for layer in self.layers:
+            layer.seen += steps
+
+    @under_inference_mode
+    def rollback(self) -> None:
+        """Undo the last step of a frozen cache."""
+        assert self.frozen and self.tokens_seen is not None
+        self.skip(-1)
+        self.tokens_seen -= 1
+        for layer in self.layers:
+            layer.storage.rollback()
+
+    def next_positions(self) -> torch.Tensor:
+        """Position of the next token of every decode row: [copies x B] int64."""
+        assert self.tokens_seen is not None, "no prompt yet"
+        return self.tokens_seen.repeat(self.copies)
+
+    def extend(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where ``recomputes``: add columns of ids and mask; returns the whole sequence so far."""
+        raise NotImplementedError
+
+    def join(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Where there were ``readings``: go on together; their last logits as rows of this cache."""
+        raise NotImplementedError
+
+    def drop(self, member: int) -> None:
+        """Where ``copies`` > 1: leave out a member whose rows have all ended."""
+        raise NotImplementedError
+
+    # the sharing models' side -------------------------------------------------------------------------------------
+
+    @property
+    def reads_whole_prompt(self) -> bool:
+        """Every layer that is not the same for all methods attends over the complete prompt."""
+        kinds = zip(self.layers, self.plan.layer_types, strict=True)
+        return all(layer.selection.reads_whole_prompt for layer, kind in kinds if kind == FULL)
+
+    @property
+    def most_columns(self) -> int | None:
+        """New columns that a forward may bring now; None: any number.
+
+        Where several layers of the model share a cache layer, what leaves it leaves after the last of them: columns
+        between which something leaves, or of which a layer above holds the keys, have to come in turn.
+        """
+        most = []
+        for number, layer in enumerate(self.layers):
+            if layer.reading:
+                continue
+            uses = [u for u, c in zip(self.plan.uses, self.plan.cache_layer, strict=True) if c == number]
+            if len(uses) > 1 and layer.evicts_while_decoding and layer.span is None:
+                most.append(BLOCK if layer.reads_prompt_by_steps else 1)
+            if any(use.strictly_causal for use in uses):
+                most.append(1)
+        return min(most, default=None)
+
+    @property
+    def layers_are_independent(self) -> bool:
+        """Each layer of the model has a cache layer to itself, and none looks at what another one does."""
+        independent = not self.plan.shares and self.states is None
+        return independent and not any(getattr(layer, "spans_layers", False) for layer in self.layers)
+
+    def queries_wanted(self, layer_idx: int) -> int:
+        """Last queries of a forward that the cache layer of a layer of the model wants to see; 0: none."""
+        layer = self.layers[self.plan.cache_layer[layer_idx]]
+        return layer.observation_window if layer.reading else ALL_QUERIES
+
+    def recurrent_state(self, layer_idx: int, rows: int) -> torch.Tensor | None:
+        """State of a retention layer for a forward of ``rows`` rows; None before the first token."""
+        state: torch.Tensor | None = self.layers[self.plan.cache_layer[layer_idx]].recurrent_states[0]
+        return state
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Keep the state of a recurrent layer."""
+        if self.states is not None:
+            return self.states.cache.update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+        self.layers[self.plan.cache_layer[layer_idx]].update(recurrent_states)
+        return recurrent_states
+
+    # bytes --------------------------------------------------------------------------------------------------------
+
+    @property
+    def kv_bytes_stored(self) -> int:
+        """Bytes of memory the cache keeps allocated: each storage once, scales, masks, padding and room included."""
+        states = [] if self.states is None else self.states.tensors()
+        return stored_bytes(itertools.chain(states, *(layer.tensors() for layer in self.layers)))
+
+    @property
+    def kv_bytes_logical(self) -> int:
+        """Bytes of the real tokens held, without padding and room to grow."""
+        states = 0 if self.states is None else self.states.nbytes
+        return states + sum(layer.logical_bytes for layer in self.layers)
+
+    @property
+    def tokens_held(self) -> list[torch.Tensor]:
+        """Real tokens held: one [B, 1 or H] tensor a layer."""
+        return [layer.tokens for layer in self.layers]
+
+
+def stored_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the storages behind ``tensors``, each storage counted once however many views it has."""
+    return sum({(t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes() for t in tensors}.values())

@@ -1,0 +1,69 @@
+"""What one forward brings to a cache: its rows grouped by padding, and the call of each layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a batch that have the same number of leading pads.
+
+    Attributes:
+        pads: leading pad columns of these rows.
+        index: row numbers [R], or None for the whole batch.
+    """
+
+    pads: int
+    index: torch.Tensor | None
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        """These rows of a batch-first tensor."""
+        return x if self.index is None else x[self.index]
+
+
+@dataclass
+class NewTokens:
+    """What a forward adds, worked out once and shared by its layers.
+
+    Attributes:
+        rows: the batch grouped by leading pads, while the prompt is read.
+        valid: [B, n] bool, False for pads; None: all real.
+        prompt_length: columns of the whole prompt; None: this forward is all of it.
+    """
+
+    rows: list[Rows]
+    valid: torch.Tensor | None
+    prompt_length: int | None
+
+    def on(self, device: torch.device) -> NewTokens:
+        """The same for a layer that lies on another device."""
+        one = self.valid if self.valid is not None else next((r.index for r in self.rows if r.index is not None), None)
+        if one is None or one.device == device:
+            return self
+        rows = [Rows(r.pads, None if r.index is None else r.index.to(device)) for r in self.rows]
+        return NewTokens(rows, None if self.valid is None else self.valid.to(device), self.prompt_length)
+
+
+def rows_by_padding(mask: torch.Tensor) -> list[Rows]:
+    """Group a batch's rows by their leading pads.
+
+    Args:
+        mask: [B, columns so far], True for a real token.
+
+    Raises:
+        ValueError: a pad stands after a real token: prompts must be padded on the left.
+    """
+    pads = mask.shape[1] - mask.sum(1)
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    if not torch.equal(mask, columns[None] >= pads[:, None]):
+        raise ValueError("kvbench caches need left padding (tokenizer.padding_side='left')")
+    counts = pads.tolist()
+    if len(set(counts)) == 1:
+        return [Rows(counts[0], None)]
+    groups: dict[int, list[int]] = {}
+    for row, count in enumerate(counts):
+        groups.setdefault(count, []).append(row)
+    return [Rows(count, torch.tensor(index, device=mask.device)) for count, index in sorted(groups.items())]

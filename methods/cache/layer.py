@@ -1,0 +1,150 @@
+"""One layer of a cache: the prompt is attended to as a whole and compressed, then step after step is appended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..policies.base import Selection, Step
+from ..sharing.plan import KVAccess, Span
+from ..storage.base import LayerStorage
+from ..storage.dense import COMPACTION_INTERVAL_STEPS
+from .forward import NewTokens, Rows
+from .logits import LogitRule
+from .prefill import Prompt, PromptReader
+from .products import repeat_heads
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """What stays of the rows of one prompt length: see :class:`..policies.base.Kept`; ``length`` in tokens."""
+
+    rows: Rows
+    length: int
+    keys: torch.Tensor
+    values: torch.Tensor
+    valid: torch.Tensor | None
+    scores: torch.Tensor | None
+
+
+class CacheLayer(PromptReader):
+    """One layer: reads the prompt, keeps what the selection says in the storage, then takes step after step."""
+
+    is_sliding = False  # read by transformers
+    is_compileable = record_past = False
+
+    def __init__(
+        self,
+        layer_idx: int,
+        num_layers: int,
+        selection: Selection,
+        state: Any,
+        storage: LayerStorage,
+        span: Span | None = None,
+    ):
+        super().__init__(layer_idx, num_layers, selection.observation_window, span)
+        self.selection, self.state, self.storage = selection, state, storage
+        if selection.evicts_while_decoding:  # more slots than steps between two moves are never in use
+            storage.growth = COMPACTION_INTERVAL_STEPS
+        self.reading = not selection.reads_prompt_by_steps
+
+    def names(self) -> str:
+        return type(self.selection).__name__
+
+    @property
+    def evicts_while_decoding(self) -> bool:
+        return self.selection.evicts_while_decoding
+
+    @property
+    def reads_prompt_by_steps(self) -> bool:
+        return self.selection.reads_prompt_by_steps
+
+    @property
+    def spans_layers(self) -> bool:
+        return self.selection.spans_layers
+
+    def absorb(self, prompts: list[tuple[Rows, Prompt]]) -> None:
+        """Compress the prompt: every group of rows gets its selection, then all are stored as one batch."""
+        groups = []
+        for rows, prompt in prompts:
+            keys, values = prompt.keys, prompt.values
+            kept = self.selection.select(prompt, self.state)
+            if self.selection.stores_query_heads:
+                keys, values = repeat_heads(keys, prompt.groups), repeat_heads(values, prompt.groups)
+            if kept.slots is not None:
+                slots = kept.slots[..., None]
+                keys, values = (x.gather(2, slots.expand(-1, -1, -1, x.shape[3])) for x in (keys, values))
+            groups.append(KeptRows(rows, prompt.length, keys, values, kept.valid, kept.scores))
+        lengths, scores = self._store(groups)
+        self.selection.after_prompt(self.state, lengths, scores)
+
+    def _store(self, groups: list[KeptRows]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Write the groups as one batch, padded on the left to the longest; returns prompt lengths [B] and scores."""
+        first = groups[0]
+        if len(groups) == 1:
+            self.storage.write(first.keys, first.values, first.valid)
+            lengths = torch.full((first.keys.shape[0],), first.length, dtype=torch.int64, device=first.keys.device)
+            return lengths, first.scores
+        batch = sum(g.keys.shape[0] for g in groups)
+        width = max(g.keys.shape[2] for g in groups)
+        heads = max(1 if g.valid is None else g.valid.shape[1] for g in groups)
+        keys, values = (x.new_zeros(batch, x.shape[1], width, x.shape[3]) for x in (first.keys, first.values))
+        valid = torch.zeros(batch, heads, width, dtype=torch.bool, device=keys.device)
+        lengths = torch.zeros(batch, dtype=torch.int64, device=keys.device)
+        scores = None if first.scores is None else first.scores.new_zeros(*keys.shape[:3])
+        for g in groups:
+            start = width - g.keys.shape[2]
+            keys[g.rows.index, :, start:] = g.keys
+            values[g.rows.index, :, start:] = g.values
+            valid[g.rows.index, :, start:] = True if g.valid is None else g.valid
+            lengths[g.rows.index] = g.length
+            if scores is not None and g.scores is not None:
+                scores[g.rows.index, :, start:] = g.scores
+        self.storage.write(keys, values, None if bool(valid.all()) else valid)
+        return lengths, scores
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rule: LogitRule,
+        new: NewTokens,
+        use: KVAccess,
+        new_kv: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """One layer of the model comes here: [B, H_q, n, D] queries in, the same shape out."""
+        if self.reading:
+            return self.read_prompt(query, key, value, rule, new.rows, new.prompt_length, use, new_kv)
+        if new_kv is not None:
+            key, value = new_kv
+        if self.selection.stores_query_heads:
+            groups = query.shape[1] // key.shape[1]
+            key, value = repeat_heads(key, groups), repeat_heads(value, groups)
+        out = self.selection.attend(self.state, self.storage, Step(query, key, value, rule, new.valid, use))
+        if use.is_last_reader:
+            self.seen += key.shape[2]
+            self.storage.settle()
+            if self.seen == new.prompt_length:
+                self.storage.trim()
+        return out
+
+    def get_seq_length(self) -> int:
+        """Columns fed so far (pads included): what transformers counts positions and masks by."""
+        return self.seen
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """Real tokens held, [B, 1 or H], int64."""
+        return self.storage.tokens
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything this layer holds in memory."""
+        return self.storage.tensors() + self.selection.state_tensors(self.state)
+
+    @property
+    def logical_bytes(self) -> int:
+        """Bytes of the real tokens held and of what the selection keeps count of."""
+        return self.storage.logical_bytes + self.selection.logical_state_bytes(self.state, self.storage.tokens)

@@ -1,0 +1,1 @@
+"""What a token is worth: one scorer a file."""

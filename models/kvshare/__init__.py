@@ -1,0 +1,1 @@
+"""A Llama whose layers share keys and values, as a transformers model class."""
