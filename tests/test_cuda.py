@@ -47,6 +47,10 @@ STEPS_TOLERANCE = 3e-5
 CODED_TOLERANCE = {2: 0.2, 4: 0.05, 8: 1e-2}
 """The same where tokens are held in so many bits. A number in the middle between two codes is rounded by its last bits,
 which differ between devices, and then differs by a whole step: the range of its group / (2^bits - 1)."""
+CODED_KEYS_TOLERANCE = 1e-2
+"""Of a layer's largest key, after the forced steps, where tokens are held in codes: a code rounded the other way shifts
+the keys of later tokens in later layers. With 8 bits by 1.4e-3 on an H200; on a CPU by as much with weights that are
+1e-7 off, and by 3.2e-3 with weights that are 1e-6 off."""
 BFLOAT16_TOLERANCE = {None: 0.15, 8: 0.15, 4: 0.3, 2: 0.6}
 """Norm of the error over the norm of the logits where the same tokens are held, by the bits that they are held in.
 Numbers of 8 bits through three layers of peaked attention are 0.01 to 0.08 off on a CPU, with 2-bit codes 0.34."""
@@ -185,7 +189,8 @@ def test_float32_is_as_on_the_cpu(text, capture):
     assert same_tokens(found.prompt_keys, expected.prompt_keys, 1e-3)
     assert found.bytes[0] == expected.bytes[0]
     if not found.captured:
-        assert same_tokens(found.keys, expected.keys, 1e-3)
+        close = 1e-3 if bits_of(text) is None else CODED_KEYS_TOLERANCE
+        assert same_tokens(found.keys, expected.keys, close)
         assert found.bytes == expected.bytes
 
 
