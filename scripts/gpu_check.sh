@@ -35,8 +35,11 @@ part() { # name, seconds, command...
 for name in ${*:-tests correct sdpa speed}; do
     case $name in
         tests)
+            workers=() # one for two cores where pytest-xdist is installed
+            if "$PYTHON" -c "import xdist" 2> /dev/null; then workers=(-n $((($(nproc) + 1) / 2))); fi
             part tests 200 "$PYTHON" -m pytest -q --tb=short -p no:cacheprovider --junitxml="$OUT/tests.xml" \
-                --durations=5 tests/test_cuda.py tests/test_graph.py tests/test_sdpa.py ;;
+                --durations=5 "${workers[@]}" \
+                tests/test_cuda.py tests/test_graph.py tests/test_sdpa.py tests/test_packed.py ;;
         correct) part correct 100 "$PYTHON" scripts/gpu_check.py correct --seconds 80 ;;
         sdpa) part sdpa 40 "$PYTHON" scripts/gpu_check.py sdpa --seconds 25 ;;
         speed) part speed 130 "$PYTHON" scripts/gpu_check.py speed --seconds 105 ;;

@@ -3,7 +3,7 @@
 The codes are read as they are packed and expanded in registers, a tile at a time; nothing of the expanded cache is
 written. Numbers are rounded to the queries' dtype before a product, as they are where a cache is expanded first, and
 sums are in float32. With ``TRITON_INTERPRET=1`` in the environment the same kernels run on CPU tensors, slowly: that is
-how they are tested.
+how they are tested where there is no CUDA device.
 """
 
 from __future__ import annotations
