@@ -72,7 +72,7 @@ def test_products_with_packed_numbers_are_those_with_the_numbers(case, bits, pie
 
 ONE_TOKEN = """
 import json, torch
-from kvbench.methods.cache.attention import cached_attention
+from kvbench.methods.cache.products import cached_attention
 from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.storage import kernels
 
