@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 
 class HasIdentity:
@@ -44,16 +44,6 @@ class HasIdentity:
         """What decides this part's numbers, as plain data; ``class`` is the key under which records have the ``id``."""
         version = {"version": self.version} if self.version > 1 else {}
         return {"class": self.id, **self.parameters(), **version}
-
-    @classmethod
-    def from_parameters(cls, recorded: Mapping[str, Any]) -> Self:
-        """The part of a recorded :meth:`identity`; parameters that the record lacks have their defaults.
-
-        Raises:
-            TypeError: the record has a parameter that the part no longer knows.
-        """
-        keys = {key: name for name, key in cls.recorded_as.items()}
-        return cls(**{keys.get(k, k): v for k, v in recorded.items() if k not in ("class", "version", "ties")})
 
 
 def _plain(value: Any) -> Any:

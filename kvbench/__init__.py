@@ -22,12 +22,20 @@ if TYPE_CHECKING:
     from kvbench.methods.policies.allocators.base import Allocator
     from kvbench.methods.policies.allocators.pyramid import Pyramid
     from kvbench.methods.policies.allocators.uniform import Uniform
-    from kvbench.methods.policies.base import Selection, TopKSelection
+    from kvbench.methods.policies.eviction import EvictionMethod, EvictionPolicy
+    from kvbench.methods.policies.policy import CachePolicy, KeepEverything
     from kvbench.methods.policies.pyramid_infer import PyramidInfer
-    from kvbench.methods.policies.scorers.attention_sums import H2O
+    from kvbench.methods.policies.schedules.after_prefill import AfterPrefill
+    from kvbench.methods.policies.schedules.base import Schedule
+    from kvbench.methods.policies.schedules.every_n import EveryN
+    from kvbench.methods.policies.schedules.every_step import EveryStep
+    from kvbench.methods.policies.scorers.attention_sums import AttentionSums
+    from kvbench.methods.policies.scorers.base import Scorer
     from kvbench.methods.policies.scorers.expected_attention import ExpectedAttention
     from kvbench.methods.policies.scorers.key_diff import KeyDiff
-    from kvbench.methods.policies.scorers.last_query import TOVA
+    from kvbench.methods.policies.scorers.key_norm import KeyNorm
+    from kvbench.methods.policies.scorers.last_query import LastQuery
+    from kvbench.methods.policies.scorers.position import Position
     from kvbench.methods.policies.scorers.random_tokens import RandomTokens
     from kvbench.methods.policies.scorers.snapkv import SnapKV
     from kvbench.methods.policies.streaming_llm import StreamingLLM
@@ -50,35 +58,44 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CLA",
-    "H2O",
     "LCKV",
-    "TOVA",
     "YOCO",
     "Adaptive",
+    "AfterPrefill",
     "Allocator",
+    "AttentionSums",
+    "CachePolicy",
     "Dense",
+    "EveryN",
+    "EveryStep",
+    "EvictionMethod",
+    "EvictionPolicy",
     "ExpectedAttention",
     "Generation",
     "HFQuantized",
     "Heads",
     "InputError",
     "KVCache",
+    "KeepEverything",
     "KeyDiff",
+    "KeyNorm",
     "Kivi",
+    "LastQuery",
     "Method",
     "MiniCache",
     "MiniCacheKivi",
+    "Position",
     "Pyramid",
     "PyramidInfer",
     "Ragged",
     "RandomTokens",
     "Sampling",
-    "Selection",
+    "Schedule",
+    "Scorer",
     "Sharing",
     "SnapKV",
     "Storage",
     "StreamingLLM",
-    "TopKSelection",
     "Uniform",
     "__version__",
     "compress",
@@ -99,15 +116,23 @@ _NAMES_BY_MODULE = {
     "methods.policies.allocators.base": ("Allocator",),
     "methods.policies.allocators.pyramid": ("Pyramid",),
     "methods.policies.allocators.uniform": ("Uniform",),
-    "methods.policies.base": ("Selection", "TopKSelection"),
+    "methods.policies.eviction": ("EvictionMethod", "EvictionPolicy"),
+    "methods.policies.policy": ("CachePolicy", "KeepEverything"),
+    "methods.policies.schedules.after_prefill": ("AfterPrefill",),
+    "methods.policies.schedules.base": ("Schedule",),
+    "methods.policies.schedules.every_n": ("EveryN",),
+    "methods.policies.schedules.every_step": ("EveryStep",),
+    "methods.policies.scorers.base": ("Scorer",),
+    "methods.policies.scorers.key_norm": ("KeyNorm",),
+    "methods.policies.scorers.position": ("Position",),
     "methods.policies.scorers.expected_attention": ("ExpectedAttention",),
-    "methods.policies.scorers.attention_sums": ("H2O",),
+    "methods.policies.scorers.attention_sums": ("AttentionSums",),
     "methods.policies.scorers.key_diff": ("KeyDiff",),
     "methods.policies.pyramid_infer": ("PyramidInfer",),
     "methods.policies.scorers.random_tokens": ("RandomTokens",),
     "methods.policies.scorers.snapkv": ("SnapKV",),
     "methods.policies.streaming_llm": ("StreamingLLM",),
-    "methods.policies.scorers.last_query": ("TOVA",),
+    "methods.policies.scorers.last_query": ("LastQuery",),
     "methods.sharing.base": ("Sharing",),
     "methods.sharing.cla": ("CLA",),
     "methods.sharing.heads": ("Heads",),

@@ -22,7 +22,7 @@ def method(name: str, /, **options: Any) -> Method:
     """The method that ``method=NAME method.KEY=VALUE ...`` is on the command line.
 
         kvbench.method("snapkv", budget=512)
-        kvbench.method("snapkv", budget=0.25, storage="kivi4", selection={"window": 16})
+        kvbench.method("snapkv", budget=0.25, storage="kivi4", scorer={"window": 16})
 
     Args:
         name: one of ``conf/method``, with the defaults of its YAML.

@@ -37,7 +37,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
 from ..conf.errors import InputError, one_of, require
-from .composed import check_results_dir, check_targets, check_values, target_class, unknown_key
+from .composed import check_results_dir, check_targets, check_values, renamed_key, target_class, unknown_key
 from .sweep import LOG, SweepLog, describe, end_of_sweep
 from .terminal import lasting_streams
 
@@ -303,7 +303,7 @@ def _with_budget(method: DictConfig, budget: float) -> Any:
 
 
 def named_method(text: str) -> Any:
-    """The method of a text like ``"streaming_llm budget=256 selection.sinks=0"`` or ``"snapkv storage=kivi4"``."""
+    """The method of a text like ``"streaming_llm budget=256 policy.sinks=0"`` or ``"snapkv storage=kivi4"``."""
     return build(_named(text), "method")
 
 
@@ -346,7 +346,7 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
 
 
 def configured_method(name: str, options: Mapping[str, Any]) -> Any:
-    """``("snapkv", {"budget": 256, "storage": "kivi4", "selection": {"window": 16}})`` -> that method.
+    """``("snapkv", {"budget": 256, "storage": "kivi4", "scorer": {"window": 16}})`` -> that method.
 
     Raises:
         InputError: there is no such method or key, or the value cannot be used.
@@ -507,6 +507,8 @@ def _unknown_key(overrides: Sequence[str]) -> str | None:
 def _missing_key(config: DictConfig, key: str) -> str | None:
     """Which part of a dotted key does not exist, and which keys are there instead; None: the key exists."""
     node: Any = config
+    if (now := renamed_key(key)) is not None:
+        return now
     path = key.split(".")
     for depth, part in enumerate(path):
         if not isinstance(node, DictConfig) or part not in node.keys():  # noqa: SIM118 (`in` is False for a ??? value)

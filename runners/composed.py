@@ -29,6 +29,22 @@ LARGEST = 2**53
 """Whole numbers up to this are exact in JSON, whoever reads it."""
 EXAMPLE_COUNTS = ("limit", "stretches", "sequences", "depths", "limit_bytes")
 """Keys by which tasks say how much of their data is used; a task has one of them."""
+RENAMED = {
+    "method.selection.window": "method.scorer.window (snapkv, pyramidkv, ada_kv) or method.recent",
+    **{
+        f"method.selection.{key}": f"method.scorer.{key}"
+        for key in ("kernel", "pooling", "granularity", "group_reduce", "score_dtype", "future", "epsilon", "seed")
+    },
+    "method.selection.recent_share": "method.recent, a share of the budget such as 0.5",
+    "method.selection.sinks": "method.sinks (expected_attention) or method.policy.sinks",
+    "method.selection.prefill_only": "method/schedule=after_prefill (h2o, tova) or method.policy.prefill_only",
+    "method.selection.floor": "method.allocator.floor",
+    "method.selection.beta": "method.allocator.beta",
+    "method.selection.layers": "method.allocator.layers",
+    "method.selection.budget": "method.budget",
+}
+"""Keys of the release before this one, and where they are now."""
+OLD_GROUP = "method.selection"
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
 
 
@@ -148,6 +164,15 @@ def unknown_key(values: Mapping[str, Any], where: str, name: str) -> str:
         return f"{said}did you mean {' or '.join(inside)}?"
     options = [k for k in values if k not in ("_target_", "config")]
     return said + one_of(name, options) if options else said.removesuffix("; ")
+
+
+def renamed_key(key: str) -> str | None:
+    """Where a key of the last release is now; None: it was no key."""
+    if key in RENAMED:
+        return f"is {RENAMED[key]} now"
+    if key == OLD_GROUP or key.startswith(f"{OLD_GROUP}."):
+        return f"is method.policy{key.removeprefix(OLD_GROUP)} now, or a key of method.scorer"
+    return None
 
 
 def _hints(cls: type) -> dict[str, Any]:

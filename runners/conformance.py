@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..conf.errors import InputError
 from ..methods.cache.method import Method
+from ..methods.policies.eviction import EvictionPolicy
 from ..methods.policies.no_cache import NoCache
 from ..methods.policies.scorers.snapkv import SnapKV
 from ..methods.storage.kivi import Kivi
@@ -120,7 +121,7 @@ def check(model: PreTrainedModel, paths: Sequence[str] = PATHS) -> dict[str, Out
                 raise CacheNotUsed(f"the cache saw {cache.get_seq_length()} of {PROMPT + STEPS} tokens")
             return logits
 
-        snapkv = Method("snapkv", SnapKV(budget=2 * PROMPT, window=8))
+        snapkv = Method("snapkv", EvictionPolicy(SnapKV(window=8), 2 * PROMPT))
         kivi = Method("kivi8", storage=Kivi(bits=8, group=8, residual=2 * PROMPT))
         runs: dict[str, Callable[[], Outcome]] = {
             "engine": lambda: compare(lambda: engine_logits(model, full, ids, tail), own[0]),

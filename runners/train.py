@@ -180,7 +180,7 @@ class TrainRunner:
                 require(
                     value == none, f"runner.{key}", value, "is for a checkpoint to begin with, not for model=scratch"
                 )
-        if not method.selection.keeps_everything or not method.storage.is_exact:
+        if not method.policy.capabilities.keeps_everything or not method.storage.is_exact:
             raise InputError("method", method.label, "is nothing to train for: only ways of sharing are")
         folder = open_run(
             "train", method, source, task.source(), task.identity(), settings, train=self._identity(source)

@@ -39,6 +39,7 @@ from kvbench.methods.cache.cache import KVCache
 from kvbench.methods.cache.fan_out import FanOutCache
 from kvbench.methods.cache.layer import CacheLayer
 from kvbench.methods.cache.method import Method
+from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.models.embedded import Embedded
 from kvbench.runners import provenance
@@ -153,8 +154,8 @@ def main() -> None:
         compile_steps(compiled)
     prepack_linear_weights(ours)
     ids = random_ids(1, args.prompt_tokens)
-    full, snapkv = Method("full"), Method("snapkv", SnapKV(budget=512))
-    members = [Method("snapkv", SnapKV(budget=b)) for b in BUDGETS]
+    full, snapkv = Method("full"), Method("snapkv", EvictionPolicy(SnapKV(), 512))
+    members = [Method("snapkv", EvictionPolicy(SnapKV(), b)) for b in BUDGETS]
     steps = args.new_tokens
 
     def run_full() -> float:

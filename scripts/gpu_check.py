@@ -39,7 +39,7 @@ SPEED = [
     "kivi storage=kivi4",
     "kivi storage=kivi2",
     f"tova budget={BUDGET}",
-    f"streaming_llm budget={BUDGET} selection.mode=prefill_evict",
+    f"streaming_llm budget={BUDGET} policy.mode=prefill_evict",
     f"streaming_llm budget={BUDGET}",
     f"snapkv_kivi4 budget={BUDGET}",
     "minicache",

@@ -30,7 +30,8 @@ from kvbench.analysis.stats import paired_difference
 from kvbench.methods.cache.method import Method
 from kvbench.methods.cache.prefill import Prompt
 from kvbench.methods.policies import ranking
-from kvbench.methods.policies.base import Kept
+from kvbench.methods.policies.eviction import EvictionPolicy
+from kvbench.methods.policies.policy import Kept
 from kvbench.methods.policies.scorers.snapkv import SnapKV, pool
 from kvbench.models.embedded import Embedded
 from kvbench.runners import provenance
@@ -43,11 +44,11 @@ DATASETS = "hotpotqa,lcc,multifieldqa_en,narrativeqa,passage_retrieval_en,trec"
 """Those of the bundled set that have short answers."""
 
 kept: list[torch.Tensor] = []
-"""Slots kept by the selections below, in the order of their calls: [1, H, C] int64."""
+"""Slots kept by the policies below, in the order of their calls: [1, H, C] int64."""
 
 
-class Recorded(SnapKV):
-    """SnapKV that notes what it keeps."""
+class Recorded(EvictionPolicy):
+    """A policy that notes what it keeps."""
 
     def select(self, prompt: Prompt, state: Any = None) -> Kept:
         found = super().select(prompt, state)
@@ -56,14 +57,14 @@ class Recorded(SnapKV):
         return found
 
 
-class LowerIndex(Recorded):
+class LowerIndex(SnapKV):
     """Of equal scores the lower index stays."""
 
     def tie_scores(self, prompt: Prompt, state: Any = None) -> torch.Tensor | None:
         return None
 
 
-class HigherIndex(Recorded):
+class HigherIndex(SnapKV):
     """Of equal scores the higher index stays."""
 
     def tie_scores(self, prompt: Prompt, state: Any = None) -> torch.Tensor | None:
@@ -72,7 +73,7 @@ class HigherIndex(Recorded):
 
 
 RULES: dict[str, type[SnapKV]] = {
-    ranking.RULE: Recorded,
+    ranking.RULE: SnapKV,
     "score, lower index": LowerIndex,
     "score, higher index": HigherIndex,
 }
@@ -137,7 +138,7 @@ def main() -> None:
     examples, start = task.examples(), time.perf_counter()
     loaded = load(Embedded(), "cpu", torch.float32)
     arms = [(budget, rule) for budget in args.budgets for rule in RULES]
-    methods = [Method("snapkv", RULES[rule](budget=budget)) for budget, rule in arms]
+    methods = [Method("snapkv", Recorded(RULES[rule](), budget)) for budget, rule in arms]
     scores: dict[tuple[int, str], dict[str, dict[str, float]]] = {arm: {} for arm in arms}
     texts: dict[tuple[int, str], list[str]] = {arm: [] for arm in arms}
     slots: dict[tuple[int, str], list[torch.Tensor]] = {arm: [] for arm in arms}

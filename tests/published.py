@@ -1,4 +1,4 @@
-"""PyramidKV and Ada-KV as selections, and the rounding of their published code as an oracle."""
+"""SnapKV, PyramidKV and Ada-KV as policies, and the rounding of the published code as an oracle."""
 
 from __future__ import annotations
 
@@ -9,21 +9,32 @@ from typing import Any
 import torch
 
 from kvbench.methods.policies.allocators.adaptive import Adaptive
+from kvbench.methods.policies.allocators.base import Allocator
 from kvbench.methods.policies.allocators.pyramid import Pyramid
+from kvbench.methods.policies.allocators.uniform import Uniform
+from kvbench.methods.policies.budget import Budget
+from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.ranking import keep_mask
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 
+UNIFORM = Uniform()
 
-def pyramidkv(beta: int = 20, allocator: type[Pyramid] = Pyramid, **options: Any) -> SnapKV:
+
+def snapkv(budget: Budget = 1024, allocator: Allocator = UNIFORM, **scorer: Any) -> EvictionPolicy:
+    """``method=snapkv``; other options are the scorer's."""
+    return EvictionPolicy(SnapKV(**scorer), budget, allocator=allocator)
+
+
+def pyramidkv(beta: int = 20, allocator: type[Pyramid] = Pyramid, **options: Any) -> EvictionPolicy:
     """``method=pyramidkv``."""
-    return SnapKV(**{"window": 8} | options, allocator=allocator(beta))
+    return snapkv(**{"window": 8} | options, allocator=allocator(beta))
 
 
 def ada_kv(
     floor: float = 0.2, layers: str = "uniform", beta: int = 20, allocator: type[Adaptive] = Adaptive, **options: Any
-) -> SnapKV:
+) -> EvictionPolicy:
     """``method=ada_kv``, but for its storage."""
-    return SnapKV(**options, allocator=allocator(floor, layers, beta))
+    return snapkv(**options, allocator=allocator(floor, layers, beta))
 
 
 @dataclass(frozen=True)

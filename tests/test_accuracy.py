@@ -297,7 +297,7 @@ def test_a_method_that_fits_is_not_lost_to_a_baseline_that_does_not(world, tmp_p
 
     def room_for_the_compressed_one(model, cache, *args, **kwargs):
         members = getattr(cache, "members", [cache])
-        if any(m.layers[0].selection.keeps_everything for m in members):
+        if any(m.layers[0].policy.capabilities.keeps_everything for m in members):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
         return real(model, cache, *args, **kwargs)
 

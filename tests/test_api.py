@@ -71,9 +71,11 @@ def test_a_checkout_s_own_folders_are_imported_whatever_is_installed(tmp_path):
 
 
 def test_method_is_what_the_command_line_makes():
-    assert kvbench.method("snapkv", budget=512) == kvbench.Method("snapkv", kvbench.SnapKV(budget=512), budget=512)
-    composed = kvbench.method("snapkv", budget=0.25, storage="kivi4", selection={"window": 16})
-    assert composed.selection == kvbench.SnapKV(budget=0.25, window=16)
+    assert kvbench.method("snapkv", budget=512) == kvbench.Method(
+        "snapkv", kvbench.EvictionPolicy(kvbench.SnapKV(), 512), budget=512
+    )
+    composed = kvbench.method("snapkv", budget=0.25, storage="kivi4", scorer={"window": 16})
+    assert composed.policy == kvbench.EvictionPolicy(kvbench.SnapKV(window=16), 0.25)
     assert composed.storage == kvbench.Kivi(bits=4)
     assert kvbench.method("kivi", storage={"bits": 2}).storage == kvbench.Kivi(bits=2)
     assert kvbench.method("full", budget=None) == kvbench.Method("full")
@@ -84,9 +86,9 @@ def test_method_is_what_the_command_line_makes():
     [
         ("snapvk", {}, "method", "did you mean snapkv"),
         ("snapkv", {"buget": 5}, "method.buget", "has no key buget; must be one of .*did you mean budget"),
-        ("snapkv", {"selection": {"windw": 5}}, "method.selection.windw", "did you mean window"),
+        ("snapkv", {"scorer": {"windw": 5}}, "method.scorer.windw", "did you mean window"),
         ("snapkv", {"budget": {"x": 5}}, "method.budget.x", "method.budget has no key x$"),
-        ("snapkv", {"selection": "h2o"}, "method.selection", "has keys of its own"),
+        ("snapkv", {"scorer": "h2o"}, "method/scorer", "must be one of"),
         ("snapkv", {"storage": "kivi3"}, "method/storage", "did you mean kivi"),
         ("snapkv", {"storage": None}, "method/storage", "must be one of"),
         ("snapkv", {"budget": "many"}, "method.budget", "must be a whole number of tokens"),
@@ -109,7 +111,7 @@ def test_method_works_inside_another_program_s_hydra(tmp_path):
 
     (tmp_path / "app.yaml").write_text("x: 1\n")
     with hydra.initialize_config_dir(str(tmp_path), version_base="1.3"):
-        assert kvbench.method("snapkv", budget=64).selection.budget == 64
+        assert kvbench.method("snapkv", budget=64).policy.budget == 64
         assert hydra.compose("app").x == 1
     assert not GlobalHydra.instance().is_initialized()
 
@@ -129,21 +131,21 @@ def test_compress_gives_the_cache_of_the_method_and_restores_the_attention(model
     ids = prompt_ids(50)
     options = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
     plain = model.generate(**options)
-    with kvbench.compress(model, "snapkv", budget=20, selection={"window": 4}) as cache:
+    with kvbench.compress(model, "snapkv", budget=20, scorer={"window": 4}) as cache:
         assert model.config._attn_implementation == "kvbench"
         generated = model.generate(**options, past_key_values=cache)
     assert model.config._attn_implementation == "sdpa"
-    assert [layer.selection for layer in cache.layers] == [kvbench.SnapKV(budget=20, window=4)] * 3
+    assert [layer.policy for layer in cache.layers] == [kvbench.EvictionPolicy(kvbench.SnapKV(window=4), 20)] * 3
     assert cache.kv_bytes_logical == 3 * 2 * 2 * 16 * 4 * (20 + 5)  # layers, K and V, heads, head_dim, bytes; tokens
-    with kvbench.compress(model, "snapkv", budget=20, selection={"window": 4}) as again:
+    with kvbench.compress(model, "snapkv", budget=20, scorer={"window": 4}) as again:
         first = kvbench.generate(model, again, ids, max_new_tokens=6)
     assert generated[0, 50:].tolist() == first.tokens[0]
     assert torch.equal(model.generate(**options), plain)
 
 
 def test_compress_takes_a_method(model):
-    with kvbench.compress(model, kvbench.Method("mine", kvbench.TOVA(budget=16))) as cache:
-        assert {type(layer.selection) for layer in cache.layers} == {kvbench.TOVA}
+    with kvbench.compress(model, kvbench.Method("mine", kvbench.EvictionPolicy(kvbench.LastQuery(), 16))) as cache:
+        assert {type(layer.policy) for layer in cache.layers} == {kvbench.TOVA}
     with (
         pytest.raises(kvbench.InputError, match=r"method\.budget=5: goes with a method's name"),
         kvbench.compress(model, kvbench.Method("full"), budget=5),

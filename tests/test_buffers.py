@@ -9,8 +9,9 @@ from tiny_models import prompt_ids, tiny_model
 from kvbench.methods.cache.cache import stored_bytes
 from kvbench.methods.cache.kv_shape import KVShape
 from kvbench.methods.cache.method import Method
-from kvbench.methods.policies.scorers.attention_sums import H2O
-from kvbench.methods.policies.scorers.last_query import TOVA
+from kvbench.methods.policies.eviction import EvictionPolicy
+from kvbench.methods.policies.scorers.attention_sums import AttentionSums
+from kvbench.methods.policies.scorers.last_query import LastQuery
 from kvbench.methods.policies.streaming_llm import StreamingLLM
 from kvbench.methods.storage.base import LayerStorage, Storage
 from kvbench.methods.storage.buffer import GROWTH, SPARE, Buffer
@@ -152,7 +153,11 @@ def test_quantised_groups_added_one_by_one_are_those_quantised_at_once(dim):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("announced", [False, True])
-@pytest.mark.parametrize("selection", [H2O(20), TOVA(20), StreamingLLM(20)], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+    "selection",
+    [EvictionPolicy(AttentionSums(), 20), EvictionPolicy(LastQuery(), 20), StreamingLLM(20)],
+    ids=lambda s: type(s).__name__,
+)
 def test_methods_that_let_tokens_leave_hold_no_more_slots_than_between_two_moves(selection, announced):
     model = tiny_model()
     cache = Method("x", selection).new_cache(model)

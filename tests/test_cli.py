@@ -51,8 +51,22 @@ BAD_INPUT = [
     (["method.budget=0"], ["method.budget=0", ">= 1"]),
     (["method.budget=-4"], ["method.budget=-4"]),
     (["method.budget=1.5"], ["method.budget=1.5", "(0, 1]"]),
-    (["method.budget=16"], ["method.selection.window=32", "method.budget=16"]),
-    (["method.selection.kernel=6"], ["method.selection.kernel=6", "odd"]),
+    (["method.budget=16"], ["method.recent=32", "method.budget=16"]),
+    (["method.selection.window=8"], ["method.selection.window", "is method.scorer.window", "or method.recent now"]),
+    (["method=h2o", "method.selection.prefill_only=true"], ["is method/schedule=after_prefill (h2o, tova)"]),
+    (["method=pyramid_infer", "method.selection.strategy=linear"], ["is method.policy.strategy now"]),
+    (["method=snapkv", "method/allocator=adaptive", "method.selection.floor=0.5"], ["is method.allocator.floor now"]),
+    (["method=tova", "method/allocator=adaptive"], ["method/allocator=adaptive", "scores all heads alike"]),
+    (
+        ["method=snapkv", "method/schedule=every_step", "method/storage=kivi4"],
+        ["method/storage=kivi4", "while decoding"],
+    ),
+    (["method=snapkv", "method/schedule=every_n", "method.schedule.n=0"], ["method.schedule.n=0", "whole number >= 1"]),
+    (
+        ["method=snapkv", "method/schedule=every_n", "method.schedule.n=4", "method.recent=8"],
+        ["method.recent=8", "at least 28"],
+    ),
+    (["method.scorer.kernel=6"], ["method.scorer.kernel=6", "odd"]),
     (["runner.budgets=[64,0]"], ["runner.budgets=0", ">= 1"]),
     (["runner.pair_with=[fulll]"], ["method=fulll", "full"]),
     (["runner.pair_with=fulll"], ["method=fulll", "full"]),
@@ -87,8 +101,8 @@ BAD_INPUT = [
     (["logger=null"], ["logger=null", "one of none, wandb"]),
     (["method.storage=kivi4"], ["method.storage=kivi4", "use method/storage=kivi4"]),
     (["method.storage=kvi4"], ["use method/storage=NAME", "did you mean kivi4"]),
-    (["method.selection=full"], ["method.selection=full", "method.selection.KEY=VALUE"]),
-    (["method.selection=null"], ["method.selection=null", "method.selection.KEY=VALUE"]),
+    (["method.scorer=h2o"], ["method.scorer=h2o", "method/scorer="]),
+    (["method.scorer=null"], ["method.scorer=null", "method/scorer="]),
     (["--config-name=foo"], ["--config-name=foo", "must be config"]),
     (["~method"], ["method=(nothing)", "leave ~method out"]),
     (["~seed"], ["seed=(nothing)", "leave ~seed out"]),
@@ -97,9 +111,9 @@ BAD_INPUT = [
     (["+foo=1"], ["foo=1", "the configuration has no key foo", "seed"]),
     (["+method.foo=1"], ["method.foo=1", "method has no key foo", "budget"]),
     (["++task.foo=1"], ["task.foo=1", "task has no key foo", "limit"]),
-    (["+method.selection.wndow=8"], ["method.selection has no key wndow", "did you mean window"]),
+    (["+method.scorer.wndow=8"], ["method.scorer has no key wndow", "did you mean window"]),
     (["+method._partial_=true"], ["method._partial_=true", "no key"]),
-    (["method.window=8"], ["method has no key window", "did you mean method.selection.window?"]),
+    (["method.window=8"], ["method has no key window", "did you mean method.scorer.window?"]),
     (["task=perplexity", "task.limit=5"], ["task has no key limit", "set by task.stretches here"]),
     (["task=perplexity", "+task.limit=5"], ["task has no key limit", "set by task.stretches here"]),
     (["task=recall", "task.limit=5"], ["task has no key limit", "set by task.sequences here"]),
@@ -121,9 +135,9 @@ BAD_INPUT = [
     (["runner.pair_with=['']"], ["runner.pair_with=''", "name a method"]),
     (["runner.pair_with=true"], ["runner.pair_with=true", "text"]),
     (["runner.pair_with=['full foo=1']"], ["runner.pair_with=full foo=1", "method has no key foo"]),
-    (["runner.pair_with=['snapkv window=8']"], ["pair_with=snapkv window=8", "did you mean method.selection.window"]),
+    (["runner.pair_with=['snapkv window=8']"], ["pair_with=snapkv window=8", "did you mean method.scorer.window"]),
     (["runner.pair_with=['5 budget=1']"], ["method=5", "one of"]),
-    (["runner.pair_with=[snapkv]", "runner.budgets=[64,16]"], ["method.selection.window=32", "method.budget=16"]),
+    (["runner.pair_with=[snapkv]", "runner.budgets=[64,16]"], ["method.recent=32", "method.budget=16"]),
     # types
     (["runner.temperature=inf"], ["runner.temperature=inf", "a number"]),
     (["runner.temperature=true"], ["runner.temperature=true", "a number"]),
@@ -245,11 +259,11 @@ def test_commands():
 def test_run_py_from_any_folder_is_one_line_too_and_leaves_no_file_behind(tmp_path):
     """The real process: the exit status, and nothing of Hydra's (log files, output folders) where the user stands."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(ROOT / "run.py"), "method.selection.kernel=4"]
+    command = [sys.executable, str(ROOT / "run.py"), "method.scorer.kernel=4"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("error: method.selection.kernel=4: must be an odd number")
+    assert done.stderr.startswith("error: method.scorer.kernel=4: must be an odd number")
     assert done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 

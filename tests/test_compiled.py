@@ -14,8 +14,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from kvbench.conf.errors import InputError
 from kvbench.methods.cache.method import Method
+from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.no_cache import NoCache
-from kvbench.methods.policies.scorers.attention_sums import H2O
+from kvbench.methods.policies.scorers.attention_sums import AttentionSums
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.sharing.yoco import YOCO
 from kvbench.methods.storage.kivi import Kivi
@@ -111,8 +112,8 @@ def test_in_bfloat16_a_compiled_step_is_no_further_from_the_truth():
 @pytest.mark.parametrize(
     "method",
     [
-        Method("snapkv", SnapKV(budget=16, window=4, kernel=3)),
-        Method("h2o", H2O(budget=16)),
+        Method("snapkv", EvictionPolicy(SnapKV(window=4, kernel=3), 16)),
+        Method("h2o", EvictionPolicy(AttentionSums(), 16)),
         Method("kivi4", storage=Kivi()),
     ],
     ids=lambda method: method.name,

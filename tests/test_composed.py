@@ -60,8 +60,8 @@ class Marker:
     ],
 )
 def test_what_is_no_class_of_ours_is_refused(target):
-    with pytest.raises(InputError, match=r"^method\.selection\._target_="):
-        check_targets({"selection": {"_target_": target}}, "method")
+    with pytest.raises(InputError, match=r"^method\.policy\._target_="):
+        check_targets({"policy": {"_target_": target}}, "method")
 
 
 @pytest.mark.parametrize(
@@ -73,10 +73,10 @@ def test_what_is_no_class_of_ours_is_refused(target):
         ["++logger._target_=pandas.read_pickle", "++logger.filepath_or_buffer=planted.pkl"],
         ["++logger._target_=joblib.load", "++logger.filename=planted.pkl"],
         ["++logger.x=[{_target_:pathlib.Path.touch,self:{_target_:pathlib.Path,_args_:[ran]}}]"],
-        ["+method.selection.x._target_=os.makedirs", "+method.selection.x.name=ran"],
+        ["+method.scorer.x._target_=os.makedirs", "+method.scorer.x.name=ran"],
         ["+task.x={_target_:os.makedirs,name:ran}"],
         ["+task.x=\"${oc.create:'{_target_: os.makedirs, name: ran}'}\""],
-        ["runner.pair_with=['snapkv selection._target_=pandas.read_pickle']"],
+        ["runner.pair_with=['snapkv scorer._target_=pandas.read_pickle']"],
         ["+hydra.callbacks.x={_target_:os.makedirs,name:ran}"],
         ["method=full,snapkv", "+hydra.callbacks.x={_target_:os.makedirs,name:ran}", "-m"],
     ],

@@ -16,6 +16,7 @@ from local_model import kvbench, save_local_model
 from tiny_models import prompt_ids, tiny_model
 
 from kvbench.methods.cache.method import Method
+from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.models.random import RandomModel
 from kvbench.runners import efficiency, graph, measure, passes
@@ -106,7 +107,7 @@ def test_the_tokens_that_are_timed_are_the_tokens_that_generate_gives(monkeypatc
         return decode(model, cache, token)
 
     monkeypatch.setattr(graph, "decode", spy)
-    method = Method("snapkv", SnapKV(budget=16, window=4))
+    method = Method("snapkv", EvictionPolicy(SnapKV(window=4), 16))
     time_batch(model, Batch([Request("0", (1,) * 40, 9)], ids, None), job_of(method))
     assert [t for (t,) in fed] == generate(model, method.new_cache(model), ids, max_new_tokens=9).tokens[0][:-1]
 
@@ -226,7 +227,7 @@ def test_the_peak_while_decoding_falls_by_the_bytes_that_the_cache_lost():
     A buffer that grows is held twice for a moment, which is one of the eight of this shape's four layers.
     """
     peaks, stored = [], []
-    for method in (Method("full"), Method("snapkv", SnapKV(budget=64))):
+    for method in (Method("full"), Method("snapkv", EvictionPolicy(SnapKV(), 64))):
         job = Job(
             RandomModel("tiny", max_positions=4096), method, Shape(2000, 4), "cpu", torch.float32, 0, 32, None, 0, 1
         )

@@ -17,6 +17,7 @@ from kvbench.methods.cache.layer import CacheLayer
 from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.cache.method import Method
 from kvbench.methods.cache.products import cached_attention, lower_right_attention, split_kv_attention
+from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.pyramid_infer import PyramidInfer
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.policies.streaming_llm import StreamingLLM
@@ -61,7 +62,7 @@ def test_min_new_tokens_holds_the_stop_back():
 
 def test_members_of_a_fan_out_that_have_ended_are_left_out_and_the_others_go_on():
     model, ids = tiny_model(), prompt_ids(60)
-    methods = [Method("full"), *(Method("snapkv", SnapKV(budget=b, window=4)) for b in (8, 16, 40))]
+    methods = [Method("full"), *(Method("snapkv", EvictionPolicy(SnapKV(window=4), b)) for b in (8, 16, 40))]
     alone = [generate(model, m.new_cache(model), ids, max_new_tokens=12).tokens[0] for m in methods]
     stop = alone[1][5]  # ends the second member early, whatever the others do
     cache = FanOutCache([m.new_cache(model) for m in methods])
@@ -78,7 +79,7 @@ def test_methods_that_read_the_prompt_by_themselves_go_on_with_the_others(monkey
         Method("streaming_llm", StreamingLLM(20)),
         Method("full"),
         Method("pyramid_infer", PyramidInfer(prefill_decay_ratio=0.2, recent_ratio=0.1, min_context=3, gen_window=2)),
-        Method("snapkv", SnapKV(budget=16, window=4)),
+        Method("snapkv", EvictionPolicy(SnapKV(window=4), 16)),
         Method("streaming_llm", StreamingLLM(12)),
     ]
     alone = [generate(model, m.new_cache(model), ids, max_new_tokens=12).tokens[0] for m in methods]
@@ -99,7 +100,11 @@ def test_continuations_are_scored_alike_alone_and_beside_others():
     model = tiny_model()
     ids, mask = left_pad([prompt_ids(60, 1), prompt_ids(41, 2)])
     asked = [[([3, 4], [5, 6, 7]), ([], [8])], [([9], [10, 11])]]
-    methods = [Method("streaming_llm", StreamingLLM(20)), Method("full"), Method("snapkv", SnapKV(budget=16, window=4))]
+    methods = [
+        Method("streaming_llm", StreamingLLM(20)),
+        Method("full"),
+        Method("snapkv", EvictionPolicy(SnapKV(window=4), 16)),
+    ]
     alone = [one for m in methods for one in engine.score(model, m.new_cache(model), ids, mask, asked)]
     both = engine.score(model, FanOutCache([m.new_cache(model) for m in methods]), ids, mask, asked)
     for mine, theirs in zip(both, alone, strict=True):
@@ -129,7 +134,7 @@ def test_a_rows_draws_depend_on_its_own_seed_alone():
     ]
     both = generate(model, full(model), ids, mask, max_new_tokens=12, sampling=Sampling(**hot, seeds=[5, 6]))
     assert both.tokens == alone
-    fan_out = FanOutCache([full(model), Method("snapkv", SnapKV(budget=100)).new_cache(model)])
+    fan_out = FanOutCache([full(model), Method("snapkv", EvictionPolicy(SnapKV(), 100)).new_cache(model)])
     members = generate(model, fan_out, ids, mask, max_new_tokens=12, sampling=Sampling(**hot, seeds=[5, 6]))
     assert members.tokens == alone + alone
 
@@ -188,7 +193,7 @@ def llama_with_dynamic_rope():
 def test_layers_that_read_in_pieces_give_what_they_give_in_one(family, chunk_size):
     """Padded, alone and in a fan-out; longrope sees the whole length whatever the pieces."""
     model = phi3_with_longrope() if family == "phi3" else tiny_model(family)
-    methods = [Method("full"), Method("snapkv", SnapKV(budget=20, window=4))]
+    methods = [Method("full"), Method("snapkv", EvictionPolicy(SnapKV(window=4), 20))]
     ids, mask = left_pad([prompt_ids(90, 1), prompt_ids(41, 2)])
     if family == "phi3":
         ids, mask = prompt_ids(90), None
@@ -207,7 +212,7 @@ def test_layers_that_read_in_pieces_give_what_they_give_in_one(family, chunk_siz
 def test_in_pieces_one_layer_at_a_time_holds_its_whole_keys(monkeypatch):
     """When a layer compresses, those below have done so and those above have not begun."""
     model = tiny_model()
-    cache = Method("snapkv", SnapKV(budget=20, window=4)).new_cache(model)
+    cache = Method("snapkv", EvictionPolicy(SnapKV(window=4), 20)).new_cache(model)
     absorb, seen = CacheLayer.absorb, []
 
     def look(self, prompts):
@@ -308,7 +313,7 @@ def test_a_planted_number_survives_snapkv_and_not_a_window_without_it(smollm2):
 
     assert ids.shape[1] > 1500
     assert "58274" in answer(Method("full"))
-    assert "58274" in answer(Method("snapkv", SnapKV(budget=512)))
+    assert "58274" in answer(Method("snapkv", EvictionPolicy(SnapKV(), 512)))
     assert "58274" not in answer(Method("streaming_llm", StreamingLLM(budget=512)))
 
 
@@ -402,7 +407,7 @@ def test_a_long_cache_is_read_by_all_threads_where_its_heads_do_not_share_out(mo
 def test_a_question_after_compression_is_read_through_the_compressed_cache():
     """The context alone is compressed; the answer is the one of feeding the question token by token."""
     model, ids = tiny_model(), prompt_ids(80)
-    method = Method("snapkv", SnapKV(budget=16, window=4))
+    method = Method("snapkv", EvictionPolicy(SnapKV(window=4), 16))
     cache = method.new_cache(model)
     prefill(model, cache, ids[:, :70])
     for token in ids[0, 70:]:

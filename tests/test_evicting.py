@@ -8,15 +8,18 @@ from golden import golden_prompt
 from tiny_models import left_pad, prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
+from kvbench.methods.cache import prompt_attention
 from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.cache.method import Method
 from kvbench.methods.cache.prefill import Prompt
-from kvbench.methods.policies.base import Step
-from kvbench.methods.policies.evicting import EvictingState
+from kvbench.methods.cache.prompt_attention import attention_received
+from kvbench.methods.policies.eviction import EvictionPolicy
+from kvbench.methods.policies.policy import Step
 from kvbench.methods.policies.pyramid_infer import PyramidInfer
-from kvbench.methods.policies.scorers import attention_sums as h2o
-from kvbench.methods.policies.scorers.attention_sums import H2O, attention_received
-from kvbench.methods.policies.scorers.last_query import TOVA
+from kvbench.methods.policies.schedules.after_prefill import AfterPrefill
+from kvbench.methods.policies.scorers.attention_sums import AttentionSums
+from kvbench.methods.policies.scorers.base import ModelLayer
+from kvbench.methods.policies.scorers.last_query import LastQuery
 from kvbench.methods.policies.streaming_llm import StreamingLLM
 from kvbench.methods.storage import dense
 from kvbench.methods.storage.dense import DenseLayer
@@ -25,14 +28,22 @@ from kvbench.runners.engine import decode, prefill
 D = 8
 
 
+def h2o(*args, **options):
+    return EvictionPolicy(AttentionSums(), *args, **options)
+
+
+def tova(*args, **options):
+    return EvictionPolicy(LastQuery(), *args, **options)
+
+
 def test_golden_sets_of_h2o(golden):
-    kept = H2O(budget=12, recent_share=1 / 3).select(golden_prompt(window=40))
+    kept = EvictionPolicy(AttentionSums(), 12, recent=1 / 3).select(golden_prompt(window=40))
     assert kept.slots[0].tolist() == golden["h2o_prefill recent=4 heavy=8 (full causal accumulation)"]
     assert torch.equal(kept.scores, attention_received(golden_prompt(window=40)).gather(-1, kept.slots))
 
 
 def test_golden_set_of_tova(golden):
-    kept = TOVA(budget=12).select(golden_prompt(window=1)).slots[0]
+    kept = EvictionPolicy(LastQuery(), 12).select(golden_prompt(window=1)).slots[0]
     assert kept.tolist() == [golden["tova cache=12 (prefill reduce)"]] * 4
 
 
@@ -56,7 +67,7 @@ def causal_matrix(prompt: Prompt) -> torch.Tensor:
 
 @pytest.mark.parametrize("block", [1, 7, 64])
 def test_column_sums_in_blocks_are_those_of_the_whole_matrix(monkeypatch, block):
-    monkeypatch.setattr(h2o, "BLOCK", block)
+    monkeypatch.setattr(prompt_attention, "BLOCK", block)
     prompt = random_prompt(4, 2, 23)
     expected = causal_matrix(prompt).sum(1).unflatten(0, (2, 2)).mean(1)
     assert (attention_received(prompt)[0].double() - expected).abs().max() < 1e-5
@@ -76,12 +87,12 @@ def test_column_sums_are_causal_and_add_up_to_the_queries():
 
 def stream(selection, prompt: Prompt, steps: int, query_heads: int, kv_heads: int):
     """Feed a prompt and ``steps`` tokens through one layer; yields (q, k, v, output, keys held, scores)."""
-    storage, state = DenseLayer(), EvictingState()
+    storage, state = DenseLayer(), selection.new_state(ModelLayer(0, 0, 1, lambda: None))
     kept = selection.select(prompt, state)
     slots = torch.arange(prompt.length).expand(1, kv_heads, -1) if kept.slots is None else kept.slots
     index = slots[..., None].expand(-1, -1, -1, D)
     storage.write(prompt.keys.gather(2, index), prompt.values.gather(2, index))
-    selection.after_prompt(state, torch.tensor([prompt.length]), kept.scores)
+    selection.after_prompt(state, storage, torch.tensor([prompt.length]), kept.scores)
     g = torch.Generator().manual_seed(99)
     for _ in range(steps):
         q, k, v = (torch.randn(1, h, 1, D, generator=g, dtype=torch.float64) for h in (query_heads, kv_heads, kv_heads))
@@ -124,7 +135,7 @@ def test_h2o_is_the_naive_simulator(query_heads, kv_heads, length, share, hidden
         if length > budget:
             evict_prompt(h)
     for i, (q, k, v, out, stored, scores) in enumerate(
-        stream(H2O(budget, share), prompt, steps, query_heads, kv_heads)
+        stream(EvictionPolicy(AttentionSums(), budget, recent=share), prompt, steps, query_heads, kv_heads)
     ):
         for h in range(kv_heads):
             keys[h].append(k[0, h, 0])
@@ -153,7 +164,9 @@ def test_tova_is_the_naive_simulator(length, hidden, monkeypatch):
     last = causal_matrix(prompt)[:, -1].mean(0)
     keys = [prompt.keys[0, :, t] for t in range(length)]  # [H_kv, D] each
     held = sorted(sorted(range(length), key=lambda t: -last[t])[:budget])
-    for i, (q, k, _, _, stored, _) in enumerate(stream(TOVA(budget), prompt, 15, query_heads, kv_heads)):
+    for i, (q, k, _, _, stored, _) in enumerate(
+        stream(EvictionPolicy(LastQuery(), budget), prompt, 15, query_heads, kv_heads)
+    ):
         keys.append(k[0, :, 0])
         held.append(length + i)
         worth = torch.zeros(len(held), dtype=torch.float64)
@@ -168,7 +181,7 @@ def test_tova_is_the_naive_simulator(length, hidden, monkeypatch):
 
 def test_h2o_without_heavy_hitters_is_a_sliding_window():
     model = tiny_model()
-    cache = Method("h2o", H2O(budget=10, recent_share=1.0)).new_cache(model)
+    cache = Method("h2o", EvictionPolicy(AttentionSums(), 10, recent=1.0)).new_cache(model)
     prefill(model, cache, prompt_ids(30))
     before = cache.layers[0].storage.read()[0].clone()
     decode(model, cache, torch.tensor([5]))
@@ -178,7 +191,16 @@ def test_h2o_without_heavy_hitters_is_a_sliding_window():
     assert not valid[:, :, 0].any()
 
 
-@pytest.mark.parametrize("selection", [H2O(0.5), TOVA(0.5), H2O(11), TOVA(11)], ids=str)
+@pytest.mark.parametrize(
+    "selection",
+    [
+        EvictionPolicy(AttentionSums(), 0.5),
+        EvictionPolicy(LastQuery(), 0.5),
+        EvictionPolicy(AttentionSums(), 11),
+        EvictionPolicy(LastQuery(), 11),
+    ],
+    ids=str,
+)
 def test_rows_of_different_lengths_have_their_own_limits(selection):
     """A fraction of each prompt, or one number that only the longer prompts reach."""
     model, method = tiny_model(), Method("x", selection)
@@ -198,11 +220,13 @@ def test_rows_of_different_lengths_have_their_own_limits(selection):
 @pytest.mark.parametrize(
     ("rule", "options"),
     [
-        (H2O, {"recent_share": 1.5}),
-        (H2O, {"recent_share": "half"}),
-        (H2O, {"prefill_only": 3}),
-        (H2O, {"budget": 0}),
-        (TOVA, {"prefill_only": "once"}),
+        (h2o, {"recent": 1.5}),
+        (h2o, {"recent": "half"}),
+        (h2o, {"recent": -1}),
+        (h2o, {"budget": 0}),
+        (h2o, {"sinks": -1}),
+        (h2o, {"sinks": 8, "budget": 8}),
+        (tova, {"sinks": True}),
         (PyramidInfer, {"prefill_only": "once"}),
     ],
 )
@@ -211,10 +235,13 @@ def test_bad_settings(rule, options):
         rule(**options)
 
 
-@pytest.mark.parametrize("rule", [H2O, TOVA], ids=lambda r: r.__name__)
+@pytest.mark.parametrize("rule", [h2o, tova], ids=lambda r: r.__name__)
 def test_prefill_only_keeps_of_the_prompt_what_the_method_does_and_everything_generated(rule):
     model, ids = tiny_model(), prompt_ids(30)
-    caches = [Method("x", rule(11, prefill_only=only)).new_cache(model) for only in (False, True)]
+    caches = [
+        Method("x", rule(11, **({"schedule": AfterPrefill()} if only else {}))).new_cache(model)
+        for only in (False, True)
+    ]
     for cache in caches:
         prefill(model, cache, ids)
     for every, once in zip(caches[0].layers, caches[1].layers, strict=True):
@@ -224,7 +251,7 @@ def test_prefill_only_keeps_of_the_prompt_what_the_method_does_and_everything_ge
             decode(model, cache, torch.tensor([3 + i]))
     assert all((t == 11).all() for t in caches[0].tokens_held)
     assert all((t == 31).all() for t in caches[1].tokens_held)
-    assert all(not list(layer.selection.state_tensors(layer.state)) for layer in caches[1].layers)
+    assert all(not list(layer.policy.state_tensors(layer.state)) for layer in caches[1].layers)
 
 
 def test_prefill_only_of_pyramid_infer_is_the_trigger_never():
@@ -234,7 +261,15 @@ def test_prefill_only_of_pyramid_infer_is_the_trigger_never():
 
 
 @pytest.mark.parametrize(
-    "selection", [H2O(11), H2O(0.5), TOVA(11), StreamingLLM(11), StreamingLLM(0.5, mode="prefill_evict")], ids=str
+    "selection",
+    [
+        EvictionPolicy(AttentionSums(), 11),
+        EvictionPolicy(AttentionSums(), 0.5),
+        EvictionPolicy(LastQuery(), 11),
+        StreamingLLM(11),
+        StreamingLLM(0.5, mode="prefill_evict"),
+    ],
+    ids=str,
 )
 def test_when_gaps_are_closed_changes_nothing(selection, monkeypatch):
     """In a padded batch and over 20 steps: closed at every step, at every fifth, and never."""

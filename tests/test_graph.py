@@ -14,6 +14,7 @@ from tiny_models import left_pad, prompt_ids, tiny_model
 
 from kvbench.methods.cache.fan_out import FanOutCache
 from kvbench.methods.cache.method import Method
+from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.sharing.cla import CLA
 from kvbench.methods.sharing.lckv import LCKV
@@ -23,7 +24,7 @@ from kvbench.runners.cli import named_method
 from kvbench.runners.engine import decode, prefill
 from kvbench.runners.graph import Stepper
 
-STATIC = ["full", "snapkv budget=20 selection.window=4", "pyramidkv budget=20 selection.window=4", "key_diff budget=20"]
+STATIC = ["full", "snapkv budget=20 scorer.window=4", "pyramidkv budget=20 scorer.window=4", "key_diff budget=20"]
 CHANGING = [
     "no_cache",
     "h2o budget=20",
@@ -188,7 +189,7 @@ def test_rope_that_looks_at_the_length_is_not_recorded():
 
 def test_on_a_cpu_a_step_is_run_as_it_is():
     model = tiny_model()
-    cache = Method("snapkv", SnapKV(budget=20, window=4)).new_cache(model)
+    cache = Method("snapkv", EvictionPolicy(SnapKV(window=4), 20)).new_cache(model)
     token = prefill(model, cache, prompt_ids(60)).argmax(-1)
     step = Stepper(model, cache, token, 20)
     assert step.how == graph.EAGER

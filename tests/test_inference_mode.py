@@ -89,7 +89,7 @@ def test_a_static_cache_changes_outside_of_inference_mode(text):
 
 def test_a_stepper_is_made_and_called_in_either_mode():
     model, ids = tiny_model(), prompt_ids(60)
-    cache, other = (named_method("snapkv budget=20 selection.window=4").new_cache(model) for _ in range(2))
+    cache, other = (named_method("snapkv budget=20 scorer.window=4").new_cache(model) for _ in range(2))
     token = prefill(model, cache, ids).argmax(-1)
     prefill(model, other, ids)
     outside = Stepper(model, cache, token, 4)

@@ -9,7 +9,8 @@ from tiny_models import prompt_ids, tiny_model
 from kvbench.conf.errors import InputError
 from kvbench.methods.cache.kv_shape import KVShape, kv_shape
 from kvbench.methods.cache.method import Method
-from kvbench.methods.policies.scorers.attention_sums import H2O
+from kvbench.methods.policies.eviction import EvictionPolicy
+from kvbench.methods.policies.scorers.attention_sums import AttentionSums
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.storage.kivi import Kivi, KiviSegments
 from kvbench.methods.storage.minicache_kivi import MiniCacheKivi
@@ -195,13 +196,13 @@ def test_more_bits_are_nearer_to_the_full_cache():
 def test_on_top_of_snapkv_the_bytes_of_both_are_saved():
     model = tiny_model()
     shape = kv_shape(model.config, model.dtype)
-    method = Method("snapkv", SnapKV(budget=40, window=8), Kivi(4, group=8, residual=8))
+    method = Method("snapkv", EvictionPolicy(SnapKV(window=8), 40), Kivi(4, group=8, residual=8))
     cache = method.new_cache(model)
     prefill(model, cache, prompt_ids(90))
     assert (
         cache.kv_bytes_stored
         == method.bytes_formula(shape, 90)
-        < Method("snapkv", SnapKV(40, 8)).bytes_formula(shape, 90)
+        < Method("snapkv", EvictionPolicy(SnapKV(window=8), 40)).bytes_formula(shape, 90)
     )
     assert [int(t[0, 0]) for t in cache.tokens_held] == [40] * 3
     assert method.label == "snapkv 40 + kivi4"
@@ -209,7 +210,7 @@ def test_on_top_of_snapkv_the_bytes_of_both_are_saved():
 
 def test_what_cannot_be_composed_says_so():
     with pytest.raises(InputError, match=r"method/storage=kivi4: holds rounded tokens, and method=h2o"):
-        Method("h2o", H2O(budget=10), Kivi())
+        Method("h2o", EvictionPolicy(AttentionSums(), 10), Kivi())
 
 
 @pytest.mark.parametrize(

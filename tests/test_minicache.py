@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from kvbench.conf.errors import InputError
 from kvbench.methods.cache.kv_shape import KVShape, kv_shape
 from kvbench.methods.cache.method import Method
+from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.storage.minicache import MiniCache, Pair, PairLayer, angle_between, slerp
 from kvbench.runners.cli import named_method
@@ -253,7 +254,7 @@ def pair_behind(storage):
 
 def test_what_cannot_be_composed_says_so():
     with pytest.raises(InputError, match=r"method/storage=minicache: shares tokens between layers"):
-        Method("snapkv", SnapKV(), MiniCache())
+        Method("snapkv", EvictionPolicy(SnapKV()), MiniCache())
 
 
 def test_a_start_beyond_the_model_is_refused():

@@ -883,7 +883,7 @@ SPREAD = {
 
 
 @pytest.mark.parametrize(
-    "text", ["full", "snapkv budget=20 selection.window=4", "h2o budget=20", "kivi", "minicache", "pyramid_infer"]
+    "text", ["full", "snapkv budget=20 scorer.window=4", "h2o budget=20", "kivi", "minicache", "pyramid_infer"]
 )
 def test_a_model_that_is_spread_gives_what_it_gives_on_one_device(tmp_path, text):
     """Its second layer on the disk: accelerate brings it in for each forward. Padded, in one piece and in chunks."""

@@ -17,8 +17,9 @@ from kvbench.methods.cache.layout import layout_of, model_shape, rotary_of
 from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.cache.method import Method
 from kvbench.methods.cache.products import causal_attention, masked_attention, uncached_attention
+from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.no_cache import NoCache
-from kvbench.methods.policies.scorers.attention_sums import H2O
+from kvbench.methods.policies.scorers.attention_sums import AttentionSums
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.policies.streaming_llm import StreamingLLM
 from kvbench.methods.sharing.plan import CHUNKED, SLIDING, Span, plan_of
@@ -141,7 +142,7 @@ def test_full_snapkv_with_room_and_no_cache_are_the_model(name):
     model, ids = build(name), prompt_ids(PROMPT + STEPS)
     expected = own_logits(model, ids)
     exact_kivi = Method("kivi8", storage=Kivi(bits=8, group=4, residual=128))  # nothing is old enough to be rounded
-    methods = methods_on(model, Method("snapkv", SnapKV(budget=200, window=8)), exact_kivi)
+    methods = methods_on(model, Method("snapkv", EvictionPolicy(SnapKV(window=8), 200)), exact_kivi)
     for method in (*methods, NoCache("no_cache")):
         assert error(cached_logits(model, method, ids), expected) < close(model), method.name
     if not layout_of(model).plan.recurrent:
@@ -154,7 +155,11 @@ def test_a_padded_batch_several_tokens_and_a_fan_out_are_each_row_alone(name):
     prompts = [prompt_ids(PROMPT, 1), prompt_ids(37, 2), prompt_ids(9, 3)]
     ids, mask = left_pad(prompts)
     tokens = torch.cat([prompt_ids(STEPS, 10 + row) for row in range(3)])
-    methods = methods_on(model, Method("snapkv", SnapKV(budget=12, window=4)), Method("h2o", H2O(budget=12)))
+    methods = methods_on(
+        model,
+        Method("snapkv", EvictionPolicy(SnapKV(window=4), 12)),
+        Method("h2o", EvictionPolicy(AttentionSums(), 12)),
+    )
     alone = {}
     for method in methods:
         for row, prompt in enumerate(prompts):
@@ -177,7 +182,10 @@ def test_a_padded_batch_several_tokens_and_a_fan_out_are_each_row_alone(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_generate_is_the_engine_and_bytes_are_the_formula(name):
     model = build(name)
-    snapkv, minicache = Method("snapkv", SnapKV(budget=12, window=4)), Method("minicache", storage=MiniCache(0))
+    snapkv, minicache = (
+        Method("snapkv", EvictionPolicy(SnapKV(window=4), 12)),
+        Method("minicache", storage=MiniCache(0)),
+    )
     for method in methods_on(model, snapkv, minicache):
         ids = torch.cat([prompt_ids(PROMPT, 1), prompt_ids(PROMPT, 2)])
         cache = method.new_cache(model)
@@ -191,7 +199,7 @@ def test_generate_is_the_engine_and_bytes_are_the_formula(name):
 
 def test_a_window_holds_one_token_less_than_it_shows_and_a_chunk_begins_anew():
     model = build("soft cap and windows")  # every other layer of four slides over 24 tokens
-    cache = Method("snapkv", SnapKV(budget=40, window=4)).new_cache(model)
+    cache = Method("snapkv", EvictionPolicy(SnapKV(window=4), 40)).new_cache(model)
     prefill(model, cache, prompt_ids(PROMPT))
     assert [int(t.max()) for t in cache.tokens_held] == [23, 40, 23, 40]
     a_token = 2 * 2 * 16 * 8
@@ -274,7 +282,7 @@ def test_models_that_cannot_work_are_refused_when_the_cache_is_made(kind, settin
     torch.manual_seed(0)
     shape = {key: value for key, value in SHAPE.items() if key != "head_dim"}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape | settings)).eval()
-    for method in (Method("full"), Method("snapkv", SnapKV(budget=8, window=4)), NoCache("no_cache")):
+    for method in (Method("full"), Method("snapkv", EvictionPolicy(SnapKV(window=4), 8)), NoCache("no_cache")):
         with pytest.raises(InputError, match=problem) as refused:
             method.new_cache(model)
         assert "\n" not in str(refused.value)
@@ -309,7 +317,7 @@ def test_longrope_keeps_a_compressed_cache_and_refuses_to_pass_its_length():
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0}
     rope |= {"short_factor": [1.0] * 8, "long_factor": [1.0 + i for i in range(8)]}
     model = model_of("phi3", max_position_embeddings=272, original_max_position_embeddings=68, rope_parameters=rope)
-    method, tokens = Method("snapkv", SnapKV(budget=16, window=4)), []
+    method, tokens = Method("snapkv", EvictionPolicy(SnapKV(window=4), 16)), []
 
     def generate_by_transformers(model, cache, ids, max_new_tokens):
         return model.generate(ids, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False)

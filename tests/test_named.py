@@ -8,6 +8,7 @@ import pytest
 
 from kvbench.conf.errors import InputError
 from kvbench.methods.cache.method import Method
+from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.names import token_methods
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.sharing.cla import CLA
@@ -31,7 +32,7 @@ def test_a_name_alone_is_no_full_cache(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_yaml_still_makes_its_method(name):
     method = named_method(name)
-    assert token_methods()[name] is not method.selection.keeps_everything
+    assert token_methods()[name] is not method.policy.capabilities.keeps_everything
 
 
 def test_a_token_method_s_name_over_another_storage_is_refused_too():
@@ -46,7 +47,11 @@ def test_a_token_method_s_name_over_another_storage_is_refused_too():
 
 def test_what_is_what_its_name_says_is_not_refused():
     made = [Method("full"), Method("full", budget=64), Method("mine"), Method("kivi", storage=Kivi(4), budget=64)]
-    made += [Method("cla", sharing=CLA(2), budget=64), Method("snapkv", SnapKV(budget=64)), Method("mine", SnapKV(64))]
+    made += [
+        Method("cla", sharing=CLA(2), budget=64),
+        Method("snapkv", EvictionPolicy(SnapKV(), 64)),
+        Method("mine", EvictionPolicy(SnapKV(), 64)),
+    ]
     assert [m.effective_budget for m in made] == [None, None, None, None, None, 64, 64]
-    assert named_method("full budget=64").selection.keeps_everything
-    assert named_method("snapkv budget=64").selection == SnapKV(budget=64)
+    assert named_method("full budget=64").policy.capabilities.keeps_everything
+    assert named_method("snapkv budget=64").policy == EvictionPolicy(SnapKV(), 64)

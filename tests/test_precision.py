@@ -13,10 +13,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from kvbench.methods.cache.kv_shape import kv_shape
 from kvbench.methods.cache.layer import CacheLayer
 from kvbench.methods.cache.method import Method
-from kvbench.methods.cache.prefill import Prompt
+from kvbench.methods.cache.prefill import ALL_QUERIES, Prompt
 from kvbench.methods.cache.rotary import Rotary
-from kvbench.methods.policies.base import ALL_QUERIES, ModelLayer
 from kvbench.methods.policies.pyramid_infer import PyramidInfer, Sequences
+from kvbench.methods.policies.scorers.base import ModelLayer
 from kvbench.runners.engine import prefill
 
 TEXT = Path(__file__).resolve().parents[1] / "LICENSE"
@@ -49,24 +49,22 @@ def prompts(smollm2) -> dict[torch.dtype, dict[int, Prompt]]:
 
 def kept_sets(method: Method, prompt: Prompt, config) -> list[set[int]]:
     """Tokens that each head keeps, from the queries that the method asks for."""
-    window = min(method.selection.observation_window, prompt.length)
+    window = min(method.policy.capabilities.observation_window, prompt.length)
     query = prompt.query[:, :, prompt.length - window :]
     asked = Prompt(query, prompt.keys, prompt.values, prompt.rule, prompt.layer_idx, prompt.num_layers)
-    state = method.selection.new_state(
-        ModelLayer(prompt.layer_idx, lambda: Rotary(LlamaRotaryEmbedding(config).inv_freq))
-    )
+    state = method.policy.new_state(ModelLayer(prompt.layer_idx, lambda: Rotary(LlamaRotaryEmbedding(config).inv_freq)))
     if isinstance(method.selection, PyramidInfer):  # it says which tokens go on to the next layer
         state.layer_idx, state.shared = prompt.layer_idx, Sequences(lambda: None, prompt.num_layers, [prompt.length])
-        method.selection.select(asked, state)
+        method.policy.select(asked, state)
         (chosen,) = state.chosen
         return [set(range(prompt.length) if chosen is None else chosen[0].tolist())]
-    kept = method.selection.select(asked, state)
+    kept = method.policy.select(asked, state)
     assert kept.slots is not None
     valid = torch.ones_like(kept.slots, dtype=torch.bool) if kept.valid is None else kept.valid
     return [set(s[v].tolist()) for s, v in zip(kept.slots[0], valid[0], strict=True)]
 
 
-@pytest.mark.parametrize("text", [name for name in NAMES if not make(name).selection.keeps_everything])
+@pytest.mark.parametrize("text", [name for name in NAMES if not make(name).policy.capabilities.keeps_everything])
 def test_the_tokens_kept_in_bfloat16_are_those_of_float32(text, smollm2, prompts):
     """More than 95 % of them, over four layers."""
     method, config = make(text, budget=800 if text == "pyramid_infer" else 256), smollm2.model.config

@@ -389,9 +389,9 @@ def test_published_rows_are_all_that_is_stored():
     prefill(model, cache, prompt_ids(40))
     for n in range(1, 30):
         decode(model, cache, torch.tensor([n]))
-        state = [t for layer in cache.layers for t in layer.selection.state_tensors(layer.state)]
+        state = [t for layer in cache.layers for t in layer.policy.state_tensors(layer.state)]
         assert sum(t.untyped_storage().nbytes() for t in state) == rule_bytes(method, n, shape)
 
 
 def rule_bytes(method, new_tokens, shape):
-    return method.selection.state_bytes(40, new_tokens, shape.layers, shape.kv_heads)
+    return method.policy.state_bytes(40, new_tokens, shape.layers, shape.kv_heads)

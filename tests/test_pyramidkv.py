@@ -10,6 +10,7 @@ from tiny_models import prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
 from kvbench.methods.cache.method import Method
+from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.runners.engine import prefill
 
@@ -46,7 +47,7 @@ def test_budgets_fall_and_add_up_exactly(budget, length, layers, beta):
 def test_a_prompt_too_short_for_a_pyramid_is_snapkv():
     """budget <= T < 2 (budget - window): every layer alike, and the same tokens."""
     pyramid = pyramidkv(budget=30, window=4, kernel=5, pooling="avg")
-    snapkv = SnapKV(budget=30, window=4, kernel=5, pooling="avg")
+    snapkv = EvictionPolicy(SnapKV(window=4, kernel=5, pooling="avg"), 30)
     prompt = golden_prompt(layer_idx=2, num_layers=4)
     assert torch.equal(pyramid.select(prompt).slots, snapkv.select(prompt).slots)
 
@@ -57,10 +58,10 @@ def test_layers_hold_what_their_budget_says():
     cache = method.new_cache(model)
     prefill(model, cache, prompt_ids(90))
     held = [int(t[0, 0]) for t in cache.tokens_held]
-    assert held == list(method.selection.layer_budgets(90, 3)) == [32, 20, 8]
+    assert held == list(method.policy.layer_budgets(90, 3)) == [32, 20, 8]
 
 
 @pytest.mark.parametrize("options", [{"beta": 0}, {"beta": 1.5}, {"beta": True}, {"window": 2000}])
 def test_bad_settings(options):
-    with pytest.raises(InputError, match=r"method\.(selection\.window|allocator\.beta)"):
+    with pytest.raises(InputError, match=r"method\.(recent|allocator\.beta)"):
         pyramidkv(**options)

@@ -13,13 +13,14 @@ from kvbench.methods.cache.method import Method
 from kvbench.methods.cache.prefill import Prompt
 from kvbench.methods.cache.rotary import Rotary
 from kvbench.methods.policies.allocators.adaptive import Adaptive
-from kvbench.methods.policies.base import ModelLayer
-from kvbench.methods.policies.evicting import EvictingState
+from kvbench.methods.policies.decoding import EvictionState, evict_one
+from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.ranking import keep_mask, keep_slots, last_slot
-from kvbench.methods.policies.scorers.attention_sums import H2O
+from kvbench.methods.policies.scorers.attention_sums import AttentionSums
+from kvbench.methods.policies.scorers.base import ModelLayer
 from kvbench.methods.policies.scorers.expected_attention import ExpectedAttention
 from kvbench.methods.policies.scorers.key_diff import KeyDiff
-from kvbench.methods.policies.scorers.last_query import TOVA
+from kvbench.methods.policies.scorers.last_query import LastQuery
 from kvbench.methods.policies.scorers.random_tokens import RandomTokens
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.storage.dense import Dense, DenseLayer
@@ -27,6 +28,7 @@ from kvbench.methods.storage.ragged import Ragged
 from kvbench.runners.engine import prefill
 
 N = 60
+LAYER = ModelLayer(0, 0, 1, lambda: None)
 INF = float("inf")
 
 
@@ -154,20 +156,25 @@ def equal_keys(prompt: Prompt) -> Prompt:
 def kept_of(selection, prompt: Prompt) -> list[list[int]]:
     """Tokens of each row's heads."""
     rotary = Rotary(1e4 ** (-torch.arange(0, 1, 1 / 8)))
-    state = selection.new_state(ModelLayer(1, lambda: rotary))
-    kept = selection.select(prompt.last_queries(selection.observation_window), state)
+    state = selection.new_state(ModelLayer(1, 1, 3, lambda: rotary))
+    kept = selection.select(prompt.last_queries(selection.capabilities.observation_window), state)
     valid = torch.ones_like(kept.slots, dtype=torch.bool) if kept.valid is None else kept.valid
     return [s[v].tolist() for s, v in zip(kept.slots.flatten(0, 1), valid.flatten(0, 1), strict=True)]
 
 
 POOLED = [
-    SnapKV(budget=21, window=6, kernel=7),
-    SnapKV(budget=21, window=6, kernel=5, group_reduce="max", granularity="query_head"),
+    EvictionPolicy(SnapKV(window=6, kernel=7), 21),
+    EvictionPolicy(SnapKV(window=6, kernel=5, group_reduce="max", granularity="query_head"), 21),
     pyramidkv(budget=20, window=6, beta=4),
     ada_kv(budget=21, window=6, floor=0.2),
 ]
-OTHERS = [H2O(budget=21), TOVA(budget=21), KeyDiff(budget=21), RandomTokens(budget=21, window=6)]
-OTHERS += [ExpectedAttention(budget=21, sinks=4)]
+OTHERS = [
+    EvictionPolicy(AttentionSums(), 21),
+    EvictionPolicy(LastQuery(), 21),
+    EvictionPolicy(KeyDiff(), 21),
+    EvictionPolicy(RandomTokens(), 21, recent=6),
+]
+OTHERS += [EvictionPolicy(ExpectedAttention(sinks=4), 21)]
 
 
 @pytest.mark.parametrize("selection", POOLED + OTHERS, ids=str)
@@ -184,7 +191,7 @@ def test_another_devices_topk_changes_no_kept_token(selection, request):
 def test_plain_topk_would_choose_other_tokens(request):
     """The prompts above do have ties where the budget ends."""
     selection, prompts = POOLED[0], [peaked_prompt(seed) for seed in range(4)]
-    scores = [selection.score(p) for p in prompts]
+    scores = [selection.scorer.score(p)[..., : N - 6] for p in prompts]
     here = [set(x.flatten().tolist()) for s in scores for x in s.topk(15).indices.flatten(0, 1)]
     request.getfixturevalue("another_device")
     there = [set(x.flatten().tolist()) for s in scores for x in s.topk(15).indices.flatten(0, 1)]
@@ -206,7 +213,7 @@ def test_no_peak_is_dropped_for_its_neighbours():
     selection, dropped = POOLED[0], 0
     for seed in range(20):
         prompt = peaked_prompt(seed)
-        votes, pooled = selection.tie_scores(prompt), selection.score(prompt)
+        votes, pooled = selection.scorer.tie_scores(prompt), selection.scorer.score(prompt)
         for row in range(2):
             for head, kept in enumerate(selection.select(prompt).slots[row, :, :15].tolist()):
                 cut = pooled[row, head, kept].min()
@@ -223,7 +230,7 @@ def test_ada_kv_with_a_floor_of_one_is_snapkv(kernel, allocator):
     for seed in range(10):
         prompt = peaked_prompt(seed)
         ada = ada_kv(budget=21, window=6, kernel=kernel, floor=1, allocator=allocator)
-        assert kept_of(ada, prompt) == kept_of(SnapKV(budget=21, window=6, kernel=kernel), prompt)
+        assert kept_of(ada, prompt) == kept_of(EvictionPolicy(SnapKV(window=6, kernel=kernel), 21), prompt)
 
 
 def test_a_tie_across_heads_goes_to_the_lower_head():
@@ -238,7 +245,7 @@ def test_a_tie_across_heads_goes_to_the_lower_head():
 def test_kept_sets_are_the_same_in_any_batch_and_any_chunks(selection):
     """Float32 and max pooling, alone, four together (two of them padded), whole and in chunks of 17."""
     model = tiny_model(dtype=torch.float32)
-    storage = Ragged() if selection.heads_differ else Dense()
+    storage = Ragged() if selection.capabilities.heads_differ else Dense()
     method = Method("x", selection, storage)
     prompts = [prompt_ids(n, seed) for seed, n in enumerate((70, 70, 70, 55))]
 
@@ -258,18 +265,20 @@ def test_kept_sets_are_the_same_in_any_batch_and_any_chunks(selection):
     assert held(prompts[0], chunk_size=17) == alone[0]
 
 
-@pytest.mark.parametrize("selection", [TOVA(budget=8), H2O(budget=8, recent_share=0.25)], ids=str)
+@pytest.mark.parametrize(
+    "selection", [EvictionPolicy(LastQuery(), 8), EvictionPolicy(AttentionSums(), 8, recent=0.25)], ids=str
+)
 def test_of_equally_weak_tokens_the_higher_index_leaves(selection, request):
     """Held tokens 3 to 5 have the lowest score; index 5 leaves, though a device's ``argmin`` may say 3, 4 or 5."""
     scores = torch.tensor([[[5.0, 4.0, 2.0, 1.0, 1.0, 1.0, 3.0, 2.0, 0.0]]])
 
     def held_after_eviction() -> list[float]:
-        storage, state = DenseLayer(), EvictingState()
+        storage, state = DenseLayer(), EvictionState(LAYER)
         keys = torch.arange(9.0)[None, None, :, None]
         storage.write(keys, keys)
-        selection.after_prompt(state, torch.tensor([9]), None)
-        worth = scores if selection.recent(8) else scores.masked_fill(scores == 0, 9.0)
-        selection._evict(state, storage, None, worth, at_once=True)
+        selection.after_prompt(state, storage, torch.tensor([9]), None)
+        worth = scores if selection.recent_of(8) else scores.masked_fill(scores == 0, 9.0)
+        evict_one(state, storage, worth, sinks=0, at_once=True)
         held, _, valid = storage.read()
         return held[0, 0, valid[0, 0] if valid is not None else slice(None), 0].tolist()
 

@@ -11,11 +11,12 @@ import pytest
 from published import ada_kv, pyramidkv
 
 from kvbench.methods.cache.method import Method
+from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.pyramid_infer import PyramidInfer
-from kvbench.methods.policies.scorers.attention_sums import H2O
+from kvbench.methods.policies.scorers.attention_sums import AttentionSums
 from kvbench.methods.policies.scorers.expected_attention import ExpectedAttention
 from kvbench.methods.policies.scorers.key_diff import KeyDiff
-from kvbench.methods.policies.scorers.last_query import TOVA
+from kvbench.methods.policies.scorers.last_query import LastQuery
 from kvbench.methods.policies.scorers.random_tokens import RandomTokens
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.policies.streaming_llm import StreamingLLM
@@ -96,7 +97,17 @@ def test_two_jobs_with_the_same_runs_in_another_order_both_end(tmp_path):
 
 @pytest.mark.parametrize(
     "selection",
-    [SnapKV(), pyramidkv(), ada_kv(), H2O(), TOVA(), KeyDiff(), ExpectedAttention(), RandomTokens(), PyramidInfer()],
+    [
+        EvictionPolicy(SnapKV()),
+        pyramidkv(),
+        ada_kv(),
+        EvictionPolicy(AttentionSums()),
+        EvictionPolicy(LastQuery()),
+        EvictionPolicy(KeyDiff()),
+        EvictionPolicy(ExpectedAttention()),
+        EvictionPolicy(RandomTokens()),
+        PyramidInfer(),
+    ],
     ids=lambda s: type(s).__name__,
 )
 def test_a_method_that_ranks_tokens_names_the_rule_for_equal_scores(selection):

@@ -13,6 +13,9 @@ from kvbench.conf.errors import InputError
 from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.cache.prefill import Prompt
 from kvbench.methods.cache.rotary import Rotary
+from kvbench.methods.policies.decoding import EvictionState
+from kvbench.methods.policies.eviction import EvictionPolicy
+from kvbench.methods.policies.scorers.base import ModelLayer
 from kvbench.methods.policies.scorers.expected_attention import ExpectedAttention
 from kvbench.methods.policies.scorers.key_diff import KeyDiff
 from kvbench.methods.policies.scorers.random_tokens import RandomTokens
@@ -45,7 +48,7 @@ def random_prompt(
 
 def test_key_diff_is_minus_the_cosine_to_the_mean_direction():
     prompt, _ = random_prompt()
-    scores = KeyDiff(budget=8).score(prompt, None)
+    scores = KeyDiff().score(prompt)
     for h in range(2):
         directions = [k / k.norm() for k in prompt.keys[0, h]]
         anchor = sum(directions) / len(directions)
@@ -58,17 +61,17 @@ def test_key_diff_keeps_the_odd_one_out():
     keys[0, 0, 7] *= -1
     keys[0, 0, 12, ::2] *= -1
     prompt = Prompt(torch.zeros(1, 1, 0, D), keys, keys, LogitRule(1.0), 0, 1)
-    assert KeyDiff(budget=2).select(prompt).slots.tolist() == [[[7, 12]]]
+    assert EvictionPolicy(KeyDiff(), 2).select(prompt).slots.tolist() == [[[7, 12]]]
 
 
 def test_random_scores_depend_on_seed_layer_and_length_alone():
     prompt, _ = random_prompt()
     other = Prompt(prompt.query * 2, prompt.keys + 1, prompt.values, LogitRule(1.0), 1, 3)
     deeper = Prompt(prompt.query, prompt.keys, prompt.values, LogitRule(1.0), 2, 3)
-    kept = RandomTokens(budget=20, window=4).select(prompt).slots
-    assert torch.equal(kept, RandomTokens(budget=20, window=4).select(other).slots)
-    assert not torch.equal(kept, RandomTokens(budget=20, window=4).select(deeper).slots)
-    assert not torch.equal(kept, RandomTokens(budget=20, window=4, seed=1).select(prompt).slots)
+    kept = EvictionPolicy(RandomTokens(), 20, recent=4).select(prompt).slots
+    assert torch.equal(kept, EvictionPolicy(RandomTokens(), 20, recent=4).select(other).slots)
+    assert not torch.equal(kept, EvictionPolicy(RandomTokens(), 20, recent=4).select(deeper).slots)
+    assert not torch.equal(kept, EvictionPolicy(RandomTokens(seed=1), 20, recent=4).select(prompt).slots)
     assert not torch.equal(kept[:, 0], kept[:, 1])
     assert kept[0, 0, -4:].tolist() == [36, 37, 38, 39]
 
@@ -78,9 +81,15 @@ def test_random_tokens_are_uniform():
     prompt, _ = random_prompt()
     count = torch.zeros(40)
     for seed in range(400):
-        count += torch.bincount(RandomTokens(20, 4, seed).select(prompt).slots[0, 0], minlength=40)
+        count += torch.bincount(
+            EvictionPolicy(RandomTokens(seed=seed), 20, recent=4).select(prompt).slots[0, 0], minlength=40
+        )
     share = 16 / 36
     assert (count[:36] - 400 * share).abs().max() < 5 * math.sqrt(400 * share * (1 - share))
+
+
+def in_state(rotary: Rotary) -> EvictionState:
+    return EvictionState(ModelLayer(1, 1, 3, lambda: rotary), rotary)
 
 
 def naive_expected(prompt: Prompt, raw: torch.Tensor, method: ExpectedAttention) -> torch.Tensor:
@@ -110,8 +119,9 @@ def naive_expected(prompt: Prompt, raw: torch.Tensor, method: ExpectedAttention)
 @pytest.mark.parametrize(("sinks", "epsilon", "future"), [(4, 0.0, 16), (0, 0.02, 5), (4, 0.01, 512)])
 def test_expected_attention_is_the_papers_closed_form(sinks, epsilon, future):
     prompt, raw = random_prompt()
-    method = ExpectedAttention(budget=12, sinks=sinks, epsilon=epsilon, future=future)
+    method = ExpectedAttention(sinks=sinks, epsilon=epsilon, future=future)
     ours = method.score(prompt, ROTARY)
+    ours[..., :sinks] = torch.inf  # protected by the policy, whatever their score
     expected = naive_expected(prompt, raw, method)[None]
     finite = expected.isfinite()
     assert torch.equal(finite, ours.isfinite())
@@ -120,14 +130,17 @@ def test_expected_attention_is_the_papers_closed_form(sinks, epsilon, future):
 
 def test_epsilon_is_the_authors_and_gives_long_values_a_chance():
     """Their evaluation's 0.01, on the command line as in Python; 0, their class's default, ranks by attention first."""
-    assert ExpectedAttention().epsilon == named_method("expected_attention").selection.epsilon == 0.01
+    assert ExpectedAttention().epsilon == named_method("expected_attention").policy.scorer.epsilon == 0.01
     prompt, _ = random_prompt()
     state, keys, values = ROTARY, 3 * prompt.keys, prompt.values.clone()  # attention that peaks
     prompt = Prompt(prompt.query, keys, values, prompt.rule, 1, 3)
     attention = ExpectedAttention(sinks=0, epsilon=0.0).score(prompt, state)[0, 0] / values[0, 0].norm(dim=-1)
     least = int(attention.argmin())
     values[:, :, least] *= 20
-    kept = {e: ExpectedAttention(6, sinks=0, epsilon=e).select(prompt, state).slots[0, 0].tolist() for e in (0.0, 0.01)}
+    kept = {
+        e: EvictionPolicy(ExpectedAttention(sinks=0, epsilon=e), 6).select(prompt, in_state(state)).slots[0, 0].tolist()
+        for e in (0.0, 0.01)
+    }
     assert least in kept[0.01] and least not in kept[0.0]
 
 
@@ -135,7 +148,7 @@ def test_expected_attention_ranks_as_sampled_queries_do():
     """Queries drawn from the prompt's distribution and turned to future positions pay attention in the same order."""
     prompt, raw = random_prompt(query_heads=1, kv_heads=1, bias=2.0)
     prompt = Prompt(prompt.query, prompt.keys, torch.ones_like(prompt.values), prompt.rule, 1, 3)
-    method = ExpectedAttention(budget=12, sinks=0, future=8)
+    method = ExpectedAttention(sinks=0, future=8)
     ours = method.score(prompt, ROTARY)[0, 0].double()
     mean, centred = raw[0, 0].mean(0), raw[0, 0] - raw[0, 0].mean(0)
     factor = torch.linalg.cholesky(centred.T @ centred / 40 + 1e-9 * torch.eye(D, dtype=torch.float64))
@@ -151,21 +164,21 @@ def test_expected_attention_ranks_as_sampled_queries_do():
 
 def test_sinks_stay():
     prompt, _ = random_prompt()
-    kept = ExpectedAttention(budget=6, sinks=4).select(prompt, ROTARY).slots
+    kept = EvictionPolicy(ExpectedAttention(sinks=4), 6).select(prompt, in_state(ROTARY)).slots
     assert kept[0, :, :4].tolist() == [[0, 1, 2, 3]] * 2
 
 
 @pytest.mark.parametrize(
     ("make", "key"),
     [
-        (lambda: ExpectedAttention(future=0), "future"),
-        (lambda: ExpectedAttention(sinks=-1), "sinks"),
-        (lambda: ExpectedAttention(epsilon=-1.0), "epsilon"),
-        (lambda: KeyDiff(window=-1), "window"),
-        (lambda: RandomTokens(window=0), "window"),
-        (lambda: RandomTokens(seed=-1), "seed"),
+        (lambda: ExpectedAttention(future=0), "scorer.future"),
+        (lambda: ExpectedAttention(sinks=-1), "scorer.sinks"),
+        (lambda: ExpectedAttention(epsilon=-1.0), "scorer.epsilon"),
+        (lambda: EvictionPolicy(KeyDiff(), recent=-1), "recent"),
+        (lambda: EvictionPolicy(RandomTokens(), recent=1.5), "recent"),
+        (lambda: RandomTokens(seed=-1), "scorer.seed"),
     ],
 )
 def test_bad_settings(make, key):
-    with pytest.raises(InputError, match=rf"method\.selection\.{key}"):
+    with pytest.raises(InputError, match=rf"method\.{key}"):
         make()

@@ -15,12 +15,13 @@ from kvbench.methods.cache.fan_out import FanOutCache
 from kvbench.methods.cache.kv_shape import kv_shape
 from kvbench.methods.cache.layout import full_shape
 from kvbench.methods.cache.method import Method
-from kvbench.methods.policies.base import Selection
+from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.no_cache import NoCache
+from kvbench.methods.policies.policy import KeepEverything
 from kvbench.methods.policies.pyramid_infer import PyramidInfer
-from kvbench.methods.policies.scorers.attention_sums import H2O
+from kvbench.methods.policies.scorers.attention_sums import AttentionSums
 from kvbench.methods.policies.scorers.key_diff import KeyDiff
-from kvbench.methods.policies.scorers.last_query import TOVA
+from kvbench.methods.policies.scorers.last_query import LastQuery
 from kvbench.methods.policies.scorers.random_tokens import RandomTokens
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.policies.streaming_llm import StreamingLLM
@@ -35,14 +36,14 @@ from kvbench.runners.engine import decode, generate, prefill
 
 SHARINGS = [CLA(2), YOCO(window=8), DOWNWARD[-1], LCKV(2), UPWARD[2], UPWARD[3]]
 SELECTIONS = [
-    Selection(),
-    SnapKV(budget=12, window=4, kernel=3),
+    KeepEverything(),
+    EvictionPolicy(SnapKV(window=4, kernel=3), 12),
     pyramidkv(budget=16, window=4, kernel=3),
     ada_kv(budget=16, window=4, kernel=3),
-    H2O(12),
-    TOVA(12),
-    KeyDiff(12, window=2),
-    RandomTokens(12, window=2),
+    EvictionPolicy(AttentionSums(), 12),
+    EvictionPolicy(LastQuery(), 12),
+    EvictionPolicy(KeyDiff(), 12, recent=2),
+    EvictionPolicy(RandomTokens(), 12, recent=2),
     StreamingLLM(12, mode="prefill_evict"),
     StreamingLLM(12, mode="prefill_evict", reposition=False),
 ]
@@ -57,7 +58,7 @@ def prompt(length, seed=0):
 
 
 def method_of(selection, storage=None):
-    return Method("x", selection, storage or (Ragged() if selection.heads_differ else Dense()))
+    return Method("x", selection, storage or (Ragged() if selection.capabilities.heads_differ else Dense()))
 
 
 def tokens(step, batch=1):
@@ -112,13 +113,13 @@ def test_attention_is_over_exactly_the_tokens_held_and_one_choice_serves_all(sha
     method = method_of(selection)
     cache = method.new_cache(model)
     full = [i for i, kind in enumerate(cache.plan.layer_types) if kind == "full_attention"]
-    together = [prefill(model, cache, x, mask)] if not selection.keeps_positions else []
-    if selection.keeps_positions:
+    together = [prefill(model, cache, x, mask)] if not selection.capabilities.keeps_positions else []
+    if selection.capabilities.keeps_positions:
         witnesses = {i: Witness(cache.layers[i], mask) for i in full}
         together = [prefill(model, cache, x, mask)]
     together += [decode(model, cache, tokens(i, 3)) for i in range(8)]
     assert len(cache.layers) == len(set(model.config.kv_source_layers))
-    if selection.keeps_positions:
+    if selection.capabilities.keeps_positions:
         assert all(witnesses[i].steps == 9 for i in full)
     for row, p in enumerate(prompts):  # and a left-padded batch is each row alone
         alone = method.new_cache(model)
@@ -176,7 +177,11 @@ def test_members_that_end_leave_the_others_as_they_are(sharing):
     """Windows and retention states are rows of one batch, from which those of a member that has ended are taken out."""
     model = shared_model(sharing)
     x, mask = left_pad([prompt(20, 1), prompt(12, 2)])
-    made = [Method("a"), Method("b", SnapKV(8, window=4, kernel=3)), Method("c", H2O(8))]
+    made = [
+        Method("a"),
+        Method("b", EvictionPolicy(SnapKV(window=4, kernel=3), 8)),
+        Method("c", EvictionPolicy(AttentionSums(), 8)),
+    ]
     fan_out, alone = FanOutCache([m.new_cache(model) for m in made]), [m.new_cache(model) for m in made]
     prefill(model, fan_out, x, mask)
     for cache in alone:
@@ -253,16 +258,20 @@ def test_the_choice_is_by_the_queries_of_all_consumers(sharing):
     eager, x = shared_model(sharing, "eager", torch.float32, **exact), prompt(30)
     attentions = eager(x, output_attentions=True).attentions
     model, config = shared_model(sharing, dtype=torch.float32, **exact), eager.config
-    rules = {"snapkv": SnapKV(budget=10, window=4, kernel=1), "h2o": H2O(10), "tova": TOVA(10)}
+    rules = {
+        "snapkv": EvictionPolicy(SnapKV(window=4, kernel=1), 10),
+        "h2o": EvictionPolicy(AttentionSums(), 10),
+        "tova": EvictionPolicy(LastQuery(), 10),
+    }
     kept = {}
     for name, rule in rules.items():
         cache = Method(name, rule).new_cache(model)
         chosen = kept[name] = {}
         for number, layer in enumerate(cache.layers):
             if cache.plan.layer_types[number] == "full_attention":
-                select = layer.selection.select
+                select = layer.policy.select
                 owner = cache.plan.owners[number]
-                layer.selection = Spy(select, layer.selection, chosen, owner)
+                layer.policy = Spy(select, layer.policy, chosen, owner)
         prefill(model, cache, x)
     for owner in kept["h2o"]:
         weights = []
@@ -313,7 +322,12 @@ def test_kivi_rounds_each_source_once_and_holds_the_formulas_bytes(sharing):
 @torch.inference_mode()
 def test_the_upper_half_of_yoco_runs_for_the_queries_that_a_method_wants():
     model, x = shared_model(YOCO(window=8)), prompt(40)
-    for selection, queries in ((Selection(), 1), (SnapKV(12, window=4, kernel=3), 4), (TOVA(12), 1), (H2O(12), 40)):
+    for selection, queries in (
+        (KeepEverything(), 1),
+        (EvictionPolicy(SnapKV(window=4, kernel=3), 12), 4),
+        (EvictionPolicy(LastQuery(), 12), 1),
+        (EvictionPolicy(AttentionSums(), 12), 40),
+    ):
         columns, cache = [], Method("x", selection).new_cache(model)
         hooks = [
             layer.mlp.register_forward_pre_hook(lambda _, args, seen=columns: seen.append(args[0].shape[1]))
@@ -330,14 +344,14 @@ def test_the_upper_half_of_yoco_runs_for_the_queries_that_a_method_wants():
     [
         (Method("pyramid_infer", PyramidInfer()), "method"),
         (Method("minicache", storage=MiniCache()), "method/storage"),
-        (Method("snapkv", SnapKV(granularity="query_head")), "method.selection.granularity"),
+        (Method("snapkv", EvictionPolicy(SnapKV(granularity="query_head"))), "method.scorer.granularity"),
     ],
 )
 def test_what_cannot_be_held_where_layers_share_is_refused(method, key):
     with pytest.raises(InputError, match=f"^{key}="):
         method.new_cache(shared_model(CLA(2)))
     with pytest.raises(InputError, match=f"^{key}="):
-        Method(method.name, method.selection, method.storage, CLA(2))
+        Method(method.name, method.policy, method.storage, CLA(2))
 
 
 def test_a_stream_cannot_be_encoded_in_passes():

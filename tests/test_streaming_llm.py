@@ -163,7 +163,7 @@ def test_prefill_only_evicts_once_and_counts_positions_in_the_cache(storage):
 
 
 def test_prefill_only_of_a_stream_is_one_line():
-    with pytest.raises(InputError, match=r"method\.selection\.prefill_only=True: .*mode=prefill_evict$"):
+    with pytest.raises(InputError, match=r"method\.policy\.prefill_only=True: .*mode=prefill_evict$"):
         StreamingLLM(budget=BUDGET, prefill_only=True)
 
 
@@ -251,14 +251,14 @@ def test_models_whose_positions_cannot_be_moved_are_refused():
 @pytest.mark.parametrize(
     ("options", "key"),
     [
-        ({"budget": 4}, "method.selection.sinks"),
-        ({"sinks": -1}, "method.selection.sinks"),
+        ({"budget": 4}, "method.policy.sinks"),
+        ({"sinks": -1}, "method.policy.sinks"),
         ({"budget": 0.5}, "method.budget"),
         ({"budget": 0}, "method.budget"),
-        ({"mode": "stream"}, "method.selection.mode"),
-        ({"reposition": "yes"}, "method.selection.reposition"),
-        ({"prefill_only": 1, "mode": "prefill_evict"}, "method.selection.prefill_only"),
-        ({"prefill_only": True}, "method.selection.prefill_only"),
+        ({"mode": "stream"}, "method.policy.mode"),
+        ({"reposition": "yes"}, "method.policy.reposition"),
+        ({"prefill_only": 1, "mode": "prefill_evict"}, "method.policy.prefill_only"),
+        ({"prefill_only": True}, "method.policy.prefill_only"),
     ],
 )
 def test_values_that_cannot_be_used_name_the_key(options, key):

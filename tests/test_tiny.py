@@ -10,6 +10,7 @@ import torch
 from kvbench.analysis.load import comparable, read_runs
 from kvbench.conf.errors import InputError
 from kvbench.methods.cache.method import Method
+from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.sharing.cla import CLA
 from kvbench.methods.sharing.heads import Heads
@@ -65,7 +66,7 @@ def test_a_named_member_serves_token_methods_and_refuses_other_architectures(sou
 
 def test_members_stand_in_one_table_with_their_bytes(source, tmp_path):
     methods = [Method(label, sharing=sharing) for label, sharing in MEMBERS.items() if label != "mha"]
-    methods += [Method("full"), Method("snapkv", SnapKV(40))]
+    methods += [Method("full"), Method("snapkv", EvictionPolicy(SnapKV(), 40))]
     settings = Settings(results_dir=str(tmp_path), device="cpu", dtype="float32")
     runs = AccuracyRunner().run(source, methods, Recall(sequences=4), settings, lambda _: None)
     (group,) = comparable(read_runs([run.folder.path for run in runs]))

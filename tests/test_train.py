@@ -22,6 +22,7 @@ from kvbench.analysis.load import read_runs
 from kvbench.analysis.tables import markdown, tables, train_table
 from kvbench.conf.errors import InputError
 from kvbench.methods.cache.method import Method
+from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.sharing.cla import CLA
 from kvbench.methods.sharing.framework import KVShare
@@ -166,7 +167,7 @@ def test_a_model_trained_on_copying_is_asked_through_a_compressed_cache(tmp_path
     assert done.returncode == 0, done.stderr
     (record,) = tmp_path.glob("copying/scratch/mha/*/record.json")
     model = ["model=local", f"model.path={record.parent / 'model'}", "task.sequences=24"]
-    done = kvbench("run", *small, *model, "method=random", "method.budget=4", "method.selection.window=1")
+    done = kvbench("run", *small, *model, "method=random", "method.budget=4", "method.recent=1")
     assert done.returncode == 0, done.stderr
     found = [json.loads(p.read_text()) for p in tmp_path.glob("copying/local/*/*/record.json")]
     scores = {r["method"]: r["average"]["mean"] for r in found}
@@ -600,7 +601,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(checkpoint, corpus):
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"method": Method("snapkv", SnapKV(64))}, "method"),
+        ({"method": Method("snapkv", EvictionPolicy(SnapKV(), 64))}, "method"),
         ({"task": Needle()}, "task"),
         ({"source": RandomModel("tiny")}, "model"),
         ({"rule": replace(RULE, batch_tokens=32)}, r"runner\.batch_tokens"),

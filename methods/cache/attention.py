@@ -16,9 +16,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from ...conf.errors import InputError
-from .products import uncached_attention
 from ..sharing.plan import SLIDING, span_of
 from .logits import LogitRule
+from .products import uncached_attention
 
 ATTENTION_NAME = "kvbench"
 

@@ -11,14 +11,13 @@ import torch
 from transformers.cache_utils import Cache
 
 from ...conf.errors import InputError
-from ..policies.base import ALL_QUERIES, Selection
-from ..policies.streaming_llm import BLOCK
 from ..sharing.plan import FULL, KVAccess, Plan
 from .attention import announce, tag
 from .forward import NewTokens, Rows, rows_by_padding
 from .inference_mode import under_inference_mode
 from .layer import CacheLayer
 from .logits import LogitRule
+from .prefill import ALL_QUERIES
 from .recurrent import RecurrentStates
 
 
@@ -262,7 +261,9 @@ class KVCache(Cache):
         """
         for layer in self.layers:
             if isinstance(layer, CacheLayer):
-                slots = min(new_tokens, layer.storage.growth) if layer.evicts_while_decoding else new_tokens
+                slots = (
+                    min(new_tokens, layer.storage.growth) if layer.capabilities.evicts_while_decoding else new_tokens
+                )
                 layer.storage.expected = slots
 
     @property
@@ -271,8 +272,8 @@ class KVCache(Cache):
         return not self.recomputes and all(
             isinstance(layer, CacheLayer)
             and not layer.reading
+            and layer.capabilities.static_steps
             and layer.storage.can_freeze
-            and type(layer.selection).attend is Selection.attend
             for layer in self.layers
         )
 
@@ -317,10 +318,10 @@ class KVCache(Cache):
     # the sharing models' side -------------------------------------------------------------------------------------
 
     @property
-    def reads_whole_prompt(self) -> bool:
+    def attends_whole_prompt(self) -> bool:
         """Every layer that is not the same for all methods attends over the complete prompt."""
         kinds = zip(self.layers, self.plan.layer_types, strict=True)
-        return all(layer.selection.reads_whole_prompt for layer, kind in kinds if kind == FULL)
+        return all(layer.capabilities.attends_whole_prompt for layer, kind in kinds if kind == FULL)
 
     @property
     def most_columns(self) -> int | None:
@@ -334,8 +335,8 @@ class KVCache(Cache):
             if layer.reading:
                 continue
             uses = [u for u, c in zip(self.plan.uses, self.plan.cache_layer, strict=True) if c == number]
-            if len(uses) > 1 and layer.evicts_while_decoding and layer.span is None:
-                most.append(BLOCK if layer.reads_prompt_by_steps else 1)
+            if len(uses) > 1 and layer.capabilities.evicts_while_decoding and layer.span is None:
+                most.append(layer.capabilities.prefill_block)
             if any(use.strictly_causal for use in uses):
                 most.append(1)
         return min(most, default=None)
@@ -344,7 +345,7 @@ class KVCache(Cache):
     def layers_are_independent(self) -> bool:
         """Each layer of the model has a cache layer to itself, and none looks at what another one does."""
         independent = not self.plan.shares and self.states is None
-        return independent and not any(getattr(layer, "spans_layers", False) for layer in self.layers)
+        return independent and not any(layer.capabilities.spans_layers for layer in self.layers)
 
     def queries_wanted(self, layer_idx: int) -> int:
         """Last queries of a forward that the cache layer of a layer of the model wants to see; 0: none."""

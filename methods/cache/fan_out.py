@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..policies.policy import PolicyCapabilities
 from ..sharing.plan import LINEAR, KVAccess
 from .cache import KVCache
 from .forward import NewTokens, Rows
@@ -71,16 +72,16 @@ class FanOutLayer(PromptReader):
         self.seen, self.reading = self.members[0].seen, False
 
     @property
-    def evicts_while_decoding(self) -> bool:
-        return any(member.evicts_while_decoding for member in self.members)
-
-    @property
-    def reads_prompt_by_steps(self) -> bool:
-        return all(member.reads_prompt_by_steps for member in self.members)
-
-    @property
-    def spans_layers(self) -> bool:
-        return any(member.spans_layers for member in self.members)
+    def capabilities(self) -> PolicyCapabilities:
+        """What holds for all members together."""
+        each = [member.capabilities for member in self.members]
+        return PolicyCapabilities(
+            evicts_while_decoding=any(c.evicts_while_decoding for c in each),
+            prefills_by_steps=all(c.prefills_by_steps for c in each),
+            attends_whole_prompt=all(c.attends_whole_prompt for c in each),
+            spans_layers=any(c.spans_layers for c in each),
+            prefill_block=min(c.prefill_block for c in each),
+        )
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -123,10 +124,10 @@ class FanOutCache(KVCache):
             for number, (owner, kind) in enumerate(zip(self.plan.owners, self.plan.layer_types, strict=True)):
                 if kind == LINEAR:
                     self.layers[number] = self.states.cache.layers[owner]
-        alike = [m for m in members if m.reads_whole_prompt]
+        alike = [m for m in members if m.attends_whole_prompt]
         if len(alike) < len(members):
             shared = [FanOutCache(alike)] if len(alike) > 1 else alike
-            self.readings = [*shared, *(m for m in members if not m.reads_whole_prompt)]
+            self.readings = [*shared, *(m for m in members if not m.attends_whole_prompt)]
 
     def join(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
         """Go on together, once every one of ``readings`` has read the prompts.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..policies.base import Selection, Step
+from ..policies.policy import CachePolicy, PolicyCapabilities, Step
 from ..sharing.plan import KVAccess, Span
 from ..storage.base import LayerStorage
 from ..storage.dense import COMPACTION_INTERVAL_STEPS
@@ -19,7 +19,7 @@ from .products import repeat_heads
 
 @dataclass(frozen=True)
 class KeptRows:
-    """What stays of the rows of one prompt length: see :class:`..policies.base.Kept`; ``length`` in tokens."""
+    """What stays of the rows of one prompt length: see :class:`..policies.policy.Kept`; ``length`` in tokens."""
 
     rows: Rows
     length: int
@@ -30,7 +30,7 @@ class KeptRows:
 
 
 class CacheLayer(PromptReader):
-    """One layer: reads the prompt, keeps what the selection says in the storage, then takes step after step."""
+    """One layer: attends over the prompt, keeps in the storage what the policy selects, then takes step after step."""
 
     is_sliding = False  # read by transformers
     is_compileable = record_past = False
@@ -39,46 +39,51 @@ class CacheLayer(PromptReader):
         self,
         layer_idx: int,
         num_layers: int,
-        selection: Selection,
+        policy: CachePolicy,
         state: Any,
         storage: LayerStorage,
         span: Span | None = None,
     ):
-        super().__init__(layer_idx, num_layers, selection.observation_window, span)
-        self.selection, self.state, self.storage = selection, state, storage
-        if selection.evicts_while_decoding:  # more slots than steps between two moves are never in use
+        super().__init__(layer_idx, num_layers, policy.capabilities.observation_window, span)
+        self.policy, self.state, self.storage = policy, state, storage
+        if policy.capabilities.evicts_while_decoding:  # more slots than steps between two moves are never in use
             storage.growth = COMPACTION_INTERVAL_STEPS
-        self.reading = not selection.reads_prompt_by_steps
+        self.reading = not policy.capabilities.prefills_by_steps
+
+    @property
+    def capabilities(self) -> PolicyCapabilities:
+        """Those of the policy."""
+        return self.policy.capabilities
 
     def names(self) -> str:
-        return type(self.selection).__name__
-
-    @property
-    def evicts_while_decoding(self) -> bool:
-        return self.selection.evicts_while_decoding
-
-    @property
-    def reads_prompt_by_steps(self) -> bool:
-        return self.selection.reads_prompt_by_steps
-
-    @property
-    def spans_layers(self) -> bool:
-        return self.selection.spans_layers
+        return type(self.policy).__name__
 
     def absorb(self, prompts: list[tuple[Rows, Prompt]]) -> None:
-        """Compress the prompt: every group of rows gets its selection, then all are stored as one batch."""
+        """Compress the prompt: the policy selects for each group of rows, then all are stored as one batch."""
         groups = []
         for rows, prompt in prompts:
             keys, values = prompt.keys, prompt.values
-            kept = self.selection.select(prompt, self.state)
-            if self.selection.stores_query_heads:
+            kept = self.policy.select(prompt, self.state)
+            if self.policy.capabilities.stores_query_heads:
                 keys, values = repeat_heads(keys, prompt.groups), repeat_heads(values, prompt.groups)
             if kept.slots is not None:
                 slots = kept.slots[..., None]
                 keys, values = (x.gather(2, slots.expand(-1, -1, -1, x.shape[3])) for x in (keys, values))
             groups.append(KeptRows(rows, prompt.length, keys, values, kept.valid, kept.scores))
         lengths, scores = self._store(groups)
-        self.selection.after_prompt(self.state, lengths, scores)
+        queries = self._last_queries(prompts) if self.policy.capabilities.held_queries else None
+        self.policy.after_prompt(self.state, self.storage, lengths, scores, queries)
+
+    def _last_queries(self, prompts: list[tuple[Rows, Prompt]]) -> torch.Tensor:
+        """The queries in view of all rows, [B, H_q, w, D], zeros in front where a prompt has fewer."""
+        batch = sum(prompt.query.shape[0] for _, prompt in prompts)
+        _, first = prompts[0]
+        w = self.policy.capabilities.held_queries
+        out = first.query.new_zeros(batch, first.query.shape[1], w, first.query.shape[3])
+        for rows, prompt in prompts:
+            query = prompt.query[:, :, max(0, prompt.query.shape[2] - w) :]
+            out[slice(None) if rows.index is None else rows.index, :, w - query.shape[2] :] = query
+        return out
 
     def _store(self, groups: list[KeptRows]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Write the groups as one batch, padded on the left to the longest; returns prompt lengths [B] and scores."""
@@ -120,10 +125,10 @@ class CacheLayer(PromptReader):
             return self.read_prompt(query, key, value, rule, new.rows, new.prompt_length, use, new_kv)
         if new_kv is not None:
             key, value = new_kv
-        if self.selection.stores_query_heads:
+        if self.policy.capabilities.stores_query_heads:
             groups = query.shape[1] // key.shape[1]
             key, value = repeat_heads(key, groups), repeat_heads(value, groups)
-        out = self.selection.attend(self.state, self.storage, Step(query, key, value, rule, new.valid, use))
+        out = self.policy.attend(self.state, self.storage, Step(query, key, value, rule, new.valid, use))
         if use.is_last_reader:
             self.seen += key.shape[2]
             self.storage.settle()
@@ -142,9 +147,9 @@ class CacheLayer(PromptReader):
 
     def tensors(self) -> list[torch.Tensor]:
         """Everything this layer holds in memory."""
-        return self.storage.tensors() + self.selection.state_tensors(self.state)
+        return self.storage.tensors() + self.policy.state_tensors(self.state)
 
     @property
     def logical_bytes(self) -> int:
-        """Bytes of the real tokens held and of what the selection keeps count of."""
-        return self.storage.logical_bytes + self.selection.logical_state_bytes(self.state, self.storage.tokens)
+        """Bytes of the real tokens held and of what the policy keeps for them."""
+        return self.storage.logical_bytes + self.policy.logical_state_bytes(self.state, self.storage.tokens)

@@ -244,7 +244,7 @@ def rotary_of(model: PreTrainedModel, layer_idx: int, method: str) -> Rotary:
             "method",
             method,
             f"re-positions tokens, and RoPE of constant frequencies does not explain the keys of layer {layer_idx} of "
-            f"{type(model).__name__}; use another method or, for streaming_llm, method.selection.reposition=false",
+            f"{type(model).__name__}; use another method or, for streaming_llm, method.policy.reposition=false",
         )
     return found
 

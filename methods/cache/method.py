@@ -1,6 +1,6 @@
 """A method, and the cache that it makes for a model: which tokens stay, how they are stored, which layers share them.
 
-    method = Method("snapkv", SnapKV(budget=512))
+    method = Method("snapkv", EvictionPolicy(SnapKV(), budget=512))
     cache = method.new_cache(model)             # one batch; thrown away afterwards
     model.generate(**inputs, past_key_values=cache)
 
@@ -18,10 +18,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ...conf.errors import InputError
-from ..policies.allocators.base import Allocator
-from ..policies.base import ModelLayer, Selection
 from ..policies.local import LocalAttention
-from ..policies.names import allocators, token_methods
+from ..policies.names import parts_of, token_methods
+from ..policies.policy import CachePolicy, KeepEverything
+from ..policies.scorers.base import ModelLayer
 from ..sharing.base import Sharing
 from ..sharing.plan import FULL, LINEAR, plan_of
 from ..storage.base import LayerStorage, Storage
@@ -41,40 +41,34 @@ class Method:
 
     Attributes:
         name: as typed after ``method=``.
-        selection: which tokens each layer keeps.
+        policy: which tokens each layer keeps.
         storage: how kept tokens are represented.
         sharing: which layers own keys and values at all, a part of the model; None: as the model at hand has it.
-        budget: where the key ``method.budget`` stands; the selection takes its own from there and is what counts.
-        allocator: likewise the group ``method/allocator``.
+        budget: where the key ``method.budget`` stands; the policy takes its own from there and is what counts.
     """
 
     name: str
-    selection: Selection = field(default_factory=Selection)
+    policy: CachePolicy = field(default_factory=KeepEverything)
     storage: Storage = field(default_factory=Dense)
     sharing: Sharing | None = None
     budget: int | float | None = None
-    allocator: Allocator | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         self._check_name()
-        if self.allocator is not None and self.allocator != getattr(self.selection, "allocator", None):
-            raise InputError(
-                "method.allocator",
-                self.allocator.id,
-                "is not the selection's own; in Python pass it there, as in SnapKV(budget=64, allocator=Adaptive())",
-            )
-        if self.storage.requires_same_tokens_across_layers and not self.selection.keeps_everything:
+        if self.storage.requires_same_tokens_across_layers and not self.policy.capabilities.keeps_everything:
             raise InputError(
                 "method/storage",
                 self.storage.name,
                 f"shares tokens between layers, and under method={self.name} each layer keeps its own; use method=full",
             )
-        if self.selection.evicts_while_decoding and not self.storage.is_exact:
+        capabilities = self.policy.capabilities
+        if (capabilities.evicts_while_decoding or capabilities.drops_stored) and not self.storage.is_exact:
+            when = "while decoding" if capabilities.evicts_while_decoding else "once all layers have seen the prompt"
             raise InputError(
                 "method/storage",
                 self.storage.name,
-                f"holds rounded tokens, and method={self.name} lets tokens leave while decoding, which would round the "
-                "others again and again; use method/storage=dense, or a method that evicts after the prompt alone",
+                f"holds rounded tokens, and method={self.name} as configured lets tokens leave {when}, which would "
+                "round the others again; use method/storage=dense or ragged, or method/schedule=after_prefill",
             )
         if self.sharing is not None and self.sharing.shares:
             self._check_sharing()
@@ -82,7 +76,7 @@ class Method:
     @property
     def shares_prompt(self) -> bool:
         """Whether other methods can ride on the same reading of the prompt (``fan_out.py``)."""
-        return self.selection.reads_whole_prompt
+        return self.policy.capabilities.attends_whole_prompt
 
     @property
     def shares_steps(self) -> bool:
@@ -95,7 +89,7 @@ class Method:
         ``method=full`` accepts a budget and ignores it, so that a sweep can include it; likewise what saves bits or
         layers.
         """
-        if type(self) is not Method or self.name == "full" or not self.selection.keeps_everything:
+        if type(self) is not Method or self.name == "full" or not self.policy.capabilities.keeps_everything:
             return
         methods = token_methods()
         is_plain = self.storage.is_exact and self.sharing is None
@@ -104,14 +98,14 @@ class Method:
             raise InputError(
                 "method",
                 f"{self.name} {budget}".strip(),
-                "is given no selection, storage or sharing of that name, so every token would stay; in Python pass the "
-                f'selection, as in Method("snapkv", SnapKV(budget=64)), or call '
+                "is given no policy, storage or sharing of that name, so every token would stay; in Python pass the "
+                f'policy, as in Method("snapkv", EvictionPolicy(SnapKV(), 64)), or call '
                 f'kvbench.method("{self.name}"{budget and f", {budget}"})',
             )
 
     def _check_sharing(self) -> None:
         """What cannot be held where layers share keys and values."""
-        if self.selection.spans_layers:
+        if self.policy.capabilities.spans_layers:
             raise InputError(
                 "method",
                 self.name,
@@ -123,9 +117,9 @@ class Method:
                 self.storage.name,
                 "merges neighbouring layers' keys and values, and here layers share them already; use dense or kivi4",
             )
-        if self.selection.stores_query_heads:
+        if self.policy.capabilities.stores_query_heads:
             raise InputError(
-                "method.selection.granularity",
+                "method.scorer.granularity",
                 "query_head",
                 "would store keys for the query heads of every layer that shares them; use kv_head",
             )
@@ -154,21 +148,28 @@ class Method:
         reset_rope(model)
         if plan.shares:
             self._check_sharing()
-        if self.selection.spans_layers and not plan.is_uniform:
+        if self.policy.capabilities.held_queries and plan.shares:
+            raise InputError(
+                "method/schedule",
+                self.policy.schedule.id,  # type: ignore[attr-defined]
+                f"scores again by one layer's queries, and layers of {type(model).__name__} share keys and values; use "
+                "method/schedule=after_prefill",
+            )
+        if self.policy.capabilities.spans_layers and not plan.is_uniform:
             raise InputError(
                 "method",
                 self.name,
                 "drops tokens between layers; use it on a model all of whose layers attend over all tokens",
             )
-        if plan.has_upward_kv_refs and self.selection.reads_prompt_by_steps:
+        if plan.has_upward_kv_refs and self.policy.capabilities.prefills_by_steps:
             raise InputError(
                 "method",
                 self.name,
                 "takes a prompt step by step, and a model whose layers refer up encodes it in several passes; "
-                "use method.selection.mode=prefill_evict",
+                "use method.policy.mode=prefill_evict",
             )
         count = plan.layer_types.count(FULL)
-        if not count and not (self.selection.keeps_everything and self.storage.is_exact):
+        if not count and not (self.policy.capabilities.keeps_everything and self.storage.is_exact):
             raise InputError(
                 "method",
                 self.name,
@@ -182,17 +183,17 @@ class Method:
             if kind == LINEAR:
                 layers.append(RecurrentLayer() if states is None else states.cache.layers[owner])
                 continue
-            selection = self.selection if span is None else LocalAttention(span)
+            policy = self.policy if span is None else LocalAttention(span)
             held: LayerStorage = next(storage) if span is None else Dense().new_layers(1)[0]
-            state = selection.new_state(ModelLayer(owner, partial(rotary_of, model, owner, self.name)))
             place = plan.layer_types[:number].count(kind)
-            layer = CacheLayer(place, count, selection, state, held, span)
+            state = policy.new_state(ModelLayer(owner, place, count, partial(rotary_of, model, owner, self.name)))
+            layer = CacheLayer(place, count, policy, state, held, span)
             layer.model_layer = owner
             layers.append(layer)
         cache = KVCache(layers, plan, self.passes)
         cache.states = states
         cache.requantizes_on_append = not self.storage.is_exact
-        self.selection.attach(model, cache)
+        self.policy.attach(model, cache)
         return cache
 
     def bytes_formula(self, shape: KVShape, prompt_length: int, new_tokens: int = 0) -> int:
@@ -212,21 +213,20 @@ class Method:
         self, shape: KVShape, times: Sequence[int], prompt_length: int, new_tokens: int, read: bool = False
     ) -> int:
         """By the formula, with the l-th layer of full attention counted ``times[l]`` times."""
-        tokens = self.selection.kept_tokens(prompt_length, new_tokens, shape.layers)
+        tokens = self.policy.kept_tokens(prompt_length, new_tokens, shape.layers)
         tokens = [n for n, count in zip(tokens, times, strict=True) for _ in range(count)]
         formula = self.storage.bytes_read_formula if read else self.storage.bytes_formula
-        heads = shape.query_heads if self.selection.stores_query_heads else shape.kv_heads
+        heads = shape.query_heads if self.policy.capabilities.stores_query_heads else shape.kv_heads
         stored = formula(tokens, heads, shape, new_tokens)
-        state = self.selection.state_bytes(prompt_length, new_tokens, shape.layers, heads)
+        state = self.policy.state_bytes(shape, heads, prompt_length, new_tokens)
         return stored + state + shape.fixed_bytes(prompt_length + new_tokens)
 
     def identity(self) -> dict[str, Any]:
         """What decides this method's numbers, as plain data: see :class:`.conf.identity.HasIdentity`."""
         parts: dict[str, Any] = {"name": self.name}
-        for part in ("selection", "storage", "sharing"):
-            value = getattr(self, part)
-            if value is not None:  # a run from before there was such a part is the same run
-                parts[part] = value.identity()
+        for key, part in (("selection", self.policy), ("storage", self.storage), ("sharing", self.sharing)):
+            if part is not None:  # a run from before there was such a part is the same run
+                parts[key] = part.identity()
         return parts
 
     @property
@@ -236,16 +236,23 @@ class Method:
         Lossless storages only differ in size, so they are not shown.
         """
         text = self.name if self.effective_budget is None else f"{self.name} {self.effective_budget}"
-        allocator = getattr(self.selection, "allocator", None)
-        if allocator is not None and allocator.id != allocators().get(self.name, "uniform"):
-            text = f"{text} + {allocator.id}"
+        text += self._changed_parts()
         if self.sharing is not None:
-            text = self.sharing.label if self.selection.keeps_everything else f"{self.sharing.label} + {text}"
+            text = self.sharing.label if self.policy.capabilities.keeps_everything else f"{self.sharing.label} + {text}"
         elif self.storage.name.startswith(self.name):  # the method is its storage: ``kivi4``
             return self.storage.name
         return text if self.storage.is_exact else f"{text} + {self.storage.name}"
 
+    def _changed_parts(self) -> str:
+        """Parts of an eviction policy that are not those of the method's YAML: `` + adaptive``, `` + every 128``."""
+        usual, parts = parts_of(self.name), []
+        for kind, own in (("scorer", "name"), ("allocator", "id"), ("schedule", "id")):
+            part = getattr(self.policy, kind, None)
+            if part is not None and getattr(part, own) != usual.get(kind, getattr(part, own)):
+                parts.append(part.label if kind == "schedule" else getattr(part, own))
+        return "".join(f" + {part}" for part in parts)
+
     @property
     def effective_budget(self) -> int | float | None:
-        """The selection's budget, or None where it has none (``full`` accepts ``method.budget`` and ignores it)."""
-        return getattr(self.selection, "budget", None)
+        """The policy's budget, or None where it has none (``full`` accepts ``method.budget`` and ignores it)."""
+        return getattr(self.policy, "budget", None)

@@ -2,12 +2,13 @@
 
 A layer attends over the complete keys and values of the prompt and only then compresses its own copy, so the first
 generated token is exactly the full cache's, and any number of methods can ride on one reading (``fan_out.py``).
-The prompt may arrive in chunks; the selection still sees it whole. Left padding ends here: rows are cut to their real
+The prompt may arrive in chunks; the policy still sees it whole. Left padding ends here: rows are cut to their real
 tokens before attention and before any method looks at them, so no method can score, keep or attend to a pad.
 """
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -20,13 +21,16 @@ from .forward import Rows
 from .logits import LogitRule
 from .products import causal_attention
 
+ALL_QUERIES = sys.maxsize
+"""As an observation window: every query of the prompt."""
+
 
 @dataclass(frozen=True)
 class Prompt:
     """The whole prompt as one layer sees it, for rows of equal length, without pads.
 
     Attributes:
-        query: [R, H_q, W, D], the queries of the last W tokens, after RoPE; W is what the selection asked for as
+        query: [R, H_q, W, D], the queries of the last W tokens, after RoPE; W is what the policy asked for as
             ``observation_window``, or the prompt's length if that is shorter. Where several layers of the model attend
             over these keys, H_q counts the heads of all of them, those that share a KV head side by side.
         keys, values: [R, H_kv, T, D], keys after RoPE.
@@ -34,6 +38,8 @@ class Prompt:
         layer_idx, num_layers: which layer of how many.
         strictly_causal: [H_q / H_kv] bool, True for the query heads of a group that do not attend to their own token;
             None: all do.
+        protected: last tokens that stay whatever their scores.
+        seen: tokens of the text so far, where that is more than the T tokens at hand (while decoding); None: T.
         found: what has been worked out about this prompt; methods that read it together share it (:meth:`cached`).
     """
 
@@ -44,6 +50,8 @@ class Prompt:
     layer_idx: int
     num_layers: int
     strictly_causal: torch.Tensor | None = None
+    protected: int = 0
+    seen: int | None = None
     found: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def cached(self, what: str, work_out: Callable[[Prompt], torch.Tensor]) -> torch.Tensor:
@@ -66,6 +74,11 @@ class Prompt:
     def length(self) -> int:
         """T, tokens."""
         return self.keys.shape[2]
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens of the text so far: the position of the next one."""
+        return self.length if self.seen is None else self.seen
 
     @property
     def groups(self) -> int:

@@ -19,6 +19,8 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from ..policies.policy import PolicyCapabilities
+
 STATES = ("conv_states", "recurrent_states")
 
 
@@ -26,8 +28,9 @@ class StateLayer(LinearAttentionLayer):
     """transformers' state of one recurrent layer, as a layer of a kvbench cache; its bytes are RecurrentStates'."""
 
     is_sliding = is_compileable = False  # read by transformers
-    reading = evicts_while_decoding = reads_prompt_by_steps = spans_layers = False
+    reading = False
     observation_window = 0
+    capabilities = PolicyCapabilities(keeps_everything=True)
 
     @property
     def tokens(self) -> torch.Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..policies.policy import PolicyCapabilities
+
 
 class RecurrentLayer:
     """Holds the state that the layer hands over after each forward."""
@@ -11,8 +13,8 @@ class RecurrentLayer:
     is_sliding = False  # read by transformers
     is_compileable = record_past = False
     reading = False
-    evicts_while_decoding = reads_prompt_by_steps = False
     observation_window = 0
+    capabilities = PolicyCapabilities(keeps_everything=True)
 
     def __init__(self) -> None:
         self.recurrent_states: list[torch.Tensor | None] = [None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,8 @@ from ..cache.prefill import Prompt
 from ..cache.products import masked_attention
 from ..sharing.plan import Span
 from ..storage.base import LayerStorage
-from .base import Kept, ModelLayer, Selection, Step
+from .policy import CachePolicy, Kept, PolicyCapabilities, Step
+from .scorers.base import ModelLayer
 
 
 @dataclass
@@ -33,7 +35,7 @@ class LocalState:
 
 
 @dataclass(frozen=True)
-class LocalAttention(Selection):
+class LocalAttention(CachePolicy):
     """The tokens within a span of the next one.
 
     Attributes:
@@ -43,9 +45,9 @@ class LocalAttention(Selection):
     id: ClassVar[str] = "LocalAttention"
     span: Span
 
-    @property
-    def evicts_while_decoding(self) -> bool:
-        return True
+    @cached_property
+    def capabilities(self) -> PolicyCapabilities:
+        return PolicyCapabilities(evicts_while_decoding=True)
 
     def new_state(self, layer: ModelLayer) -> LocalState:
         return LocalState()
@@ -57,7 +59,14 @@ class LocalAttention(Selection):
         last = torch.arange(prompt.length - held, prompt.length, device=prompt.keys.device)
         return Kept(last.expand(*prompt.keys.shape[:2], -1))
 
-    def after_prompt(self, state: LocalState, lengths: torch.Tensor, scores: torch.Tensor | None) -> None:
+    def after_prompt(
+        self,
+        state: LocalState,
+        storage: LayerStorage,
+        lengths: torch.Tensor,
+        scores: torch.Tensor | None,
+        queries: torch.Tensor | None = None,
+    ) -> None:
         state.seen, state.most = lengths.clone(), int(lengths.max())
 
     def attend(self, state: LocalState, storage: LayerStorage, step: Step) -> torch.Tensor:

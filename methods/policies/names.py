@@ -6,27 +6,30 @@ import re
 from functools import cache
 from importlib.resources import files
 
-KEEPS_EVERYTHING = "kvbench.methods.policies.base.Selection"
+EVICTION = "kvbench.methods.policies.eviction.EvictionMethod"
 
 
 @cache
-def allocators() -> dict[str, str]:
-    """{name in ``conf/method``: the allocator that its YAML names}."""
-    named = {name: re.search(r"^  - allocator: (\w+)$", text, re.MULTILINE) for name, text in _texts().items()}
-    return {name: match[1] for name, match in named.items() if match is not None}
+def parts_of(name: str) -> dict[str, str]:
+    """{``scorer``, ``allocator``, ``schedule``: its name in the YAML ``conf/method/<name>.yaml``}; {}: no such file.
+
+    A file that builds on another one has that one's parts where it names none.
+    """
+    text = _texts().get(name)
+    if text is None:
+        return {}
+    base = re.search(r"^defaults:\n  - (\w+)$", text, re.MULTILINE)
+    own = dict(re.findall(r"^  - (?:override )?(scorer|allocator|schedule): (\w+)$", text, re.MULTILINE))
+    return (parts_of(base[1]) if base is not None else {}) | own
 
 
 @cache
 def token_methods() -> dict[str, bool]:
-    """{name in ``conf/method``: whether its YAML has a selection that lets tokens leave}.
-
-    A file that builds on another one is as that one.
-    """
+    """{name in ``conf/method``: whether its YAML has a policy that lets tokens leave}."""
     found, built_on = {}, {}
     for name, text in _texts().items():
-        target = re.search(r"^selection:\n  _target_: (\S+)", text, re.MULTILINE)
         base = re.search(r"^defaults:\n  - (\w+)$", text, re.MULTILINE)
-        found[name] = target is not None and target[1] != KEEPS_EVERYTHING
+        found[name] = f"_target_: {EVICTION}\n" in text or re.search(r"^policy:\n", text, re.MULTILINE) is not None
         if base is not None:
             built_on[name] = base[1]
     return {name: found[built_on.get(name, name)] for name in found}

@@ -13,7 +13,7 @@ own tokens: prompt tokens never leave while decoding. The published code for tra
 (``trigger=published``), so that the deep layers thin out at every step and eat up the prompt; and its window begins one
 token early, with the prompt's last one. Its linear schedule is constant by a fault; here it is linear.
 
-The hidden states are the model's, not the cache's. So this selection hooks the model's layers when its cache is made
+The hidden states are the model's, not the cache's. So this policy hooks the model's layers when its cache is made
 and lets go of them when the last layer has read the prompt; a forward with another cache passes through untouched.
 """
 
@@ -23,7 +23,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -32,12 +32,15 @@ from transformers import PreTrainedModel
 
 from ...conf.errors import InputError, is_whole, require
 from ..cache.forward import Rows
-from ..cache.prefill import Prompt
+from ..cache.kv_shape import KVShape
+from ..cache.prefill import ALL_QUERIES, Prompt
+from ..cache.prompt_attention import attention_blocks
 from ..storage.base import LayerStorage, slots_that_stay
-from .base import ALL_QUERIES, Budget, Kept, ModelLayer, Selection, Step, check_budget, resolve_budget
-from .evicting import attend_and_weigh
+from .budget import Budget, check_budget, resolve_budget
+from .decoding import attend_and_weigh
+from .policy import CachePolicy, Kept, PolicyCapabilities, Step
 from .ranking import keep_mask, keep_slots
-from .scorers.attention_sums import attention_blocks
+from .scorers.base import ModelLayer
 
 if TYPE_CHECKING:
     from ..cache.cache import KVCache
@@ -118,7 +121,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class PyramidInfer(Selection):
+class PyramidInfer(CachePolicy):
     """PyramidInfer's rule.
 
     Attributes:
@@ -153,7 +156,7 @@ class PyramidInfer(Selection):
     prefill_only: InitVar[bool] = False
 
     def __post_init__(self, prefill_only: bool) -> None:
-        at = "method.selection."
+        at = "method.policy."
         require(isinstance(prefill_only, bool), at + "prefill_only", prefill_only, "must be true or false")
         if prefill_only:
             object.__setattr__(self, "trigger", "never")
@@ -173,25 +176,15 @@ class PyramidInfer(Selection):
             value = getattr(self, key)
             require(value in allowed, at + key, value, f"must be one of {', '.join(allowed)}")
 
-    @property
-    def reads_whole_prompt(self) -> bool:
-        return False
-
-    @property
-    def ranks_tokens(self) -> bool:
-        return True
-
-    @property
-    def spans_layers(self) -> bool:
-        return True
-
-    @property
-    def evicts_while_decoding(self) -> bool:
-        return self.trigger != "never"
-
-    @property
-    def observation_window(self) -> int:
-        return ALL_QUERIES
+    @cached_property
+    def capabilities(self) -> PolicyCapabilities:
+        return PolicyCapabilities(
+            observation_window=ALL_QUERIES,
+            evicts_while_decoding=self.trigger != "never",
+            attends_whole_prompt=False,
+            ranks_tokens=True,
+            spans_layers=True,
+        )
 
     # how many ----------------------------------------------------------------------------------------------------
 
@@ -247,9 +240,9 @@ class PyramidInfer(Selection):
     def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int) -> Sequence[int]:
         return self.progress(prompt_length, new_tokens, layers).lengths
 
-    def state_bytes(self, prompt_length: int, new_tokens: int, layers: int, heads: int) -> int:
+    def state_bytes(self, shape: KVShape, heads: int, prompt_length: int, new_tokens: int) -> int:
         """Two float32 sums for each token that waits; ``published``: a row of attention for each recent query."""
-        now = self.progress(prompt_length, new_tokens, layers)
+        now = self.progress(prompt_length, new_tokens, shape.layers)
         if self.trigger == "own_length":
             return 8 * sum(now.pending)
         return 4 * (1 + now.recent) * sum(now.lengths) if self.trigger == "published" else 0
@@ -307,7 +300,14 @@ class PyramidInfer(Selection):
         state.chosen.append(torch.cat([best, tail], dim=1))
         return Kept()
 
-    def after_prompt(self, state: PyramidState, lengths: torch.Tensor, scores: torch.Tensor | None) -> None:
+    def after_prompt(
+        self,
+        state: PyramidState,
+        storage: LayerStorage,
+        lengths: torch.Tensor,
+        scores: torch.Tensor | None,
+        queries: torch.Tensor | None = None,
+    ) -> None:
         assert state.shared is not None
         cache = state.shared.cache()
         assert cache is not None and cache.new_tokens is not None
@@ -403,7 +403,7 @@ def _layer_lengths(rule: PyramidInfer, prompt_length: int, layers: int) -> tuple
             "method.budget",
             rule.budget,
             f"cannot be met on a prompt of {prompt_length} tokens: with the other settings as they are, pyramid_infer "
-            f"holds at least {math.ceil(least)} per layer on average; lower method.selection.recent_ratio or "
+            f"holds at least {math.ceil(least)} per layer on average; lower method.policy.recent_ratio or "
             "min_context, or use strategy=constant",
         )
     return max(fitting, key=sum)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -32,7 +33,9 @@ from ..cache.prefill import Prompt
 from ..cache.products import cached_attention, exact_products
 from ..cache.rotary import Rotary
 from ..storage.base import LayerStorage
-from .base import Budget, Kept, ModelLayer, Selection, Step, check_budget, resolve_budget
+from .budget import Budget, check_budget, resolve_budget
+from .policy import CachePolicy, Kept, PolicyCapabilities, Step
+from .scorers.base import ModelLayer
 
 BLOCK = 256
 """Prompt tokens that pass through the cache at a time in ``true_stream``; memory is O(BLOCK x (budget + BLOCK))."""
@@ -60,7 +63,7 @@ class StreamState:
 
 
 @dataclass(frozen=True)
-class StreamingLLM(Selection):
+class StreamingLLM(CachePolicy):
     """Attention sinks and a sliding window.
 
     Attributes:
@@ -80,9 +83,9 @@ class StreamingLLM(Selection):
     prefill_only: bool = False
 
     def __post_init__(self) -> None:
-        at = "method.selection."
+        at = "method.policy."
         check_budget(self.budget)
-        require(isinstance(self.sinks, int) and self.sinks >= 0, at + "sinks", self.sinks, "must be >= 0")
+        require(isinstance(self.sinks, int) and self.sinks >= 0, "method.policy.sinks", self.sinks, "must be >= 0")
         require(
             self.mode in ("true_stream", "prefill_evict"),
             at + "mode",
@@ -91,39 +94,39 @@ class StreamingLLM(Selection):
         )
         for key in ("reposition", "prefill_only"):
             require(isinstance(getattr(self, key), bool), at + key, getattr(self, key), "must be true or false")
-        if self.prefill_only and self.reads_prompt_by_steps:
+        if self.prefill_only and self.capabilities.prefills_by_steps:
             raise InputError(
                 at + "prefill_only",
                 True,
                 "keeps what is generated after one eviction at the prompt's end, and a stream evicts at every token: "
-                "set method.selection.mode=prefill_evict",
+                "set method.policy.mode=prefill_evict",
             )
         if isinstance(self.budget, int):
             require(
                 self.sinks < self.budget,
-                at + "sinks",
+                "method.policy.sinks",
                 self.sinks,
                 f"must be below method.budget={self.budget}, which includes the sinks",
             )
-        elif self.reads_prompt_by_steps:
+        elif self.capabilities.prefills_by_steps:
             raise InputError(
                 "method.budget",
                 self.budget,
                 "a stream has no length to take a fraction of: give a number of tokens, or set "
-                "method.selection.mode=prefill_evict",
+                "method.policy.mode=prefill_evict",
             )
 
-    @property
-    def reads_prompt_by_steps(self) -> bool:
-        return self.mode == "true_stream"
-
-    @property
-    def evicts_while_decoding(self) -> bool:
-        return not self.prefill_only
-
-    @property
-    def keeps_positions(self) -> bool:
-        return not self.reposition
+    @cached_property
+    def capabilities(self) -> PolicyCapabilities:
+        is_stream = self.mode == "true_stream"
+        return PolicyCapabilities(
+            evicts_while_decoding=not self.prefill_only,
+            prefills_by_steps=is_stream,
+            attends_whole_prompt=not is_stream,
+            keeps_positions=not self.reposition,
+            prefill_block=BLOCK if is_stream else 1,
+            static_steps=self.prefill_only and not self.reposition,
+        )
 
     def new_state(self, layer: ModelLayer) -> StreamState:
         return StreamState(layer.rotary() if self.reposition else None)
@@ -136,7 +139,14 @@ class StreamingLLM(Selection):
         kept[min(self.sinks, budget - 1) :] += prompt.length - budget
         return Kept(kept.expand(prompt.keys.shape[0], prompt.keys.shape[1], -1))
 
-    def after_prompt(self, state: StreamState, lengths: torch.Tensor, scores: torch.Tensor | None) -> None:
+    def after_prompt(
+        self,
+        state: StreamState,
+        storage: LayerStorage,
+        lengths: torch.Tensor,
+        scores: torch.Tensor | None,
+        queries: torch.Tensor | None = None,
+    ) -> None:
         state.seen = lengths.clone()
         state.fed = int(lengths.max())
         state.padded = bool((lengths != state.fed).any())

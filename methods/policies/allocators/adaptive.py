@@ -52,11 +52,26 @@ class Adaptive(Allocator):
         return super().layer_budgets(budget, protected, prompt_length, layers)
 
     def head_budgets(self, scores: torch.Tensor, budget: int, ties: torch.Tensor | None = None) -> torch.Tensor:
-        _, heads, count = scores.shape
-        best = keep_mask(scores.flatten(1), heads * budget, None if ties is None else ties.flatten(1))  # [R, H * N]
-        won = best.unflatten(1, (heads, count)).sum(-1).double()  # [R, H]
-        shares = (1 - self.floor) * won + self.floor * budget
-        budgets = shares.floor()
-        missing = (heads * budget - budgets.sum(-1)).round().long()  # [R], below the number of heads
-        place = (shares - budgets).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1, stable=True)
-        return (budgets + (place < missing[:, None])).long()  # [R, H]
+        return shares_of(scores, budget, self.floor, ties)
+
+
+def shares_of(scores: torch.Tensor, budget: int, floor: float, ties: torch.Tensor | None) -> torch.Tensor:
+    """Tokens of each head when all heads are ranked together.
+
+    Args:
+        scores: [R, H, N], the largest stay.
+        budget: Mean over the heads.
+        floor: Share of it that every head keeps.
+        ties: [R, H, N], second scores, or None.
+
+    Returns:
+        [R, H] int64, adding up to H x ``budget``; of equal fractions the lower head's is rounded up first.
+    """
+    _, heads, count = scores.shape
+    best = keep_mask(scores.flatten(1), heads * budget, None if ties is None else ties.flatten(1))  # [R, H * N]
+    won = best.unflatten(1, (heads, count)).sum(-1).double()  # [R, H]
+    shares = (1 - floor) * won + floor * budget
+    budgets = shares.floor()
+    missing = (heads * budget - budgets.sum(-1)).round().long()  # [R], below the number of heads
+    place = (shares - budgets).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1, stable=True)
+    return (budgets + (place < missing[:, None])).long()

@@ -18,6 +18,8 @@ class Allocator(HasIdentity):
 
     heads_differ: ClassVar[bool] = False
     """The heads of a layer keep different numbers of tokens, by :meth:`head_budgets`."""
+    spans_layers: ClassVar[bool] = False
+    """Layers are compared, by :meth:`cache_budgets`, once all of them have seen the prompt."""
 
     def layer_budgets(self, budget: int, protected: int, prompt_length: int, layers: int) -> Sequence[int]:
         """Tokens that each layer keeps per head (their mean over the heads).
@@ -40,5 +42,20 @@ class Allocator(HasIdentity):
 
         Returns:
             [R, H] int64, adding up to H x ``budget``.
+        """
+        raise NotImplementedError
+
+    def cache_budgets(
+        self, scores: Sequence[torch.Tensor], budget: int, ties: Sequence[torch.Tensor | None]
+    ) -> list[torch.Tensor]:
+        """Tokens that each head of each layer keeps beside the protected ones, where ``spans_layers``.
+
+        Args:
+            scores: [R, H, N] of each layer, the largest stay.
+            budget: Mean over layers and heads.
+            ties: Second scores of each layer, of the same shape, or None.
+
+        Returns:
+            [R, H] int64 of each layer.
         """
         raise NotImplementedError

@@ -1,8 +1,8 @@
-"""TOVA (Oren et al., 2024, arXiv 2401.06104): after each step, the token that the newest one attends to least leaves.
+"""TOVA (Oren et al., 2024, arXiv 2401.06104): the tokens that the newest query attends to stay.
 
-Section 3.2: the attention of the last query, averaged over all of the layer's query heads, ranks the tokens; the
-lowest leaves, from all heads alike. Nothing is protected: not the first tokens, not the newest one. A prompt is read
-whole and cut down once, by its last token's attention.
+Section 3.2: the attention of the last query, averaged over all query heads of the layer, ranks the tokens; the lowest
+leaves, from all heads alike. Nothing is protected: not the first tokens, not the newest one. A prompt is compressed
+once, by the attention of its last token.
 """
 
 from __future__ import annotations
@@ -13,36 +13,30 @@ from typing import Any, ClassVar
 import torch
 
 from ...cache.prefill import Prompt
-from ..base import Kept, resolve_budget
-from ..evicting import EvictingSelection, EvictingState
-from ..ranking import keep_slots
-from .snapkv import window_attention
+from ...cache.prompt_attention import window_attention
+from ..schedules.base import Schedule
+from ..schedules.every_step import EveryStep
+from .base import Scorer
 
 
 @dataclass(frozen=True)
-class TOVA(EvictingSelection):
-    """TOVA's rule.
-
-    Attributes:
-        budget: tokens held per layer (the paper's multi-state size), or a fraction of the prompt.
-        prefill_only: see :class:`.evicting.EvictingSelection`.
-    """
+class LastQuery(Scorer):
+    """Attention of the newest query."""
 
     id: ClassVar[str] = "TOVA"
+    name: ClassVar[str] = "last_query"
+    default_schedule: ClassVar[Schedule] = EveryStep()
+    tracks_attention: ClassVar[bool] = True
+    scores_heads_alike: ClassVar[bool] = True
 
     @property
     def observation_window(self) -> int:
         return 1
 
-    def select(self, prompt: Prompt, state: Any = None) -> Kept:
-        budget = resolve_budget(self.budget, prompt.length)
-        if prompt.length <= budget:
-            return Kept()
-        worth = prompt.cached("window_attention", window_attention)[:, :, -1].mean(dim=1)  # [R, T]
-        return Kept(keep_slots(worth, budget)[:, None].expand(-1, prompt.keys.shape[1], -1))
+    def score(self, prompt: Prompt, state: Any = None) -> torch.Tensor:
+        return prompt.cached("window_attention", window_attention)[:, :, -1].mean(dim=1, keepdim=True)  # [R, 1, T]
 
-    def observe(self, state: EvictingState, weights: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-        worth = weights.mean(dim=(1, 2))[:, None]  # [B, 1, S]
-        if real is not None:  # a pad ranks nothing; its own slot is no token, so nothing is over the limit for it
-            worth = torch.where(real[:, None, None], worth, torch.ones_like(worth))
-        return worth
+    def update(self, scores: torch.Tensor | None, weights: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+        new = weights.mean(dim=(1, 2))[:, None]  # [B, 1, S]
+        # A pad ranks nothing; its own slot is no token, so its row is not over the budget.
+        return new if real is None else torch.where(real[:, None, None], new, torch.ones_like(new))

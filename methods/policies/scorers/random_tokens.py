@@ -1,4 +1,4 @@
-"""Tokens kept at random beside the most recent ones: the baseline that any score must beat."""
+"""Random scores: the baseline that every other scorer has to beat."""
 
 from __future__ import annotations
 
@@ -7,34 +7,33 @@ from typing import Any, ClassVar
 
 import torch
 
-from ....conf.errors import require
+from ....conf.errors import is_whole, require
 from ...cache.prefill import Prompt
-from ..base import Budget, TopKSelection
+from .base import Scorer
 
 
 @dataclass(frozen=True)
-class RandomTokens(TopKSelection):
-    """Random scores.
+class RandomTokens(Scorer):
+    """Uniform random numbers.
 
     Attributes:
-        budget: tokens kept per head, window included, or a fraction of the prompt.
-        window: last tokens that are always kept; SnapKV's default, so that the vote is the only difference.
-        seed: of the scores. They depend on it, the layer, the head and the prompt's length alone.
+        seed: Of the scores. They depend on it, the layer, the head and the number of tokens alone.
     """
 
     id: ClassVar[str] = "RandomTokens"
-    budget: Budget = 1024
-    window: int = 32
+    name: ClassVar[str] = "random"
+    recent_recorded_as: ClassVar[str] = "window"
+    default_recent: ClassVar[int | float] = 32  # SnapKV's window, so that the scores are the only difference
     seed: int = 0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        seed, allowed = self.seed, "must be a whole number >= 0"
-        require(isinstance(seed, int) and seed >= 0, "method.selection.seed", seed, allowed)
+        require(is_whole(self.seed, 0), "method.scorer.seed", self.seed, "must be a whole number >= 0")
 
-    def score(self, prompt: Prompt, state: Any) -> torch.Tensor:
-        """Uniform numbers, the same for every row of a batch: [R, H_kv, T - window]."""
+    def score(self, prompt: Prompt, state: Any = None) -> torch.Tensor:
+        """The same for every row of a batch: [R, H_kv, T]."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + prompt.layer_idx)
         rows, heads, length, _ = prompt.keys.shape
-        scores = torch.rand(heads, max(0, length - self.window), generator=generator)
+        candidates = max(0, length - prompt.protected)
+        scores = torch.rand(heads, candidates, generator=generator)  # [H_kv, T - protected], as recorded runs drew them
+        scores = torch.nn.functional.pad(scores, (0, length - candidates))
         return scores.to(prompt.keys.device).expand(rows, -1, -1)

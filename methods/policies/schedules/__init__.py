@@ -1,0 +1,1 @@
+"""When tokens leave: one schedule a file."""

@@ -1,0 +1,19 @@
+"""Evict after the prompt and after every decode step, so that the budget is never exceeded (H2O, TOVA)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .base import Schedule
+
+
+@dataclass(frozen=True)
+class EveryStep(Schedule):
+    """One token in, one token out."""
+
+    id: ClassVar[str] = "every_step"
+
+    @property
+    def interval(self) -> int:
+        return 1

@@ -1,0 +1,27 @@
+"""Position: the most recent tokens stay. With ``method.sinks=4`` these are StreamingLLM's tokens (arXiv 2309.17453).
+
+Keys keep their true positions; ``method=streaming_llm`` also re-positions them, as the paper does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ...cache.prefill import Prompt
+from .base import Scorer
+
+
+@dataclass(frozen=True)
+class Position(Scorer):
+    """The index of the token."""
+
+    id: ClassVar[str] = "Position"
+    name: ClassVar[str] = "position"
+    scores_heads_alike: ClassVar[bool] = True
+
+    def score(self, prompt: Prompt, state: Any = None) -> torch.Tensor:
+        order = torch.arange(prompt.length, dtype=torch.float32, device=prompt.keys.device)
+        return order.expand(prompt.keys.shape[0], 1, -1)  # [R, 1, T]

@@ -1,0 +1,218 @@
+"""Eviction while decoding, and budgets over all layers, against simulators with one Python list per head in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sharing_models import shared_model
+from tiny_models import left_pad, prompt_ids, tiny_model
+
+from kvbench.conf.errors import InputError
+from kvbench.methods.cache.layout import model_shape
+from kvbench.methods.cache.logits import LogitRule
+from kvbench.methods.cache.method import Method
+from kvbench.methods.cache.prefill import Prompt
+from kvbench.methods.policies.allocators.adaptive import Adaptive
+from kvbench.methods.policies.allocators.global_budget import Global
+from kvbench.methods.policies.eviction import EvictionPolicy
+from kvbench.methods.policies.policy import Step
+from kvbench.methods.policies.schedules.every_n import EveryN
+from kvbench.methods.policies.schedules.every_step import EveryStep
+from kvbench.methods.policies.scorers.attention_sums import AttentionSums
+from kvbench.methods.policies.scorers.base import ModelLayer
+from kvbench.methods.policies.scorers.key_norm import KeyNorm
+from kvbench.methods.policies.scorers.last_query import LastQuery
+from kvbench.methods.policies.scorers.position import Position
+from kvbench.methods.policies.scorers.snapkv import SnapKV
+from kvbench.methods.policies.streaming_llm import StreamingLLM
+from kvbench.methods.sharing.cla import CLA
+from kvbench.methods.storage.dense import DenseLayer
+from kvbench.methods.storage.kivi import Kivi
+from kvbench.methods.storage.ragged import Ragged
+from kvbench.runners.engine import decode, prefill
+
+D, SCALE = 8, 8**-0.5
+BUDGET, LENGTH, STEPS = 12, 20, 17
+
+
+def softmax_row(query: torch.Tensor, keys: list[torch.Tensor]) -> list[float]:
+    return (torch.stack(keys) @ query * SCALE).softmax(0).tolist()
+
+
+class Head:
+    """One KV head with one query head, by lists: position, key, running score of each held token."""
+
+    def __init__(self, queries: torch.Tensor, keys: torch.Tensor):
+        self.queries = list(queries)
+        self.held = list(range(len(keys)))
+        self.keys = dict(enumerate(keys))
+        self.sums = dict.fromkeys(self.held, 0.0)
+        for t, query in enumerate(queries):
+            for s, weight in enumerate(softmax_row(query, [keys[i] for i in range(t + 1)])):
+                self.sums[s] += weight
+
+    def step(self, position: int, query: torch.Tensor, key: torch.Tensor) -> None:
+        self.held.append(position)
+        self.keys[position], self.sums[position] = key, 0.0
+        self.queries.append(query)
+        for t, weight in zip(self.held, softmax_row(query, [self.keys[t] for t in self.held]), strict=True):
+            self.sums[t] += weight
+
+    def scores(self, scorer: str, window: int) -> dict[int, float]:
+        if scorer == "sums":
+            return self.sums
+        if scorer == "norm":
+            return {t: -float(self.keys[t].norm()) for t in self.held}
+        out = dict.fromkeys(self.held, 0.0)  # attention of the last queries, each over the held tokens up to its own
+        for back in range(window):
+            seen = self.held[: len(self.held) - back]
+            for t, weight in zip(seen, softmax_row(self.queries[-1 - back], [self.keys[t] for t in seen]), strict=True):
+                out[t] += weight
+        return out
+
+    def evict(self, scorer: str, window: int, sinks: int, recent: int) -> None:
+        if len(self.held) <= BUDGET:
+            return
+        middle = self.held[sinks : len(self.held) - recent]
+        scores = self.scores(scorer, window)
+        best = sorted(middle, key=lambda t: -scores[t])[: BUDGET - sinks - recent]
+        self.held = sorted([*self.held[:sinks], *best, *self.held[len(self.held) - recent :]])
+
+
+@pytest.mark.parametrize("interval", [1, 3, 5])
+@pytest.mark.parametrize("sinks", [0, 2])
+@pytest.mark.parametrize(
+    ("scorer", "rule", "window"),
+    [("snapkv", SnapKV(window=4, kernel=1), 4), ("sums", AttentionSums(), 0), ("norm", KeyNorm(), 0)],
+)
+def test_every_n_is_the_naive_simulator(scorer, rule, window, interval, sinks):
+    """Tokens held after each step: within the budget after every n-th, and up to n - 1 more in between."""
+    recent = 4
+    policy = EvictionPolicy(rule, BUDGET, schedule=EveryN(interval), sinks=sinks, recent=recent)
+    g = torch.Generator().manual_seed(interval)
+    q, k, v = (torch.randn(1, 2, LENGTH, D, generator=g, dtype=torch.float64) for _ in range(3))
+    q = 3 * q
+    heads = [Head(q[0, h], k[0, h]) for h in range(2)]
+    for head in heads:
+        head.evict(scorer, window, sinks, recent)
+    storage, state = DenseLayer(), policy.new_state(ModelLayer(0, 0, 1, lambda: None))
+    state.layers = [state]
+    prompt = Prompt(q[:, :, LENGTH - window :] if window else q, k, v, LogitRule(SCALE), 0, 1)
+    kept = policy.select(prompt, state)
+    index = kept.slots[..., None].expand(-1, -1, -1, D)
+    storage.write(k.gather(2, index), v.gather(2, index))
+    policy.after_prompt(state, storage, torch.tensor([LENGTH]), kept.scores, prompt.query if window else None)
+    for i in range(STEPS):
+        new_q, new_k, new_v = (torch.randn(1, 2, 1, D, generator=g, dtype=torch.float64) for _ in range(3))
+        policy.attend(state, storage, Step(3 * new_q, new_k, new_v, LogitRule(SCALE), None))
+        keys, _, valid = storage.read()
+        for h, head in enumerate(heads):
+            head.step(LENGTH + i, 3 * new_q[0, h, 0], new_k[0, h, 0])
+            if (i + 1) % interval == 0:
+                head.evict(scorer, window, sinks, recent)
+            real = slice(None) if valid is None else valid.expand(1, 2, -1)[0, h]
+            assert torch.equal(keys[0, h][real], torch.stack([head.keys[t] for t in head.held])), f"step {i}, head {h}"
+    assert policy.kept_tokens(LENGTH, STEPS, 1) == [len(heads[0].held)] == [BUDGET + STEPS % interval]
+
+
+def run(model, method, prompts, steps=12):
+    ids, mask = left_pad(prompts)
+    cache = method.new_cache(model)
+    out = [prefill(model, cache, ids, mask)]
+    out += [decode(model, cache, torch.tensor([3 + i, 40 + i])) for i in range(steps)]
+    return torch.stack(out), cache
+
+
+@pytest.mark.parametrize("budget", [11, 0.5])
+def test_position_with_sinks_is_streaming_llm_at_true_positions(budget):
+    model, prompts = tiny_model(), [prompt_ids(30, 1), prompt_ids(17, 2)]
+    product = EvictionPolicy(Position(), budget, schedule=EveryStep(), sinks=4)
+    published = StreamingLLM(budget, mode="prefill_evict", reposition=False)
+    ours, cache = run(model, Method("x", product), prompts)
+    theirs, other = run(model, Method("x", published), prompts)
+    assert (ours - theirs).abs().max() < 1e-9
+    assert cache.kv_bytes_logical == other.kv_bytes_logical
+
+
+@pytest.mark.parametrize("scorer", [AttentionSums(), LastQuery()], ids=lambda s: s.name)
+def test_every_step_is_every_n_of_one(scorer):
+    model, prompts = tiny_model(), [prompt_ids(30, 1), prompt_ids(9, 2)]
+    a, b = (
+        run(model, Method("x", EvictionPolicy(scorer, 11, schedule=s)), prompts)[0] for s in (EveryStep(), EveryN(1))
+    )
+    assert (a - b).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.3, 1.0])
+def test_a_global_budget_is_one_ranking_over_all_layers_and_heads(floor):
+    """Norms of keys, of two prompts of different lengths in one batch, against a sort in Python."""
+    model, prompts, recent, sinks, budget = tiny_model(), [prompt_ids(30, 1), prompt_ids(26, 2)], 3, 2, 12
+    full, free = Method("full").new_cache(model), budget - recent - sinks
+    ids, mask = left_pad(prompts)
+    prefill(model, full, ids, mask)
+    policy = EvictionPolicy(KeyNorm(), budget, allocator=Global(floor), recent=recent, sinks=sinks)
+    _, cache = run(model, Method("x", policy, Ragged()), prompts, steps=0)
+    heads = 2
+    for row, length in enumerate((30, 26)):
+        norms = {}  # (layer, head, token) -> score
+        for number, layer in enumerate(full.layers):
+            keys = layer.storage.read()[0][row, :, 30 - length :]
+            for h in range(heads):
+                norms |= {(number, h, t): -float(keys[h, t].float().norm()) for t in range(sinks, length - recent)}
+        count = len(full.layers) * heads
+        won = sorted(norms, key=lambda where: -norms[where])[: count * free]
+        places = [(number, h) for number in range(len(full.layers)) for h in range(heads)]
+        shares = [(1 - floor) * sum(w[:2] == p for w in won) + floor * free for p in places]
+        budgets = [int(s + 1e-9) for s in shares]
+        for p in sorted(range(count), key=lambda p: (budgets[p] - shares[p], p))[: count * free - sum(budgets)]:
+            budgets[p] += 1
+        held = [int(n) for layer in cache.tokens_held for n in layer[row].expand(heads)]
+        assert held == [b + sinks + recent for b in budgets]
+    assert cache.kv_bytes_logical == 2 * Method("x", policy).bytes_formula(model_shape(model), 30)
+
+
+def test_policies_that_differ_only_in_their_parts_have_names_and_hashes_of_their_own():
+    plain = Method("snapkv", EvictionPolicy(SnapKV(), 64))
+    parts = (
+        ({"schedule": EveryN(16)}, "snapkv 64 + every 16"),
+        ({"allocator": Global()}, "snapkv 64 + global"),
+        ({"allocator": Adaptive(), "schedule": EveryStep()}, "snapkv 64 + adaptive + every_step"),
+    )
+    hashes = [str(plain.identity())]
+    for options, label in parts:
+        method = Method("snapkv", EvictionPolicy(SnapKV(), 64, **options), Ragged())
+        assert method.label == label
+        hashes.append(str(method.identity()["selection"]))
+    assert Method("snapkv", EvictionPolicy(KeyNorm(), 64)).label == "snapkv 64 + key_norm"
+    assert len(set(hashes)) == len(hashes)
+
+
+@pytest.mark.parametrize(
+    ("make", "key"),
+    [
+        (lambda: EveryN(0), "method.schedule.n"),
+        (lambda: EvictionPolicy(LastQuery(), 64, allocator=Adaptive()), "method/allocator"),
+        (lambda: EvictionPolicy(Position(), 64, allocator=Global()), "method/allocator"),
+        (lambda: EvictionPolicy(SnapKV(window=32), 64, schedule=EveryN(4), recent=8), "method.recent"),
+        (lambda: Method("x", EvictionPolicy(SnapKV(), 64, schedule=EveryN(4)), Kivi()), "method/storage"),
+        (lambda: Method("x", EvictionPolicy(SnapKV(), 64, allocator=Global()), Kivi()), "method/storage"),
+    ],
+)
+def test_combinations_that_make_no_sense_are_refused(make, key):
+    with pytest.raises(InputError) as error:
+        make()
+    assert error.value.key == key and "\n" not in str(error.value)
+
+
+def test_held_queries_are_one_layers_own():
+    """Layers that read the same keys would each have queries to hold, which no formula of bytes counts."""
+    method = Method("x", EvictionPolicy(SnapKV(window=4), 10, schedule=EveryN(3)))
+    with pytest.raises(InputError, match=r"^method/schedule=every_n: .*after_prefill"):
+        method.new_cache(shared_model(CLA(2)))
+    model = shared_model(CLA(2))
+    cache = Method("x", EvictionPolicy(KeyNorm(), 10, schedule=EveryN(3))).new_cache(model)
+    with torch.inference_mode():
+        prefill(model, cache, prompt_ids(30) % 90)
+        for i in range(7):
+            decode(model, cache, torch.tensor([3 + i]))
+    assert [int(t.max()) for t in cache.tokens_held] == [11] * len(cache.layers)
