@@ -56,7 +56,7 @@ VARIANTS = [
     "random schedule=every_n schedule.n=2 recent=8",
     "h2o schedule=after_prefill",
     "h2o schedule=every_n schedule.n=4 sinks=2",
-    "h2o allocator=adaptive storage=ragged",
+    "h2o allocator=adaptive allocator.floor=0.5 storage=ragged",
     "snapkv scorer.window=8 allocator=global storage=ragged",
     "h2o allocator=global storage=ragged sinks=1",
     "expected_attention allocator=global allocator.floor=0.0 schedule=every_n schedule.n=3 storage=ragged",
@@ -374,7 +374,7 @@ def test_a_prompt_in_chunks_is_a_prompt_in_one_piece(text):
     whole, _ = logits_of(model, method, ids, tokens, mask)
     if method.new_cache(model).recomputes:
         return
-    if isinstance(method.selection, PyramidInfer):
+    if isinstance(method.policy, PyramidInfer):
         with pytest.raises(InputError, match=r"runner\.chunk_size"):
             logits_of(model, method, ids, tokens, mask, 7)
         return

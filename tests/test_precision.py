@@ -53,7 +53,7 @@ def kept_sets(method: Method, prompt: Prompt, config) -> list[set[int]]:
     query = prompt.query[:, :, prompt.length - window :]
     asked = Prompt(query, prompt.keys, prompt.values, prompt.rule, prompt.layer_idx, prompt.num_layers)
     state = method.policy.new_state(ModelLayer(prompt.layer_idx, lambda: Rotary(LlamaRotaryEmbedding(config).inv_freq)))
-    if isinstance(method.selection, PyramidInfer):  # it says which tokens go on to the next layer
+    if isinstance(method.policy, PyramidInfer):  # it says which tokens go on to the next layer
         state.layer_idx, state.shared = prompt.layer_idx, Sequences(lambda: None, prompt.num_layers, [prompt.length])
         method.policy.select(asked, state)
         (chosen,) = state.chosen
