@@ -2,9 +2,9 @@
 
 On CUDA a step of a model is hundreds of small kernels; started one by one from Python they take longer to start than to
 run, which hides what a method gains. Where no step changes a shape (``KVCache.can_freeze``) the step is recorded when
-the prompt has been read, and every token is a replay: a CUDA graph over buffers of fixed size. Methods that let tokens
-leave while decoding, and those whose storage changes its shape with the tokens, run as they are; a record says which it
-was, and how long the recording took.
+the prompt has been read, and every token is a replay: a CUDA graph over buffers of fixed size. What a storage does once
+in so many steps (``KVCache.between_steps``) follows the replay it is due after. Methods that let tokens leave while
+decoding run as they are; a record says which it was, and how long the recording took.
 """
 
 from __future__ import annotations
@@ -66,8 +66,11 @@ class Stepper:
             return
         self.cache.make_static(self.steps)
         self.token = self.token.clone()
+        before = [(tensor, tensor.clone()) for tensor in self.cache.static_state()]
         decode(self.model, self.cache, self.token)  # libraries take what they need before anything is recorded
-        self.cache.rollback()
+        for tensor, value in before:
+            tensor.copy_(value)
+        self.cache.skip(-1)
         self._graph = torch.cuda.CUDAGraph()
         with recording(self._graph):
             self._logits = decode(self.model, self.cache, self.token)
@@ -84,6 +87,7 @@ class Stepper:
         self.token.copy_(token)
         self._graph.replay()
         self.cache.skip(1)
+        self.cache.between_steps()
         return self._logits
 
 

@@ -136,7 +136,10 @@ def run(text: str, where: str, dtype: torch.dtype, capture: bool) -> Outcome:
         if captured:
             cache.make_static(STEPS)
         step = functools.partial(decode, model, cache)
-    logits += [step(token).clone() for token in forced]
+    for token in forced:
+        logits.append(step(token).clone())
+        if captured and not isinstance(step, Stepper):
+            cache.between_steps()
     keys, after = ([], 0) if captured else (held(cache), cache.kv_bytes_logical)
     return Outcome(torch.stack(logits).float().cpu(), prompt_keys, keys, (before, after), captured)
 

@@ -271,17 +271,27 @@ class KVCache(Cache):
         return not self.recomputes and all(
             isinstance(layer, CacheLayer)
             and not layer.reading
-            and layer.storage.can_freeze
+            and layer.storage.supports_static
             and type(layer.selection).attend is Selection.attend
             for layer in self.layers
         )
 
     @under_inference_mode
-    def make_static(self, room: int) -> None:
+    def make_static(self, steps: int) -> None:
         """See :meth:`.storage.base.LayerStorage.make_static`."""
         self.frozen = True
         for layer in self.layers:
-            layer.storage.make_static(room)
+            layer.storage.make_static(steps)
+
+    def static_state(self) -> list[torch.Tensor]:
+        """What a step of a static cache changes; see :meth:`.storage.base.LayerStorage.static_state`."""
+        assert self.frozen and self.tokens_seen is not None
+        return [self.tokens_seen, *(t for layer in self.layers for t in layer.storage.static_state())]
+
+    def between_steps(self) -> None:
+        """Called after each step of a static cache; see :meth:`.storage.base.LayerStorage.between_steps`."""
+        for layer in self.layers:
+            layer.storage.between_steps()
 
     def skip(self, steps: int) -> None:
         """Count steps that were replayed instead of run."""
