@@ -1,10 +1,10 @@
 """How decode steps are run: one by one, compiled (``compiled.py``), or recorded once and played again.
 
 On CUDA a step of a model is hundreds of small kernels; started one by one from Python they take longer to start than to
-run, which hides what a method gains. Where no step changes a shape (``KVCache.can_freeze``) the step is recorded when
-the prompt has been read, and every token is a replay: a CUDA graph over buffers of fixed size. Methods that let tokens
-leave while decoding, and those whose storage changes its shape with the tokens, run as they are; a record says which it
-was, and how long the recording took.
+run, which hides what a method gains. Where no step changes a shape (``KVCache.supports_static``) a step is captured
+once the prompt is in, and every token is a replay: a CUDA graph over buffers of fixed size. What a storage does once
+in so many steps (``KVCache.between_steps``) follows the replay it is due after. The
+others run as they are; a record says which it was, and how long the capture took.
 """
 
 from __future__ import annotations
@@ -61,13 +61,16 @@ class Stepper:
         # RoPE that follows the length compares it with a limit on the host, at every step.
         alike = not _is_spread(self.model) and rope_type(self.model) not in DYNAMIC_ROPE_TYPES
         possible = self.model.device.type == "cuda" and alike
-        self.how = GRAPH if self.record and possible and self.cache.can_freeze else EAGER
+        self.how = GRAPH if self.record and possible and self.cache.supports_static else EAGER
         if self.how == EAGER:
             return
         self.cache.make_static(self.steps)
         self.token = self.token.clone()
+        before = [(tensor, tensor.clone()) for tensor in self.cache.static_state()]
         decode(self.model, self.cache, self.token)  # libraries take what they need before anything is recorded
-        self.cache.rollback()
+        for tensor, value in before:
+            tensor.copy_(value)
+        self.cache.skip(-1)
         self._graph = torch.cuda.CUDAGraph()
         with recording(self._graph):
             self._logits = decode(self.model, self.cache, self.token)
@@ -84,6 +87,7 @@ class Stepper:
         self.token.copy_(token)
         self._graph.replay()
         self.cache.skip(1)
+        self.cache.between_steps()
         return self._logits
 
 

@@ -52,7 +52,9 @@ def test_the_page_gives_parts_that_run_and_combine(own_folder):
     assert ours["bytes"]["kv_bytes_stored"] == ours["bytes"]["kv_bytes_formula"]
     assert ours["paired"]["with"] == "full"
     chosen = [f"method/{group}={name}" for group, name in PARTS.items() if group in ("allocator", "schedule")]
-    done = kvbench(*[a.replace("method=value_weighted", "method=snapkv") for a in command], *chosen, "method/scorer=key_norm")
+    done = kvbench(
+        *[a.replace("method=value_weighted", "method=snapkv") for a in command], *chosen, "method/scorer=key_norm"
+    )
     assert done.returncode == 0, done.stderr
     (ours,) = [r for r in records("results") if r["method"] == "snapkv"]
     selection = ours["identity"]["method"]["selection"]

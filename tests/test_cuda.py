@@ -132,7 +132,7 @@ def run(text: str, where: str, dtype: torch.dtype, capture: bool) -> Outcome:
     cache.reserve(STEPS)
     logits = [prefill(model, cache, ids, mask)]
     prompt_keys, before = held(cache), cache.kv_bytes_logical
-    captured = capture and cache.can_freeze
+    captured = capture and cache.supports_static
     if IS_CUDA and where == "device":
         step = Stepper(model, cache, forced[0], STEPS, record=capture)
         assert (step.how == GRAPH) == captured
@@ -140,7 +140,10 @@ def run(text: str, where: str, dtype: torch.dtype, capture: bool) -> Outcome:
         if captured:
             cache.make_static(STEPS)
         step = functools.partial(decode, model, cache)
-    logits += [step(token).clone() for token in forced]
+    for token in forced:
+        logits.append(step(token).clone())
+        if captured and not isinstance(step, Stepper):
+            cache.between_steps()
     keys, after = ([], 0) if captured else (held(cache), cache.kv_bytes_logical)
     return Outcome(torch.stack(logits).float().cpu(), prompt_keys, keys, (before, after), captured)
 

@@ -267,36 +267,37 @@ class KVCache(Cache):
                 layer.storage.expected = slots
 
     @property
-    def can_freeze(self) -> bool:
-        """Whether no step from here on changes a shape: every layer holds all that comes, as it is."""
+    def supports_static(self) -> bool:
+        """Whether no step from here on need change a shape, so that one can be captured and replayed."""
         return not self.recomputes and all(
-            isinstance(layer, CacheLayer)
-            and not layer.reading
-            and layer.capabilities.static_steps
-            and layer.storage.can_freeze
+            isinstance(layer, CacheLayer) and layer.supports_static(self.plan.has_upward_kv_refs)
             for layer in self.layers
         )
 
     @under_inference_mode
-    def make_static(self, room: int) -> None:
+    def make_static(self, steps: int) -> None:
         """See :meth:`.storage.base.LayerStorage.make_static`."""
         self.frozen = True
         for layer in self.layers:
-            layer.storage.make_static(room)
+            layer.policy.make_static(layer.state, layer.storage, steps)
+
+    def static_state(self) -> list[torch.Tensor]:
+        """What a step of a static cache changes; see :meth:`.storage.base.LayerStorage.static_state`."""
+        assert self.frozen and self.tokens_seen is not None
+        layers = (layer.storage.static_state() + layer.policy.static_state(layer.state) for layer in self.layers)
+        return [self.tokens_seen, *itertools.chain(*layers)]
+
+    @under_inference_mode
+    def between_steps(self) -> None:
+        """Called after each step of a static cache; see :meth:`.storage.base.LayerStorage.between_steps`."""
+        for layer in self.layers:
+            layer.storage.between_steps()
+            layer.policy.between_steps(layer.state, layer.storage)
 
     def skip(self, steps: int) -> None:
         """Count steps that were replayed instead of run."""
         for layer in self.layers:
             layer.seen += steps
-
-    @under_inference_mode
-    def rollback(self) -> None:
-        """Undo the last step of a frozen cache."""
-        assert self.frozen and self.tokens_seen is not None
-        self.skip(-1)
-        self.tokens_seen -= 1
-        for layer in self.layers:
-            layer.storage.rollback()
 
     def next_positions(self) -> torch.Tensor:
         """Position of the next token of every decode row: [copies x B] int64."""

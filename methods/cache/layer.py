@@ -55,6 +55,13 @@ class CacheLayer(PromptReader):
         """Those of the policy."""
         return self.policy.capabilities
 
+    def supports_static(self, has_upward_kv_refs: bool) -> bool:
+        """Whether every step from here on can run over tensors of fixed shape."""
+        known = self.capabilities
+        if self.reading or not (known.static_steps and self.storage.supports_static):
+            return False
+        return not known.evicts_while_decoding or (self.storage.supports_static_drop and not has_upward_kv_refs)
+
     def names(self) -> str:
         return type(self.policy).__name__
 

@@ -35,6 +35,8 @@ class EvictionState:
         queries: [B, H_q, w, D], the last queries of a scorer that scores again, the newest last; None: none are held.
         seen: Real tokens that each row has seen.
         steps: Decode steps so far.
+        is_static: The layer's tensors have their final shapes, and steps change them in place.
+        rule: How the layer's logits are formed; known once a step has been.
         layers: The states of all layers whose budgets are shared out together, this one among them.
         prompt: What is stored of the prompt, until all of them have theirs.
         waiting: Candidates of this layer, for each prompt length of the batch.
@@ -50,16 +52,34 @@ class EvictionState:
     queries: torch.Tensor | None = None
     seen: list[int] = field(default_factory=list)
     steps: int = 0
+    is_static: bool = False
+    rule: LogitRule | None = None
     layers: list[EvictionState] = field(default_factory=list, repr=False)
     prompt: StoredPrompt | None = None
     waiting: list[Candidates] = field(default_factory=list)
     pending: list[torch.Tensor] = field(default_factory=list)
 
-    def note_queries(self, query: torch.Tensor, real: torch.Tensor | None) -> None:
-        """Take in the queries of one step: [B, H_q, 1, D]; rows whose token is a pad (``real`` False) stay."""
-        if self.queries is not None:
-            moved = torch.cat([self.queries[:, :, 1:], query.to(self.queries.dtype)], dim=2)
-            self.queries = moved if real is None else torch.where(real[:, None, None, None], moved, self.queries)
+    def hold_scores(self, scores: torch.Tensor) -> None:
+        """Take the scores [B, 1 or H, S] of a step; a static layer's go into the tensor that is there."""
+        if self.is_static and self.scores is not None:
+            self.scores.copy_(scores)
+        else:
+            self.scores = scores
+
+    def hold_queries(self, query: torch.Tensor, real: torch.Tensor | None) -> None:
+        """Take in the queries of one step, [B, H_q, 1, D]; rows whose token is a pad (``real`` False) stay."""
+        assert self.queries is not None
+        moved = torch.cat([self.queries[:, :, 1:], query.to(self.queries.dtype)], dim=2)  # [B, H_q, w, D]
+        if real is not None:
+            moved = torch.where(real[:, None, None, None], moved, self.queries)
+        if self.is_static:
+            self.queries.copy_(moved)
+        else:
+            self.queries = moved
+
+    def count(self, real: torch.Tensor | None = None) -> None:
+        """Count a step on the host."""
+        self.steps += 1
         came = [1] * len(self.seen) if real is None else real.int().tolist()
         self.seen = [n + more for n, more in zip(self.seen, came, strict=True)]
 
@@ -137,7 +157,8 @@ def evict_one(state: EvictionState, storage: LayerStorage, scores: torch.Tensor,
     limit = state.limit[:, :, None]  # [B, 1 or H, 1]
     count = torch.full_like(limit, slots) if held is None else held.sum(-1, keepdim=True)  # [B, 1 or H, 1]
     stay = torch.ones_like(scores, dtype=torch.bool) if held is None else held.expand_as(scores)
-    protected = torch.arange(slots, device=scores.device) >= slots - state.recent[:, :, None]  # no gap among the last
+    place = torch.arange(slots, device=scores.device)
+    protected = place >= storage.end - state.recent[:, :, None]  # the last slots hold the last tokens, without a gap
     if sinks:
         protected = protected | (stay.cumsum(-1) <= sinks)
     victim = last_slot(scores.masked_fill(protected | ~stay, float("inf")))  # [B, 1 or H, 1]
@@ -170,20 +191,30 @@ def evict_to_limit(
 
 
 def _drop(state: EvictionState, storage: LayerStorage, stay: torch.Tensor, at_once: bool) -> None:
-    moved = storage.drop(stay, at_once)
-    if moved is not None and state.scores is not None:
-        state.scores = state.scores.gather(-1, moved.expand(*state.scores.shape[:2], -1))
+    move_scores(state, storage.drop(stay, at_once))
+
+
+def move_scores(state: EvictionState, moved: torch.Tensor | None) -> None:
+    """Move running scores with their tokens, from the slots [B, 1 or H, C] that a storage has moved together."""
+    if moved is None or state.scores is None:
+        return
+    scores = state.scores.gather(-1, moved.expand(*state.scores.shape[:2], -1))
+    if state.is_static:
+        state.scores.zero_()
+        state.scores[..., : scores.shape[-1]] = scores
+    else:
+        state.scores = scores
 
 
 def score_again(
-    scorer: Scorer, state: EvictionState, storage: LayerStorage, rule: LogitRule, heads_differ: bool
+    scorer: Scorer, state: EvictionState, storage: LayerStorage, heads_differ: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Scores and ties [B, 1 or H, S] of the held tokens, as if they were a prompt of their own.
 
     Rows that hold equally many tokens are scored together; where heads differ, each head is a row by itself. Counting
     them asks the device, so this is work between captured steps. (None, None): no row is over its limit.
     """
-    assert state.limit is not None
+    assert state.limit is not None and state.rule is not None
     keys, values, held = storage.read()
     batch, heads, slots, _ = keys.shape
     mask = torch.ones(batch, 1, slots, dtype=torch.bool, device=keys.device) if held is None else held
@@ -211,7 +242,7 @@ def score_again(
         else:
             w = min(queries.shape[2], count, tokens_seen)
             query = queries[rows][:, :, queries.shape[2] - w :]
-        prompt = Prompt(query, k, v, rule, state.layer.place, state.layer.count, seen=tokens_seen)
+        prompt = Prompt(query, k, v, state.rule, state.layer.place, state.layer.count, seen=tokens_seen)
         found = [scorer.score(prompt, state.of_scorer), scorer.tie_scores(prompt, state.of_scorer)]
         for place, values_of in enumerate(found):
             if values_of is None:

@@ -25,12 +25,13 @@ from ..cache.kv_shape import KVShape
 from ..cache.method import Method
 from ..cache.prefill import ALL_QUERIES, Prompt
 from ..storage.base import LayerStorage, slots_that_stay
+from ..storage.dense import COMPACTION_INTERVAL_STEPS
 from . import ranking
 from .across_layers import Candidates, StoredPrompt, compress_together
 from .allocators.base import Allocator
 from .allocators.uniform import Uniform
 from .budget import Budget, check_budget, resolve_budget
-from .decoding import EvictionState, attend_and_weigh, evict_one, evict_to_limit, join_readers, score_again
+from .decoding import EvictionState, attend_and_weigh, evict_one, evict_to_limit, join_readers, move_scores, score_again
 from .policy import CachePolicy, Kept, PolicyCapabilities, Step
 from .ranking import keep_mask, keep_slots
 from .schedules.after_prefill import AfterPrefill
@@ -106,7 +107,7 @@ class EvictionPolicy(CachePolicy):
             drops_stored=interval is not None or self.allocator.spans_layers,
             stores_query_heads=self.scorer.stores_query_heads,
             held_queries=self._queries_held,
-            static_steps=interval is None,
+            static_steps=True,
         )
 
     @property
@@ -235,9 +236,8 @@ class EvictionPolicy(CachePolicy):
 
     def _attend_token(self, state: EvictionState, storage: LayerStorage, step: Step) -> torch.Tensor:
         """Append one token per row, attend, and let tokens leave if it is time."""
-        interval, real = self.schedule.interval, None if step.valid is None else step.valid[:, 0]
-        assert interval is not None
-        scores = ties = None
+        real = None if step.valid is None else step.valid[:, 0]
+        state.rule = step.rule
         if self.scorer.tracks_attention:
             out, paid, _ = attend_and_weigh(storage, step)
             weights = join_readers(state, storage, step, paid)
@@ -247,23 +247,73 @@ class EvictionPolicy(CachePolicy):
             if before is not None:
                 before = F.pad(before, (0, weights.shape[3] - before.shape[2]))
             scores = self.scorer.update(before, weights, real)
-            state.scores = scores if self.scorer.accumulates else None
+            if self._evicts_in_step:
+                if self.scorer.accumulates:
+                    state.hold_scores(scores)
+                evict_one(state, storage, scores, self.sinks, at_once=step.valid is not None)
+            else:
+                state.hold_scores(scores)
         else:
             out = super().attend(state, storage, step)
             if not step.use.is_last_reader:
                 return out
-            state.note_queries(step.query, real)
-        state.steps += 1
-        if state.steps % interval:
-            return out
-        if scores is not None and interval == 1:
-            evict_one(state, storage, scores, self.sinks, at_once=step.valid is not None)
-            return out
-        if scores is None:
-            scores, ties = score_again(self.scorer, state, storage, step.rule, self.capabilities.heads_differ)
+            if state.queries is not None:
+                state.hold_queries(step.query, real)
+        if not state.is_static:
+            self._after_token(state, storage, real)
+        return out
+
+    @property
+    def _evicts_in_step(self) -> bool:
+        """One token leaves in each step, by scores that the step itself gives."""
+        return self.scorer.tracks_attention and self.schedule.interval == 1
+
+    def _after_token(self, state: EvictionState, storage: LayerStorage, real: torch.Tensor | None = None) -> None:
+        """Count the step, and bring the layer back to its budget if it is time."""
+        state.count(real)
+        assert self.schedule.interval is not None
+        if self._evicts_in_step or state.steps % self.schedule.interval:
+            return
+        scores, ties = state.scores, None
+        if not self.scorer.tracks_attention:
+            scores, ties = score_again(self.scorer, state, storage, self.capabilities.heads_differ)
         if scores is not None:
             evict_to_limit(state, storage, scores, ties, self.sinks)
-        return out
+        if not self.scorer.accumulates and not state.is_static:
+            state.scores = None
+
+    # static steps -------------------------------------------------------------------------------------------------
+
+    def make_static(self, state: EvictionState, storage: LayerStorage, steps: int) -> None:
+        interval = self.schedule.interval
+        if interval is None:
+            storage.make_static(steps)
+            return
+        assert state.limit is not None
+        batch, heads = state.limit.shape[0], storage.read()[0].shape[1]
+        mask_heads = 1 if self.scorer.scores_heads_alike else heads
+        room = COMPACTION_INTERVAL_STEPS if self._evicts_in_step else interval
+        if state.scores is not None:
+            move_scores(state, storage.close_gaps())
+        short = max(0, state.max_limit - storage.read()[0].shape[2])  # tokens that may still come before any leaves
+        storage.make_static(short + room, mask_heads)
+        state.is_static = True
+        keys = storage.read()[0]
+        if self.scorer.tracks_attention and (self.scorer.accumulates or not self._evicts_in_step):
+            scores = keys.new_zeros(batch, mask_heads, keys.shape[2], dtype=torch.float32)
+            if state.scores is not None:
+                scores[..., : state.scores.shape[2]] = state.scores
+            state.scores = scores
+
+    def static_state(self, state: EvictionState) -> list[torch.Tensor]:
+        return self.state_tensors(state)
+
+    def between_steps(self, state: EvictionState, storage: LayerStorage) -> None:
+        if self.schedule.interval is None:
+            return
+        self._after_token(state, storage)
+        if self._evicts_in_step and state.steps % COMPACTION_INTERVAL_STEPS == 0:
+            move_scores(state, storage.compact())
 
     # bytes --------------------------------------------------------------------------------------------------------
 
@@ -282,7 +332,7 @@ class EvictionPolicy(CachePolicy):
 
     def logical_state_bytes(self, state: EvictionState, tokens: torch.Tensor) -> int:
         queries = 0 if state.queries is None else state.queries.nbytes
-        if state.scores is None:
+        if state.scores is None or not self.scorer.accumulates:
             return queries
         return queries + state.scores.element_size() * int(tokens.expand(-1, state.scores.shape[1]).sum())
 

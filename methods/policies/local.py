@@ -17,6 +17,7 @@ from ..cache.prefill import Prompt
 from ..cache.products import masked_attention
 from ..sharing.plan import Span
 from ..storage.base import LayerStorage
+from ..storage.dense import COMPACTION_INTERVAL_STEPS
 from .policy import CachePolicy, Kept, PolicyCapabilities, Step
 from .scorers.base import ModelLayer
 
@@ -28,10 +29,14 @@ class LocalState:
     Attributes:
         seen: real tokens of each row before the step under way, [B] int64; None before the prompt.
         most: the largest of them as a plain number, which costs no look at the device.
+        steps: static steps so far.
+        is_static: the layer's tensors have their final shapes, and steps change them in place.
     """
 
     seen: torch.Tensor | None = None
     most: int = 0
+    steps: int = 0
+    is_static: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class LocalAttention(CachePolicy):
 
     @cached_property
     def capabilities(self) -> PolicyCapabilities:
-        return PolicyCapabilities(evicts_while_decoding=True)
+        return PolicyCapabilities(evicts_while_decoding=True, static_steps=True)
 
     def new_state(self, layer: ModelLayer) -> LocalState:
         return LocalState()
@@ -78,8 +83,11 @@ class LocalAttention(CachePolicy):
         else:
             out = self._attend_several(state.seen, storage, step)
         if step.use.is_last_reader:
-            state.seen = state.seen + (n if step.valid is None else step.valid.sum(1))
-            state.most += n
+            if state.is_static:
+                state.seen += 1
+            else:
+                state.seen = state.seen + (n if step.valid is None else step.valid.sum(1))
+                state.most += n
             self._drop(state, storage, at_once=n > 1 or step.valid is not None)
         return out
 
@@ -99,7 +107,7 @@ class LocalAttention(CachePolicy):
     def _drop(self, state: LocalState, storage: LayerStorage, at_once: bool) -> None:
         """Let the tokens leave that the next one does not see."""
         assert state.seen is not None
-        if self.span.held(state.most) == state.most:
+        if not state.is_static and self.span.held(state.most) == state.most:
             return
         keys, _, held = storage.read()
         if held is None:
@@ -108,6 +116,22 @@ class LocalAttention(CachePolicy):
         behind = there.long().flip(1).cumsum(1).flip(1)  # [B, S]: how many held tokens from this one to the end
         stay = there & (behind <= self.span.held_of(state.seen)[:, None])
         storage.drop(stay[:, None], at_once)
+
+    def make_static(self, state: LocalState, storage: LayerStorage, steps: int) -> None:
+        storage.close_gaps()
+        short = max(0, self.span.size - storage.read()[0].shape[2])  # tokens that may still come before any leaves
+        storage.make_static(short + COMPACTION_INTERVAL_STEPS)
+        state.is_static = True
+
+    def static_state(self, state: LocalState) -> list[torch.Tensor]:
+        assert state.seen is not None
+        return [state.seen]
+
+    def between_steps(self, state: LocalState, storage: LayerStorage) -> None:
+        state.steps += 1
+        state.most += 1
+        if state.steps % COMPACTION_INTERVAL_STEPS == 0:
+            storage.compact()
 
     def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int) -> Sequence[int]:
         return [self.span.held(prompt_length + new_tokens)] * layers

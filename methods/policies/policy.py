@@ -176,6 +176,18 @@ class CachePolicy(HasIdentity):
         step.append_to(storage, before_attention=False)
         return out
 
+    def make_static(self, state: Any, storage: LayerStorage, steps: int) -> None:
+        """Give every tensor of a layer its final shape; see :meth:`.storage.base.LayerStorage.make_static`."""
+        storage.make_static(steps)
+
+    def static_state(self, state: Any) -> list[torch.Tensor]:
+        """Tensors of ``state`` that a static step changes; see :meth:`.storage.base.LayerStorage.static_state`."""
+        return []
+
+    def between_steps(self, state: Any, storage: LayerStorage) -> None:
+        """Work after each static step, outside of what is captured; in place."""
+        return
+
     def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int) -> Sequence[int]:
         """Tokens held by each head of each layer after a prompt and ``new_tokens`` decode steps (for the formula)."""
         return [prompt_length + new_tokens] * layers

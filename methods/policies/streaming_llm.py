@@ -33,6 +33,7 @@ from ..cache.prefill import Prompt
 from ..cache.products import cached_attention, exact_products
 from ..cache.rotary import Rotary
 from ..storage.base import LayerStorage
+from ..storage.dense import COMPACTION_INTERVAL_STEPS
 from .budget import Budget, check_budget, resolve_budget
 from .policy import CachePolicy, Kept, PolicyCapabilities, Step
 from .scorers.base import ModelLayer
@@ -52,6 +53,8 @@ class StreamState:
         fed: tokens fed so far as a plain number, an upper bound of ``seen`` that costs no device sync.
         padded: rows differ in length, so that the sinks of each stand in slots of their own.
         evicted: real tokens that left before the step under way, [B, 1] int64; None between steps.
+        steps: static steps so far.
+        is_static: the layer's tensors have their final shapes, and steps change them in place.
     """
 
     rotary: Rotary | None
@@ -60,6 +63,8 @@ class StreamState:
     fed: int = 0
     padded: bool = False
     evicted: torch.Tensor | None = None
+    steps: int = 0
+    is_static: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,7 @@ class StreamingLLM(CachePolicy):
             attends_whole_prompt=not is_stream,
             keeps_positions=not self.reposition,
             prefill_block=BLOCK if is_stream else 1,
-            static_steps=self.prefill_only and not self.reposition,
+            static_steps=True,
         )
 
     def new_state(self, layer: ModelLayer) -> StreamState:
@@ -178,9 +183,14 @@ class StreamingLLM(CachePolicy):
         keys, values, held = storage.read()
         held = None if held is None else held[:, :1]  # all heads alike
         if step.use.is_last_reader:
-            state.seen = state.seen + (n if step.valid is None else step.valid.sum(1))
-            state.fed, state.evicted = fed, None
-        if isinstance(self.budget, int) and fed <= self.budget:  # nothing has to leave yet
+            if state.is_static:
+                seen = seen.clone()
+                state.seen += 1
+            else:
+                state.seen = state.seen + (n if step.valid is None else step.valid.sum(1))
+                state.fed = fed
+            state.evicted = None
+        if isinstance(self.budget, int) and fed <= self.budget and not state.is_static:  # nothing has to leave yet
             out = cached_attention(query, keys, values, step.rule, held)
             step.append_to(storage, before_attention=False)
             return out
@@ -194,7 +204,8 @@ class StreamingLLM(CachePolicy):
         recent = state.limit - sinks
         is_sink = rank < sinks
         position = torch.where(is_sink, rank, rank + evicted)  # [B, S], true positions
-        at = seen[:, None] if step.use.strictly_causal else position[:, -n:]  # [B, n], of the queries
+        is_next = step.use.strictly_causal or state.is_static  # the new token is not in the last slot
+        at = seen[:, None] if is_next else position[:, -n:]  # [B, n], of the queries
         age = at[:, :, None] - position[:, None, :]  # [B, n, S]
         visible = age >= 0
         if not self.prefill_only:
@@ -258,6 +269,26 @@ class StreamingLLM(CachePolicy):
         count = held[:, 0].sum(1, keepdim=True)
         stay = (held[:, 0] & ((rank < sinks) | (rank >= count - recent)))[:, None]
         storage.drop(stay, at_once)
+
+    def make_static(self, state: StreamState, storage: LayerStorage, steps: int) -> None:
+        if self.prefill_only:
+            storage.make_static(steps)
+            state.is_static = self.reposition
+            return
+        assert state.limit is not None
+        storage.close_gaps()
+        short = max(0, int(state.limit.max()) - storage.read()[0].shape[2])  # may still come before any leaves
+        storage.make_static(short + COMPACTION_INTERVAL_STEPS)
+        state.is_static = True
+
+    def static_state(self, state: StreamState) -> list[torch.Tensor]:
+        return [] if state.seen is None else [state.seen]
+
+    def between_steps(self, state: StreamState, storage: LayerStorage) -> None:
+        state.steps += 1
+        state.fed += int(state.is_static)
+        if not self.prefill_only and state.steps % COMPACTION_INTERVAL_STEPS == 0:
+            storage.compact()
 
     def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int) -> Sequence[int]:
         budget = resolve_budget(self.budget, prompt_length)

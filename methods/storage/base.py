@@ -31,7 +31,7 @@ def slots_that_stay(stay: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | No
     return slots, None if bool(valid.all()) else valid
 
 
-IN_PLACE = ("write", "append", "keep", "drop", "make_static", "rollback", "settle", "trim")
+IN_PLACE = ("write", "append", "keep", "drop", "make_static", "compact", "settle", "between_steps", "trim")
 """Methods of a storage that change what it holds."""
 
 
@@ -95,24 +95,56 @@ class LayerStorage(Growing, ABC):
         return cached_attention(query, keys, values, rule, held)
 
     @property
-    def can_freeze(self) -> bool:
-        """Whether :meth:`freeze` can be called."""
+    def supports_static(self) -> bool:
+        """Whether :meth:`make_static` can be called."""
         return False
 
-    def make_static(self, room: int) -> None:
-        """Give every tensor its last shape, with room for so many tokens.
+    supports_static_drop = False
+    """Whether tokens can :meth:`drop` in a static step, by their validity alone, and :meth:`compact` is there."""
 
-        From then on single tokens come, each to a slot whose number is on the device: no step looks at a number on the
-        host, so one step can be recorded and played again (``runners/graph.py``).
+    def make_static(self, steps: int, mask_heads: int = 1) -> None:
+        """Give every tensor its final shape, with room for ``steps`` further tokens, which come one at a time.
+
+        From then on a step (``append``, ``attend``, ``settle``) writes into these tensors alone. It changes no shape,
+        reads nothing back from the device, and depends on no number of the host that changes from step to step, so it
+        can be captured once and replayed (``runners/graph.py``). After each step, run or replayed,
+        :meth:`between_steps` is called.
         """
         raise NotImplementedError
 
-    def rollback(self) -> None:
-        """Of a frozen layer: empty the last slot again."""
+    @property
+    def end(self) -> int | torch.Tensor:
+        """Number of slots from which on none holds a token: of a static layer [1] int64 on the device."""
+        return self.read()[0].shape[2]
+
+    def close_gaps(self) -> torch.Tensor | None:
+        """Move the tokens together now if some have left gaps; returns the slots moved, as :meth:`drop` does."""
+        return None
+
+    def compact(self) -> torch.Tensor | None:
+        """Move the tokens of a static layer together, in place; returns the slots moved, as :meth:`drop` does."""
+        raise NotImplementedError
+
+    def static_state(self) -> list[torch.Tensor]:
+        """The small tensors of a static layer that a step changes: counters, slot numbers, validity masks.
+
+        With copies of them put back, a step has not been: what it wrote elsewhere is overwritten by the next one.
+        """
         raise NotImplementedError
 
     def settle(self) -> None:
-        """A step's attention is done: represent what has become old in the way of old tokens."""
+        """Represent old tokens as old tokens are, once a step's attention is done.
+
+        A static layer does here only what each step does in the same way.
+        """
+        return
+
+    def between_steps(self) -> None:
+        """Work of a static layer after each step, outside of what is captured.
+
+        Counts the steps on the host, and does what is due once in so many of them (KIVI quantizes a full block of
+        recent tokens), in place: no tensor is replaced.
+        """
         return
 
     def trim(self) -> None:

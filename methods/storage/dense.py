@@ -10,9 +10,9 @@ import torch
 
 from ..cache.kv_shape import KVShape
 from ..cache.logits import LogitRule
-from .base import LayerStorage, Storage
+from .base import LayerStorage, Storage, slots_that_stay
 from .buffer import grown
-from .packed import has_kernels
+from .static import static_attention
 
 COMPACTION_INTERVAL_STEPS = 64
 """Steps with tokens that leave after which the others are moved together; until then their slots are holes."""
@@ -32,7 +32,7 @@ class DenseLayer(LayerStorage):
         self._values: torch.Tensor | None = None
         self._valid: torch.Tensor | None = None
         self._drops = 0  # since tokens were last moved together
-        self._next: torch.Tensor | None = None  # [1] int64, slot of the next token, once frozen
+        self._next: torch.Tensor | None = None  # [1] int64, slot of the next token, once static
 
     def write(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         # A copy, always: a slice, or a view of a fused projection, would keep its whole parent in memory.
@@ -47,7 +47,7 @@ class DenseLayer(LayerStorage):
             self.write(keys, values, None if valid is None else valid[:, None])
             return
         if self._next is not None:
-            assert self._valid is not None and n == 1 and valid is None, "a frozen layer takes single tokens"
+            assert self._valid is not None and n == 1 and valid is None, "a static layer takes single tokens"
             self._keys.index_copy_(2, self._next, keys)
             self._values.index_copy_(2, self._next, values)
             self._valid.index_fill_(2, self._next, True)
@@ -69,6 +69,10 @@ class DenseLayer(LayerStorage):
         self.length = start + n
 
     def drop(self, stay: torch.Tensor, at_once: bool) -> torch.Tensor | None:
+        if self._next is not None:
+            assert self._valid is not None
+            self._valid.copy_(stay.expand_as(self._valid))
+            return self.compact() if at_once else None
         self._drops += 1
         if at_once or self._drops >= COMPACTION_INTERVAL_STEPS:
             self._drops = 0
@@ -105,15 +109,17 @@ class DenseLayer(LayerStorage):
             self._valid[:, :, :count] = valid
         self.length = count
 
+    supports_static_drop = True
+
     @property
-    def can_freeze(self) -> bool:
+    def supports_static(self) -> bool:
         return True
 
-    def make_static(self, room: int) -> None:
+    def make_static(self, steps: int, mask_heads: int = 1) -> None:
         keys, values, valid = self.read()
         assert self._keys is not None and self._values is not None
-        capacity = max(self.length + room, self._keys.shape[2])
-        heads = 1 if valid is None else valid.shape[1]
+        capacity = max(self.length + steps, self._keys.shape[2])
+        heads = mask_heads if valid is None else max(mask_heads, valid.shape[1])
         there = torch.zeros(keys.shape[0], heads, capacity, dtype=torch.bool, device=keys.device)
         there[:, :, : self.length] = True if valid is None else valid
         # Zeros, not whatever was there: a weight of zero times a NaN is a NaN.
@@ -123,19 +129,40 @@ class DenseLayer(LayerStorage):
         self._valid, self._next = there, torch.tensor([self.length], device=keys.device)
         self.length = capacity
 
-    def rollback(self) -> None:
-        assert self._next is not None and self._valid is not None
-        self._next -= 1
-        self._valid.index_fill_(2, self._next, False)
+    @property
+    def end(self) -> int | torch.Tensor:
+        return self.length if self._next is None else self._next
+
+    def close_gaps(self) -> torch.Tensor | None:
+        _, _, valid = self.read()
+        if not self._drops or valid is None:
+            return None
+        self._drops = 0
+        return super().drop(valid, at_once=True)
+
+    def compact(self) -> torch.Tensor | None:
+        assert self._keys is not None and self._values is not None
+        assert self._valid is not None and self._next is not None
+        slots, valid = slots_that_stay(self._valid)
+        count = slots.shape[-1]
+        index = slots.expand(-1, self._keys.shape[1], -1)[..., None]
+        for x in (self._keys, self._values):
+            x[:, :, :count] = x.gather(2, index.expand(-1, -1, -1, x.shape[3]))
+        self._valid.zero_()
+        self._valid[:, :, :count] = True if valid is None else valid
+        self._next.fill_(count)
+        return slots
+
+    def static_state(self) -> list[torch.Tensor]:
+        assert self._next is not None and self._valid is not None, "static_state before make_static"
+        return [self._next, self._valid]
 
     def attend(self, query: torch.Tensor, rule: LogitRule, valid: torch.Tensor | None) -> torch.Tensor:
-        if self._next is None or not rule.is_plain or not (query.is_cuda and has_kernels()):
+        if self._next is None:
             return super().attend(query, rule, valid)
-        from .kernels import attention_of_one_token
-
         keys, values, held = self.read()
         assert held is not None
-        return attention_of_one_token(query, keys, values, held, self._next, rule.scaling)
+        return static_attention(query, keys, values, held, self._next, rule)
 
     def trim(self) -> None:
         keys, values, valid = self.read()

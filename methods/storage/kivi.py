@@ -35,13 +35,17 @@ from .packed import (
     query_times_keys,
     weights_times_values,
 )
-from .segments import SegmentedLayer, Segments
+from .segments import Groups, SegmentedLayer, Segments
+from .static import StaticSegments
+from .static_kivi import KiviHeads, StaticKivi
 
 BITS = (2, 4, 8)
 
 
 class KiviSegments(Segments):
     """N heads of equal length: quantised blocks of keys, quantised values, and the recent ones of both as they are."""
+
+    supports_static = True
 
     def __init__(self, bits: int, group: int, residual: int):
         self.bits, self.group, self.residual = bits, group, residual
@@ -119,6 +123,16 @@ class KiviSegments(Segments):
     def trim(self) -> None:
         for part in self._parts:
             part.trim()
+
+    @classmethod
+    def static(cls, groups: Groups, shape: tuple[int, int], steps: int) -> StaticSegments:
+        heads, settings = [], (0, 0, 0)
+        for index, one in groups:
+            assert isinstance(one, KiviSegments) and one._keys is not None and one._values is not None
+            blocks, old = (None if q is None else q.used for q in (one._blocks, one._old))
+            heads.append(KiviHeads(index, blocks, old, one._keys.used, one._values.used))
+            settings = one.bits, one.group, one.residual
+        return StaticKivi(heads, shape, steps, *settings)
 
     @property
     def length(self) -> int:

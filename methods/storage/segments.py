@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 
@@ -17,10 +18,17 @@ from ..cache.logits import LogitRule
 from ..cache.products import cached_attention
 from .base import LayerStorage
 from .buffer import Growing
+from .static import StaticSegments
 
 
 class Segments(Growing, ABC):
-    """Equally long segments: keys and values of N heads, [N, S, D]."""
+    """Equally long segments: keys and values of N heads, [N, S, D].
+
+    Attributes:
+        supports_static: whether :meth:`static` can be called.
+    """
+
+    supports_static: ClassVar[bool] = False
 
     @abstractmethod
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -61,6 +69,21 @@ class Segments(Growing, ABC):
         """Give back room to grow."""
         return
 
+    @classmethod
+    def static(cls, groups: Groups, shape: tuple[int, int], steps: int) -> StaticSegments:
+        """All segments of a layer, with room for further tokens; where ``supports_static``.
+
+        Args:
+            groups: the segments, of this class, and their numbers; every segment of the layer is in one of them.
+            shape: rows B and heads H of the layer.
+            steps: tokens to come, one at a time.
+        """
+        raise NotImplementedError
+
+
+Groups = list[tuple[torch.Tensor, Segments]]
+"""Segment numbers [N] int64, and the segments in that order."""
+
 
 class SegmentedLayer(LayerStorage):
     """A layer as groups of segments. Segment ``b * H + h`` is head h of row b.
@@ -73,8 +96,10 @@ class SegmentedLayer(LayerStorage):
         self._new = new
         self._groups: list[tuple[torch.Tensor, Segments]] = []  # (segment numbers [N], segments)
         self._shape = (0, 0, 0)  # B, H, D
+        self._static: StaticSegments | None = None  # in place of the groups, once static
 
     def write(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        assert self._static is None, "a static layer takes single tokens"
         batch, heads, slots, dim = keys.shape
         self._shape = (batch, heads, dim)
         everything = torch.arange(batch * heads, device=keys.device)
@@ -83,6 +108,10 @@ class SegmentedLayer(LayerStorage):
         self.settle()
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        if self._static is not None:
+            assert keys.shape[2] == 1 and valid is None, "a static layer takes single tokens"
+            self._static.append(*(x.flatten(0, 2) for x in (keys, values)))
+            return
         if not self._groups:
             self.write(keys, values, None if valid is None else valid[:, None])
             return
@@ -115,6 +144,9 @@ class SegmentedLayer(LayerStorage):
     def read(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Padded on the left to the longest segment, for this call only."""
         batch, heads, dim = self._shape
+        if self._static is not None:
+            keys, values, valid = (x.unflatten(0, (batch, heads)) for x in self._static.read())
+            return keys, values, valid
         if len(self._groups) == 1:
             keys, values = self._groups[0][1].read()
             return keys.unflatten(0, (batch, heads)), values.unflatten(0, (batch, heads)), None
@@ -131,6 +163,8 @@ class SegmentedLayer(LayerStorage):
         return keys, values, None if bool(valid.all()) else valid
 
     def attend(self, query: torch.Tensor, rule: LogitRule, valid: torch.Tensor | None) -> torch.Tensor:
+        if self._static is not None:
+            return self._static.attend(query, rule)
         if rule.sinks is not None:  # they belong to heads, and segments are grouped by their length
             return super().attend(query, rule, valid)
         batch, query_heads, n, dim = query.shape
@@ -151,8 +185,26 @@ class SegmentedLayer(LayerStorage):
         return out.reshape(batch, query_heads, n, -1)
 
     def settle(self) -> None:
+        if self._static is not None:
+            self._static.settle()
         for _, segments in self._groups:
             segments.settle()
+
+    @property
+    def supports_static(self) -> bool:
+        return all(segments.supports_static for _, segments in self._groups)
+
+    def make_static(self, steps: int, mask_heads: int = 1) -> None:
+        self._static = type(self._groups[0][1]).static(self._groups, self._shape[:2], steps)
+        self._groups = []
+
+    def static_state(self) -> list[torch.Tensor]:
+        assert self._static is not None, "static_state before make_static"
+        return self._static.static_state()
+
+    def between_steps(self) -> None:
+        assert self._static is not None, "between_steps before make_static"
+        self._static.between_steps()
 
     def keep(self, slots: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         keys, values, held = self.read()
@@ -171,11 +223,15 @@ class SegmentedLayer(LayerStorage):
             segments.trim()
 
     def tensors(self) -> list[torch.Tensor]:
+        if self._static is not None:
+            return self._static.tensors()
         return [t for _, segments in self._groups for t in segments.tensors()]
 
     @property
     def tokens(self) -> torch.Tensor:
         batch, heads, _ = self._shape
+        if self._static is not None:
+            return self._static.length.unflatten(0, (batch, heads)).clone()
         out = torch.zeros(batch * heads, dtype=torch.int64, device=self._groups[0][0].device)
         for index, segments in self._groups:
             out[index] = segments.length
@@ -183,6 +239,8 @@ class SegmentedLayer(LayerStorage):
 
     @property
     def logical_bytes(self) -> int:
+        if self._static is not None:
+            return self._static.logical_bytes
         return sum(segments.logical_bytes for _, segments in self._groups)
 
 

@@ -1,0 +1,203 @@
+"""Decode steps over tensors of fixed shape, for every storage and every method that has them.
+
+Each is compared with the same method whose tensors grow, over steps in which blocks of tokens are quantized and merged,
+in a batch whose rows have different lengths.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+import pytest
+import torch
+from captured_ops import CapturedOps
+from sharing_models import shared_model
+from tiny_models import SHAPE, left_pad, prompt_ids, tiny_model
+
+from kvbench.methods.policies import eviction, local, streaming_llm
+from kvbench.methods.storage import dense
+from kvbench.methods.storage.base import LayerStorage
+from kvbench.runners.cli import named_method
+from kvbench.runners.engine import decode, prefill
+
+STEPS = 40
+SMALL = "storage.residual=16 storage.group=8"  # several blocks within the steps
+LENGTHS = (60, 33, 20)
+
+
+def yamls(folder: str) -> list[str]:
+    return sorted(p.name.removesuffix(".yaml") for p in files("kvbench.conf").joinpath(folder).iterdir() if p.is_file())
+
+
+def storage_settings(name: str) -> str:
+    return f"{name} {SMALL}" if "kivi" in name else name
+
+
+STORAGES = [f"full storage={storage_settings(name)}" for name in yamls("method/storage") if name != "hf_quantized"]
+SNAPKV = "scorer.window=8 budget=40"
+COMBINED = [f"snapkv {SNAPKV} storage={storage_settings(name)}" for name in ("kivi2", "ragged")]
+METHODS = {
+    "ada_kv": f"ada_kv {SNAPKV}",
+    "kivi": f"kivi {SMALL}",
+    "minicache": "minicache",
+    "minicache_kivi4": f"minicache_kivi4 {SMALL}",
+    "snapkv_kivi4": f"snapkv_kivi4 {SNAPKV} {SMALL}",
+    "full": "full",
+    "snapkv": f"snapkv {SNAPKV}",
+    "pyramidkv": f"pyramidkv {SNAPKV}",
+    "key_diff": "key_diff budget=40",
+    "expected_attention": "expected_attention budget=40",
+    "random": "random budget=40",
+    "lckv": "lckv sharing.encode=exact",
+    "kvshare": "kvshare sharing.encode=exact",
+    "cla": "cla",
+    "gqa": "gqa",
+    "mha": "mha",
+    "mqa": "mqa",
+    "h2o": "h2o budget=24",
+    "tova": "tova budget=24",
+    "streaming_llm": "streaming_llm budget=24",
+    "key_norm": "key_norm budget=40",
+    "yoco": "yoco sharing.window=8",
+}
+WHILE_DECODING = [
+    "h2o budget=40 sinks=2 recent=0",
+    "h2o budget=24 schedule=every_n schedule.n=7",
+    "tova budget=24 schedule=every_n schedule.n=3",
+    "snapkv budget=24 scorer.window=8 schedule=every_n schedule.n=16",
+    "key_diff budget=24 schedule=every_n schedule.n=5 allocator=pyramid",
+    "key_norm budget=24 schedule=every_step sinks=1",
+    "expected_attention budget=24 schedule=every_n schedule.n=9",
+    "streaming_llm budget=40 policy.mode=prefill_evict policy.reposition=false",
+    "streaming_llm budget=24 policy.mode=prefill_evict policy.prefill_only=true",
+    "h2o budget=24 schedule=after_prefill",
+]
+"""Tokens leave while decoding; between two moves of the others together their slots are empty."""
+CHANGING = ["hf_quantized", "no_cache", "pyramid_infer"]
+"""Methods whose steps have other shapes."""
+
+CASES = [*STORAGES, *COMBINED, *METHODS.values(), *WHILE_DECODING]
+
+
+@pytest.fixture(autouse=True)
+def short_interval(monkeypatch):
+    """Tokens are moved together several times within the steps."""
+    for module in (dense, eviction, local, streaming_llm):
+        monkeypatch.setattr(module, "COMPACTION_INTERVAL_STEPS", 9)
+
+
+def model_and_cache(text: str, rows: int = len(LENGTHS)):
+    """The model, the cache behind prompts of different lengths, and the first token."""
+    method = named_method(text)
+    if method.sharing is None:
+        model = tiny_model()
+    else:
+        model = shared_model(method.sharing, "sdpa", torch.float64, std=0.07, **SHAPE | {"num_hidden_layers": 4})
+    cache = method.new_cache(model)
+    ids, mask = left_pad([prompt_ids(n, seed) for seed, n in enumerate(LENGTHS[:rows])])
+    return model, cache, prefill(model, cache, ids, mask if rows > 1 else None).argmax(-1)
+
+
+def test_every_method_is_in_one_of_the_lists():
+    assert sorted([*METHODS, *CHANGING]) == yamls("method")
+
+
+def test_the_stand_in_replays_what_python_knew():
+    x, number = torch.zeros(2), 1
+    with CapturedOps() as captured:
+        y = (x + number) * 2
+    x.fill_(5)
+    number = 7
+    captured.replay()
+    assert captured.now(y).tolist() == [12, 12] and y.tolist() == [2, 2]
+    with pytest.raises(AssertionError, match="wait for the device"), CapturedOps():
+        bool(x.sum())
+
+
+def addresses(cache) -> list[tuple[int, torch.Size]]:
+    return [(t.data_ptr(), t.shape) for layer in cache.layers for t in layer.tensors()]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("text", "rows"), [*((text, 1) for text in STORAGES), *((text, len(LENGTHS)) for text in CASES)]
+)
+def test_static_steps_are_steps_of_growing_tensors(text, rows):
+    """Logits, tokens and bytes; and no tensor is replaced, changes its shape or is added."""
+    model, grows, token = model_and_cache(text, rows)
+    _, static, _ = model_and_cache(text, rows)
+    assert static.supports_static
+    static.make_static(STEPS)
+    before, stored = addresses(static), static.kv_bytes_stored
+    for _ in range(STEPS):
+        expected = decode(model, grows, token)
+        torch.testing.assert_close(decode(model, static, token), expected, rtol=0, atol=1e-9)
+        static.between_steps()
+        assert addresses(static) == before
+        assert static.kv_bytes_logical == grows.kv_bytes_logical
+        token = expected.argmax(-1)
+    assert all(bool((a == b).all()) for a, b in zip(static.tokens_held, grows.tokens_held, strict=True))
+    assert static.kv_bytes_stored == stored >= static.kv_bytes_logical
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("text", CASES)
+def test_a_captured_step_is_every_step(text):
+    """Captured once, with all that Python knew at that moment, and replayed; nothing in it waits for the device."""
+    model, grows, token = model_and_cache(text)
+    _, static, _ = model_and_cache(text)
+    static.make_static(STEPS)
+    held, captured = token.clone(), CapturedOps()
+    before = [t.clone() for t in static.static_state()]
+    with captured:
+        logits = decode(model, static, held)
+    for tensor, value in zip(static.static_state(), before, strict=True):
+        tensor.copy_(value)
+    for _ in range(STEPS):
+        expected = decode(model, grows, token)
+        held.copy_(token)
+        captured.replay()
+        static.between_steps()
+        torch.testing.assert_close(captured.now(logits), expected, rtol=0, atol=1e-9)
+        token = expected.argmax(-1)
+    assert static.kv_bytes_logical == grows.kv_bytes_logical
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("text", STORAGES)
+def test_what_is_held_is_what_growing_tensors_hold(text):
+    """Keys and values read back after every step, bit for bit, of layers that are given the same numbers."""
+    storage = named_method(text).storage
+    pairs = [storage.new_layers(2) for _ in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    valid = torch.arange(50)[None, None] >= torch.tensor([0, 17])[:, None, None]
+
+    def numbers(n: int) -> torch.Tensor:
+        return torch.randn(2, 2, n, 16, generator=generator)
+
+    for grows, static in zip(*pairs, strict=True):
+        keys, values = numbers(50), numbers(50)
+        grows.write(keys, values, valid)
+        static.write(keys, values, valid)
+    for static in pairs[1]:
+        static.make_static(STEPS)
+    for _ in range(STEPS):
+        new = [(numbers(1), numbers(1)) for _ in range(2)]
+        for layers in pairs:
+            for layer, (keys, values) in zip(layers, new, strict=True):
+                layer.append(keys, values)
+                layer.settle()
+        for static in pairs[1]:
+            static.between_steps()
+        for grows, static in zip(*pairs, strict=True):
+            for ours, expected in zip(real_tokens(static), real_tokens(grows), strict=True):
+                torch.testing.assert_close(ours, expected, rtol=0, atol=0 if storage.is_exact else 1e-6)
+
+
+def real_tokens(layer: LayerStorage) -> list[torch.Tensor]:
+    """Keys and values [tokens, D] of each row and head in turn."""
+    keys, values, valid = layer.read()
+    if valid is None:
+        valid = torch.ones(keys.shape[:3], dtype=torch.bool)
+    valid = valid.expand(keys.shape[:3])
+    return [x[b, h][valid[b, h]] for x in (keys, values) for b in range(2) for h in range(2)]
