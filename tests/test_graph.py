@@ -30,6 +30,7 @@ STATIC = [
     "pyramidkv budget=20 selection.window=4",
     "key_diff budget=20",
     "kivi storage.residual=8 storage.group=8",
+    "ada_kv budget=20 selection.window=4",
 ]
 CHANGING = [
     "no_cache",
@@ -37,7 +38,6 @@ CHANGING = [
     "tova budget=20",
     "streaming_llm budget=20",
     "minicache",
-    "ada_kv budget=40",
 ]
 
 
