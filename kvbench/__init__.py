@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from kvbench.methods.storage.dense import Dense
     from kvbench.methods.storage.hf_quantized import HFQuantized
     from kvbench.methods.storage.kivi import Kivi
-    from kvbench.methods.storage.minicache import MiniCache
+    from kvbench.methods.storage.minicache.storage import MiniCache
     from kvbench.methods.storage.minicache_kivi import MiniCacheKivi
     from kvbench.methods.storage.ragged import Ragged
     from kvbench.runners.api import compress, method
@@ -142,7 +142,7 @@ _NAMES_BY_MODULE = {
     "methods.storage.dense": ("Dense",),
     "methods.storage.hf_quantized": ("HFQuantized",),
     "methods.storage.kivi": ("Kivi",),
-    "methods.storage.minicache": ("MiniCache",),
+    "methods.storage.minicache.storage": ("MiniCache",),
     "methods.storage.minicache_kivi": ("MiniCacheKivi",),
     "methods.storage.ragged": ("Ragged",),
     "runners.api": ("compress", "method"),

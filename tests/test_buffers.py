@@ -17,7 +17,7 @@ from kvbench.methods.storage.base import LayerStorage, Storage
 from kvbench.methods.storage.buffer import GROWTH, SPARE, Buffer
 from kvbench.methods.storage.dense import COMPACTION_INTERVAL_STEPS, Dense
 from kvbench.methods.storage.kivi import Kivi
-from kvbench.methods.storage.minicache import MiniCache
+from kvbench.methods.storage.minicache.storage import MiniCache
 from kvbench.methods.storage.minicache_kivi import MiniCacheKivi
 from kvbench.methods.storage.packed import QuantizedBuffer, quantize
 from kvbench.methods.storage.ragged import Ragged

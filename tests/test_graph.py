@@ -31,12 +31,12 @@ STATIC = [
     "pyramidkv budget=20 scorer.window=4",
     "key_diff budget=20",
     "kivi storage.residual=8 storage.group=8",
+    "ada_kv budget=20 selection.window=4",
 ]
 CHANGING = [
     "no_cache",
     "pyramid_infer",
     "minicache",
-    "ada_kv budget=40",
 ]
 
 

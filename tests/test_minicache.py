@@ -15,7 +15,9 @@ from kvbench.methods.cache.kv_shape import KVShape, kv_shape
 from kvbench.methods.cache.method import Method
 from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.scorers.snapkv import SnapKV
-from kvbench.methods.storage.minicache import MiniCache, Pair, PairLayer, angle_between, slerp
+from kvbench.methods.storage.minicache.geometry import angle_between, slerp
+from kvbench.methods.storage.minicache.pair import Pair
+from kvbench.methods.storage.minicache.storage import MiniCache, PairLayer
 from kvbench.runners.cli import named_method
 from kvbench.runners.engine import decode, prefill
 
@@ -238,18 +240,18 @@ def test_a_step_reads_what_is_shared_once_for_each_layer(text):
         read = sum(t.nbytes for t in cache.layers[0].tensors())
     for layer in cache.layers[1:]:
         storage = layer.storage
-        which, pair = (storage.which, storage.pair) if text == "minicache" else pair_behind(storage)
+        layer_of_pair, pair = (storage.layer, storage.pair) if text == "minicache" else pair_behind(storage)
         for merged in (pair.keys, pair.values):
             read += sum(t.nbytes for t in merged.directions.tensors()) + merged.retained.nbytes
-            read += merged.lengths.used[which].nbytes + merged.exact[which].nbytes
+            read += merged.magnitudes.used[layer_of_pair].nbytes + merged.unmerged[layer_of_pair].nbytes
     assert method.bytes_read_formula(model, length) == read
     assert read > method.bytes_formula(kv_shape(model.config, model.dtype), length)
 
 
 def pair_behind(storage):
-    """(which, pair) of a layer of segments."""
+    """(layer of the pair, pair) of a layer of segments."""
     ((_, segments),) = storage._groups
-    return segments.which, segments.pair
+    return segments.layer, segments.pair
 
 
 def test_what_cannot_be_composed_says_so():

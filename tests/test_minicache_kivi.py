@@ -13,7 +13,8 @@ from kvbench.conf.errors import InputError
 from kvbench.methods.cache.kv_shape import KVShape, kv_shape
 from kvbench.methods.cache.method import Method
 from kvbench.methods.storage.kivi import Kivi
-from kvbench.methods.storage.minicache import MiniCache, Pair
+from kvbench.methods.storage.minicache.pair import Pair
+from kvbench.methods.storage.minicache.storage import MiniCache
 from kvbench.methods.storage.minicache_kivi import MiniCacheKivi
 from kvbench.runners.engine import decode, generate, prefill
 

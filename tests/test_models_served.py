@@ -24,7 +24,7 @@ from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.policies.streaming_llm import StreamingLLM
 from kvbench.methods.sharing.plan import CHUNKED, SLIDING, Span, plan_of
 from kvbench.methods.storage.kivi import Kivi
-from kvbench.methods.storage.minicache import MiniCache
+from kvbench.methods.storage.minicache.storage import MiniCache
 from kvbench.runners.engine import decode, feed, generate, prefill
 
 PROMPT, STEPS = 64, 8

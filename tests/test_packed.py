@@ -19,7 +19,8 @@ import torch
 from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.cache.products import cached_attention
 from kvbench.methods.storage.kivi import KiviSegments
-from kvbench.methods.storage.minicache import Directions, Pair
+from kvbench.methods.storage.minicache.merged import Directions
+from kvbench.methods.storage.minicache.pair import Pair
 from kvbench.methods.storage.minicache_kivi import QuantizedDirections
 from kvbench.methods.storage.packed import (
     Quantized,
@@ -223,7 +224,8 @@ def test_half_precision_rounds_no_logits(storage):
         restored = pair.read(0)
         keys, values = (
             torch.cat(
-                [m.directions.tensors()[0].double() * m.lengths.used[0].double()[..., None], new.used.double()], dim=2
+                [m.directions.tensors()[0].double() * m.magnitudes.used[0].double()[..., None], new.used.double()],
+                dim=2,
             )
             for m, new in zip((pair.keys, pair.values), pair.new[0], strict=True)
         )

@@ -21,7 +21,7 @@ from kvbench.methods.policies.scorers.random_tokens import RandomTokens
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.policies.streaming_llm import StreamingLLM
 from kvbench.methods.storage.kivi import Kivi
-from kvbench.methods.storage.minicache import MiniCache
+from kvbench.methods.storage.minicache.storage import MiniCache
 from kvbench.runners.record import RunFolder
 from kvbench.runners.runs import run_with_locks
 

@@ -30,7 +30,7 @@ from kvbench.methods.sharing.lckv import LCKV
 from kvbench.methods.sharing.yoco import YOCO
 from kvbench.methods.storage.dense import Dense
 from kvbench.methods.storage.kivi import Kivi
-from kvbench.methods.storage.minicache import MiniCache
+from kvbench.methods.storage.minicache.storage import MiniCache
 from kvbench.methods.storage.ragged import Ragged
 from kvbench.runners.engine import decode, generate, prefill
 

@@ -62,7 +62,8 @@ class KiviSegments(Segments):
             recent.append(new, recent.length + self.spare())
 
     def settle(self) -> None:
-        assert self._keys is not None and self._values is not None
+        if self._keys is None or self._values is None:  # heads of which nothing was kept
+            return
         # After a prompt nothing is left of what it took; after a step recent tokens stay where they are if they can.
         most = self.spare(at_rest=True) if self._old is None else SPARE
         full = self._keys.length // self.residual * self.residual
@@ -126,13 +127,18 @@ class KiviSegments(Segments):
 
     @classmethod
     def static(cls, groups: Groups, shape: tuple[int, int], steps: int) -> StaticSegments:
-        heads, settings = [], (0, 0, 0)
-        for index, one in groups:
-            assert isinstance(one, KiviSegments) and one._keys is not None and one._values is not None
-            blocks, old = (None if q is None else q.used for q in (one._blocks, one._old))
-            heads.append(KiviHeads(index, blocks, old, one._keys.used, one._values.used))
-            settings = one.bits, one.group, one.residual
-        return StaticKivi(heads, shape, steps, *settings)
+        held = [(index, segments) for index, segments in groups if isinstance(segments, KiviSegments)]
+        like = max((segments for _, segments in held), key=lambda segments: segments.length)
+        heads = [segments._heads(index, like) for index, segments in held]
+        return StaticKivi(heads, shape, steps, like.bits, like.group, like.residual)
+
+    def _heads(self, index: torch.Tensor, like: KiviSegments) -> KiviHeads:
+        """These segments, which have the numbers ``index``; without tokens, but of the widths of others."""
+        if self._keys is None or self._values is None:
+            keys, values = (x.used.new_empty(len(index), 0, x.used.shape[2]) for x in like._recent)
+            return KiviHeads(index, None, None, keys, values)
+        blocks, old = (None if q is None else q.used for q in (self._blocks, self._old))
+        return KiviHeads(index, blocks, old, self._keys.used, self._values.used)
 
     @property
     def length(self) -> int:

@@ -2,8 +2,8 @@
 
 Layers below ``start`` are KIVI's. In a pair of layers ``residual`` tokens are merged and quantised together once there
 are as many: the shared directions in few bits (those of keys per channel, those of values per token, as in KIVI),
-lengths and retained tokens in 16 bits. Tokens that do not fill a block stay as they are, in both layers. The paper does
-not say how the two are put together; aligning them at KIVI's blocks rounds every number once.
+magnitudes and retained tokens in 16 bits. Tokens that do not fill a block stay as they are, in both layers. The paper
+does not say how the two are put together; aligning them at KIVI's blocks rounds every number once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from ..cache.kv_shape import KVShape
 from ..cache.logits import LogitRule
 from .base import LayerStorage
 from .kivi import Kivi
-from .minicache import Directions, MiniCache, Pair
+from .minicache.merged import Directions
+from .minicache.pair import Pair
+from .minicache.storage import MiniCache
 from .packed import (
     Quantized,
     QuantizedBuffer,
@@ -55,9 +57,9 @@ class QuantizedDirections(Directions):
     def append(self, x: torch.Tensor, capacity: int) -> None:
         self._codes.append(self._quantized(x), x.shape[2], capacity)
 
-    def multiply_into(self, lengths: torch.Tensor, out: torch.Tensor) -> None:
+    def multiply_into(self, magnitudes: torch.Tensor, out: torch.Tensor) -> None:
         dequantize_into(self._codes.used, self.bits, out.transpose(2, 3) if self.is_keys else out)
-        out.mul_(lengths[..., None])
+        out.mul_(magnitudes[..., None])
 
     def scores(self, query: torch.Tensor) -> torch.Tensor:
         batch, heads = query.shape[:2]
@@ -86,40 +88,40 @@ class QuantizedDirections(Directions):
 class PairSegments(Segments):
     """One layer of a pair whose rows are segments: [N, 1, S, D] in the pair."""
 
-    def __init__(self, pair: Pair, which: int):
-        self.pair, self.which = pair, which
+    def __init__(self, pair: Pair, layer: int):
+        self.pair, self.layer = pair, layer
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         self.pair.growth, self.pair.expected = self.growth, self.expected
-        self.pair.append(self.which, keys[:, None], values[:, None], None)
+        self.pair.append(self.layer, keys[:, None], values[:, None], None)
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = self.pair.read(self.which)
+        keys, values = self.pair.read(self.layer)
         return keys[:, 0], values[:, 0]
 
     def attend(self, query: torch.Tensor, rule: LogitRule) -> torch.Tensor:
         if query.shape[2] > 1 or not self.pair.length:
             return super().attend(query, rule)
-        return self.pair.attend(self.which, query[:, None, :, 0], rule)[:, 0, :, None]
+        return self.pair.attend(self.layer, query[:, None, :, 0], rule)[:, 0, :, None]
 
     def take(self, index: torch.Tensor) -> Segments:
-        return PairSegments(self.pair.part(index), self.which)
+        return PairSegments(self.pair.part(index), self.layer)
 
     def settle(self) -> None:
-        if self.which == 1:
+        if self.layer == 1:
             self.pair.merge()
 
     @property
     def length(self) -> int:
-        new = self.pair.new[self.which]
+        new = self.pair.new[self.layer]
         return self.pair.length + (0 if new is None else new[0].length)
 
     def tensors(self) -> list[torch.Tensor]:
-        return self.pair.tensors(self.which)
+        return self.pair.tensors(self.layer)
 
     @property
     def logical_bytes(self) -> int:
-        return self.pair.logical_bytes(self.which)
+        return self.pair.logical_bytes(self.layer)
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ class MiniCacheKivi(MiniCache):
         return [SegmentedLayer(lower), SegmentedLayer(lambda: PairSegments(pairs.pop(), 1))]
 
     def bytes_formula(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int = 0) -> int:
-        """As MiniCache's and KIVI's: a pair has the codes of one layer, four lengths a token, retained tokens twice.
+        """As MiniCache's and KIVI's: a pair has the codes of one layer, four magnitudes a token, retained tokens twice.
 
         With ``top_ratio`` the share ``gamma`` is retained of the tokens that are merged first, the prompt's as a rule;
         the range rules retain a number of tokens that depends on the data, and the formula counts none.

@@ -6,6 +6,8 @@ padded to the longest head, and count the padding.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,13 +15,69 @@ from typing import ClassVar
 import torch
 
 from ..cache.kv_shape import KVShape
+from ..cache.logits import LogitRule
 from .base import Storage
 from .buffer import Buffer
-from .segments import SegmentedLayer, Segments
+from .segments import Groups, SegmentedLayer, Segments
+from .static import StaticSegments, static_attention
+
+
+class StaticRagged(StaticSegments):
+    """The tokens of all segments one segment after another in one buffer, each with room for ``steps`` more."""
+
+    def __init__(self, groups: Groups, shape: tuple[int, int], steps: int):
+        self.shape = shape
+        held = [(index, *segments.read()) for index, segments in groups if segments.length]
+        device = held[0][0].device
+        capacities = [steps] * math.prod(shape)
+        for index, keys, _ in held:
+            for segment in index.tolist():
+                capacities[segment] += keys.shape[1]
+        self._width, total = max(capacities), sum(capacities)
+        self._is_uniform = self._width * len(capacities) == total
+        self._starts = torch.tensor([0, *itertools.accumulate(capacities[:-1])], device=device)  # [N]
+        self.length = torch.tensor(capacities, device=device) - steps
+        # Zeros, not whatever was there: a weight of zero times a NaN is a NaN.
+        self._keys, self._values = (x.new_zeros(total, x.shape[2]) for x in held[0][1:])  # [total, D]
+        for index, keys, values in held:
+            slots = self._starts[index][:, None] + torch.arange(keys.shape[1], device=device)  # [n, tokens]
+            self._keys[slots], self._values[slots] = keys, values
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        slots = self._starts + self.length
+        self._keys.index_copy_(0, slots, keys)
+        self._values.index_copy_(0, slots, values)
+        self.length += 1
+
+    def read(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        at = torch.arange(self._width, device=self.length.device)
+        valid = at < self.length[:, None]  # [N, width]
+        if self._is_uniform:
+            keys, values = (x.unflatten(0, (-1, self._width)) for x in (self._keys, self._values))
+            return keys, values, valid
+        # Behind a segment's room come the tokens of the next one, which are masked.
+        slots = (self._starts[:, None] + at).clamp_(max=len(self._keys) - 1)
+        return self._keys[slots], self._values[slots], valid
+
+    def attend(self, query: torch.Tensor, rule: LogitRule) -> torch.Tensor:
+        keys, values, valid = (x.unflatten(0, self.shape) for x in self.read())
+        return static_attention(query, keys, values, valid, self.length.amax().view(1), rule)
+
+    def static_state(self) -> list[torch.Tensor]:
+        return [self.length]
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self._keys, self._values, self._starts, self.length]
+
+    @property
+    def logical_bytes(self) -> int:
+        return int(self.length.sum()) * (self._keys[0].nbytes + self._values[0].nbytes)
 
 
 class DenseSegments(Segments):
     """[N, capacity, D] buffers of which the first ``length`` tokens are in use."""
+
+    supports_static = True
 
     def __init__(self) -> None:
         self._keys: Buffer | None = None
@@ -46,6 +104,10 @@ class DenseSegments(Segments):
     def trim(self) -> None:
         for x in self._buffers:
             x.trim()
+
+    @classmethod
+    def static(cls, groups: Groups, shape: tuple[int, int], steps: int) -> StaticSegments:
+        return StaticRagged(groups, shape, steps)
 
     @property
     def length(self) -> int:

@@ -1,0 +1,164 @@
+"""MiniCache (Liu et al., 2024, arXiv 2405.14366): in the deeper half, two neighbouring layers share one cache.
+
+Section 4: from layer ``start`` on, layers are taken in pairs. For each token and head the keys of a pair (and likewise
+the values) are split into magnitude and direction. The two directions are merged into one by spherical interpolation,
+``t`` of the way from the lower layer to the upper one; both magnitudes are kept, so each layer's vector comes back with
+its own magnitude and the shared direction. Tokens whose directions differ most are retained: both layers keep them as
+they are.
+
+The prompt's attention is computed on full keys and values, so the first token is exact. A pair is merged as soon as
+its upper layer has read the prompt, and a new token as soon as the upper layer's step is done; until then the lower
+layer reads it as it is.
+
+No code was published, and the paper leaves choices open, which are keys here: a vector is one head of one token;
+tokens are retained head by head, keys and values by themselves; ``retention: top_ratio`` retains the share ``gamma``
+of the prompt (the share that the paper's memory formula counts), ``range_distinct`` those beyond ``d_max - gamma
+(d_max - d_min)`` of the prompt's angles (what the text describes), and ``range_literal`` those below ``d_min + gamma
+(d_max - d_min)`` (the rule as printed, which retains the tokens that are *most* alike). Merging commutes with RoPE, so
+it makes no difference that keys are merged after it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ....conf.errors import require
+from ...cache.kv_shape import KVShape
+from ...cache.logits import LogitRule
+from ..base import LayerStorage, Storage
+from ..dense import DenseLayer
+from .geometry import RETENTIONS
+from .pair import Pair
+
+
+class PairLayer(LayerStorage):
+    """One layer of a pair, 0 the lower and 1 the upper. What they share is counted with the lower one."""
+
+    def __init__(self, pair: Pair, layer: int):
+        self.pair, self.layer = pair, layer
+
+    def write(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        self.pair.expected = self.expected
+        self.pair.append(self.layer, keys, values, valid)
+        self.settle()
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        self.count_down(keys.shape[2])
+        self.pair.growth, self.pair.expected = self.growth, self.expected
+        self.pair.append(self.layer, keys, values, None if valid is None else valid[:, None])
+
+    def attend(self, query: torch.Tensor, rule: LogitRule, valid: torch.Tensor | None) -> torch.Tensor:
+        if query.shape[2] > 1 or not self.pair.length:
+            return super().attend(query, rule, valid)
+        heads = self.pair.head_count
+        one = query[:, :, 0].unflatten(1, (heads, -1))  # [B, H, G, D]
+        return self.pair.attend(self.layer, one, rule).flatten(1, 2)[:, :, None]
+
+    def settle(self) -> None:
+        if self.layer == 1:
+            self.pair.merge()
+
+    def read(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        return *self.pair.read(self.layer), self.pair.visible(self.layer)
+
+    def keep(self, slots: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        raise NotImplementedError("tokens cannot leave a pair of layers")
+
+    def tensors(self) -> list[torch.Tensor]:
+        return self.pair.tensors(self.layer)
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        keys, _, valid = self.read()
+        if valid is None:
+            return torch.full((keys.shape[0], 1), keys.shape[2], dtype=torch.int64, device=keys.device)
+        return valid.sum(-1)
+
+    @property
+    def logical_bytes(self) -> int:
+        """Padding of rows of different lengths included: magnitudes and directions of a pair have one shape."""
+        return self.pair.logical_bytes(self.layer)
+
+
+@dataclass(frozen=True)
+class MiniCache(Storage):
+    """MiniCache's storage.
+
+    Attributes:
+        start: first layer of the first pair; None: the middle. With an odd number of layers from there on, the last one
+            stays as it is.
+        t: where the shared direction lies between the lower layer's (0) and the upper layer's (1); 0.6 in the paper.
+        gamma: how much is retained, 0.05 in the paper; 0 nothing, 1 everything.
+        retention: ``top_ratio``, ``range_distinct`` or ``range_literal``; see the module's docstring.
+    """
+
+    id: ClassVar[str] = "MiniCache"
+    start: int | None = None
+    t: float = 0.6
+    gamma: float = 0.05
+    retention: str = "top_ratio"
+
+    def __post_init__(self) -> None:
+        at = "method.storage."
+        start = self.start
+        ok = start is None or (isinstance(start, int) and start >= 0)
+        require(ok, at + "start", start, "must be a layer's number, or null for the middle")
+        for key in ("t", "gamma"):
+            value = getattr(self, key)
+            require(isinstance(value, int | float) and 0 <= value <= 1, at + key, value, "must be between 0 and 1")
+        require(
+            self.retention in RETENTIONS, at + "retention", self.retention, f"must be one of {', '.join(RETENTIONS)}"
+        )
+
+    @property
+    def requires_same_tokens_across_layers(self) -> bool:
+        return True
+
+    def first_pair(self, num_layers: int) -> int:
+        """Number of the first merged layer.
+
+        Raises:
+            InputError: the model has no such layer.
+        """
+        start = num_layers // 2 if self.start is None else self.start
+        require(start <= num_layers, "method.storage.start", start, f"must be at most the model's {num_layers} layers")
+        return start
+
+    def new_layers(self, num_layers: int) -> Sequence[LayerStorage]:
+        start = self.first_pair(num_layers)
+        layers: list[LayerStorage] = [DenseLayer() for _ in range(start)]
+        while len(layers) + 1 < num_layers:
+            pair = Pair(self.t, self.gamma, self.retention)
+            layers += [PairLayer(pair, 0), PairLayer(pair, 1)]
+        return layers + [DenseLayer() for _ in range(num_layers - len(layers))]
+
+    def bytes_formula(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int = 0) -> int:
+        """Whole layers as they are; a pair one direction, two magnitudes, and retained tokens twice, with their slots.
+
+        ``top_ratio`` retains a share of the prompt and no later token. The range rules retain a number of tokens that
+        depends on the data: the formula then counts none.
+        """
+        return self._bytes(tokens, heads, shape, new_tokens, readers=1)
+
+    def bytes_read_formula(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int = 0) -> int:
+        """Both layers of a pair read its directions, and where what is retained stands: merging saves no reading."""
+        return self._bytes(tokens, heads, shape, new_tokens, readers=2)
+
+    def _bytes(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int, readers: int) -> int:
+        """What a pair's layers share counted ``readers`` times."""
+        size, channels = shape.element_bytes, shape.token_channels
+        start = self.first_pair(len(tokens))
+        pairs = (len(tokens) - start) // 2
+        total = heads * channels * size * (sum(tokens[:start]) + sum(tokens[start + 2 * pairs :]))
+        for held in tokens[start : start + 2 * pairs : 2]:
+            retained = held
+            if self.gamma < 1:
+                retained = math.ceil(self.gamma * (held - new_tokens)) if self.retention == "top_ratio" else 0
+            shared = held * channels * size + 2 * retained * 4
+            total += heads * (readers * shared + 2 * held * 2 * size + retained * 2 * channels * size)
+        return total
