@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from kvbench.methods.policies.allocators.base import Allocator
     from kvbench.methods.policies.allocators.pyramid import Pyramid
     from kvbench.methods.policies.allocators.uniform import Uniform
-    from kvbench.methods.policies.eviction import EvictionMethod, EvictionPolicy
+    from kvbench.methods.policies.eviction import EvictionPolicy
+    from kvbench.methods.policies.eviction_method import EvictionMethod
     from kvbench.methods.policies.policy import CachePolicy, KeepEverything
-    from kvbench.methods.policies.pyramid_infer import PyramidInfer
+    from kvbench.methods.policies.pyramid_infer.policy import PyramidInfer
     from kvbench.methods.policies.schedules.after_prefill import AfterPrefill
     from kvbench.methods.policies.schedules.base import Schedule
     from kvbench.methods.policies.schedules.every_n import EveryN

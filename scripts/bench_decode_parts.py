@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from bench_engine import finish, random_ids
 
 from kvbench.methods.cache.cache import KVCache
+from kvbench.methods.cache.cpu_threads import split_kv_attention
 from kvbench.methods.cache.method import Method
-from kvbench.methods.cache.products import split_kv_attention
 from kvbench.models.embedded import Embedded
 from kvbench.runners import provenance
 from kvbench.runners.compiled import Affine, compile_steps, product

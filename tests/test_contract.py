@@ -24,7 +24,7 @@ from kvbench.methods.cache.fan_out import FanOutCache
 from kvbench.methods.cache.kv_shape import kv_shape
 from kvbench.methods.cache.method import Method
 from kvbench.methods.policies.eviction import EvictionPolicy
-from kvbench.methods.policies.pyramid_infer import PyramidInfer
+from kvbench.methods.policies.pyramid_infer.policy import PyramidInfer
 from kvbench.methods.storage import buffer, dense
 from kvbench.methods.storage.buffer import GROWTH
 from kvbench.runners import engine

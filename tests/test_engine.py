@@ -12,13 +12,14 @@ from tiny_models import SHAPE, left_pad, prompt_ids, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from kvbench.methods.cache import attention
+from kvbench.methods.cache.cpu_threads import split_kv_attention
 from kvbench.methods.cache.fan_out import FanOutCache
 from kvbench.methods.cache.layer import CacheLayer
 from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.cache.method import Method
-from kvbench.methods.cache.products import cached_attention, lower_right_attention, split_kv_attention
+from kvbench.methods.cache.products import cached_attention, lower_right_attention
 from kvbench.methods.policies.eviction import EvictionPolicy
-from kvbench.methods.policies.pyramid_infer import PyramidInfer
+from kvbench.methods.policies.pyramid_infer.policy import PyramidInfer
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.policies.streaming_llm import StreamingLLM
 from kvbench.runners import engine

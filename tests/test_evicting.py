@@ -15,7 +15,7 @@ from kvbench.methods.cache.prefill import Prompt
 from kvbench.methods.cache.prompt_attention import attention_received
 from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.policy import Step
-from kvbench.methods.policies.pyramid_infer import PyramidInfer
+from kvbench.methods.policies.pyramid_infer.policy import PyramidInfer
 from kvbench.methods.policies.schedules.after_prefill import AfterPrefill
 from kvbench.methods.policies.scorers.attention_sums import AttentionSums
 from kvbench.methods.policies.scorers.base import ModelLayer

@@ -22,7 +22,8 @@ from kvbench.methods.policies.no_cache import NoCache
 from kvbench.methods.policies.scorers.attention_sums import AttentionSums
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.policies.streaming_llm import StreamingLLM
-from kvbench.methods.sharing.plan import CHUNKED, SLIDING, Span, plan_of
+from kvbench.methods.sharing.kv_map import SLIDING
+from kvbench.methods.sharing.plan import CHUNKED, Span, plan_of
 from kvbench.methods.storage.kivi import Kivi
 from kvbench.methods.storage.minicache.storage import MiniCache
 from kvbench.runners.engine import decode, feed, generate, prefill

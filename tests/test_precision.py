@@ -15,7 +15,8 @@ from kvbench.methods.cache.layer import CacheLayer
 from kvbench.methods.cache.method import Method
 from kvbench.methods.cache.prefill import ALL_QUERIES, Prompt
 from kvbench.methods.cache.rotary import Rotary
-from kvbench.methods.policies.pyramid_infer import PyramidInfer, Sequences
+from kvbench.methods.policies.pyramid_infer.policy import PyramidInfer
+from kvbench.methods.policies.pyramid_infer.state import Sequences
 from kvbench.methods.policies.scorers.base import ModelLayer
 from kvbench.runners.engine import prefill
 

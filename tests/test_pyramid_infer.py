@@ -14,7 +14,7 @@ from kvbench.conf.errors import InputError
 from kvbench.methods.cache.kv_shape import kv_shape
 from kvbench.methods.cache.method import Method
 from kvbench.methods.policies import pyramid_infer
-from kvbench.methods.policies.pyramid_infer import PyramidInfer
+from kvbench.methods.policies.pyramid_infer.policy import PyramidInfer
 from kvbench.methods.policies.streaming_llm import StreamingLLM
 from kvbench.methods.storage.dense import Dense
 from kvbench.methods.storage.ragged import Ragged

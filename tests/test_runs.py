@@ -12,7 +12,7 @@ from published import ada_kv, pyramidkv
 
 from kvbench.methods.cache.method import Method
 from kvbench.methods.policies.eviction import EvictionPolicy
-from kvbench.methods.policies.pyramid_infer import PyramidInfer
+from kvbench.methods.policies.pyramid_infer.policy import PyramidInfer
 from kvbench.methods.policies.scorers.attention_sums import AttentionSums
 from kvbench.methods.policies.scorers.expected_attention import ExpectedAttention
 from kvbench.methods.policies.scorers.key_diff import KeyDiff

@@ -13,8 +13,8 @@ from kvbench.methods.cache.layout import describe_layers
 from kvbench.methods.sharing.cla import CLA
 from kvbench.methods.sharing.framework import KVShare
 from kvbench.methods.sharing.heads import Heads
+from kvbench.methods.sharing.kv_map import Segment, segments
 from kvbench.methods.sharing.lckv import LCKV
-from kvbench.methods.sharing.plan import Segment, segments
 from kvbench.methods.sharing.yoco import YOCO
 from kvbench.models.kvshare.config import KVShareLlamaConfig
 from kvbench.models.kvshare.model import KVShareLlamaForCausalLM

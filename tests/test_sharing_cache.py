@@ -18,7 +18,7 @@ from kvbench.methods.cache.method import Method
 from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.no_cache import NoCache
 from kvbench.methods.policies.policy import KeepEverything
-from kvbench.methods.policies.pyramid_infer import PyramidInfer
+from kvbench.methods.policies.pyramid_infer.policy import PyramidInfer
 from kvbench.methods.policies.scorers.attention_sums import AttentionSums
 from kvbench.methods.policies.scorers.key_diff import KeyDiff
 from kvbench.methods.policies.scorers.last_query import LastQuery

@@ -16,7 +16,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from ...conf.errors import InputError
-from ..sharing.plan import SLIDING, span_of
+from ..sharing.kv_map import SLIDING
+from ..sharing.plan import span_of
 from .logits import LogitRule
 from .products import uncached_attention
 

@@ -11,7 +11,8 @@ import torch
 from transformers.cache_utils import Cache
 
 from ...conf.errors import InputError
-from ..sharing.plan import FULL, KVAccess, Plan
+from ..sharing.kv_map import FULL
+from ..sharing.plan import KVAccess, Plan
 from .attention import announce, tag
 from .forward import NewTokens, Rows, rows_by_padding
 from .inference_mode import under_inference_mode

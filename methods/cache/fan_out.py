@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ..policies.policy import PolicyCapabilities
-from ..sharing.plan import LINEAR, KVAccess
+from ..sharing.kv_map import LINEAR
+from ..sharing.plan import KVAccess
 from .cache import KVCache
 from .forward import NewTokens, Rows
 from .layer import CacheLayer

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
-from ..sharing.plan import FULL, LINEAR, Span, plan_of
+from ..sharing.kv_map import FULL, LINEAR
+from ..sharing.plan import Span, plan_of
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from ...conf.errors import InputError
 from ..sharing.base import Sharing
-from ..sharing.plan import FULL, LINEAR, Plan, plan_of
+from ..sharing.kv_map import FULL, LINEAR
+from ..sharing.plan import Plan, plan_of
 from .attention import ADVICE, kvbench_attention
 from .cache import KVCache
 from .kv_shape import KVShape, LocalShape

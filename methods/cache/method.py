@@ -23,7 +23,8 @@ from ..policies.names import parts_of, token_methods
 from ..policies.policy import CachePolicy, KeepEverything
 from ..policies.scorers.base import ModelLayer
 from ..sharing.base import Sharing
-from ..sharing.plan import FULL, LINEAR, plan_of
+from ..sharing.kv_map import FULL, LINEAR
+from ..sharing.plan import plan_of
 from ..storage.base import LayerStorage, Storage
 from ..storage.dense import Dense
 from .attention import use_kvbench_attention

@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 from ...conf.errors import InputError, is_whole, require
 from ..cache.cache import KVCache
 from ..cache.kv_shape import KVShape
-from ..cache.method import Method
 from ..cache.prefill import ALL_QUERIES, Prompt
 from ..storage.base import LayerStorage, slots_that_stay
 from ..storage.dense import COMPACTION_INTERVAL_STEPS
@@ -31,7 +30,15 @@ from .across_layers import Candidates, StoredPrompt, compress_together
 from .allocators.base import Allocator
 from .allocators.uniform import Uniform
 from .budget import Budget, check_budget, resolve_budget
-from .decoding import EvictionState, attend_and_weigh, evict_one, evict_to_limit, join_readers, move_scores, score_again
+from .decoding import (
+    EvictionState,
+    attend_and_weigh,
+    evict_one,
+    evict_to_limit,
+    join_readers,
+    move_scores,
+    score_again,
+)
 from .policy import CachePolicy, Kept, PolicyCapabilities, Step
 from .ranking import keep_mask, keep_slots
 from .schedules.after_prefill import AfterPrefill
@@ -344,26 +351,3 @@ class EvictionPolicy(CachePolicy):
         scores = 4 * heads * tokens if self.scorer.accumulates else 0
         query_bytes = shape.query_heads * shape.head_dim * shape.element_bytes
         return scores + shape.layers * self._queries_held * query_bytes
-
-
-@dataclass(frozen=True)
-class EvictionMethod(Method):
-    """A method whose policy is composed of the parts that a user types: ``method/scorer=... method/schedule=...``.
-
-    Attributes:
-        scorer, allocator, schedule, sinks, recent: See :class:`EvictionPolicy`.
-    """
-
-    policy: CachePolicy = field(init=False)
-    budget: Budget = field(default=1024, kw_only=True)
-    scorer: Scorer = field(kw_only=True)
-    allocator: Allocator = field(default=Uniform(), kw_only=True)
-    schedule: Schedule | None = field(default=None, kw_only=True)
-    sinks: int | None = field(default=None, kw_only=True)
-    recent: int | float | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        parts: dict[str, Any] = {"schedule": self.schedule, "sinks": self.sinks, "recent": self.recent}
-        policy = EvictionPolicy(self.scorer, self.budget, allocator=self.allocator, **parts)
-        object.__setattr__(self, "policy", policy)
-        super().__post_init__()

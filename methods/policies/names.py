@@ -6,7 +6,7 @@ import re
 from functools import cache
 from importlib.resources import files
 
-EVICTION = "kvbench.methods.policies.eviction.EvictionMethod"
+EVICTION = "kvbench.methods.policies.eviction_method.EvictionMethod"
 
 
 @cache

@@ -13,7 +13,8 @@ from typing import Any
 
 from ...conf.errors import InputError, is_whole, require
 from ...conf.identity import HasIdentity
-from .plan import ENCODINGS, FULL, check_map
+from .kv_map import FULL, check_map
+from .plan import ENCODINGS
 
 RUN_KEYS = ("iter_forward", "iter_backward", "kv_loss_weight", "encode")
 """Keys of the config that say how sequences are encoded, not what the weights were made for."""

@@ -9,7 +9,6 @@ there yet, and a prompt read in parallel takes several passes over the layers in
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,83 +23,15 @@ from transformers.cache_utils import (
 )
 
 from ...conf.errors import InputError
+from .kv_map import FULL, LINEAR, SLIDING
 
-FULL, SLIDING, LINEAR, CHUNKED = "full_attention", "sliding_attention", "linear_attention", "chunked_attention"
-LAYER_TYPES = (FULL, SLIDING, LINEAR)
+CHUNKED = "chunked_attention"
 HOLDS_NOTHING = getattr(cache_utils, "DummyLayer", ())
 """transformers' cache layer of a layer that keeps nothing; older releases make none."""
 NO_LAYER = -1
 """In place of a cache layer's number: the layer of the model neither attends nor keeps a state."""
 ENCODINGS = ("iterative", "exact")
 UPWARD_STYLES = ("fresh", "paper")
-
-
-def check_map(source: Sequence[int], layer_types: Sequence[str], layers: int, window: int | None) -> None:
-    """Refuse a map that no model can be built from.
-
-    Raises:
-        ValueError: which rule is broken, and at which layer.
-    """
-    if len(source) != layers:
-        raise ValueError(f"kv_source_layers has {len(source)} entries for {layers} layers")
-    if len(layer_types) != layers:
-        raise ValueError(f"layer_types has {len(layer_types)} entries for {layers} layers")
-    for i, (s, kind) in enumerate(zip(source, layer_types, strict=True)):
-        if kind not in LAYER_TYPES:
-            raise ValueError(f"layer_types[{i}] is {kind!r}; known are {', '.join(LAYER_TYPES)}")
-        if not isinstance(s, int) or not 0 <= s < layers:
-            raise ValueError(f"kv_source_layers[{i}] is {s}, which is no layer of {layers}")
-        if source[s] != s:
-            raise ValueError(f"kv_source_layers[{i}] is {s}, and layer {s} has no keys and values of its own")
-        if layer_types[s] != kind:
-            raise ValueError(
-                f"layer {i} is {kind} and its source, layer {s}, is {layer_types[s]}: a window has dropped what a full "
-                "layer needs, so both must be of one type"
-            )
-        if s != i and kind == LINEAR:
-            raise ValueError(f"layer {i} is {LINEAR}, which has no keys and values to share with layer {s}")
-        if s > i and kind != FULL:
-            raise ValueError(f"layer {i} refers up to layer {s}; only {FULL} layers can")
-    for segment in segments(source):
-        for i in segment.layers if segment.cyclic else ():
-            if layer_types[i] != FULL:
-                raise ValueError(
-                    f"layer {i} is {layer_types[i]} and stands between layer {segment.first} and a source above it, "
-                    f"layer {segment.last}, which are passed several times: only {FULL} layers can"
-                )
-    if SLIDING in layer_types and not (isinstance(window, int) and window >= 2):
-        raise ValueError(f"sliding_window is {window} and layer {layer_types.index(SLIDING)} slides: it must be >= 2")
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Layers ``first`` .. ``last``; ``cyclic``: some refer up to one of them, so they are passed several times."""
-
-    first: int
-    last: int
-    cyclic: bool
-
-    @property
-    def layers(self) -> range:
-        return range(self.first, self.last + 1)
-
-
-def segments(source: Sequence[int]) -> list[Segment]:
-    """The layers in order, cut into plain and cyclic stretches; every layer is in exactly one."""
-    out: list[Segment] = []
-    i = 0
-    while i < len(source):
-        first, last, cyclic = i, i, source[i] > i
-        if cyclic:
-            last = source[i]
-            while (top := max(source[first : last + 1])) > last:
-                last = top
-        else:
-            while last + 1 < len(source) and source[last + 1] <= last + 1:
-                last += 1
-        out.append(Segment(first, last, cyclic))
-        i = last + 1
-    return out
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from ...conf.errors import is_whole, require
 from .base import Sharing
-from .plan import FULL, LINEAR, SLIDING
+from .kv_map import FULL, LINEAR, SLIDING
 
 WINDOW = 1024
 MIXERS = {"swa": SLIDING, "gated_retention": LINEAR, "full": FULL}

@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from ...methods.sharing.plan import ENCODINGS, FULL, LINEAR, UPWARD_STYLES, check_map
+from ...methods.sharing.kv_map import FULL, LINEAR, check_map
+from ...methods.sharing.plan import ENCODINGS, UPWARD_STYLES
 
 
 class KVShareLlamaConfig(LlamaConfig):

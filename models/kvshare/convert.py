@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ...conf.errors import InputError, require
 from ...methods.sharing.base import Sharing
-from ...methods.sharing.plan import LINEAR
+from ...methods.sharing.kv_map import LINEAR
 from .config import KVShareLlamaConfig
 from .model import KVShareLlamaForCausalLM
 

@@ -36,7 +36,7 @@ from transformers.models.llama.modeling_llama import (
 from ...methods.cache.attention import ATTENTION_NAME, tag
 from ...methods.cache.cache import KVCache
 from ...methods.cache.rotary import rope
-from ...methods.sharing.plan import FULL, LINEAR, SLIDING, Segment, segments
+from ...methods.sharing.kv_map import FULL, LINEAR, SLIDING, Segment, segments
 from .config import KVShareLlamaConfig
 from .retention import GatedRetention
 

@@ -1,0 +1,38 @@
+"""A method whose policy is put together from the parts that a user types."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..cache.method import Method
+from .allocators.base import Allocator
+from .allocators.uniform import Uniform
+from .budget import Budget
+from .eviction import EvictionPolicy
+from .policy import CachePolicy
+from .schedules.base import Schedule
+from .scorers.base import Scorer
+
+
+@dataclass(frozen=True)
+class EvictionMethod(Method):
+    """``method=... method/scorer=... method/allocator=... method/schedule=...``.
+
+    Attributes:
+        scorer, allocator, schedule, sinks, recent: See :class:`.eviction.EvictionPolicy`.
+    """
+
+    policy: CachePolicy = field(init=False)
+    budget: Budget = field(default=1024, kw_only=True)
+    scorer: Scorer = field(kw_only=True)
+    allocator: Allocator = field(default=Uniform(), kw_only=True)
+    schedule: Schedule | None = field(default=None, kw_only=True)
+    sinks: int | None = field(default=None, kw_only=True)
+    recent: int | float | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        parts: dict[str, Any] = {"schedule": self.schedule, "sinks": self.sinks, "recent": self.recent}
+        policy = EvictionPolicy(self.scorer, self.budget, allocator=self.allocator, **parts)
+        object.__setattr__(self, "policy", policy)
+        super().__post_init__()
