@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..conf.errors import InputError
 from ..methods.cache.cache import KVCache
+from ..methods.cache.forward import LayerCall
 from ..methods.cache.logits import LogitRule
 from ..methods.cache.rotary import rope
 from .fused_decode import is_changed, supports_fused_decode
@@ -104,7 +105,7 @@ class CompiledStep:
         cos_sin = base.rotary_emb(x, position_ids=cache.next_positions()[:, None])
         for number, weights in enumerate(self.layers):
             query, key, value = self._before(x, weights, cos_sin)
-            out = cache.attend(number, query, key, value, self._rule, None)
+            out = cache.attend(number, LayerCall(query, key, value, self._rule), None)
             x = self._behind(out.contiguous(), x, weights)  # one layout, so that nothing is compiled for another
         logits: torch.Tensor = self._head(x, self._last_norm, self.output)
         return logits

@@ -71,8 +71,10 @@ def prefill(
         raise InputError(
             "cache", f"of {cache.get_seq_length()} tokens", "has been used; make a new one for each prompt"
         )
-    if cache.readings:
-        return cache.join([prefill(model, one, input_ids, attention_mask, chunk_size) for one in cache.readings])
+    if cache.separate_prefills:
+        return cache.join(
+            [prefill(model, one, input_ids, attention_mask, chunk_size) for one in cache.separate_prefills]
+        )
     length = input_ids.shape[1]
     mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
     if cache.recomputes:

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from ..methods.cache.cache import KVCache
+from ..methods.cache.forward import LayerCall
 from ..methods.cache.logits import LogitRule
 
 BUILT_ALIKE = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
@@ -54,7 +55,7 @@ def fused_decode_step(model: PreTrainedModel, cache: KVCache, token: torch.Tenso
         attention = layer.self_attn
         h = layer.input_layernorm(x)
         query, key, value = (part.transpose(1, 2) for part in _projected(attention, h, turned))
-        out = cache.attend(number, query, key, value, LogitRule(attention.scaling), None)
+        out = cache.attend(number, LayerCall(query, key, value, LogitRule(attention.scaling)), None)
         x = x + attention.o_proj(out.transpose(1, 2).reshape(*h.shape[:-1], -1))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     logits: torch.Tensor = model.lm_head(base.norm(x))

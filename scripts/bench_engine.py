@@ -122,17 +122,17 @@ def transformers_decode_seconds(model, ids: torch.Tensor, steps: int) -> float:
 def prefill_seconds(model, cache: KVCache, ids: torch.Tensor) -> tuple[float, float]:
     """(seconds of the whole prefill into a fresh cache, seconds of it spent in compressing)."""
     spent = 0.0
-    absorb = CacheLayer.absorb
+    finish_prefill = CacheLayer.finish_prefill
 
     def timed(self: CacheLayer, prompts) -> None:
         nonlocal spent
-        spent += seconds(lambda: absorb(self, prompts))
+        spent += seconds(lambda: finish_prefill(self, prompts))
 
-    CacheLayer.absorb = timed  # type: ignore[method-assign]
+    CacheLayer.finish_prefill = timed  # type: ignore[method-assign]
     try:
         total = seconds(lambda: prefill(model, cache, ids))
     finally:
-        CacheLayer.absorb = absorb  # type: ignore[method-assign]
+        CacheLayer.finish_prefill = finish_prefill  # type: ignore[method-assign]
     return total, spent
 
 

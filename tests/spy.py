@@ -33,7 +33,7 @@ class Witness:
     def attend(self, query, key, value, rule, new, use, new_kv=None):
         if not use.is_final_pass:  # a pass that will be done again
             return self._attend(query, key, value, rule, new, use, new_kv)
-        reading = self.layer.reading
+        reading = self.layer.in_prefill
         if self.first:
             self.held = None if reading or self.keys is None else self.held_columns()
             self.before = 0 if self.keys is None else self.keys.shape[2]
@@ -55,7 +55,7 @@ class Witness:
             self.keys, self.values, self.real = key, value, real
             return
         more = torch.ones(batch, n, dtype=torch.bool)
-        if self.layer.reading and self.prompt_mask is not None:
+        if self.layer.in_prefill and self.prompt_mask is not None:
             more = self.prompt_mask[:, self.before : self.before + n].bool()
         elif new.valid is not None:
             more = new.valid

@@ -71,9 +71,9 @@ def test_a_checkout_s_own_folders_are_imported_whatever_is_installed(tmp_path):
 
 
 def test_method_is_what_the_command_line_makes():
-    assert kvbench.method("snapkv", budget=512) == kvbench.Method(
-        "snapkv", kvbench.EvictionPolicy(kvbench.SnapKV(), 512), budget=512
-    )
+    made = kvbench.method("snapkv", budget=512)
+    assert made == kvbench.EvictionMethod("snapkv", scorer=kvbench.SnapKV(), budget=512)
+    assert made.policy == kvbench.EvictionPolicy(kvbench.SnapKV(), 512)
     composed = kvbench.method("snapkv", budget=0.25, storage="kivi4", scorer={"window": 16})
     assert composed.policy == kvbench.EvictionPolicy(kvbench.SnapKV(window=16), 0.25)
     assert composed.storage == kvbench.Kivi(bits=4)

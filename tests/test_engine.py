@@ -87,7 +87,7 @@ def test_methods_that_read_the_prompt_by_themselves_go_on_with_the_others(monkey
     assert len({tuple(tokens) for tokens in alone}) == len(methods)
     stop = alone[2][5]  # ends the third
     cache = FanOutCache([m.new_cache(model) for m in methods])
-    assert [type(one).__name__ for one in cache.readings] == ["FanOutCache", *["KVCache"] * 3]
+    assert [type(one).__name__ for one in cache.separate_prefills] == ["FanOutCache", *["KVCache"] * 3]
     rows = []
     step = engine.decode
     monkeypatch.setattr(engine, "decode", lambda m, c, token: rows.append(len(token)) or step(m, c, token))
@@ -214,14 +214,14 @@ def test_in_pieces_one_layer_at_a_time_holds_its_whole_keys(monkeypatch):
     """When a layer compresses, those below have done so and those above have not begun."""
     model = tiny_model()
     cache = Method("snapkv", EvictionPolicy(SnapKV(window=4), 20)).new_cache(model)
-    absorb, seen = CacheLayer.absorb, []
+    finish_prefill, seen = CacheLayer.finish_prefill, []
 
     def look(self, prompts):
         seen.append([layer.layer_idx for layer in cache.layers if layer is not self and layer._keys is not None])
-        absorb(self, prompts)
+        finish_prefill(self, prompts)
         assert all(layer.storage.read()[0].shape[2] == 20 for layer in cache.layers[: self.layer_idx + 1])
 
-    monkeypatch.setattr(CacheLayer, "absorb", look)
+    monkeypatch.setattr(CacheLayer, "finish_prefill", look)
     prefill(model, cache, prompt_ids(90), None, 16)
     assert seen == [[], [], []]
 

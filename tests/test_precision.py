@@ -29,20 +29,20 @@ def prompts(smollm2) -> dict[torch.dtype, dict[int, Prompt]]:
     """What four layers see of 1000 tokens of real text, with all queries, in both dtypes."""
     ids = torch.tensor([smollm2.tokenizer(TEXT.read_text(encoding="utf-8")).input_ids[:1000]])
     seen: dict[torch.dtype, dict[int, Prompt]] = {}
-    absorb = CacheLayer.absorb
+    finish_prefill = CacheLayer.finish_prefill
     for dtype in (torch.float32, torch.bfloat16):
         model = copy.deepcopy(smollm2.model).to(dtype)
         mine = seen.setdefault(dtype, {})
 
         def keep(self, groups, mine=mine):
             mine[self.layer_idx] = groups[0][1]
-            absorb(self, groups)
+            finish_prefill(self, groups)
 
         cache = Method("full").new_cache(model)
         for layer in cache.layers:
             layer.observation_window = ALL_QUERIES
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(CacheLayer, "absorb", keep)
+            patch.setattr(CacheLayer, "finish_prefill", keep)
             prefill(model, cache, ids)
     assert kv_shape(smollm2.model.config, torch.float32).layers == 30
     return seen

@@ -13,7 +13,7 @@ from tiny_models import left_pad, prompt_ids, tiny_model
 from kvbench.conf.errors import InputError
 from kvbench.methods.cache.kv_shape import kv_shape
 from kvbench.methods.cache.method import Method
-from kvbench.methods.policies import pyramid_infer
+from kvbench.methods.policies.pyramid_infer import records
 from kvbench.methods.policies.pyramid_infer.policy import PyramidInfer
 from kvbench.methods.policies.streaming_llm import StreamingLLM
 from kvbench.methods.storage.dense import Dense
@@ -183,7 +183,7 @@ RULES = [
 @pytest.mark.parametrize("lengths", [[23], [23, 14, 23], [20, 21], [21, 20, 20]], ids=str)  # 20 and 21 meet: 11, then 7
 def test_it_is_the_naive_model(rule, lengths, monkeypatch):
     """Logits of prompt and 24 steps, and the tokens held; alone, and as the rows of a left-padded batch."""
-    monkeypatch.setattr(pyramid_infer, "ROOM", 5)
+    monkeypatch.setattr(records, "ROOM", 5)
     model = tiny_model()
     prompts = [prompt_ids(length, seed) for seed, length in enumerate(lengths)]
     ids, mask = left_pad(prompts)
@@ -333,7 +333,7 @@ def test_several_tokens_at_once_are_one_after_the_other(rule, padded):
 @pytest.mark.parametrize("still", [0, 1])
 def test_a_row_whose_token_is_a_pad_stands_still(rule, still, monkeypatch):
     """A further turn of 30 tokens, three at a time, in which one row has nothing to say for a while."""
-    monkeypatch.setattr(pyramid_infer, "ROOM", 2)
+    monkeypatch.setattr(records, "ROOM", 2)
     model = tiny_model()
     real = torch.ones(2, 30, dtype=torch.bool)
     real[still, 10:25] = False
@@ -394,4 +394,4 @@ def test_published_rows_are_all_that_is_stored():
 
 
 def rule_bytes(method, new_tokens, shape):
-    return method.policy.state_bytes(40, new_tokens, shape.layers, shape.kv_heads)
+    return method.policy.state_bytes(shape, shape.kv_heads, 40, new_tokens)

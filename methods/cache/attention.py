@@ -18,6 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from ...conf.errors import InputError
 from ..sharing.kv_map import SLIDING
 from ..sharing.plan import span_of
+from .forward import LayerCall
 from .logits import LogitRule
 from .products import uncached_attention
 
@@ -43,16 +44,7 @@ class ServesAttention(Protocol):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns fed so far."""
 
-    def attend(
-        self,
-        layer_idx: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        rule: LogitRule,
-        padding_mask: torch.Tensor | None,
-        new_kv: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
+    def attend(self, layer_idx: int, call: LayerCall, padding_mask: torch.Tensor | None) -> torch.Tensor:
         """Attention of one layer of the model."""
 
 
@@ -166,7 +158,7 @@ def attention_function(
     if cache is None:  # a forward without a cache: scoring, or method=no_cache
         out = uncached_attention(query, key, value, rule, attention_mask, strict, span)
     else:
-        out = cache.attend(module.layer_idx, query, key, value, rule, attention_mask, new_kv)
+        out = cache.attend(module.layer_idx, LayerCall(query, key, value, rule, new_kv), attention_mask)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -14,10 +14,9 @@ from ...conf.errors import InputError
 from ..sharing.kv_map import FULL
 from ..sharing.plan import KVAccess, Plan
 from .attention import announce, tag
-from .forward import NewTokens, Rows, rows_by_padding
+from .forward import LayerCall, NewTokens, Rows, rows_by_padding
 from .inference_mode import under_inference_mode
 from .layer import CacheLayer
-from .logits import LogitRule
 from .prefill import ALL_QUERIES
 from .recurrent import RecurrentStates
 
@@ -40,7 +39,7 @@ class KVCache(Cache):
         rounds: what is held is rounded as it ages, so several tokens fed together are not one after another.
         copies: rows a decode step has per row of the prompt (more than one in ``fan_out.py``).
         recomputes: holds no keys and values; the engine feeds it the whole sequence at each step (``no_cache.py``).
-        readings: caches that read the prompt in place of this one, one after another (``fan_out.py``).
+        separate_prefills: caches that prefill in place of this one, one after another (``fan_out.py``).
         states: of the model's recurrent layers; None: it has none.
     """
 
@@ -59,7 +58,7 @@ class KVCache(Cache):
         self.frozen = False
         self.requantizes_on_append = False
         self.chunk_states: dict[int, NewTokens] | None = None
-        self.readings: list[KVCache] = []
+        self.separate_prefills: list[KVCache] = []
         self.states: RecurrentStates | None = None
         self._checked = False
 
@@ -150,25 +149,13 @@ class KVCache(Cache):
     # the attention function's side --------------------------------------------------------------------------------
 
     @under_inference_mode
-    def attend(
-        self,
-        layer_idx: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        rule: LogitRule,
-        padding_mask: torch.Tensor | None,
-        new_kv: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
+    def attend(self, layer_idx: int, call: LayerCall, padding_mask: torch.Tensor | None) -> torch.Tensor:
         """Attention of one layer of the model.
 
         Args:
             layer_idx: which.
-            query: [B, H_q, m, D] of the last m of n new columns.
-            key, value: [B, H_kv, n, D], what the new columns show.
-            rule: how logits are formed.
+            call: its queries, keys and values.
             padding_mask: [B, columns so far + n], or None: no padding.
-            new_kv: what the new columns leave in the cache, where that is not ``key`` and ``value``.
 
         Returns:
             [B, H_q, m, D].
@@ -179,20 +166,20 @@ class KVCache(Cache):
                 is_owner=False, strictly_causal=use.strictly_causal, is_last_reader=False, is_final_pass=False
             )
         layer = self.layers[self.plan.cache_layer[layer_idx]]
-        end = layer.get_seq_length() + key.shape[2]
+        end = layer.get_seq_length() + call.columns
         if layer_idx == self.first_layer:
-            self.new_tokens = self._begin(key, padding_mask)
+            self.new_tokens = self._begin(call.key, padding_mask)
             if self.chunk_states is not None:
                 self.chunk_states[end] = self.new_tokens
         elif self.chunk_states is not None:
             self.new_tokens = self.chunk_states[end]
         assert self.new_tokens is not None
-        return layer.attend(query, key, value, rule, self.new_tokens.on(key.device), use, new_kv)
+        return layer.attend(call, self.new_tokens.on(call.key.device), use)
 
     def _begin(self, key: torch.Tensor, padding_mask: torch.Tensor | None) -> NewTokens:
         """Look at a forward's padding once, for all of its layers."""
         batch, n = key.shape[0], key.shape[2]
-        reading = any(layer.reading for layer in self.layers)
+        reading = any(layer.in_prefill for layer in self.layers)
         if padding_mask is not None and padding_mask.shape[1] != self.get_seq_length() + n:
             raise InputError(
                 "past_key_values",
@@ -310,7 +297,7 @@ class KVCache(Cache):
         raise NotImplementedError
 
     def join(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Where there were ``readings``: go on together; their last logits as rows of this cache."""
+        """Where there were ``separate_prefills``: go on together; their last logits as rows of this cache."""
         raise NotImplementedError
 
     def drop(self, member: int) -> None:
@@ -334,7 +321,7 @@ class KVCache(Cache):
         """
         most = []
         for number, layer in enumerate(self.layers):
-            if layer.reading:
+            if layer.in_prefill:
                 continue
             uses = [u for u, c in zip(self.plan.uses, self.plan.cache_layer, strict=True) if c == number]
             if len(uses) > 1 and layer.capabilities.evicts_while_decoding and layer.span is None:
@@ -352,7 +339,7 @@ class KVCache(Cache):
     def queries_wanted(self, layer_idx: int) -> int:
         """Last queries of a forward that the cache layer of a layer of the model wants to see; 0: none."""
         layer = self.layers[self.plan.cache_layer[layer_idx]]
-        return layer.observation_window if layer.reading else ALL_QUERIES
+        return layer.observation_window if layer.in_prefill else ALL_QUERIES
 
     def recurrent_state(self, layer_idx: int, rows: int) -> torch.Tensor | None:
         """State of a retention layer for a forward of ``rows`` rows; None before the first token."""

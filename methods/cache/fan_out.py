@@ -1,4 +1,4 @@
-"""Many methods on one reading of the prompt, and on one decode.
+"""Many methods that share one prefill and one batched decode.
 
 Attention over the prompt is the same for every method that reads it whole, so a layer computes it once and lets each
 member compress its own copy; a method that reads it in its own way does so by itself. Decoding then runs all members'
@@ -18,14 +18,13 @@ from ..policies.policy import PolicyCapabilities
 from ..sharing.kv_map import LINEAR
 from ..sharing.plan import KVAccess
 from .cache import KVCache
-from .forward import NewTokens, Rows
+from .forward import LayerCall, NewTokens, Rows
 from .layer import CacheLayer
-from .logits import LogitRule
-from .prefill import Prompt, PromptReader
+from .prefill import PrefillLayer, Prompt
 from .retention import RecurrentLayer
 
 
-class FanOutLayer(PromptReader):
+class FanOutLayer(PrefillLayer):
     """The same layer of every member."""
 
     is_sliding = False
@@ -40,37 +39,27 @@ class FanOutLayer(PromptReader):
     def names(self) -> str:
         return ", ".join(dict.fromkeys(member.names() for member in self.members))
 
-    def absorb(self, prompts: list[tuple[Rows, Prompt]]) -> None:
+    def finish_prefill(self, prompts: list[tuple[Rows, Prompt]]) -> None:
         for member in self.members:
-            member.absorb([(rows, prompt.last_queries(member.observation_window)) for rows, prompt in prompts])
-            member.seen, member.reading = self.seen, False
+            member.finish_prefill([(rows, prompt.last_queries(member.observation_window)) for rows, prompt in prompts])
+            member.seen, member.in_prefill = self.seen, False
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        rule: LogitRule,
-        new: NewTokens,
-        use: KVAccess,
-        new_kv: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        if self.reading:
-            return self.read_prompt(query, key, value, rule, new.rows, new.prompt_length, use, new_kv)
+    def attend(self, call: LayerCall, new: NewTokens, use: KVAccess) -> torch.Tensor:
+        if self.in_prefill:
+            return self.prefill(call, new, use)
         if use.is_last_reader:
-            self.seen += key.shape[2]
-        share = query.shape[0] // len(self.members)
+            self.seen += call.columns
+        share = call.query.shape[0] // len(self.members)
         out = []
         for i, member in enumerate(self.members):
-            mine = slice(i * share, (i + 1) * share)
-            theirs = NewTokens([], None if new.valid is None else new.valid[mine], new.prompt_length)
-            written = None if new_kv is None else (new_kv[0][mine], new_kv[1][mine])
-            out.append(member.attend(query[mine], key[mine], value[mine], rule, theirs, use, written))
+            rows = slice(i * share, (i + 1) * share)
+            tokens = NewTokens([], None if new.valid is None else new.valid[rows], new.prompt_length)
+            out.append(member.attend(call.part(rows), tokens, use))
         return torch.cat(out)
 
     def go_on(self) -> None:
         """The members have read the prompt, each by itself."""
-        self.seen, self.reading = self.members[0].seen, False
+        self.seen, self.in_prefill = self.members[0].seen, False
 
     @property
     def capabilities(self) -> PolicyCapabilities:
@@ -107,7 +96,7 @@ class FanOutCache(KVCache):
         members: fresh caches, at least one; of the same number of ``passes``, and none that ``recomputes``.
 
     Attributes:
-        readings: caches that have to read the prompts one after another before the members go on together
+        separate_prefills: caches that have to prefill one after another before the members go on together
             (:meth:`join`); empty where all members read them as one, or have done so.
     """
 
@@ -115,7 +104,7 @@ class FanOutCache(KVCache):
         if any(m.recomputes for m in members):
             raise ValueError("a method without a cache computes its steps by itself")
         if len({m.passes for m in members}) > 1:
-            raise ValueError("methods that encode a prompt in different numbers of passes cannot share a reading of it")
+            raise ValueError("methods that encode a prompt in different numbers of passes cannot share a prefill")
         together = zip(*(m.layers for m in members), strict=True)
         super().__init__([fan_out_layer(layers) for layers in together], members[0].plan, members[0].passes)
         self.members = list(members)
@@ -128,10 +117,10 @@ class FanOutCache(KVCache):
         alike = [m for m in members if m.attends_whole_prompt]
         if len(alike) < len(members):
             shared = [FanOutCache(alike)] if len(alike) > 1 else alike
-            self.readings = [*shared, *(m for m in members if not m.attends_whole_prompt)]
+            self.separate_prefills = [*shared, *(m for m in members if not m.attends_whole_prompt)]
 
     def join(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Go on together, once every one of ``readings`` has read the prompts.
+        """Go on together, once every one of ``separate_prefills`` has read the prompts.
 
         Args:
             logits: what each of them ended with, rows as in a decode step of its own.
@@ -140,10 +129,11 @@ class FanOutCache(KVCache):
             The same as rows of this cache.
         """
         rows: dict[int, torch.Tensor] = {}  # of each member
-        for reading, ended in zip(self.readings, logits, strict=True):
-            its = reading.members if isinstance(reading, FanOutCache) else [reading]
+        for one, ended in zip(self.separate_prefills, logits, strict=True):
+            its = one.members if isinstance(one, FanOutCache) else [one]
             rows |= {id(m): share for m, share in zip(its, ended.chunk(len(its)), strict=True)}
-        self.tokens_seen, self.prompt_length = self.readings[0].tokens_seen, self.readings[0].prompt_length
+        first = self.separate_prefills[0]
+        self.tokens_seen, self.prompt_length = first.tokens_seen, first.prompt_length
         for number, layer in enumerate(self.layers):
             if isinstance(layer, FanOutLayer):
                 layer.go_on()
@@ -151,7 +141,7 @@ class FanOutCache(KVCache):
                 layer.update(torch.cat([m.layers[number].recurrent_states[0] for m in self.members]))
         if self.states is not None:
             self.states.join([m._states for m in self.members])
-        self.readings = []
+        self.separate_prefills = []
         return torch.cat([rows[id(m)] for m in self.members])
 
     @property

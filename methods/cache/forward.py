@@ -6,6 +6,41 @@ from dataclasses import dataclass
 
 import torch
 
+from .logits import LogitRule
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What one layer of the model hands to the cache in one forward.
+
+    Attributes:
+        query: [B, H_q, m, D], after RoPE, of the last m of n new columns: a layer may leave out what nobody asks for.
+        key, value: [B, H_kv, n, D], keys after RoPE; what the new columns show.
+        rule: How logits are formed.
+        new_kv: What the new columns leave in the cache, where that is not ``key`` and ``value``.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    rule: LogitRule
+    new_kv: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def columns(self) -> int:
+        """n, new columns."""
+        return self.key.shape[2]
+
+    @property
+    def written(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values that the cache keeps."""
+        return (self.key, self.value) if self.new_kv is None else self.new_kv
+
+    def part(self, rows: slice) -> LayerCall:
+        """The call for some rows of the batch."""
+        new_kv = None if self.new_kv is None else (self.new_kv[0][rows], self.new_kv[1][rows])
+        return LayerCall(self.query[rows], self.key[rows], self.value[rows], self.rule, new_kv)
+
 
 @dataclass(frozen=True)
 class Rows:

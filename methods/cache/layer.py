@@ -11,9 +11,8 @@ from ..policies.policy import CachePolicy, PolicyCapabilities, Step
 from ..sharing.plan import KVAccess, Span
 from ..storage.base import LayerStorage
 from ..storage.dense import COMPACTION_INTERVAL_STEPS
-from .forward import NewTokens, Rows
-from .logits import LogitRule
-from .prefill import Prompt, PromptReader
+from .forward import LayerCall, NewTokens, Rows
+from .prefill import PrefillLayer, Prompt
 from .products import repeat_heads
 
 
@@ -29,7 +28,7 @@ class KeptRows:
     scores: torch.Tensor | None
 
 
-class CacheLayer(PromptReader):
+class CacheLayer(PrefillLayer):
     """One layer: attends over the prompt, keeps in the storage what the policy selects, then takes step after step."""
 
     is_sliding = False  # read by transformers
@@ -48,7 +47,7 @@ class CacheLayer(PromptReader):
         self.policy, self.state, self.storage = policy, state, storage
         if policy.capabilities.evicts_while_decoding:  # more slots than steps between two moves are never in use
             storage.growth = COMPACTION_INTERVAL_STEPS
-        self.reading = not policy.capabilities.prefills_by_steps
+        self.in_prefill = not policy.capabilities.prefills_by_steps
 
     @property
     def capabilities(self) -> PolicyCapabilities:
@@ -58,14 +57,14 @@ class CacheLayer(PromptReader):
     def supports_static(self, has_upward_kv_refs: bool) -> bool:
         """Whether every step from here on can run over tensors of fixed shape."""
         known = self.capabilities
-        if self.reading or not (known.static_steps and self.storage.supports_static):
+        if self.in_prefill or not (known.static_steps and self.storage.supports_static):
             return False
         return not known.evicts_while_decoding or (self.storage.supports_static_drop and not has_upward_kv_refs)
 
     def names(self) -> str:
         return type(self.policy).__name__
 
-    def absorb(self, prompts: list[tuple[Rows, Prompt]]) -> None:
+    def finish_prefill(self, prompts: list[tuple[Rows, Prompt]]) -> None:
         """Compress the prompt: the policy selects for each group of rows, then all are stored as one batch."""
         groups = []
         for rows, prompt in prompts:
@@ -117,25 +116,15 @@ class CacheLayer(PromptReader):
         self.storage.write(keys, values, None if bool(valid.all()) else valid)
         return lengths, scores
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        rule: LogitRule,
-        new: NewTokens,
-        use: KVAccess,
-        new_kv: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
+    def attend(self, call: LayerCall, new: NewTokens, use: KVAccess) -> torch.Tensor:
         """One layer of the model comes here: [B, H_q, n, D] queries in, the same shape out."""
-        if self.reading:
-            return self.read_prompt(query, key, value, rule, new.rows, new.prompt_length, use, new_kv)
-        if new_kv is not None:
-            key, value = new_kv
+        if self.in_prefill:
+            return self.prefill(call, new, use)
+        key, value = call.written
         if self.policy.capabilities.stores_query_heads:
-            groups = query.shape[1] // key.shape[1]
+            groups = call.query.shape[1] // key.shape[1]
             key, value = repeat_heads(key, groups), repeat_heads(value, groups)
-        out = self.policy.attend(self.state, self.storage, Step(query, key, value, rule, new.valid, use))
+        out = self.policy.attend(self.state, self.storage, Step(call.query, key, value, call.rule, new.valid, use))
         if use.is_last_reader:
             self.seen += key.shape[2]
             self.storage.settle()

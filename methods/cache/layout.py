@@ -24,8 +24,8 @@ from ..sharing.kv_map import FULL, LINEAR
 from ..sharing.plan import Plan, plan_of
 from .attention import ADVICE, kvbench_attention
 from .cache import KVCache
+from .forward import LayerCall
 from .kv_shape import KVShape, LocalShape
-from .logits import LogitRule
 from .products import masked_attention
 from .recurrent import RecurrentStates
 from .rotary import Rotary, measured_rotary
@@ -109,21 +109,14 @@ class Trial(KVCache):
             return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
         return recurrent_states
 
-    def attend(
-        self,
-        layer_idx: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        rule: LogitRule,
-        padding_mask: torch.Tensor | None,
-        new_kv: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
+    def attend(self, layer_idx: int, call: LayerCall, padding_mask: torch.Tensor | None) -> torch.Tensor:
         self.calls[layer_idx] += 1
-        self.shapes[layer_idx] = LayerShape(query.shape[1], key.shape[1], key.shape[3], value.shape[3])
-        self.keys[layer_idx] = key[0, :, -1].detach().float().cpu()
+        self.shapes[layer_idx] = LayerShape(
+            call.query.shape[1], call.key.shape[1], call.key.shape[3], call.value.shape[3]
+        )
+        self.keys[layer_idx] = call.key[0, :, -1].detach().float().cpu()
         self.local_sizes[layer_idx] = getattr(padding_mask, "kvbench_local_size", None)
-        return masked_attention(query, key, value, rule, None)
+        return masked_attention(call.query, call.key, call.value, call.rule, None)
 
 
 _layouts: weakref.WeakKeyDictionary[PreTrainedModel, Layout] = weakref.WeakKeyDictionary()

@@ -76,12 +76,12 @@ class Method:
 
     @property
     def shares_prompt(self) -> bool:
-        """Whether other methods can ride on the same reading of the prompt (``fan_out.py``)."""
+        """Whether other methods can share its prefill (``fan_out.py``)."""
         return self.policy.capabilities.attends_whole_prompt
 
     @property
     def shares_steps(self) -> bool:
-        """Whether other methods can ride on the same decode steps (``fan_out.py``)."""
+        """Whether other methods can share its decode steps (``fan_out.py``)."""
         return True
 
     def _check_name(self) -> None:
@@ -127,7 +127,7 @@ class Method:
 
     @property
     def passes(self) -> int | None:
-        """See :attr:`.sharing.base.Sharing.passes`; only methods with the same can ride on one reading of a prompt."""
+        """See :attr:`.sharing.base.Sharing.passes`; only methods with the same can share a prefill."""
         return None if self.sharing is None else self.sharing.passes
 
     def new_cache(self, model: PreTrainedModel) -> KVCache:

@@ -1,7 +1,7 @@
 """How a layer reads a prompt: full causal attention over all of it, then one call with the whole prompt in view.
 
 A layer attends over the complete keys and values of the prompt and only then compresses its own copy, so the first
-generated token is exactly the full cache's, and any number of methods can ride on one reading (``fan_out.py``).
+generated token is exactly the full cache's, and any number of methods can share one prefill (``fan_out.py``).
 The prompt may arrive in chunks; the policy still sees it whole. Left padding ends here: rows are cut to their real
 tokens before attention and before any method looks at them, so no method can score, keep or attend to a pad.
 """
@@ -17,7 +17,7 @@ import torch
 
 from ...conf.errors import InputError
 from ..sharing.plan import KVAccess, Span
-from .forward import Rows
+from .forward import LayerCall, NewTokens, Rows
 from .logits import LogitRule
 from .products import causal_attention
 
@@ -86,12 +86,12 @@ class Prompt:
         return self.query.shape[1] // self.keys.shape[1]
 
 
-class PromptReader(ABC):
+class PrefillLayer(ABC):
     """A layer while it reads the prompt, chunk by chunk.
 
     Args:
         layer_idx, num_layers: which layer of how many.
-        observation_window: how many of the prompt's last queries :meth:`absorb` needs.
+        observation_window: how many of the prompt's last queries :meth:`finish_prefill` needs.
         span: the tokens that each token sees; None: all before it.
     """
 
@@ -101,7 +101,7 @@ class PromptReader(ABC):
         self.observation_window, self.span = observation_window, span
         self.is_finite: torch.Tensor | None = None  # bool, of a prompt's keys and values; looked at after the prefill
         self.seen = 0  # columns fed so far, pads included
-        self.reading = True
+        self.in_prefill = True
         self._keys: torch.Tensor | None = None  # [B, H_kv, prompt length, D] while a chunked prompt is read
         self._values: torch.Tensor | None = None
         self._written = 0  # columns put down
@@ -114,54 +114,39 @@ class PromptReader(ABC):
         """The methods that read here, for an error."""
 
     @abstractmethod
-    def absorb(self, prompts: list[tuple[Rows, Prompt]]) -> None:
+    def finish_prefill(self, prompts: list[tuple[Rows, Prompt]]) -> None:
         """Take the whole prompt: compress it and keep what is kept. Called once, with all rows of the batch."""
 
-    def read_prompt(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        rule: LogitRule,
-        rows: list[Rows],
-        prompt_length: int | None,
-        use: KVAccess,
-        new_kv: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        """Attend over the prompt so far; with its last chunk and last use, absorb it.
+    def prefill(self, call: LayerCall, new: NewTokens, use: KVAccess) -> torch.Tensor:
+        """Attend over the prompt so far; with its last chunk and last use, compress it.
 
         Args:
-            query: [B, H_q, m, D], of the last m of the chunk's n columns: a layer may leave out what nobody asks for.
-            key, value: [B, H_kv, n, D], of this chunk; what is attended over beside the chunks before.
-            rule: how logits are formed.
-            rows: the batch, grouped by leading pads.
-            prompt_length: columns of the whole prompt, or None: this chunk is all of it.
-            use: what this layer of the model does here.
-            new_kv: what is written, where that is not ``key`` and ``value``.
+            call: Of this chunk; its keys and values are attended over after those of the chunks before.
+            new: The batch grouped by leading pads, and the columns of the whole prompt.
+            use: What this layer of the model does here.
 
         Returns:
             [B, H_q, m, D]; zero where the query is a pad.
         """
-        start, end = self.seen, self.seen + key.shape[2]
-        whole = end if prompt_length is None else prompt_length
-        if use.is_owner and new_kv is None:
-            self._collect(key, value, start, end, whole)
-        keys, values = self._so_far(key, value, start, end, use)
-        if use.is_owner and new_kv is not None:
-            self._collect(*new_kv, start, end, whole)
-        out = self._attend_rows(query, keys, values, rule, rows, end, use.strictly_causal)
+        start, end = self.seen, self.seen + call.columns
+        whole = end if new.prompt_length is None else new.prompt_length
+        if use.is_owner and call.new_kv is None:
+            self._collect(call.key, call.value, start, end, whole)
+        keys, values = self._so_far(call, start, end, use)
+        if use.is_owner and call.new_kv is not None:
+            self._collect(*call.new_kv, start, end, whole)
+        out = self._attend_rows(call, keys, values, new.rows, use.strictly_causal)
         if use.is_final_pass:
-            self._note(query, use.strictly_causal)
+            self._note_queries(call.query, use.strictly_causal)
         if use.is_last_reader and use.is_final_pass:
             self.seen, self._turn = end, 0
             if end >= whole:
-                self._finish(rule, rows)
+                self._finish(call.rule, new.rows)
         return out
 
-    def _so_far(
-        self, key: torch.Tensor, value: torch.Tensor, start: int, end: int, use: KVAccess
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _so_far(self, call: LayerCall, start: int, end: int, use: KVAccess) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all columns up to ``end``, the new ones as given."""
+        key, value = call.key, call.value
         if start == 0:
             return key, value
         assert self._keys is not None and self._values is not None
@@ -172,16 +157,10 @@ class PromptReader(ABC):
         return torch.cat([self._keys[:, :, :start], key], dim=2), torch.cat([self._values[:, :, :start], value], dim=2)
 
     def _attend_rows(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        rule: LogitRule,
-        rows: list[Rows],
-        end: int,
-        strict: bool,
+        self, call: LayerCall, keys: torch.Tensor, values: torch.Tensor, rows: list[Rows], strict: bool
     ) -> torch.Tensor:
-        """Attention of the columns up to ``end``, each group of rows without its pads."""
+        """Attention over all columns of ``keys`` [B, H_kv, T, D], each group of rows without its pads."""
+        query, end = call.query, keys.shape[2]
         start = end - query.shape[2]  # column of the first query
         shape = (*query.shape[:3], values.shape[3])
         out = query.new_zeros(shape) if len(rows) > 1 or rows[0].pads else None
@@ -193,7 +172,7 @@ class PromptReader(ABC):
                 r.take(query)[:, :, first - start :],
                 r.take(keys)[:, :, r.pads :],
                 r.take(values)[:, :, r.pads :],
-                rule,
+                call.rule,
                 strict,
                 self.span,
             )
@@ -204,7 +183,7 @@ class PromptReader(ABC):
         assert out is not None
         return out
 
-    def _note(self, query: torch.Tensor, strict: bool) -> None:
+    def _note_queries(self, query: torch.Tensor, strict: bool) -> None:
         """Remember the last queries of the layer whose turn it is."""
         if self._turn == len(self._queries):
             self._queries.append(query)
@@ -219,7 +198,7 @@ class PromptReader(ABC):
         """The prompt is in: hand it over."""
         keys, values, queries = self._keys, self._values, self._queries
         assert keys is not None and values is not None
-        self.reading, self._keys, self._values, self._queries = False, None, None, []
+        self.in_prefill, self._keys, self._values, self._queries = False, None, None, []
         query, strictly_causal = queries[0], None
         if len(queries) > 1:
             if rule.sinks is not None:
@@ -239,7 +218,7 @@ class PromptReader(ABC):
             strictly_causal = torch.tensor(flags, device=keys.device)
         # Noted here and looked at once for all layers (KVCache.check_prompt): the host does not wait in each layer.
         self.is_finite = (keys.sum(dtype=torch.float32) + values.sum(dtype=torch.float32)).isfinite()
-        self.absorb([(r, self._view(r, query, strictly_causal, keys, values, rule)) for r in rows])
+        self.finish_prefill([(r, self._view(r, query, strictly_causal, keys, values, rule)) for r in rows])
 
     def _view(
         self,

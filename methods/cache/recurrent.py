@@ -28,7 +28,7 @@ class StateLayer(LinearAttentionLayer):
     """transformers' state of one recurrent layer, as a layer of a kvbench cache; its bytes are RecurrentStates'."""
 
     is_sliding = is_compileable = False  # read by transformers
-    reading = False
+    in_prefill = False
     observation_window = 0
     capabilities = PolicyCapabilities(keeps_everything=True)
 

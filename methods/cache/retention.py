@@ -12,7 +12,7 @@ class RecurrentLayer:
 
     is_sliding = False  # read by transformers
     is_compileable = record_past = False
-    reading = False
+    in_prefill = False
     observation_window = 0
     capabilities = PolicyCapabilities(keeps_everything=True)
 

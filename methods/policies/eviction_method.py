@@ -35,4 +35,6 @@ class EvictionMethod(Method):
         parts: dict[str, Any] = {"schedule": self.schedule, "sinks": self.sinks, "recent": self.recent}
         policy = EvictionPolicy(self.scorer, self.budget, allocator=self.allocator, **parts)
         object.__setattr__(self, "policy", policy)
+        for name in parts:  # the scorer's defaults in place of None
+            object.__setattr__(self, name, getattr(policy, name))
         super().__post_init__()

@@ -55,7 +55,7 @@ def _shrink(
     hidden = args[0]
     before, new = cache.layers[layer_idx - 1], cache.new_tokens
     assert new is not None
-    if before.reading:
+    if before.in_prefill:
         raise InputError(
             "runner.chunk_size",
             hidden.shape[1],
