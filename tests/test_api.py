@@ -145,7 +145,7 @@ def test_compress_gives_the_cache_of_the_method_and_restores_the_attention(model
 
 def test_compress_takes_a_method(model):
     with kvbench.compress(model, kvbench.Method("mine", kvbench.EvictionPolicy(kvbench.LastQuery(), 16))) as cache:
-        assert {type(layer.policy) for layer in cache.layers} == {kvbench.TOVA}
+        assert {layer.policy.scorer for layer in cache.layers} == {kvbench.LastQuery()}
     with (
         pytest.raises(kvbench.InputError, match=r"method\.budget=5: goes with a method's name"),
         kvbench.compress(model, kvbench.Method("full"), budget=5),

@@ -53,7 +53,11 @@ def kept_sets(method: Method, prompt: Prompt, config) -> list[set[int]]:
     window = min(method.policy.capabilities.observation_window, prompt.length)
     query = prompt.query[:, :, prompt.length - window :]
     asked = Prompt(query, prompt.keys, prompt.values, prompt.rule, prompt.layer_idx, prompt.num_layers)
-    state = method.policy.new_state(ModelLayer(prompt.layer_idx, lambda: Rotary(LlamaRotaryEmbedding(config).inv_freq)))
+    state = method.policy.new_state(
+        ModelLayer(
+            prompt.layer_idx, prompt.layer_idx, prompt.num_layers, lambda: Rotary(LlamaRotaryEmbedding(config).inv_freq)
+        )
+    )
     if isinstance(method.policy, PyramidInfer):  # it says which tokens go on to the next layer
         state.layer_idx, state.shared = prompt.layer_idx, Sequences(lambda: None, prompt.num_layers, [prompt.length])
         method.policy.select(asked, state)
