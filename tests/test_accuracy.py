@@ -16,12 +16,12 @@ from unittest.mock import Mock
 import pytest
 import torch
 from local_model import Done, kvbench, save_local_model, save_rows
-from processes import start_kvbench
+from processes import start as start_process
 
 from kvbench.runners import record
+from kvbench.runners.command import main
 from kvbench.runners.record import RunFolder
 from kvbench.tasks.longbench import LongBench
-
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +54,9 @@ def run(world: Path, results: Path, *overrides: str, status: int = 0) -> Done:
 
 
 def start(world: Path, results: Path, *overrides: str) -> ForkServerProcess:
-    """The same in a process of its own, which can be killed; its standard error is the file ``errors``."""
+    """The same in a process of its own, which can be killed; what it prints is in the file ``errors``."""
     results.mkdir(exist_ok=True)
-    return start_kvbench(["run", *settings(world, results, *overrides)], results / "errors")
+    return start_process(main, ["run", *settings(world, results, *overrides)], output=results / "errors")
 
 
 def stop_after(process: ForkServerProcess, results: Path, count: int, how: signal.Signals) -> Path:
