@@ -19,7 +19,7 @@ LINKED := kvbench/__init__.py kvbench/py.typed conf methods models tasks runners
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint model lock install
+.PHONY: help run test slow lint model lock install
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -27,9 +27,16 @@ help: ## list the targets
 run: install $(VENV)/model.stamp ## set up once, then run SnapKV on LongBench with the default model (ARGS="..." overrides)
 	$(BIN)/python run.py method=snapkv task=longbench $(ARGS)
 
-# A process for each core, with one thread: two processes of two threads each on two cores wait for each other.
+# A process for each core, with one thread: two processes of two threads each on two cores wait for each other. A file
+# stays with one process, which makes its models and runs once.
+PYTEST = HF_HUB_OFFLINE=1 WANDB_MODE=disabled OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+	--numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile
+
 test: install ## the test suite, which never uses the network (up to four processes; WORKERS=0 for one)
-	HF_HUB_OFFLINE=1 WANDB_MODE=disabled OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile
+	$(PYTEST)
+
+slow: install ## the tests that are more of the same, which `make test` leaves out
+	$(PYTEST) -m slow
 
 lint: install ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .

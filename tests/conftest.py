@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,18 @@ def golden(shared_data: Path) -> dict[str, Any]:
     if not path.exists():
         pytest.skip(f"no golden sets at {path}")
     return json.loads(path.read_text())
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Measuring processes are forks that wait for no other one: for tests of anything but the times measured."""
+    from processes import in_forked_process
+
+    from kvbench.runners import efficiency, search
+
+    for module in (efficiency, search):
+        monkeypatch.setattr(module, "in_fresh_process", in_forked_process)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where the lock for measuring lies
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 The witness sees the queries, keys and values that each layer is given, remembers all of them, and finds out *which*
 tokens a layer holds by looking its stored keys up in that memory. Then it computes attention over exactly those tokens
-(and the new ones, causally) with plain loops in float64 and compares. Nothing of the code under test is used: a pad
+(and the new ones, causally) in float64 and compares. Nothing of the code under test is used: a pad
 that is kept, a key with another token's value, a mask that is off by one or a head that reads its neighbour all fail.
 """
 
@@ -71,40 +71,38 @@ class Witness:
         for b in range(keys.shape[0]):
             per_head = []
             for h in range(keys.shape[1]):
-                found = []
-                for s in range(keys.shape[2]):
-                    if valid is not None and not valid[b, h if valid.shape[1] > 1 else 0, s]:
-                        continue
-                    same = (self.keys[b, h // groups] == keys[b, h, s]).all(-1).nonzero()[:, 0].tolist()
-                    same = [c for c in same if self.real[b, c]]
-                    assert len(same) == 1, f"slot {s} of row {b} head {h} holds no real token: {same}"
-                    assert torch.equal(self.values[b, h // groups, same[0]], values[b, h, s]), "value of another token"
-                    found.append(same[0])
-                assert found == sorted(set(found)), f"not strictly increasing: {found}"
-                per_head.append(found)
+                slots = torch.arange(keys.shape[2])
+                if valid is not None:
+                    slots = valid[b, h if valid.shape[1] > 1 else 0].nonzero()[:, 0]
+                seen_keys, seen_values = self.keys[b, h // groups], self.values[b, h // groups]
+                same = (keys[b, h, slots, None] == seen_keys).all(-1) & self.real[b]  # [slots, columns]
+                wrong = slots[same.sum(1) != 1].tolist()
+                assert not wrong, f"slots {wrong} of row {b} head {h} hold no real token"
+                found = same.int().argmax(1)
+                assert torch.equal(seen_values[found], values[b, h, slots]), "value of another token"
+                assert (found.diff() > 0).all(), f"not strictly increasing: {found.tolist()}"
+                per_head.append(found.tolist())
             columns.append(per_head)
         return columns
 
     def check(self, query, out, rule, new, strict) -> None:
         """``new`` columns have come, of which the last ones ask; ``strict``: not about themselves."""
-        held, before = self.held, self.before
+        held, before, n = self.held, self.before, query.shape[2]
         groups = query.shape[1] // self.keys.shape[1]
+        at = before + new - n + torch.arange(n)  # columns of the queries
         for b in range(query.shape[0]):
+            asks = torch.cat([self.real[b], torch.ones(n, dtype=torch.bool)])[at]
             for j in range(query.shape[1]):
-                for i in range(query.shape[2]):
-                    at = before + new - query.shape[2] + i
-                    if at < self.real.shape[1] and not self.real[b, at]:
-                        continue
-                    end = at + (not strict)
-                    if held is None:
-                        seen = [c for c in range(end) if self.real[b, c]]
-                    else:
-                        stored = held[b][j * len(held[b]) // query.shape[1]]
-                        seen = stored + [c for c in range(before, end) if self.real[b, c]]
-                    k, v = self.keys[b, j // groups, seen].double(), self.values[b, j // groups, seen].double()
-                    weights = torch.softmax(k @ query[b, j, i].double() * rule.scaling, 0)
-                    error = (weights @ v - out[b, j, i].double()).abs().max().item()
-                    assert error < self.tolerance, f"row {b} head {j} query {at}: off by {error}"
+                there = self.real[b].clone()
+                if held is not None:
+                    there[:before] = False
+                    there[held[b][j * len(held[b]) // query.shape[1]]] = True
+                seen = there & (torch.arange(len(there)) < at[:, None] + (not strict))  # [queries, columns]
+                k, v = self.keys[b, j // groups].double(), self.values[b, j // groups].double()
+                logits = (query[b, j].double() @ k.T * rule.scaling).masked_fill(~seen, -torch.inf)
+                expected = torch.softmax(logits, 1).nan_to_num() @ v  # nothing of nothing
+                error = (expected - out[b, j].double()).abs().amax(1)[asks]
+                assert (error < self.tolerance).all(), f"row {b} head {j} queries {at[asks]}: off by {error}"
 
 
 def watch(cache: KVCache, mask: torch.Tensor | None = None, tolerance: float = 1e-9) -> list[Witness]:

@@ -7,30 +7,29 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
 from local_model import Done, kvbench, save_local_model, save_rows
+from processes import start as start_process
 
 from kvbench.runners import record
+from kvbench.runners.command import main
 from kvbench.runners.record import RunFolder
 from kvbench.tasks.longbench import LongBench
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """A folder with ``model/`` and ``data/`` (qasper and lcc)."""
+    """A folder with ``model/`` and ``data/`` (hotpotqa and lcc, whose answers are the shortest)."""
     folder = tmp_path_factory.mktemp("world")
     save_local_model(folder / "model")
-    save_rows(folder / "data", "qasper", 6)
+    save_rows(folder / "data", "hotpotqa", 6)
     save_rows(folder / "data", "lcc", 5)
     return folder
 
@@ -54,31 +53,23 @@ def run(world: Path, results: Path, *overrides: str, status: int = 0) -> Done:
     return done
 
 
-def start(world: Path, results: Path, *overrides: str) -> subprocess.Popen[str]:
-    """The same in a process of its own, which can be killed."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(ROOT / "run.py"), *settings(world, results, *overrides)]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        # Where the tests themselves run in the background, children would inherit that Ctrl-C is ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+def start(world: Path, results: Path, *overrides: str) -> ForkServerProcess:
+    """The same in a process of its own, which can be killed; what it prints is in the file ``errors``."""
+    results.mkdir(exist_ok=True)
+    return start_process(main, ["run", *settings(world, results, *overrides)], output=results / "errors")
 
 
-def stop_after(process: subprocess.Popen[str], results: Path, count: int, how: signal.Signals) -> Path:
+def stop_after(process: ForkServerProcess, results: Path, count: int, how: signal.Signals) -> Path:
     """Send a signal once ``count`` examples are on disk; returns SnapKV's samples.jsonl."""
     deadline = time.time() + 120
-    while time.time() < deadline and process.poll() is None:
+    while time.time() < deadline and process.is_alive():
         samples = list(results.glob("*/*/snapkv/*/samples.jsonl"))
         if samples and samples[0].read_bytes().count(b"\n") >= count:
-            process.send_signal(how)
+            os.kill(process.pid, how)
+            process.join(60)
             return samples[0]
         time.sleep(0.02)
-    raise AssertionError(f"the run ended before it could be stopped: {process.communicate()}")
+    raise AssertionError(f"the run ended before it could be stopped: {(results / 'errors').read_text()}")
 
 
 def folders(results: Path) -> dict[str, Path]:
@@ -125,7 +116,7 @@ def test_the_record_says_what_ran(finished):
     assert record["status"] == "done"
     assert record["execution"] == "real"
     assert record["task"] == record["data"]["name"] == "longbench-subset"
-    assert record["data"]["examples"] == {"lcc": 5, "qasper": 6}
+    assert record["data"]["examples"] == {"lcc": 5, "hotpotqa": 6}
     assert all(len(digest) == 64 for digest in record["data"]["sha256"].values())
     assert record["identity"]["method"]["selection"]["budget"] == 40
     assert record["provenance"]["packages"]["torch"]
@@ -134,7 +125,7 @@ def test_the_record_says_what_ran(finished):
     full = json.loads((folders(results)["full"] / "record.json").read_text())
     expected = record["average"]["mean"] - full["average"]["mean"]
     assert record["paired"]["difference"]["mean"] == pytest.approx(expected)
-    assert set(record["scores"]) == {"qasper", "lcc"}
+    assert set(record["scores"]) == {"hotpotqa", "lcc"}
     mean = sum(s["mean"] for s in record["scores"].values()) / 2
     assert record["average"]["mean"] == pytest.approx(mean)
 
@@ -193,15 +184,15 @@ def test_who_rides_along_and_how_prompts_are_batched_change_no_prediction(finish
 def test_a_run_killed_in_the_middle_continues_at_the_right_example(world, tmp_path):
     """kill -9, a torn last line, and again: no example lost, none twice, the same scores as an undisturbed run."""
     data = tmp_path / "data"
-    save_rows(data, "qasper", 25)
+    save_rows(data, "qasper", 10)
     overrides = [f"task.data_dir={data}"]
     undisturbed = tmp_path / "undisturbed"
     run(world, undisturbed, *overrides)
 
     results = tmp_path / "killed"
     process = start(world, results, *overrides)
-    samples = stop_after(process, results, 5, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    samples = stop_after(process, results, 3, signal.SIGKILL)
+    assert process.exitcode == -signal.SIGKILL
     assert not list(results.glob("*/*/*/*/record.json"))
     with samples.open("ab") as file:
         file.write(b'{"dataset": "qasper", "id": "qasp')
@@ -210,7 +201,7 @@ def test_a_run_killed_in_the_middle_continues_at_the_right_example(world, tmp_pa
     assert "continues after" in out
     for label, folder in folders(undisturbed).items():
         again = folders(results)[label]
-        assert len(rows(again)) == 25
+        assert len(rows(again)) == 10
         key = lambda r: r["id"]  # noqa: E731
         assert sorted(rows(again), key=key) == sorted(rows(folder), key=key)
         ours, theirs = (json.loads((f / "record.json").read_text()) for f in (again, folder))
@@ -220,11 +211,11 @@ def test_a_run_killed_in_the_middle_continues_at_the_right_example(world, tmp_pa
 
 def test_interrupting_keeps_what_is_complete(world, tmp_path):
     data, results = tmp_path / "data", tmp_path / "results"
-    save_rows(data, "qasper", 25)
+    save_rows(data, "qasper", 10)
     process = start(world, results, f"task.data_dir={data}")
     samples = stop_after(process, results, 3, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    errors = (results / "errors").read_text()
+    assert process.exitcode == 130
     assert "Traceback" not in errors
     assert "run the same command again" in errors
     assert len(rows(samples.parent)) >= 3
@@ -234,8 +225,9 @@ def test_a_second_process_on_the_same_run_waits_and_finds_it_done(world, tmp_pat
     """Jobs of a sweep share the run of the full cache: the later one waits for it and uses it."""
     results = tmp_path / "results"
     processes = [start(world, results, f"method.budget={budget}") for budget in (40, 50)]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0], (results / "errors").read_text()
     found = folders(results)
     assert set(found) == {"snapkv 40", "snapkv 50", "full"}
     assert all(len(rows(folder)) == 11 for folder in found.values())
@@ -367,13 +359,13 @@ def test_rows_of_runs_on_fewer_examples_are_reused(world, tmp_path, monkeypatch)
         asked.extend(item.example.dataset for item in batch)
         return real(methods, batch, *rest)
 
-    run(world, tmp_path / "parts", "task.datasets=[qasper]", "task.limit=3")
+    run(world, tmp_path / "parts", "task.datasets=[hotpotqa]", "task.limit=3")
     run(world, tmp_path / "parts", "task.datasets=[lcc]", "task.limit=2")
     parts = {path.parent.name for path in (tmp_path / "parts").glob("*/*/snapkv/*/record.json")}
     monkeypatch.setattr(accuracy, "ask", count)
-    whole = ("task.datasets=[lcc,qasper]", "task.limit=5")
+    whole = ("task.datasets=[lcc,hotpotqa]", "task.limit=5")
     out = run(world, tmp_path / "parts", *whole, "runner.reuse=true").stdout
-    assert asked == ["lcc"] * 3 + ["qasper"] * 2
+    assert asked == ["lcc"] * 3 + ["hotpotqa"] * 2
     assert out.count("3 examples from") == out.count("2 examples from") == 2  # snapkv and full
     run(world, tmp_path / "alone", *whole)
 
@@ -391,22 +383,22 @@ def test_rows_of_runs_on_fewer_examples_are_reused(world, tmp_path, monkeypatch)
 @pytest.mark.parametrize(("newest", "taken"), [(2, [2, 1]), (3, [3])])
 def test_of_two_runs_the_newest_gives_its_rows(world, tmp_path, newest, taken):
     for limit in (2, 3):
-        run(world, tmp_path, "task.datasets=[qasper]", f"task.limit={limit}", "runner.pair_with=[]")
+        run(world, tmp_path, "task.datasets=[hotpotqa]", f"task.limit={limit}", "runner.pair_with=[]")
     for path in tmp_path.glob("*/*/snapkv/*/record.json"):
         record = json.loads(path.read_text())
-        record["finished"] = f"20{20 + (record['data']['examples']['qasper'] == newest)}-01-01T00:00:00Z"
+        record["finished"] = f"20{20 + (record['data']['examples']['hotpotqa'] == newest)}-01-01T00:00:00Z"
         path.write_text(json.dumps(record))
-    whole = ("task.datasets=[qasper]", "task.limit=4", "runner.pair_with=[]", "runner.reuse=true")
+    whole = ("task.datasets=[hotpotqa]", "task.limit=4", "runner.pair_with=[]", "runner.reuse=true")
     out = run(world, tmp_path, *whole).stdout
     assert [int(n) for n in re.findall(r"(\d) examples from", out)] == taken
 
 
 @pytest.mark.parametrize("change", ["task.max_length=300", "method.budget=41", "seed=1", "task.data_dir={other}"])
 def test_rows_of_another_setting_or_of_other_data_are_not_reused(world, tmp_path, change):
-    save_rows(tmp_path / "data", "qasper", 7)  # one row more: other bytes
-    run(world, tmp_path / "results", "task.datasets=[qasper]", "task.limit=3", "runner.pair_with=[]")
+    save_rows(tmp_path / "data", "hotpotqa", 7)  # one row more: other bytes
+    run(world, tmp_path / "results", "task.datasets=[hotpotqa]", "task.limit=3", "runner.pair_with=[]")
     further = ["task.limit=4", "runner.reuse=true", change.format(other=tmp_path / "data")]
-    out = run(world, tmp_path / "results", "task.datasets=[qasper]", "runner.pair_with=[]", *further).stdout
+    out = run(world, tmp_path / "results", "task.datasets=[hotpotqa]", "runner.pair_with=[]", *further).stdout
     assert "examples from" not in out
     newest = max(tmp_path.glob("results/*/*/snapkv/*/record.json"), key=lambda path: path.stat().st_mtime_ns)
     assert len(json.loads(newest.read_text())["sessions"]) == 1
@@ -416,7 +408,7 @@ def test_runs_under_another_rule_for_equal_scores_are_neither_reused_nor_taken_a
     """A record from before there was a rule has no ``ties``; the full cache ranks nothing, and its rows are taken."""
     from kvbench.runners.record import identity_hash
 
-    part = ("task.datasets=[qasper]", "task.limit=2")
+    part = ("task.datasets=[hotpotqa]", "task.limit=2")
     run(world, tmp_path, *part)
     (old,) = tmp_path.glob("*/*/snapkv/*")
     record = json.loads((old / "record.json").read_text())
@@ -424,7 +416,7 @@ def test_runs_under_another_rule_for_equal_scores_are_neither_reused_nor_taken_a
     record["hash"] = identity_hash(record["identity"])
     (old / "record.json").write_text(json.dumps(record))
     old = old.rename(old.with_name(record["hash"]))
-    out = run(world, tmp_path, "task.datasets=[qasper]", "task.limit=3", "runner.reuse=true").stdout
+    out = run(world, tmp_path, "task.datasets=[hotpotqa]", "task.limit=3", "runner.reuse=true").stdout
     assert re.findall(r"(\w+)(?: \d+)?: (\d) examples from", out) == [("full", "2")]
     again = run(world, tmp_path, *part).stdout
     assert "full: already done" in again and "snapkv 40: already done" not in again
@@ -502,7 +494,7 @@ def test_a_prompt_whose_question_was_cut_off_cannot_be_asked_after_compression(w
 def run_full(world: Path, results: Path, status: int = 0) -> Done:
     """The full cache alone, on six examples."""
     given = [o for o in settings(world, results) if not o.startswith("method")]
-    done = kvbench("run", *given, "method=full", "runner.pair_with=[]", "task.datasets=[qasper]")
+    done = kvbench("run", *given, "method=full", "runner.pair_with=[]", "task.datasets=[hotpotqa]")
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     return done
@@ -530,7 +522,7 @@ def without(row: str, key: str) -> bytes:
 
 
 DAMAGED_ROWS: dict[str, tuple[Callable[[str], bytes], str]] = {
-    "no UTF-8": (lambda row: row.encode().replace(b"qasper", b"qas\xffper", 1) + b"\n", "no JSON object"),
+    "no UTF-8": (lambda row: row.encode().replace(b"hotpotqa", b"hotpot\xffqa", 1) + b"\n", "no JSON object"),
     "no object": (lambda row: b"[1]\n", "no JSON object"),
     "zeros": (lambda row: b"\0" * 64 + b"\n", "no JSON object"),
     "blank": (lambda row: b"\n", "no JSON object"),
@@ -546,7 +538,7 @@ DAMAGED_ROWS: dict[str, tuple[Callable[[str], bytes], str]] = {
     "score below 0": (lambda row: change(row, score=-0.5), "has score=-0.5"),
     "bytes are true": (lambda row: change(row, kv_bytes_stored=True), "has kv_bytes_stored=True"),
     "another method": (lambda row: change(row, method="snapkv 40"), "is of snapkv 40, not of full"),
-    "unknown example": (lambda row: change(row, id="qasper-99"), "qasper/qasper-99: is no example of this run"),
+    "unknown example": (lambda row: change(row, id="hotpotqa-99"), "hotpotqa/hotpotqa-99: is no example of this run"),
     "a second score": (lambda row: f"{row}\n".encode() + change(row, score=1.0), "has another row before this one"),
 }
 
@@ -593,7 +585,7 @@ def test_a_finished_run_that_has_lost_rows_is_completed(world, again, left):
 def test_a_new_method_beside_a_full_cache_that_has_lost_rows(world, again):
     (folder,) = folders(again).values()
     (folder / "samples.jsonl").write_bytes((folder / "samples.jsonl").read_bytes()[:1000])
-    run(world, again, "task.datasets=[qasper]")
+    run(world, again, "task.datasets=[hotpotqa]")
     assert "paired" in json.loads((folders(again)["snapkv 40"] / "record.json").read_text())
     assert len(rows(folder)) == 6
 
@@ -640,14 +632,14 @@ def test_files_without_the_right_to_read_them_are_one_line(world, again, monkeyp
 
 def test_a_prompt_of_no_tokens_is_one_line(world, tmp_path, monkeypatch):
     monkeypatch.setattr(LongBench, "encode", lambda *_: [])
-    said = run(world, tmp_path, "task.datasets=[qasper]", status=2).stderr
-    assert "error: task=longbench: qasper/qasper-0 is a prompt of no tokens" in said
+    said = run(world, tmp_path, "task.datasets=[hotpotqa]", status=2).stderr
+    assert "error: task=longbench: hotpotqa/hotpotqa-0 is a prompt of no tokens" in said
 
 
 def test_a_token_without_an_embedding_is_one_line(world, tmp_path, monkeypatch):
     monkeypatch.setattr(LongBench, "encode", lambda *_: [5, 400, 7])
-    said = run(world, tmp_path, "task.datasets=[qasper]", status=2).stderr
-    assert "error: model=local: its tokenizer gives qasper/qasper-0 a token 400, its embedding has 258 rows" in said
+    said = run(world, tmp_path, "task.datasets=[hotpotqa]", status=2).stderr
+    assert "error: model=local: its tokenizer gives hotpotqa/hotpotqa-0 a token 400, its embedding has 258 rows" in said
 
 
 BAD_TEMPLATES = {
@@ -663,7 +655,7 @@ BAD_TEMPLATES = {
 def test_a_bad_chat_template_is_one_line(world, tmp_path, template):
     folder = Path(shutil.copytree(world / "model", tmp_path / "model"))
     (folder / "chat_template.jinja").write_text(template)
-    run_it = [*settings(world, tmp_path / "results", "task.datasets=[qasper]"), f"model.path={folder}"]
+    run_it = [*settings(world, tmp_path / "results", "task.datasets=[hotpotqa]"), f"model.path={folder}"]
     done = kvbench("run", *run_it)
     assert done.returncode == 2
     assert "error: model.chat_template=" in done.stderr

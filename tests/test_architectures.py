@@ -19,7 +19,17 @@ from transformers.utils import logging
 
 from kvbench.models.architectures import CROSSED, Variant, build, model_types, variants
 from kvbench.runners import conformance
-from kvbench.runners.conformance import EXACT, QUICK_PATHS, TRACEBACK, UNTESTED, WRONG, Form, failures, run_form
+from kvbench.runners.conformance import (
+    EXACT,
+    PROMPT,
+    QUICK_PATHS,
+    TRACEBACK,
+    UNTESTED,
+    WRONG,
+    Form,
+    failures,
+    run_form,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 ADVICE = "implement what it needs, or refuse the model when its cache is made; see docs/models.md"
@@ -34,6 +44,13 @@ def quiet():
         warnings.simplefilter("ignore")
         yield
     logging.set_verbosity(level)
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row that is padded, and as many steps as pass the windows that are passed while decoding."""
+    monkeypatch.setattr(conformance, "ROW_LENGTHS", (PROMPT, 9))
+    monkeypatch.setattr(conformance, "STEPS", CROSSED - PROMPT + 2)
 
 
 @cache
@@ -52,9 +69,12 @@ def variants_or_none(name: str) -> list[Variant]:
         return [Variant("", {})]
 
 
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("name", model_types())
 def test_architecture_is_exact_or_refused(name: str) -> None:
     """Its first form through the engine, in a batch, in chunks and through ``generate``, and its other windows.
+
+    The rest, with more rows and steps: ``test_every_form_on_every_path``.
 
     Any difference is a mistake (float64), as is any exception but one-line refusals; a page of the same transformers
     says the same.

@@ -11,12 +11,13 @@ import subprocess
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
 from local_model import kvbench, save_local_model, save_rows
+from processes import start
 
+from kvbench.runners.command import main
 from kvbench.runners.terminal import lasting_streams
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -179,7 +180,26 @@ BAD_INPUT = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "said"), BAD_INPUT, ids=[" ".join(o)[:60] for o, _ in BAD_INPUT])
+AGAIN = {
+    *("method.budget=-4", "runner.budgets=0", "runner.pair_with=fulll", "runner.budgets=[]", "task.limit=0"),
+    *("method=5", "method={{a:1}}", "task=", "method.selection=null", "~seed", "++task.foo=1"),
+    *("task=perplexity +task.limit=5", "task=recall task.limit=5", "task=needle task.limit=5"),
+    *("task.datasets=trec,qasper", "runner.budgets=64,128", "runner.pair_with=full,h2o", "runner.budgets=[64,true]"),
+    *("runner.pair_with={{a:b}}", "runner.pair_with=[null]", "runner.pair_with=true", "runner.pair_with=[full,5]"),
+    *("runner.temperature=true", "runner.chunk_size=true", "batch_size=true", "batch_size=1.5"),
+    *("method.budget=${{oc.env:NO_SUCH}}", "results_dir=null", "results_dir=[a]", "results_dir={{a:1}}"),
+    *("results_dir=true", "model.path=5", "model.path=[a]", "model.chat_template=5", "model.max_positions=abc"),
+    *("model.name=null", "model.name=5", "model.name=a/b", "model.name=..", "method.name=null", "method.name=5"),
+}
+"""What is found by the same check as others of the list."""
+
+
+def case(overrides: list[str], said: list[str]):
+    text = " ".join(overrides)
+    return pytest.param(overrides, said, id=text[:60], marks=[pytest.mark.slow] if text in AGAIN else [])
+
+
+@pytest.mark.parametrize(("overrides", "said"), [case(*bad) for bad in BAD_INPUT])
 def test_bad_input_is_one_line(world, tmp_path, monkeypatch, overrides, said):
     good = [
         "model=local",
@@ -269,25 +289,22 @@ def test_run_py_from_any_folder_is_one_line_too_and_leaves_no_file_behind(tmp_pa
 
 
 @pytest.mark.parametrize("streams", ["reader gone", "disk full", "closed"])
-def test_a_run_goes_on_without_its_terminal(streams, world, tmp_path):
-    """Real processes, because the streams of this one are pytest's. Exit status 0 comes with the record."""
-    command = [sys.executable, "-m", "kvbench.runners.command", "run", "model=local", f"model.path={world}/model"]
-    command += ["model.max_prompt_tokens=700", f"task.data_dir={world}/data", "task.datasets=[qasper]"]
+def test_a_run_goes_on_without_its_terminal(streams, world, tmp_path, monkeypatch):
+    """Processes of their own, because the streams of this one are pytest's. Exit status 0 comes with the record."""
+    monkeypatch.chdir(tmp_path)
+    command = ["run", "model=local", f"model.path={world}/model", "model.max_prompt_tokens=700"]
+    command += [f"task.data_dir={world}/data", "task.datasets=[qasper]", "task.limit=1"]
     command += ["method=full", "runner.pair_with=[]", f"results_dir={tmp_path}/results"]
-    options: dict[str, Any] = {"cwd": tmp_path, "env": os.environ | {"HF_HUB_OFFLINE": "1"}}
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    output = {"reader gone": pipe, "disk full": Path("/dev/full"), "closed": None}[streams]
+    process = start(main, command, output=output)
     if streams == "reader gone":
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
-        process.stdout.readline()
-        process.stdout.close()
-        process.stderr.close()
-        process.send_signal(signal.SIGHUP)  # what a terminal sends when it is closed
-        status = process.wait()
-    elif streams == "disk full":
-        with open("/dev/full", "w") as full:
-            status = subprocess.run(command, stdout=full, stderr=full, **options).returncode
-    else:
-        status = subprocess.run(["sh", "-c", '"$@" >&- 2>&-', "sh", *command], **options).returncode
-    assert status == 0
+        with pipe.open() as reader:
+            reader.readline()
+        os.kill(process.pid, signal.SIGHUP)  # what a terminal sends when it is closed
+    process.join()
+    assert process.exitcode == 0
     (record,) = tmp_path.rglob("record.json")
     assert json.loads(record.read_text())["status"] == "done"
 

