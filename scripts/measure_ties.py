@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from kvbench.analysis.stats import paired_difference
 from kvbench.methods.cache.method import Method
-from kvbench.methods.cache.prefill import Prompt
+from kvbench.methods.cache.prompt import Prompt
 from kvbench.methods.policies import ranking
 from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.policy import Kept

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kvbench.methods.cache.logits import LogitRule
-from kvbench.methods.cache.prefill import Prompt
+from kvbench.methods.cache.prompt import Prompt
 
 LENGTH, DIM = 40, 8
 

@@ -11,7 +11,7 @@ from kvbench.conf.errors import InputError
 from kvbench.methods.cache import prompt_attention
 from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.cache.method import Method
-from kvbench.methods.cache.prefill import Prompt
+from kvbench.methods.cache.prompt import Prompt
 from kvbench.methods.cache.prompt_attention import attention_received
 from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.policy import Step

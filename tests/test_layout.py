@@ -310,3 +310,63 @@ def test_a_default_without_a_source_would_be_noticed() -> None:
     assert without_source(text) == ["budget: 64 # tokens", "sinks: 4 # first tokens"]
     assert without_source(text.replace("tokens", "tokens (paper: section 3)")) == []
     assert without_source("_target_: a.B\nbits: 4 # of a code\n", ()) == ["bits: 4 # of a code"]
+
+
+# size and circles -------------------------------------------------------------------------------------------------
+
+LONGEST_FILE, LONGEST_FUNCTION = 300, 60
+SMALL_FOLDERS = ("conf", "methods")
+
+
+def runtime_imports(path: Path, modules: dict[str, Path]) -> set[str]:
+    """Modules of the project that importing a file imports; what only a type checker imports is left out."""
+    found, package = set(), path.relative_to(ROOT).with_suffix("").parts[:-1]
+    nodes = list(ast.parse(path.read_text(encoding="utf-8")).body)
+    for node in nodes:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.dump(node.test):
+            nodes += node.body
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
+            names = [".".join([*filter(None, base), alias.name]) for alias in node.names]
+            found |= {name if name in modules else name.rpartition(".")[0] for name in names}
+    return found & modules.keys()
+
+
+def project_modules() -> dict[str, Path]:
+    paths = [p for top in RULES if top != "kvbench" for p in (ROOT / top).rglob("*.py") if "notebooks" not in p.parts]
+    return {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in paths}
+
+
+def closure(name: str, graph: dict[str, set[str]]) -> set[str]:
+    """A module and everything that it imports, directly or not."""
+    found, todo = {name}, [name]
+    while todo:
+        new = graph[todo.pop()] - found
+        found |= new
+        todo += new
+    return found
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    modules = project_modules()
+    graph = {name: runtime_imports(path, modules) for name, path in modules.items()}
+    circles = [name for name in graph if any(name in closure(other, graph) for other in graph[name])]
+    assert circles == []
+
+
+def test_a_scorer_is_read_without_the_rest_of_the_project() -> None:
+    """Lines of all files that a scorer imports: what a reader of it may have to open."""
+    modules = project_modules()
+    graph = {name: runtime_imports(path, modules) for name, path in modules.items()}
+    for name in modules:
+        if name.startswith("methods.policies.scorers."):
+            lines = sum(len(modules[m].read_text(encoding="utf-8").splitlines()) for m in closure(name, graph))
+            assert lines <= 700, (name, lines)
+
+
+@pytest.mark.parametrize("path", [p for top in SMALL_FOLDERS for p in sorted((ROOT / top).rglob("*.py"))], ids=str)
+def test_files_and_functions_are_short(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= LONGEST_FILE
+    functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert [f.name for f in functions if (f.end_lineno or 0) - f.lineno >= LONGEST_FUNCTION] == []

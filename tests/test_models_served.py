@@ -244,7 +244,7 @@ def test_attention_is_its_definition(span, softcap, with_sinks):
 
 def test_scores_have_the_cap_and_the_sinks_in_them():
     """H2O's sums over a prompt are those of the model's own weights: with sinks, rows add up to less than one."""
-    from kvbench.methods.cache.prefill import Prompt
+    from kvbench.methods.cache.prompt import Prompt
     from kvbench.methods.policies.scorers.attention_sums import attention_received
 
     generator = torch.Generator().manual_seed(1)

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from kvbench.methods.cache.kv_shape import kv_shape
 from kvbench.methods.cache.layer import CacheLayer
 from kvbench.methods.cache.method import Method
-from kvbench.methods.cache.prefill import ALL_QUERIES, Prompt
+from kvbench.methods.cache.prompt import ALL_QUERIES, Prompt
 from kvbench.methods.cache.rotary import Rotary
 from kvbench.methods.policies.pyramid_infer.policy import PyramidInfer
 from kvbench.methods.policies.pyramid_infer.state import Sequences

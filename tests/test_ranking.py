@@ -10,7 +10,7 @@ from tiny_models import left_pad, prompt_ids, tiny_model
 
 from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.cache.method import Method
-from kvbench.methods.cache.prefill import Prompt
+from kvbench.methods.cache.prompt import Prompt
 from kvbench.methods.cache.rotary import Rotary
 from kvbench.methods.policies.allocators.adaptive import Adaptive
 from kvbench.methods.policies.decoding import EvictionState, evict_one

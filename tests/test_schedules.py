@@ -11,7 +11,7 @@ from kvbench.conf.errors import InputError
 from kvbench.methods.cache.layout import model_shape
 from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.cache.method import Method
-from kvbench.methods.cache.prefill import Prompt
+from kvbench.methods.cache.prompt import Prompt
 from kvbench.methods.policies.allocators.adaptive import Adaptive
 from kvbench.methods.policies.allocators.global_budget import Global
 from kvbench.methods.policies.eviction import EvictionPolicy

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from kvbench.conf.errors import InputError
 from kvbench.methods.cache.logits import LogitRule
-from kvbench.methods.cache.prefill import Prompt
+from kvbench.methods.cache.prompt import Prompt
 from kvbench.methods.cache.rotary import Rotary
 from kvbench.methods.policies.decoding import EvictionState
 from kvbench.methods.policies.eviction import EvictionPolicy

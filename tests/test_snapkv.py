@@ -15,7 +15,7 @@ from kvbench.conf.errors import InputError
 from kvbench.methods.cache.fan_out import FanOutCache
 from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.cache.method import Method
-from kvbench.methods.cache.prefill import Prompt
+from kvbench.methods.cache.prompt import Prompt
 from kvbench.methods.cache.prompt_attention import window_attention
 from kvbench.methods.policies.budget import resolve_budget
 from kvbench.methods.policies.eviction import EvictionPolicy

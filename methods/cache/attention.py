@@ -133,17 +133,7 @@ def attention_function(
         InputError: the model asks for attention of a kind that is not implemented.
     """
     cache = _cache_of(module, key)
-    unknown = [
-        name for name, given in others.items() if name not in IGNORED and given is not None and given is not False
-    ]
-    if unknown:
-        _refuse(
-            module, unknown[0], others[unknown[0]], "is not implemented here, so the output would not be the model's"
-        )
-    if dropout:
-        _refuse(module, "dropout", dropout, "is for training; call model.eval() first")
-    if is_causal is False or (is_causal is None and not getattr(module, "is_causal", True)):
-        _refuse(module, "is_causal", False, "is attention in both directions; kvbench's caches are causal")
+    _check_keywords(module, others, dropout, is_causal)
     if cache is not None and _begins_again(module, cache, query.shape[2], others.get("position_ids")):
         _refuse(module, "position_ids", 0, "begins a text in a cache that has read one; is use_cache=False?")
     if attention_mask is not None:
@@ -160,6 +150,21 @@ def attention_function(
     else:
         out = cache.attend(module.layer_idx, LayerCall(query, key, value, rule, new_kv), attention_mask)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _check_keywords(module: Any, others: dict[str, Any], dropout: float, is_causal: bool | None) -> None:
+    """Refuse what a model asks of its attention function and what is not implemented here."""
+    unknown = [
+        name for name, given in others.items() if name not in IGNORED and given is not None and given is not False
+    ]
+    if unknown:
+        _refuse(
+            module, unknown[0], others[unknown[0]], "is not implemented here, so the output would not be the model's"
+        )
+    if dropout:
+        _refuse(module, "dropout", dropout, "is for training; call model.eval() first")
+    if is_causal is False or (is_causal is None and not getattr(module, "is_causal", True)):
+        _refuse(module, "is_causal", False, "is attention in both directions; kvbench's caches are causal")
 
 
 def _padding_of(module: Any, mask: torch.Tensor) -> torch.Tensor:

@@ -8,20 +8,19 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
 
 from ...conf.errors import InputError
 from ..sharing.kv_map import FULL
 from ..sharing.plan import KVAccess, Plan
-from .attention import announce, tag
 from .forward import LayerCall, NewTokens, Rows, rows_by_padding
 from .inference_mode import under_inference_mode
 from .layer import CacheLayer
-from .prefill import ALL_QUERIES
+from .prompt import ALL_QUERIES
 from .recurrent import RecurrentStates
+from .transformers_api import TransformersCache
 
 
-class KVCache(Cache):
+class KVCache(TransformersCache):
     """The cache of one batch. Make it with :meth:`Method.new_cache`; it is used once and thrown away.
 
     Attributes:
@@ -45,7 +44,6 @@ class KVCache(Cache):
 
     recomputes = False
     copies = 1
-    layers: list[Any]  # CacheLayer, or FanOutLayer: transformers' own layer classes hold tensors in their own way
 
     def __init__(self, layers: Sequence[Any], plan: Plan, passes: int | None = None):
         super().__init__(layers=list(layers))
@@ -65,86 +63,6 @@ class KVCache(Cache):
     def fork(self) -> KVCache:
         """A copy that goes on by itself, once the prompt is in: what one of them is fed, the other does not see."""
         return copy.deepcopy(self)
-
-    # transformers' side -------------------------------------------------------------------------------------------
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pass the new keys and values straight through, with this cache's name on them.
-
-        Raises:
-            InputError: the layer before attended by code of its own, or this one should have no keys.
-        """
-        if layer_idx not in self.plan.attending:
-            raise InputError("model", f"layer {layer_idx}", "gives keys and values that its config does not speak of")
-        announce(self, layer_idx)
-        return tag(key_states, self), value_states
-
-    def __bool__(self) -> bool:
-        """False: Phi-3's ``generate`` throws a true cache away where RoPE changes; this one refuses (``_begin``)."""
-        return False
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        if layer_idx not in self.plan.attending:
-            layer_idx = self.first_layer
-        return self.layers[self.plan.cache_layer[layer_idx]].get_seq_length()
-
-    # the recurrent layers' calls go to transformers' own cache
-
-    def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
-        return self.states is not None and self.states.cache.has_previous_state(layer_idx, *args, **kwargs)
-
-    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-        return self._states.cache.get_conv_state(layer_idx, *args, **kwargs)
-
-    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self._states.cache.update_conv_state(conv_states, layer_idx, *args, **kwargs)
-
-    def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-        return self._states.cache.get_recurrent_state(layer_idx, *args, **kwargs)
-
-    @property
-    def _states(self) -> RecurrentStates:
-        if self.states is None:
-            raise InputError("model", "a recurrent layer", "keeps a state that its config does not speak of")
-        return self.states
-
-    @property
-    def is_sliding(self) -> list[bool]:
-        """transformers sizes masks by it; here every layer counts the columns that it has seen."""
-        return [False] * len(self.plan.cache_layer)
-
-    is_linear = is_dummy = is_sliding
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        if not query_length:
-            raise InputError(
-                "past_key_values",
-                f"a cache of {self.get_seq_length()} tokens",
-                "is given no new ones: a text must be longer than what its cache has seen; make a new one",
-            )
-        return self.get_seq_length(layer_idx) + query_length, 0
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1
-
-    @property
-    def is_initialized(self) -> bool:
-        return self.tokens_seen is not None
-
-    @property
-    def batch_size(self) -> int:
-        return -1 if self.tokens_seen is None else self.tokens_seen.shape[0]
-
-    def reset(self) -> None:
-        raise NotImplementedError("a kvbench cache is used once: make a new one with Method.new_cache")
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        raise NotImplementedError("beam search is not supported by kvbench caches: use num_beams=1")
-
-    def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError("a compressed cache cannot be cropped: tokens that left it cannot come back")
 
     # the attention function's side --------------------------------------------------------------------------------
 

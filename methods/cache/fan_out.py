@@ -20,7 +20,8 @@ from ..sharing.plan import KVAccess
 from .cache import KVCache
 from .forward import LayerCall, NewTokens, Rows
 from .layer import CacheLayer
-from .prefill import PrefillLayer, Prompt
+from .prefill import PrefillLayer
+from .prompt import Prompt
 from .retention import RecurrentLayer
 
 

@@ -12,8 +12,9 @@ from ..sharing.plan import KVAccess, Span
 from ..storage.base import LayerStorage
 from ..storage.dense import COMPACTION_INTERVAL_STEPS
 from .forward import LayerCall, NewTokens, Rows
-from .prefill import PrefillLayer, Prompt
+from .prefill import PrefillLayer
 from .products import repeat_heads
+from .prompt import Prompt
 
 
 @dataclass(frozen=True)

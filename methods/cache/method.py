@@ -24,7 +24,7 @@ from ..policies.policy import CachePolicy, KeepEverything
 from ..policies.scorers.base import ModelLayer
 from ..sharing.base import Sharing
 from ..sharing.kv_map import FULL, LINEAR
-from ..sharing.plan import plan_of
+from ..sharing.plan import Plan, plan_of
 from ..storage.base import LayerStorage, Storage
 from ..storage.dense import Dense
 from .attention import use_kvbench_attention
@@ -125,28 +125,8 @@ class Method:
                 "would store keys for the query heads of every layer that shares them; use kv_head",
             )
 
-    @property
-    def passes(self) -> int | None:
-        """See :attr:`.sharing.base.Sharing.passes`; only methods with the same can share a prefill."""
-        return None if self.sharing is None else self.sharing.passes
-
-    def new_cache(self, model: PreTrainedModel) -> KVCache:
-        """An empty cache for one batch of ``model``, which is switched to kvbench's attention function.
-
-        Where layers of the model share keys and values, there is a cache layer for each that owns some: one choice of
-        tokens, by the queries of all that attend over them. A layer of local attention holds its span, and a recurrent
-        one its state, whatever the method.
-
-        Raises:
-            InputError: the model cannot be served, or the method cannot be used on a model that shares as this one
-                does.
-        """
-        use_kvbench_attention(model)
-        config = model.config.get_text_config()
-        if self.sharing is not None:
-            self.sharing.fit(config)
-        plan = layout_of(model).plan
-        reset_rope(model)
+    def _check_plan(self, plan: Plan, model: PreTrainedModel) -> None:
+        """Refuse a model whose layers the method cannot work on."""
         if plan.shares:
             self._check_sharing()
         if self.policy.capabilities.held_queries and plan.shares:
@@ -177,6 +157,31 @@ class Method:
                 f"works on layers that attend over all tokens, and {type(model).__name__} as configured has none: each "
                 "holds a window whatever the method; use method=full",
             )
+
+    @property
+    def passes(self) -> int | None:
+        """See :attr:`.sharing.base.Sharing.passes`; only methods with the same can share a prefill."""
+        return None if self.sharing is None else self.sharing.passes
+
+    def new_cache(self, model: PreTrainedModel) -> KVCache:
+        """An empty cache for one batch of ``model``, which is switched to kvbench's attention function.
+
+        Where layers of the model share keys and values, there is a cache layer for each that owns some: one choice of
+        tokens, by the queries of all that attend over them. A layer of local attention holds its span, and a recurrent
+        one its state, whatever the method.
+
+        Raises:
+            InputError: the model cannot be served, or the method cannot be used on a model that shares as this one
+                does.
+        """
+        use_kvbench_attention(model)
+        config = model.config.get_text_config()
+        if self.sharing is not None:
+            self.sharing.fit(config)
+        plan = layout_of(model).plan
+        reset_rope(model)
+        self._check_plan(plan, model)
+        count = plan.layer_types.count(FULL)
         storage = iter(self.storage.new_layers(count))
         layers: list[Any] = []
         states = RecurrentStates(config, plan.recurrent) if plan.recurrent else None

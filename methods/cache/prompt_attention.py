@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .prefill import Prompt
+from .prompt import Prompt
 
 BLOCK = 64
 """Queries whose attention is computed at a time on a CPU, so that it stays in its cache; on CUDA eight times more."""

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from ..cache.logits import LogitRule
-from ..cache.prefill import Prompt
 from ..cache.products import exact_products
+from ..cache.prompt import Prompt
 from ..storage.base import LayerStorage
 from .across_layers import Candidates, StoredPrompt
 from .policy import Step

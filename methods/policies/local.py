@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..cache.prefill import Prompt
 from ..cache.products import masked_attention
+from ..cache.prompt import Prompt
 from ..sharing.plan import Span
 from ..storage.base import LayerStorage
 from ..storage.dense import COMPACTION_INTERVAL_STEPS

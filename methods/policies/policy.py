@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from ...conf.identity import HasIdentity
 from ..cache.kv_shape import KVShape
 from ..cache.logits import LogitRule
-from ..cache.prefill import Prompt
+from ..cache.prompt import Prompt
 from ..sharing.plan import KVAccess
 from ..storage.base import LayerStorage
 from . import ranking

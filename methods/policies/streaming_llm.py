@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 
 from ...conf.errors import InputError, require
-from ..cache.prefill import Prompt
 from ..cache.products import cached_attention, exact_products
+from ..cache.prompt import Prompt
 from ..cache.rotary import Rotary
 from ..storage.base import LayerStorage
 from ..storage.dense import COMPACTION_INTERVAL_STEPS

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from ....conf.errors import InputError
-from ...cache.prefill import ALL_QUERIES, Prompt
+from ...cache.prompt import ALL_QUERIES, Prompt
 from ...cache.prompt_attention import attention_blocks
 from ...storage.base import LayerStorage, slots_that_stay
 from ..decoding import attend_and_weigh

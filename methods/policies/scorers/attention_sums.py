@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ...cache.prefill import ALL_QUERIES, Prompt
+from ...cache.prompt import ALL_QUERIES, Prompt
 from ...cache.prompt_attention import attention_received
 from ..schedules.base import Schedule
 from ..schedules.every_step import EveryStep

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from ....conf.identity import HasIdentity
-from ...cache.prefill import Prompt
-from ...cache.rotary import Rotary
+from ...cache.prompt import Prompt
 from ..schedules.after_prefill import AfterPrefill
 from ..schedules.base import Schedule
+
+if TYPE_CHECKING:
+    from ...cache.rotary import Rotary
 
 DECODE_QUERIES = 128
 """Last queries that a scorer with :data:`ALL_QUERIES` is given when tokens are scored again while decoding."""

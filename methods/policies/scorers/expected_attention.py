@@ -25,7 +25,7 @@ from typing import ClassVar
 import torch
 
 from ....conf.errors import is_whole, require
-from ...cache.prefill import ALL_QUERIES, Prompt
+from ...cache.prompt import ALL_QUERIES, Prompt
 from ...cache.rotary import Rotary
 from .base import ModelLayer, Scorer
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from ...cache.prefill import Prompt
+from ...cache.prompt import Prompt
 from .base import Scorer
 
 

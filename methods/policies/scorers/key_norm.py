@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ...cache.prefill import Prompt
+from ...cache.prompt import Prompt
 from .base import Scorer
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ...cache.prefill import Prompt
+from ...cache.prompt import Prompt
 from ...cache.prompt_attention import window_attention
 from ..schedules.base import Schedule
 from ..schedules.every_step import EveryStep

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from ....conf.errors import is_whole, require
-from ...cache.prefill import Prompt
+from ...cache.prompt import Prompt
 from .base import Scorer
 
 

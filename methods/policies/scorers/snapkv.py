@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from ....conf.errors import is_whole, require
-from ...cache.prefill import Prompt
+from ...cache.prompt import Prompt
 from ...cache.prompt_attention import window_attention
 from .base import Scorer
 
