@@ -30,18 +30,18 @@ class Witness:
         self._attend = layer.attend
         layer.attend = self.attend  # type: ignore[method-assign]
 
-    def attend(self, query, key, value, rule, new, use, new_kv=None):
+    def attend(self, call, new, use):
         if not use.is_final_pass:  # a pass that will be done again
-            return self._attend(query, key, value, rule, new, use, new_kv)
+            return self._attend(call, new, use)
         reading = self.layer.in_prefill
         if self.first:
             self.held = None if reading or self.keys is None else self.held_columns()
             self.before = 0 if self.keys is None else self.keys.shape[2]
         if use.is_owner:
-            self.remember(*((key, value) if new_kv is None else new_kv), new)
-        out = self._attend(query, key, value, rule, new, use, new_kv)
+            self.remember(*call.written, new)
+        out = self._attend(call, new, use)
         if not (reading and use.strictly_causal):  # while the prompt is read that is an approximation, tested elsewhere
-            self.check(query, out, rule, key.shape[2], use.strictly_causal)
+            self.check(call.query, out, call.rule, call.columns, use.strictly_causal)
         self.first = use.is_last_reader
         self.steps += use.is_last_reader
         return out

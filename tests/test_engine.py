@@ -164,7 +164,7 @@ def test_a_model_that_goes_past_the_cache_is_noticed():
     model = tiny_model("qwen3")
     cache = full(model)
     attend = cache.attend
-    cache.attend = lambda layer, *args: attend(layer, *args) if layer != 1 else args[0]
+    cache.attend = lambda layer, *args: attend(layer, *args) if layer != 1 else args[0].query
     with pytest.raises(RuntimeError, match="did not route"):
         prefill(model, cache, prompt_ids(20))
 
