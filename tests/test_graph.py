@@ -31,11 +31,12 @@ STATIC = [
     "key_diff budget=20",
     "kivi storage.residual=8 storage.group=8",
     "ada_kv budget=20 scorer.window=4",
+    "minicache",
+    "minicache_kivi4 storage.residual=8 storage.group=8",
 ]
 CHANGING = [
     "no_cache",
     "pyramid_infer",
-    "minicache",
 ]
 
 

@@ -14,9 +14,15 @@ from captured_ops import CapturedOps
 from sharing_models import shared_model
 from tiny_models import SHAPE, left_pad, prompt_ids, tiny_model
 
+from kvbench.conf.errors import InputError
+from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.policies import eviction, local, streaming_llm
 from kvbench.methods.storage import dense
 from kvbench.methods.storage.base import LayerStorage
+from kvbench.methods.storage.kivi import Kivi
+from kvbench.methods.storage.minicache.geometry import RETENTIONS
+from kvbench.methods.storage.minicache.storage import MiniCache
+from kvbench.methods.storage.minicache_kivi import MiniCacheKivi
 from kvbench.runners.cli import named_method
 from kvbench.runners.engine import decode, prefill
 
@@ -35,7 +41,11 @@ def storage_settings(name: str) -> str:
 
 STORAGES = [f"full storage={storage_settings(name)}" for name in yamls("method/storage") if name != "hf_quantized"]
 SNAPKV = "scorer.window=8 budget=40"
-COMBINED = [f"snapkv {SNAPKV} storage={storage_settings(name)}" for name in ("kivi2", "ragged")]
+COMBINED = [
+    *(f"snapkv {SNAPKV} storage={storage_settings(name)}" for name in ("kivi2", "ragged")),
+    *(f"lckv sharing.encode=exact storage={storage_settings(name)}" for name in ("kivi2", "ragged")),
+    f"ada_kv {SNAPKV} allocator.floor=0.0 storage={storage_settings('kivi4')}",
+]
 METHODS = {
     "ada_kv": f"ada_kv {SNAPKV}",
     "kivi": f"kivi {SMALL}",
@@ -163,12 +173,26 @@ def test_a_captured_step_is_every_step(text):
     assert static.kv_bytes_logical == grows.kv_bytes_logical
 
 
+SETTINGS = [
+    *(named_method(text).storage for text in STORAGES),
+    Kivi(8, group=1, residual=1),
+    Kivi(4, group=8, residual=80),  # the first block is full after 30 steps, or never
+    MiniCacheKivi(start=1, gamma=0.3, bits=8, group=1, residual=1),
+    MiniCacheKivi(start=0, gamma=0.3, group=8, residual=80),
+    MiniCacheKivi(start=0, group=8, residual=200),
+    *(MiniCache(start=0, gamma=0.3, retention=retention) for retention in RETENTIONS),
+    *(MiniCacheKivi(start=0, gamma=0.3, retention=r, group=8, residual=64) for r in RETENTIONS[1:]),
+    *(MiniCache(start=0, gamma=gamma) for gamma in (0.0, 1.0)),
+]
+RULES = [LogitRule(0.3), LogitRule(0.3, softcap=0.5), LogitRule(0.3, sinks=torch.tensor([0.5, -1.0, 2.0, 0.0]))]
+
+
 @torch.inference_mode()
-@pytest.mark.parametrize("text", STORAGES)
-def test_what_is_held_is_what_growing_tensors_hold(text):
-    """Keys and values read back after every step, of layers that are given the same numbers; one head begins empty."""
-    storage = named_method(text).storage
-    pairs = [storage.new_layers(2) for _ in range(2)]
+@pytest.mark.parametrize("storage", SETTINGS, ids=repr)
+def test_what_is_held_and_attended_to_is_that_of_growing_tensors(storage):
+    """Layers that are given the same numbers, read back after every step; one head begins empty."""
+    layers = 4
+    pairs = [storage.new_layers(layers) for _ in range(2)]
     generator = torch.Generator().manual_seed(0)
     pads = [[0], [17]] if storage.requires_same_tokens_across_layers else [[0, 30], [50, 17]]
     valid = torch.arange(50) >= torch.tensor(pads)[..., None]  # [B, 1 or H, S]
@@ -182,23 +206,63 @@ def test_what_is_held_is_what_growing_tensors_hold(text):
         static.write(keys, values, valid)
     for static in pairs[1]:
         static.make_static(STEPS)
-    for _ in range(STEPS):
-        new = [(numbers(1), numbers(1)) for _ in range(2)]
-        for layers in pairs:
-            for layer, (keys, values) in zip(layers, new, strict=True):
+    for step in range(STEPS):
+        new = [(numbers(1), numbers(1)) for _ in range(layers)]
+        query = torch.randn(2, 4, 1, 16, generator=generator)
+        outputs = []
+        for held in pairs:
+            for layer, (keys, values) in zip(held, new, strict=True):
                 layer.append(keys, values)
+                if step % 8 == 7:
+                    outputs += [layer.attend(query, rule, None) for rule in RULES]
                 layer.settle()
+        half = len(outputs) // 2
+        for expected, found in zip(outputs[:half], outputs[half:], strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=5e-6)
         for static in pairs[1]:
             static.between_steps()
         for grows, static in zip(*pairs, strict=True):
-            for ours, expected in zip(real_tokens(static), real_tokens(grows), strict=True):
-                torch.testing.assert_close(ours, expected, rtol=0, atol=0 if storage.is_exact else 1e-6)
+            assert static.logical_bytes == grows.logical_bytes
+            for found, expected in zip(real_tokens(static), real_tokens(grows), strict=True):
+                torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 if isinstance(storage, MiniCache) else 0)
 
 
-def real_tokens(layer: LayerStorage) -> list[torch.Tensor]:
+@torch.inference_mode()
+@pytest.mark.parametrize("is_known_before", [False, True])
+def test_generated_tokens_that_cannot_be_merged_have_places_or_are_refused(is_known_before):
+    """Opposite keys in two layers: 32 of them where the prompt has none, any number where it has some."""
+    lower, upper = MiniCache(start=0, gamma=0.0).new_layers(2)
+    x = torch.randn(1, 1, 60, 16, generator=torch.Generator().manual_seed(0))
+    lower.write(x[:, :, :20], x[:, :, :20])
+    other = x[:, :, :20].roll(1, 2)
+    if is_known_before:
+        other[:, :, 3] = -x[:, :, 3]
+    upper.write(other, other)
+    for layer in (lower, upper):
+        layer.make_static(STEPS)
+
+    def step(n: int) -> None:
+        for layer, sign in ((lower, 1), (upper, -1)):
+            layer.append(sign * x[:, :, n : n + 1], sign * x[:, :, n : n + 1])
+            layer.settle()
+        for layer in (lower, upper):
+            layer.between_steps()
+
+    for n in range(20, 59):
+        step(n)
+    if not is_known_before:
+        with pytest.raises(InputError, match=r"more than 32 generated tokens .*runner\.cuda_graph=false"):
+            step(59)
+        return
+    step(59)
+    for layer, sign in ((lower, 1), (upper, -1)):
+        assert torch.equal(real_tokens(layer, 1, 1)[0][20:], sign * x[0, 0, 20:])
+
+
+def real_tokens(layer: LayerStorage, rows: int = 2, heads: int = 2) -> list[torch.Tensor]:
     """Keys and values [tokens, D] of each row and head in turn."""
     keys, values, valid = layer.read()
     if valid is None:
         valid = torch.ones(keys.shape[:3], dtype=torch.bool)
     valid = valid.expand(keys.shape[:3])
-    return [x[b, h][valid[b, h]] for x in (keys, values) for b in range(2) for h in range(2)]
+    return [x[b, h][valid[b, h]] for x in (keys, values) for b in range(rows) for h in range(heads)]

@@ -74,6 +74,18 @@ class Buffer:
         if self.whole.shape[self.dim] - self.length > most:
             self._move(self.length + most)
 
+    def fill(self) -> None:
+        """Take all slots into use; those that hold nothing are zero."""
+        free = self.whole.narrow(self.dim, self._begin + self.length, self.whole.shape[self.dim] - self.length)
+        free.zero_()
+        self.length = self.whole.shape[self.dim]
+
+    def put(self, x: torch.Tensor, rows: torch.Tensor | slice, start: int) -> None:
+        """Write ``x`` over slots that are in use, from ``start`` on, of some rows (dimension 0)."""
+        begin = self._begin + start
+        slots = (slice(None),) * (self.dim - 1) + (slice(begin, begin + x.shape[self.dim]),)
+        self.whole[(rows, *slots)] = x
+
     def trim(self) -> None:
         """Give back what is not in use."""
         if self.length < self.whole.shape[self.dim]:

@@ -17,10 +17,12 @@ import torch
 
 from ..cache.kv_shape import KVShape
 from ..cache.logits import LogitRule
+from ..cache.products import cached_attention
 from .base import LayerStorage
 from .kivi import Kivi
 from .minicache.merged import Directions
 from .minicache.pair import Pair
+from .minicache.static import StaticPair, static_pair
 from .minicache.storage import MiniCache
 from .packed import (
     Quantized,
@@ -31,7 +33,8 @@ from .packed import (
     query_times_keys,
     weights_times_values,
 )
-from .segments import SegmentedLayer, Segments
+from .segments import Groups, SegmentedLayer, Segments
+from .static import ALL_ROWS, StaticSegments
 
 
 class QuantizedDirections(Directions):
@@ -43,6 +46,8 @@ class QuantizedDirections(Directions):
         is_keys: which of the two.
         capacity: tokens to make room for.
     """
+
+    takes_tokens_at = False
 
     def __init__(self, x: torch.Tensor, bits: int, group: int, is_keys: bool, capacity: int = 0):
         self.bits, self.group, self.is_keys = bits, group, is_keys
@@ -56,6 +61,16 @@ class QuantizedDirections(Directions):
 
     def append(self, x: torch.Tensor, capacity: int) -> None:
         self._codes.append(self._quantized(x), x.shape[2], capacity)
+
+    def fill(self) -> None:
+        self._codes.fill()
+
+    def put(self, x: torch.Tensor, rows: torch.Tensor | slice, start: int) -> None:
+        self._codes.put(self._quantized(x), rows, x.shape[2], start)
+
+    def put_all(self, other: Directions, rows: torch.Tensor | slice) -> None:
+        assert isinstance(other, QuantizedDirections)
+        self._codes.put(other._codes.used, rows, other._codes.tokens, 0)
 
     def multiply_into(self, magnitudes: torch.Tensor, out: torch.Tensor) -> None:
         dequantize_into(self._codes.used, self.bits, out.transpose(2, 3) if self.is_keys else out)
@@ -85,8 +100,50 @@ class QuantizedDirections(Directions):
         return self._codes.room
 
 
+class StaticPairSegments(StaticSegments):
+    """One layer of a static pair whose rows are segments."""
+
+    def __init__(self, pair: StaticPair, layer: int, shape: tuple[int, int]):
+        self.pair, self.layer, self.shape = pair, layer, shape
+        self.length = pair.fed[layer]
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.pair.append(self.layer, keys[:, None, None], values[:, None, None], None)
+
+    def read(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        keys, values = self.pair.read(self.layer)
+        return keys[:, 0], values[:, 0], self.pair.visible(self.layer)[:, 0]
+
+    def attend(self, query: torch.Tensor, rule: LogitRule) -> torch.Tensor:
+        if rule.sinks is not None or not self.pair.length:  # the pair's rows are heads, and sinks belong to heads
+            keys, values, valid = (x.unflatten(0, self.shape) for x in self.read())
+            return cached_attention(query, keys, values, rule, valid)
+        one = query.reshape(len(self.length), 1, -1, query.shape[3])  # [N, 1, g, D]
+        return self.pair.attend(self.layer, one, rule).reshape(*query.shape[:3], -1)
+
+    def settle(self) -> None:
+        if self.layer == 1:
+            self.pair.merge()
+
+    def between_steps(self) -> None:
+        if self.layer == 1:
+            self.pair.between_steps()
+
+    def static_state(self) -> list[torch.Tensor]:
+        return self.pair.static_state() if self.layer == 0 else []
+
+    def tensors(self) -> list[torch.Tensor]:
+        return self.pair.tensors(self.layer)
+
+    @property
+    def logical_bytes(self) -> int:
+        return self.pair.logical_bytes(self.layer)
+
+
 class PairSegments(Segments):
     """One layer of a pair whose rows are segments: [N, 1, S, D] in the pair."""
+
+    supports_static = True
 
     def __init__(self, pair: Pair, layer: int):
         self.pair, self.layer = pair, layer
@@ -110,6 +167,14 @@ class PairSegments(Segments):
     def settle(self) -> None:
         if self.layer == 1:
             self.pair.merge()
+
+    @classmethod
+    def static(cls, groups: Groups, shape: tuple[int, int], steps: int) -> StaticSegments:
+        held = [(index, segments) for index, segments in groups if isinstance(segments, PairSegments)]
+        parts: list[tuple[torch.Tensor | slice, Pair]] = [(index, segments.pair) for index, segments in held]
+        if len(parts) == 1:
+            parts = [(ALL_ROWS, held[0][1].pair)]
+        return StaticPairSegments(static_pair(parts, math.prod(shape), steps), held[0][1].layer, shape)
 
     @property
     def length(self) -> int:

@@ -87,6 +87,18 @@ class QuantizedBuffer:
             mine.append(theirs, -(-capacity * theirs.shape[self.dim] // tokens))
         self.tokens += tokens
 
+    def fill(self) -> None:
+        """Take all of it into use; groups that hold nothing are zero."""
+        before = self._parts[0].length
+        for x in self._parts:
+            x.fill()
+        self.tokens = self.tokens * self._parts[0].length // before
+
+    def put(self, x: Quantized, rows: torch.Tensor | slice, tokens: int, start: int) -> None:
+        """Write what stands for so many ``tokens`` over those from token ``start`` on, of some rows."""
+        for mine, theirs in zip(self._parts, x.tensors(), strict=True):
+            mine.put(theirs, rows, start * theirs.shape[self.dim] // tokens)
+
     def take(self, index: torch.Tensor) -> QuantizedBuffer:
         """Some of the rows, as a buffer of their own."""
         return QuantizedBuffer(Quantized(*(x.used[index] for x in self._parts)), self.dim, self.tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,13 @@ RETAINED_GROWTH = 32
 
 
 class Directions:
-    """Shared directions of merged tokens, as they are: [B, H, tokens, D]; ``capacity``: tokens to make room for."""
+    """Shared directions of merged tokens, as they are: [B, H, tokens, D]; ``capacity``: tokens to make room for.
+
+    Attributes:
+        takes_tokens_at: whether :meth:`put_at` can be called.
+    """
+
+    takes_tokens_at: ClassVar[bool] = True
 
     def __init__(self, x: torch.Tensor, capacity: int = 0):
         self._x = Buffer(x, 2, capacity)
@@ -23,6 +30,22 @@ class Directions:
     def append(self, x: torch.Tensor, capacity: int) -> None:
         """Directions [B, H, n, D] of further tokens; where there is no room, make it for ``capacity`` in all."""
         self._x.append(x, capacity)
+
+    def fill(self) -> None:
+        """Take the whole room into use, for :meth:`put` and :meth:`put_at`; zeros where there is no direction yet."""
+        self._x.fill()
+
+    def put(self, x: torch.Tensor, rows: torch.Tensor | slice, start: int) -> None:
+        """Write directions [n, H, m, D] of some rows over those from ``start`` on."""
+        self._x.put(x, rows, start)
+
+    def put_at(self, x: torch.Tensor, slots: torch.Tensor) -> None:
+        """Write one direction [B, H, 1, D] of each row, to its slot [B] int64."""
+        self._x.used.scatter_(2, slots[:, None, None, None].expand_as(x), x)
+
+    def put_all(self, other: Directions, rows: torch.Tensor | slice) -> None:
+        """Write all that another one holds over the first ones of some rows."""
+        self._x.put(other._x.used, rows, 0)
 
     def multiply_into(self, magnitudes: torch.Tensor, out: torch.Tensor) -> None:
         """Vectors of these ``magnitudes`` [B, H, tokens] into ``out`` [B, H, tokens, D]."""

@@ -40,6 +40,7 @@ class Pair(Growing):
         self.keys: Merged | None = None
         self.values: Merged | None = None
         self.new: list[tuple[Buffer, Buffer] | None] = [None, None]  # [B, H, n, D], keys and values of each layer
+        self.static: Pair | None = None  # what both layers go on with once static
         self._parts: dict[tuple[int, ...], Pair] = {}
 
     def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None) -> None:
@@ -193,6 +194,18 @@ class Pair(Growing):
             part.new = [None if x is None else _rows_of(x, index) for x in self.new]
             self._parts[key] = part
         return self._parts[key]
+
+    @property
+    def waiting(self) -> int:
+        """Tokens of each layer that are not merged yet, between two steps."""
+        return 0 if self.new[0] is None else self.new[0][0].length
+
+    def example(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Unmerged keys and values [B, H, tokens, D], for their dtype, device and sizes."""
+        if self.keys is not None and self.values is not None:
+            return self.keys.unmerged[0], self.values.unmerged[0]
+        assert self.new[0] is not None, "example before append"
+        return self.new[0][0].used, self.new[0][1].used
 
     @property
     def head_count(self) -> int:

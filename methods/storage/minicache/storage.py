@@ -32,8 +32,10 @@ from ...cache.kv_shape import KVShape
 from ...cache.logits import LogitRule
 from ..base import LayerStorage, Storage
 from ..dense import DenseLayer
+from ..static import ALL_ROWS
 from .geometry import RETENTIONS
 from .pair import Pair
+from .static import StaticPair, static_pair
 
 
 class PairLayer(LayerStorage):
@@ -65,6 +67,23 @@ class PairLayer(LayerStorage):
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         return *self.pair.read(self.layer), self.pair.visible(self.layer)
+
+    @property
+    def supports_static(self) -> bool:
+        return True
+
+    def make_static(self, steps: int, mask_heads: int = 1) -> None:
+        rows = len(self.pair.example()[0])
+        self.pair = static_pair([(ALL_ROWS, self.pair)], rows, steps)
+
+    def static_state(self) -> list[torch.Tensor]:
+        assert isinstance(self.pair, StaticPair), "static_state before make_static"
+        return self.pair.static_state() if self.layer == 0 else []
+
+    def between_steps(self) -> None:
+        assert isinstance(self.pair, StaticPair), "between_steps before make_static"
+        if self.layer == 1:
+            self.pair.between_steps()
 
     def keep(self, slots: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         raise NotImplementedError("tokens cannot leave a pair of layers")
