@@ -18,8 +18,17 @@ import transformers
 from transformers.utils import logging
 
 from kvbench.models.architectures import CROSSED, Variant, build, model_types, variants
-from kvbench.runners import conformance
-from kvbench.runners.conformance import EXACT, QUICK_PATHS, TRACEBACK, UNTESTED, WRONG, Form, failures, run_form
+from kvbench.runners.engine import conformance
+from kvbench.runners.engine.conformance import (
+    EXACT,
+    QUICK_PATHS,
+    TRACEBACK,
+    UNTESTED,
+    WRONG,
+    Form,
+    failures,
+    run_form,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 ADVICE = "implement what it needs, or refuse the model when its cache is made; see docs/models.md"

@@ -17,7 +17,7 @@ from kvbench.methods.cache.method import Method
 from kvbench.methods.policies.allocators.adaptive import Adaptive
 from kvbench.methods.policies.base import Selection
 from kvbench.methods.policies.scorers.snapkv import SnapKV
-from kvbench.runners.record import identity_hash
+from kvbench.runners.records.record import identity_hash
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = sorted((ROOT / "results").rglob("record.json"))

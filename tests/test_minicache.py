@@ -15,7 +15,7 @@ from kvbench.methods.cache.kv_shape import KVShape, kv_shape
 from kvbench.methods.cache.method import Method
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.storage.minicache import MiniCache, Pair, PairLayer, angle_between, slerp
-from kvbench.runners.cli import named_method
+from kvbench.runners.config.methods import named_method
 from kvbench.runners.engine import decode, prefill
 
 

@@ -16,7 +16,7 @@ from kvbench.methods.cache.rotary import Rotary
 from kvbench.methods.policies.scorers.expected_attention import ExpectedAttention
 from kvbench.methods.policies.scorers.key_diff import KeyDiff
 from kvbench.methods.policies.scorers.random_tokens import RandomTokens
-from kvbench.runners.cli import named_method
+from kvbench.runners.config.methods import named_method
 
 D = 16  # of the tiny models
 

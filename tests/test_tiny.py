@@ -18,7 +18,7 @@ from kvbench.models import tiny
 from kvbench.models.scratch import ScratchModel
 from kvbench.models.tiny import TinyModel
 from kvbench.runners.accuracy import AccuracyRunner
-from kvbench.runners.settings import Settings
+from kvbench.runners.config.settings import Settings
 from kvbench.runners.train import TrainRunner
 from kvbench.tasks.recall import Recall
 
