@@ -3,7 +3,7 @@
     runs, problems = load(Path("results/reference"))
     for group in comparable(runs): ...
 
-The format of ``record.json`` is fixed here, by its reader; ``kvbench.runners.record`` writes it.
+The format of ``record.json`` is fixed here, by its reader; ``kvbench.runners.records.record`` writes it.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from ..conf.errors import InputError
 from ..methods.cache.attention import kvbench_attention
 from ..methods.cache.cache import KVCache
 from ..methods.cache.method import Method
-from .cli import configured_method
+from .config.methods import configured_method
 
 
 def method(name: str, /, **options: Any) -> Method:

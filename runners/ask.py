@@ -17,7 +17,7 @@ from ..models.base import LoadedModel
 from ..models.pretrained import input_device
 from ..tasks.base import Continuations, Example, Likelihood, Reply, Task, cut_at, question_tokens
 from .engine import Sampling, generate, left_padded, score
-from .runs import BASELINE
+from .records.runs import BASELINE
 
 
 @dataclass(frozen=True)

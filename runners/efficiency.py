@@ -1,15 +1,15 @@
-"""Speed and memory of a method on a workload, beside the full cache on the same one.
+"""Speed and memory of a method on a workload, compared with the full cache on the same one.
 
 Definitions (vLLM's and MLPerf's, so that numbers can be compared):
 
-* TTFT: a batch is handed over -> its first token is out; prefill and compression are in it.
+* TTFT: time from handing over a batch to its first token; includes prefill and compression.
 * TPOT: (latency - TTFT) / (output tokens - 1).
 * decode throughput: output tokens without the first / decode time. Output throughput: output tokens / latency. Total
-  throughput: (prompt + output tokens) / latency. Pads and tokens beyond a request's own length do not count.
-* step: the time of one decode step by itself; its percentiles are over all steps of all repetitions.
-* MBU: the time a decode step takes at least, which is (weights + KV) / copy bandwidth, over the time it took.
+  throughput: (prompt + output tokens) / latency. Padding and tokens beyond a request's own length do not count.
+* step: time of one decode step; its percentiles are over all steps of all repetitions.
+* MBU: lower bound of a decode step's time, (weights + KV) / copy bandwidth, divided by its measured time.
 
-Time, memory and energy are measured in separate passes (``passes.py``), each in a process of its own.
+Time, memory and energy are measured in separate passes (``measure/``), each in a process of its own.
 
 A search (``task=max_batch``, ``task=max_context``) first finds the largest size that fits and is then measured at it.
 """
@@ -27,34 +27,39 @@ from ..conf.errors import InputError, is_whole, require
 from ..methods.cache.method import Method
 from ..models.base import ModelSource
 from ..tasks.workload import Search, Workload
-from . import provenance
-from .compiled import ROWS
-from .fresh import Killed, in_fresh_process
-from .measure import EnergyMeter, is_out_of_memory, malloc_trim_env, one_at_a_time
-from .passes import QUIET, Job, energy_pass, memory_pass, spread, time_pass
-from .runs import MethodRun, PairedRunner, finished_baseline, open_run, record_head, run_with_locks
+from .config.settings import Settings
+from .engine.compiled import MAX_ROWS
+from .measure.energy import EnergyMeter
+from .measure.energy_pass import energy_pass
+from .measure.fresh import NO_PROGRESS_BARS, Killed, in_fresh_process
+from .measure.job import Job
+from .measure.lock import measurement_lock
+from .measure.memory import is_out_of_memory, malloc_trim_env
+from .measure.memory_pass import memory_pass
+from .measure.time_pass import spread, time_pass
+from .records import provenance
+from .records.runs import MethodRun, PairedRunner, finished_baseline, open_run, record_head, run_with_locks
 from .search import SearchJob, search
-from .settings import Settings
 
 GIB = 2**30
-TRIED = "tried.jsonl"
-"""In the folder of a run that searches, until it is done: sizes that were tried."""
-LESS = 0.02
-"""Share by which a size is made smaller when it was found to fit and then did not."""
+TRIED_SIZES = "tried.jsonl"
+"""File of the sizes that a search has tried, in its run's folder until it is done."""
+SIZE_REDUCTION = 0.02
+"""Share by which a size is reduced that fitted in the search and then does not fit when it is measured."""
 THROUGHPUT = ("output_tokens_per_s", "total_tokens_per_s")
 
 
 @dataclass
 class EfficiencyRunner(PairedRunner):
-    """``runner=efficiency``; every method and budget is measured by itself, one after another.
+    """``runner=efficiency``; every method and budget is measured in processes of its own, one after another.
 
     Attributes:
-        warmups: repetitions that are dropped.
-        repeats: repetitions that are recorded, all of them.
-        memory_limit_gib: what a search may take, by the device's allocator or by the whole process; None: all that
-            there is.
-        cuda_graph: record a decode step and play it again where shapes allow it, on CUDA.
-        compile: have torch.compile make the decode steps, on a CPU and for a row or two (:mod:`.compiled`).
+        warmups: number of repetitions that are not recorded.
+        repeats: number of repetitions that are recorded.
+        memory_limit_gib: memory that a search may use, in the device's allocator or in the whole process; None: all
+            available memory.
+        cuda_graph: capture a decode step as a CUDA graph and replay it, if its shapes are static.
+        compile: compile the decode steps with torch.compile; on a CPU, for one or two rows (:mod:`.engine.compiled`).
     """
 
     warmups: int = 1
@@ -87,7 +92,7 @@ class EfficiencyRunner(PairedRunner):
         """Measure every method and write one record each.
 
         Args:
-            source: where the model comes from; random weights will do.
+            source: where the model comes from; random weights are allowed.
             methods: the methods asked for first, then those they are paired with.
             task: the requests.
             settings: the top-level configuration.
@@ -96,20 +101,49 @@ class EfficiencyRunner(PairedRunner):
         Returns:
             The runs, in the order of ``methods``, all with a record (``done`` or ``oom``).
         """
+        self._check(task, settings)
+        data = task.source()
+        say(f"workload: {data.name}")
+        made_by = provenance.collect(settings.torch_device)
+        conditions = self._conditions(task, settings, made_by)
+        sources = [source.for_sharing(m.sharing, m.name) for m in methods]
+        runs = [
+            MethodRun(m, open_run("efficiency", m, s, data, task.identity(), settings, **conditions), s)
+            for m, s in zip(methods, sources, strict=True)
+        ]
+
+        def work(locked: list[MethodRun]) -> None:
+            for run in locked:
+                if run.folder.done:
+                    say(f"{run.method.label}: already done, in {run.folder.path}")
+                    continue
+                with measurement_lock(settings.torch_device, say):
+                    say(f"{run.method.label}: {self.warmups} + {self.repeats} timed repetitions, then memory")
+                    load = os.getloadavg()[0]
+                    status, results = self._measure(run, task, settings)
+                head = record_head(status, run.folder, run.method, data, settings)
+                run.folder.finish({**head, "provenance": made_by, "load_average_before": load, **results})
+
+        run_with_locks(runs, work, say)
+        _pair(runs)
+        return runs
+
+    def _check(self, task: Workload | Search, settings: Settings) -> None:
+        """Raise InputError if this task cannot be measured with these options."""
         if not isinstance(task, Workload | Search):
             name = getattr(task, "name", "longbench")
             raise InputError("task", name, "is scored, not timed: use task=shape or task=sharegpt, or runner=accuracy")
         searches = isinstance(task, Search)
         if self.memory_limit_gib is not None and not searches:
             raise InputError("runner.memory_limit_gib", self.memory_limit_gib, "is for task=max_batch and max_context")
-        if self.compile and (settings.torch_device != "cpu" or searches or settings.batch_size > ROWS):
-            limits = f"device=cpu, task=shape or task=sharegpt, and batch_size of at most {ROWS}"
+        if self.compile and (settings.torch_device != "cpu" or searches or settings.batch_size > MAX_ROWS):
+            limits = f"device=cpu, task=shape or task=sharegpt, and batch_size of at most {MAX_ROWS}"
             raise InputError("runner.compile", True, f"is for {limits}")
-        data = task.source()
-        say(f"workload: {data.name}")
-        made_by = provenance.collect(settings.torch_device)
-        hardware = made_by["hardware"]
-        further = {
+
+    def _conditions(self, task: Workload | Search, settings: Settings, made_by: dict[str, Any]) -> dict[str, Any]:
+        """The part of a run's identity that decides its times: batch size, machine, options and code."""
+        searches, hardware = isinstance(task, Search), made_by["hardware"]
+        return {
             "batch_size": None if isinstance(task, Search) and task.what == "batch_size" else settings.batch_size,
             "hardware": {k: hardware.get(k) for k in ("cpu", "gpu", "torch_threads", "preloaded")},
             "runner": {
@@ -120,30 +154,10 @@ class EfficiencyRunner(PairedRunner):
                 **({"compile": True} if self.compile else {}),
                 **({"memory_limit_gib": self.memory_limit_gib} if searches else {}),
             },
-            # A time is that of some code: after a change the baseline is measured again with the rest.
+            # Times are those of one version of the code: after a change the baseline is measured again too.
             "code": provenance.code_id(made_by["git"]),
             "torch": made_by["packages"].get("torch"),
         }
-        runs = [
-            MethodRun(m, open_run("efficiency", m, s, data, task.identity(), settings, **further), s)
-            for m, s in ((m, source.for_sharing(m.sharing, m.name)) for m in methods)
-        ]
-
-        def work(mine: list[MethodRun]) -> None:
-            for run in mine:
-                if run.folder.done:
-                    say(f"{run.method.label}: already done, in {run.folder.path}")
-                    continue
-                with one_at_a_time(settings.torch_device, say):
-                    say(f"{run.method.label}: {self.warmups} + {self.repeats} timed repetitions, then memory")
-                    load = os.getloadavg()[0]
-                    status, results = self._measure(run, task, settings)
-                head = record_head(status, run.folder, run.method, data, settings)
-                run.folder.finish({**head, "provenance": made_by, "load_average_before": load, **results})
-
-        run_with_locks(runs, work, say)
-        _pair(runs)
-        return runs
 
     def _measure(self, run: MethodRun, task: Workload | Search, settings: Settings) -> tuple[str, dict[str, Any]]:
         """(status, fields of the record)."""
@@ -163,10 +177,10 @@ class EfficiencyRunner(PairedRunner):
         )
         try:
             if isinstance(task, Search):
-                return self._measure_largest(job, task, run.folder.path / TRIED)
+                return self._measure_largest(job, task, run.folder.path / TRIED_SIZES)
             return "done", _passes(job)
         except Exception as error:
-            if not _no_memory(error):
+            if not _is_memory_failure(error):
                 raise
             problem = str(error).splitlines()[0]
             print(f"{run.method.label}: out of memory: {problem}", file=sys.stderr)
@@ -174,58 +188,55 @@ class EfficiencyRunner(PairedRunner):
 
     def _measure_largest(self, job: Job, task: Search, log: Path) -> tuple[str, dict[str, Any]]:
         limit = None if self.memory_limit_gib is None else int(self.memory_limit_gib * GIB)
-        found = search(SearchJob(job, task, limit, log))
-        if found["largest"] is None:
-            log.unlink()  # what is found stands in the record; a search that is asked for again begins anew
+        result = search(SearchJob(job, task, limit, log))
+        if result["largest"] is None:
+            log.unlink()  # the result is in the record; a repeated search starts from the beginning
             problem = f"not even {task.what}={task.step} fits"
-            return "oom", {"problem": problem, "search": found}
-        value = found["largest"]
-        while True:  # what fits by a hair when memory is measured may not when time is
+            return "oom", {"problem": problem, "search": result}
+        value = result["largest"]
+        while True:  # a size that just fits when memory is measured may not fit when time is measured
             workload, batch_size = task.at(value, job.batch_size)
             try:
                 results = _passes(replace(job, workload=workload, batch_size=batch_size))
             except Exception as error:
-                smaller = (value - max(task.step, int(LESS * value))) // task.step * task.step
-                if not _no_memory(error) or smaller < 0.8 * found["largest"] or smaller < task.step:
+                smaller = (value - max(task.step, int(SIZE_REDUCTION * value))) // task.step * task.step
+                if not _is_memory_failure(error) or smaller < 0.8 * result["largest"] or smaller < task.step:
                     raise
                 value = smaller
             else:
                 break
         log.unlink()
-        return "done", {**results, "batch_size": batch_size, "search": {**found, "measured_at": value}}
+        return "done", {**results, "batch_size": batch_size, "search": {**result, "measured_at": value}}
 
 
 def _passes(job: Job) -> dict[str, Any]:
-    """Time, memory and energy of a workload, and what the times mean."""
-    times = in_fresh_process(time_pass, job, QUIET)
-    memory = in_fresh_process(memory_pass, job, QUIET | (malloc_trim_env() if job.device == "cpu" else {}))
-    # No process for what is known to be impossible; only CUDA's counter needs a look at the device.
+    """Time, memory and energy of a workload, and the times relative to their lower bound."""
+    times = in_fresh_process(time_pass, job, NO_PROGRESS_BARS)
+    memory = in_fresh_process(memory_pass, job, NO_PROGRESS_BARS | (malloc_trim_env() if job.device == "cpu" else {}))
+    # No process if it is known that there is no counter; only CUDA's counter needs the device.
     problem = EnergyMeter(job.device).problem if job.device == "cpu" else None
     try:
-        energy = {"energy": {"problem": problem}} if problem else in_fresh_process(energy_pass, job, QUIET)
+        energy = {"energy": {"problem": problem}} if problem else in_fresh_process(energy_pass, job, NO_PROGRESS_BARS)
     except Exception as error:  # time and memory have been measured
-        if not _no_memory(error):
+        if not _is_memory_failure(error):
             raise
         energy = {"energy": {"problem": "out of memory when energy was measured"}}
-    return {**times, **memory, **energy, **_against_the_limit(times)}
+    return {**times, **memory, **energy, **_limit(times)}
 
 
-def _no_memory(error: Exception) -> bool:
+def _is_memory_failure(error: Exception) -> bool:
     return isinstance(error, Killed) or is_out_of_memory(error)
 
 
-# what the numbers mean ----------------------------------------------------------------------------------------------
-
-
-def _against_the_limit(times: dict[str, Any]) -> dict[str, Any]:
-    """How near a decode step came to the time that reading the weights and the cache once takes."""
-    read = times["bytes_read_per_step"]
+def _limit(times: dict[str, Any]) -> dict[str, Any]:
+    """Lower bound of a decode step's time (reading the weights and the cache once), and how close the steps are."""
+    bytes_read = times["bytes_read_per_step"]
     bandwidth = times["bandwidth"]["copy_bytes_per_s"]
-    floor_ms = None if bandwidth is None else 1e3 * read / bandwidth
+    floor_ms = None if bandwidth is None else 1e3 * bytes_read / bandwidth
     tpots = times["metrics"]["tpot_ms"]["repetitions"]
     return {
         "limit": {
-            "bytes_read_per_step": read,
+            "bytes_read_per_step": bytes_read,
             "tpot_ms_floor": floor_ms,
             "mbu": None if floor_ms is None else spread([floor_ms / t for t in tpots]),
         }
@@ -233,7 +244,7 @@ def _against_the_limit(times: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pair(runs: Sequence[MethodRun]) -> None:
-    """Add to every record what its method gains over the full cache: by its bytes, and as measured."""
+    """Add the gains over the full cache to every record: by bytes read, and as measured."""
     baseline = finished_baseline(runs)
     if baseline is None:
         return
@@ -247,7 +258,7 @@ def _pair(runs: Sequence[MethodRun]) -> None:
 
 
 def _gains(full: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """At equal requests: times and bytes; of a search, whose requests differ, the sizes and the throughput at each."""
+    """Gains in time and bytes at equal requests; for a search, whose requests differ, ratios of size and throughput."""
     if "search" in record:
         return {
             "largest_ratio": record["search"]["measured_at"] / full["search"]["measured_at"],
@@ -267,7 +278,7 @@ def _gains(full: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _peak_saved(full: dict[str, Any], record: dict[str, Any], phase: str) -> int | None:
-    """Bytes; None where a machine cannot measure the peak."""
+    """Bytes saved in the peak of one phase; None if the machine cannot measure the peak."""
     if full["memory"][phase] is None or record["memory"][phase] is None:
         return None
     return full["memory"][phase]["allocated"] - record["memory"][phase]["allocated"]

@@ -1,8 +1,8 @@
 """The largest batch, or the longest prompt, that fits into memory: by doubling, then by bisection.
 
-Out of memory is an answer. A size that is killed by the kernel ends the process that tried it, not the search: what was
-found so far lies in a file, and the next process goes on with the size that killed the last one known not to fit. The
-same command given again, after it was cut off, goes on from that file too; the size it was trying then says nothing.
+Out of memory is a result. A size at which the kernel kills the process ends that process, not the search: the results
+so far are in a file, and the next process continues, with that size known not to fit. The same command, repeated after
+an interruption, continues from that file too, and tries the interrupted size again.
 """
 
 from __future__ import annotations
@@ -20,23 +20,31 @@ from ..conf.errors import InputError
 from ..models.base import LoadedModel
 from ..models.pretrained import devices_of
 from ..tasks.workload import Search
-from .fresh import Killed, in_fresh_process
-from .measure import MemoryMeter, available_memory, data_bytes, is_out_of_memory, malloc_trim_env, release_memory
-from .passes import QUIET, Job, batches, load, memory_of, take_workspaces, use_device
+from .measure.fresh import NO_PROGRESS_BARS, Killed, in_fresh_process
+from .measure.job import Batch, Job, batches, load, use_device
+from .measure.memory import (
+    MemoryMeter,
+    available_memory,
+    data_bytes,
+    is_out_of_memory,
+    malloc_trim_env,
+    release_memory,
+)
+from .measure.memory_pass import memory_of, warm_up
 
-SPARE = 0.95
-"""Share of the memory that is free when a search begins on a CPU that it may take; the rest keeps the machine alive."""
+USABLE_MEMORY = 0.95
+"""Share of the free memory that a search on a CPU may use; the rest keeps the machine responsive."""
 
 
 @dataclass(frozen=True)
 class SearchJob:
-    """What a searching process is given.
+    """Input of a searching process.
 
     Attributes:
-        job: model, method and settings; its workload is not looked at.
-        search: what is varied.
-        limit_bytes: memory that may be taken, of the device's allocator or of the whole process; None: what there is.
-        log: where sizes that were tried are noted, a line each.
+        job: model, method and settings; its workload is ignored.
+        search: the size that is varied.
+        limit_bytes: memory that may be used, in the device's allocator or in the whole process; None: all available.
+        log: file of the sizes that were tried, one per line.
     """
 
     job: Job
@@ -46,8 +54,8 @@ class SearchJob:
 
 
 def search(todo: SearchJob) -> dict[str, Any]:
-    """The field ``search`` of a record: what was found and every size that was tried."""
-    environment = QUIET | (malloc_trim_env() if todo.job.device == "cpu" else {})
+    """The field ``search`` of a record: the result and every size that was tried."""
+    environment = NO_PROGRESS_BARS | (malloc_trim_env() if todo.job.device == "cpu" else {})
     known = outcomes(todo.log).values()
     todo.log.parent.mkdir(parents=True, exist_ok=True)
     todo.log.write_text("".join(json.dumps(line) + "\n" for line in known))
@@ -57,7 +65,7 @@ def search(todo: SearchJob) -> dict[str, Any]:
         except Killed:
             began = next((line.get("began") for line in reversed(_lines(todo.log))), None)
             if began is None:
-                raise  # it never came to try a size
+                raise  # killed before it tried a size
             _note(todo.log, {"value": began, "fits": False, "peak_bytes": None, "problem": "the process was killed"})
 
 
@@ -78,8 +86,8 @@ def search_pass(todo: SearchJob) -> dict[str, Any]:
             raise InputError("task.new_tokens", todo.search.new_tokens, problem)
         problem = f"and the new tokens are beyond the {loaded.max_positions} positions of {loaded.name}"
         raise InputError("task.step", todo.search.step, problem)
-    take_workspaces(loaded.model, _batch(job, todo.search, todo.search.step, loaded), job)
-    _bound(todo, devices_of(loaded.model, job.device))
+    warm_up(loaded.model, _batch(job, todo.search, todo.search.step, loaded), job)
+    _limit_memory(todo, devices_of(loaded.model, job.device))
 
     def fits(value: int) -> bool:
         if value not in known:
@@ -91,11 +99,11 @@ def search_pass(todo: SearchJob) -> dict[str, Any]:
 
     if positions is not None and (ceiling is None or positions < ceiling):
         ceiling, stopped_by = positions, "positions"
-    found = largest(fits, todo.search.start, ceiling, todo.search.step, todo.search.tolerance)
+    result = largest(fits, todo.search.start, ceiling, todo.search.step, todo.search.tolerance)
     over = any(not outcome["fits"] for outcome in known.values())
     return {
         "what": todo.search.what,
-        "largest": found,
+        "largest": result,
         "stopped_by": "memory" if over else stopped_by,
         "limit_bytes": todo.limit_bytes,
         "tried": [known[value] for value in sorted(known)],
@@ -106,11 +114,11 @@ def largest(fits: Callable[[int], bool], start: int, most: int | None, step: int
     """The largest multiple of ``step`` that fits, to within ``tolerance`` of it; None: not even one step does.
 
     Args:
-        fits: asked at most once about a size; whatever fits, everything smaller does.
+        fits: whether a size fits; called at most once per size. If a size fits, so does everything smaller.
         start: the first size to try, doubled for as long as it fits.
-        most: never ask about more; None: no end.
+        most: largest size to try; None: no limit.
         step: sizes are multiples of it.
-        tolerance: share of the answer that it may be too small by.
+        tolerance: share of the result by which it may be too small.
     """
     end = None if most is None else most // step
     if end is not None and end < 1:
@@ -136,35 +144,35 @@ def _try(todo: SearchJob, value: int, loaded: LoadedModel, meter: MemoryMeter) -
     """Answer a batch of this size."""
     job = todo.job
     try:
-        held = memory_of(loaded.model, _batch(job, todo.search, value, loaded), meter, job)
+        memory = memory_of(loaded.model, _batch(job, todo.search, value, loaded), meter, job)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         problem = str(error).splitlines()[0]
     else:
-        peak = max(p.allocated for p in (held.peak_prefill, held.peak_decode) if p is not None)
+        peak = max(p.allocated for p in (memory.peak_prefill, memory.peak_decode) if p is not None)
         within = todo.limit_bytes is None or peak <= todo.limit_bytes
         return {"value": value, "fits": within, "peak_bytes": peak, "problem": None if within else "above the limit"}
-    release_memory(job.device)  # out of the handler, whose error would hold the tensors
+    release_memory(job.device)  # outside the handler, because the exception keeps tensors alive
     return {"value": value, "fits": False, "peak_bytes": None, "problem": problem}
 
 
-def _batch(job: Job, search: Search, value: int, loaded: LoadedModel) -> Any:
+def _batch(job: Job, search: Search, value: int, loaded: LoadedModel) -> Batch:
     workload, batch_size = search.at(value, job.batch_size)
     (batch,) = batches(replace(job, workload=workload, batch_size=batch_size), loaded)
     return batch
 
 
-def _bound(todo: SearchJob, devices: Sequence[str]) -> None:
-    """Have the allocator refuse what is beyond the limit (CUDA) or would bring the machine down (CPU)."""
+def _limit_memory(todo: SearchJob, devices: Sequence[str]) -> None:
+    """Make the allocator refuse sizes above the limit (CUDA), or that would exhaust the machine (CPU)."""
     if todo.job.device.startswith("cuda"):
         if todo.limit_bytes is not None:
-            for device in devices:  # each may take all of it; the measured peak is of all together
+            for device in devices:  # each may use all of it; the measured peak is the sum
                 number = torch.device(device).index or 0
                 total = torch.cuda.get_device_properties(number).total_memory
                 torch.cuda.set_per_process_memory_fraction(min(1.0, todo.limit_bytes / total), number)
         return
-    most = data_bytes() + int(SPARE * available_memory())
+    most = data_bytes() + int(USABLE_MEMORY * available_memory())
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
@@ -175,7 +183,7 @@ def outcomes(log: Path) -> dict[int, dict[str, Any]]:
 
 
 def _lines(log: Path) -> list[dict[str, Any]]:
-    """Whole lines; what a killed process left of its last one is passed over."""
+    """Complete lines; a last line that a killed process left incomplete is skipped."""
     return [json.loads(line) for line in log.read_text().split("\n")[:-1] if line] if log.exists() else []
 
 

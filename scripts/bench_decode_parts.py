@@ -31,12 +31,13 @@ from kvbench.methods.cache.cache import KVCache
 from kvbench.methods.cache.cpu_threads import split_kv_attention
 from kvbench.methods.cache.method import Method
 from kvbench.models.embedded import Embedded
-from kvbench.runners import provenance
-from kvbench.runners.compiled import Affine, compile_steps, product
 from kvbench.runners.engine import decode, prefill
-from kvbench.runners.graph import Stepper
-from kvbench.runners.measure import read_bandwidth
-from kvbench.runners.weights import PrepackedLinear, prepack_linear_weights
+from kvbench.runners.engine.compiled import Affine, compile_steps, product
+from kvbench.runners.engine.graph import Stepper
+from kvbench.runners.engine.prepacked import PrepackedLinear
+from kvbench.runners.engine.weights import prepack_linear_weights
+from kvbench.runners.measure.bandwidth import read_bandwidth
+from kvbench.runners.records import provenance
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Form = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

@@ -42,13 +42,14 @@ from kvbench.methods.cache.method import Method
 from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.models.embedded import Embedded
-from kvbench.runners import provenance
-from kvbench.runners.compiled import compile_steps
 from kvbench.runners.engine import generate, prefill
-from kvbench.runners.graph import Stepper
-from kvbench.runners.measure import copy_bandwidth, now, read_bandwidth
-from kvbench.runners.passes import weight_bytes_read
-from kvbench.runners.weights import prepack_linear_weights
+from kvbench.runners.engine.compiled import compile_steps
+from kvbench.runners.engine.graph import Stepper
+from kvbench.runners.engine.weights import prepack_linear_weights
+from kvbench.runners.measure.bandwidth import copy_bandwidth, read_bandwidth
+from kvbench.runners.measure.clock import now
+from kvbench.runners.measure.time_pass import weight_bytes_read
+from kvbench.runners.records import provenance
 
 BUDGETS = (64, 128, 192, 256, 384, 512, 768, 1024)
 

@@ -26,8 +26,8 @@ from train_family import ARMS, OF_ARM, SETTINGS
 
 from kvbench.methods.cache.method import Method
 from kvbench.models.tiny import TinyModel
-from kvbench.runners import provenance
-from kvbench.runners.cli import named_method
+from kvbench.runners.config.methods import named_method
+from kvbench.runners.records import provenance
 from kvbench.tasks.recall import Recall
 from kvbench.tasks.text import Text
 from kvbench.tasks.training import IGNORED

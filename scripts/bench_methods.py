@@ -36,10 +36,10 @@ from kvbench.methods.cache.fan_out import FanOutCache
 from kvbench.methods.cache.kv_shape import kv_shape
 from kvbench.methods.cache.method import Method
 from kvbench.models.embedded import Embedded
-from kvbench.runners import provenance
-from kvbench.runners.cli import named_method
+from kvbench.runners.config.methods import named_method
 from kvbench.runners.engine import decode, prefill
-from kvbench.runners.weights import load
+from kvbench.runners.engine.weights import load
+from kvbench.runners.records import provenance
 
 STEPS = 64
 """Steps that are timed together: as many as pass between two times that held tokens are moved together."""

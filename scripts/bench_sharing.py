@@ -29,10 +29,10 @@ from kvbench.methods.cache.kv_shape import kv_shape
 from kvbench.methods.cache.layout import full_shape
 from kvbench.methods.cache.method import Method
 from kvbench.models.random import SHAPES, RandomModel
-from kvbench.runners import provenance
-from kvbench.runners.cli import named_method
-from kvbench.runners.train import kv_bytes_per_token
-from kvbench.runners.weights import load
+from kvbench.runners.config.methods import named_method
+from kvbench.runners.engine.weights import load
+from kvbench.runners.records import provenance
+from kvbench.runners.train.output import kv_bytes_per_token
 
 STEPS = 32
 ARMS = (

@@ -21,7 +21,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from kvbench.models.embedded import Embedded
-from kvbench.runners import provenance
+from kvbench.runners.records import provenance
 from kvbench.tasks.lm_eval import GENERATE, LmEval
 
 ROOT = Path(__file__).resolve().parents[1]

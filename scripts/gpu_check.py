@@ -124,9 +124,10 @@ def sdpa() -> Iterator[Task]:
 def speed() -> Iterator[Task]:
     """One process and one model for all methods; two prompts each, of which the second one counts."""
     from kvbench.models.random import RandomModel
-    from kvbench.runners.cli import named_method
-    from kvbench.runners.measure import copy_bandwidth
-    from kvbench.runners.passes import Job, batches, bytes_read_per_step, time_batch
+    from kvbench.runners.config.methods import named_method
+    from kvbench.runners.measure.bandwidth import copy_bandwidth
+    from kvbench.runners.measure.job import Job, batches
+    from kvbench.runners.measure.time_pass import bytes_read_per_step, time_batch
     from kvbench.tasks.shape import Shape
 
     dtype = torch.bfloat16 if IS_CUDA else torch.float32
@@ -149,8 +150,8 @@ def speed() -> Iterator[Task]:
             "ttft_ms": 1e3 * timed.ttft,
             "tpot_ms": 1e3 * tpot_s,
             "step_median_ms": 1e3 * sorted(timed.steps)[len(timed.steps) // 2],
-            "decode": timed.how,
-            "recording_s": timed.recording,
+            "decode": timed.mode,
+            "recording_s": timed.preparation,
             "mbu": bytes_read_per_step(work, loaded.model, method) / bandwidth / tpot_s,
             "peak_bytes": torch.cuda.max_memory_allocated() if IS_CUDA else None,
         }

@@ -22,8 +22,8 @@ from bench_engine import finish
 
 from kvbench.methods.cache.method import Method
 from kvbench.models.embedded import Embedded
-from kvbench.runners import provenance
 from kvbench.runners.engine import prefill
+from kvbench.runners.records import provenance
 
 
 def main() -> None:

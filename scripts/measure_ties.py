@@ -34,10 +34,10 @@ from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.policy import Kept
 from kvbench.methods.policies.scorers.snapkv import SnapKV, pool
 from kvbench.models.embedded import Embedded
-from kvbench.runners import provenance
 from kvbench.runners.ask import ask, encode
 from kvbench.runners.engine import Sampling
-from kvbench.runners.weights import load
+from kvbench.runners.engine.weights import load
+from kvbench.runners.records import provenance
 from kvbench.tasks.longbench import LongBench
 
 DATASETS = "hotpotqa,lcc,multifieldqa_en,narrativeqa,passage_retrieval_en,trec"

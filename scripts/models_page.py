@@ -22,7 +22,7 @@ import transformers
 from transformers.utils import logging
 
 from kvbench.models.architectures import LAYERS, WINDOW, model_types, variants
-from kvbench.runners.conformance import (
+from kvbench.runners.engine.conformance import (
     EXACT,
     PATHS,
     PROMPT,

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from bench_engine import DEVICE, finish
 
 from kvbench.models.local import LocalModel
-from kvbench.runners import provenance
+from kvbench.runners.records import provenance
 from kvbench.tasks.recall import Recall
 from kvbench.tasks.text import Text
 from kvbench.tasks.training import IGNORED

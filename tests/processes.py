@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TypeVar
 from unittest.mock import patch
 
-from kvbench.runners.fresh import Killed
-from kvbench.runners.measure import malloc_trim_env
+from kvbench.runners.measure.fresh import Killed
+from kvbench.runners.measure.memory import malloc_trim_env
 
 A = TypeVar("A")
 R = TypeVar("R")

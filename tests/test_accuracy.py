@@ -18,9 +18,9 @@ import torch
 from local_model import Done, kvbench, save_local_model, save_rows
 from processes import start as start_process
 
-from kvbench.runners import record
 from kvbench.runners.command import main
-from kvbench.runners.record import RunFolder
+from kvbench.runners.records import record
+from kvbench.runners.records.record import RunFolder
 from kvbench.tasks.longbench import LongBench
 
 
@@ -350,10 +350,10 @@ def by_example(folder: Path) -> dict[tuple[str, str], dict]:
 
 def test_rows_of_runs_on_fewer_examples_are_reused(world, tmp_path, monkeypatch):
     """Three of six questions, then two of five programs, then five of each: only five are asked, and it is one run."""
-    from kvbench.runners import accuracy
+    from kvbench.runners import scoring
 
     asked: list[str] = []
-    real = accuracy.ask
+    real = scoring.ask
 
     def count(methods, batch, *rest):
         asked.extend(item.example.dataset for item in batch)
@@ -362,7 +362,7 @@ def test_rows_of_runs_on_fewer_examples_are_reused(world, tmp_path, monkeypatch)
     run(world, tmp_path / "parts", "task.datasets=[hotpotqa]", "task.limit=3")
     run(world, tmp_path / "parts", "task.datasets=[lcc]", "task.limit=2")
     parts = {path.parent.name for path in (tmp_path / "parts").glob("*/*/snapkv/*/record.json")}
-    monkeypatch.setattr(accuracy, "ask", count)
+    monkeypatch.setattr(scoring, "ask", count)
     whole = ("task.datasets=[lcc,hotpotqa]", "task.limit=5")
     out = run(world, tmp_path / "parts", *whole, "runner.reuse=true").stdout
     assert asked == ["lcc"] * 3 + ["hotpotqa"] * 2
@@ -406,7 +406,7 @@ def test_rows_of_another_setting_or_of_other_data_are_not_reused(world, tmp_path
 
 def test_runs_under_another_rule_for_equal_scores_are_neither_reused_nor_taken_as_done(world, tmp_path):
     """A record from before there was a rule has no ``ties``; the full cache ranks nothing, and its rows are taken."""
-    from kvbench.runners.record import identity_hash
+    from kvbench.runners.records.record import identity_hash
 
     part = ("task.datasets=[hotpotqa]", "task.limit=2")
     run(world, tmp_path, *part)
@@ -439,7 +439,7 @@ def test_reuse_that_cannot_be_is_one_line(world, tmp_path, overrides, words):
 def test_a_full_disk_is_one_line_and_the_run_continues_later(world, tmp_path, monkeypatch, full):
     """The device that is always full stands in for a full disk."""
     from kvbench.conf.errors import InputError
-    from kvbench.runners.record import RunFolder
+    from kvbench.runners.records.record import RunFolder
 
     folder = RunFolder(tmp_path, "task", "model", "method", {"a": 1})
     with folder:

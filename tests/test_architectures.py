@@ -18,8 +18,8 @@ import transformers
 from transformers.utils import logging
 
 from kvbench.models.architectures import CROSSED, Variant, build, model_types, variants
-from kvbench.runners import conformance
-from kvbench.runners.conformance import (
+from kvbench.runners.engine import conformance
+from kvbench.runners.engine.conformance import (
     EXACT,
     PROMPT,
     QUICK_PATHS,

@@ -22,12 +22,12 @@ from kvbench.methods.sharing.yoco import YOCO
 from kvbench.methods.storage.kivi import Kivi
 from kvbench.models.random import RandomModel
 from kvbench.models.tiny import TinyModel
-from kvbench.runners import graph, passes
-from kvbench.runners.compiled import ROWS, Affine, can_compile, compile_steps, product
-from kvbench.runners.engine import decode, prefill
-from kvbench.runners.fresh import in_fresh_process
-from kvbench.runners.graph import Stepper
-from kvbench.runners.passes import Job, load
+from kvbench.runners.engine import decode, graph, prefill
+from kvbench.runners.engine.compiled import MAX_ROWS, Affine, can_compile, compile_steps, product
+from kvbench.runners.engine.graph import Stepper
+from kvbench.runners.measure.fresh import in_fresh_process
+from kvbench.runners.measure.job import Job, load
+from kvbench.runners.measure.time_pass import time_pass
 from kvbench.tasks.shape import Shape
 
 needs_compiler = pytest.mark.skipif(
@@ -140,7 +140,7 @@ def test_every_cache_takes_compiled_steps(method):
 def test_what_cannot_be_compiled_runs_as_it_is():
     _, other = pair("llama", torch.float32)
     cache = Method("full").new_cache(other)
-    many = prompt_ids(9).repeat(ROWS + 1, 1)
+    many = prompt_ids(9).repeat(MAX_ROWS + 1, 1)
     assert Stepper(other, cache, prefill(other, cache, many).argmax(-1), 2).how == graph.EAGER
     bare = NoCache("no_cache").new_cache(other)
     assert Stepper(other, bare, prefill(other, bare, prompt_ids(9)).argmax(-1), 2).how == graph.EAGER
@@ -207,7 +207,7 @@ def test_no_compiler_is_an_error_of_one_line(tmp_path):
     """In a measuring process, with nothing compiled from before."""
     nothing = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     with pytest.raises(InputError, match=r"runner.compile=True: needs a C\+\+ compiler"):
-        in_fresh_process(passes.time_pass, job(RandomModel("tiny")), nothing)
+        in_fresh_process(time_pass, job(RandomModel("tiny")), nothing)
 
 
 @pytest.mark.parametrize("more", [("batch_size=3",), ("task=max_batch",)])

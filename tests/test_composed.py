@@ -14,9 +14,11 @@ from local_model import kvbench, save_local_model, save_rows
 from omegaconf import OmegaConf
 
 from kvbench.conf.errors import InputError
-from kvbench.runners.cli import PARTS, _compose, _groups, named_method
-from kvbench.runners.composed import check_targets, check_values, target_class
-from kvbench.runners.record import folder_name
+from kvbench.runners.cli import PARTS
+from kvbench.runners.config.checks import check_targets, check_values, target_class
+from kvbench.runners.config.loader import compose, groups
+from kvbench.runners.config.methods import named_method
+from kvbench.runners.records.record import folder_name
 
 
 class Marker:
@@ -47,8 +49,8 @@ class Marker:
         "kvbench.runners.cli.os.system",
         "kvbench.runners.cli.Path",
         "kvbench.runners.cli.Path.touch",
-        "kvbench.runners.cli.named_method",
-        "kvbench.runners.cli.help_text",
+        "kvbench.runners.config.methods.named_method",
+        "kvbench.runners.config.help.help_text",
         "kvbench.runners.cli",
         "kvbench.methods.cache.method.Method.new_cache",
         "kvbench.no_such.Class",
@@ -108,13 +110,13 @@ def test_modules_of_ones_own_are_allowed_and_installed_ones_when_they_are_named(
 
 
 def choices() -> list[tuple[str, str]]:
-    return [(group, p.name.removesuffix(".yaml")) for group, found in _groups(files("kvbench.conf")) for p in found]
+    return [(group, p.name.removesuffix(".yaml")) for group, found in groups(files("kvbench.conf")) for p in found]
 
 
 @pytest.mark.parametrize(("group", "name"), [c for c in choices() if not c[0].startswith("hydra")])
 def test_every_choice_passes_the_checks(group, name):
     GlobalHydra.instance().clear()
-    config = OmegaConf.to_container(_compose([f"{group}={name}"]), resolve=True)
+    config = OmegaConf.to_container(compose([f"{group}={name}"]), resolve=True)
     check_targets(config, "config")
     for key in PARTS:
         check_values(config[key], key, target_class(config[key]["_target_"], key))

@@ -27,9 +27,9 @@ from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.pyramid_infer.policy import PyramidInfer
 from kvbench.methods.storage import buffer, dense
 from kvbench.methods.storage.buffer import Growing
-from kvbench.runners import engine
-from kvbench.runners.engine import decode, feed, generate, prefill, score
-from kvbench.runners.weights import has_blocked_products, prepack_linear_weights
+from kvbench.runners.engine import decode, decoding, feed, generate, prefill, score
+from kvbench.runners.engine.prepacked import has_blocked_products
+from kvbench.runners.engine.weights import prepack_linear_weights
 
 NAMES = sorted(p.name.removesuffix(".yaml") for p in files("kvbench.conf").joinpath("method").iterdir() if p.is_file())
 PYRAMID = "pyramid_infer policy.strategy=constant policy.min_context=0"
@@ -269,7 +269,7 @@ def test_a_left_padded_batch_is_each_row_alone(text):
 @pytest.mark.parametrize("text", METHODS)
 def test_several_tokens_after_the_prompt_are_one_after_another_and_a_copy_goes_its_own_way(text, monkeypatch):
     """In a left-padded batch; what one copy of the cache is fed, the other one does not see."""
-    monkeypatch.setattr(engine, "AT_ONCE", 4)
+    monkeypatch.setattr(decoding, "MAX_TOKENS_PER_FEED", 4)
     model, method = model_for(text), make(text)
     ids, mask = left_pad([prompt_ids(LONG, 1), prompt_ids(MIDDLE, 2)])
     tokens = some_tokens(7, batch=2)

@@ -21,7 +21,7 @@ from tiny_models import left_pad, prompt_ids
 from kvbench.methods.cache.cache import KVCache
 from kvbench.methods.cache.method import Method
 from kvbench.runners.engine import decode, prefill
-from kvbench.runners.graph import GRAPH, Stepper
+from kvbench.runners.engine.graph import GRAPH, Stepper
 
 DEVICE = os.environ.get("KVBENCH_CUDA_TEST_DEVICE", "cuda")
 IS_CUDA = DEVICE.startswith("cuda")

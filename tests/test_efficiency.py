@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -19,10 +20,15 @@ from kvbench.methods.cache.method import Method
 from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.models.random import RandomModel
-from kvbench.runners import efficiency, graph, measure, passes
-from kvbench.runners.fresh import Killed
-from kvbench.runners.measure import malloc_trim_env
-from kvbench.runners.passes import Batch, Job, Timed, metrics, time_batch
+from kvbench.runners import efficiency
+from kvbench.runners.engine import graph
+from kvbench.runners.measure import energy_pass
+from kvbench.runners.measure import job as measure_job
+from kvbench.runners.measure.energy import EnergyMeter
+from kvbench.runners.measure.fresh import Killed
+from kvbench.runners.measure.job import Batch, Job
+from kvbench.runners.measure.memory import malloc_trim_env
+from kvbench.runners.measure.time_pass import Timed, metrics, time_batch
 from kvbench.tasks.shape import Shape
 from kvbench.tasks.workload import Request
 
@@ -85,7 +91,7 @@ def test_the_first_token_belongs_to_prefill_and_only_the_others_to_decode(monkey
         time.sleep(0.05)
         return logits
 
-    monkeypatch.setattr(passes, "prefill", slow_prefill)
+    monkeypatch.setattr(measure_job, "prefill", slow_prefill)
     monkeypatch.setattr(graph, "decode", slow_decode)
     start = time.monotonic()
     timed = time_batch(tiny_model(), batch_of((4, 5)), job_of(Method("full")))
@@ -178,10 +184,10 @@ def test_energy_is_recorded_or_the_reason_why_not(measured):
 
 def test_energy_is_that_of_one_workload_and_beside_it_the_idle_machine_s(tmp_path, monkeypatch):
     """A counter on a clock of its own, 30 W: joules are watts times the seconds of one repetition."""
-    monkeypatch.setattr(passes, "ENERGY_SECONDS", 0.3)
-    monkeypatch.setattr(measure.EnergyMeter, "_counters", lambda self: [(30.0 * time.monotonic(), float("inf"))])
+    monkeypatch.setattr(energy_pass, "MIN_SECONDS", 0.3)
+    monkeypatch.setattr(EnergyMeter, "_counters", lambda self: [(30.0 * time.monotonic(), float("inf"))])
     job = Job(RandomModel("tiny"), Method("full"), Shape(50, 5), "cpu", torch.float32, 0, 2, None, 0, 1)
-    energy = passes.energy_pass(job)["energy"]
+    energy = energy_pass.energy_pass(job)["energy"]
     assert energy["watts"] == pytest.approx(30, rel=0.05) and energy["watts_idle"] == pytest.approx(30, rel=0.05)
     assert energy["joules"] * energy["repetitions"] >= 0.95 * 0.3 * 30  # of all repetitions, for as long as was asked
     assert energy["joules_per_output_token"] == pytest.approx(energy["joules"] / 10)
@@ -232,8 +238,9 @@ PEAKS = """
 import json, sys
 import torch
 from kvbench.models.random import RandomModel
-from kvbench.runners.cli import named_method
-from kvbench.runners.passes import Job, memory_pass
+from kvbench.runners.config.methods import named_method
+from kvbench.runners.measure.job import Job
+from kvbench.runners.measure.memory_pass import memory_pass
 from kvbench.tasks.shape import Shape
 
 source, work = RandomModel("tiny", max_positions=4096), Shape(2000, 12)
@@ -254,7 +261,7 @@ def peaks() -> dict[str, dict]:
 
     def named(name: str) -> str:
         # pyramid_infer's own schedule holds more than half of a prompt in four layers
-        return f"{name} budget=1000" if "${..budget}" in YAMLS[name] and name != "pyramid_infer" else name
+        return f"{name} budget=1000" if re.search(r"^budget: 1024", YAMLS[name], re.M) else name
 
     command = [sys.executable, "-c", PEAKS, *map(named, HELD), FEW]
     made = subprocess.run(command, env=os.environ | malloc_trim_env(), capture_output=True, text=True, check=True)

@@ -22,10 +22,9 @@ from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.pyramid_infer.policy import PyramidInfer
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.policies.streaming_llm import StreamingLLM
-from kvbench.runners import engine
-from kvbench.runners.engine import Sampling, decode, feed, generate, prefill
-from kvbench.runners.fused_decode import supports_fused_decode
-from kvbench.runners.weights import prepack_linear_weights
+from kvbench.runners.engine import Sampling, decode, decoding, feed, generate, generation, prefill, score
+from kvbench.runners.engine.fused_decode import supports_fused_decode
+from kvbench.runners.engine.weights import prepack_linear_weights
 
 
 def full(model):
@@ -89,8 +88,8 @@ def test_methods_that_read_the_prompt_by_themselves_go_on_with_the_others(monkey
     cache = FanOutCache([m.new_cache(model) for m in methods])
     assert [type(one).__name__ for one in cache.separate_prefills] == ["FanOutCache", *["KVCache"] * 3]
     rows = []
-    step = engine.decode
-    monkeypatch.setattr(engine, "decode", lambda m, c, token: rows.append(len(token)) or step(m, c, token))
+    step = generation.decode
+    monkeypatch.setattr(generation, "decode", lambda m, c, token: rows.append(len(token)) or step(m, c, token))
     together = generate(model, cache, ids, max_new_tokens=12, stop_ids=[stop]).tokens
     ends = [tokens.index(stop) if stop in tokens else 12 for tokens in alone]
     assert together == [tokens[:end] for tokens, end in zip(alone, ends, strict=True)]
@@ -106,8 +105,8 @@ def test_continuations_are_scored_alike_alone_and_beside_others():
         Method("full"),
         Method("snapkv", EvictionPolicy(SnapKV(window=4), 16)),
     ]
-    alone = [one for m in methods for one in engine.score(model, m.new_cache(model), ids, mask, asked)]
-    both = engine.score(model, FanOutCache([m.new_cache(model) for m in methods]), ids, mask, asked)
+    alone = [one for m in methods for one in score(model, m.new_cache(model), ids, mask, asked)]
+    both = score(model, FanOutCache([m.new_cache(model) for m in methods]), ids, mask, asked)
     for mine, theirs in zip(both, alone, strict=True):
         for a, b in zip(mine, theirs, strict=True):
             assert a.log_probs == pytest.approx(b.log_probs, abs=1e-9)
@@ -141,9 +140,9 @@ def test_a_rows_draws_depend_on_its_own_seed_alone():
 
 
 def test_draws_follow_the_probabilities():
-    from kvbench.runners.engine import _Sampler
+    from kvbench.runners.engine.sampling import Sampler
 
-    draw = _Sampler(Sampling(temperature=1.0, top_p=0.79, seeds=list(range(4000))), (), 0, 4000, torch.device("cpu"))
+    draw = Sampler(Sampling(temperature=1.0, top_p=0.79, seeds=list(range(4000))), (), 0, 4000, torch.device("cpu"))
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(4000, 4)
     counts = torch.bincount(draw(logits, 0), minlength=4) / 4000
     # 0.79 is reached by the first two; what is left is drawn in proportion.
@@ -344,7 +343,7 @@ def test_the_lean_step_is_the_library_s_forward(monkeypatch, family, joined):
     for _ in range(4):
         lean = decode(model, caches[0], token)
         with monkeypatch.context() as patch:
-            patch.setattr(engine, "supports_fused_decode", lambda model: False)
+            patch.setattr(decoding, "supports_fused_decode", lambda model: False)
             expected = decode(model, caches[1], token)
         assert torch.equal(lean, expected)
         token = expected.argmax(-1)
@@ -437,7 +436,7 @@ def test_a_model_whose_rope_follows_the_length_is_fed_token_by_token():
 
 def test_fewer_columns_go_together_where_rows_and_vocabulary_are_large(monkeypatch):
     model, ids = tiny_model(), prompt_ids(30)
-    monkeypatch.setattr(engine, "LOGITS", 4 * model.config.vocab_size + 1)
+    monkeypatch.setattr(decoding, "MAX_LOGITS_PER_FEED", 4 * model.config.vocab_size + 1)
     cache = full(model)
     prefill(model, cache, ids)
     assert [logits.shape[1] for logits in feed(model, cache, prompt_ids(10))] == [4, 4, 2]

@@ -19,10 +19,9 @@ from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.sharing.cla import CLA
 from kvbench.methods.sharing.lckv import LCKV
-from kvbench.runners import graph
-from kvbench.runners.cli import named_method
-from kvbench.runners.engine import decode, prefill
-from kvbench.runners.graph import Stepper
+from kvbench.runners.config.methods import named_method
+from kvbench.runners.engine import decode, graph, prefill
+from kvbench.runners.engine.graph import Stepper
 
 STATIC = [
     "full",

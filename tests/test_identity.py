@@ -19,7 +19,7 @@ from kvbench.methods.policies.policy import KeepEverything
 from kvbench.methods.policies.schedules.after_prefill import AfterPrefill
 from kvbench.methods.policies.scorers.base import Scorer
 from kvbench.methods.policies.scorers.snapkv import SnapKV
-from kvbench.runners.record import identity_hash
+from kvbench.runners.records.record import identity_hash
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = sorted((ROOT / "results").rglob("record.json"))

@@ -11,9 +11,9 @@ from tiny_models import left_pad, prompt_ids, tiny_model
 from kvbench.methods.cache.cache import KVCache
 from kvbench.methods.cache.method import Method
 from kvbench.methods.storage.base import IN_PLACE, LayerStorage
-from kvbench.runners.cli import named_method
+from kvbench.runners.config.methods import named_method
 from kvbench.runners.engine import decode, prefill
-from kvbench.runners.graph import Stepper
+from kvbench.runners.engine.graph import Stepper
 
 HELD = [text for text in METHODS if text != "no_cache"]
 STORAGES = ["full", "ada_kv", "kivi storage.residual=16 storage.group=8", "minicache"]

@@ -13,7 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from kvbench.conf.errors import InputError
-from kvbench.runners.loggers import Logger, NoLogger, WandbLogger, numbers
+from kvbench.runners.records.loggers import Logger, NoLogger, WandbLogger, numbers
 
 wandb = pytest.importorskip("wandb", reason="needs the package wandb: pip install 'kvbench[wandb]'")
 
@@ -410,7 +410,7 @@ def test_the_real_wandb_without_a_server(
     """A well-formed key and a port of this machine that nobody listens on."""
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr("kvbench.runners.loggers.INIT_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("kvbench.runners.records.loggers.INIT_TIMEOUT_S", 1.0)
     WandbLogger().log(ACCURACY, [], folder_of(tmp_path))
     out, err = capfd.readouterr()
     assert out == ""

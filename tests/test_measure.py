@@ -15,24 +15,20 @@ import pytest
 import torch
 
 from kvbench.conf.errors import InputError
-from kvbench.runners import measure, provenance
-from kvbench.runners.fresh import Killed, in_fresh_process
-from kvbench.runners.measure import (
-    EnergyMeter,
-    MemoryMeter,
-    Stopwatch,
-    copy_bandwidth,
-    is_out_of_memory,
-    malloc_trim_env,
-    now,
-)
-from kvbench.runners.settings import Settings
+from kvbench.runners.config.settings import Settings
+from kvbench.runners.measure import bandwidth, energy, memory
+from kvbench.runners.measure.bandwidth import copy_bandwidth, read_bandwidth
+from kvbench.runners.measure.clock import Stopwatch, now
+from kvbench.runners.measure.energy import EnergyMeter
+from kvbench.runners.measure.fresh import Killed, in_fresh_process
+from kvbench.runners.measure.memory import MemoryMeter, is_out_of_memory, malloc_trim_env
+from kvbench.runners.records import provenance
 
 MIB = 2**20
 
 PHASES = """
 import json, torch
-from kvbench.runners.measure import MemoryMeter
+from kvbench.runners.measure.memory import MemoryMeter
 
 meter = MemoryMeter("cpu")
 meter.reset()
@@ -76,7 +72,7 @@ def rapl(folder: Path, package: int, joules: float, wraps_at: float = 200.0) -> 
 
 def test_energy_is_what_the_counters_of_all_packages_gained(tmp_path, monkeypatch):
     """Two packages: one gains 5 J, the other one starts again at 200 J and gains 3. Subdomains do not count twice."""
-    monkeypatch.setattr(measure, "RAPL", tmp_path)
+    monkeypatch.setattr(energy, "RAPL", tmp_path)
     rapl(tmp_path, 0, 100.0)
     rapl(tmp_path, 1, 199.0)
     (tmp_path / "intel-rapl:0:0").mkdir()
@@ -94,7 +90,7 @@ def test_energy_is_what_the_counters_of_all_packages_gained(tmp_path, monkeypatc
 
 
 def test_a_machine_without_a_counter_is_said_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, "RAPL", tmp_path)
+    monkeypatch.setattr(energy, "RAPL", tmp_path)
     assert "no energy counter can be read (there is no" in EnergyMeter("cpu").problem
 
 
@@ -139,7 +135,7 @@ def test_a_machine_without_a_resettable_peak_is_said_so(monkeypatch):
     def refuse() -> None:
         raise PermissionError("clear_refs")
 
-    monkeypatch.setattr(measure, "_reset_resident_peak", refuse)
+    monkeypatch.setattr(memory, "_reset_resident_peak", refuse)
     meter = MemoryMeter("cpu")
     meter.reset()
     assert meter.peak() is None
@@ -162,13 +158,13 @@ class ClockOfOurOwn:
 
 def test_bandwidth_is_what_a_copy_moves(monkeypatch):
     """A copy that takes 10 ms on a clock of our own: 2 x size / 10 ms."""
-    monkeypatch.setattr(measure, "Stopwatch", ClockOfOurOwn)
+    monkeypatch.setattr(bandwidth, "Stopwatch", ClockOfOurOwn)
     assert copy_bandwidth("cpu", size=1000, copies=3) == pytest.approx(2 * 1000 / 0.01)
 
 
 def test_read_bandwidth_counts_what_is_read_once(monkeypatch):
-    monkeypatch.setattr(measure, "Stopwatch", ClockOfOurOwn)
-    assert measure.read_bandwidth("cpu", size=4 << 20, repeats=3) == pytest.approx((4 << 20) / 0.01)
+    monkeypatch.setattr(bandwidth, "Stopwatch", ClockOfOurOwn)
+    assert read_bandwidth("cpu", size=4 << 20, repeats=3) == pytest.approx((4 << 20) / 0.01)
 
 
 @pytest.mark.parametrize("slower", ["sum", "mv"])
@@ -180,8 +176,8 @@ def test_read_bandwidth_is_that_of_the_faster_way(monkeypatch, slower):
         def seconds(self):
             return [0.04] if next(order) == slower else [0.02]
 
-    monkeypatch.setattr(measure, "Stopwatch", Clock)
-    assert measure.read_bandwidth("cpu", size=4 << 20, repeats=1) == pytest.approx((4 << 20) / 0.02)
+    monkeypatch.setattr(bandwidth, "Stopwatch", Clock)
+    assert read_bandwidth("cpu", size=4 << 20, repeats=1) == pytest.approx((4 << 20) / 0.02)
 
 
 on_a_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -226,7 +222,7 @@ def test_the_meter_sees_what_the_device_s_allocator_gave():
 
 
 @on_a_device
-@pytest.mark.parametrize(("measured", "moved"), [(copy_bandwidth, 2), (measure.read_bandwidth, 1)])
+@pytest.mark.parametrize(("measured", "moved"), [(copy_bandwidth, 2), (read_bandwidth, 1)])
 def test_the_device_s_bandwidth_is_that_of_a_copy_timed_by_hand(measured, moved):
     """Many copies (or products) at a time by the host's clock; reading is compared with a sum, which reads as much."""
     size = 1 << 30
@@ -245,10 +241,10 @@ def test_no_room_to_measure_bandwidth_is_no_crash(monkeypatch):
     def full(*args: object, **kwargs: object) -> torch.Tensor:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-    monkeypatch.setattr(measure.torch, "empty", full)
+    monkeypatch.setattr(bandwidth.torch, "empty", full)
     assert copy_bandwidth("cpu") is None
-    monkeypatch.setattr(measure.torch, "ones", full)
-    assert measure.read_bandwidth("cpu") is None
+    monkeypatch.setattr(bandwidth.torch, "ones", full)
+    assert read_bandwidth("cpu") is None
 
 
 def test_what_counts_as_out_of_memory():

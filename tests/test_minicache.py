@@ -18,7 +18,7 @@ from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.storage.minicache.geometry import angle_between, slerp
 from kvbench.methods.storage.minicache.pair import Pair
 from kvbench.methods.storage.minicache.storage import MiniCache, PairLayer
-from kvbench.runners.cli import named_method
+from kvbench.runners.config.methods import named_method
 from kvbench.runners.engine import decode, prefill
 
 

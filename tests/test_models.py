@@ -47,7 +47,7 @@ from kvbench.models.hub import HubModel, OutOfReach, ask_hub
 from kvbench.models.local import LocalModel
 from kvbench.models.pretrained import load_pretrained
 from kvbench.models.random import SHAPES, RandomModel
-from kvbench.runners.cli import named_method
+from kvbench.runners.config.methods import named_method
 from kvbench.runners.engine import generate
 
 ROOT = Path(__file__).resolve().parents[1]

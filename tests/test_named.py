@@ -15,7 +15,7 @@ from kvbench.methods.sharing.cla import CLA
 from kvbench.methods.storage.dense import Dense
 from kvbench.methods.storage.kivi import Kivi
 from kvbench.methods.storage.ragged import Ragged
-from kvbench.runners.cli import named_method
+from kvbench.runners.config.methods import named_method
 
 NAMES = sorted(p.name.removesuffix(".yaml") for p in files("kvbench.conf").joinpath("method").iterdir() if p.is_file())
 

@@ -18,7 +18,7 @@ from kvbench.analysis.load import Run, load
 from kvbench.analysis.published import claims, number, published_table
 from kvbench.analysis.tables import main
 from kvbench.models.random import SHAPES
-from kvbench.runners.cli import named_method
+from kvbench.runners.config.methods import named_method
 
 CAMPAIGN = Path(__file__).resolve().parents[1] / "scripts" / "campaign_gpu.sh"
 

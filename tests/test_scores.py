@@ -19,7 +19,7 @@ from kvbench.methods.policies.scorers.base import ModelLayer
 from kvbench.methods.policies.scorers.expected_attention import ExpectedAttention
 from kvbench.methods.policies.scorers.key_diff import KeyDiff
 from kvbench.methods.policies.scorers.random_tokens import RandomTokens
-from kvbench.runners.cli import named_method
+from kvbench.runners.config.methods import named_method
 
 D = 16  # of the tiny models
 

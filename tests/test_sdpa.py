@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tiny_models import prompt_ids, tiny_model
 
 from kvbench.methods.cache import sdpa
-from kvbench.runners.cli import named_method
+from kvbench.runners.config.methods import named_method
 from kvbench.runners.engine import decode, prefill
 
 

@@ -15,7 +15,7 @@ from local_model import kvbench
 from kvbench.conf.errors import InputError
 from kvbench.methods.cache.method import Method
 from kvbench.models.random import RandomModel
-from kvbench.runners.passes import Job
+from kvbench.runners.measure.job import Job
 from kvbench.runners.search import SearchJob, largest, outcomes, search
 from kvbench.tasks.max_batch import MaxBatch
 from kvbench.tasks.max_context import MaxContext
@@ -160,7 +160,7 @@ def test_a_run_that_is_cut_off_while_it_is_timed_searches_no_more(tmp_path, monk
 
     monkeypatch.setattr(efficiency, "_passes", cut_off)
     assert kvbench(*arguments).returncode != 0
-    (log,) = tmp_path.rglob(efficiency.TRIED)
+    (log,) = tmp_path.rglob(efficiency.TRIED_SIZES)
     tried = log.read_text()
     assert '"value": 2' in tried
     during = []

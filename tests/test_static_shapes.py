@@ -23,7 +23,7 @@ from kvbench.methods.storage.kivi import Kivi
 from kvbench.methods.storage.minicache.geometry import RETENTIONS
 from kvbench.methods.storage.minicache.storage import MiniCache
 from kvbench.methods.storage.minicache_kivi import MiniCacheKivi
-from kvbench.runners.cli import named_method
+from kvbench.runners.config.methods import named_method
 from kvbench.runners.engine import decode, prefill
 
 STEPS = 40

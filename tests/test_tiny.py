@@ -19,8 +19,8 @@ from kvbench.models import tiny
 from kvbench.models.scratch import ScratchModel
 from kvbench.models.tiny import TinyModel
 from kvbench.runners.accuracy import AccuracyRunner
-from kvbench.runners.settings import Settings
-from kvbench.runners.train import TrainRunner
+from kvbench.runners.config.settings import Settings
+from kvbench.runners.train.runner import TrainRunner
 from kvbench.tasks.recall import Recall
 
 MEMBERS = {"mha": Heads(), "mqa": Heads(1), "cla2": CLA(2), "yoco": YOCO(window=16)}

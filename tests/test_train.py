@@ -36,8 +36,10 @@ from kvbench.models.local import LocalModel
 from kvbench.models.random import RandomModel
 from kvbench.models.scratch import ScratchModel, parameters
 from kvbench.models.uptrained import UptrainedModel
-from kvbench.runners.settings import Settings
-from kvbench.runners.train import Distill, Training, TrainRunner, new_accelerator
+from kvbench.runners.config.settings import Settings
+from kvbench.runners.train.loop import Training, new_accelerator
+from kvbench.runners.train.losses import Distill
+from kvbench.runners.train.runner import TrainRunner
 from kvbench.tasks.copying import Copying
 from kvbench.tasks.needle import Needle
 from kvbench.tasks.recall import Recall
@@ -360,7 +362,7 @@ def test_the_learning_rate_rises_and_falls_along_a_cosine():
 def validation(loaded, rule, task, length):
     """What a training would find of a loaded model."""
     training = Training.__new__(Training)
-    training.rule, training.task, training.model = rule, task, loaded.model
+    training.options, training.task, training.model = rule, task, loaded.model
     training.tokenizer, training.length, training.size = loaded.tokenizer, length, 4
     training.device, training.accelerator = (
         torch.device("cpu"),
@@ -462,7 +464,7 @@ def test_labels_are_weighed_alike_whatever_the_part_they_stand_in():
     """Sequences with few pairs have more questions; a mean of the parts' means would weigh theirs less."""
     training = Training.__new__(Training)
     task = Recall()
-    training.rule, training.task, training.settings = replace(RULE, micro_batch=1), task, Settings()
+    training.options, training.task, training.settings = replace(RULE, micro_batch=1), task, Settings()
     training.tokenizer, training.length, training.size = task.new_tokenizer(), 64, 4
     training.device, training.teacher = torch.device("cpu"), None
     training.accelerator = new_accelerator(Settings(device="cpu", dtype="float32"))
@@ -555,7 +557,7 @@ def test_distillation_and_the_loss_on_changing_keys_add_up(checkpoint, corpus):
     for weight in (0.0, 1.0):
         for distill in (0.0, 1.0):
             training = Training.__new__(Training)
-            training.rule = replace(RULE, distill=Distill(weight=distill))
+            training.options = replace(RULE, distill=Distill(weight=distill))
             training.teacher = loaded.model if distill else None
             rule = LCKV(2, iter_forward=0, iter_backward=2, kv_loss_weight=1e4 * weight)
             training.model = converted(loaded.model, rule, "mean")
@@ -591,7 +593,7 @@ def test_what_was_trained_needs_the_checkpoint_it_was_trained_on(tmp_path, corpu
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(checkpoint, corpus):
     training = Training.__new__(Training)
     loaded = checkpoint.load("cpu", torch.float32)
-    training.rule = replace(RULE, distill=Distill(weight=1.0, hidden_mse=1.0))
+    training.options = replace(RULE, distill=Distill(weight=1.0, hidden_mse=1.0))
     training.teacher = loaded.model
     x = torch.randint(0, 256, (2, 32))
     same = training.model = converted(loaded.model, CLA(1), "copy")

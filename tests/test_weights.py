@@ -20,18 +20,10 @@ from kvbench.methods.sharing.yoco import YOCO
 from kvbench.models.base import LoadedModel
 from kvbench.models.random import RandomModel
 from kvbench.models.tiny import TinyModel
-from kvbench.runners import weights
-from kvbench.runners.engine import generate, prefill
-from kvbench.runners.passes import bytes_read_per_step
-from kvbench.runners.weights import (
-    FusedGateUpMLP,
-    FusedQKV,
-    PrepackedLinear,
-    QKVSlice,
-    has_blocked_products,
-    load,
-    prepack_linear_weights,
-)
+from kvbench.runners.engine import generate, prefill, weights
+from kvbench.runners.engine.prepacked import FusedGateUpMLP, FusedQKV, PrepackedLinear, QKVSlice, has_blocked_products
+from kvbench.runners.engine.weights import load, prepack_linear_weights
+from kvbench.runners.measure.time_pass import bytes_read_per_step
 
 float32 = pytest.mark.skipif(not has_blocked_products(torch.float32), reason="torch has no oneDNN here")
 bfloat16 = pytest.mark.skipif(not has_blocked_products(torch.bfloat16), reason="oneDNN has no bfloat16 here")
@@ -81,7 +73,7 @@ def weight_of(model: nn.Module, name: str) -> torch.Tensor:
         return {"gate_proj": gate, "up_proj": up}.get(last, parent.down.weight.to_dense())
     layer = getattr(parent, last)
     if isinstance(layer, QKVSlice):
-        return layer.shared.whole.weight.to_dense().split(layer.shared.sizes)[layer.number]
+        return layer.fused.whole.weight.to_dense().split(layer.fused.sizes)[layer.number]
     return layer.weight.to_dense()
 
 
@@ -187,7 +179,7 @@ def test_joined_products_are_the_layers_in_any_order_and_nothing_is_kept(bias):
         torch.testing.assert_close(parts[number](x), layers[number](x), rtol=1e-5, atol=1e-6)
     out = parts[2](prompt)
     assert out.untyped_storage().nbytes() == out.nbytes == 2 * 9 * 8 * 4  # of a prompt: no more than itself
-    assert shared._input is None and not any(part is not None for part in shared._parts)
+    assert shared._input is None and not any(part is not None for part in shared._slices)
 
 
 @float32
@@ -199,7 +191,7 @@ def test_products_are_computed_once_for_what_meets_them(monkeypatch):
     monkeypatch.setattr(PrepackedLinear, "forward", lambda self, x: calls.append(x.shape) or real(self, x))
     for x in torch.randn(3, 1, 1, 24).unbind():
         for number in (0, 1, 2):
-            shared.part(number, x)
+            shared.slice_of(number, x)
     assert len(calls) == 3
 
 

@@ -20,9 +20,7 @@ from .across_layers import Candidates
 from .allocators.base import Allocator
 from .allocators.uniform import Uniform
 from .budget import Budget, check_budget, resolve_budget
-from .decoding import (
-    EvictionState,
-)
+from .decoding import EvictionState
 from .policy import CachePolicy, Kept
 from .ranking import keep_mask, keep_slots
 from .schedules.after_prefill import AfterPrefill

@@ -18,14 +18,14 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, PreTrainedModel
 
-from ..conf.errors import InputError
-from ..methods.cache.method import Method
-from ..methods.policies.eviction import EvictionPolicy
-from ..methods.policies.no_cache import NoCache
-from ..methods.policies.scorers.snapkv import SnapKV
-from ..methods.storage.kivi import Kivi
-from ..models.architectures import Variant, build, features, kinds_of_layers
-from . import engine
+from ...conf.errors import InputError
+from ...methods.cache.method import Method
+from ...methods.policies.eviction import EvictionPolicy
+from ...methods.policies.no_cache import NoCache
+from ...methods.policies.scorers.snapkv import SnapKV
+from ...methods.storage.kivi import Kivi
+from ...models.architectures import Variant, build, features, kinds_of_layers
+from .. import engine
 
 PROMPT, STEPS = 64, 8
 CHUNK_COLUMNS = 16

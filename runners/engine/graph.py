@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
-from ..methods.cache.cache import KVCache
-from ..methods.cache.rotary import DYNAMIC_ROPE_TYPES
-from .compiled import ROWS, CompiledStep, can_compile
-from .engine import decode, rope_type
+from ...methods.cache.cache import KVCache
+from .compiled import MAX_ROWS, CompiledStep, can_compile
+from .decoding import decode
+from .model_properties import has_dynamic_rope, is_spread
 
 EAGER, GRAPH, COMPILED = "eager", "cuda graph", "compiled"
 
@@ -54,12 +54,12 @@ class Stepper:
     def __post_init__(self) -> None:
         self._compiled: CompiledStep | None = getattr(self.model, "compiled_step", None)
         rows = self.token.shape[0]
-        if self._compiled is not None and rows <= ROWS and can_compile(self.model) and not self.cache.recomputes:
+        if self._compiled is not None and rows <= MAX_ROWS and can_compile(self.model) and not self.cache.recomputes:
             self._compiled.prepare(rows)
             self.how = COMPILED
             return
         # RoPE that follows the length compares it with a limit on the host, at every step.
-        alike = not _is_spread(self.model) and rope_type(self.model) not in DYNAMIC_ROPE_TYPES
+        alike = not is_spread(self.model) and not has_dynamic_rope(self.model)
         possible = self.model.device.type == "cuda" and alike
         self.how = GRAPH if self.record and possible and self.cache.supports_static else EAGER
         if self.how == EAGER:
@@ -115,7 +115,3 @@ def recording(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
 def _side_stream(device: int) -> torch.cuda.Stream:
     """One stream for all recordings: libraries keep a workspace for each stream that they have seen, for ever."""
     return torch.cuda.Stream(device)
-
-
-def _is_spread(model: PreTrainedModel) -> bool:
-    return getattr(model, "hf_device_map", None) is not None

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..analysis.load import Run, comparable, read_runs
-from ..analysis.tables import KINDS, accuracy_table, markdown
+from ...analysis.load import Run, comparable, read_runs
+from ...analysis.tables import KINDS, accuracy_table, markdown
 
 
 def closing(folders: Sequence[Path], results_dir: str) -> str:

@@ -1,4 +1,4 @@
-"""Run one function in a fresh Python process: nothing that an earlier measurement left behind can count in this one."""
+"""Calls in a fresh Python process, so that nothing left behind by an earlier measurement counts in this one."""
 
 from __future__ import annotations
 
@@ -13,27 +13,31 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from .terminal import lasting_streams
+from ..terminal import lasting_streams
 
 A = TypeVar("A")
 R = TypeVar("R")
 
 
+NO_PROGRESS_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+"""Environment of a measuring process: each one loads the model, and a progress bar for each would hide other output."""
+
+
 class Killed(RuntimeError):
-    """The process was killed before it had a result: what the kernel does to it when memory runs out."""
+    """The process was killed before it had a result, as the kernel does when memory runs out."""
 
 
 def in_fresh_process(function: Callable[[A], R], argument: A, environment: Mapping[str, str] | None = None) -> R:
     """``function(argument)`` in a new process.
 
     Args:
-        function: of a module that can be imported; it, its argument and its result are pickled.
-        argument: its only argument.
+        function: a function of an importable module; it, its argument and its result are pickled.
+        argument: the function's only argument.
         environment: variables to set before the process starts.
 
     Raises:
         Killed: the process was killed from outside.
-        Exception: whatever the function raised, with its message.
+        Exception: the exception that the function raised, with its message.
     """
     with tempfile.TemporaryDirectory(prefix="kvbench-") as folder:
         call, answer = Path(folder, "call"), Path(folder, "answer")
@@ -51,7 +55,7 @@ def in_fresh_process(function: Callable[[A], R], argument: A, environment: Mappi
 
 
 def main(call: str, answer: str) -> None:
-    """The new process's side."""
+    """Run the pickled call in the new process, and pickle its result or exception."""
     function, argument = pickle.loads(Path(call).read_bytes())
     try:
         with lasting_streams():

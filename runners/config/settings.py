@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..conf.errors import is_whole, require
-from .composed import check_results_dir
+from ...conf.errors import is_whole, require
+from .checks import check_results_dir
 
 
 @dataclass(frozen=True)

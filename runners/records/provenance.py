@@ -66,7 +66,7 @@ def code_id(git: dict[str, Any]) -> str:
     """What tells this code from other code: its commit, and a hash of its sources where they are not that commit's."""
     if git["sha"] is not None and git["dirty"] is False:
         return str(git["sha"])
-    root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
+    root, digest = Path(__file__).resolve().parents[2], hashlib.sha256()
     for folder in CODE:
         for path in sorted((root / folder).rglob("*")):
             if path.suffix in (".py", ".yaml"):

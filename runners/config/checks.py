@@ -19,8 +19,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from ..conf.errors import InputError, near, one_of, require
-from ..conf.identity import HasIdentity
+from ...conf.errors import InputError, near, one_of, require
+from ...conf.identity import HasIdentity
 
 ALLOW = "KVBENCH_ALLOW"
 """Environment variable: installed packages whose classes a configuration may name, separated by commas."""

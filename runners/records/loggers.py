@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..conf.errors import InputError, one_of, require
+from ...conf.errors import InputError, one_of, require
 
 MODES = ("auto", "online", "offline")
 INIT_TIMEOUT_S = 20.0

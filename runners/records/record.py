@@ -21,8 +21,8 @@ from typing import Any
 
 import filelock
 
-from ..analysis.load import RECORD, SAMPLES, SCHEMA, read_record
-from ..conf.errors import InputError, is_whole, require
+from ...analysis.load import RECORD, SAMPLES, SCHEMA, read_record
+from ...conf.errors import InputError, is_whole, require
 
 SESSIONS = "sessions.jsonl"
 START_OVER = "delete the line to have its example run again, or the folder to start over"

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..conf.errors import require
-from ..methods.cache.method import Method
-from ..models.base import ModelSource
-from ..tasks.base import Source
+from ...conf.errors import require
+from ...methods.cache.method import Method
+from ...models.base import ModelSource
+from ...tasks.base import Source
+from ..config.settings import Settings
 from .record import RunFolder, identity_hash
-from .settings import Settings
 
 BASELINE = Method("full")
 """The plain cache in the compute dtype: what every method is compared with."""

@@ -1,0 +1,58 @@
+"""Overrides that cannot be applied: choices that no group has, and keys that no part has."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+
+from ...conf.errors import InputError, one_of
+from .checks import renamed_key, unknown_key
+from .loader import compose, groups
+
+
+def check_choices(overrides: Sequence[str]) -> None:
+    """Refuse what cannot be the name of a file in a group (``method=null``), at which Hydra itself fails."""
+    options = {group: [p.name.removesuffix(".yaml") for p in found] for group, found in groups(files("kvbench.conf"))}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        is_optional = key == "experiment" and value == "null"
+        if key in options and not is_optional and re.fullmatch(r"|null|true|false|[-+\d.][\d.e]*|\{.*", value):
+            raise InputError(key, value, one_of(value, options[key]))
+
+
+def unknown_override(overrides: Sequence[str]) -> str | None:
+    """Which override names a key that does not exist, and which keys are there instead."""
+    names = {name for name, _ in groups(files("kvbench.conf"))}
+    chosen = [o for o in overrides if o.split("=", 1)[0].lstrip("+~") in names and not o.startswith("-")]
+    chosen = [o.split(",")[0] for o in chosen if "(" not in o]  # of a sweep's choices, the first will do
+    try:
+        config = compose(chosen)
+    except HydraException:  # the choices themselves do not fit; Hydra's own line says how
+        return None
+    for override in overrides:
+        key, eq, _ = override.partition("=")
+        if not eq or key in names or key.startswith(("+", "~", "-", "hydra")):
+            continue
+        problem = missing_key(config, key)
+        if problem is not None:
+            return f"{key}: {problem}"
+    return None
+
+
+def missing_key(config: DictConfig, key: str) -> str | None:
+    """Which part of a dotted key does not exist, and which keys are there instead; None: the key exists."""
+    if (now := renamed_key(key)) is not None:
+        return now
+    node: Any = config
+    path = key.split(".")
+    for depth, part in enumerate(path):
+        if not isinstance(node, DictConfig) or part not in node.keys():  # noqa: SIM118 (`in` is False for a ??? value)
+            known = {str(k): node._get_node(k) for k in node} if isinstance(node, DictConfig) else {}
+            return unknown_key(known, ".".join(path[:depth]), part)
+        node = node._get_node(part)
+    return None

@@ -1,0 +1,88 @@
+"""One line for each error that an input causes."""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib.resources import files
+
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
+
+from ...conf.errors import InputError, one_of
+from .choices import unknown_override
+from .loader import groups
+
+USER_ERRORS = (InputError, HydraException, OmegaConfBaseException)
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """The error and what it was raised from, one after another."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    return chain
+
+
+def first_input_error(error: BaseException) -> InputError | None:
+    return next((link for link in causes(error) if isinstance(link, InputError)), None)
+
+
+def input_error_line(error: BaseException) -> str | None:
+    """The one line for the person at the keyboard, or None: not the user's doing."""
+    given = first_input_error(error)
+    if given is not None:
+        return str(given)
+    for link in causes(error):
+        if isinstance(link, OverrideParseException):
+            hint = "cannot be read; texts with blanks or signs need quotes of their own, as in 'key=[\"a b=1\",c]'"
+            return f"{link.override}: {hint}"
+        if isinstance(link, MissingMandatoryValue):
+            return f"{link.full_key or str(link).rpartition(' ')[2]}=???: must be given on the command line"
+        if isinstance(link, MissingConfigException) and link.missing_cfg_file:
+            group, _, name = str(link.missing_cfg_file).rpartition("/")
+            if not group:
+                return (
+                    f"--config-name={name}: must be config; an experiment of yours is experiment=NAME, see --config-dir"
+                )
+            return str(InputError(group, name, one_of(name, link.options or [])))
+        if isinstance(link, InterpolationResolutionError):
+            return (
+                f"{link.full_key}: {_first_line(link).removeprefix('KeyError raised while resolving interpolation: ')}"
+            )
+    if isinstance(error, InstantiationException):
+        return None  # a bug in a constructor: the traceback is what helps
+    if isinstance(error, ConfigCompositionException):
+        return _composition_error(error)
+    return _first_line(error)
+
+
+def _composition_error(error: ConfigCompositionException) -> str:
+    """What to say of overrides that do not go together."""
+    line = _first_line(error)
+    swept = re.match("(?:Ambiguous value for argument|Sweep parameters) '(.*?)=(.*)'", line)
+    if swept is not None:
+        key, value = swept.groups()
+        if key in {group for group, _ in groups(files("kvbench.conf"))} or "(" in value:
+            return f"{key}={value}: one run has one choice; add -m for a sweep over them"
+        listed = "runner.budgets" if key == "method.budget" else key
+        return f"{key}={value}: write '{listed}=[{value}]' for a list, or add -m for a sweep"
+    unknown = unknown_override(sys.argv[1:])
+    if unknown is not None:
+        return unknown
+    if line.startswith("Error merging override ") and error.__cause__ is not None:
+        reason = _first_line(error.__cause__).replace("Cannot merge DictConfig with ListConfig", "must be a list")
+        return f"{line.removeprefix('Error merging override ')}: {reason}"
+    return line
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split("\n")[0].split())

@@ -1,0 +1,56 @@
+"""Parts of the composed configuration: objects of the classes that it names."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from ...conf.errors import InputError
+from .checks import check_targets, check_values, target_class
+from .errors import input_error_line
+from .loader import plain_data
+
+
+def build(node: DictConfig, key: str, kind: type | None = None) -> Any:
+    """The part that ``node``, at ``key`` of the configuration, describes: an object of the class ``kind``.
+
+    A part's own complaints come first, because they say most; then what its annotations say.
+
+    Raises:
+        InputError: a class in it is not allowed or not of that kind, or a value is none that the part takes.
+    """
+    if not isinstance(node, DictConfig) or "_target_" not in node:
+        raise InputError(key, node, f"must be a choice of {key}=NAME")
+    plain = plain_data(node)
+    check_targets(plain, key)
+    cls = target_class(plain["_target_"], f"{key}._target_")
+    if kind is not None and not issubclass(cls, kind):
+        raise InputError(f"{key}._target_", plain["_target_"], f"must be a {kind.__name__}")
+    try:
+        part = instantiate(node)
+    except InstantiationException as error:
+        if input_error_line(error) is None:
+            check_values(plain, key, cls)
+        raise
+    check_values(plain, key, cls)
+    return part
+
+
+def recorded(config: DictConfig) -> dict[str, Any]:
+    """The resolved configuration as it goes into a record: paths of this machine are cut to their last part."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: clean(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [clean(v) for v in value]
+        return Path(value).name if isinstance(value, str) and os.path.isabs(os.path.expanduser(value)) else value
+
+    return {str(k): clean(v) for k, v in plain.items() if k != "results_dir"}

@@ -1,0 +1,68 @@
+"""Tokens after the prompt: one per row, or several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedModel
+
+from ...methods.cache.cache import KVCache
+from .fused_decode import fused_decode_step, supports_fused_decode
+from .model_properties import has_dynamic_rope
+from .recompute import forward_without_cache
+
+MAX_TOKENS_PER_FEED = 256
+"""Largest number of columns that :func:`feed` runs together."""
+MAX_LOGITS_PER_FEED = 1 << 28
+"""Largest number of logits that :func:`feed` computes at a time (rows x columns x vocabulary)."""
+
+
+@torch.inference_mode()
+def decode(model: PreTrainedModel, cache: KVCache, token: torch.Tensor) -> torch.Tensor:
+    """Feed one token per row: [rows] int64 -> logits [rows, vocabulary]; rows are ``cache.copies`` x B."""
+    if cache.recomputes:
+        return forward_without_cache(model, cache, token[:, None], None)[:, -1]
+    if supports_fused_decode(model):
+        return fused_decode_step(model, cache, token)
+    return model(
+        input_ids=token[:, None],
+        position_ids=cache.next_positions()[:, None],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+
+
+@torch.inference_mode()
+def feed(model: PreTrainedModel, cache: KVCache, ids: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Feed several tokens to every row after the prompt, with the result of feeding them one by one.
+
+    Several tokens run in one forward unless that would change the result: not if the storage requantizes tokens after
+    they are appended, nor if the RoPE depends on the length, nor if layers keep a recurrent state.
+
+    Args:
+        model: the model that ``cache`` was made for.
+        cache: the cache after :func:`prefill`.
+        ids: [rows, n] without padding; rows as in :func:`decode`.
+
+    Yields:
+        Logits [rows, m, vocabulary] of the next m columns; n columns in all.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    width = min(MAX_TOKENS_PER_FEED, max(1, MAX_LOGITS_PER_FEED // (ids.shape[0] * vocabulary)))
+    if cache.requantizes_on_append or cache.states is not None or has_dynamic_rope(model):
+        width = 1
+    for chunk in ids.split(width, dim=1):
+        n = chunk.shape[1]
+        if cache.recomputes:
+            yield forward_without_cache(model, cache, chunk, None, n)
+        elif n == 1:
+            yield decode(model, cache, chunk[:, 0])[:, None]
+        else:
+            yield model(
+                input_ids=chunk,
+                position_ids=cache.next_positions()[:, None] + torch.arange(n, device=chunk.device),
+                past_key_values=cache,
+                use_cache=True,
+            ).logits

@@ -1,0 +1,112 @@
+"""Prefill: run the prompts through the model and compress their cache."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from ...conf.errors import InputError
+from ...methods.cache.cache import KVCache
+from ...models.kvshare.model import KVShareLlamaForCausalLM
+from .layerwise import layers_run_in_chunks
+from .model_properties import decoder_layers, has_dynamic_rope, rope_type
+from .recompute import forward_without_cache
+
+
+@torch.inference_mode()
+def prefill(
+    model: PreTrainedModel,
+    cache: KVCache,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    chunk_size: int | None = None,
+) -> torch.Tensor:
+    """Run the prompts through the model, and compress what the cache stores of them.
+
+    Args:
+        model: the model that ``cache`` was made for.
+        cache: a fresh cache.
+        input_ids: [B, T], padded on the left.
+        attention_mask: [B, T], 1 for a real token; None: no padding.
+        chunk_size: number of columns per forward (same result, less memory); None: all at once. Where layers are
+            independent, each layer runs the whole prompt in such chunks and is compressed before the next one starts,
+            so the peak is the compressed cache, one layer's keys and values, and the hidden states.
+
+    Returns:
+        Logits of the last token, [rows, vocabulary]; rows are ``cache.copies`` x B.
+
+    Raises:
+        InputError: the prompt is empty, the cache has been used, or the model cannot run the prompt in chunks.
+        RuntimeError: a layer did not pass its keys and values to the cache (full attention would run silently).
+    """
+    if not input_ids.shape[1]:
+        raise InputError("prompt", "of no tokens", "must have at least one token")
+    if cache.get_seq_length():
+        state = f"of {cache.get_seq_length()} tokens"
+        raise InputError("cache", state, "has been used; make a new one for each prompt")
+    if cache.separate_prefills:
+        each = cache.separate_prefills
+        return cache.join([prefill(model, one, input_ids, attention_mask, chunk_size) for one in each])
+    length = input_ids.shape[1]
+    mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
+    if cache.recomputes:
+        return forward_without_cache(model, cache, input_ids, mask)[:, -1]
+    chunk = None if chunk_size is None or chunk_size >= length else chunk_size
+    cache.prompt_length = length
+    if chunk is not None and cache.layers_are_independent and decoder_layers(model) is not None:
+        _check(model, cache, mask, input_ids.shape[0], chunk, by_layer=True)
+        with layers_run_in_chunks(model, cache, chunk):
+            logits = _forward_in_chunks(model, cache, input_ids, mask, length)
+    else:
+        _check(model, cache, mask, input_ids.shape[0], chunk, by_layer=False)
+        logits = _forward_in_chunks(model, cache, input_ids, mask, chunk or length)
+    if any(cache.get_seq_length(i) != length for i in cache.plan.attending):
+        raise RuntimeError(f"{type(model).__name__} did not route every layer's attention through the kvbench cache")
+    cache.end_prompt()
+    return logits.repeat(cache.copies, 1)
+
+
+def _check(
+    model: PreTrainedModel,
+    cache: KVCache,
+    mask: torch.Tensor | None,
+    batch: int,
+    chunk: int | None,
+    by_layer: bool,
+) -> None:
+    """Raise InputError if the model cannot run this prompt in chunks, or padded."""
+    if has_dynamic_rope(model) and (mask is not None or (chunk is not None and not by_layer)):
+        raise InputError(
+            "runner.chunk_size" if mask is None else "batch_size",
+            chunk if mask is None else batch,
+            f"the model's RoPE ({rope_type(model)}) depends on the length of what is fed together: "
+            "use batch_size=1 and runner.chunk_size=null",
+        )
+    if chunk is not None and cache.states is not None:
+        allowed = "a model with recurrent layers takes a prompt in one piece: null"
+        raise InputError("runner.chunk_size", chunk, allowed)
+
+
+def _forward_in_chunks(
+    model: PreTrainedModel, cache: KVCache, input_ids: torch.Tensor, mask: torch.Tensor | None, chunk: int
+) -> torch.Tensor:
+    """Run the prompt in chunks of ``chunk`` columns; logits [B, vocabulary] of the last column."""
+    length = input_ids.shape[1]
+    if mask is None:
+        positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
+    else:
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    # Given a number of logits, Gemma 4 skips the other tokens in layers that share K/V, so a method would miss their
+    # queries; given an index it runs all tokens.
+    takes_index = cache.plan.shares and not isinstance(model, KVShareLlamaForCausalLM)
+    for start in range(0, length, chunk):
+        end = min(length, start + chunk)
+        logits: torch.Tensor = model(
+            input_ids=input_ids[:, start:end],
+            attention_mask=None if mask is None else mask[:, :end],
+            position_ids=positions[:, start:end],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=torch.tensor([end - start - 1], device=input_ids.device) if takes_index else 1,
+        ).logits
+    return logits[:, -1]

@@ -1,0 +1,95 @@
+"""Weights prepared for inference: on a CPU, in the layout of products with few rows.
+
+A decode step multiplies every weight by one row per request. In the decoders of :mod:`.fused_decode`, weights with the
+same input become one tensor, as in other inference engines: each product has a launch cost, and a small one does not
+use all threads. A weight is stored once, prepacked or not; only an output layer that is tied to the embedding needs its
+table twice, because an embedding is looked up by rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, TypeGuard
+
+import torch
+from torch import nn
+
+from ...models.base import LoadedModel, ModelSource
+from .fused_decode import LLAMA_LIKE
+from .prepacked import FusedGateUpMLP, FusedQKV, PrepackedLinear, QKVSlice, has_blocked_products
+
+
+def load(source: ModelSource, device: str, dtype: torch.dtype) -> LoadedModel:
+    """Load a model for inference: :meth:`ModelSource.load`, then :func:`prepack_linear_weights`."""
+    loaded = source.load(device, dtype)
+    prepack_linear_weights(loaded.model)
+    return loaded
+
+
+def prepack_linear_weights(model: nn.Module) -> None:
+    """Replace the linear layers of a model on the CPU by :class:`PrepackedLinear`, one (or one fused group) at a time.
+
+    At most one layer (or group) is held in both layouts at any time. Layers on other devices, or of a dtype for which
+    the machine's oneDNN has no blocked products, stay. A model that accelerate has spread over devices is not changed:
+    its hooks move the weights themselves.
+
+    Args:
+        model: a model for inference; changed in place.
+    """
+    if getattr(model, "hf_device_map", None) is not None:
+        return
+    decoder: Any = model
+    if type(model) in LLAMA_LIKE:
+        for layer in decoder.model.layers:
+            _fuse(layer)
+    # Names, because a list of the layers would keep all of them alive until the last is replaced.
+    names = [name for name, module in model.named_modules() if _can_prepack(module) and name]
+    for name in names:
+        module = model.get_submodule(name)
+        assert isinstance(module, nn.Linear)
+        model.set_submodule(name, PrepackedLinear(module))
+    if names:
+        copy_mapped_tensors(model)
+
+
+def copy_mapped_tensors(model: nn.Module) -> None:
+    """Copy the tensors that were not prepacked: one that is mapped from a file keeps the whole file resident."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if tensor.layout == torch.strided and tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+
+
+def _can_prepack(layer: object) -> TypeGuard[nn.Linear]:
+    return type(layer) is nn.Linear and layer.weight.device.type == "cpu" and has_blocked_products(layer.weight.dtype)
+
+
+def _fuse(layer: Any) -> None:
+    """Fuse the products of one Llama-like decoder layer that have the same input."""
+    attention, mlp = layer.self_attn, layer.mlp
+    names = ("q_proj", "k_proj", "v_proj")
+    sizes = [getattr(attention, name).out_features for name in names]
+    whole = _remove_as_one(attention, names)
+    if whole is not None:
+        fused = FusedQKV(PrepackedLinear(whole), sizes)
+        for number, name in enumerate(names):
+            setattr(attention, name, QKVSlice(fused, number))
+    del whole
+    whole = _remove_as_one(mlp, ("gate_proj", "up_proj"))
+    if whole is not None:
+        layer.mlp = FusedGateUpMLP(PrepackedLinear(whole), mlp.down_proj, mlp.act_fn)
+
+
+def _remove_as_one(owner: nn.Module, names: Sequence[str]) -> nn.Linear | None:
+    """Remove several layers from their owner, and return one with all their outputs; None if they cannot be fused."""
+    layers: list[Any] = [getattr(owner, name, None) for name in names]
+    if not all(map(_can_prepack, layers)) or len({layer.bias is None for layer in layers}) > 1:
+        return None
+    outputs = sum(layer.out_features for layer in layers)
+    whole = nn.Linear(layers[0].in_features, outputs, bias=layers[0].bias is not None, device="meta")
+    whole.weight = nn.Parameter(torch.cat([layer.weight.detach() for layer in layers]), requires_grad=False)
+    if whole.bias is not None:
+        whole.bias = nn.Parameter(torch.cat([layer.bias.detach() for layer in layers]), requires_grad=False)
+    for name in names:
+        delattr(owner, name)
+    return whole

@@ -1,0 +1,59 @@
+"""The energy pass: joules of a workload, by the driver's counter."""
+
+from __future__ import annotations
+
+import gc
+import time
+from typing import Any
+
+import torch
+
+from ...models.pretrained import devices_of
+from .clock import now
+from .energy import EnergyMeter
+from .job import Job, answer, batches, load, use_device
+
+MIN_SECONDS = 2.0
+"""Shortest measurement: the workload is repeated, because drivers update their counters a few times a second."""
+
+
+@torch.inference_mode()
+def energy_pass(job: Job) -> dict[str, Any]:
+    """Joules of the workload, and watts of the idle device just before."""
+    use_device(job.device)
+    meter = EnergyMeter(job.device)
+    if meter.problem is not None:
+        return {"energy": {"problem": meter.problem}}
+    loaded = load(job)
+    work = batches(job, loaded)
+    meter = EnergyMeter(job.device, devices_of(loaded.model, job.device))
+
+    def once() -> None:
+        for batch in work:
+            answer(loaded.model, job.method.new_cache(loaded.model), batch, job)
+            gc.collect()
+
+    once()
+    idle = meter.over(lambda: time.sleep(MIN_SECONDS))
+    repetitions = 0
+
+    def repeat() -> None:
+        nonlocal repetitions
+        start = now(job.device)
+        while not repetitions or now(job.device) - start < MIN_SECONDS:
+            once()
+            repetitions += 1
+
+    energy = meter.over(repeat)
+    output = sum(b.output_tokens for b in work)
+    return {
+        "energy": {
+            "problem": None,
+            "what": meter.what,
+            "joules": energy.joules / repetitions,
+            "joules_per_output_token": energy.joules / repetitions / output,
+            "watts": energy.joules / energy.seconds,
+            "watts_idle": idle.joules / idle.seconds,
+            "repetitions": repetitions,
+        }
+    }

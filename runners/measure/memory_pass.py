@@ -1,0 +1,95 @@
+"""The memory pass: bytes of the cache, and peaks of memory in prefill and in decoding."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ...methods.cache.layout import describe_layers, full_shape, model_shape
+from ...models.pretrained import devices_of
+from ...tasks.workload import Request
+from ..records.runs import BASELINE
+from .job import Batch, Job, answer, batches, load, use_device
+from .memory import MemoryMeter, Peak
+
+
+@dataclass(frozen=True)
+class BatchMemory:
+    """Memory that answering one batch took.
+
+    Attributes:
+        at_rest, peak_prefill, peak_decode: see :class:`.memory.Peak`; None if this machine cannot measure it.
+        stored, logical: bytes of the cache after the prompt was compressed, and after the last step.
+    """
+
+    at_rest: Peak | None
+    peak_prefill: Peak | None
+    peak_decode: Peak | None
+    stored: tuple[int, int]
+    logical: tuple[int, int]
+
+
+@torch.inference_mode()
+def memory_of(model: PreTrainedModel, batch: Batch, meter: MemoryMeter, job: Job) -> BatchMemory:
+    """Peaks of memory while a batch is answered, phase by phase, and the bytes of its cache."""
+    meter.reset()
+    at_rest = meter.peak()
+    cache = job.method.new_cache(model)
+    stored, logical, peaks = [], [], []
+
+    def measure() -> None:
+        peaks.append(meter.peak())
+        stored.append(cache.kv_bytes_stored)
+        logical.append(cache.kv_bytes_logical)
+
+    def after_token() -> None:
+        if not peaks:
+            measure()
+            meter.reset()
+
+    answer(model, cache, batch, job, after_token)
+    measure()
+    return BatchMemory(at_rest, peaks[0], peaks[1], (stored[0], stored[1]), (logical[0], logical[1]))
+
+
+@torch.inference_mode()
+def warm_up(model: PreTrainedModel, batch: Batch, job: Job) -> None:
+    """Answer a few tokens: libraries allocate their workspaces at the first call of each kind, and keep them."""
+    requests = [Request(r.id, r.prompt[-4:], 3) for r in batch.requests]
+    answer(model, job.method.new_cache(model), Batch(requests, batch.input_ids[:, -4:], None), job)
+
+
+def memory_pass(job: Job) -> dict[str, Any]:
+    """Bytes of the cache and peaks of memory, of the batch with the most tokens."""
+    use_device(job.device)
+    loaded = load(job)
+    model = loaded.model
+    batch = max(batches(job, loaded), key=lambda b: b.input_ids.numel() + b.steps * len(b.requests))
+    meter = MemoryMeter(job.device, devices_of(model, job.device))
+    warm_up(model, batch, job)
+    memory = memory_of(model, batch, meter, job)
+    shape, full = model_shape(model), full_shape(model, job.method.sharing)
+    lengths, steps = [len(r.prompt) for r in batch.requests], batch.steps - 1
+    peaks = {"at_rest": memory.at_rest, "peak_prefill": memory.peak_prefill, "peak_decode": memory.peak_decode}
+    return {
+        "cache_layers": describe_layers(model),
+        "bytes": {
+            "kv_bytes_stored": memory.stored[0],
+            "kv_bytes_stored_end": memory.stored[1],
+            "kv_bytes_logical": memory.logical[0],
+            "kv_bytes_logical_end": memory.logical[1],
+            "kv_bytes_formula": sum(job.method.bytes_formula(shape, n) for n in lengths),
+            "kv_bytes_formula_end": sum(job.method.bytes_formula(shape, n, steps) for n in lengths),
+            "kv_bytes_full": sum(BASELINE.bytes_formula(full, n) for n in lengths),
+            "weight_bytes": sum(p.nbytes for p in model.parameters()),
+            "requests": len(lengths),
+        },
+        "memory": {
+            "what": "allocator" if job.device.startswith("cuda") else "resident set",
+            "problem": meter.problem,
+            **{key: None if peak is None else asdict(peak) for key, peak in peaks.items()},
+        },
+    }

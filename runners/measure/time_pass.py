@@ -1,0 +1,166 @@
+"""The time pass: TTFT, decode steps and throughput over repetitions, and the machine's bandwidth."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ...methods.cache.method import Method
+from ..engine.graph import EAGER
+from .bandwidth import copy_bandwidth
+from .clock import Stopwatch
+from .job import Batch, Job, answer, batches, load, use_device
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Times of one repetition of one batch, in seconds.
+
+    Attributes:
+        ttft: from handing over the prompts to the first token of every row.
+        steps: time of each decode step, in order.
+        mode: mode of the decode steps; see :class:`..engine.graph.Stepper`.
+        preparation: time to compile or capture a step before the first one; a server does this once when it starts,
+            so it is in no other number.
+    """
+
+    ttft: float
+    steps: Sequence[float]
+    mode: str = EAGER
+    preparation: float = 0.0
+
+    @property
+    def decoding(self) -> float:
+        """Time of all decode steps."""
+        return sum(self.steps)
+
+
+def time_pass(job: Job) -> dict[str, Any]:
+    """Times of every repetition, and the copy bandwidth.
+
+    On a CPU the bandwidth is measured after each repetition and its median is used, because other guests of a machine
+    share its memory. A GPU's memory is not shared, and an allocation between repetitions would change their times.
+    """
+    use_device(job.device)
+    loaded = load(job)
+    work = batches(job, loaded)
+    copies = [copy_bandwidth(job.device)]
+    repetitions = []
+    for i in range(job.warmups + job.repeats):
+        timed = [time_batch(loaded.model, batch, job) for batch in work]
+        if i >= job.warmups:
+            repetitions.append(timed)
+            if job.device == "cpu":
+                copies.append(copy_bandwidth(job.device))
+    measured = [copy for copy in copies if copy is not None]
+    return {
+        "metrics": metrics(work, repetitions),
+        "repetitions": [
+            [{"ttft_s": t.ttft, "decode_s": t.decoding, "recording_s": t.preparation} for t in timed]
+            for timed in repetitions
+        ],
+        "decode": " and ".join(sorted({t.mode for timed in repetitions for t in timed})),
+        "workload": _shape_of(work),
+        "bytes_read_per_step": bytes_read_per_step(work, loaded.model, job.method),
+        "bandwidth": {
+            "copy_bytes_per_s": median(measured) if measured else None,
+            "repetitions": copies,
+            "problem": None if measured else "no memory for the copy that measures it",
+        },
+    }
+
+
+@torch.inference_mode()
+def time_batch(model: PreTrainedModel, batch: Batch, job: Job) -> Timed:
+    """Times of one batch."""
+    gc.collect()  # free the previous batch's cache before the clock starts
+    cache = job.method.new_cache(model)
+    watch = Stopwatch(job.device)
+    watch.mark()
+    mode = answer(model, cache, batch, job, watch.mark, watch.mark)
+    ttft, preparation, *steps = watch.seconds()
+    return Timed(ttft, steps, mode, preparation)
+
+
+def metrics(work: Sequence[Batch], repetitions: Sequence[Sequence[Timed]]) -> dict[str, dict[str, Any]]:
+    """Summary of each metric over the repetitions; ``step_ms`` is over single decode steps.
+
+    Args:
+        work: the batches.
+        repetitions: times of each batch, repetition by repetition.
+    """
+    prompt, output = sum(b.prompt_tokens for b in work), sum(b.output_tokens for b in work)
+    later = sum(b.output_tokens - len(b.requests) for b in work)  # output tokens that are not a request's first
+    steps = sum(b.steps - 1 for b in work)
+
+    def of_repetition(timed: Sequence[Timed]) -> Iterator[tuple[str, float]]:
+        ttft, decoding = sum(t.ttft for t in timed), sum(t.decoding for t in timed)
+        yield "ttft_ms", 1e3 * fmean(t.ttft for t, b in zip(timed, work, strict=True) for _ in b.requests)
+        yield "tpot_ms", 1e3 * decoding / steps
+        yield "prefill_tokens_per_s", prompt / ttft
+        yield "decode_tokens_per_s", later / decoding
+        yield "output_tokens_per_s", output / (ttft + decoding)
+        yield "total_tokens_per_s", (prompt + output) / (ttft + decoding)
+
+    rows = [dict(of_repetition(timed)) for timed in repetitions]
+    out = {key: spread([row[key] for row in rows]) for key in rows[0]}
+    single = torch.tensor([1e3 * s for timed in repetitions for t in timed for s in t.steps], dtype=torch.float64)
+    quantiles = torch.quantile(single, torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)).tolist()
+    named = dict(zip(("median", "p90", "p99"), quantiles, strict=True))
+    out["step_ms"] = {**named, "min": float(single.min()), "max": float(single.max()), "steps": len(single)}
+    return out
+
+
+def weight_bytes_read(model: PreTrainedModel) -> int:
+    """Bytes of the weights that a decode step reads, prepacked (:mod:`..engine.weights`) or not.
+
+    A step looks up single rows of the embedding; the whole table is read only if it is the output layer too.
+    """
+    table: Any = model.get_input_embeddings()
+    tied = table.weight is model.get_output_embeddings().weight
+    return sum(p.nbytes for p in model.parameters()) - (0 if tied else table.weight.nbytes)
+
+
+def bytes_read_per_step(work: Sequence[Batch], model: PreTrainedModel, method: Method) -> float:
+    """Lower bound of the bytes that a decode step reads, averaged over all steps: the weights and the batch's caches.
+
+    The caches are counted by the formula (each layer reads K/V that it shares), halfway between the first and the last
+    step of a batch.
+    """
+    weights = weight_bytes_read(model)
+    total = 0.0
+    for batch in work:
+        lengths = [len(r.prompt) for r in batch.requests]
+        first = sum(method.bytes_read_formula(model, n) for n in lengths)
+        last = sum(method.bytes_read_formula(model, n, batch.steps - 1) for n in lengths)
+        total += (batch.steps - 1) * (weights + (first + last) / 2)
+    return total / sum(batch.steps - 1 for batch in work)
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Summarize one metric over the repetitions."""
+    return {"median": median(values), "min": min(values), "max": max(values), "repetitions": list(values)}
+
+
+def _shape_of(work: Sequence[Batch]) -> dict[str, Any]:
+    """The field ``workload`` of a record: token counts of the batches."""
+    return {
+        "batches": [
+            {
+                "requests": len(b.requests),
+                "prompt_tokens": b.prompt_tokens,
+                "output_tokens": b.output_tokens,
+                "longest_prompt": b.input_ids.shape[1],
+                "steps": b.steps,
+            }
+            for b in work
+        ],
+        "prompt_tokens": sum(b.prompt_tokens for b in work),
+        "output_tokens": sum(b.output_tokens for b in work),
+    }

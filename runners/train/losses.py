@@ -1,0 +1,82 @@
+"""Losses of a training step: cross-entropy, and distillation from the model that was converted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from ...conf.errors import require
+from ...tasks.training import IGNORED
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Distillation from the model that was converted.
+
+    Attributes:
+        weight: weight of the distillation loss; the plain loss has the rest. 0: no teacher.
+        temperature: temperature of the softened distributions.
+        hidden_mse: weight of the squared difference of the hidden states before the last layer (SwiftKV: 1).
+    """
+
+    weight: float = 0.0
+    temperature: float = 2.0
+    hidden_mse: float = 0.0
+
+    def __post_init__(self) -> None:
+        at = "runner.distill."
+        ok = isinstance(self.weight, int | float) and 0 <= self.weight <= 1
+        require(ok, at + "weight", self.weight, "must be between 0 and 1")
+        ok = isinstance(self.temperature, int | float) and self.temperature > 0
+        require(ok, at + "temperature", self.temperature, "must be above 0")
+        ok = isinstance(self.hidden_mse, int | float) and self.hidden_mse >= 0
+        require(ok, at + "hidden_mse", self.hidden_mse, "must be >= 0")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any of the losses compares with the teacher."""
+        return bool(self.weight or self.hidden_mse)
+
+
+def training_loss(
+    model: Any, teacher: PreTrainedModel | None, distill: Distill, kv_weight: float, x: torch.Tensor, y: torch.Tensor
+) -> torch.Tensor:
+    """Sum of the losses over the labels of one micro-batch.
+
+    Args:
+        model: the model that is trained, as prepared by accelerate.
+        teacher: the model to learn from, or None.
+        distill: weights of the distillation losses.
+        kv_weight: weight of the loss that a model adds to its own for layers that refer up; 0: none.
+        x: [B, T] token ids.
+        y: [B, T] labels.
+    """
+    extra_outputs: dict[str, Any] = {}
+    if teacher is not None and distill.hidden_mse:
+        extra_outputs["output_hidden_states"] = True
+    out = model(x, labels=y if kv_weight else None, use_cache=False, **extra_outputs)
+    logits, labels = out.logits[:, :-1].float(), y[:, 1:]  # [B, T - 1, vocabulary], [B, T - 1]
+    is_label = labels != IGNORED
+    plain = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    kv_loss = 0.0
+    if kv_weight:  # what the model adds to its own mean loss
+        mean = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+        kv_loss = (out.loss - mean) * is_label.sum()
+    if teacher is None:
+        return plain + kv_loss
+    with torch.no_grad():
+        target = teacher(x, use_cache=False, **extra_outputs)
+    t = distill.temperature
+    student_log_probs = F.log_softmax(logits[is_label] / t, dim=-1)
+    teacher_log_probs = F.log_softmax(target.logits[:, :-1].float()[is_label] / t, dim=-1)
+    loss = (1 - distill.weight) * plain + kv_loss
+    divergence = F.kl_div(student_log_probs, teacher_log_probs, log_target=True, reduction="sum")
+    loss = loss + distill.weight * t * t * divergence
+    if distill.hidden_mse:
+        difference = F.mse_loss(out.hidden_states[-2].float(), target.hidden_states[-2].float())
+        loss = loss + distill.hidden_mse * difference * is_label.sum()
+    return loss

@@ -1,0 +1,96 @@
+"""The model to train, its teacher and its optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...conf.errors import InputError
+from ...methods.sharing.base import Sharing
+from ...models.base import ModelSource
+from ...models.kvshare.convert import converted
+from ...models.scratch import ScratchModel
+from ...models.uptrained import add_adapters, is_trained
+from ...tasks.training import TrainingData
+
+if TYPE_CHECKING:
+    from .runner import TrainRunner
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model to train.
+
+    Attributes:
+        model: float32, on the device, in training mode.
+        tokenizer: the model's tokenizer.
+        teacher: the model to learn from, or None.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    teacher: PreTrainedModel | None
+
+
+def new_model(
+    options: TrainRunner,
+    source: ModelSource,
+    sharing: Sharing | None,
+    task: TrainingData,
+    seed: int,
+    device: torch.device,
+) -> TrainedModel:
+    """Build a model from scratch, or convert a checkpoint.
+
+    Args:
+        options: the runner with its options.
+        source: the checkpoint, or ``model=scratch``.
+        sharing: the architecture; None: that of the source.
+        task: the task, which provides the tokenizer of a model from scratch.
+        seed: seed of new weights and adapters.
+        device: device of the model.
+    """
+    torch.manual_seed(seed)
+    teacher = None
+    if isinstance(source, ScratchModel):
+        tokenizer = task.new_tokenizer()
+        model: Any = source.build(sharing, tokenizer, seed)
+        model = model.to(device)
+    else:
+        loaded = source.load(str(device), torch.float32)
+        assert loaded.tokenizer is not None
+        tokenizer, model = loaded.tokenizer, loaded.model
+        if options.distill.needs_teacher:
+            teacher = loaded.model.eval().requires_grad_(False)
+        if sharing is not None:
+            model = converted(loaded.model, sharing, options.init)
+        elif teacher is not None:
+            raise InputError("runner.distill", options.distill.weight, "needs a method that shares, to learn it")
+        if options.train == "kv":
+            model = _train_kv_only(model, options.adapter_rank)
+    model.train()
+    if options.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return TrainedModel(model, tokenizer, teacher)
+
+
+def _train_kv_only(model: Any, adapter_rank: int) -> Any:
+    """Freeze everything but keys and values, and add low-rank adapters to the rest if asked for."""
+    if adapter_rank:
+        model = add_adapters(model, adapter_rank)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_trained(name))
+    return model
+
+
+def new_optimizer(options: TrainRunner, model: PreTrainedModel) -> torch.optim.Optimizer:
+    """AdamW over the parameters that are trained; norms and biases do not decay."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": options.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2))

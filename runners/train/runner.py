@@ -1,0 +1,161 @@
+"""``runner=train``: options of a training, and what can be trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from ...conf.errors import InputError, is_whole, one_of, require
+from ...methods.cache.method import Method
+from ...models.base import ModelSource
+from ...models.kvshare.convert import INITS
+from ...models.scratch import ScratchModel
+from ...tasks.training import TrainingData
+from ..config.settings import Settings
+from ..records.runs import MethodRun, open_run
+from .loop import Training, new_accelerator
+from .losses import Distill
+
+CHECKPOINT_ONLY = ("init", "distill", "train", "adapter_rank")
+"""Options that only apply to a checkpoint to start from."""
+NO_INFLUENCE = ("micro_batch", "activation_checkpointing", "validate_every", "save_every")
+"""Options that do not change the numbers of a run."""
+
+
+@dataclass
+class TrainRunner:
+    """``runner=train``.
+
+    Attributes:
+        steps: optimizer steps.
+        lr: peak learning rate; it rises over the share ``warmup`` of the steps and falls along a cosine to
+            ``final_lr`` of itself.
+        batch_tokens: tokens of an optimizer step, over all processes.
+        sequence: tokens of a sequence (a task with sequences of its own length overrides it).
+        micro_batch: sequences per forward of a process; None: its whole part of the batch.
+        weight_decay, beta1, beta2, clip: AdamW's, and the largest norm of the gradient. Norms and biases do not decay.
+        activation_checkpointing: recompute activations in the backward pass instead of keeping them.
+        init: initialization of a source's projections from those it replaces: ``copy``, ``mean`` or
+            ``gain_folded_mean``; for a checkpoint only.
+        distill: see :class:`Distill`; for a checkpoint only.
+        train: ``all``, or ``kv``: keys, values, their queries and the norms before them.
+        adapter_rank: rank of low-rank adapters (LoRA) on the other projections, with ``train=kv``; 0: none.
+        validate_every, validate_sequences: steps between validations, and number of held-out sequences.
+        save_every: steps between checkpoints.
+        save_dtype: dtype of the weights in ``model/``.
+    """
+
+    steps: int = 1000
+    lr: float = 5e-4
+    batch_tokens: int = 2048
+    sequence: int = 128
+    micro_batch: int | None = None
+    warmup: float = 0.05
+    final_lr: float = 0.1
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0
+    activation_checkpointing: bool = False
+    init: str = "mean"
+    distill: Distill = field(default_factory=Distill)
+    train: str = "all"
+    adapter_rank: int = 0
+    validate_every: int = 100
+    validate_sequences: int = 256
+    save_every: int = 200
+    save_dtype: str = "float16"
+
+    budgets = None  # read by the command line
+    pair_with = ()
+
+    def __post_init__(self) -> None:
+        at = "runner."
+        for key in ("steps", "batch_tokens", "sequence", "validate_every", "validate_sequences", "save_every"):
+            value = getattr(self, key)
+            require(is_whole(value, 1), at + key, value, "must be a whole number >= 1")
+        for key in ("warmup", "final_lr"):
+            value = getattr(self, key)
+            require(isinstance(value, int | float) and 0 <= value <= 1, at + key, value, "must be between 0 and 1")
+        for key in ("beta1", "beta2"):
+            value = getattr(self, key)
+            require(isinstance(value, int | float) and 0 <= value < 1, at + key, value, "must be >= 0 and below 1")
+        for key in ("lr", "clip"):
+            value = getattr(self, key)
+            require(isinstance(value, int | float) and value > 0, at + key, value, "must be above 0")
+        decay = self.weight_decay
+        require(isinstance(decay, int | float) and decay >= 0, at + "weight_decay", decay, "must be >= 0")
+        micro = self.micro_batch
+        require(micro is None or is_whole(micro, 1), at + "micro_batch", micro, "must be a whole number >= 1, or null")
+        require(is_whole(self.adapter_rank, 0), at + "adapter_rank", self.adapter_rank, "must be a whole number >= 0")
+        for key, allowed in (
+            ("init", INITS),
+            ("train", ("all", "kv")),
+            ("save_dtype", ("float16", "bfloat16", "float32")),
+        ):
+            value = getattr(self, key)
+            require(value in allowed, at + key, value, one_of(str(value), allowed))
+        require(
+            not self.adapter_rank or self.train == "kv", at + "adapter_rank", self.adapter_rank, "needs runner.train=kv"
+        )
+
+    def run(
+        self, source: ModelSource, methods: Sequence[Method], task: Any, settings: Settings, say: Callable[[str], None]
+    ) -> list[MethodRun]:
+        """Train one model and write its record; a finished run is only read.
+
+        Args:
+            source: ``model=scratch``, or the checkpoint to start from.
+            methods: one method; its ``sharing`` is the architecture.
+            task: the data to train on.
+            settings: the top-level configuration; ``dtype=bfloat16`` computes in it while the weights stay float32.
+            say: prints a line for the person at the keyboard.
+        """
+        method = methods[0]
+        self._check(source, method, task, settings)
+        folder = open_run(
+            "train", method, source, task.source(), task.identity(), settings, train=self._identity(source)
+        )
+        run = MethodRun(method, folder, source)
+        accelerator = new_accelerator(settings)
+        with folder if accelerator.is_main_process else nullcontext():
+            if folder.done:
+                say(f"{method.label}: already done, in {folder.path}")
+            else:
+                Training(self, source, method, task, settings, folder, accelerator, say).complete()
+        accelerator.wait_for_everyone()
+        return [run] if accelerator.is_main_process else []  # one process reports
+
+    def _check(self, source: ModelSource, method: Method, task: Any, settings: Settings) -> None:
+        """Raise InputError if this model, method or task cannot be trained."""
+        if not isinstance(task, TrainingData):
+            raise InputError("task", task.name, "is nothing to train on: use task=recall or task=text")
+        if source.random_weights and not isinstance(source, ScratchModel):
+            raise InputError("model", source.name, "cannot be trained; use model=scratch, or a checkpoint")
+        if settings.torch_dtype == torch.float16:
+            raise InputError("dtype", "float16", "is not trained in: use float32 or bfloat16")
+        if isinstance(source, ScratchModel):
+            for key, default in (("distill", Distill()), ("train", "all"), ("adapter_rank", 0)):
+                value = getattr(self, key)
+                allowed = "is for a checkpoint to begin with, not for model=scratch"
+                require(value == default, f"runner.{key}", value, allowed)
+        if not method.policy.capabilities.keeps_everything or not method.storage.is_exact:
+            raise InputError("method", method.label, "is nothing to train for: only ways of sharing are")
+
+    def _identity(self, source: ModelSource) -> dict[str, Any]:
+        """The options that decide the numbers, not how often results are saved or how a batch is split."""
+        ignored = NO_INFLUENCE + (CHECKPOINT_ONLY if isinstance(source, ScratchModel) else ())
+        return {key: value for key, value in asdict(self).items() if key not in ignored}
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        warmup = max(1, round(self.warmup * self.steps))
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
+        progress = (step - warmup) / max(1, self.steps - warmup)
+        return self.lr * (self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
