@@ -1,6 +1,6 @@
 """Correctness and speed of every method on one CUDA device, written down as they come; see gpu_check.sh.
 
-    python scripts/gpu_check.py correct|sdpa|speed [--seconds 120]
+    python scripts/gpu_check.py correct|sdpa|speed [--seconds 120] [--match minicache]
 
 ``correct``: errors of logits against the CPU for each method, eager and captured, as tests/test_cuda.py runs them.
 ``sdpa``: host and device time of attention by cuDNN and without it, at shapes that are new and at the same ones again.
@@ -168,6 +168,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--match", default="", help="only rows whose method contains this text")
     asked = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
@@ -175,6 +176,8 @@ def main() -> int:
     rows: list[Row] = [{"device": name, "torch": torch.__version__}]
     for about, measure in PARTS[asked.part]():
         row = dict(about)
+        if asked.match not in row.get("method", ""):
+            continue
         try:
             row |= measure() if time.perf_counter() - start < asked.seconds else {"problem": "no time left"}
         except Exception as error:  # the other rows are still wanted
