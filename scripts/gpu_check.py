@@ -1,6 +1,7 @@
 """Correctness and speed of every method on one CUDA device, written down as they come; see gpu_check.sh.
 
     python scripts/gpu_check.py correct|sdpa|speed [--seconds 120] [--match minicache]
+    python scripts/gpu_check.py table speed.json...     a Markdown table of such files; later rows replace earlier ones
 
 ``correct``: errors of logits against the CPU for each method, eager and captured, as tests/test_cuda.py runs them.
 ``sdpa``: host and device time of attention by cuDNN and without it, at shapes that are new and at the same ones again.
@@ -164,12 +165,30 @@ def speed() -> Iterator[Task]:
 PARTS = {"correct": correct, "sdpa": sdpa, "speed": speed}
 
 
+def print_table(paths: list[str]) -> None:
+    """TTFT, TPOT and MBU by method, and TPOT over the full cache's."""
+    rows: dict[str, Row] = {}
+    for path in paths:
+        header, *measured = json.loads(Path(path).read_text())
+        rows |= {row["method"]: row | {"commit": header.get("commit", "")} for row in measured}
+    full = rows["full"]["tpot_ms"]
+    print("| method | TTFT ms | TPOT ms | / full | MBU | step | commit |\n|---|---:|---:|---:|---:|---|---|")
+    for name, row in rows.items():
+        numbers = (row["ttft_ms"], row["tpot_ms"], row["tpot_ms"] / full, row["mbu"])
+        ttft, tpot, ratio, mbu = (f"{n:.{digits}f}" for n, digits in zip(numbers, (0, 1, 2, 2), strict=True))
+        print(f"| `{name}` | {ttft} | {tpot} | {ratio} | {mbu} | {row['decode']} | {row['commit']} |")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("part", choices=[*PARTS, "table"])
+    parser.add_argument("files", nargs="*", help="for the table")
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--match", default="", help="only rows whose method contains this text")
     asked = parser.parse_args()
+    if asked.part == "table":
+        print_table(asked.files)
+        return 0
     OUT.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     name = torch.cuda.get_device_name() if IS_CUDA else "cpu"
