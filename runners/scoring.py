@@ -192,7 +192,11 @@ def co_batched(runs: Sequence[ScoredRun], apart: bool = False) -> Iterator[list[
     """
 
     def kind(run: ScoredRun) -> tuple[object, ...]:
-        return run.method.passes, apart and not run.method.storage.is_exact, run.method.shares_steps or id(run)
+        return (
+            run.method.passes,
+            apart and not run.method.storage.capabilities.lossless,
+            run.method.shares_steps or id(run),
+        )
 
     for one in dict.fromkeys(map(kind, runs)):
         yield [r for r in runs if kind(r) == one]

@@ -14,7 +14,7 @@ from kvbench.methods.policies.scorers.attention_sums import AttentionSums
 from kvbench.methods.policies.scorers.last_query import LastQuery
 from kvbench.methods.policies.streaming_llm import StreamingLLM
 from kvbench.methods.storage.base import LayerStorage, Storage
-from kvbench.methods.storage.buffer import GROWTH, SPARE, Buffer
+from kvbench.methods.storage.buffer import FREE_SLOTS, GROWTH, Buffer
 from kvbench.methods.storage.dense import COMPACTION_INTERVAL_STEPS, Dense
 from kvbench.methods.storage.kivi import Kivi
 from kvbench.methods.storage.minicache.storage import MiniCache
@@ -41,7 +41,7 @@ def filled(storage: Storage, prompt: int, new: int, expected: int) -> list[Layer
     for token in range(new):
         for i, layer in enumerate(layers):
             layer.append(numbers(1, token + i), numbers(1, token + i + 9))
-            layer.settle()
+            layer.flush()
     return layers
 
 
@@ -61,7 +61,7 @@ def test_in_the_end_it_is_the_formula(storage, prompt, new):
         pairs = (LAYERS - storage.first_pair(LAYERS)) // 2
         places = pairs * 2 * HEADS * 33 * (2 * DIM * 2 + 4)
     assert stored >= sum(layer.logical_bytes for layer in layers)
-    spare = 0 if isinstance(storage, Dense | Ragged) else LAYERS * HEADS * 2 * SPARE * DIM * 2
+    spare = 0 if isinstance(storage, Dense | Ragged) else LAYERS * HEADS * 2 * FREE_SLOTS * DIM * 2
     assert stored <= 1.01 * formula + places + spare
     if not places:
         assert stored >= formula
@@ -74,7 +74,7 @@ def test_more_tokens_than_announced_do_not_move_everything_each_time(storage):
     for token in range(2 * GROWTH):
         for layer in layers:
             layer.append(numbers(1, token), numbers(1, token + 1))
-            layer.settle()
+            layer.flush()
         all_held = [t for layer in layers for t in layer.tensors()]
         codes = [t for t in all_held if t.dtype == torch.uint8]  # beside them the recent tokens are few
         held = max(codes or all_held, key=lambda t: t.nbytes)
@@ -92,31 +92,31 @@ def test_a_buffer_keeps_what_it_was_given_and_nobody_elses():
     held.append(torch.full((1, 2, 3), 7.0), 0)
     address = held.whole.data_ptr()
     held.append(torch.full((1, 1, 3), 8.0), 20)
-    assert (held.whole.shape[1], held.length, held.room) == (20, 7, 13 * 3 * 4)
+    assert (held.whole.shape[1], held.length, held.slack) == (20, 7, 13 * 3 * 4)
     assert held.whole.data_ptr() != address
-    held.trim()
-    assert held.whole.shape[1] == 7 and held.room == 0
+    held.shrink_to_fit()
+    assert held.whole.shape[1] == 7 and held.slack == 0
     assert held.used[0, :, 0].tolist() == [0, 3, 6, 9, 7, 7, 8]
 
 
 def test_a_buffer_of_recent_tokens_moves_once_in_so_many_steps_and_keeps_no_prompt():
     """128 recent tokens of a prompt of 1000, then one in and one out, 100 times, against a list."""
     tokens = list(range(1000))
-    queue = Buffer(torch.tensor(tokens)[None, :, None].float(), 1, 1000 + SPARE)
-    queue.drop(872, SPARE)  # no more than so many empty slots
-    assert queue.whole.shape == (1, 128 + SPARE, 1)
+    queue = Buffer(torch.tensor(tokens)[None, :, None].float(), 1, 1000 + FREE_SLOTS)
+    queue.drop(872, FREE_SLOTS)  # no more than so many empty slots
+    assert queue.whole.shape == (1, 128 + FREE_SLOTS, 1)
     held, kept = tokens[872:], [queue.whole]
     for new in range(100):
-        queue.append(torch.full((1, 1, 1), -float(new)), 128 + SPARE)
-        queue.drop(1, SPARE)
+        queue.append(torch.full((1, 1, 1), -float(new)), 128 + FREE_SLOTS)
+        queue.drop(1, FREE_SLOTS)
         held = [*held[1:], -new]
         assert queue.used.flatten().tolist() == held
-        assert queue.room == (queue.whole.shape[1] - 128) * 4 <= SPARE * 4
+        assert queue.slack == (queue.whole.shape[1] - 128) * 4 <= FREE_SLOTS * 4
         if queue.whole is not kept[-1]:
             kept.append(queue.whole)
-    assert len(kept) <= 2 + 100 // SPARE
-    queue.trim()
-    assert queue.room == 0 and queue.used.flatten().tolist() == held
+    assert len(kept) <= 2 + 100 // FREE_SLOTS
+    queue.shrink_to_fit()
+    assert queue.slack == 0 and queue.used.flatten().tolist() == held
     queue.drop(128, 0)
     assert queue.whole.numel() == 0
 
@@ -129,7 +129,7 @@ def test_recent_tokens_are_not_copied_at_every_step(storage):
     for token in range(steps):
         for layer in layers:
             layer.append(numbers(1, token), numbers(1, token + 1))
-            layer.settle()
+            layer.flush()
         now = [t for t in layers[0].tensors() if t.dtype == torch.bfloat16 and t.shape[-1] == DIM]
         moves += [t.data_ptr() for t in now] != [t.data_ptr() for t in before]
         before = now  # kept, so that no address is used again
@@ -144,7 +144,7 @@ def test_quantised_groups_added_one_by_one_are_those_quantised_at_once(dim):
     held = QuantizedBuffer(pieces[0], dim, 32)
     held.append(pieces[1], 32, 96)
     whole = quantize(x, 4, 32)
-    assert held.tokens == 64 and held.room == sum(t.nbytes for t in pieces[0].tensors())
+    assert held.tokens == 64 and held.slack == sum(t.nbytes for t in pieces[0].tensors())
     for mine, theirs in zip(held.used.tensors(), whole.tensors(), strict=True):
         assert torch.equal(mine, theirs)
     one = held.take(torch.tensor([1])).used

@@ -136,7 +136,7 @@ def some_tokens(steps: int, batch: int = 1) -> torch.Tensor:
 def test_a_budget_that_holds_everything_changes_nothing(text):
     model, ids, tokens = model_for(text), prompt_ids(LONG), some_tokens(6)
     method = make(text, budget=1000)
-    if not method.storage.is_exact:
+    if not method.storage.capabilities.lossless:
         tokens = []  # what follows the first token reads rounded tokens
     full = full_logits(model, LONG, len(tokens))
     ours, _ = logits_of(model, method, ids, tokens)
@@ -199,7 +199,9 @@ def test_room_for_what_is_to_come_is_made_once(text, monkeypatch):
     assert again or recent >= growth  # a block or none in so many steps
     assert cache.kv_bytes_logical == without.kv_bytes_logical
     shape = kv_shape(model.config, model.dtype)
-    spare = shape.layers * shape.kv_heads * 2 * buffer.SPARE * shape.head_dim * shape.element_bytes if recent else 0
+    spare = (
+        shape.layers * shape.kv_heads * 2 * buffer.FREE_SLOTS * shape.head_dim * shape.element_bytes if recent else 0
+    )
     assert cache.kv_bytes_stored <= without.kv_bytes_stored * 1.001 + spare
 
 
@@ -217,7 +219,7 @@ def test_the_first_token_is_the_full_caches(text):
 def exact_attention(text: str) -> bool:
     """Plain attention over what is held, bit for bit; methods that re-position or round have tests of their own."""
     method = make(text)
-    return method.shares_prompt and method.policy.capabilities.keeps_positions and method.storage.is_exact
+    return method.shares_prompt and method.policy.capabilities.keeps_positions and method.storage.capabilities.lossless
 
 
 @pytest.mark.parametrize("text", [t for t in METHODS if exact_attention(t)])
@@ -334,7 +336,7 @@ def test_bytes_are_the_formulas(text, kv_heads):
             prefill(model, cache, ids)
             padding = cache.kv_bytes_stored - batch * method.bytes_formula(shape, length)
             if not (capabilities.heads_differ and capabilities.evicts_while_decoding):  # padded running scores
-                assert 0 <= padding <= shape.layers * method.storage.padding_bytes
+                assert 0 <= padding <= shape.layers * method.storage.capabilities.padding_bytes
             assert padding >= 0
             assert cache.kv_bytes_logical == batch * method.bytes_formula(shape, length)
             for token in some_tokens(3, batch):
@@ -349,7 +351,7 @@ def test_prompts_around_the_window_and_the_budget(text, length):
     model, ids = model_for(text), prompt_ids(length)
     logits, _ = logits_of(model, make(text), ids, some_tokens(3))
     assert torch.isfinite(logits).all()
-    if length + 3 <= BUDGET and make(text).storage.is_exact:
+    if length + 3 <= BUDGET and make(text).storage.capabilities.lossless:
         full = full_logits(model, length, 3)
         assert (logits - full).abs().max() < 1e-5
 

@@ -76,7 +76,7 @@ def test_bytes_at_every_step(batch):
         decode(model, cache, torch.arange(batch) + n)
         formula = batch * method.bytes_formula(shape, 20, n)
         assert cache.kv_bytes_logical == formula
-        assert 0 <= cache.kv_bytes_stored - formula <= shape.layers * method.storage.padding_bytes
+        assert 0 <= cache.kv_bytes_stored - formula <= shape.layers * method.storage.capabilities.padding_bytes
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch):

@@ -116,8 +116,8 @@ def test_a_storage_changes_outside_of_inference_mode(text):
         storage.append(new, new)
         assert int(storage.tokens[0, 0]) == held + 3
     for storage in layers:  # minicache merges two layers once both have been written
-        storage.settle()
-        storage.trim()
+        storage.flush()
+        storage.shrink_to_fit()
     if text != "minicache":  # which cannot let tokens go by layer
         for storage in layers:
             slots = storage.read()[0].shape[2]

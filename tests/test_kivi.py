@@ -96,7 +96,7 @@ def test_numbers_on_the_grid_and_constant_groups_are_exact():
 def filled(keys: torch.Tensor, values: torch.Tensor, bits: int = 2, residual: int = 32) -> KiviSegments:
     segments = KiviSegments(bits, 16, residual)
     segments.append(keys, values)
-    segments.settle()
+    segments.flush()
     return segments
 
 
@@ -133,7 +133,7 @@ def test_token_by_token_is_the_same_as_all_at_once(prompt):
     grown = filled(keys[:, :prompt], values[:, :prompt])
     for t in range(prompt, 110):
         grown.append(keys[:, t : t + 1], values[:, t : t + 1])
-        grown.settle()
+        grown.flush()
     whole = filled(keys, values)
     for a, b in zip(grown.read(), whole.read(), strict=True):
         assert torch.equal(a, b)
@@ -146,7 +146,7 @@ def test_a_token_is_read_exactly_in_its_own_step_and_rounded_after():
     segments = filled(keys[:, :31], values[:, :31])
     segments.append(keys[:, 31:], values[:, 31:])
     assert torch.equal(segments.read()[0], keys)
-    segments.settle()
+    segments.flush()
     assert not torch.equal(segments.read()[0], keys)
 
 

@@ -171,10 +171,10 @@ def test_a_new_token_is_merged_after_the_upper_layers_step():
     k, v = unit(1, 2, 1, 16, seed=2), unit(1, 2, 1, 16, seed=3)
     layers[0].append(k, v)
     assert torch.equal(layers[0].read()[0][:, :, -1:], k)
-    layers[0].settle()
+    layers[0].flush()
     layers[1].append(v, k)
     assert torch.equal(layers[1].read()[0][:, :, -1:], v)
-    layers[1].settle()
+    layers[1].flush()
     assert torch.allclose(layers[0].read()[0][0, :, -1], slerp(k, v, 0.6)[0, :, 0])
     assert [int(layer.tokens[0, 0]) for layer in layers] == [11, 11]
 
@@ -192,7 +192,7 @@ def test_tokens_that_come_one_by_one_are_retained_as_if_they_came_at_once(retent
         for start, end in itertools.pairwise([0, *ends]):
             for layer, x in zip(layers, (new, theirs), strict=True):
                 layer.append(x[:, :, start:end], x[:, :, start:end])
-                layer.settle()
+                layer.flush()
     for a, c, b, x in zip(one_by_one, mixed, at_once, (new, theirs), strict=True):
         for ours, between, wanted in zip(a.read()[:2], c.read()[:2], b.read()[:2], strict=True):
             assert torch.allclose(ours, wanted, rtol=0, atol=1e-12)

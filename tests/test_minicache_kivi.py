@@ -131,9 +131,9 @@ def test_tokens_that_come_one_by_one_end_in_the_same_blocks():
         upper.write(k2[:, :, :prompt], v2[:, :, :prompt])
         for i in range(prompt, 70):
             lower.append(k1[:, :, i : i + 1], v1[:, :, i : i + 1])
-            lower.settle()
+            lower.flush()
             upper.append(k2[:, :, i : i + 1], v2[:, :, i : i + 1])
-            upper.settle()
+            upper.flush()
         at_once = storage.new_layers(2)
         at_once[0].write(k1, v1)
         at_once[1].write(k2, v2)

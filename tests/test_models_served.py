@@ -193,7 +193,7 @@ def test_generate_is_the_engine_and_bytes_are_the_formula(name):
         ours = generate(model, cache, ids, max_new_tokens=STEPS)
         theirs = model.generate(ids, past_key_values=method.new_cache(model), max_new_tokens=STEPS, do_sample=False)
         assert theirs[:, PROMPT:].tolist() == ours.tokens
-        if method.storage.is_exact:
+        if method.storage.capabilities.lossless:
             assert cache.kv_bytes_logical == 2 * method.bytes_formula(model_shape(model), PROMPT, STEPS - 1)
         assert cache.kv_bytes_stored >= cache.kv_bytes_logical
 

@@ -183,7 +183,7 @@ def test_the_kernels_on_the_device(bits, segments, dtype):
 def test_a_step_over_kivi_s_codes_is_a_step_over_what_is_read(length, bits):
     held = KiviSegments(bits, 32, 128)
     held.append(numbers(4, length, 32), numbers(4, length, 32, seed=1))
-    held.settle()
+    held.flush()
     held.append(numbers(4, 1, 32, seed=2), numbers(4, 1, 32, seed=3))
     query = numbers(4, 3, 1, 32, seed=4)
     keys, values = held.read()
@@ -195,7 +195,7 @@ def test_codes_lie_as_they_are_read():
     """Keys are quantised from a transposed view: a step must not have to put their codes in order again."""
     held = KiviSegments(4, 32, 128)
     held.append(numbers(4, 512, 64), numbers(4, 512, 64))
-    held.settle()
+    held.flush()
     directions = QuantizedDirections(numbers(2, 2, 128, 64), 4, 32, True)
     assert all(t.is_contiguous() for t in [*held.tensors(), *directions.tensors()])
 
@@ -208,7 +208,7 @@ def test_half_precision_rounds_no_logits(storage):
     if storage == "kivi":
         held = KiviSegments(8, 32, 128)
         held.append(keys.flatten(0, 1), values.flatten(0, 1))
-        held.settle()
+        held.flush()
         q = query.flatten(0, 1)[:, :, None]
         found, (keys, values) = held.attend(q, LogitRule(0.2)), held.read()
         keys, values = keys[:, None], values[:, None]
@@ -241,7 +241,7 @@ def test_nothing_of_the_expanded_cache_is_written(monkeypatch):
     """Expanded it is 16 times what a step may hold at once here."""
     held = KiviSegments(4, 32, 128)
     held.append(numbers(4, 8192, 64), numbers(4, 8192, 64))
-    held.settle()
+    held.flush()
     largest = []
     monkeypatch.setattr("kvbench.methods.storage.packed.PIECE", 4 * 8192 * 64 // 16)
     unpacked = torch.Tensor.mul_
@@ -270,7 +270,7 @@ def test_a_step_over_packed_codes_is_faster_than_expanding_them():
     """
     held = KiviSegments(4, 32, 128)
     held.append(numbers(12, 8192, 64), numbers(12, 8192, 64))
-    held.settle()
+    held.flush()
     query = numbers(12, 3, 1, 64)
     rule = LogitRule(0.125)
     works = (lambda: held.attend(query, rule), lambda: Segments.attend(held, query, rule))

@@ -194,7 +194,7 @@ def test_what_is_held_and_attended_to_is_that_of_growing_tensors(storage):
     layers = 4
     pairs = [storage.new_layers(layers) for _ in range(2)]
     generator = torch.Generator().manual_seed(0)
-    pads = [[0], [17]] if storage.requires_same_tokens_across_layers else [[0, 30], [50, 17]]
+    pads = [[0], [17]] if storage.capabilities.requires_same_tokens_across_layers else [[0, 30], [50, 17]]
     valid = torch.arange(50) >= torch.tensor(pads)[..., None]  # [B, 1 or H, S]
 
     def numbers(n: int) -> torch.Tensor:
@@ -215,7 +215,7 @@ def test_what_is_held_and_attended_to_is_that_of_growing_tensors(storage):
                 layer.append(keys, values)
                 if step % 8 == 7:
                     outputs += [layer.attend(query, rule, None) for rule in RULES]
-                layer.settle()
+                layer.flush()
         half = len(outputs) // 2
         for expected, found in zip(outputs[:half], outputs[half:], strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=5e-6)
@@ -244,7 +244,7 @@ def test_generated_tokens_that_cannot_be_merged_have_places_or_are_refused(is_kn
     def step(n: int) -> None:
         for layer, sign in ((lower, 1), (upper, -1)):
             layer.append(sign * x[:, :, n : n + 1], sign * x[:, :, n : n + 1])
-            layer.settle()
+            layer.flush()
         for layer in (lower, upper):
             layer.between_steps()
 

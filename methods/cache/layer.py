@@ -128,9 +128,9 @@ class CacheLayer(PrefillLayer):
         out = self.policy.attend(self.state, self.storage, Step(call.query, key, value, call.rule, new.valid, use))
         if use.is_last_reader:
             self.seen += key.shape[2]
-            self.storage.settle()
+            self.storage.flush()
             if self.seen == new.prompt_length:
-                self.storage.trim()
+                self.storage.shrink_to_fit()
         return out
 
     def get_seq_length(self) -> int:

@@ -56,14 +56,14 @@ class Method:
 
     def __post_init__(self) -> None:
         self._check_name()
-        if self.storage.requires_same_tokens_across_layers and not self.policy.capabilities.keeps_everything:
+        capabilities, stored = self.policy.capabilities, self.storage.capabilities
+        if stored.requires_same_tokens_across_layers and not capabilities.keeps_everything:
             raise InputError(
                 "method/storage",
                 self.storage.name,
                 f"shares tokens between layers, and under method={self.name} each layer keeps its own; use method=full",
             )
-        capabilities = self.policy.capabilities
-        if (capabilities.evicts_while_decoding or capabilities.drops_stored) and not self.storage.is_exact:
+        if (capabilities.evicts_while_decoding or capabilities.drops_stored) and not stored.lossless:
             when = "while decoding" if capabilities.evicts_while_decoding else "once all layers have seen the prompt"
             raise InputError(
                 "method/storage",
@@ -93,7 +93,7 @@ class Method:
         if type(self) is not Method or self.name == "full" or not self.policy.capabilities.keeps_everything:
             return
         methods = token_methods()
-        is_plain = self.storage.is_exact and self.sharing is None
+        is_plain = self.storage.capabilities.lossless and self.sharing is None
         if methods.get(self.name) or (is_plain and (self.name in methods or self.budget is not None)):
             budget = "" if self.budget is None else f"budget={self.budget}"
             raise InputError(
@@ -112,7 +112,7 @@ class Method:
                 self.name,
                 "drops tokens between layers, which then cannot share keys and values; use it on a plain model",
             )
-        if self.storage.requires_same_tokens_across_layers:
+        if self.storage.capabilities.requires_same_tokens_across_layers:
             raise InputError(
                 "method/storage",
                 self.storage.name,
@@ -150,7 +150,7 @@ class Method:
                 "use method.policy.mode=prefill_evict",
             )
         count = plan.layer_types.count(FULL)
-        if not count and not (self.policy.capabilities.keeps_everything and self.storage.is_exact):
+        if not count and not (self.policy.capabilities.keeps_everything and self.storage.capabilities.lossless):
             raise InputError(
                 "method",
                 self.name,
@@ -198,7 +198,7 @@ class Method:
             layers.append(layer)
         cache = KVCache(layers, plan, self.passes)
         cache.states = states
-        cache.requantizes_on_append = not self.storage.is_exact
+        cache.requantizes_on_append = not self.storage.capabilities.lossless
         self.policy.attach(model, cache)
         return cache
 
@@ -247,7 +247,7 @@ class Method:
             text = self.sharing.label if self.policy.capabilities.keeps_everything else f"{self.sharing.label} + {text}"
         elif self.storage.name.startswith(self.name):  # the method is its storage: ``kivi4``
             return self.storage.name
-        return text if self.storage.is_exact else f"{text} + {self.storage.name}"
+        return text if self.storage.capabilities.lossless else f"{text} + {self.storage.name}"
 
     def _changed_parts(self) -> str:
         """Parts of an eviction policy that are not those of the method's YAML: `` + adaptive``, `` + every 128``."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ def slots_that_stay(stay: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | No
     return slots, None if bool(valid.all()) else valid
 
 
-IN_PLACE = ("write", "append", "keep", "drop", "make_static", "compact", "settle", "between_steps", "trim")
+IN_PLACE = ("write", "append", "keep", "drop", "make_static", "compact", "flush", "between_steps", "shrink_to_fit")
 """Methods of a storage that change what it holds."""
 
 
@@ -105,7 +107,7 @@ class LayerStorage(Growing, ABC):
     def make_static(self, steps: int, mask_heads: int = 1) -> None:
         """Give every tensor its final shape, with room for ``steps`` further tokens, which come one at a time.
 
-        From then on a step (``append``, ``attend``, ``settle``) writes into these tensors alone. It changes no shape,
+        From then on a step (``append``, ``attend``, ``flush``) writes into these tensors alone. It changes no shape,
         reads nothing back from the device, and depends on no number of the host that changes from step to step, so it
         can be captured once and replayed (``runners/engine/graph.py``). After each step, run or replayed,
         :meth:`between_steps` is called.
@@ -132,7 +134,7 @@ class LayerStorage(Growing, ABC):
         """
         raise NotImplementedError
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Represent old tokens as old tokens are, once a step's attention is done.
 
         A static layer does here only what each step does in the same way.
@@ -147,7 +149,7 @@ class LayerStorage(Growing, ABC):
         """
         return
 
-    def trim(self) -> None:
+    def shrink_to_fit(self) -> None:
         """Give back room to grow; called once the prompt is in. A storage without such room has nothing to do."""
         return
 
@@ -166,6 +168,21 @@ class LayerStorage(Growing, ABC):
         """Bytes of the real tokens alone: no padding, no room to grow."""
 
 
+@dataclass(frozen=True)
+class StorageCapabilities:
+    """What the cache and other parts need to know of a storage.
+
+    Attributes:
+        lossless: What is read back is bit for bit what was written.
+        requires_same_tokens_across_layers: Layers share what they hold, so all of them must hold the same tokens.
+        padding_bytes: Bytes that a layer of a batch may take beyond the formula because it packs whole units.
+    """
+
+    lossless: bool = False
+    requires_same_tokens_across_layers: bool = False
+    padding_bytes: int = 0
+
+
 class Storage(HasIdentity, ABC):
     """Configuration of a storage."""
 
@@ -174,20 +191,10 @@ class Storage(HasIdentity, ABC):
         """Name as typed on the command line."""
         return type(self).__name__.lower()
 
-    @property
-    def is_exact(self) -> bool:
-        """What is read back is bit for bit what was written."""
-        return False
-
-    @property
-    def requires_same_tokens_across_layers(self) -> bool:
-        """Layers share what they hold, so all of them must hold the same tokens."""
-        return False
-
-    @property
-    def padding_bytes(self) -> int:
-        """Bytes that a layer of a batch may take beyond the formula because it packs whole units."""
-        return 0
+    @cached_property
+    def capabilities(self) -> StorageCapabilities:
+        """See there."""
+        return StorageCapabilities()
 
     @abstractmethod
     def new_layers(self, num_layers: int) -> Sequence[LayerStorage]:

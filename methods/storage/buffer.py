@@ -7,7 +7,7 @@ import torch
 GROWTH = 128
 """Slots added at a time when a layer grows, so that a step writes in place instead of copying the whole layer."""
 
-SPARE = 8
+FREE_SLOTS = 8
 """Slots behind recent tokens, which leave again, so that they move once in so many steps."""
 
 
@@ -26,9 +26,9 @@ class Growing:
         """Slots of a buffer that is full when the last ``n`` of ``length`` tokens come."""
         return length + self.expected if self.expected else max(length, length - n + self.growth)
 
-    def spare(self, at_rest: bool = False) -> int:
+    def free_slots(self, at_rest: bool = False) -> int:
         """Slots to have behind recent tokens; ``at_rest``: none, where nothing is known of tokens to come."""
-        return min(SPARE, self.expected) if self.expected or at_rest else SPARE
+        return min(FREE_SLOTS, self.expected) if self.expected or at_rest else FREE_SLOTS
 
     def count_down(self, n: int) -> None:
         """``n`` tokens come now."""
@@ -86,7 +86,7 @@ class Buffer:
         slots = (slice(None),) * (self.dim - 1) + (slice(begin, begin + x.shape[self.dim]),)
         self.whole[(rows, *slots)] = x
 
-    def trim(self) -> None:
+    def shrink_to_fit(self) -> None:
         """Give back what is not in use."""
         if self.length < self.whole.shape[self.dim]:
             self._move(self.length)
@@ -95,6 +95,6 @@ class Buffer:
         self.whole, self._begin = grown(self.used, self.length, slots, self.dim), 0
 
     @property
-    def room(self) -> int:
+    def slack(self) -> int:
         """Bytes that hold nothing: not yet, or no more."""
         return self.whole.nbytes - self.used.nbytes

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 
 from ..cache.kv_shape import KVShape
 from ..cache.logits import LogitRule
-from .base import LayerStorage, Storage, slots_that_stay
+from .base import LayerStorage, Storage, StorageCapabilities, slots_that_stay
 from .buffer import grown
 from .static import static_attention
 
@@ -164,7 +165,7 @@ class DenseLayer(LayerStorage):
         assert held is not None
         return static_attention(query, keys, values, held, self._next, rule)
 
-    def trim(self) -> None:
+    def shrink_to_fit(self) -> None:
         keys, values, valid = self.read()
         if self._keys is not None and self._keys.shape[2] > self.length:
             self.write(keys, values, valid)
@@ -193,9 +194,9 @@ class Dense(Storage):
 
     id: ClassVar[str] = "Dense"
 
-    @property
-    def is_exact(self) -> bool:
-        return True
+    @cached_property
+    def capabilities(self) -> StorageCapabilities:
+        return StorageCapabilities(lossless=True)
 
     def new_layers(self, num_layers: int) -> Sequence[DenseLayer]:
         return [DenseLayer() for _ in range(num_layers)]

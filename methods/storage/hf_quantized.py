@@ -14,7 +14,7 @@ import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +25,7 @@ from transformers.cache_utils import QuantoQuantizedLayer
 
 from ...conf.errors import InputError, require
 from ..cache.kv_shape import KVShape
-from .base import Storage
+from .base import Storage, StorageCapabilities
 from .packed import channels_together
 from .segments import SegmentedLayer, Segments
 
@@ -88,7 +88,7 @@ class HFSegments(Segments):
             self._layer = QuantoQuantizedLayer(self.bits, 0, 0, group, self.residual)
         self._now = self._layer.update(keys[:, None], values[:, None])
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         self._now = None
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -169,9 +169,9 @@ class HFQuantized(Storage):
     def name(self) -> str:
         return f"hf_quantized{self.bits}"
 
-    @property
-    def padding_bytes(self) -> int:
-        return 2 * self.group
+    @cached_property
+    def capabilities(self) -> StorageCapabilities:
+        return StorageCapabilities(padding_bytes=2 * self.group)
 
     def new_layers(self, num_layers: int) -> Sequence[SegmentedLayer]:
         if find_spec("optimum") is None or find_spec("optimum.quanto") is None:

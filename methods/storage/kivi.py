@@ -25,7 +25,7 @@ from ..cache.kv_shape import KVShape
 from ..cache.logits import LogitRule
 from ..cache.products import exact_products, softmax_of
 from .base import Storage
-from .buffer import SPARE, Buffer
+from .buffer import FREE_SLOTS, Buffer
 from .packed import (
     Quantized,
     QuantizedBuffer,
@@ -56,16 +56,18 @@ class KiviSegments(Segments):
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         if self._keys is None or self._values is None:
-            self._keys, self._values = (Buffer(x, 1, x.shape[1] + self.spare(at_rest=True)) for x in (keys, values))
+            self._keys, self._values = (
+                Buffer(x, 1, x.shape[1] + self.free_slots(at_rest=True)) for x in (keys, values)
+            )
             return
         for recent, new in ((self._keys, keys), (self._values, values)):
-            recent.append(new, recent.length + self.spare())
+            recent.append(new, recent.length + self.free_slots())
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         if self._keys is None or self._values is None:  # heads of which nothing was kept
             return
         # After a prompt nothing is left of what it took; after a step recent tokens stay where they are if they can.
-        most = self.spare(at_rest=True) if self._old is None else SPARE
+        most = self.free_slots(at_rest=True) if self._old is None else FREE_SLOTS
         full = self._keys.length // self.residual * self.residual
         if full:
             blocks = self._keys.used[:, :full].unflatten(1, (-1, self.residual)).transpose(2, 3)
@@ -121,9 +123,9 @@ class KiviSegments(Segments):
             out._blocks, out._old = (None if q is None else q.take(index) for q in (self._blocks, self._old))
         return out
 
-    def trim(self) -> None:
+    def shrink_to_fit(self) -> None:
         for part in self._parts:
-            part.trim()
+            part.shrink_to_fit()
 
     @classmethod
     def static(cls, groups: Groups, shape: tuple[int, int], steps: int) -> StaticSegments:
@@ -163,7 +165,7 @@ class KiviSegments(Segments):
 
     @property
     def logical_bytes(self) -> int:
-        return sum(t.nbytes for t in self.tensors()) - sum(part.room for part in self._parts)
+        return sum(t.nbytes for t in self.tensors()) - sum(part.slack for part in self._parts)
 
 
 @dataclass(frozen=True)

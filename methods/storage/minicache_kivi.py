@@ -96,8 +96,8 @@ class QuantizedDirections(Directions):
         return self._codes.tensors()
 
     @property
-    def room(self) -> int:
-        return self._codes.room
+    def slack(self) -> int:
+        return self._codes.slack
 
 
 class StaticPairSegments(StaticSegments):
@@ -121,7 +121,7 @@ class StaticPairSegments(StaticSegments):
         one = query.reshape(len(self.length), 1, -1, query.shape[3])  # [N, 1, g, D]
         return self.pair.attend(self.layer, one, rule).reshape(*query.shape[:3], -1)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         if self.layer == 1:
             self.pair.merge()
 
@@ -164,7 +164,7 @@ class PairSegments(Segments):
     def take(self, index: torch.Tensor) -> Segments:
         return PairSegments(self.pair.part(index), self.layer)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         if self.layer == 1:
             self.pair.merge()
 

@@ -103,19 +103,19 @@ class QuantizedBuffer:
         """Some of the rows, as a buffer of their own."""
         return QuantizedBuffer(Quantized(*(x.used[index] for x in self._parts)), self.dim, self.tokens)
 
-    def trim(self) -> None:
+    def shrink_to_fit(self) -> None:
         """Give back what is not in use."""
         for x in self._parts:
-            x.trim()
+            x.shrink_to_fit()
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that must stay in memory."""
         return [x.whole for x in self._parts]
 
     @property
-    def room(self) -> int:
+    def slack(self) -> int:
         """Bytes that hold nothing yet."""
-        return sum(x.room for x in self._parts)
+        return sum(x.slack for x in self._parts)
 
 
 LARGEST = torch.finfo(torch.float16).max

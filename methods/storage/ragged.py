@@ -10,13 +10,14 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 
 from ..cache.kv_shape import KVShape
 from ..cache.logits import LogitRule
-from .base import Storage
+from .base import Storage, StorageCapabilities
 from .buffer import Buffer
 from .segments import Groups, SegmentedLayer, Segments
 from .static import StaticSegments, static_attention
@@ -101,9 +102,9 @@ class DenseSegments(Segments):
             out.append(self._keys.used[index], self._values.used[index])
         return out
 
-    def trim(self) -> None:
+    def shrink_to_fit(self) -> None:
         for x in self._buffers:
-            x.trim()
+            x.shrink_to_fit()
 
     @classmethod
     def static(cls, groups: Groups, shape: tuple[int, int], steps: int) -> StaticSegments:
@@ -131,9 +132,9 @@ class Ragged(Storage):
 
     id: ClassVar[str] = "Ragged"
 
-    @property
-    def is_exact(self) -> bool:
-        return True
+    @cached_property
+    def capabilities(self) -> StorageCapabilities:
+        return StorageCapabilities(lossless=True)
 
     def new_layers(self, num_layers: int) -> Sequence[SegmentedLayer]:
         return [SegmentedLayer(DenseSegments) for _ in range(num_layers)]

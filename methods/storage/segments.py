@@ -61,11 +61,11 @@ class Segments(Growing, ABC):
     def logical_bytes(self) -> int:
         """Bytes without room to grow."""
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """A step's attention is done: represent what has become old in the way of old tokens."""
         return
 
-    def trim(self) -> None:
+    def shrink_to_fit(self) -> None:
         """Give back room to grow."""
         return
 
@@ -105,7 +105,7 @@ class SegmentedLayer(LayerStorage):
         everything = torch.arange(batch * heads, device=keys.device)
         self._groups = [(everything, self._new())]
         self._add(keys, values, None if valid is None else valid.expand(batch, heads, slots))
-        self.settle()
+        self.flush()
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         if self._static is not None:
@@ -184,11 +184,11 @@ class SegmentedLayer(LayerStorage):
         assert out is not None
         return out.reshape(batch, query_heads, n, -1)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         if self._static is not None:
-            self._static.settle()
+            self._static.flush()
         for _, segments in self._groups:
-            segments.settle()
+            segments.flush()
 
     @property
     def supports_static(self) -> bool:
@@ -218,9 +218,9 @@ class SegmentedLayer(LayerStorage):
         keys, values = (x.gather(2, slots[..., None].expand(-1, -1, -1, x.shape[3])) for x in (keys, values))
         self.write(keys, values, real)
 
-    def trim(self) -> None:
+    def shrink_to_fit(self) -> None:
         for _, segments in self._groups:
-            segments.trim()
+            segments.shrink_to_fit()
 
     def tensors(self) -> list[torch.Tensor]:
         if self._static is not None:

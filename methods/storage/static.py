@@ -51,8 +51,8 @@ class StaticSegments(ABC):
     def read(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(keys, values) [N, S, D] in the compute dtype, and which slots hold a token [N, S]; the others end a row."""
 
-    def settle(self) -> None:
-        """See :meth:`.base.LayerStorage.settle`."""
+    def flush(self) -> None:
+        """See :meth:`.base.LayerStorage.flush`."""
         return
 
     def between_steps(self) -> None:

@@ -105,7 +105,7 @@ class StaticKivi(StaticSegments):
             recent.scatter_(1, slot[:, None, None].expand(-1, 1, new.shape[1]), new[:, None])
         self.length += 1
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         torch.sub(self.length, self.residual, out=self._rounded).clamp_(min=0)
 
     def between_steps(self) -> None:

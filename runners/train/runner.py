@@ -144,7 +144,7 @@ class TrainRunner:
                 value = getattr(self, key)
                 allowed = "is for a checkpoint to begin with, not for model=scratch"
                 require(value == default, f"runner.{key}", value, allowed)
-        if not method.policy.capabilities.keeps_everything or not method.storage.is_exact:
+        if not method.policy.capabilities.keeps_everything or not method.storage.capabilities.lossless:
             raise InputError("method", method.label, "is nothing to train for: only ways of sharing are")
 
     def _identity(self, source: ModelSource) -> dict[str, Any]:

@@ -68,9 +68,9 @@ class Directions:
         return [self._x.whole]
 
     @property
-    def room(self) -> int:
+    def slack(self) -> int:
         """Bytes that hold nothing yet."""
-        return self._x.room
+        return self._x.slack
 
 
 @dataclass

@@ -48,7 +48,7 @@ class Pair(Growing):
         mine = self.new[layer]
         if layer == 0:
             self._extend_valid(keys, valid)
-        spare = self.spare(at_rest=not self.length) if self.block > 1 else 0  # a block of one is merged at once
+        spare = self.free_slots(at_rest=not self.length) if self.block > 1 else 0  # a block of one is merged at once
         if mine is None:
             capacity = keys.shape[2] + spare
             self.new[layer] = (Buffer(keys, 2, capacity), Buffer(values, 2, capacity))
@@ -154,7 +154,7 @@ class Pair(Growing):
             self.new = [None, None]
         else:
             for recent in (*lower, *upper):
-                recent.drop(n, self.spare(at_rest=True))
+                recent.drop(n, self.free_slots(at_rest=True))
 
     def _merged(
         self,
@@ -224,10 +224,10 @@ class Pair(Growing):
 
     def logical_bytes(self, layer: int) -> int:
         """Bytes of :meth:`tensors` but for room to grow."""
-        total = sum(t.nbytes for t in self.tensors(layer)) - sum(recent.room for recent in self.new[layer] or ())
+        total = sum(t.nbytes for t in self.tensors(layer)) - sum(recent.slack for recent in self.new[layer] or ())
         for merged in (self.keys, self.values):
             if layer == 0 and merged is not None:
-                total -= merged.directions.room + merged.magnitudes.room
+                total -= merged.directions.slack + merged.magnitudes.slack
                 used = merged.used
                 total -= merged.retained[..., used:].nbytes + merged.unmerged[..., used:, :].nbytes
         return total

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -30,7 +31,7 @@ import torch
 from ....conf.errors import require
 from ...cache.kv_shape import KVShape
 from ...cache.logits import LogitRule
-from ..base import LayerStorage, Storage
+from ..base import LayerStorage, Storage, StorageCapabilities
 from ..dense import DenseLayer
 from ..static import ALL_ROWS
 from .geometry import RETENTIONS
@@ -47,7 +48,7 @@ class PairLayer(LayerStorage):
     def write(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         self.pair.expected = self.expected
         self.pair.append(self.layer, keys, values, valid)
-        self.settle()
+        self.flush()
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         self.count_down(keys.shape[2])
@@ -61,7 +62,7 @@ class PairLayer(LayerStorage):
         one = query[:, :, 0].unflatten(1, (heads, -1))  # [B, H, G, D]
         return self.pair.attend(self.layer, one, rule).flatten(1, 2)[:, :, None]
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         if self.layer == 1:
             self.pair.merge()
 
@@ -134,9 +135,9 @@ class MiniCache(Storage):
             self.retention in RETENTIONS, at + "retention", self.retention, f"must be one of {', '.join(RETENTIONS)}"
         )
 
-    @property
-    def requires_same_tokens_across_layers(self) -> bool:
-        return True
+    @cached_property
+    def capabilities(self) -> StorageCapabilities:
+        return StorageCapabilities(requires_same_tokens_across_layers=True)
 
     def first_pair(self, num_layers: int) -> int:
         """Number of the first merged layer.
