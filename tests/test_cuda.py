@@ -20,8 +20,8 @@ from tiny_models import left_pad, prompt_ids
 
 from kvbench.methods.cache.cache import KVCache
 from kvbench.methods.cache.method import Method
-from kvbench.runners.engine import decode, prefill
-from kvbench.runners.engine.graph import GRAPH, Stepper
+from kvbench.runners.engine import decode, decode_step, prefill
+from kvbench.runners.engine.step import CUDA_GRAPH
 
 DEVICE = os.environ.get("KVBENCH_CUDA_TEST_DEVICE", "cuda")
 IS_CUDA = DEVICE.startswith("cuda")
@@ -134,8 +134,8 @@ def run(text: str, where: str, dtype: torch.dtype, capture: bool) -> Outcome:
     prompt_keys, before = held(cache), cache.kv_bytes_logical
     captured = capture and cache.can_freeze
     if IS_CUDA and where == "device":
-        step = Stepper(model, cache, forced[0], STEPS, record=capture)
-        assert (step.how == GRAPH) == captured
+        step = decode_step(model, cache, forced[0], STEPS, capture=capture)
+        assert (step.mode == CUDA_GRAPH) == captured
     else:
         if captured:
             cache.make_static(STEPS)

@@ -103,7 +103,7 @@ class LayerStorage(Growing, ABC):
         """Give every tensor its last shape, with room for so many tokens.
 
         From then on single tokens come, each to a slot whose number is on the device: no step looks at a number on the
-        host, so one step can be recorded and played again (``runners/engine/graph.py``).
+        host, so one step can be captured and replayed (``runners/engine/captured.py``).
         """
         raise NotImplementedError
 
