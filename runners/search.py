@@ -10,18 +10,17 @@ from __future__ import annotations
 import json
 import resource
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..conf.errors import InputError
-from ..models.base import LoadedModel
 from ..models.pretrained import devices_of
 from ..tasks.workload import Search
 from .measure.fresh import NO_PROGRESS_BARS, Killed, in_fresh_process
-from .measure.job import Batch, Job, batches, load, use_device
+from .measure.job import Batch, Job, LoadedJob, load
 from .measure.memory import (
     MemoryMeter,
     available_memory,
@@ -72,21 +71,21 @@ def search(todo: SearchJob) -> dict[str, Any]:
 def search_pass(todo: SearchJob) -> dict[str, Any]:
     """Try one size after another, in this process."""
     job = todo.job
-    use_device(job.device)
     known = outcomes(todo.log)
     loaded = load(job)
     meter = MemoryMeter(job.device, devices_of(loaded.model, job.device))
     if meter.problem is not None:
         raise InputError("task", todo.search.name, f"needs a measured peak of memory: {meter.problem}")
+    max_positions, name = loaded.loaded.max_positions, loaded.loaded.name
     ceiling, stopped_by = todo.search.most, "most"
-    positions = todo.search.within(loaded.max_positions)
+    positions = todo.search.within(max_positions)
     if positions is not None and positions < todo.search.step:
         if positions < 1:
-            problem = f"leaves no room for a prompt in the {loaded.max_positions} positions of {loaded.name}"
+            problem = f"leaves no room for a prompt in the {max_positions} positions of {name}"
             raise InputError("task.new_tokens", todo.search.new_tokens, problem)
-        problem = f"and the new tokens are beyond the {loaded.max_positions} positions of {loaded.name}"
+        problem = f"and the new tokens are beyond the {max_positions} positions of {name}"
         raise InputError("task.step", todo.search.step, problem)
-    warm_up(loaded.model, _batch(job, todo.search, todo.search.step, loaded), job)
+    warm_up(loaded, _batch(loaded, todo.search, todo.search.step))
     _limit_memory(todo, devices_of(loaded.model, job.device))
 
     def fits(value: int) -> bool:
@@ -140,11 +139,11 @@ def largest(fits: Callable[[int], bool], start: int, most: int | None, step: int
     return low * step if low else None
 
 
-def _try(todo: SearchJob, value: int, loaded: LoadedModel, meter: MemoryMeter) -> dict[str, Any]:
+def _try(todo: SearchJob, value: int, loaded: LoadedJob, meter: MemoryMeter) -> dict[str, Any]:
     """Answer a batch of this size."""
     job = todo.job
     try:
-        memory = memory_of(loaded.model, _batch(job, todo.search, value, loaded), meter, job)
+        memory = memory_of(loaded, _batch(loaded, todo.search, value), meter)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -157,9 +156,8 @@ def _try(todo: SearchJob, value: int, loaded: LoadedModel, meter: MemoryMeter) -
     return {"value": value, "fits": False, "peak_bytes": None, "problem": problem}
 
 
-def _batch(job: Job, search: Search, value: int, loaded: LoadedModel) -> Batch:
-    workload, batch_size = search.at(value, job.batch_size)
-    (batch,) = batches(replace(job, workload=workload, batch_size=batch_size), loaded)
+def _batch(loaded: LoadedJob, search: Search, value: int) -> Batch:
+    (batch,) = loaded.with_workload(*search.at(value, loaded.job.batch_size)).batches()
     return batch
 
 

@@ -31,9 +31,8 @@ from kvbench.methods.cache.cache import KVCache
 from kvbench.methods.cache.cpu_threads import split_kv_attention
 from kvbench.methods.cache.method import Method
 from kvbench.models.embedded import Embedded
-from kvbench.runners.engine import decode, prefill
-from kvbench.runners.engine.compiled import Affine, compile_steps, product
-from kvbench.runners.engine.graph import Stepper
+from kvbench.runners.engine import DecodeStep, decode, decode_step, prefill
+from kvbench.runners.engine.compiled import Affine, CompiledDecoder, compile_decoder, product
 from kvbench.runners.engine.prepacked import PrepackedLinear
 from kvbench.runners.engine.weights import prepack_linear_weights
 from kvbench.runners.measure.bandwidth import read_bandwidth
@@ -147,7 +146,7 @@ def steps_without(model: Any, ids: torch.Tensor, repeats: int) -> dict[str, floa
     return {name: 1e3 * median(found) for name, found in times.items()}
 
 
-def products(plain: Any, joined: Any, compiled: Any, repeats: int) -> dict[str, dict[int, float]]:
+def products(plain: Any, joined: Any, compiled: CompiledDecoder | None, repeats: int) -> dict[str, dict[int, float]]:
     """Milliseconds of a product with every weight that a step reads, for so many rows; sums for few alone."""
     layers = {
         "linear": [m for m in plain.modules() if isinstance(m, torch.nn.Linear)],
@@ -156,9 +155,8 @@ def products(plain: Any, joined: Any, compiled: Any, repeats: int) -> dict[str, 
     }
     sums: list[Affine] = []
     if compiled is not None:
-        step = compiled.compiled_step
-        sums = [w for one in step.layers for w in (one.query_key_value, one.output, one.gate_and_up, one.down)]
-        sums.append(step.output)
+        sums = [w for one in compiled.layers for w in (one.query_key_value, one.output, one.gate_and_up, one.down)]
+        sums.append(compiled.output)
     product_compiled = torch.compile(product, dynamic=False)
     found: dict[str, dict[int, float]] = {name: {} for name in (*layers, "sums_compiled", "adding_up")}
     for rows in ROWS:
@@ -191,14 +189,13 @@ def products(plain: Any, joined: Any, compiled: Any, repeats: int) -> dict[str, 
     return found
 
 
-def steps_compiled(model: Any, compiled: Any, ids: torch.Tensor, repeats: int) -> dict[str, float]:
+def steps_compiled(model: Any, compiled: CompiledDecoder, ids: torch.Tensor, repeats: int) -> dict[str, float]:
     """Milliseconds of a step as it is and compiled, in turn."""
-    models = {"eager": model, "compiled": compiled}
-    steps: dict[str, Stepper] = {}
-    for name, one in models.items():
+    steps: dict[str, DecodeStep] = {}
+    for name, one, decoder in (("eager", model, None), ("compiled", compiled.model, compiled)):
         cache = Method("full").new_cache(one)
         token = prefill(one, cache, ids).argmax(-1)
-        steps[name] = Stepper(one, cache, token, 10 * repeats + 1)
+        steps[name] = decode_step(one, cache, token, 10 * repeats + 1, compiled=decoder)
     first = [step(token) for step in steps.values()]
     assert (first[0] - first[1]).abs().max() < (1e-3 if model.dtype == torch.float32 else 1)
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -225,10 +222,9 @@ def main() -> None:
     plain = Embedded().load("cpu", dtype).model
     model = copy.deepcopy(plain)
     prepack_linear_weights(model)
-    compiled_model = None
+    compiled_model: CompiledDecoder | None = None
     if args.compile:
-        compiled_model = copy.deepcopy(plain)
-        compile_steps(compiled_model)
+        compiled_model = compile_decoder(copy.deepcopy(plain))
     config, compiled = model.config, {}
     steps = steps_without(model, random_ids(1, args.prompt_tokens), args.repeats)
     for name, value in steps.items():

@@ -42,9 +42,8 @@ from kvbench.methods.cache.method import Method
 from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.models.embedded import Embedded
-from kvbench.runners.engine import generate, prefill
-from kvbench.runners.engine.compiled import compile_steps
-from kvbench.runners.engine.graph import Stepper
+from kvbench.runners.engine import decode_step, generate, prefill
+from kvbench.runners.engine.compiled import CompiledDecoder, compile_decoder
 from kvbench.runners.engine.weights import prepack_linear_weights
 from kvbench.runners.measure.bandwidth import copy_bandwidth, read_bandwidth
 from kvbench.runners.measure.clock import now
@@ -83,10 +82,12 @@ def alternating(repeats: int, *works: Callable[[], float]) -> list[list[float]]:
     return times
 
 
-def decode_seconds(model, cache: KVCache, ids: torch.Tensor, steps: int) -> float:
+def decode_seconds(
+    model, cache: KVCache, ids: torch.Tensor, steps: int, compiled: CompiledDecoder | None = None
+) -> float:
     """Seconds per decode step after a prefill, run as the runners run it."""
     token = prefill(model, cache, ids).argmax(-1)
-    step = Stepper(model, cache, token, steps)
+    step = decode_step(model, cache, token, steps, compiled=compiled)
 
     def steps_of() -> None:
         nonlocal token
@@ -150,9 +151,7 @@ def main() -> None:
     ours = Embedded().load(DEVICE, dtype).model
     theirs = AutoModelForCausalLM.from_config(ours.config, attn_implementation="sdpa", dtype=dtype).to(DEVICE).eval()
     theirs.load_state_dict(ours.state_dict())
-    compiled = copy.deepcopy(ours) if DEVICE == "cpu" else None
-    if compiled is not None:
-        compile_steps(compiled)
+    compiled = compile_decoder(copy.deepcopy(ours)) if DEVICE == "cpu" else None
     prepack_linear_weights(ours)
     ids = random_ids(1, args.prompt_tokens)
     full, snapkv = Method("full"), Method("snapkv", EvictionPolicy(SnapKV(), 512))
@@ -171,7 +170,7 @@ def main() -> None:
     def compiled_seconds(ids: torch.Tensor) -> float:
         if compiled is None:
             return math.nan
-        return decode_seconds(compiled, full.new_cache(compiled), ids, steps)
+        return decode_seconds(compiled.model, full.new_cache(compiled.model), ids, steps, compiled)
 
     engine, readings, copies, by_compiler, library = alternating(
         args.repeats,

@@ -127,7 +127,7 @@ def speed() -> Iterator[Task]:
     from kvbench.models.random import RandomModel
     from kvbench.runners.config.methods import named_method
     from kvbench.runners.measure.bandwidth import copy_bandwidth
-    from kvbench.runners.measure.job import Job, batches
+    from kvbench.runners.measure.job import Job, LoadedJob
     from kvbench.runners.measure.time_pass import bytes_read_per_step, time_batch
     from kvbench.tasks.shape import Shape
 
@@ -140,12 +140,13 @@ def speed() -> Iterator[Task]:
     def measure(text: str) -> Row:
         method, workload = named_method(text), Shape(prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS)
         job = Job(source, method, workload, DEVICE, dtype, 0, 1, None, 1, 1)
-        work = batches(job, loaded)
+        loaded_job = LoadedJob(job, loaded)
+        work = loaded_job.batches()
         if IS_CUDA:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        time_batch(loaded.model, work[0], job)
-        timed = time_batch(loaded.model, work[0], job)
+        time_batch(loaded_job, work[0])
+        timed = time_batch(loaded_job, work[0])
         tpot_s = timed.decoding / len(timed.steps)
         return {
             "ttft_ms": 1e3 * timed.ttft,

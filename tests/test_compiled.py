@@ -22,9 +22,9 @@ from kvbench.methods.sharing.yoco import YOCO
 from kvbench.methods.storage.kivi import Kivi
 from kvbench.models.random import RandomModel
 from kvbench.models.tiny import TinyModel
-from kvbench.runners.engine import decode, graph, prefill
-from kvbench.runners.engine.compiled import MAX_ROWS, Affine, can_compile, compile_steps, product
-from kvbench.runners.engine.graph import Stepper
+from kvbench.runners.engine import decode, decode_step, prefill
+from kvbench.runners.engine.compiled import MAX_ROWS, Affine, can_compile, compile_decoder, product
+from kvbench.runners.engine.step import COMPILED, EAGER, FUSED
 from kvbench.runners.measure.fresh import in_fresh_process
 from kvbench.runners.measure.job import Job, load
 from kvbench.runners.measure.time_pass import time_pass
@@ -37,7 +37,7 @@ needs_compiler = pytest.mark.skipif(
 
 @functools.cache
 def pair(family: str, dtype: torch.dtype):
-    """(a model as it is loaded, the same with compiled steps)."""
+    """(a model as it is loaded, a copy of it, the copy's compiled decoder)."""
     if family == "qwen2":  # biases on queries, keys and values
         torch.manual_seed(0)
         plain = Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True)).to(dtype).eval()
@@ -47,8 +47,7 @@ def pair(family: str, dtype: torch.dtype):
     else:
         plain = copy.deepcopy(tiny_model(family)).to(dtype)
     other = copy.deepcopy(plain)
-    compile_steps(other)
-    return plain, other
+    return plain, other, compile_decoder(other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -71,15 +70,15 @@ def test_a_product_written_as_sums_is_the_layer(dtype, bias, rows):
 @torch.inference_mode()
 def test_a_compiled_step_gives_the_logits_of_the_model(family):
     """Two rows, one padded, then one row; several steps each."""
-    plain, other = pair(family, torch.float32)
+    plain, other, compiled = pair(family, torch.float32)
     ids, mask = left_pad([prompt_ids(30, 1), prompt_ids(12, 2)])
     for prompt, padding in ((ids, mask), (prompt_ids(25), None)):
         caches = [Method("full").new_cache(m) for m in (plain, other)]
         expected = prefill(plain, caches[0], prompt, padding)
         assert torch.equal(prefill(other, caches[1], prompt, padding), expected)  # the model is what it was
         token = expected.argmax(-1)
-        step = Stepper(other, caches[1], token, 4)
-        assert step.how == graph.COMPILED
+        step = decode_step(other, caches[1], token, 4, compiled=compiled)
+        assert step.mode == COMPILED
         for _ in range(4):
             expected = decode(plain, caches[0], token)
             found = step(token)
@@ -92,14 +91,14 @@ def test_a_compiled_step_gives_the_logits_of_the_model(family):
 @torch.inference_mode()
 def test_in_bfloat16_a_compiled_step_is_no_further_from_the_truth():
     """The same weights in float64 are the truth; sums are rounded once, so they must not lose against products."""
-    plain, other = pair("llama", torch.bfloat16)
+    plain, other, compiled = pair("llama", torch.bfloat16)
     truth = copy.deepcopy(plain).double()
     models, ids = (truth, plain, other), prompt_ids(30)
     caches = [Method("full").new_cache(m) for m in models]
     first = [prefill(m, cache, ids) for m, cache in zip(models, caches, strict=True)]
     token = first[0].argmax(-1)
-    step = Stepper(other, caches[2], token, 6)
-    assert step.how == graph.COMPILED
+    step = decode_step(other, caches[2], token, 6, compiled=compiled)
+    assert step.mode == COMPILED
     off = torch.zeros(2)
     for _ in range(6):
         exact = decode(truth, caches[0], token)
@@ -120,13 +119,13 @@ def test_in_bfloat16_a_compiled_step_is_no_further_from_the_truth():
 )
 @torch.inference_mode()
 def test_every_cache_takes_compiled_steps(method):
-    plain, other = pair("llama", torch.float32)
+    plain, other, compiled = pair("llama", torch.float32)
     ids = prompt_ids(60)
     caches = [method.new_cache(m) for m in (plain, other)]
     token = prefill(plain, caches[0], ids).argmax(-1)
     prefill(other, caches[1], ids)
-    step = Stepper(other, caches[1], token, 20)
-    assert step.how == graph.COMPILED
+    step = decode_step(other, caches[1], token, 20, compiled=compiled)
+    assert step.mode == COMPILED
     for _ in range(20):
         expected = decode(plain, caches[0], token)
         with torch._dynamo.config.patch(error_on_recompile=True):  # a clock would have it in the steps' time
@@ -138,17 +137,20 @@ def test_every_cache_takes_compiled_steps(method):
 
 @needs_compiler
 def test_what_cannot_be_compiled_runs_as_it_is():
-    _, other = pair("llama", torch.float32)
+    _, other, compiled = pair("llama", torch.float32)
     cache = Method("full").new_cache(other)
     many = prompt_ids(9).repeat(MAX_ROWS + 1, 1)
-    assert Stepper(other, cache, prefill(other, cache, many).argmax(-1), 2).how == graph.EAGER
+    token = prefill(other, cache, many).argmax(-1)
+    assert decode_step(other, cache, token, 2, compiled=compiled).mode == FUSED
     bare = NoCache("no_cache").new_cache(other)
-    assert Stepper(other, bare, prefill(other, bare, prompt_ids(9)).argmax(-1), 2).how == graph.EAGER
-    for place in (other.model.layers[0], other.model.layers[1].mlp.down_proj):
+    token = prefill(other, bare, prompt_ids(9)).argmax(-1)
+    assert decode_step(other, bare, token, 2, compiled=compiled).mode == EAGER
+    for place, mode in ((other.model.layers[0], EAGER), (other.model.layers[1].mlp.down_proj, FUSED)):
         handle = place.register_forward_hook(lambda *_: None)
         try:
             cache = Method("full").new_cache(other)
-            assert Stepper(other, cache, prefill(other, cache, prompt_ids(9)).argmax(-1), 2).how == graph.EAGER
+            token = prefill(other, cache, prompt_ids(9)).argmax(-1)
+            assert decode_step(other, cache, token, 2, compiled=compiled).mode == mode
         finally:
             handle.remove()
 
@@ -171,15 +173,17 @@ def job(source, method: Method | None = None) -> Job:
 
 
 def test_weights_are_held_once_and_a_model_of_another_build_is_laid_out():
-    model = load(job(RandomModel("tiny"))).model
+    loaded = load(job(RandomModel("tiny")))
+    assert loaded.compiled is not None
+    model = loaded.model
     attention = model.model.layers[0].self_attn
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
     assert sum(storages.values()) == sum(p.nbytes for p in model.parameters())
     joined = {p.weight.untyped_storage().data_ptr() for p in (attention.q_proj, attention.k_proj, attention.v_proj)}
     assert len(joined) == 1
-    shared = load(job(TinyModel(trained_on="recall").for_sharing(YOCO(window=16), "yoco"))).model
-    bare = load(job(RandomModel("tiny"), NoCache("no_cache"))).model
-    assert not hasattr(shared, "compiled_step") and not hasattr(bare, "compiled_step")
+    shared = load(job(TinyModel(trained_on="recall").for_sharing(YOCO(window=16), "yoco")))
+    bare = load(job(RandomModel("tiny"), NoCache("no_cache")))
+    assert shared.compiled is None and bare.compiled is None
 
 
 MEASURE = ("run", "runner=efficiency", "method=full", "model=random", "task.prompt_tokens=20", "runner.compile=true")
@@ -194,12 +198,12 @@ def test_a_record_says_that_steps_were_compiled_and_an_older_run_stays_the_same_
         assert done.returncode == 0, done.stderr
     records = [json.loads(path.read_text()) for path in tmp_path.rglob("record.json")]
     found = {r["decode"]: r for r in records}
-    assert found.keys() == {graph.COMPILED, graph.EAGER}
+    assert found.keys() == {COMPILED, EAGER}
     titles = [line for line in kvbench("table", str(tmp_path)).stdout.splitlines() if line.startswith("**")]
     assert len(titles) == 2 and ["compiled steps" in title for title in sorted(titles, key=len)] == [False, True]
     settings = {how: r["identity"]["runner"] for how, r in found.items()}
-    assert settings[graph.COMPILED]["compile"] is True and "compile" not in settings[graph.EAGER]
-    first = found[graph.COMPILED]["repetitions"][0][0]
+    assert settings[COMPILED]["compile"] is True and "compile" not in settings[EAGER]
+    first = found[COMPILED]["repetitions"][0][0]
     assert first["recording_s"] > first["decode_s"] > 0  # compiling is in no other number
 
 

@@ -20,8 +20,8 @@ from tiny_models import left_pad, prompt_ids
 
 from kvbench.methods.cache.cache import KVCache
 from kvbench.methods.cache.method import Method
-from kvbench.runners.engine import decode, prefill
-from kvbench.runners.engine.graph import GRAPH, Stepper
+from kvbench.runners.engine import decode, decode_step, prefill
+from kvbench.runners.engine.step import CUDA_GRAPH, DecodeStep
 
 DEVICE = os.environ.get("KVBENCH_CUDA_TEST_DEVICE", "cuda")
 IS_CUDA = DEVICE.startswith("cuda")
@@ -134,15 +134,15 @@ def run(text: str, where: str, dtype: torch.dtype, capture: bool) -> Outcome:
     prompt_keys, before = held(cache), cache.kv_bytes_logical
     captured = capture and cache.supports_static
     if IS_CUDA and where == "device":
-        step = Stepper(model, cache, forced[0], STEPS, record=capture)
-        assert (step.how == GRAPH) == captured
+        step = decode_step(model, cache, forced[0], STEPS, capture=capture)
+        assert (step.mode == CUDA_GRAPH) == captured
     else:
         if captured:
             cache.make_static(STEPS)
         step = functools.partial(decode, model, cache)
     for token in forced:
         logits.append(step(token).clone())
-        if captured and not isinstance(step, Stepper):
+        if captured and not isinstance(step, DecodeStep):
             cache.between_steps()
     keys, after = ([], 0) if captured else (held(cache), cache.kv_bytes_logical)
     return Outcome(torch.stack(logits).float().cpu(), prompt_keys, keys, (before, after), captured)

@@ -19,14 +19,15 @@ from tiny_models import prompt_ids, tiny_model
 from kvbench.methods.cache.method import Method
 from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.scorers.snapkv import SnapKV
+from kvbench.models.base import LoadedModel
 from kvbench.models.random import RandomModel
 from kvbench.runners import efficiency
-from kvbench.runners.engine import graph
+from kvbench.runners.engine.fused_decode import FusedStep
 from kvbench.runners.measure import energy_pass
 from kvbench.runners.measure import job as measure_job
 from kvbench.runners.measure.energy import EnergyMeter
 from kvbench.runners.measure.fresh import Killed
-from kvbench.runners.measure.job import Batch, Job
+from kvbench.runners.measure.job import Batch, Job, LoadedJob
 from kvbench.runners.measure.memory import malloc_trim_env
 from kvbench.runners.measure.time_pass import Timed, metrics, time_batch
 from kvbench.tasks.shape import Shape
@@ -38,6 +39,10 @@ TINY = ("model=random", "model.shape=tiny", "runner=efficiency", "device=cpu", "
 
 def job_of(method: Method) -> Job:
     return Job(RandomModel("tiny"), method, None, "cpu", torch.float32, 0, 1, None, 0, 1)
+
+
+def loaded_job(model, method: Method) -> LoadedJob:
+    return LoadedJob(job_of(method), LoadedModel(model, None, "tiny", 100, 100, "", random_weights=True))
 
 
 def batch_of(*lengths: tuple[int, int]) -> Batch:
@@ -92,9 +97,9 @@ def test_the_first_token_belongs_to_prefill_and_only_the_others_to_decode(monkey
         return logits
 
     monkeypatch.setattr(measure_job, "prefill", slow_prefill)
-    monkeypatch.setattr(graph, "decode", slow_decode)
+    monkeypatch.setattr(FusedStep, "forward", slow_decode)
     start = time.monotonic()
-    timed = time_batch(tiny_model(), batch_of((4, 5)), job_of(Method("full")))
+    timed = time_batch(loaded_job(tiny_model(), Method("full")), batch_of((4, 5)))
     around = time.monotonic() - start
     assert len(steps) == 4
     assert timed.ttft >= 0.2
@@ -104,17 +109,19 @@ def test_the_first_token_belongs_to_prefill_and_only_the_others_to_decode(monkey
 
 def test_the_tokens_that_are_timed_are_the_tokens_that_generate_gives(monkeypatch):
     """The timed loop must be the real one: same tokens as the engine's own generation."""
-    from kvbench.runners.engine import decode, generate
+    from kvbench.runners.engine import generate
 
     model, ids, fed = tiny_model(), prompt_ids(40), []
+    forward = FusedStep.forward
 
-    def spy(model, cache, token):
+    def spy(step, token):
         fed.append(token.tolist())
-        return decode(model, cache, token)
+        return forward(step, token)
 
-    monkeypatch.setattr(graph, "decode", spy)
+    monkeypatch.setattr(FusedStep, "forward", spy)
     method = Method("snapkv", EvictionPolicy(SnapKV(window=4), 16))
-    time_batch(model, Batch([Request("0", (1,) * 40, 9)], ids, None), job_of(method))
+    time_batch(loaded_job(model, method), Batch([Request("0", (1,) * 40, 9)], ids, None))
+    monkeypatch.undo()
     assert [t for (t,) in fed] == generate(model, method.new_cache(model), ids, max_new_tokens=9).tokens[0][:-1]
 
 

@@ -22,8 +22,8 @@ from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.pyramid_infer.policy import PyramidInfer
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.policies.streaming_llm import StreamingLLM
-from kvbench.runners.engine import Sampling, decode, decoding, feed, generate, generation, prefill, score
-from kvbench.runners.engine.fused_decode import supports_fused_decode
+from kvbench.runners.engine import Sampling, decode, decoding, feed, generate, prefill, score
+from kvbench.runners.engine.fused_decode import FusedStep, supports_fused_decode
 from kvbench.runners.engine.weights import prepack_linear_weights
 
 
@@ -88,8 +88,8 @@ def test_methods_that_read_the_prompt_by_themselves_go_on_with_the_others(monkey
     cache = FanOutCache([m.new_cache(model) for m in methods])
     assert [type(one).__name__ for one in cache.separate_prefills] == ["FanOutCache", *["KVCache"] * 3]
     rows = []
-    step = generation.decode
-    monkeypatch.setattr(generation, "decode", lambda m, c, token: rows.append(len(token)) or step(m, c, token))
+    forward = FusedStep.forward
+    monkeypatch.setattr(FusedStep, "forward", lambda step, token: rows.append(len(token)) or forward(step, token))
     together = generate(model, cache, ids, max_new_tokens=12, stop_ids=[stop]).tokens
     ends = [tokens.index(stop) if stop in tokens else 12 for tokens in alone]
     assert together == [tokens[:end] for tokens, end in zip(alone, ends, strict=True)]

@@ -20,8 +20,8 @@ from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.sharing.cla import CLA
 from kvbench.methods.sharing.lckv import LCKV
 from kvbench.runners.config.methods import named_method
-from kvbench.runners.engine import decode, graph, prefill
-from kvbench.runners.engine.graph import Stepper
+from kvbench.runners.engine import captured, decode, decode_step, prefill
+from kvbench.runners.engine.step import CUDA_GRAPH, EAGER, FUSED
 
 STATIC = [
     "full",
@@ -79,7 +79,7 @@ class FakeGraph:
 
     def replay(self):
         self.ops.replay()
-        logits = self.stepper()._logits
+        logits = self.step()._logits
         logits.copy_(self.ops.now(logits))
 
 
@@ -97,35 +97,36 @@ class OnCuda:
         return self._model(**how)
 
 
-def stand_in(monkeypatch, cache):
-    """CUDA by a stand-in: capturing a step leaves everything as if it had not run."""
+def stand_in(monkeypatch, model, cache):
+    """CUDA by a stand-in: a capture records the step without running it."""
     made = FakeGraph()
+    made.model = model
 
     @contextmanager
-    def recording(_):
+    def capturing(_):
         before = [t.clone() for t in cache.static_state()]
         with made.ops:
             yield
         for tensor, value in zip(cache.static_state(), before, strict=True):
             tensor.copy_(value)
 
-    monkeypatch.setattr(graph.torch.cuda, "CUDAGraph", lambda: made)
-    monkeypatch.setattr(graph, "recording", recording)
+    monkeypatch.setattr(captured.torch.cuda, "CUDAGraph", lambda: made)
+    monkeypatch.setattr(captured, "capturing", capturing)
     return made
 
 
 @pytest.mark.parametrize("text", [*STATIC[:2], *STATIC[4:]])
 @torch.inference_mode()
-def test_played_steps_are_counted_and_fed_as_run_ones(monkeypatch, text):
+def test_replayed_steps_are_counted_and_fed_as_eager_ones(monkeypatch, text):
     model, method = tiny_model(), named_method(text)
     ids, mask = prompts(True)
     plain, cache = method.new_cache(model), method.new_cache(model)
     token = prefill(model, plain, ids, mask).argmax(-1)
     prefill(model, cache, ids, mask)
-    made = stand_in(monkeypatch, cache)
-    step = Stepper(OnCuda(model), cache, token, 7)
-    made.stepper = weakref.ref(step)
-    assert step.how == graph.GRAPH
+    made = stand_in(monkeypatch, model, cache)
+    step = decode_step(OnCuda(model), cache, token, 7)
+    made.step = weakref.ref(step)
+    assert step.mode == CUDA_GRAPH
     for _ in range(7):
         expected = decode(model, plain, token)
         torch.testing.assert_close(step(token), expected, rtol=0, atol=1e-10)
@@ -136,14 +137,14 @@ def test_played_steps_are_counted_and_fed_as_run_ones(monkeypatch, text):
 
 
 @torch.inference_mode()
-def test_a_recorded_cache_goes_when_its_stepper_goes(monkeypatch):
+def test_a_captured_cache_is_freed_with_its_step(monkeypatch):
     """Two caches at once would not fit at the largest batch."""
     model = tiny_model()
     cache = Method("full").new_cache(model)
     token = prefill(model, cache, prompt_ids(30)).argmax(-1)
-    made = stand_in(monkeypatch, cache)
-    step = Stepper(OnCuda(model), cache, token, 4)
-    made.stepper = weakref.ref(step)
+    made = stand_in(monkeypatch, model, cache)
+    step = decode_step(OnCuda(model), cache, token, 4)
+    made.step = weakref.ref(step)
     step(token)
     held = weakref.ref(cache.layers[0].storage)
     monkeypatch.undo()
@@ -155,21 +156,21 @@ def test_a_recorded_cache_goes_when_its_stepper_goes(monkeypatch):
         gc.enable()
 
 
-def test_rope_that_looks_at_the_length_is_not_recorded():
+def test_length_dependent_rope_is_not_captured():
     model = OnCuda(tiny_model())
     model.config = copy.deepcopy(model.config)
     model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     cache = Method("full").new_cache(tiny_model())
     token = prefill(tiny_model(), cache, prompt_ids(30)).argmax(-1)
-    assert Stepper(model, cache, token, 4).how == graph.EAGER
+    assert decode_step(model, cache, token, 4).mode == EAGER
 
 
-def test_on_a_cpu_a_step_is_run_as_it_is():
+def test_a_cpu_step_is_fused_and_not_captured():
     model = tiny_model()
     cache = Method("snapkv", EvictionPolicy(SnapKV(window=4), 20)).new_cache(model)
     token = prefill(model, cache, prompt_ids(60)).argmax(-1)
-    step = Stepper(model, cache, token, 20)
-    assert step.how == graph.EAGER
+    step = decode_step(model, cache, token, 20)
+    assert step.mode == FUSED
     assert step(token).shape == (1, 101)
 
 
@@ -177,15 +178,15 @@ def test_on_a_cpu_a_step_is_run_as_it_is():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [(60,), (60, 45, 60)])
 @pytest.mark.parametrize("text", STATIC)
-def test_a_recorded_step_on_the_device(text, lengths, dtype):
+def test_a_captured_step_on_the_device(text, lengths, dtype):
     """One row, and rows of different lengths; bfloat16 rounds weights and outputs, in another order in each kernel."""
     model, method = tiny_model(dtype=dtype).cuda(), named_method(text)
     plain, cache = method.new_cache(model), method.new_cache(model)
     ids, mask = (x.cuda() for x in left_pad([prompt_ids(n, seed) for seed, n in enumerate(lengths)]))
     token = prefill(model, plain, ids, mask).argmax(-1)
     prefill(model, cache, ids, mask)
-    step = Stepper(model, cache, token, 9)
-    assert step.how == graph.GRAPH
+    step = decode_step(model, cache, token, 9)
+    assert step.mode == CUDA_GRAPH
     with torch.inference_mode():
         for _ in range(9):
             expected = decode(model, plain, token)

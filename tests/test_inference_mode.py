@@ -12,8 +12,7 @@ from kvbench.methods.cache.cache import KVCache
 from kvbench.methods.cache.method import Method
 from kvbench.methods.storage.base import IN_PLACE, LayerStorage
 from kvbench.runners.config.methods import named_method
-from kvbench.runners.engine import decode, prefill
-from kvbench.runners.engine.graph import Stepper
+from kvbench.runners.engine import decode, decode_step, prefill
 
 HELD = [text for text in METHODS if text != "no_cache"]
 STORAGES = ["full", "ada_kv", "kivi storage.residual=16 storage.group=8", "minicache"]
@@ -91,14 +90,14 @@ def test_a_static_cache_changes_outside_of_inference_mode(text):
     assert torch.equal(cache.tokens_seen, expected_cache.tokens_seen)
 
 
-def test_a_stepper_is_made_and_called_in_either_mode():
+def test_a_decode_step_is_made_and_called_in_either_mode():
     model, ids = tiny_model(), prompt_ids(60)
     cache, other = (named_method("snapkv budget=20 scorer.window=4").new_cache(model) for _ in range(2))
     token = prefill(model, cache, ids).argmax(-1)
     prefill(model, other, ids)
-    outside = Stepper(model, cache, token, 4)
+    outside = decode_step(model, cache, token, 4)
     with torch.inference_mode():
-        inside = Stepper(model, other, token, 4)
+        inside = decode_step(model, other, token, 4)
         expected = [inside(token).clone() for _ in range(2)]
     assert all(torch.equal(outside(token), e) for e in expected)
 

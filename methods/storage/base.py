@@ -109,7 +109,7 @@ class LayerStorage(Growing, ABC):
 
         From then on a step (``append``, ``attend``, ``flush``) writes into these tensors alone. It changes no shape,
         reads nothing back from the device, and depends on no number of the host that changes from step to step, so it
-        can be captured once and replayed (``runners/engine/graph.py``). After each step, run or replayed,
+        can be captured once and replayed (``runners/engine/captured.py``). After each step, run or replayed,
         :meth:`between_steps` is called.
         """
         raise NotImplementedError

@@ -8,10 +8,22 @@ Everything that differs between methods happens inside the cache.
 """
 
 from .batching import left_padded
-from .decoding import decode, feed
+from .decoding import decode, decode_step, feed
 from .generation import Generation, generate
 from .likelihoods import score
 from .prefilling import prefill
 from .sampling import Sampling
+from .step import DecodeStep
 
-__all__ = ["Generation", "Sampling", "decode", "feed", "generate", "left_padded", "prefill", "score"]
+__all__ = [
+    "DecodeStep",
+    "Generation",
+    "Sampling",
+    "decode",
+    "decode_step",
+    "feed",
+    "generate",
+    "left_padded",
+    "prefill",
+    "score",
+]

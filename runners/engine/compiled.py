@@ -22,6 +22,7 @@ from ...methods.cache.forward import LayerCall
 from ...methods.cache.logits import LogitRule
 from ...methods.cache.rotary import rope
 from .fused_decode import is_changed, supports_fused_decode
+from .step import COMPILED, DecodeStep
 from .weights import copy_mapped_tensors
 
 P = ParamSpec("P")
@@ -50,7 +51,7 @@ class LayerWeights(NamedTuple):
     down: Affine
 
 
-class CompiledStep:
+class CompiledDecoder:
     """Compiled decode steps of one model: the logits of :func:`..decoding.decode`, up to rounding.
 
     Weights with the same input are concatenated in one tensor, and the layers' own weights become views of it: each
@@ -60,15 +61,16 @@ class CompiledStep:
         model: one that :func:`can_compile`; changed in place.
 
     Attributes:
+        model: the model.
         layers: weights of the decoder layers.
         output: weight of the output layer.
     """
 
     def __init__(self, model: PreTrainedModel):
-        self._model: Any = model
-        self.layers = [_weights_of(layer) for layer in self._model.model.layers]
-        self.output, self._last_norm = _affine(self._model.lm_head), self._model.model.norm.weight.detach()
-        first = self._model.model.layers[0]
+        self.model: Any = model
+        self.layers = [_weights_of(layer) for layer in self.model.model.layers]
+        self.output, self._last_norm = _affine(self.model.lm_head), self.model.model.norm.weight.detach()
+        first = self.model.model.layers[0]
         self._rule, epsilon, act = LogitRule(first.self_attn.scaling), model.config.rms_norm_eps, first.mlp.act_fn
         head_dim, heads = first.self_attn.head_dim, model.config.num_attention_heads
 
@@ -100,7 +102,7 @@ class CompiledStep:
     @torch.inference_mode()
     def __call__(self, cache: KVCache, token: torch.Tensor) -> torch.Tensor:
         """[rows] int64, at most :data:`MAX_ROWS` rows -> logits [rows, vocabulary]."""
-        base = self._model.model
+        base = self.model.model
         x = base.embed_tokens(token[:, None])
         cos_sin = base.rotary_emb(x, position_ids=cache.next_positions()[:, None])
         for number, weights in enumerate(self.layers):
@@ -117,7 +119,7 @@ class CompiledStep:
         Raises:
             InputError: there is no C++ compiler.
         """
-        base = self._model.model
+        base = self.model.model
         x = base.embed_tokens(torch.zeros(rows, 1, dtype=torch.int64))
         cos_sin = base.rotary_emb(x, position_ids=torch.zeros(rows, 1, dtype=torch.int64))
         try:
@@ -156,10 +158,31 @@ def can_compile(model: PreTrainedModel) -> bool:
     return not any(map(is_changed, modules)) and all(type(m) is nn.Linear for m in modules if hasattr(m, "in_features"))
 
 
-def compile_steps(model: PreTrainedModel) -> None:
-    """Have :class:`.graph.Stepper` compile the steps of a model; see :class:`CompiledStep`."""
+def compile_decoder(model: PreTrainedModel) -> CompiledDecoder:
+    """The compiled decoder of a model that :func:`can_compile`; its weights are copied out of mapped files first."""
     copy_mapped_tensors(model)
-    model.compiled_step = CompiledStep(model)  # type: ignore[assignment]
+    return CompiledDecoder(model)
+
+
+class CompiledStep(DecodeStep):
+    """A compiled step of one cache.
+
+    Args:
+        decoder: the model's compiled decoder.
+        cache: the cache.
+        rows: number of rows.
+    """
+
+    mode = COMPILED
+
+    def __init__(self, decoder: CompiledDecoder, cache: KVCache, rows: int):
+        super().__init__(cache)
+        self._decoder = decoder
+        decoder.prepare(rows)
+
+    def forward(self, token: torch.Tensor) -> torch.Tensor:
+        """See :meth:`.step.DecodeStep.forward`."""
+        return self._decoder(self.cache, token)
 
 
 def _weights_of(layer: Any) -> LayerWeights:

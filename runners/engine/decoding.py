@@ -1,4 +1,4 @@
-"""Tokens after the prompt: one per row, or several."""
+"""Tokens after the prompt: the choice of a decode step, one token per row, or several."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import torch
 from transformers import PreTrainedModel
 
 from ...methods.cache.cache import KVCache
-from .fused_decode import fused_decode_step, supports_fused_decode
+from .captured import CapturedStep, can_capture
+from .compiled import MAX_ROWS, CompiledDecoder, CompiledStep, can_compile
+from .eager import EagerStep, RecomputeStep, forward_without_cache
+from .fused_decode import FusedStep, supports_fused_decode
 from .model_properties import has_dynamic_rope
-from .recompute import forward_without_cache
+from .step import DecodeStep
 
 MAX_TOKENS_PER_FEED = 256
 """Largest number of columns that :func:`feed` runs together."""
@@ -18,20 +21,44 @@ MAX_LOGITS_PER_FEED = 1 << 28
 """Largest number of logits that :func:`feed` computes at a time (rows x columns x vocabulary)."""
 
 
-@torch.inference_mode()
-def decode(model: PreTrainedModel, cache: KVCache, token: torch.Tensor) -> torch.Tensor:
-    """Feed one token per row: [rows] int64 -> logits [rows, vocabulary]; rows are ``cache.copies`` x B."""
+def decode_step(
+    model: PreTrainedModel,
+    cache: KVCache,
+    token: torch.Tensor,
+    steps: int,
+    *,
+    capture: bool = True,
+    compiled: CompiledDecoder | None = None,
+) -> DecodeStep:
+    """The fastest decode step of a model and a cache, after prefill.
+
+    Args:
+        model, cache: as in :func:`decode`.
+        token: [rows] int64, any tokens; the first ones are suitable.
+        steps: largest number of steps.
+        capture: whether to capture a step as a CUDA graph if possible.
+        compiled: the model's compiled decoder, if it has been compiled.
+    """
+    rows = token.shape[0]
+    if compiled is not None and rows <= MAX_ROWS and can_compile(model) and not cache.recomputes:
+        return CompiledStep(compiled, cache, rows)
+    step = uncaptured_step(model, cache)
+    return CapturedStep(step, token, steps) if capture and can_capture(model, cache) else step
+
+
+def uncaptured_step(model: PreTrainedModel, cache: KVCache) -> DecodeStep:
+    """The step that needs no preparation: fused if the model supports it, else transformers' forward."""
     if cache.recomputes:
-        return forward_without_cache(model, cache, token[:, None], None)[:, -1]
-    if supports_fused_decode(model):
-        return fused_decode_step(model, cache, token)
-    return model(
-        input_ids=token[:, None],
-        position_ids=cache.next_positions()[:, None],
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
+        return RecomputeStep(model, cache)
+    return FusedStep(model, cache) if supports_fused_decode(model) else EagerStep(model, cache)
+
+
+def decode(model: PreTrainedModel, cache: KVCache, token: torch.Tensor) -> torch.Tensor:
+    """Feed one token per row: [rows] int64 -> logits [rows, vocabulary]; rows are ``cache.copies`` x B.
+
+    For a loop over tokens, :func:`decode_step` chooses the kind of step once.
+    """
+    return uncaptured_step(model, cache)(token)
 
 
 @torch.inference_mode()

@@ -22,14 +22,15 @@ from ...methods.cache.cache import KVCache
 from ...methods.cache.forward import LayerCall
 from ...methods.cache.logits import LogitRule
 from .prepacked import QKVSlice
+from .step import FUSED, DecodeStep
 
 LLAMA_LIKE = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
 
 def supports_fused_decode(model: PreTrainedModel) -> bool:
-    """Whether :func:`fused_decode_step` computes what ``model(...)`` does.
+    """Whether a :class:`FusedStep` computes what ``model(...)`` does.
 
-    Re-checked for every step, because hooks may be added or removed.
+    Checked for every generation, because hooks may be added or removed.
     """
     if type(model) not in LLAMA_LIKE or model.training:
         return False
@@ -47,8 +48,21 @@ def is_changed(module: torch.nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
-def fused_decode_step(model: PreTrainedModel, cache: KVCache, token: torch.Tensor) -> torch.Tensor:
-    """Logits [rows, vocabulary] after one token [rows] per row."""
+class FusedStep(DecodeStep):
+    """A step of a model that :func:`supports_fused_decode`."""
+
+    mode = FUSED
+
+    def __init__(self, model: PreTrainedModel, cache: KVCache):
+        super().__init__(cache)
+        self._model = model
+
+    def forward(self, token: torch.Tensor) -> torch.Tensor:
+        """See :meth:`.step.DecodeStep.forward`."""
+        return _forward(self._model, self.cache, token)
+
+
+def _forward(model: PreTrainedModel, cache: KVCache, token: torch.Tensor) -> torch.Tensor:
     base: Any = model.model
     x = base.embed_tokens(token[:, None])  # [rows, 1, hidden]
     apply_rope = OneTokenRope(base.rotary_emb(x, position_ids=cache.next_positions()[:, None]))

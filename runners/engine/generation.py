@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...methods.cache.cache import KVCache
-from .decoding import decode, feed
+from .decoding import feed, uncaptured_step
 from .prefilling import prefill
 from .sampling import Sampler, Sampling
 
@@ -67,6 +67,7 @@ def generate(
         (logits,) = collections.deque(feed(model, cache, question.repeat(cache.copies, 1)), maxlen=1)  # the last one
         logits = logits[:, -1]
     rows = _Rows(input_ids.shape[0], cache.copies, sampler.stop_ids, until)
+    step = uncaptured_step(model, cache)
     steps = 0
     while True:
         token = sampler(logits, steps)
@@ -75,7 +76,7 @@ def generate(
         if steps >= max_new_tokens or all(rows.ended):
             return Generation(rows.tokens, steps - 1)
         token = rows.drop_ended_members(cache, token)
-        logits = decode(model, cache, token)
+        logits = step(token)
 
 
 class _Rows:

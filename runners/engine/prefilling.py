@@ -8,9 +8,9 @@ from transformers import PreTrainedModel
 from ...conf.errors import InputError
 from ...methods.cache.cache import KVCache
 from ...models.kvshare.model import KVShareLlamaForCausalLM
+from .eager import forward_without_cache
 from .layerwise import layers_run_in_chunks
 from .model_properties import decoder_layers, has_dynamic_rope, rope_type
-from .recompute import forward_without_cache
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ import torch
 from ...models.pretrained import devices_of
 from .clock import now
 from .energy import EnergyMeter
-from .job import Job, answer, batches, load, use_device
+from .job import Job, load
 
 MIN_SECONDS = 2.0
 """Shortest measurement: the workload is repeated, because drivers update their counters a few times a second."""
@@ -20,17 +20,16 @@ MIN_SECONDS = 2.0
 @torch.inference_mode()
 def energy_pass(job: Job) -> dict[str, Any]:
     """Joules of the workload, and watts of the idle device just before."""
-    use_device(job.device)
     meter = EnergyMeter(job.device)
     if meter.problem is not None:
         return {"energy": {"problem": meter.problem}}
     loaded = load(job)
-    work = batches(job, loaded)
+    work = loaded.batches()
     meter = EnergyMeter(job.device, devices_of(loaded.model, job.device))
 
     def once() -> None:
         for batch in work:
-            answer(loaded.model, job.method.new_cache(loaded.model), batch, job)
+            loaded.answer(loaded.new_cache(), batch)
             gc.collect()
 
     once()

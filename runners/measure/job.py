@@ -7,7 +7,7 @@ the allocator so that freed memory is returned to the system at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -19,9 +19,8 @@ from ...methods.policies.no_cache import NoCache
 from ...models.base import LoadedModel, ModelSource
 from ...models.pretrained import input_device
 from ...tasks.workload import Request, Workload
-from ..engine import left_padded, prefill
-from ..engine.compiled import can_compile, compile_steps
-from ..engine.graph import Stepper
+from ..engine import decode_step, left_padded, prefill
+from ..engine.compiled import CompiledDecoder, can_compile, compile_decoder
 from ..engine.weights import prepack_linear_weights
 
 
@@ -80,70 +79,90 @@ class Batch:
         return sum(r.new_tokens for r in self.requests)
 
 
-def batches(job: Job, loaded: LoadedModel) -> list[Batch]:
-    """The workload's requests in their order, ``batch_size`` at a time."""
-    vocabulary = loaded.model.config.get_text_config().vocab_size
-    assert job.workload is not None
-    requests = job.workload.requests(loaded.tokenizer, vocabulary, job.seed, job.batch_size)
-    return [_batch(job, loaded, requests[i : i + job.batch_size]) for i in range(0, len(requests), job.batch_size)]
+@dataclass(frozen=True)
+class LoadedJob:
+    """A job and its model.
+
+    Attributes:
+        job: the job.
+        loaded: the model, prepared for inference.
+        compiled: the model's compiled decode steps, or None.
+    """
+
+    job: Job
+    loaded: LoadedModel
+    compiled: CompiledDecoder | None = None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The transformers model."""
+        return self.loaded.model
+
+    def new_cache(self) -> KVCache:
+        """A fresh cache of the job's method."""
+        return self.job.method.new_cache(self.model)
+
+    def with_workload(self, workload: Workload, batch_size: int) -> LoadedJob:
+        """The same model with other requests."""
+        return replace(self, job=replace(self.job, workload=workload, batch_size=batch_size))
+
+    def batches(self) -> list[Batch]:
+        """The workload's requests in their order, ``batch_size`` at a time."""
+        job, vocabulary = self.job, self.model.config.get_text_config().vocab_size
+        assert job.workload is not None
+        requests = job.workload.requests(self.loaded.tokenizer, vocabulary, job.seed, job.batch_size)
+        return [self._batch(requests[i : i + job.batch_size]) for i in range(0, len(requests), job.batch_size)]
+
+    def _batch(self, requests: Sequence[Request]) -> Batch:
+        loaded = self.loaded
+        prompt, new_tokens = max(len(r.prompt) for r in requests), max(r.new_tokens for r in requests)
+        if prompt + new_tokens > loaded.max_positions:
+            raise InputError(
+                "task.prompt_tokens",
+                prompt,
+                f"with {new_tokens} new tokens is beyond the {loaded.max_positions} positions of "
+                f"{loaded.name}; model=random takes model.max_positions",
+            )
+        pad = 0 if loaded.tokenizer is None else loaded.tokenizer.pad_token_id
+        ids, mask = left_padded([r.prompt for r in requests], pad, input_device(loaded.model, self.job.device))
+        return Batch(requests, ids, mask)
+
+    def answer(
+        self,
+        cache: KVCache,
+        batch: Batch,
+        after_token: Callable[[], None] = lambda: None,
+        after_preparation: Callable[[], None] = lambda: None,
+    ) -> str:
+        """Answer a batch: prefill, then greedy tokens; no step waits for a token on the host, and no token ends a row.
+
+        Args:
+            cache: a fresh cache.
+            batch: the requests.
+            after_token: called when the first tokens of all rows are queued, and after each decode step.
+            after_preparation: called when the decode steps can start, after one has been compiled or captured.
+
+        Returns:
+            Mode of the decode steps; see :class:`..engine.step.DecodeStep`.
+        """
+        steps = batch.steps - 1
+        cache.reserve(steps)
+        token = prefill(self.model, cache, batch.input_ids, batch.mask, self.job.chunk_size).argmax(-1)
+        after_token()
+        step = decode_step(self.model, cache, token, steps, capture=self.job.cuda_graph, compiled=self.compiled)
+        after_preparation()
+        for _ in range(steps):
+            token = step(token).argmax(-1)
+            after_token()
+        return step.mode
 
 
-def _batch(job: Job, loaded: LoadedModel, requests: Sequence[Request]) -> Batch:
-    prompt, new_tokens = max(len(r.prompt) for r in requests), max(r.new_tokens for r in requests)
-    if prompt + new_tokens > loaded.max_positions:
-        raise InputError(
-            "task.prompt_tokens",
-            prompt,
-            f"with {new_tokens} new tokens is beyond the {loaded.max_positions} positions of "
-            f"{loaded.name}; model=random takes model.max_positions",
-        )
-    pad = 0 if loaded.tokenizer is None else loaded.tokenizer.pad_token_id
-    ids, mask = left_padded([r.prompt for r in requests], pad, input_device(loaded.model, job.device))
-    return Batch(requests, ids, mask)
-
-
-def use_device(device: str) -> None:
-    """Make a CUDA device the current one: Triton kernels and graph captures run on the current device."""
-    if device.startswith("cuda"):
-        torch.cuda.set_device(torch.device(device).index or 0)
-
-
-def load(job: Job) -> LoadedModel:
+def load(job: Job) -> LoadedJob:
     """Load the model as the job runs it; see :mod:`..engine.compiled` and :mod:`..engine.weights`."""
+    if job.device.startswith("cuda"):  # Triton kernels and graph captures run on the current device
+        torch.cuda.set_device(torch.device(job.device).index or 0)
     loaded = job.source.load(job.device, job.dtype)
     if job.compile and can_compile(loaded.model) and not isinstance(job.method, NoCache):
-        compile_steps(loaded.model)
-    else:
-        prepack_linear_weights(loaded.model)
-    return loaded
-
-
-def answer(
-    model: PreTrainedModel,
-    cache: KVCache,
-    batch: Batch,
-    job: Job,
-    after_token: Callable[[], None] = lambda: None,
-    after_recording: Callable[[], None] = lambda: None,
-) -> str:
-    """Answer a batch: prefill, then greedy tokens; no step waits for a token on the host, and no token ends a row.
-
-    Args:
-        model, cache: see :func:`..engine.prefill`.
-        batch: the requests.
-        job: the settings.
-        after_token: called when the first tokens of all rows are queued, and after each decode step.
-        after_recording: called when the decode steps can start.
-
-    Returns:
-        Mode of the decode steps; see :class:`..engine.graph.Stepper`.
-    """
-    cache.reserve(batch.steps - 1)
-    token = prefill(model, cache, batch.input_ids, batch.mask, job.chunk_size).argmax(-1)
-    after_token()
-    step = Stepper(model, cache, token, batch.steps - 1, job.cuda_graph)
-    after_recording()
-    for _ in range(batch.steps - 1):
-        token = step(token).argmax(-1)
-        after_token()
-    return step.how
+        return LoadedJob(job, loaded, compile_decoder(loaded.model))
+    prepack_linear_weights(loaded.model)
+    return LoadedJob(job, loaded)

@@ -6,13 +6,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from ...methods.cache.layout import describe_layers, full_shape, model_shape
 from ...models.pretrained import devices_of
 from ...tasks.workload import Request
 from ..records.runs import BASELINE
-from .job import Batch, Job, answer, batches, load, use_device
+from .job import Batch, Job, LoadedJob, load
 from .memory import MemoryMeter, Peak
 
 
@@ -33,11 +32,11 @@ class BatchMemory:
 
 
 @torch.inference_mode()
-def memory_of(model: PreTrainedModel, batch: Batch, meter: MemoryMeter, job: Job) -> BatchMemory:
+def memory_of(loaded: LoadedJob, batch: Batch, meter: MemoryMeter) -> BatchMemory:
     """Peaks of memory while a batch is answered, phase by phase, and the bytes of its cache."""
     meter.reset()
     at_rest = meter.peak()
-    cache = job.method.new_cache(model)
+    cache = loaded.new_cache()
     stored, logical, peaks = [], [], []
 
     def measure() -> None:
@@ -50,27 +49,26 @@ def memory_of(model: PreTrainedModel, batch: Batch, meter: MemoryMeter, job: Job
             measure()
             meter.reset()
 
-    answer(model, cache, batch, job, after_token)
+    loaded.answer(cache, batch, after_token)
     measure()
     return BatchMemory(at_rest, peaks[0], peaks[1], (stored[0], stored[1]), (logical[0], logical[1]))
 
 
 @torch.inference_mode()
-def warm_up(model: PreTrainedModel, batch: Batch, job: Job) -> None:
+def warm_up(loaded: LoadedJob, batch: Batch) -> None:
     """Answer a few tokens: libraries allocate their workspaces at the first call of each kind, and keep them."""
     requests = [Request(r.id, r.prompt[-4:], 3) for r in batch.requests]
-    answer(model, job.method.new_cache(model), Batch(requests, batch.input_ids[:, -4:], None), job)
+    loaded.answer(loaded.new_cache(), Batch(requests, batch.input_ids[:, -4:], None))
 
 
 def memory_pass(job: Job) -> dict[str, Any]:
     """Bytes of the cache and peaks of memory, of the batch with the most tokens."""
-    use_device(job.device)
     loaded = load(job)
     model = loaded.model
-    batch = max(batches(job, loaded), key=lambda b: b.input_ids.numel() + b.steps * len(b.requests))
+    batch = max(loaded.batches(), key=lambda b: b.input_ids.numel() + b.steps * len(b.requests))
     meter = MemoryMeter(job.device, devices_of(model, job.device))
-    warm_up(model, batch, job)
-    memory = memory_of(model, batch, meter, job)
+    warm_up(loaded, batch)
+    memory = memory_of(loaded, batch, meter)
     shape, full = model_shape(model), full_shape(model, job.method.sharing)
     lengths, steps = [len(r.prompt) for r in batch.requests], batch.steps - 1
     peaks = {"at_rest": memory.at_rest, "peak_prefill": memory.peak_prefill, "peak_decode": memory.peak_decode}

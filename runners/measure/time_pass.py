@@ -12,10 +12,10 @@ import torch
 from transformers import PreTrainedModel
 
 from ...methods.cache.method import Method
-from ..engine.graph import EAGER
+from ..engine.step import EAGER, FUSED
 from .bandwidth import copy_bandwidth
 from .clock import Stopwatch
-from .job import Batch, Job, answer, batches, load, use_device
+from .job import Batch, Job, LoadedJob, load
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Timed:
     Attributes:
         ttft: from handing over the prompts to the first token of every row.
         steps: time of each decode step, in order.
-        mode: mode of the decode steps; see :class:`..engine.graph.Stepper`.
+        mode: mode of the decode steps; see :class:`..engine.step.DecodeStep`.
         preparation: time to compile or capture a step before the first one; a server does this once when it starts,
             so it is in no other number.
     """
@@ -47,13 +47,12 @@ def time_pass(job: Job) -> dict[str, Any]:
     On a CPU the bandwidth is measured after each repetition and its median is used, because other guests of a machine
     share its memory. A GPU's memory is not shared, and an allocation between repetitions would change their times.
     """
-    use_device(job.device)
     loaded = load(job)
-    work = batches(job, loaded)
+    work = loaded.batches()
     copies = [copy_bandwidth(job.device)]
     repetitions = []
     for i in range(job.warmups + job.repeats):
-        timed = [time_batch(loaded.model, batch, job) for batch in work]
+        timed = [time_batch(loaded, batch) for batch in work]
         if i >= job.warmups:
             repetitions.append(timed)
             if job.device == "cpu":
@@ -65,7 +64,7 @@ def time_pass(job: Job) -> dict[str, Any]:
             [{"ttft_s": t.ttft, "decode_s": t.decoding, "recording_s": t.preparation} for t in timed]
             for timed in repetitions
         ],
-        "decode": " and ".join(sorted({t.mode for timed in repetitions for t in timed})),
+        "decode": " and ".join(sorted({recorded_mode(t.mode) for timed in repetitions for t in timed})),
         "workload": _shape_of(work),
         "bytes_read_per_step": bytes_read_per_step(work, loaded.model, job.method),
         "bandwidth": {
@@ -77,15 +76,20 @@ def time_pass(job: Job) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def time_batch(model: PreTrainedModel, batch: Batch, job: Job) -> Timed:
+def time_batch(loaded: LoadedJob, batch: Batch) -> Timed:
     """Times of one batch."""
     gc.collect()  # free the previous batch's cache before the clock starts
-    cache = job.method.new_cache(model)
-    watch = Stopwatch(job.device)
+    cache = loaded.new_cache()
+    watch = Stopwatch(loaded.job.device)
     watch.mark()
-    mode = answer(model, cache, batch, job, watch.mark, watch.mark)
+    mode = loaded.answer(cache, batch, watch.mark, watch.mark)
     ttft, preparation, *steps = watch.seconds()
     return Timed(ttft, steps, mode, preparation)
+
+
+def recorded_mode(mode: str) -> str:
+    """Mode of the decode steps as records name it: a fused step is an eager one without wrappers."""
+    return EAGER if mode == FUSED else mode
 
 
 def metrics(work: Sequence[Batch], repetitions: Sequence[Sequence[Timed]]) -> dict[str, dict[str, Any]]:

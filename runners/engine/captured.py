@@ -1,0 +1,91 @@
+"""Decode steps captured once as a CUDA graph and replayed.
+
+On CUDA a decode step of a model is hundreds of small kernels. Launched one by one from Python they take longer to
+launch than to run, which hides what a method gains. If all shapes of a step are static (``KVCache.supports_static``) it
+is captured after prefill, and every token is a replay over buffers of fixed size. What is due once in so many steps
+(``KVCache.between_steps``) follows the replay.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+from ...methods.cache.cache import KVCache
+from .model_properties import has_dynamic_rope, is_spread
+from .step import CUDA_GRAPH, DecodeStep
+
+LOW_MEMORY_BYTES = 4 << 30
+"""Free device memory below which the allocator's cache is emptied before a capture."""
+
+
+class CapturedStep(DecodeStep):
+    """A captured step; each call is a replay.
+
+    Args:
+        step: the step to capture.
+        token: [rows] int64, any tokens.
+        steps: largest number of calls.
+    """
+
+    mode = CUDA_GRAPH
+
+    @torch.inference_mode()
+    def __init__(self, step: DecodeStep, token: torch.Tensor, steps: int):
+        super().__init__(step.cache)
+        self._token = token.clone()
+        self.cache.make_static(steps)
+        before = [(tensor, tensor.clone()) for tensor in self.cache.static_state()]
+        step.forward(self._token)  # libraries allocate their workspaces before the capture
+        for tensor, value in before:  # the step has not been
+            tensor.copy_(value)
+        self.cache.skip(-1)
+        self._graph = torch.cuda.CUDAGraph()
+        with capturing(self._graph):
+            self._logits = step.forward(self._token)
+        self.cache.skip(-1)  # capture does not execute the kernels, so undo the length increment
+
+    def forward(self, token: torch.Tensor) -> torch.Tensor:
+        """See :meth:`.step.DecodeStep.forward`."""
+        self._token.copy_(token)
+        self._graph.replay()
+        self.cache.skip(1)  # a replay runs no Python
+        self.cache.between_steps()
+        return self._logits
+
+
+def can_capture(model: PreTrainedModel, cache: KVCache) -> bool:
+    """Whether a decode step can be captured: on one CUDA device, with static shapes and no host synchronization."""
+    # RoPE that depends on the length compares it with a limit on the host, at every step.
+    is_static = cache.supports_static and not has_dynamic_rope(model)
+    return model.device.type == "cuda" and not is_spread(model) and is_static
+
+
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+    """Capture the kernels that are queued on the current device instead of running them.
+
+    Unlike ``torch.cuda.graph`` it does not always empty the allocator's cache, which would slow down the next prefill.
+    """
+    torch.cuda.synchronize()
+    if torch.cuda.mem_get_info()[0] < LOW_MEMORY_BYTES:  # during a capture the allocator returns no cached memory
+        torch.cuda.empty_cache()
+    side = _capture_stream(torch.cuda.current_device())
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        graph.capture_begin()
+        try:
+            yield
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(side)
+
+
+@functools.cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """One stream for all captures, because libraries keep a workspace for each stream they have been called on."""
+    return torch.cuda.Stream(device)

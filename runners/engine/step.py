@@ -1,0 +1,35 @@
+"""The interface of a decode step; :mod:`.decoding` chooses the implementation."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+
+from ...methods.cache.cache import KVCache
+
+EAGER, FUSED, COMPILED, CUDA_GRAPH = "eager", "fused", "compiled", "cuda graph"
+
+
+class DecodeStep(ABC):
+    """One way of running the decode steps of a model with one cache.
+
+    Attributes:
+        mode: ``eager`` (transformers' forward), ``fused``, ``compiled`` or ``cuda graph``.
+        cache: the cache, after its prompt has been compressed.
+    """
+
+    mode: ClassVar[str]
+
+    def __init__(self, cache: KVCache):
+        self.cache = cache
+
+    @torch.inference_mode()
+    def __call__(self, token: torch.Tensor) -> torch.Tensor:
+        """Feed one token per row: [rows] int64 -> logits [rows, vocabulary]; the next call may overwrite the logits."""
+        return self.forward(token)
+
+    @abstractmethod
+    def forward(self, token: torch.Tensor) -> torch.Tensor:
+        """The part of a step that can be captured: [rows] int64 -> logits [rows, vocabulary]."""
