@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
@@ -36,9 +37,15 @@ def under_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
 
 def _ordinary(result: torch.Tensor, arguments: tuple[Any, ...]) -> Any:
     out = result.clone()
-    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments):
+    given = [x for a in arguments for x in ([a] if isinstance(a, torch.Tensor) else _fields_of(a))]
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in given):
         out.requires_grad_().register_hook(_refuse_gradient)
     return out
+
+
+def _fields_of(x: Any) -> list[Any]:
+    """Values of a dataclass, which carries tensors to a cache (:class:`.forward.LayerCall`); else nothing."""
+    return list(vars(x).values()) if is_dataclass(x) else []
 
 
 def _refuse_gradient(gradient: torch.Tensor) -> NoReturn:
