@@ -266,11 +266,9 @@ QUESTIONS = [
 
 @pytest.mark.real_model
 @pytest.mark.parametrize("blocked", [True, False], ids=["as it is run", "as it is loaded"])
-def test_full_is_transformers_generate_token_for_token_alone_and_padded(smollm2, blocked):
-    """20 prompts x 64 greedy tokens on the real model, each alone and all in one left-padded batch.
-
-    (As it is loaded: four of them alone.)
-    """
+@pytest.mark.parametrize(("prompts", "tokens"), [(4, 24), pytest.param(20, 64, marks=pytest.mark.slow)])
+def test_full_is_transformers_generate_token_for_token_alone_and_padded(smollm2, blocked, prompts, tokens):
+    """Greedy tokens of the real model, each prompt alone and all in one left-padded batch."""
     from transformers import AutoModelForCausalLM
 
     ours, tokenizer = copy.deepcopy(smollm2.model), smollm2.tokenizer
@@ -280,16 +278,22 @@ def test_full_is_transformers_generate_token_for_token_alone_and_padded(smollm2,
         prepack_linear_weights(ours)
     chats = [
         tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True)
-        for q in QUESTIONS
+        for q in QUESTIONS[:prompts]
     ]
-    greedy = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None, "pad_token_id": tokenizer.pad_token_id}
-    for chat in chats if blocked else chats[:4]:
+    greedy = {
+        "max_new_tokens": tokens,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    for chat in chats:
         ids = tokenizer(chat, return_tensors="pt", add_special_tokens=False).input_ids
         expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), **greedy)[0, ids.shape[1] :].tolist()
-        assert generate(ours, full(ours), ids, max_new_tokens=64).tokens[0] == expected
+        assert generate(ours, full(ours), ids, max_new_tokens=tokens).tokens[0] == expected
     batch = tokenizer(chats, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     expected = theirs.generate(**batch, **greedy)[:, batch.input_ids.shape[1] :].tolist()
-    assert generate(ours, full(ours), batch.input_ids, batch.attention_mask, max_new_tokens=64).tokens == expected
+    found = generate(ours, full(ours), batch.input_ids, batch.attention_mask, max_new_tokens=tokens)
+    assert found.tokens == expected
 
 
 @pytest.mark.real_model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,14 @@ def task_of(world: dict[str, str], *names: str, **settings) -> LmEval:
     return LmEval(names=names, data_files=files, **settings)
 
 
+@pytest.fixture
+def own_tasks_alone(monkeypatch):
+    """The index of lm-eval's own tasks, which is read for each further folder, takes seconds."""
+    from lm_eval import tasks
+
+    monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
+
+
 @pytest.fixture(scope="module")
 def stock(world):
     """(lm-eval's own model, the task's requests by data set and document)."""
@@ -186,6 +195,7 @@ def test_what_judges_an_answer_is_part_of_the_run(world, tmp_path):
     assert other.source().sha256 != task.source().sha256
 
 
+@pytest.mark.usefixtures("own_tasks_alone")
 def test_a_groups_figure_is_lm_evals(world, tmp_path):
     """Weighted by documents where the group says so, which the mean over its tasks is not; in a group of groups too."""
     (tmp_path / "tasks").mkdir()
@@ -229,6 +239,7 @@ def test_at_a_tenth_of_the_cache_every_answer_changes(finished):
         assert ours[key]["kv_bytes_stored"] < 0.15 * row["kv_bytes_stored"]
 
 
+@pytest.mark.usefixtures("own_tasks_alone")
 def test_an_answer_of_one_token_is_scored_through_the_compressed_cache(world, tmp_path):
     """Without held-back tokens it would be predicted before compression, and no method would change it."""
     path = write(

@@ -12,6 +12,7 @@ from pathlib import Path
 import hydra
 import pytest
 from hydra.utils import instantiate
+from local_model import kvbench
 from records import efficiency, save
 
 from kvbench.analysis.load import Run, load
@@ -179,27 +180,26 @@ def test_two_runs_that_answer_alike_answer_nothing(tmp_path):
     assert [r[-1] for r in row_of(published_table(load(folder)[0]), "speed-up")] == ["not run"]
 
 
+@pytest.mark.usefixtures("forked")
 def test_the_campaign_is_rehearsed(tmp_path):
-    """Every part at toy size on the CPU; a second launch has nothing left to do."""
-    first = subprocess.run(
-        [str(CAMPAIGN), str(tmp_path), "--rehearse"],
-        env={**os.environ, "PYTHON": sys.executable},
-        capture_output=True,
-        text=True,
-    )
+    """Every part at toy size on the CPU, one by the script and then all in this process, which finds that one done."""
+    environment = {**os.environ, "PYTHON": sys.executable, "TMPDIR": str(tmp_path.parent)}
+    command = [str(CAMPAIGN), str(tmp_path), "--rehearse"]
+    first = subprocess.run([*command, "kivi"], env=environment, capture_output=True, text=True)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
+    shown = subprocess.run([*command, "--show"], capture_output=True, text=True, check=True).stdout
+    already_done = 0
+    for line in shown.splitlines():
+        if line.startswith("-- "):
+            done = kvbench("run", f"results_dir={tmp_path}", *shlex.split(line)[2:])
+            assert done.returncode == 0, done.stderr
+            already_done += done.stdout.count("already done")
+    assert already_done == 1
     runs, problems = load(tmp_path)
     assert not problems and all(run.done for run in runs)
     assert {run.label for run in runs} >= {"full", "snapkv 40", "minicache_kivi4", "kivi4", "pyramid_infer"}
     assert {run.label for run in runs} >= {"h2o 0.2", "lckv-w2", "yoco"}
     assert {run.record["task"].split("-")[0].split("+")[0] for run in runs} >= {"shape", "sharegpt", "max_batch"}
-    again = subprocess.run(
-        [str(CAMPAIGN), str(tmp_path), "--rehearse", "kivi"],
-        env={**os.environ, "PYTHON": sys.executable},
-        capture_output=True,
-        text=True,
-    )
-    assert again.returncode == 0 and again.stdout.count("already done") == 1
 
 
 @pytest.mark.parametrize("arguments", [[], ["--rehearse"], ["results", "--all"], ["results", "everything"]])

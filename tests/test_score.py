@@ -33,11 +33,20 @@ def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, Any, li
 
 
 @pytest.mark.parametrize("code_sim", ["official", "levenshtein"])
-@pytest.mark.parametrize("predictions", ["llama2-7b-chat-4k", "minilongbench_example", "adversarial"])
+@pytest.mark.parametrize(
+    "predictions",
+    [
+        "minilongbench_example",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama2-7b-chat-4k", "adversarial")),
+    ],
+)
 def test_published_figures(
     shared_data: Path, capsys: pytest.CaptureFixture[str], predictions: str, code_sim: str
 ) -> None:
-    """Whole folders, as a user scores them; lcc and repobench-p differ by two points between the variants."""
+    """Whole folders, as a user scores them; lcc and repobench-p differ by two points between the variants.
+
+    The same predictions, sample by sample: ``test_longbench.py``.
+    """
     folder = shared_data / "longbench/predictions" / predictions
     figures = json.loads((folder / "expected_scores.json").read_text())
     key = "official" if code_sim == "official" else "official_with_python_Levenshtein"

@@ -45,7 +45,7 @@ def test_steps_over_a_growing_cache_take_that_call(monkeypatch, name):
     calls = []
     real = sdpa.sdpa_without_cudnn
     monkeypatch.setattr(
-        "kvbench.methods.cache.attention.sdpa_without_cudnn", lambda *x, **how: calls.append(x) or real(*x, **how)
+        "kvbench.methods.cache.products.sdpa_without_cudnn", lambda *x, **how: calls.append(x) or real(*x, **how)
     )
     model = tiny_model()
     cache = named_method(name).new_cache(model)

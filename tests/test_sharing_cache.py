@@ -174,17 +174,19 @@ def test_members_of_a_fan_out_are_themselves(sharing):
     x, mask = left_pad([prompt(30, 1), prompt(22, 2)])
     made = [method_of(s) for s in SELECTIONS] + [Method("kivi", storage=Kivi(bits=4, residual=8, group=8))]
     alone = [generate(model, m.new_cache(model), x, mask, max_new_tokens=8).tokens for m in made]
+    shape, held = kv_shape(model.config, model.dtype), []
+    for method in made:
+        own = method.new_cache(model)
+        prefill(model, own, x, mask)
+        for i in range(7):
+            decode(model, own, tokens(i, 2))
+        held.append(own.kv_bytes_logical)
     for chunk_size in (None, 11) if not model.config.refers_up else (None,):
         members = [m.new_cache(model) for m in made]
         together = generate(model, FanOutCache(members), x, mask, max_new_tokens=8, chunk_size=chunk_size).tokens
         assert together == [row for rows in alone for row in rows]
-        shape = kv_shape(model.config, model.dtype)
+        assert [member.kv_bytes_logical for member in members] == held
         for method, member in zip(made, members, strict=True):
-            own = method.new_cache(model)
-            prefill(model, own, x, mask, chunk_size)
-            for i in range(7):
-                decode(model, own, tokens(i, 2))
-            assert member.kv_bytes_logical == own.kv_bytes_logical
             assert member.kv_bytes_logical <= 2 * method.bytes_formula(shape, 30, 7)
 
 
