@@ -189,12 +189,11 @@ def _check_value(value: Any, key: str, hint: Any) -> None:
         return
     group = key.replace(".", "/")
     if _is_part(hint):
-        if isinstance(value, str) and files("kvbench.conf").joinpath(group).is_dir():
+        if files("kvbench.conf").joinpath(group).is_dir():
             options = [p.name.removesuffix(".yaml") for p in files("kvbench.conf").joinpath(group).iterdir()]
             hint = f"{group}={value}" if value in options else f"{group}=NAME"
-            raise InputError(
-                key, value, f"is a group of keys: use {hint}{'' if value in options else near(value, options)}"
-            )
+            close = "" if value in options else near(str(value), options)
+            raise InputError(key, _shown(value), f"is a group of keys: use {hint}{close}")
         raise InputError(key, _shown(value), f"is a group of keys, which are set one by one: {key}.KEY=VALUE")
     quotes = ""
     if _fits("", hint) and isinstance(value, int | float):
