@@ -11,7 +11,7 @@ import torch
 from tiny_models import SHAPE, left_pad, prompt_ids, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from kvbench.methods.cache import attention
+from kvbench.methods.cache import products
 from kvbench.methods.cache.cpu_threads import split_kv_attention
 from kvbench.methods.cache.fan_out import FanOutCache
 from kvbench.methods.cache.layer import CacheLayer
@@ -386,8 +386,8 @@ def test_attention_in_parts_is_attention(length, rows, heads, parts):
 
 def test_a_long_cache_is_read_by_all_threads_where_its_heads_do_not_share_out(monkeypatch):
     calls = []
-    whole = attention.split_kv_attention
-    monkeypatch.setattr(attention, "split_kv_attention", lambda *args: calls.append(args[-1]) or whole(*args))
+    whole = products.split_kv_attention
+    monkeypatch.setattr(products, "split_kv_attention", lambda *args: calls.append(args[-1]) or whole(*args))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
 
     def attend(batch: int, heads: int, length: int, valid: torch.Tensor | None = None) -> None:
