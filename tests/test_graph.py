@@ -97,10 +97,9 @@ class OnCuda:
         return self._model(**how)
 
 
-def stand_in(monkeypatch, model, cache):
+def stand_in(monkeypatch, cache):
     """CUDA by a stand-in: a capture records the step without running it."""
     made = FakeGraph()
-    made.model = model
 
     @contextmanager
     def capturing(_):
@@ -123,7 +122,7 @@ def test_replayed_steps_are_counted_and_fed_as_eager_ones(monkeypatch, text):
     plain, cache = method.new_cache(model), method.new_cache(model)
     token = prefill(model, plain, ids, mask).argmax(-1)
     prefill(model, cache, ids, mask)
-    made = stand_in(monkeypatch, model, cache)
+    made = stand_in(monkeypatch, cache)
     step = decode_step(OnCuda(model), cache, token, 7)
     made.step = weakref.ref(step)
     assert step.mode == CUDA_GRAPH
@@ -142,7 +141,7 @@ def test_a_captured_cache_is_freed_with_its_step(monkeypatch):
     model = tiny_model()
     cache = Method("full").new_cache(model)
     token = prefill(model, cache, prompt_ids(30)).argmax(-1)
-    made = stand_in(monkeypatch, model, cache)
+    made = stand_in(monkeypatch, cache)
     step = decode_step(OnCuda(model), cache, token, 4)
     made.step = weakref.ref(step)
     step(token)

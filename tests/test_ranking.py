@@ -13,8 +13,9 @@ from kvbench.methods.cache.method import Method
 from kvbench.methods.cache.prompt import Prompt
 from kvbench.methods.cache.rotary import Rotary
 from kvbench.methods.policies.allocators.adaptive import Adaptive
-from kvbench.methods.policies.decoding import EvictionState, evict_one
+from kvbench.methods.policies.decoding import evict_one
 from kvbench.methods.policies.eviction import EvictionPolicy
+from kvbench.methods.policies.eviction_state import EvictionState
 from kvbench.methods.policies.ranking import keep_mask, keep_slots, last_slot
 from kvbench.methods.policies.scorers.attention_sums import AttentionSums
 from kvbench.methods.policies.scorers.base import ModelLayer

@@ -32,10 +32,11 @@ class KVCache(TransformersCache):
             all of it.
         tokens_seen: real tokens of each row so far, [B] int64; the next token's position.
         new_tokens: what the forward under way adds.
-        pieces: what each piece of a prompt adds, by the column at which it ends, while each layer reads all pieces
-            before the next layer begins; None: all layers read a piece before the next piece comes.
-        frozen: see :meth:`freeze`.
-        rounds: what is held is rounded as it ages, so several tokens fed together are not one after another.
+        chunk_states: what each chunk of a prompt adds, by the column at which it ends, while each layer takes all
+            chunks before the next layer begins; None: all layers take a chunk before the next chunk comes.
+        frozen: see :meth:`make_static`.
+        requantizes_on_append: the storage quantizes tokens after they are appended, so a multi-token forward is not
+            equivalent to single-token steps.
         copies: rows a decode step has per row of the prompt (more than one in ``fan_out.py``).
         recomputes: holds no keys and values; the engine feeds it the whole sequence at each step (``no_cache.py``).
         separate_prefills: caches that prefill in place of this one, one after another (``fan_out.py``).
@@ -167,10 +168,8 @@ class KVCache(TransformersCache):
         """
         for layer in self.layers:
             if isinstance(layer, CacheLayer):
-                slots = (
-                    min(new_tokens, layer.storage.growth) if layer.capabilities.evicts_while_decoding else new_tokens
-                )
-                layer.storage.expected = slots
+                evicts = layer.capabilities.evicts_while_decoding
+                layer.storage.expected = min(new_tokens, layer.storage.growth) if evicts else new_tokens
 
     @property
     def supports_static(self) -> bool:

@@ -1,87 +1,20 @@
-"""Eviction while decoding: the state of a layer, attention with its weights in view, and the tokens that leave.
+"""Eviction while decoding: attention with its weights in view, and which tokens leave after it.
 
 Legend: B rows of a batch, H stored heads, g query heads a stored head, S slots, w held queries, D channels.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 
-from ..cache.logits import LogitRule
 from ..cache.products import exact_products
 from ..cache.prompt import Prompt
 from ..storage.base import LayerStorage
-from .across_layers import Candidates, StoredPrompt
+from .eviction_state import EvictionState, slots_in_use
 from .policy import Step
 from .ranking import keep_mask, last_slot
-from .scorers.base import ModelLayer, Scorer
-
-
-@dataclass
-class EvictionState:
-    """One layer and batch.
-
-    Attributes:
-        layer: The layer of the model.
-        of_scorer: What the scorer's ``new_state`` made for it.
-        limit: [B, 1 or H] int64, tokens that each row (or head) may hold after an eviction.
-        max_limit: The largest limit as a number of the host.
-        recent: [B, 1] int64, last tokens that may not leave.
-        scores: [B, H, S] float32, running scores of a scorer that accumulates; None: there are none.
-        queries: [B, H_q, w, D], the last queries of a scorer that scores again, the newest last; None: none are held.
-        seen: Real tokens that each row has seen.
-        steps: Decode steps so far.
-        is_static: The layer's tensors have their final shapes, and steps change them in place.
-        rule: How the layer's logits are formed; known once a step has been.
-        layers: The states of all layers whose budgets are shared out together, this one among them.
-        prompt: What is stored of the prompt, until all of them have theirs.
-        waiting: Candidates of this layer, for each prompt length of the batch.
-        pending: Attention that layers of the model which share these tokens have paid in the step under way.
-    """
-
-    layer: ModelLayer
-    of_scorer: Any = None
-    limit: torch.Tensor | None = None
-    max_limit: int = 0
-    recent: torch.Tensor | None = None
-    scores: torch.Tensor | None = None
-    queries: torch.Tensor | None = None
-    seen: list[int] = field(default_factory=list)
-    steps: int = 0
-    is_static: bool = False
-    rule: LogitRule | None = None
-    layers: list[EvictionState] = field(default_factory=list, repr=False)
-    prompt: StoredPrompt | None = None
-    waiting: list[Candidates] = field(default_factory=list)
-    pending: list[torch.Tensor] = field(default_factory=list)
-
-    def hold_scores(self, scores: torch.Tensor) -> None:
-        """Take the scores [B, 1 or H, S] of a step; a static layer's go into the tensor that is there."""
-        if self.is_static and self.scores is not None:
-            self.scores.copy_(scores)
-        else:
-            self.scores = scores
-
-    def hold_queries(self, query: torch.Tensor, real: torch.Tensor | None) -> None:
-        """Take in the queries of one step, [B, H_q, 1, D]; rows whose token is a pad (``real`` False) stay."""
-        assert self.queries is not None
-        moved = torch.cat([self.queries[:, :, 1:], query.to(self.queries.dtype)], dim=2)  # [B, H_q, w, D]
-        if real is not None:
-            moved = torch.where(real[:, None, None, None], moved, self.queries)
-        if self.is_static:
-            self.queries.copy_(moved)
-        else:
-            self.queries = moved
-
-    def count(self, real: torch.Tensor | None = None) -> None:
-        """Count a step on the host."""
-        self.steps += 1
-        came = [1] * len(self.seen) if real is None else real.int().tolist()
-        self.seen = [n + more for n, more in zip(self.seen, came, strict=True)]
+from .scorers.base import Scorer
 
 
 def attend_and_weigh(storage: LayerStorage, step: Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -130,16 +63,6 @@ def join_readers(state: EvictionState, storage: LayerStorage, step: Step, weight
     return torch.cat([F.pad(part, (0, slots - part.shape[3])) for part in parts], dim=2)
 
 
-def _held(storage: LayerStorage, like: torch.Tensor) -> torch.Tensor:
-    """Which slots hold a token, of the shape of scores [B, 1 or H, S]."""
-    _, _, held = storage.read()
-    return (
-        torch.ones_like(like, dtype=torch.bool)
-        if held is None
-        else held.expand(-1, max(like.shape[1], held.shape[1]), -1)
-    )
-
-
 def evict_one(state: EvictionState, storage: LayerStorage, scores: torch.Tensor, sinks: int, at_once: bool) -> None:
     """Let the lowest-scored token leave where more are held than the limit; its slot is used again later.
 
@@ -163,7 +86,7 @@ def evict_one(state: EvictionState, storage: LayerStorage, scores: torch.Tensor,
         protected = protected | (stay.cumsum(-1) <= sinks)
     victim = last_slot(scores.masked_fill(protected | ~stay, float("inf")))  # [B, 1 or H, 1]
     stay = stay.scatter(-1, victim, stay.gather(-1, victim) & (count <= limit))
-    _drop(state, storage, stay, at_once)
+    state.evict(storage, stay, at_once)
 
 
 def evict_to_limit(
@@ -179,7 +102,7 @@ def evict_to_limit(
         sinks: First tokens that may not leave.
     """
     assert state.limit is not None and state.recent is not None
-    held = _held(storage, scores)
+    held = slots_in_use(storage, scores.shape[1])  # [B, 1 or H, S]
     scores = scores.expand_as(held)
     count = held.sum(-1, keepdim=True)  # [B, 1 or H, 1]
     rank = held.cumsum(-1)  # [B, 1 or H, S], 1 for the first token held
@@ -187,23 +110,7 @@ def evict_to_limit(
     ranked = scores.masked_fill(protected, float("inf")).masked_fill(~held, float("-inf"))
     keep = torch.minimum(state.limit[:, :, None], count)[..., 0]  # [B, 1 or H]
     stay = keep_mask(ranked, keep.expand(*held.shape[:2]), None if ties is None else ties.expand_as(held))
-    _drop(state, storage, stay & held, at_once=True)
-
-
-def _drop(state: EvictionState, storage: LayerStorage, stay: torch.Tensor, at_once: bool) -> None:
-    move_scores(state, storage.drop(stay, at_once))
-
-
-def move_scores(state: EvictionState, moved: torch.Tensor | None) -> None:
-    """Move running scores with their tokens, from the slots [B, 1 or H, C] that a storage has moved together."""
-    if moved is None or state.scores is None:
-        return
-    scores = state.scores.gather(-1, moved.expand(*state.scores.shape[:2], -1))
-    if state.is_static:
-        state.scores.zero_()
-        state.scores[..., : scores.shape[-1]] = scores
-    else:
-        state.scores = scores
+    state.evict(storage, stay & held, at_once=True)
 
 
 def score_again(
@@ -231,7 +138,8 @@ def score_again(
     over = counts > state.limit.expand(batch, heads if heads_differ else 1).flatten()
     if not bool(over.any()):
         return None, None
-    scores = ties = None
+    scores: torch.Tensor | None = None
+    ties: torch.Tensor | None = None
     for count, tokens_seen in sorted(set(zip(counts.tolist(), seen.tolist(), strict=True))):
         rows = ((counts == count) & (seen.to(counts.device) == tokens_seen)).nonzero()[:, 0]
         slot = mask[rows].int().sort(dim=-1, stable=True).indices[..., slots - count :]  # [R, 1, T]
@@ -243,17 +151,25 @@ def score_again(
             w = min(queries.shape[2], count, tokens_seen)
             query = queries[rows][:, :, queries.shape[2] - w :]
         prompt = Prompt(query, k, v, state.rule, state.layer.place, state.layer.count, seen=tokens_seen)
-        found = [scorer.score(prompt, state.of_scorer), scorer.tie_scores(prompt, state.of_scorer)]
-        for place, values_of in enumerate(found):
-            if values_of is None:
-                continue
-            if place == 0 and scores is None:
-                scores = values_of.new_full((len(counts), values_of.shape[1], slots), float("-inf"))
-            if place == 1 and ties is None:
-                ties = values_of.new_zeros(len(counts), values_of.shape[1], slots)
-            whole = scores if place == 0 else ties
-            assert whole is not None
-            whole[rows] = whole[rows].scatter(-1, slot.expand(-1, whole.shape[1], -1), values_of)
+        scores = _scatter(scores, scorer.score(prompt, state.of_scorer), rows, slot, mask, float("-inf"))
+        second = scorer.tie_scores(prompt, state.of_scorer)
+        if second is not None:
+            ties = _scatter(ties, second, rows, slot, mask, 0.0)
     if heads_differ:
         scores, ties = (None if x is None else x.view(batch, heads, slots) for x in (scores, ties))
     return scores, ties
+
+
+def _scatter(
+    whole: torch.Tensor | None,
+    values: torch.Tensor,
+    rows: torch.Tensor,
+    slot: torch.Tensor,
+    mask: torch.Tensor,
+    empty: float,
+) -> torch.Tensor:
+    """Put values [R, H, T] of some rows to their slots [R, 1, T]; ``whole`` [rows of mask, H, S] is made if None."""
+    if whole is None:
+        whole = values.new_full((mask.shape[0], values.shape[1], mask.shape[2]), empty)
+    whole[rows] = whole[rows].scatter(-1, slot.expand(-1, values.shape[1], -1), values)
+    return whole

@@ -23,17 +23,15 @@ from ..cache.kv_shape import KVShape
 from ..cache.prompt import ALL_QUERIES
 from ..storage.base import LayerStorage
 from ..storage.dense import COMPACTION_INTERVAL_STEPS
-from .across_layers import StoredPrompt, compress_together
-from .budget import resolve_budget
+from .across_layers import compress_together
 from .decoding import (
-    EvictionState,
     attend_and_weigh,
     evict_one,
     evict_to_limit,
     join_readers,
-    move_scores,
     score_again,
 )
+from .eviction_state import EvictionState, StoredPrompt
 from .policy import PolicyCapabilities, Step
 from .prompt_eviction import PromptEviction
 from .scorers.base import DECODE_QUERIES
@@ -92,10 +90,8 @@ class EvictionPolicy(PromptEviction):
     def _begin_decoding(self, state: EvictionState) -> None:
         """Fix what each row may hold from now on."""
         assert state.prompt is not None
-        layer, lengths, limits = state.layer, state.prompt.lengths, []
-        for n in lengths.tolist():
-            budget = resolve_budget(self.budget, n)
-            limits.append(self.allocator.layer_budgets(budget, self.recent_of(budget), n, layer.count)[layer.place])
+        layer, lengths = state.layer, state.prompt.lengths
+        limits = [self.limits(n, layer.count)[layer.place] for n in lengths.tolist()]
         state.limit = torch.tensor(limits, device=lengths.device)[:, None]  # [B, 1]
         state.recent = torch.tensor([[self.recent_of(n)] for n in limits], device=lengths.device)
         if self.allocator.heads_differ:  # a prompt within the budget gives nothing to compare heads by
@@ -168,10 +164,7 @@ class EvictionPolicy(PromptEviction):
         batch, heads = state.limit.shape[0], storage.read()[0].shape[1]
         mask_heads = 1 if self.scorer.scores_heads_alike else heads
         room = COMPACTION_INTERVAL_STEPS if self._evicts_in_step else interval
-        if state.scores is not None:
-            move_scores(state, storage.close_gaps())
-        short = max(0, state.max_limit - storage.read()[0].shape[2])  # tokens that may still come before any leaves
-        storage.make_static(short + room, mask_heads)
+        state.move_scores(storage.make_static_within(state.max_limit, room, mask_heads))
         state.is_static = True
         keys = storage.read()[0]
         if self.scorer.tracks_attention and (self.scorer.accumulates or not self._evicts_in_step):
@@ -188,7 +181,7 @@ class EvictionPolicy(PromptEviction):
             return
         self._after_token(state, storage)
         if self._evicts_in_step and state.steps % COMPACTION_INTERVAL_STEPS == 0:
-            move_scores(state, storage.compact())
+            state.move_scores(storage.compact())
 
     # bytes --------------------------------------------------------------------------------------------------------
 
@@ -197,8 +190,7 @@ class EvictionPolicy(PromptEviction):
         interval = self.schedule.interval
         if interval is None:
             return [kept + new_tokens for kept in prompt_kept]
-        budget = resolve_budget(self.budget, prompt_length)
-        limits = self.allocator.layer_budgets(budget, self.recent_of(budget), prompt_length, layers)
+        limits = self.limits(prompt_length, layers)
         since = new_tokens % interval
         return [min(kept + new_tokens - since, limit) + since for kept, limit in zip(prompt_kept, limits, strict=True)]
 

@@ -118,9 +118,7 @@ class LocalAttention(CachePolicy):
         storage.drop(stay[:, None], at_once)
 
     def make_static(self, state: LocalState, storage: LayerStorage, steps: int) -> None:
-        storage.close_gaps()
-        short = max(0, self.span.size - storage.read()[0].shape[2])  # tokens that may still come before any leaves
-        storage.make_static(short + COMPACTION_INTERVAL_STEPS)
+        storage.make_static_within(self.span.size, COMPACTION_INTERVAL_STEPS)
         state.is_static = True
 
     def static_state(self, state: LocalState) -> list[torch.Tensor]:
@@ -129,7 +127,6 @@ class LocalAttention(CachePolicy):
 
     def between_steps(self, state: LocalState, storage: LayerStorage) -> None:
         state.steps += 1
-        state.most += 1
         if state.steps % COMPACTION_INTERVAL_STEPS == 0:
             storage.compact()
 

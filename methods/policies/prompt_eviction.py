@@ -16,11 +16,10 @@ from ...conf.errors import InputError, is_whole, require
 from ..cache.prompt import ALL_QUERIES, Prompt
 from ..storage.base import slots_that_stay
 from . import ranking
-from .across_layers import Candidates
 from .allocators.base import Allocator
 from .allocators.uniform import Uniform
 from .budget import Budget, check_budget, resolve_budget
-from .decoding import EvictionState
+from .eviction_state import Candidates, EvictionState
 from .policy import CachePolicy, Kept
 from .ranking import keep_mask, keep_slots
 from .schedules.after_prefill import AfterPrefill
@@ -115,8 +114,11 @@ class PromptEviction(CachePolicy):
     def layer_budgets(self, prompt_length: int, layers: int) -> Sequence[int]:
         """Tokens that each layer keeps per head (their mean) of a prompt of ``prompt_length``, protected included."""
         budget = resolve_budget(self.budget, prompt_length)
-        if prompt_length <= budget:
-            return [prompt_length] * layers
+        return [prompt_length] * layers if prompt_length <= budget else self.limits(prompt_length, layers)
+
+    def limits(self, prompt_length: int, layers: int) -> Sequence[int]:
+        """Tokens that each layer may hold per head (their mean) after an eviction, however short the prompt was."""
+        budget = resolve_budget(self.budget, prompt_length)
         return self.allocator.layer_budgets(budget, self.recent_of(budget), prompt_length, layers)
 
     def select(self, prompt: Prompt, state: EvictionState | None = None) -> Kept:

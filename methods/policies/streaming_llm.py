@@ -276,9 +276,7 @@ class StreamingLLM(CachePolicy):
             state.is_static = self.reposition
             return
         assert state.limit is not None
-        storage.close_gaps()
-        short = max(0, int(state.limit.max()) - storage.read()[0].shape[2])  # may still come before any leaves
-        storage.make_static(short + COMPACTION_INTERVAL_STEPS)
+        storage.make_static_within(int(state.limit.max()), COMPACTION_INTERVAL_STEPS)
         state.is_static = True
 
     def static_state(self, state: StreamState) -> list[torch.Tensor]:

@@ -114,6 +114,21 @@ class LayerStorage(Growing, ABC):
         """
         raise NotImplementedError
 
+    def make_static_within(self, limit: int, room: int, mask_heads: int = 1) -> torch.Tensor | None:
+        """Make a layer static that tokens leave: see :meth:`make_static`.
+
+        Args:
+            limit: Tokens that it may hold after an eviction.
+            room: Further tokens until the next eviction or :meth:`compact`.
+            mask_heads: See :meth:`make_static`.
+
+        Returns:
+            The slots moved by :meth:`close_gaps`, which comes first.
+        """
+        moved = self.close_gaps()
+        self.make_static(max(0, limit - self.read()[0].shape[2]) + room, mask_heads)
+        return moved
+
     @property
     def end(self) -> int | torch.Tensor:
         """Number of slots from which on none holds a token: of a static layer [1] int64 on the device."""
