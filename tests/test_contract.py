@@ -270,8 +270,10 @@ def test_a_left_padded_batch_is_each_row_alone(text):
 
 @pytest.mark.parametrize("text", METHODS)
 def test_several_tokens_after_the_prompt_are_one_after_another_and_a_copy_goes_its_own_way(text, monkeypatch):
-    """In a left-padded batch; what one copy of the cache is fed, the other one does not see."""
+    """In a left-padded batch; what one copy of the cache is fed, the other one does not see. Nothing of the model is
+    copied with it: a model's weights can take gigabytes, and those of some layouts cannot be copied at all."""
     monkeypatch.setattr(decoding, "MAX_TOKENS_PER_FEED", 4)
+    monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__", lambda self, memo: pytest.fail("a weight is copied"))
     model, method = model_for(text), make(text)
     ids, mask = left_pad([prompt_ids(LONG, 1), prompt_ids(MIDDLE, 2)])
     tokens = some_tokens(7, batch=2)

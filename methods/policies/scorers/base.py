@@ -40,6 +40,10 @@ class ModelLayer:
     count: int
     rotary: Callable[[], Rotary]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelLayer:
+        """Copies of a cache work on the same model."""
+        return self
+
 
 class Scorer(HasIdentity):
     """Scores tokens by what a layer holds and by its queries; the largest scores stay."""
