@@ -7,20 +7,24 @@ last complete example.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..conf.errors import InputError, one_of, require
 from ..methods.cache.method import Method
 from ..models.base import ModelSource
-from ..tasks.base import Example, Source, Task, is_text
+from ..tasks.base import Described, Example, Source, Task, is_text
 from .config.settings import Settings
 from .records import provenance
-from .records.runs import PairedRunner, distinct_sources, open_run, run_with_locks
+from .records.runs import distinct_sources, open_run, run_with_locks
 from .records.scored_run import ScoredRun, add_paired_differences
+from .runner import PairedRunner
 from .scoring import Scoring
+
+log = logging.getLogger(__name__)
 
 QUESTIONS = ("with_context", "after_compression")
 
@@ -57,7 +61,7 @@ class AccuracyRunner(PairedRunner):
         require(0 < self.top_p <= 1, at + "top_p", self.top_p, "must be in (0, 1]")
 
     def run(
-        self, source: ModelSource, methods: Sequence[Method], task: Task, settings: Settings, say: Callable[[str], None]
+        self, source: ModelSource, methods: Sequence[Method], task: Described, settings: Settings
     ) -> list[ScoredRun]:
         """Run every method on every example and write one record each.
 
@@ -67,29 +71,26 @@ class AccuracyRunner(PairedRunner):
                 the baseline of the paired differences.
             task: the task.
             settings: the top-level configuration.
-            say: prints a line for the person at the keyboard.
 
         Returns:
             The runs, in the order of ``methods``, all complete.
         """
-        self._check(source, task, settings)
+        task = self._checked(source, task, settings)
         examples = task.examples()
         for e in examples:
             name = f"{e.dataset}/{e.id}"
             require(is_text(name + e.prompt), "task", task.name, f"{name!a} has half of a character in it")
         data = task.source()
-        say(f"data: {data.name}, {len(examples)} examples, from {data.location}")
+        log.info(f"data: {data.name}, {len(examples)} examples, from {data.location}")
         runs = [self._open(m, source.for_sharing(m.sharing, m.name), task, settings) for m in methods]
         made_by = provenance.collect(settings.torch_device)  # now: the files may change while the run goes on
-        scoring = Scoring(
-            task, settings, self.temperature, self.top_p, self.chunk_size, self._splits_question, made_by, say
-        )
-        run_with_locks(runs, lambda locked: self._work(locked, examples, scoring), say)
+        scoring = Scoring(task, settings, self.temperature, self.top_p, self.chunk_size, self._splits_question, made_by)
+        run_with_locks(runs, lambda locked: self._work(locked, examples, scoring))
         add_paired_differences(runs, task, examples)  # the only lock held is that of the record being amended
         return runs
 
-    def _check(self, source: ModelSource, task: Task, settings: Settings) -> None:
-        """Raise InputError if this model or task cannot be scored."""
+    def _checked(self, source: ModelSource, task: Described, settings: Settings) -> Task:
+        """The task, if this runner can score it on this model; otherwise InputError."""
         if not isinstance(task, Task):
             raise InputError("task", task.name, "is timed, not scored: use runner=efficiency, or task=longbench")
         if source.random_weights:
@@ -102,15 +103,16 @@ class AccuracyRunner(PairedRunner):
             one_at_a_time = "must be false with batch_size > 1, where a row's bytes depend on what it is padded to"
             require(settings.batch_size == 1, "runner.reuse", True, one_at_a_time)
             require(len(task.chosen_by) > 0, "runner.reuse", True, f"must be false: {task.name} is one set of examples")
+        return task
 
     def _work(self, runs: list[ScoredRun], examples: list[Example], scoring: Scoring) -> None:
         """Complete the runs that are locked for this process, and read those that are done."""
         started = time.time()
         task, settings = scoring.task, scoring.settings
         for run in runs:
-            run.read_rows(task, examples, scoring.say)
+            run.read_rows(task, examples)
             if self.reuse and not run.folder.done:
-                run.reuse_rows(task, examples, scoring.say)
+                run.reuse_rows(task, examples)
         for source in distinct_sources(runs):
             scoring.complete([run for run in runs if run.source == source], examples, source)
         for run in runs:

@@ -31,8 +31,7 @@ def method(name: str, /, **options: Any) -> Method:
     Raises:
         InputError: there is no such name or key, or the value cannot be used.
     """
-    made: Method = configured_method(name, options)
-    return made
+    return configured_method(name, options)
 
 
 @contextmanager

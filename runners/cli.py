@@ -28,10 +28,9 @@ from .config.choices import check_choices
 from .config.errors import USER_ERRORS, input_error_line
 from .config.help import help_text
 from .config.loader import CONF, plain_data
-from .config.methods import paired_methods, with_budget
 from .config.parts import build, recorded
 from .sweep import LOG, SweepLog, describe, end_of_sweep
-from .terminal import lasting_streams
+from .terminal import lasting_streams, terminal_logging
 
 # kvbench's launcher files have the names of Hydra's plugins, so Hydra validates their types against the plugins' schema
 # and warns about it. Filtered here and not in `main`, because the processes of the launchers compose the configuration
@@ -202,13 +201,19 @@ def _sweep_job(config: DictConfig) -> None:
 
 
 def run(config: DictConfig) -> None:
-    """Build the parts that the configuration names and hand them to the runner."""
-    from ..methods.cache.method import Method  # torch is imported here, after the configuration has been found to exist
-    from ..models.base import ModelSource
+    """Build the parts that the configuration names, and run the runner with its messages on the terminal."""
+    with terminal_logging():
+        _run(config)
+
+
+def _run(config: DictConfig) -> None:
+    from ..models.base import ModelSource  # torch is imported here, after the configuration has been found to exist
     from ..tasks.base import Described
+    from .config.methods import methods_of
     from .config.settings import Settings
     from .records.loggers import Logger
     from .records.report import closing
+    from .runner import Runner
 
     names = (*SETTINGS, *PARTS)
     for key in names:
@@ -216,19 +221,14 @@ def run(config: DictConfig) -> None:
     plain = {str(key): plain_data(config, str(key)) for key in config}
     for key in plain.keys() - set(names):
         raise InputError(key, plain[key], unknown_key(dict.fromkeys(names), "", key))
-    method: Method = build(config.method, "method", Method)
-    runner: Any = build(config.runner, "runner")
+    runner: Runner = build(config.runner, "runner", Runner)
     task = build(config.task, "task", Described)
     source = build(config.model, "model", ModelSource)
     logger = build(config.logger, "logger", Logger)
     values = {key: plain[key] for key in SETTINGS}
     settings = Settings(**values, config=recorded(config))
     check_values(values, "", Settings, ignored=["config"])
-    methods = [method] if runner.budgets is None else [with_budget(config.method, b) for b in runner.budgets]
-    for text in runner.pair_with:
-        methods += paired_methods(text, runner.budgets)
-    distinct = list({str(m.identity()): m for m in methods}.values())
-    runs = runner.run(source, distinct, task, settings, lambda line: print(line, flush=True))
+    runs = runner.run(source, methods_of(runner, config.method), task, settings)
     for run in runs:
         logger.log(run.folder.record(), run.folder.samples(), run.folder.path)
     print()

@@ -16,9 +16,9 @@ A search (``task=max_batch``, ``task=max_context``) first finds the largest size
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from typing import Any
 from ..conf.errors import InputError, is_whole, require
 from ..methods.cache.method import Method
 from ..models.base import ModelSource
+from ..tasks.base import Described
 from ..tasks.workload import Search, Workload
 from .config.settings import Settings
 from .engine.compiled import MAX_ROWS
@@ -38,8 +39,11 @@ from .measure.memory import is_out_of_memory, malloc_trim_env
 from .measure.memory_pass import memory_pass
 from .measure.time_pass import spread, time_pass
 from .records import provenance
-from .records.runs import MethodRun, PairedRunner, finished_baseline, open_run, record_head, run_with_locks
+from .records.runs import MethodRun, finished_baseline, open_run, record_head, run_with_locks
+from .runner import PairedRunner
 from .search import SearchJob, search
+
+log = logging.getLogger(__name__)
 
 GIB = 2**30
 TRIED_SIZES = "tried.jsonl"
@@ -82,12 +86,7 @@ class EfficiencyRunner(PairedRunner):
         require(ok, at + "memory_limit_gib", limit, "must be a number above 0, or null")
 
     def run(
-        self,
-        source: ModelSource,
-        methods: Sequence[Method],
-        task: Workload | Search,
-        settings: Settings,
-        say: Callable[[str], None],
+        self, source: ModelSource, methods: Sequence[Method], task: Described, settings: Settings
     ) -> list[MethodRun]:
         """Measure every method and write one record each.
 
@@ -96,14 +95,13 @@ class EfficiencyRunner(PairedRunner):
             methods: the methods asked for first, then those they are paired with.
             task: the requests.
             settings: the top-level configuration.
-            say: prints a line for the person at the keyboard.
 
         Returns:
             The runs, in the order of ``methods``, all with a record (``done`` or ``oom``).
         """
-        self._check(task, settings)
+        task = self._checked(task, settings)
         data = task.source()
-        say(f"workload: {data.name}")
+        log.info(f"workload: {data.name}")
         made_by = provenance.collect(settings.torch_device)
         conditions = self._conditions(task, settings, made_by)
         sources = [source.for_sharing(m.sharing, m.name) for m in methods]
@@ -115,30 +113,32 @@ class EfficiencyRunner(PairedRunner):
         def work(locked: list[MethodRun]) -> None:
             for run in locked:
                 if run.folder.done:
-                    say(f"{run.method.label}: already done, in {run.folder.path}")
+                    log.info(f"{run.method.label}: already done, in {run.folder.path}")
                     continue
-                with measurement_lock(settings.torch_device, say):
-                    say(f"{run.method.label}: {self.warmups} + {self.repeats} timed repetitions, then memory")
+                with measurement_lock(settings.torch_device):
+                    log.info(f"{run.method.label}: {self.warmups} + {self.repeats} timed repetitions, then memory")
                     load = os.getloadavg()[0]
                     status, results = self._measure(run, task, settings)
                 head = record_head(status, run.folder, run.method, data, settings)
                 run.folder.finish({**head, "provenance": made_by, "load_average_before": load, **results})
 
-        run_with_locks(runs, work, say)
+        run_with_locks(runs, work)
         _pair(runs)
         return runs
 
-    def _check(self, task: Workload | Search, settings: Settings) -> None:
-        """Raise InputError if this task cannot be measured with these options."""
+    def _checked(self, task: Described, settings: Settings) -> Workload | Search:
+        """The task, if it can be measured with these options; otherwise InputError."""
         if not isinstance(task, Workload | Search):
-            name = getattr(task, "name", "longbench")
-            raise InputError("task", name, "is scored, not timed: use task=shape or task=sharegpt, or runner=accuracy")
+            raise InputError(
+                "task", task.name, "is scored, not timed: use task=shape or task=sharegpt, or runner=accuracy"
+            )
         searches = isinstance(task, Search)
         if self.memory_limit_gib is not None and not searches:
             raise InputError("runner.memory_limit_gib", self.memory_limit_gib, "is for task=max_batch and max_context")
         if self.compile and (settings.torch_device != "cpu" or searches or settings.batch_size > MAX_ROWS):
             limits = f"device=cpu, task=shape or task=sharegpt, and batch_size of at most {MAX_ROWS}"
             raise InputError("runner.compile", True, f"is for {limits}")
+        return task
 
     def _conditions(self, task: Workload | Search, settings: Settings, made_by: dict[str, Any]) -> dict[str, Any]:
         """The part of a run's identity that decides its times: batch size, machine, options and code."""
@@ -183,7 +183,7 @@ class EfficiencyRunner(PairedRunner):
             if not _is_memory_failure(error):
                 raise
             problem = str(error).splitlines()[0]
-            print(f"{run.method.label}: out of memory: {problem}", file=sys.stderr)
+            log.warning(f"{run.method.label}: out of memory: {problem}")
             return "oom", {"problem": problem}
 
     def _measure_largest(self, job: Job, task: Search, log: Path) -> tuple[str, dict[str, Any]]:

@@ -5,8 +5,9 @@ Methods that run the whole prompt share one prefill and decode as one batch (``m
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -24,6 +25,8 @@ from .measure.memory import is_out_of_memory, release_memory
 from .records.runs import BASELINE
 from .records.scored_run import ScoredRun
 
+log = logging.getLogger(__name__)
+
 Work = tuple[list[Item], list[ScoredRun]]
 """A batch of examples, and the runs that lack it."""
 
@@ -38,7 +41,6 @@ class Scoring:
         temperature, top_p, chunk_size: options of the runner.
         splits_question: whether the method compresses before it sees the question.
         made_by: provenance of this process.
-        say: prints a line for the person at the keyboard.
     """
 
     task: Task
@@ -48,7 +50,6 @@ class Scoring:
     chunk_size: int | None
     splits_question: bool
     made_by: dict[str, Any]
-    say: Callable[[str], None]
 
     def complete(self, runs: list[ScoredRun], examples: list[Example], source: ModelSource) -> None:
         """Run the missing examples of runs with the same model; the model is loaded only if there are any."""
@@ -59,7 +60,7 @@ class Scoring:
             self._announce(run, run in unfinished, len(examples))
         if not missing:
             return
-        self.say(f"model: {source.name} on {self.settings.torch_device} in {self.settings.torch_dtype}")
+        log.info(f"model: {source.name} on {self.settings.torch_device} in {self.settings.torch_dtype}")
         try:
             loaded = load(source, self.settings.torch_device, self.settings.torch_dtype)
         except (RuntimeError, MemoryError) as error:
@@ -69,7 +70,7 @@ class Scoring:
                 run.problem = f"loading the model: {str(error).splitlines()[0]}"
             return
         assert loaded.tokenizer is not None
-        self.say(f"tokenising {len(missing)} prompts")
+        log.info(f"tokenising {len(missing)} prompts")
         work = self._batches(missing, loaded)
         for run in {id(run): run for _, lacking in missing for run in lacking}.values():
             session = {"after_examples": len(run.rows), "git": self.made_by["git"]}
@@ -84,12 +85,12 @@ class Scoring:
 
     def _announce(self, run: ScoredRun, is_unfinished: bool, count: int) -> None:
         if not is_unfinished:
-            self.say(f"{run.method.label}: already done, in {run.folder.path}")
+            log.info(f"{run.method.label}: already done, in {run.folder.path}")
         elif run.rows:
-            self.say(f"{run.method.label}: continues after {len(run.rows)} of {count} examples")
+            log.info(f"{run.method.label}: continues after {len(run.rows)} of {count} examples")
             before = {s["git"]["sha"] for s in run.folder.sessions()}
             if before - {self.made_by["git"]["sha"]}:
-                self.say(f"{run.method.label}: its first examples were made by other code; the record lists both")
+                log.info(f"{run.method.label}: its first examples were made by other code; the record lists both")
 
     def _batches(self, missing: list[tuple[Example, list[ScoredRun]]], loaded: LoadedModel) -> list[Work]:
         """Batches of examples of one data set that the same runs lack, sorted by length."""
@@ -127,7 +128,7 @@ class Scoring:
                     continue
                 for run in runs or [r for group in groups for r in group]:  # without a reference there is no score
                     run.problem = problem
-                    self.say(f"{run.method.label}: out of memory: {problem}")
+                    log.info(f"{run.method.label}: out of memory: {problem}")
                 if not runs:
                     return
                 continue

@@ -1,8 +1,9 @@
-"""Standard streams that outlive their reader: a closed pipe, a lost terminal or a full disk does not end a command."""
+"""The terminal: messages on the standard streams, which a closed pipe, a lost terminal or a full disk does not end."""
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import sys
@@ -97,3 +98,28 @@ def lasting_streams() -> Iterator[LastingStream]:
         sys.stdout, sys.stderr = before
         if ignored:
             signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+class TerminalHandler(logging.Handler):
+    """Prints messages as plain lines: information on standard output, warnings on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one message on the stream that is current."""
+        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        print(self.format(record), file=stream, flush=True)
+
+
+@contextmanager
+def terminal_logging() -> Iterator[None]:
+    """Within the block, show the messages of kvbench's loggers on the terminal, and nowhere else."""
+    logger, handler = logging.getLogger("kvbench"), TerminalHandler()
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # a handler of the root logger would print each line twice
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate

@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from kvbench.conf.errors import InputError
 from kvbench.runners.cli import PARTS
 from kvbench.runners.config.checks import check_targets, check_values, target_class
-from kvbench.runners.config.loader import compose, groups
-from kvbench.runners.config.methods import named_method
+from kvbench.runners.config.loader import compose, groups, plain_data
+from kvbench.runners.config.methods import named_method, paired_methods
 from kvbench.runners.records.record import folder_name
 
 
@@ -172,6 +172,35 @@ def test_methods_beside_follow_the_budgets_unless_they_name_one(tmp_path, monkey
         ("tova", 0.5),
         ("tova", 64),
     ]
+
+
+def test_a_mapping_names_the_methods_that_texts_name():
+    """A budget of its own, budgets of its own, the runner's budgets, choices of a group, nested and dotted keys."""
+    for entry, budgets, texts in (
+        ({"method": "h2o", "budget": 48}, [64], ["h2o budget=48"]),
+        ({"method": "h2o", "budgets": [48, 0.5]}, [64], ["h2o budget=48", "h2o budget=0.5"]),
+        ({"method": "h2o"}, [64], ["h2o budget=64"]),
+        ({"method": "full"}, [64], ["full"]),
+        ({"method": "snapkv", "budget": 64, "storage": "kivi4"}, None, ["snapkv budget=64 storage=kivi4"]),
+        (
+            {"method": "kivi", "storage": "kivi2", "storage.residual": 32},
+            None,
+            ["kivi storage=kivi2 storage.residual=32"],
+        ),
+        (
+            {"method": "pyramid_infer", "policy": {"strategy": "constant", "min_context": 0}},
+            None,
+            ["pyramid_infer policy.strategy=constant policy.min_context=0"],
+        ),
+    ):
+        found = [method.identity() for method in paired_methods(entry, budgets)]
+        assert found == [named_method(text).identity() for text in texts], entry
+
+
+def test_every_entry_of_all_methods_is_a_method_of_its_own():
+    entries = plain_data(compose(["runner=all_methods"]).runner.pair_with)
+    methods = [method for entry in entries for method in paired_methods(entry, None)]
+    assert len({str(method.identity()) for method in methods}) == len(methods) == 63
 
 
 def test_a_method_in_text_is_checked_too():

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from kvbench.conf.errors import InputError
 from kvbench.runners.records.loggers import Logger, NoLogger, WandbLogger, numbers
+from kvbench.runners.terminal import terminal_logging
 
 wandb = pytest.importorskip("wandb", reason="needs the package wandb: pip install 'kvbench[wandb]'")
 
@@ -67,7 +68,7 @@ def folder_of(results: Path, record: dict[str, Any] = ACCURACY) -> Path:
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No key, no settings and no current directory of whoever runs the tests."""
+    """No key, no settings and no current directory of whoever runs the tests; messages on the streams, as in a run."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -76,7 +77,8 @@ def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     (tmp_path / "home").mkdir()
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    yield
+    with terminal_logging():
+        yield
     wandb.teardown()  # it keeps the settings that it found first
 
 

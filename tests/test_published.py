@@ -19,7 +19,7 @@ from kvbench.analysis.load import Run, load
 from kvbench.analysis.published import claims, number, published_table
 from kvbench.analysis.tables import main
 from kvbench.models.random import SHAPES
-from kvbench.runners.config.methods import named_method
+from kvbench.runners.config.methods import methods_of
 
 CAMPAIGN = Path(__file__).resolve().parents[1] / "scripts" / "campaign_gpu.sh"
 
@@ -126,9 +126,9 @@ def campaign() -> list[dict]:
         overrides = [word for word in shlex.split(line)[2:] if not word.startswith("device=")]
         with hydra.initialize_config_module("kvbench.conf", version_base="1.3"):
             config = hydra.compose("config", overrides)
-        method, task, model = (instantiate(config[part]) for part in ("method", "task", "model"))
+        task, model = (instantiate(config[part]) for part in ("task", "model"))
         searched = config.task._target_.endswith("MaxBatch")
-        for one in [method, *map(named_method, config.runner.pair_with)]:
+        for one in methods_of(instantiate(config.runner), config.method):
             identity = {
                 "method": one.identity(),
                 "model": model.for_sharing(one.sharing, one.name).identity(),

@@ -34,7 +34,7 @@ def family(tmp_path_factory):
     source = ScratchModel(layers=4, hidden_size=32, heads=2, head_dim=16, intermediate_size=32)
     settings = Settings(results_dir=str(runs), device="cpu", dtype="float32")
     for label, sharing in MEMBERS.items():
-        (run,) = rule.run(source, [Method(label, sharing=sharing)], Recall(), settings, lambda _: None)
+        (run,) = rule.run(source, [Method(label, sharing=sharing)], Recall(), settings)
         shutil.copytree(run.folder.path / "model", home / "recall" / label)
     return home
 
@@ -68,7 +68,7 @@ def test_members_stand_in_one_table_with_their_bytes(source, tmp_path):
     methods = [Method(label, sharing=sharing) for label, sharing in MEMBERS.items() if label != "mha"]
     methods += [Method("full"), Method("snapkv", EvictionPolicy(SnapKV(), 40))]
     settings = Settings(results_dir=str(tmp_path), device="cpu", dtype="float32")
-    runs = AccuracyRunner().run(source, methods, Recall(sequences=4), settings, lambda _: None)
+    runs = AccuracyRunner().run(source, methods, Recall(sequences=4), settings)
     (group,) = comparable(read_runs([run.folder.path for run in runs]))
     records = {run.label: run.record for run in group}
     assert set(records) == {"mqa", "cla2", "yoco", "full", "snapkv 40"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -53,10 +54,9 @@ RULE = TrainRunner(steps=6, batch_tokens=256, lr=1e-3, validate_every=3, validat
 CLA2 = Method("cla", sharing=CLA(2))
 
 
-def train(folder, rule=RULE, method=CLA2, source=SMALL, task=None, seed=0, said=None):
+def train(folder, rule=RULE, method=CLA2, source=SMALL, task=None, seed=0):
     settings = Settings(results_dir=str(folder), device="cpu", dtype="float32", seed=seed)
-    say = (lambda _: None) if said is None else said.append
-    return rule.run(source, [method], task or Recall(), settings, say)[0].folder
+    return rule.run(source, [method], task or Recall(), settings)[0].folder
 
 
 @pytest.fixture
@@ -401,13 +401,13 @@ def cut_off_at(stop, folder, monkeypatch, rule=RULE):
             train(folder, rule)
 
 
-def test_a_run_cut_off_at_any_step_ends_with_the_same_weights(tmp_path, monkeypatch):
+def test_a_run_cut_off_at_any_step_ends_with_the_same_weights(tmp_path, monkeypatch, caplog):
     whole = train(tmp_path / "a")
     for stop in (3, 5):
         cut_off_at(stop, tmp_path / "b", monkeypatch)
-    said = []
-    resumed = train(tmp_path / "b", said=said)
-    assert any("goes on after step 4 of 6" in line for line in said)
+    caplog.set_level(logging.INFO)
+    resumed = train(tmp_path / "b")
+    assert "goes on after step 4 of 6" in caplog.text
     a, b = whole.record(), resumed.record()
     assert a["weights"]["model.safetensors"] == b["weights"]["model.safetensors"]
     assert [p["loss"] for p in a["curve"]] == [p["loss"] for p in b["curve"]]
@@ -423,15 +423,15 @@ def test_the_curve_of_a_run_that_was_cut_off_is_the_whole_runs(tmp_path, monkeyp
     assert [p["loss"] for p in whole.record()["curve"]] == [p["loss"] for p in resumed.record()["curve"]]
 
 
-def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(tmp_path, monkeypatch):
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, monkeypatch, caplog):
     whole = train(tmp_path / "a")
     cut_off_at(5, tmp_path / "b", monkeypatch)
     (weights,) = tmp_path.glob("b/**/step-0000004/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-100])
-    said = []
-    resumed = train(tmp_path / "b", said=said)
-    assert any("after step 4 is damaged (model.safetensors is not what was written)" in line for line in said)
-    assert any("goes on after step 2 of 6" in line for line in said)
+    caplog.set_level(logging.INFO)
+    resumed = train(tmp_path / "b")
+    assert "after step 4 is damaged (model.safetensors is not what was written)" in caplog.text
+    assert "goes on after step 2 of 6" in caplog.text
     assert whole.record()["weights"] == resumed.record()["weights"]
 
 
@@ -644,13 +644,13 @@ def test_bad_runner_settings(options):
 def test_float16_is_not_trained_in(tmp_path):
     settings = Settings(results_dir=str(tmp_path), device="cpu", dtype="float16")
     with pytest.raises(InputError, match=r"^dtype=float16"):
-        RULE.run(SMALL, [CLA2], Recall(), settings, lambda _: None)
+        RULE.run(SMALL, [CLA2], Recall(), settings)
 
 
 def test_trainings_of_one_process_may_differ_in_precision(tmp_path):
     for dtype in ("float32", "bfloat16"):
         settings = Settings(results_dir=str(tmp_path), device="cpu", dtype=dtype)
-        RULE.run(SMALL, [CLA2], Recall(), settings, lambda _: None)
+        RULE.run(SMALL, [CLA2], Recall(), settings)
     assert len(list(tmp_path.glob("**/record.json"))) == 2
 
 

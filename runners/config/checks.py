@@ -81,7 +81,7 @@ def target_class(target: Any, key: str) -> type:
     module, _, name = target.rpartition(".") if isinstance(target, str) else ("", "", "")
     package = module.partition(".")[0]
     if not package:
-        raise InputError(key, _shown(target), "must be the full name of a class, as in my_module.MyScorer")
+        raise InputError(key, as_typed(target), "must be the full name of a class, as in my_module.MyScorer")
     allowed = "must be a class of kvbench, or of a module that is neither Python's own nor an installed package"
     require(package not in sys.stdlib_module_names, key, target, allowed)
     if package not in ("kvbench", *os.environ.get(ALLOW, "").split(",")) and _is_installed(package):
@@ -132,7 +132,7 @@ def check_values(values: Mapping[str, Any], key: str, cls: type, ignored: Iterab
             if takes_any and not name.startswith("_"):
                 continue
             known = {k: values.get(k) for k in parameters}
-            raise InputError(at, _shown(value), unknown_key(known, key, name))
+            raise InputError(at, as_typed(value), unknown_key(known, key, name))
         hint = hints.get(name, Any)
         if isinstance(value, Mapping) and "_target_" in value:
             part = target_class(value["_target_"], f"{at}._target_")
@@ -193,12 +193,12 @@ def _check_value(value: Any, key: str, hint: Any) -> None:
             options = [p.name.removesuffix(".yaml") for p in files("kvbench.conf").joinpath(group).iterdir()]
             hint = f"{group}={value}" if value in options else f"{group}=NAME"
             close = "" if value in options else near(str(value), options)
-            raise InputError(key, _shown(value), f"is a group of keys: use {hint}{close}")
-        raise InputError(key, _shown(value), f"is a group of keys, which are set one by one: {key}.KEY=VALUE")
+            raise InputError(key, as_typed(value), f"is a group of keys: use {hint}{close}")
+        raise InputError(key, as_typed(value), f"is a group of keys, which are set one by one: {key}.KEY=VALUE")
     quotes = ""
     if _fits("", hint) and isinstance(value, int | float):
-        quotes = f"; for this text write '{key}=\"{_shown(value)}\"'"
-    raise InputError(key, _shown(value), f"must be {_in_words(hint)}{quotes}")
+        quotes = f"; for this text write '{key}=\"{as_typed(value)}\"'"
+    raise InputError(key, as_typed(value), f"must be {_in_words(hint)}{quotes}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -239,12 +239,12 @@ def _in_words(hint: Any) -> str:
     return WORDS.get(hint, str(hint))
 
 
-def _shown(value: Any) -> str:
+def as_typed(value: Any) -> str:
     """A value as it is typed."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):
-        return f"[{','.join(map(_shown, value))}]"
+        return f"[{','.join(map(as_typed, value))}]"
     if isinstance(value, Mapping):
-        return f"{{{','.join(f'{k}:{_shown(v)}' for k, v in value.items())}}}"
+        return f"{{{','.join(f'{k}:{as_typed(v)}' for k, v in value.items())}}}"
     return str(value)

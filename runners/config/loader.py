@@ -49,7 +49,7 @@ def groups(root: Traversable, prefix: str = "") -> Iterator[tuple[str, list[Trav
         yield from groups(folder, f"{prefix}{folder.name}/")
 
 
-def plain_data(config: DictConfig, key: str | None = None) -> Any:
+def plain_data(config: Any, key: str | None = None) -> Any:
     """A part of the configuration, or the value at ``key``, as resolved plain data."""
     value = config if key is None else config[key]
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value

@@ -12,27 +12,63 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ...conf.errors import InputError, one_of, require
+from ...methods.cache.method import Method
+from ..runner import PairedRunner, Runner
+from .checks import as_typed
 from .choices import check_choices, missing_key, unknown_override
 from .errors import causes, first_input_error
-from .loader import compose, config_loader, groups
+from .loader import compose, config_loader, groups, plain_data
 from .parts import build
 
 
-def named_method(text: str) -> Any:
+def named_method(text: str) -> Method:
     """The method of a text like ``"streaming_llm budget=256 policy.sinks=0"`` or ``"snapkv storage=kivi4"``."""
-    return build(_named(text), "method")
+    return build(_named(text), "method", Method)
 
 
-def paired_methods(text: str, budgets: Sequence[float] | None) -> list[Any]:
-    """The methods that an entry of ``runner.pair_with`` stands for.
+def methods_of(runner: Runner, config: DictConfig) -> list[Method]:
+    """The methods that a runner is to run: the one asked for at each budget, then those it is paired with.
 
-    One that has a budget and names none is run at ``runner.budgets``, so that equal budgets are compared.
+    Args:
+        runner: the runner.
+        config: the configuration of the method asked for.
     """
-    config = _named(text)
-    is_named = any(setting.startswith("budget=") for setting in text.split())
-    if budgets is None or is_named or config.get("budget") is None:
-        return [build(config, "method")]
-    return [with_budget(config, budget) for budget in budgets]
+    methods = [build(config, "method", Method)]
+    if not isinstance(runner, PairedRunner):
+        return methods
+    if runner.budgets is not None:
+        methods = [with_budget(config, budget) for budget in runner.budgets]
+    for entry in runner.pair_with:
+        methods += paired_methods(plain_data(entry), runner.budgets)
+    return list({str(m.identity()): m for m in methods}.values())
+
+
+def paired_methods(entry: str | Mapping[str, Any], budgets: Sequence[float] | None) -> list[Method]:
+    """The methods that an entry of ``runner.pair_with`` names.
+
+    Args:
+        entry: a text as for :func:`named_method`, or a mapping with ``method`` (its name), optionally ``budgets``, and
+            the options of :func:`configured_method`.
+        budgets: ``runner.budgets``, for a method that has a budget and whose entry names none.
+    """
+    own: list[float] | None = None
+    if isinstance(entry, str):
+        config, has_budget = _named(entry), any(setting.startswith("budget=") for setting in entry.split())
+    else:
+        options, said = dict(entry), as_typed(entry)
+        name, own = options.pop("method", None), options.pop("budgets", None)
+        has_budget = "budget" in options
+        require(isinstance(name, str), "runner.pair_with", said, "must name a method: {method: snapkv, budget: 128}")
+        require(own is None or not has_budget, "runner.pair_with", said, "has both budget and budgets: give one")
+        is_list = own is None or (isinstance(own, list) and bool(own))
+        require(is_list, "runner.pair_with", said, "budgets must be a list: {method: snapkv, budgets: [128, 256]}")
+        try:
+            config = _configured(name, options)
+        except InputError as error:
+            raise InputError("runner.pair_with", said, str(error)) from error
+    follows = budgets is not None and not has_budget and config.get("budget") is not None
+    chosen = own if own is not None else budgets if follows else None
+    return [build(config, "method", Method)] if chosen is None else [with_budget(config, budget) for budget in chosen]
 
 
 def _named(text: str) -> DictConfig:
@@ -54,12 +90,12 @@ def _named(text: str) -> DictConfig:
     return node
 
 
-def with_budget(method: DictConfig, budget: float) -> Any:
+def with_budget(method: DictConfig, budget: float) -> Method:
     """The method of a configuration, with one of ``runner.budgets``."""
     copy = method.copy()
     copy.budget = budget
     try:
-        return build(copy, "method")
+        return build(copy, "method", Method)
     except (InputError, InstantiationException) as error:
         cause = first_input_error(error)
         if cause is None or cause.key != "method.budget":
@@ -67,12 +103,24 @@ def with_budget(method: DictConfig, budget: float) -> Any:
         raise InputError("runner.budgets", budget, cause.allowed) from error
 
 
-def configured_method(name: str, options: Mapping[str, Any]) -> Any:
+def configured_method(name: str, options: Mapping[str, Any]) -> Method:
     """``("snapkv", {"budget": 256, "storage": "kivi4", "scorer": {"window": 16}})`` -> that method.
 
     Raises:
         InputError: there is no such method or key, or the value cannot be used.
     """
+    config = _configured(name, options)
+    try:
+        method: Method = build(config, "method", Method)
+    except InstantiationException as error:
+        raise first_input_error(error) or error from None
+    except OmegaConfBaseException as error:
+        raise InputError("method", name, str(error).split("\n")[0]) from None
+    return method
+
+
+def _configured(name: str, options: Mapping[str, Any]) -> DictConfig:
+    """The configuration of a method that is given by its name and nested options."""
     values = dict(_flat(options))
     choices: dict[str, Any] = {"method": name}  # by config group
     with config_loader() as loader:
@@ -94,12 +142,8 @@ def configured_method(name: str, options: Mapping[str, Any]) -> Any:
             OmegaConf.update(config, f"method.{key}", value)
         except OmegaConfBaseException:
             raise InputError(f"method.{key}", value, "must be a number, text, bool, None or a list of them") from None
-    try:
-        return build(config.method, "method")
-    except InstantiationException as error:
-        raise first_input_error(error) or error from None
-    except OmegaConfBaseException as error:
-        raise InputError("method", name, str(error).split("\n")[0]) from None
+    node: DictConfig = config.method
+    return node
 
 
 def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

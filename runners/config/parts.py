@@ -16,7 +16,7 @@ from .errors import input_error_line
 from .loader import plain_data
 
 
-def build(node: DictConfig, key: str, kind: type | None = None) -> Any:
+def build(node: DictConfig, key: str, kind: type[Any]) -> Any:
     """The part that ``node``, at ``key`` of the configuration, describes: an object of the class ``kind``.
 
     A part's own complaints come first, because they say most; then what its annotations say.
@@ -29,7 +29,7 @@ def build(node: DictConfig, key: str, kind: type | None = None) -> Any:
     plain = plain_data(node)
     check_targets(plain, key)
     cls = target_class(plain["_target_"], f"{key}._target_")
-    if kind is not None and not issubclass(cls, kind):
+    if not issubclass(cls, kind):
         raise InputError(f"{key}._target_", plain["_target_"], f"must be a {kind.__name__}")
     try:
         part = instantiate(node)

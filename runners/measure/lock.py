@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import filelock
 
+log = logging.getLogger(__name__)
+
 
 @contextmanager
-def measurement_lock(device: str, say: Callable[[str], None]) -> Iterator[None]:
+def measurement_lock(device: str) -> Iterator[None]:
     """Hold this machine's lock for measurements on ``device``: concurrent measurements would slow each other down."""
     kind = "cpu" if not device.startswith("cuda") else device.replace(":", "-")
     lock = filelock.FileLock(Path(tempfile.gettempdir()) / f"kvbench-{os.getuid()}-measuring-{kind}.lock")
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        say(f"another process is measuring on the {kind}; waiting for it")
+        log.info(f"another process is measuring on the {kind}; waiting for it")
         lock.acquire()
     try:
         yield

@@ -5,9 +5,9 @@ A logger is called once for each finished run, after its ``record.json`` has bee
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...conf.errors import InputError, one_of, require
+
+log = logging.getLogger(__name__)
 
 MODES = ("auto", "online", "offline")
 INIT_TIMEOUT_S = 20.0
@@ -94,7 +96,9 @@ class WandbLogger(Logger):
             ):
                 self._mirror(record, samples, home)
         except Exception as error:  # whatever it is, the run is done and its folder is written
-            _say(f"run {record.get('hash')} is not mirrored: {_in_short(error)}; its record is in {folder}")
+            log.warning(
+                f"wandb: run {record.get('hash')} is not mirrored: {_in_short(error)}; its record is in {folder}"
+            )
 
     def _mirror(self, record: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], home: Path) -> None:
         import wandb
@@ -115,7 +119,7 @@ class WandbLogger(Logger):
                 run.log({"samples": table})
         if self._offline_because and not self._said_where:
             place = home / "wandb" / "offline-run-*"
-            _say(f"{self._offline_because}; runs are kept offline, send them with: wandb sync {place}")
+            log.warning(f"wandb: {self._offline_because}; runs are kept offline, send them with: wandb sync {place}")
             self._said_where = True
 
     def _start(self, record: Mapping[str, Any], home: Path) -> Any:
@@ -228,7 +232,3 @@ def _environment(**values: str) -> Iterator[None]:
 
 def _in_short(error: BaseException) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no detail')}"
-
-
-def _say(line: str) -> None:
-    print(f"wandb: {line}", file=sys.stderr, flush=True)

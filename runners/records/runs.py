@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -9,47 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ...conf.errors import require
 from ...methods.cache.method import Method
 from ...models.base import ModelSource
 from ...tasks.base import Source
 from ..config.settings import Settings
 from .record import RunFolder, identity_hash
 
+log = logging.getLogger(__name__)
+
 BASELINE = Method("full")
 """The plain cache in the compute dtype: what every method is compared with."""
-
-
-@dataclass
-class PairedRunner:
-    """What every runner of methods takes.
-
-    Attributes:
-        pair_with: methods that run on the same data beside the one asked for, as text (``full``,
-            ``streaming_llm budget=256``, ``snapkv storage=kivi4``); the command line makes methods of them. []: none.
-            One that has a budget and names none is run at each of ``budgets``, where these are given.
-        budgets: run the method at each of these budgets; None: at ``method.budget`` alone.
-        chunk_size: tokens of a prompt fed at a time; None: all at once.
-    """
-
-    pair_with: Sequence[str] = ("full",)
-    budgets: Sequence[int | float] | None = None
-    chunk_size: int | None = None
-
-    def __post_init__(self) -> None:
-        at = "runner."
-        for key in ("pair_with", "budgets"):  # one value is as good as a list of it
-            value = getattr(self, key)
-            if isinstance(value, str | int | float):
-                setattr(self, key, [value])
-        require(self.pair_with is not None, at + "pair_with", None, "must be a list of methods; [] for none")
-        require(self.budgets is None or len(self.budgets) > 0, at + "budgets", "[]", "must hold a budget, or be null")
-        require(
-            self.chunk_size is None or (isinstance(self.chunk_size, int) and self.chunk_size >= 1),
-            at + "chunk_size",
-            self.chunk_size,
-            "must be a number of tokens >= 1, or null",
-        )
 
 
 def open_run(
@@ -156,7 +126,7 @@ def finished_baseline(runs: Sequence[R]) -> R | None:
     return next((r for r in runs if r.method.identity() == BASELINE.identity() and r.folder.done), None)
 
 
-def run_with_locks(runs: Sequence[R], work: Callable[[list[R]], None], say: Callable[[str], None]) -> None:
+def run_with_locks(runs: Sequence[R], work: Callable[[list[R]], None]) -> None:
     """Do the runs that no other process is doing, then wait for the others.
 
     Jobs of a sweep share the run of the full cache: the first one does it, the others do their own meanwhile. A lock
@@ -166,7 +136,6 @@ def run_with_locks(runs: Sequence[R], work: Callable[[list[R]], None], say: Call
     Args:
         runs: all runs of a command.
         work: does some of them: those that are done already (to read them) and those that are locked for this process.
-        say: prints a line for the person at the keyboard.
     """
     order = {id(run): place for place, run in enumerate(runs)}
     left = sorted(runs, key=lambda run: run.folder.path)
@@ -186,5 +155,5 @@ def run_with_locks(runs: Sequence[R], work: Callable[[list[R]], None], say: Call
             if mine:
                 work(sorted(mine, key=lambda run: order[id(run)]))
         for run in theirs:
-            say(f"another process is writing {run.folder.path}; waiting for it")
+            log.info(f"another process is writing {run.folder.path}; waiting for it")
         left, wait = theirs, True

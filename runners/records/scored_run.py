@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
@@ -14,6 +15,8 @@ from ...tasks.base import PERCENT, Example, Source, Task
 from ..config.settings import Settings
 from .runs import MethodRun, find_reusable_runs, finished_baseline, record_head
 from .samples import KV_BYTES, checked_rows
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -30,14 +33,14 @@ class ScoredRun(MethodRun):
     problem: str | None = None
     cache_layers: dict[str, Any] | None = None
 
-    def read_rows(self, task: Task, examples: Sequence[Example], say: Callable[[str], None]) -> None:
+    def read_rows(self, task: Task, examples: Sequence[Example]) -> None:
         """Read and check the rows that are there, and report rows that a finished record counts and that are lost."""
         self.rows = checked_rows(self.folder, task, self.method.label, examples)
         if lost := self.folder.lost_rows():
             damaged = f"{self.folder.path / SAMPLES} is damaged: it lacks {lost} rows that the record counts"
-            say(f"{self.method.label}: {damaged}; their examples are run again")
+            log.info(f"{self.method.label}: {damaged}; their examples are run again")
 
-    def reuse_rows(self, task: Task, examples: Sequence[Example], say: Callable[[str], None]) -> None:
+    def reuse_rows(self, task: Task, examples: Sequence[Example]) -> None:
         """Copy rows of the same examples from finished runs, the newest first, and the sessions that made them.
 
         The rule is the same for all methods: if an example is in several runs, made by different code or on different
@@ -55,7 +58,7 @@ class ScoredRun(MethodRun):
                 self.folder.begin_session({**session, "after_examples": since, "reused": other.hash})
             for row in reused:
                 self.add_row(row)
-            say(f"{self.method.label}: {len(reused)} examples from {other.path}")
+            log.info(f"{self.method.label}: {len(reused)} examples from {other.path}")
 
     def add_row(self, row: dict[str, Any]) -> None:
         """Append a row to ``samples.jsonl``."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
     from .runner import TrainRunner
 
+log = logging.getLogger(__name__)
+
 MAX_CURVE_POINTS = 200
 
 
@@ -51,7 +53,6 @@ class Training:
         source, method, task, settings: see :meth:`.runner.TrainRunner.run`.
         folder: the run's folder.
         accelerator: this process's part in the training.
-        say: prints a line for the person at the keyboard.
     """
 
     def __init__(
@@ -63,11 +64,9 @@ class Training:
         settings: Settings,
         folder: RunFolder,
         accelerator: Accelerator,
-        say: Callable[[str], None],
     ):
         self.options, self.source, self.method, self.task = options, source, method, task
         self.settings, self.folder, self.accelerator = settings, folder, accelerator
-        self.say = say if accelerator.is_main_process else lambda _: None
         self.device = accelerator.device if settings.torch_device != "cpu" else torch.device("cpu")
         self.state = TrainState()
         self.made_by = provenance.collect(settings.torch_device)
@@ -205,10 +204,14 @@ class Training:
 
     # the run's folder ---------------------------------------------------------------------------------------------
 
+    def _log(self, message: str) -> None:
+        if self.accelerator.is_main_process:
+            log.info(message)
+
     def _announce(self) -> None:
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.model.parameters())
-        self.say(
+        self._log(
             f"training {self.method.label}: {trained:,} of {total:,} parameters, {self.options.steps} steps of "
             f"{self.size} x {self.length} tokens on {self.device}"
         )
@@ -227,9 +230,9 @@ class Training:
             problem = damage(folder)
             if problem is None:
                 self.state = load_checkpoint(folder, self.model, optimizer, self.device)
-                self.say(f"goes on after step {self.state.step} of {self.options.steps}")
+                self._log(f"goes on after step {self.state.step} of {self.options.steps}")
                 return
-            self.say(f"the checkpoint after step {step_of(folder)} is damaged ({problem}): the one before it is used")
+            self._log(f"the checkpoint after step {step_of(folder)} is damaged ({problem}): the one before it is used")
 
     def _finish(self) -> None:
         """Write ``model/`` and ``record.json``."""

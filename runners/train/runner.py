@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -15,11 +16,14 @@ from ...methods.cache.method import Method
 from ...models.base import ModelSource
 from ...models.kvshare.convert import INITS
 from ...models.scratch import ScratchModel
+from ...tasks.base import Described
 from ...tasks.training import TrainingData
 from ..config.settings import Settings
 from ..records.runs import MethodRun, open_run
 from .loop import Training, new_accelerator
 from .losses import Distill
+
+log = logging.getLogger(__name__)
 
 CHECKPOINT_ONLY = ("init", "distill", "train", "adapter_rank")
 """Options that only apply to a checkpoint to start from."""
@@ -71,9 +75,6 @@ class TrainRunner:
     save_every: int = 200
     save_dtype: str = "float16"
 
-    budgets = None  # read by the command line
-    pair_with = ()
-
     def __post_init__(self) -> None:
         at = "runner."
         for key in ("steps", "batch_tokens", "sequence", "validate_every", "validate_sequences", "save_every"):
@@ -105,7 +106,7 @@ class TrainRunner:
         )
 
     def run(
-        self, source: ModelSource, methods: Sequence[Method], task: Any, settings: Settings, say: Callable[[str], None]
+        self, source: ModelSource, methods: Sequence[Method], task: Described, settings: Settings
     ) -> list[MethodRun]:
         """Train one model and write its record; a finished run is only read.
 
@@ -114,10 +115,9 @@ class TrainRunner:
             methods: one method; its ``sharing`` is the architecture.
             task: the data to train on.
             settings: the top-level configuration; ``dtype=bfloat16`` computes in it while the weights stay float32.
-            say: prints a line for the person at the keyboard.
         """
         method = methods[0]
-        self._check(source, method, task, settings)
+        task = self._checked(source, method, task, settings)
         folder = open_run(
             "train", method, source, task.source(), task.identity(), settings, train=self._identity(source)
         )
@@ -125,14 +125,14 @@ class TrainRunner:
         accelerator = new_accelerator(settings)
         with folder if accelerator.is_main_process else nullcontext():
             if folder.done:
-                say(f"{method.label}: already done, in {folder.path}")
+                log.info(f"{method.label}: already done, in {folder.path}")
             else:
-                Training(self, source, method, task, settings, folder, accelerator, say).complete()
+                Training(self, source, method, task, settings, folder, accelerator).complete()
         accelerator.wait_for_everyone()
         return [run] if accelerator.is_main_process else []  # one process reports
 
-    def _check(self, source: ModelSource, method: Method, task: Any, settings: Settings) -> None:
-        """Raise InputError if this model, method or task cannot be trained."""
+    def _checked(self, source: ModelSource, method: Method, task: Described, settings: Settings) -> TrainingData:
+        """The task, if this model and method can be trained on it; otherwise InputError."""
         if not isinstance(task, TrainingData):
             raise InputError("task", task.name, "is nothing to train on: use task=recall or task=text")
         if source.random_weights and not isinstance(source, ScratchModel):
@@ -146,6 +146,7 @@ class TrainRunner:
                 require(value == default, f"runner.{key}", value, allowed)
         if not method.policy.capabilities.keeps_everything or not method.storage.capabilities.lossless:
             raise InputError("method", method.label, "is nothing to train for: only ways of sharing are")
+        return task
 
     def _identity(self, source: ModelSource) -> dict[str, Any]:
         """The options that decide the numbers, not how often results are saved or how a batch is split."""

@@ -1,0 +1,71 @@
+"""The interface of a runner, and the options of the runners that compare methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from ..conf.errors import require
+from ..methods.cache.method import Method
+from ..models.base import ModelSource
+from ..tasks.base import Described
+from .config.settings import Settings
+from .records.runs import MethodRun
+
+
+@runtime_checkable
+class Runner(Protocol):
+    """A choice of the config group ``runner``: runs methods on a task and records the runs."""
+
+    def run(
+        self, source: ModelSource, methods: Sequence[Method], task: Described, settings: Settings
+    ) -> Sequence[MethodRun]:
+        """Complete the run of every method, and write one record each; a finished run is only read.
+
+        Args:
+            source: where the model comes from.
+            methods: the methods asked for first, then those they are paired with.
+            task: what the methods are run on.
+            settings: the top-level configuration.
+
+        Returns:
+            The runs, in the order of ``methods``, all with a record.
+
+        Raises:
+            InputError: the runner cannot run this model, method or task.
+        """
+        ...
+
+
+@dataclass
+class PairedRunner:
+    """Options of the runners that compare methods.
+
+    Attributes:
+        pair_with: methods that run on the same data in addition to the one asked for; []: none. Each is a text
+            (``full``, ``streaming_llm budget=256``, ``snapkv storage=kivi4``) or a mapping
+            (``{method: snapkv, budgets: [128, 256], storage: kivi4}``). A method that has a budget and names none is
+            run at each of ``budgets``, if these are given.
+        budgets: run the method at each of these budgets; None: at ``method.budget`` alone.
+        chunk_size: number of prompt tokens per forward; None: all at once.
+    """
+
+    pair_with: Sequence[str | Mapping[str, Any]] = ("full",)
+    budgets: Sequence[int | float] | None = None
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        at = "runner."
+        if isinstance(self.pair_with, str | Mapping):  # one value instead of a list of it
+            self.pair_with = [self.pair_with]
+        if isinstance(self.budgets, int | float):
+            self.budgets = [self.budgets]
+        require(self.pair_with is not None, at + "pair_with", None, "must be a list of methods; [] for none")
+        require(self.budgets is None or len(self.budgets) > 0, at + "budgets", "[]", "must hold a budget, or be null")
+        require(
+            self.chunk_size is None or (isinstance(self.chunk_size, int) and self.chunk_size >= 1),
+            at + "chunk_size",
+            self.chunk_size,
+            "must be a number of tokens >= 1, or null",
+        )
