@@ -60,6 +60,10 @@ class AccuracyRunner(PairedRunner):
         require(self.temperature >= 0, at + "temperature", self.temperature, "must be >= 0")
         require(0 < self.top_p <= 1, at + "top_p", self.top_p, "must be in (0, 1]")
 
+    def data_group(self) -> str:
+        """See :meth:`.runner.Runner.data_group`."""
+        return "task"
+
     def run(
         self, source: ModelSource, methods: Sequence[Method], task: Described, settings: Settings
     ) -> list[ScoredRun]:

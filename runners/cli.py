@@ -7,7 +7,8 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ..conf.errors import InputError, require
-from .config.checks import check_results_dir, check_targets, check_values, unknown_key
+from .config.checks import as_typed, check_results_dir, check_targets, check_values, target_class, unknown_key
 from .config.choices import check_choices
 from .config.errors import USER_ERRORS, input_error_line
 from .config.help import help_text
@@ -36,7 +37,9 @@ from .terminal import lasting_streams, terminal_logging
 # and warns about it. Filtered here and not in `main`, because the processes of the launchers compose the configuration
 # too.
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
-PARTS = ("model", "method", "task", "runner", "logger")
+PARTS = ("model", "method", "runner", "logger")
+DATA_GROUPS = ("task", "workload")
+"""Groups of what methods are run on; a runner takes one of them."""
 SETTINGS = ("seed", "batch_size", "device", "dtype", "results_dir")
 STOPPED = 130  # exit status of a run that was interrupted, as the shell has it for Ctrl-C
 
@@ -219,10 +222,12 @@ def _run(config: DictConfig) -> None:
     for key in names:
         require(key in config, key, "(nothing)", f"must be given: leave ~{key} out")
     plain = {str(key): plain_data(config, str(key)) for key in config}
-    for key in plain.keys() - set(names):
-        raise InputError(key, plain[key], unknown_key(dict.fromkeys(names), "", key))
+    for key in plain.keys() - {*names, *DATA_GROUPS}:
+        raise InputError(key, plain[key], unknown_key(dict.fromkeys((*names, *DATA_GROUPS)), "", key))
     runner: Runner = build(config.runner, "runner", Runner)
-    task = build(config.task, "task", Described)
+    group = runner.data_group()
+    _check_data_groups(plain, group)
+    task = build(config[group], group, Described)
     source = build(config.model, "model", ModelSource)
     logger = build(config.logger, "logger", Logger)
     values = {key: plain[key] for key in SETTINGS}
@@ -233,6 +238,21 @@ def _run(config: DictConfig) -> None:
         logger.log(run.folder.record(), run.folder.samples(), run.folder.path)
     print()
     print(closing([r.folder.path for r in runs], settings.results_dir))
+
+
+def _check_data_groups(plain: Mapping[str, Any], group: str) -> None:
+    """Raise InputError unless the configuration has the runner's data group, and only that."""
+    (other,) = set(DATA_GROUPS) - {group}
+    if plain.get(other) is not None:
+        name = as_typed(plain[other])
+        if isinstance(plain[other], Mapping) and "_target_" in plain[other]:
+            name = getattr(target_class(plain[other]["_target_"], f"{other}._target_"), "name", name)
+        if group == "task":
+            raise InputError("workload", name, "is timed, not scored: use runner=efficiency, or leave it out")
+        is_workload = files("kvbench.conf").joinpath("workload", f"{name}.yaml").is_file()
+        instead = f"workload={name}" if is_workload else "workload=shape"
+        raise InputError("task", name, f"is scored, not timed: use {instead}, or runner=accuracy")
+    require(plain.get(group) is not None, group, "(nothing)", f"must be given: {group}=NAME")
 
 
 if __name__ == "__main__":

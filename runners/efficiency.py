@@ -11,7 +11,7 @@ Definitions (vLLM's and MLPerf's, so that numbers can be compared):
 
 Time, memory and energy are measured in separate passes (``measure/``), each in a process of its own.
 
-A search (``task=max_batch``, ``task=max_context``) first finds the largest size that fits and is then measured at it.
+A search (``workload=max_batch`` or ``max_context``) first finds the largest size that fits and is then measured at it.
 """
 
 from __future__ import annotations
@@ -85,6 +85,10 @@ class EfficiencyRunner(PairedRunner):
         ok = limit is None or (isinstance(limit, int | float) and limit is not True and 0 < limit < float("inf"))
         require(ok, at + "memory_limit_gib", limit, "must be a number above 0, or null")
 
+    def data_group(self) -> str:
+        """See :meth:`.runner.Runner.data_group`."""
+        return "workload"
+
     def run(
         self, source: ModelSource, methods: Sequence[Method], task: Described, settings: Settings
     ) -> list[MethodRun]:
@@ -129,14 +133,13 @@ class EfficiencyRunner(PairedRunner):
     def _checked(self, task: Described, settings: Settings) -> Workload | Search:
         """The task, if it can be measured with these options; otherwise InputError."""
         if not isinstance(task, Workload | Search):
-            raise InputError(
-                "task", task.name, "is scored, not timed: use task=shape or task=sharegpt, or runner=accuracy"
-            )
+            raise InputError("task", task.name, "is scored, not timed: use workload=shape, or runner=accuracy")
         searches = isinstance(task, Search)
         if self.memory_limit_gib is not None and not searches:
-            raise InputError("runner.memory_limit_gib", self.memory_limit_gib, "is for task=max_batch and max_context")
+            allowed = "is for workload=max_batch and max_context"
+            raise InputError("runner.memory_limit_gib", self.memory_limit_gib, allowed)
         if self.compile and (settings.torch_device != "cpu" or searches or settings.batch_size > MAX_ROWS):
-            limits = f"device=cpu, task=shape or task=sharegpt, and batch_size of at most {MAX_ROWS}"
+            limits = f"device=cpu, workload=shape or workload=sharegpt, and batch_size of at most {MAX_ROWS}"
             raise InputError("runner.compile", True, f"is for {limits}")
         return task
 

@@ -16,7 +16,11 @@ from .records.runs import MethodRun
 
 @runtime_checkable
 class Runner(Protocol):
-    """A choice of the config group ``runner``: runs methods on a task and records the runs."""
+    """A choice of the config group ``runner``: runs methods on a task or a workload, and records the runs."""
+
+    def data_group(self) -> str:
+        """Config group of what the methods are run on: ``task`` or ``workload``."""
+        ...
 
     def run(
         self, source: ModelSource, methods: Sequence[Method], task: Described, settings: Settings
@@ -26,7 +30,7 @@ class Runner(Protocol):
         Args:
             source: where the model comes from.
             methods: the methods asked for first, then those they are paired with.
-            task: what the methods are run on.
+            task: the task or the workload.
             settings: the top-level configuration.
 
         Returns:

@@ -75,16 +75,16 @@ def search_pass(todo: SearchJob) -> dict[str, Any]:
     loaded = load(job)
     meter = MemoryMeter(job.device, devices_of(loaded.model, job.device))
     if meter.problem is not None:
-        raise InputError("task", todo.search.name, f"needs a measured peak of memory: {meter.problem}")
+        raise InputError("workload", todo.search.name, f"needs a measured peak of memory: {meter.problem}")
     max_positions, name = loaded.loaded.max_positions, loaded.loaded.name
     ceiling, stopped_by = todo.search.most, "most"
     positions = todo.search.within(max_positions)
     if positions is not None and positions < todo.search.step:
         if positions < 1:
             problem = f"leaves no room for a prompt in the {max_positions} positions of {name}"
-            raise InputError("task.new_tokens", todo.search.new_tokens, problem)
+            raise InputError("workload.new_tokens", todo.search.new_tokens, problem)
         problem = f"and the new tokens are beyond the {max_positions} positions of {name}"
-        raise InputError("task.step", todo.search.step, problem)
+        raise InputError("workload.step", todo.search.step, problem)
     warm_up(loaded, _batch(loaded, todo.search, todo.search.step))
     _limit_memory(todo, devices_of(loaded.model, job.device))
 

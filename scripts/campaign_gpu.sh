@@ -47,7 +47,7 @@ search=()
 if [ "$rehearse" = yes ]; then
     seven=tiny thirteen=tiny three=tiny thirty=tiny scale=64 positions=4096
     common=(dtype=float32 device=cpu runner.repeats=1 runner.warmups=0)
-    search=(task.start=2 task.most=3 task.step=1)
+    search=(workload.start=2 workload.most=3 workload.step=1)
     card=64 small_card=64
 fi
 
@@ -80,7 +80,8 @@ go() { # one command line of kvbench, within what is left of the part's time
 part_full() { # how near a step comes to the memory's bandwidth
     for batch in 8 1; do
         [ "$rehearse" = yes ] && [ $batch -ne 1 ] && continue
-        go model.shape=$seven method=full task.prompt_tokens="$(of 2048)" task.new_tokens="$(of 128)" batch_size=$batch
+        go model.shape=$seven method=full workload.prompt_tokens="$(of 2048)" \
+            workload.new_tokens="$(of 128)" batch_size=$batch
     done
 }
 
@@ -93,7 +94,7 @@ part_snapkv() { # figure 7: time per token over the prompt's length, batch 2, 20
         [ "$length" -gt 16384 ] && new=128
         [ "$rehearse" = yes ] && [ "$length" -gt 16384 ] && continue
         go model.shape=$seven method=snapkv method.budget="$budget" batch_size=2 \
-            task.prompt_tokens="$(of $length)" task.new_tokens="$(of $new)" runner.chunk_size="$(of 8192)"
+            workload.prompt_tokens="$(of $length)" workload.new_tokens="$(of $new)" runner.chunk_size="$(of 8192)"
     done
 }
 
@@ -103,61 +104,68 @@ part_context() { # the longest prompt: batch 2 with 2048 tokens kept, batch 1 wi
         set -- $pair
         budget=$2
         [ "$rehearse" = yes ] && { [ "$1" -eq 1 ] && continue || budget=40; }
-        go model.shape=$seven method=snapkv method.budget="$budget" batch_size="$1" task=max_context task.new_tokens=16 \
+        go model.shape=$seven method=snapkv method.budget="$budget" batch_size="$1" workload=max_context \
+            workload.new_tokens=16 \
             runner.memory_limit_gib="$card" runner.chunk_size="$(of 8192)" runner.repeats=1 "${search[@]}"
     done
 }
 
 part_minicache() { # ShareGPT's shape: throughput and memory over the batch, and the largest batch
     local others='runner.pair_with=["full","kivi storage.bits=2","kivi storage.bits=2 storage.residual=32","minicache"]'
-    go model.shape=$seven method=minicache_kivi4 task=max_batch task.prompt_tokens=161 task.new_tokens="$(of 338)" \
+    go model.shape=$seven method=minicache_kivi4 workload=max_batch workload.prompt_tokens=161 \
+        workload.new_tokens="$(of 338)" \
         runner.memory_limit_gib="$card" "$others" "${search[@]}"
     for batch in 1 8 32 128; do
         [ "$rehearse" = yes ] && [ $batch -gt 1 ] && continue
-        go model.shape=$seven method=minicache_kivi4 task=sharegpt task.lengths=fixed task.new_tokens="$(of 338)" \
-            task.limit=$batch batch_size=$batch 'runner.pair_with=["full","kivi storage.bits=2"]'
+        go model.shape=$seven method=minicache_kivi4 workload=sharegpt workload.lengths=fixed \
+            workload.new_tokens="$(of 338)" \
+            workload.limit=$batch batch_size=$batch 'runner.pair_with=["full","kivi storage.bits=2"]'
     done
 }
 
 part_kivi() { # a long prompt, one sequence
-    go model.shape=$seven method=kivi batch_size=1 task.prompt_tokens="$(of 32768)" task.new_tokens="$(of 128)" \
+    go model.shape=$seven method=kivi batch_size=1 workload.prompt_tokens="$(of 32768)" \
+        workload.new_tokens="$(of 128)" \
         runner.chunk_size="$(of 8192)"
 }
 
 part_pyramid() { # table 1, figure 11 and table 2
     for batch in 32 1 8 64; do
         [ "$rehearse" = yes ] && [ $batch -ne 1 ] && continue
-        go model.shape=$thirteen method=pyramid_infer batch_size=$batch task.prompt_tokens="$(of 512)" \
-            task.new_tokens="$(of 256)" 'runner.pair_with=["full","h2o budget=0.2"]'
+        go model.shape=$thirteen method=pyramid_infer batch_size=$batch workload.prompt_tokens="$(of 512)" \
+            workload.new_tokens="$(of 256)" 'runner.pair_with=["full","h2o budget=0.2"]'
     done
     [ "$rehearse" = yes ] && return # the search is minicache's
-    go model.shape=$thirteen method=pyramid_infer task=max_batch task.prompt_tokens="$(of 512)" \
-        task.new_tokens="$(of 256)" runner.memory_limit_gib="$card" "${search[@]}"
+    go model.shape=$thirteen method=pyramid_infer workload=max_batch workload.prompt_tokens="$(of 512)" \
+        workload.new_tokens="$(of 256)" runner.memory_limit_gib="$card" "${search[@]}"
 }
 
 part_h2o() { # table 5
-    go model.shape=$seven method=h2o method.budget=0.2 batch_size="$(of 24)" task.prompt_tokens="$(of 2048)" \
-        task.new_tokens="$(of 2048)"
+    go model.shape=$seven method=h2o method.budget=0.2 batch_size="$(of 24)" workload.prompt_tokens="$(of 2048)" \
+        workload.new_tokens="$(of 2048)"
 }
 
 part_sharing() { # the largest batch on a small card, and a long prompt
     local others='runner.pair_with=["full","lckv sharing.warmup=10","cla","yoco"]'
-    go model.shape=$seven method=lckv task=max_batch task.prompt_tokens="$(of 512)" task.new_tokens="$(of 512)" \
+    go model.shape=$seven method=lckv workload=max_batch workload.prompt_tokens="$(of 512)" \
+        workload.new_tokens="$(of 512)" \
         runner.memory_limit_gib=$small_card "$others" "${search[@]}"
     others='runner.pair_with=["full","cla","lckv"]'
-    go model.shape=$seven method=yoco batch_size=1 task.prompt_tokens="$(of 32768)" task.new_tokens="$(of 128)" "$others"
+    go model.shape=$seven method=yoco batch_size=1 workload.prompt_tokens="$(of 32768)" \
+        workload.new_tokens="$(of 128)" "$others"
 }
 
 part_yoco() { # figures 7 and 9: memory and prefill over the prompt's length
     for length in 32768 65536; do
         [ "$rehearse" = yes ] && [ $length -gt 32768 ] && continue
         go model.shape=$three method=yoco method.sharing.mixer=gated_retention batch_size=1 \
-            task.prompt_tokens="$(of $length)" task.new_tokens="$(of 64)"
+            workload.prompt_tokens="$(of $length)" workload.new_tokens="$(of 64)"
     done
 }
 
 part_lckv() { # table 1's largest model on one card; its 26x is of 30B on 24 GB, with the weights on the host
-    go model.shape=$thirty method=lckv task=max_batch task.prompt_tokens="$(of 2048)" task.new_tokens="$(of 2048)" \
+    go model.shape=$thirty method=lckv workload=max_batch workload.prompt_tokens="$(of 2048)" \
+        workload.new_tokens="$(of 2048)" \
         runner.memory_limit_gib="$card" runner.repeats=1 "${search[@]}"
 }
 

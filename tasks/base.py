@@ -108,7 +108,7 @@ class Source:
 
 
 class Described(HasIdentity, ABC):
-    """A dataclass whose fields are the YAML keys under ``task.``, and whose data comes from somewhere."""
+    """A task, workload or training set: its fields are the YAML keys under ``task.`` or ``workload.``."""
 
     name: str
 

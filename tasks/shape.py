@@ -42,7 +42,7 @@ class Shape(Workload):
 
     def __post_init__(self) -> None:
         check_shape(self.prompt_tokens, self.new_tokens)
-        require(self.tokens in TOKENS, "task.tokens", self.tokens, one_of(self.tokens, TOKENS))
+        require(self.tokens in TOKENS, "workload.tokens", self.tokens, one_of(self.tokens, TOKENS))
 
     def source(self) -> Source:
         """``shape-2048+128``, or ``shape-2048+128-real`` with the sha256 of the files the text is from."""
@@ -73,8 +73,8 @@ class Shape(Workload):
     def _text(self, tokenizer: Any) -> list[int]:
         """Token ids of every context of longbench-mini, each once: several questions may share one."""
         if tokenizer is None:
-            allowed = "this model has no tokenizer; use task.tokens=random or another model"
-            raise InputError("task.tokens", self.tokens, allowed)
+            allowed = "this model has no tokenizer; use workload.tokens=random or another model"
+            raise InputError("workload.tokens", self.tokens, allowed)
         contexts = dict.fromkeys(row["context"] for file in self._files.values() for row in file.rows)
         return list(tokenizer("\n\n".join(contexts), add_special_tokens=False, verbose=False).input_ids)
 

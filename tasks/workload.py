@@ -40,9 +40,9 @@ class Workload(Described):
             tokenizer: a transformers tokenizer, or None for a model that has none (random weights).
             vocab_size: random token ids are below it.
             seed: of everything that is drawn.
-            count: requests wanted. A workload of one shape gives exactly ``count``, and the first of them do not depend
-                on ``count``; a workload that is a sample of a data set (``sharegpt``) has its own size, ``task.limit``,
-                and gives that many whatever ``count`` is: the runner cuts it into batches.
+            count: number of requests. A workload of one shape returns exactly ``count``, and the first of them do not
+                depend on ``count``; a sample of a data set (``sharegpt``) has a size of its own, ``workload.limit``,
+                and ignores ``count``: the runner splits it into batches.
 
         Raises:
             InputError: real text is asked for and there is no tokenizer; the data is missing or too small.
@@ -79,13 +79,13 @@ class Search(Described):
 
 def check_search(search: Search) -> None:
     """Raise InputError unless the fields of a search make sense."""
-    require(is_whole(search.step, 1), "task.step", search.step, "must be 1 or more")
+    require(is_whole(search.step, 1), "workload.step", search.step, "must be 1 or more")
     least = search.step
-    require(is_whole(search.start, least), "task.start", search.start, f"must be at least task.step={least}")
+    require(is_whole(search.start, least), "workload.start", search.start, f"must be at least workload.step={least}")
     ok = search.most is None or is_whole(search.most, least)
-    require(ok, "task.most", search.most, f"must be null, or at least task.step={least}")
+    require(ok, "workload.most", search.most, f"must be null, or at least workload.step={least}")
     ok = isinstance(search.tolerance, int | float) and 0 <= search.tolerance < 1
-    require(ok, "task.tolerance", search.tolerance, "must be a share of the answer, 0 or more and below 1")
+    require(ok, "workload.tolerance", search.tolerance, "must be a share of the answer, 0 or more and below 1")
 
 
 def random_tokens(length: int, vocab_size: int, seed: int, index: int) -> tuple[int, ...]:
@@ -99,6 +99,6 @@ def random_tokens(length: int, vocab_size: int, seed: int, index: int) -> tuple[
 
 def check_shape(prompt_tokens: Any, new_tokens: Any) -> None:
     """Raise InputError unless these are lengths of a prompt and of an answer, in tokens."""
-    require(is_whole(prompt_tokens, 1), "task.prompt_tokens", prompt_tokens, "must be 1 or more tokens")
+    require(is_whole(prompt_tokens, 1), "workload.prompt_tokens", prompt_tokens, "must be 1 or more tokens")
     allowed = "must be 2 or more tokens: time per output token needs two"
-    require(is_whole(new_tokens, 2), "task.new_tokens", new_tokens, allowed)
+    require(is_whole(new_tokens, 2), "workload.new_tokens", new_tokens, allowed)

@@ -186,13 +186,14 @@ def test_weights_are_held_once_and_a_model_of_another_build_is_laid_out():
     assert shared.compiled is None and bare.compiled is None
 
 
-MEASURE = ("run", "runner=efficiency", "method=full", "model=random", "task.prompt_tokens=20", "runner.compile=true")
+TINY_RUN = ("run", "runner=efficiency", "method=full", "model=random", "workload.prompt_tokens=20")
+MEASURE = (*TINY_RUN, "runner.compile=true")
 
 
 @needs_compiler
 @pytest.mark.usefixtures("forked")
 def test_a_record_says_that_steps_were_compiled_and_an_older_run_stays_the_same_run(tmp_path):
-    ask = (*MEASURE[:-1], "task.new_tokens=4", "runner.warmups=0", "runner.repeats=1", f"results_dir={tmp_path}")
+    ask = (*MEASURE[:-1], "workload.new_tokens=4", "runner.warmups=0", "runner.repeats=1", f"results_dir={tmp_path}")
     for wanted in ("true", "false"):
         done = kvbench(*ask, f"runner.compile={wanted}")
         assert done.returncode == 0, done.stderr
@@ -214,7 +215,7 @@ def test_no_compiler_is_an_error_of_one_line(tmp_path):
         in_fresh_process(time_pass, job(RandomModel("tiny")), nothing)
 
 
-@pytest.mark.parametrize("more", [("batch_size=3",), ("task=max_batch",)])
+@pytest.mark.parametrize("more", [("batch_size=3",), ("workload=max_batch",)])
 def test_what_compiled_steps_are_not_for_is_refused(tmp_path, more):
     done = kvbench(*MEASURE, *more, f"results_dir={tmp_path}")
     assert done.returncode == 2 and done.stderr.startswith("error: runner.compile=True: is for device=cpu")

@@ -36,6 +36,7 @@ from kvbench.tasks.shape import Shape
 from kvbench.tasks.workload import Request
 
 ROOT = Path(__file__).resolve().parents[1]
+SHAPE = ("workload.prompt_tokens=300", "workload.new_tokens=5")
 TINY = ("model=random", "model.shape=tiny", "runner=efficiency", "device=cpu", "runner.repeats=2")
 
 
@@ -131,7 +132,7 @@ def test_the_tokens_that_are_timed_are_the_tokens_that_generate_gives(monkeypatc
 def measured(tmp_path_factory) -> tuple[Path, dict[str, dict], str]:
     """(results folder, records by label, output) of a small real run."""
     folder = tmp_path_factory.mktemp("efficiency")
-    command = ("method=snapkv", "method.budget=64", "task.prompt_tokens=300", "task.new_tokens=5", "batch_size=2")
+    command = ("method=snapkv", "method.budget=64", *SHAPE, "batch_size=2")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(folder.parent))  # its lock for measuring is no other test's
         done = kvbench("run", *command, *TINY, f"results_dir={folder}")
@@ -207,7 +208,7 @@ def test_energy_is_that_of_one_workload_and_beside_it_the_idle_machine_s(tmp_pat
 def test_a_second_launch_measures_nothing(measured, monkeypatch):
     folder, _, _ = measured
     monkeypatch.setattr(efficiency, "in_fresh_process", None)
-    command = ("method=snapkv", "method.budget=64", "task.prompt_tokens=300", "task.new_tokens=5", "batch_size=2")
+    command = ("method=snapkv", "method.budget=64", *SHAPE, "batch_size=2")
     done = kvbench("run", *command, *TINY, f"results_dir={folder}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("already done") == 2
@@ -220,7 +221,7 @@ def test_running_out_of_memory_is_a_result_and_the_next_method_runs(tmp_path, mo
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nmore")
 
     monkeypatch.setattr(efficiency, "in_fresh_process", measure)
-    done = kvbench("run", "method=snapkv", "task.prompt_tokens=300", *TINY, f"results_dir={tmp_path}")
+    done = kvbench("run", "method=snapkv", "workload.prompt_tokens=300", *TINY, f"results_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     records = {r["method"]: r for r in map(json.loads, (p.read_text() for p in tmp_path.rglob("record.json")))}
     assert {r["status"] for r in records.values()} == {"oom"}
@@ -322,12 +323,16 @@ def test_what_decoding_takes_is_the_formula_and_a_constant(name):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("task=longbench",), "is scored, not timed: use task=shape or task=sharegpt"),
+        (("task=longbench",), "task=longbench: is scored, not timed: use workload=shape, or runner=accuracy"),
         (("runner.repeats=0",), "runner.repeats=0: must be a whole number >= 1"),
         (("runner.warmups=-1",), "runner.warmups=-1: must be a whole number >= 0"),
-        (("task.new_tokens=1",), "task.new_tokens=1: must be 2 or more tokens"),
-        (("task.prompt_tokens=2047",), "task.prompt_tokens=2047: with 128 new tokens is beyond the 2048 positions"),
-        (("task.tokens=real",), "task.tokens=real"),
+        (("workload.new_tokens=1",), "workload.new_tokens=1: must be 2 or more tokens"),
+        (("workload.prompt_tokens=2047",), "prompt_tokens=2047: with 128 new tokens is beyond the 2048 positions"),
+        (("task=max_batch",), "task=max_batch: is a workload now: use runner=efficiency workload=max_batch"),
+        (("task.prompt_tokens=20",), "task.prompt_tokens: is workload.prompt_tokens now, with runner=efficiency"),
+        (("task=sharegpt",), "task=sharegpt: is scored, not timed: use workload=sharegpt, or runner=accuracy"),
+        (("~workload",), "workload=(nothing): must be given: workload=NAME"),
+        (("workload.tokens=real",), "workload.tokens=real"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, arguments, said):
@@ -339,6 +344,6 @@ def test_bad_input_is_one_line(tmp_path, arguments, said):
 
 def test_a_workload_cannot_be_scored(tmp_path):
     folder = save_local_model(tmp_path / "model")
-    done = kvbench("run", "model=local", f"model.path={folder}", "task=shape", f"results_dir={tmp_path}")
+    done = kvbench("run", "model=local", f"model.path={folder}", "workload=shape", f"results_dir={tmp_path}")
     assert done.returncode == 2
-    assert "task=shape: is timed, not scored: use runner=efficiency" in done.stderr
+    assert "workload=shape: is timed, not scored: use runner=efficiency" in done.stderr

@@ -126,8 +126,8 @@ def campaign() -> list[dict]:
         overrides = [word for word in shlex.split(line)[2:] if not word.startswith("device=")]
         with hydra.initialize_config_module("kvbench.conf", version_base="1.3"):
             config = hydra.compose("config", overrides)
-        task, model = (instantiate(config[part]) for part in ("task", "model"))
-        searched = config.task._target_.endswith("MaxBatch")
+        task, model = (instantiate(config[part]) for part in ("workload", "model"))
+        searched = config.workload._target_.endswith("MaxBatch")
         for one in methods_of(instantiate(config.runner), config.method):
             identity = {
                 "method": one.identity(),

@@ -118,8 +118,6 @@ def test_which_conversations_are_replied_to(world):
     assert few == task.examples()[:3]
     with pytest.raises(InputError, match=r"task.limit=9: only 8 conversations"):
         ShareGPT(str(world / "talk.json"), 9).examples()
-    with pytest.raises(InputError, match=r"task.lengths=fixed: is random tokens"):
-        ShareGPT(lengths="fixed").examples()
     # What decides scores alone does not name a measurement anew.
     timed = ShareGPT(str(world / "talk.json"), 8, metric="rouge", seed=3)
     assert timed.identity() == task.identity()

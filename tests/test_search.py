@@ -131,7 +131,8 @@ def test_the_longest_prompt_ends_with_the_positions(tmp_path):
 
 @pytest.mark.usefixtures("forked")
 def test_a_run_of_a_search_is_measured_at_its_largest_size_and_compared(tmp_path):
-    command = ("task=max_batch", "task.prompt_tokens=200", "task.new_tokens=4", "task.most=3", "task.start=2")
+    command = ("workload=max_batch", "workload.prompt_tokens=200", "workload.new_tokens=4")
+    command += ("workload.most=3", "workload.start=2")
     rest = ("runner=efficiency", "runner.repeats=2", "model=random", "model.shape=tiny", "device=cpu")
     done = kvbench("run", "method=snapkv", "method.budget=64", *command, *rest, f"results_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
@@ -150,7 +151,8 @@ def test_a_run_of_a_search_is_measured_at_its_largest_size_and_compared(tmp_path
 def test_a_run_that_is_cut_off_while_it_is_timed_searches_no_more(tmp_path, monkeypatch):
     from kvbench.runners import efficiency
 
-    command = ("task=max_batch", "task.prompt_tokens=40", "task.new_tokens=4", "task.most=2", "task.start=2")
+    command = ("workload=max_batch", "workload.prompt_tokens=40", "workload.new_tokens=4")
+    command += ("workload.most=2", "workload.start=2")
     rest = ("runner=efficiency", "runner.repeats=1", "model=random", "model.shape=tiny", "device=cpu")
     arguments = ("run", "method=full", *command, *rest, f"results_dir={tmp_path}", "runner.pair_with=[]")
     real = efficiency._passes
@@ -175,7 +177,7 @@ def test_a_run_that_is_cut_off_while_it_is_timed_searches_no_more(tmp_path, monk
 
 @pytest.mark.usefixtures("forked")
 def test_nothing_fits_is_out_of_memory_and_no_crash(tmp_path):
-    command = ("task=max_context", "task.start=512", "runner.memory_limit_gib=0.01", "runner.pair_with=[]")
+    command = ("workload=max_context", "workload.start=512", "runner.memory_limit_gib=0.01", "runner.pair_with=[]")
     rest = ("runner=efficiency", "runner.repeats=1", "model=random", "model.shape=tiny", "device=cpu")
     done = kvbench("run", "method=full", *command, *rest, f"results_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
@@ -186,12 +188,12 @@ def test_nothing_fits_is_out_of_memory_and_no_crash(tmp_path):
 @pytest.mark.parametrize(
     ("made", "said"),
     [
-        (lambda: MaxBatch(step=0), r"task\.step=0"),
-        (lambda: MaxBatch(start=0), r"task\.start=0"),
-        (lambda: MaxContext(start=100), r"task\.start=100: must be at least task\.step=256"),
-        (lambda: MaxContext(most=100), r"task\.most=100"),
-        (lambda: MaxBatch(tolerance=1), r"task\.tolerance=1"),
-        (lambda: MaxBatch(new_tokens=1), r"task\.new_tokens=1"),
+        (lambda: MaxBatch(step=0), r"workload\.step=0"),
+        (lambda: MaxBatch(start=0), r"workload\.start=0"),
+        (lambda: MaxContext(start=100), r"workload\.start=100: must be at least workload\.step=256"),
+        (lambda: MaxContext(most=100), r"workload\.most=100"),
+        (lambda: MaxBatch(tolerance=1), r"workload\.tolerance=1"),
+        (lambda: MaxBatch(new_tokens=1), r"workload\.new_tokens=1"),
     ],
 )
 def test_bad_settings_are_refused(made, said):
@@ -202,4 +204,4 @@ def test_bad_settings_are_refused(made, said):
 def test_a_memory_limit_is_for_searches_alone(tmp_path):
     done = kvbench("run", "runner=efficiency", "runner.memory_limit_gib=1", "model=random", f"results_dir={tmp_path}")
     assert done.returncode == 2
-    assert "runner.memory_limit_gib=1: is for task=max_batch and max_context" in done.stderr
+    assert "runner.memory_limit_gib=1: is for workload=max_batch and max_context" in done.stderr

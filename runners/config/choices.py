@@ -50,6 +50,8 @@ def missing_key(config: DictConfig, key: str) -> str | None:
         return now
     node: Any = config
     path = key.split(".")
+    if path[0] == "task" and "task" not in config and "workload" in config:
+        return f"is workload.{'.'.join(path[1:])} now, with runner=efficiency"
     for depth, part in enumerate(path):
         if not isinstance(node, DictConfig) or part not in node.keys():  # noqa: SIM118 (`in` is False for a ??? value)
             known = {str(k): node._get_node(k) for k in node} if isinstance(node, DictConfig) else {}

@@ -53,6 +53,8 @@ def input_error_line(error: BaseException) -> str | None:
                 return (
                     f"--config-name={name}: must be config; an experiment of yours is experiment=NAME, see --config-dir"
                 )
+            if group == "task" and files("kvbench.conf").joinpath("workload", f"{name}.yaml").is_file():
+                return str(InputError(group, name, f"is a workload now: use runner=efficiency workload={name}"))
             return str(InputError(group, name, one_of(name, link.options or [])))
         if isinstance(link, InterpolationResolutionError):
             return (

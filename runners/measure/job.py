@@ -118,7 +118,7 @@ class LoadedJob:
         prompt, new_tokens = max(len(r.prompt) for r in requests), max(r.new_tokens for r in requests)
         if prompt + new_tokens > loaded.max_positions:
             raise InputError(
-                "task.prompt_tokens",
+                "workload.prompt_tokens",
                 prompt,
                 f"with {new_tokens} new tokens is beyond the {loaded.max_positions} positions of "
                 f"{loaded.name}; model=random takes model.max_positions",

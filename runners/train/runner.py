@@ -105,6 +105,10 @@ class TrainRunner:
             not self.adapter_rank or self.train == "kv", at + "adapter_rank", self.adapter_rank, "needs runner.train=kv"
         )
 
+    def data_group(self) -> str:
+        """See :meth:`..runner.Runner.data_group`."""
+        return "task"
+
     def run(
         self, source: ModelSource, methods: Sequence[Method], task: Described, settings: Settings
     ) -> list[MethodRun]:
