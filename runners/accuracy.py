@@ -87,7 +87,7 @@ class AccuracyRunner(PairedRunner):
         data = task.source()
         log.info(f"data: {data.name}, {len(examples)} examples, from {data.location}")
         runs = [self._open(m, source.for_sharing(m.sharing, m.name), task, settings) for m in methods]
-        made_by = provenance.collect(settings.torch_device)  # now: the files may change while the run goes on
+        made_by = provenance.collect(settings.torch_device)  # now, because files may change during the run
         scoring = Scoring(task, settings, self.temperature, self.top_p, self.chunk_size, self._splits_question, made_by)
         run_with_locks(runs, lambda locked: self._work(locked, examples, scoring))
         add_paired_differences(runs, task, examples)  # the only lock held is that of the record being amended

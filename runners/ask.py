@@ -1,4 +1,4 @@
-"""One batch of examples put to several caches: what each of them answers, and the bytes that it held."""
+"""Answers of several caches to one batch of examples, and the bytes that each cache stored."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Item:
     """An example as token ids.
 
     Attributes:
-        example: which.
-        prompt: what is read before the method compresses; with ``scored``, the longest of their contexts.
-        question: what comes after that and before the answer.
-        scored: of a task that asks for likelihoods; then ``question`` is empty.
+        example: the example.
+        prompt: tokens before the compression; with ``scored``, the longest of its contexts.
+        question: tokens between the compression and the answer.
+        scored: contexts and continuations of a task that asks for likelihoods; then ``question`` is empty.
     """
 
     example: Example
@@ -38,17 +38,17 @@ class Item:
 
     @property
     def kind(self) -> tuple[bool, int]:
-        """Items of one kind can be asked together."""
+        """Items of one kind can be batched."""
         return bool(self.scored), len(self.question)
 
     @property
     def read_tokens(self) -> int:
-        """Tokens read before compression."""
+        """Number of tokens of the prefill."""
         return sum(len(c.context) for c in self.scored) or len(self.prompt)
 
     @property
     def compressed_lengths(self) -> list[int]:
-        """Tokens of each prompt that a method compresses; those of a text's beginning where there is no other."""
+        """Lengths of the prompts that a method compresses; that of a text's beginning if there is no other."""
         if not self.scored:
             return [len(self.prompt)]
         return [len(c.context) for c in self.scored if not c.beginning] or [len(c.context) for c in self.scored]
@@ -56,11 +56,11 @@ class Item:
 
 @dataclass
 class Answer:
-    """What one cache gave for one example.
+    """Answer of one cache to one example.
 
     Attributes:
-        fields: of ``samples.jsonl``: the prediction, tokens generated, bytes after the prompt and at the end.
-        reply: as generated; None where likelihoods were asked for.
+        fields: fields of ``samples.jsonl``: the prediction, generated tokens, bytes after the prompt and at the end.
+        reply: the generated reply; None if likelihoods were asked for.
     """
 
     fields: dict[str, Any]
@@ -125,45 +125,45 @@ def ask(
     sampling: Sampling,
     chunk_size: int | None,
 ) -> list[list[Answer]]:
-    """Put items of one kind to every method on one reading; the answers of each, in the order of the items."""
+    """The answers of every method to items of one kind, in the order of the items; the methods share a prefill."""
     where = input_device(loaded.model, device)
     if not items[0].scored:
-        return _Reading(methods, loaded, where, chunk_size).replies(items, sampling)
-    # Contexts are read as many at a time as there are items: alone where examples are, so that none is padded.
-    found: dict[tuple[int, int], list[Scored]] = {}  # (item, context) -> of each method
+        return _SharedPrefill(methods, loaded, where, chunk_size).replies(items, sampling)
+    # As many contexts per prefill as there are items: one if examples run alone, so that none is padded.
+    scores: dict[tuple[int, int], list[Scored]] = {}  # (item, context) -> of each method
     for beginning in (True, False):
         parts = [(i, k, c) for i, item in enumerate(items) for k, c in enumerate(item.scored)]
         parts = [part for part in parts if part[2].beginning == beginning]
         for start in range(0, len(parts), len(items)):
             some = parts[start : start + len(items)]
-            reading = _Reading([BASELINE] if beginning else methods, loaded, where, chunk_size)
+            reading = _SharedPrefill([BASELINE] if beginning else methods, loaded, where, chunk_size)
             for (i, k, _), scored in zip(some, reading.likelihoods([c for *_, c in some]), strict=True):
-                found[i, k] = scored * len(methods) if beginning else scored
+                scores[i, k] = scored * len(methods) if beginning else scored
     return [
-        [_judged(task, item, [found[i, k][m] for k in range(len(item.scored))]) for i, item in enumerate(items)]
+        [_judged(task, item, [scores[i, k][m] for k in range(len(item.scored))]) for i, item in enumerate(items)]
         for m in range(len(methods))
     ]
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What one method made of one context."""
+    """Likelihoods that one method gives after one context."""
 
     context: Continuations
     likelihoods: list[Likelihood]
-    bytes_held: dict[str, int]
+    kv_bytes: dict[str, int]
 
 
 def _judged(task: Task, item: Item, parts: Sequence[Scored]) -> Answer:
-    """An item's contexts together; bytes are their mean, over those that were compressed where any was."""
+    """Answer to an item from all of its contexts; bytes are the mean over those that were compressed, if any was."""
     prediction = task.read_off(item.example, [one for part in parts for one in part.likelihoods])
-    held = [part.bytes_held for part in parts if not part.context.beginning] or [part.bytes_held for part in parts]
-    fields = {key: sum(one[key] for one in held) // len(held) for key in held[0]}
+    stored = [part.kv_bytes for part in parts if not part.context.beginning] or [part.kv_bytes for part in parts]
+    fields = {key: sum(one[key] for one in stored) // len(stored) for key in stored[0]}
     return Answer({"prediction": prediction, "new_tokens": 0, **fields}, None)
 
 
-class _Reading:
-    """Prompts that several methods read together."""
+class _SharedPrefill:
+    """One prefill that several methods share."""
 
     def __init__(self, methods: Sequence[Method], loaded: LoadedModel, device: torch.device, chunk_size: int | None):
         assert loaded.tokenizer is not None
@@ -171,10 +171,10 @@ class _Reading:
         self.tokenizer = loaded.tokenizer
         self.caches = [method.new_cache(loaded.model) for method in methods]
         self.cache = self.caches[0] if len(self.caches) == 1 else FanOutCache(self.caches)
-        self._held: list[tuple[int, int]] = []  # stored and logical bytes of each cache after the prompt
+        self._prompt_bytes: list[tuple[int, int]] = []  # stored and logical bytes of each cache after the prompt
 
     def replies(self, items: Sequence[Item], sampling: Sampling) -> list[list[Answer]]:
-        """What each method writes, item by item."""
+        """Replies of each method, item by item."""
         example = items[0].example
         input_ids, mask = self._padded([item.prompt for item in items])
         questions = [item.question for item in items]
@@ -189,7 +189,7 @@ class _Reading:
             min_new_tokens=example.min_new_tokens,
             sampling=sampling,
             chunk_size=self.chunk_size,
-            after_prefill=self._note,
+            after_prefill=self._note_prompt_bytes,
             question=torch.tensor(questions, device=self.device) if questions[0] else None,
             until=(lambda row, tokens: stops(tokens, ends[row], self.tokenizer)) if any(ends) else None,
         )
@@ -200,19 +200,19 @@ class _Reading:
         ]
 
     def likelihoods(self, contexts: Sequence[Continuations]) -> list[list[Scored]]:
-        """For each context what every method makes of its continuations."""
+        """For each context, the likelihoods that every method gives to its continuations."""
         input_ids, mask = self._padded([c.context for c in contexts])
-        how: dict[str, Any] = {"chunk_size": self.chunk_size, "after_prefill": self._note}
+        how: dict[str, Any] = {"chunk_size": self.chunk_size, "after_prefill": self._note_prompt_bytes}
         rows = score(self.loaded.model, self.cache, input_ids, mask, [c.asked for c in contexts], **how)
-        held = [self._bytes(number, len(contexts)) for number in range(len(self.caches))]
+        kv_bytes = [self._bytes(number, len(contexts)) for number in range(len(self.caches))]
         return [
-            [Scored(c, rows[number * len(contexts) + i], held[number]) for number in range(len(self.caches))]
+            [Scored(c, rows[number * len(contexts) + i], kv_bytes[number]) for number in range(len(self.caches))]
             for i, c in enumerate(contexts)
         ]
 
-    def _reply(self, item: Item, tokens: list[int], bytes_held: dict[str, int]) -> Answer:
+    def _reply(self, item: Item, tokens: list[int], kv_bytes: dict[str, int]) -> Answer:
         prediction = cut_at(self._text(tokens), item.example.stop_strings)
-        return Answer({"prediction": prediction, "new_tokens": len(tokens), **bytes_held}, Reply(prediction, tokens))
+        return Answer({"prediction": prediction, "new_tokens": len(tokens), **kv_bytes}, Reply(prediction, tokens))
 
     def _padded(self, prompts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
         return left_padded(prompts, self.tokenizer.pad_token_id, self.device)
@@ -221,12 +221,12 @@ class _Reading:
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)  # type: ignore[assignment]
         return text
 
-    def _note(self) -> None:
-        self._held = [(c.kv_bytes_stored, c.kv_bytes_logical) for c in self.caches]
+    def _note_prompt_bytes(self) -> None:
+        self._prompt_bytes = [(c.kv_bytes_stored, c.kv_bytes_logical) for c in self.caches]
 
     def _bytes(self, number: int, rows: int) -> dict[str, int]:
-        """Of one row of a cache, on average: after the prompt, and at the end."""
-        stored, logical = self._held[number]
+        """Bytes per row of a cache, on average: after the prompt, and at the end."""
+        stored, logical = self._prompt_bytes[number]
         return {
             "kv_bytes_stored": stored // rows,
             "kv_bytes_logical": logical // rows,
@@ -235,15 +235,15 @@ class _Reading:
 
 
 def stops(tokens: Sequence[int], strings: Sequence[str], tokenizer: Any) -> bool:
-    """Whether one of the strings stands in the text, once the last of the tokens is there to complete it.
+    """Whether the text of the tokens contains one of the strings, which the last token may complete.
 
-    All is read only where the last few tokens promise it. A string that ends with the last token began few tokens
-    before, for one that is shown has a byte at least; where the first of these lies inside a character, what is read
-    may be no text at all, so they are read from four places.
+    The whole text is decoded only if the last few tokens contain a string. A string that ends with the last token began
+    at most as many tokens before as it has bytes, because a visible token has at least one byte. If the first of these
+    tokens is inside a character their text may be invalid, so they are decoded from four positions.
     """
     hidden = set(tokenizer.all_special_ids)
-    most = 4 + max((len(string.encode()) for string in strings), default=0)
-    shown = list(itertools.islice((t for t in reversed(tokens) if t not in hidden), most))[::-1]
+    count = 4 + max((len(string.encode()) for string in strings), default=0)
+    shown = list(itertools.islice((t for t in reversed(tokens) if t not in hidden), count))[::-1]
 
     def has_one(ids: Sequence[int]) -> bool:
         text = tokenizer.decode(ids, skip_special_tokens=True)
@@ -253,7 +253,7 @@ def stops(tokens: Sequence[int], strings: Sequence[str], tokenizer: Any) -> bool
 
 
 def row_seed(seed: int, example: Example) -> int:
-    """Seed of one example's draws: the same whatever stands in its batch and whichever methods ride along."""
+    """Seed of one example's draws, which does not depend on its batch or on the methods that share it."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{example.dataset}/{example.id}".encode()).digest()[:6], "big")
 
 

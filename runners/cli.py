@@ -47,9 +47,8 @@ STOPPED = 130  # exit status of a run that was interrupted, as the shell has it 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the configuration named on the command line.
 
-    Exit status: 0 done; 2 an input that cannot be used (one line says which), or a sweep with jobs that are not done
-    (its last lines say which); 130 interrupted (nothing lost). A reader or a terminal that goes away changes none of
-    it.
+    Exit status: 0 done; 2 an input that cannot be used (named in one line), or a sweep with jobs that are not done
+    (named in its last lines); 130 interrupted (nothing is lost). A closed pipe or terminal does not change it.
     """
     if argv is not None:
         sys.argv = ["kvbench run", *argv]
@@ -81,14 +80,14 @@ def _main() -> None:
             if log is not None:
                 log.remove()
             _exit_with(error)
-        _say(error)
+        _print_error(error)
         status = 2
     except Exception as error:
         log = SweepLog.current()
         if log is None:
             raise
         # The jobs keep their exceptions to themselves (_sweep_job), so this is the launcher: no Slurm here, a partition
-        # that does not exist, a killed worker. Its traceback is long and says little: it goes to the log.
+        # that does not exist, a killed worker. Its traceback is long and not helpful: it goes to the log.
         log.launcher_failed(error)
         print(f"error: hydra/launcher={log.read().launcher}: {describe(error)}", file=sys.stderr)
         status = 2
@@ -98,7 +97,7 @@ def _main() -> None:
 
 
 class CheckedCallbacks(Callbacks):
-    """Hydra's callbacks, which it builds before anything of ours runs, from a configuration that was checked."""
+    """Hydra's callbacks, which Hydra builds before kvbench's code runs, from a checked configuration."""
 
     def __init__(self, config: DictConfig | None = None) -> None:
         if config is not None:
@@ -120,7 +119,7 @@ def _hydra_main(config: DictConfig) -> None:
         return
     launcher = HydraConfig.get().runtime.choices["hydra/launcher"]
     try:
-        if launcher != "basic":  # Hydra would run it here, on the login node, and say nothing
+        if launcher != "basic":  # Hydra would silently run it here, on the login node
             raise InputError("hydra/launcher", launcher, "starts the jobs of a sweep: add -m")
         run(config)
     except USER_ERRORS as error:  # here, because Hydra would print the overrides before letting it through
@@ -128,12 +127,12 @@ def _hydra_main(config: DictConfig) -> None:
 
 
 def _exit_with(error: Exception) -> NoReturn:
-    """One line and exit status 2 for an input that cannot be used; anything else goes on as it is."""
-    _say(error)
+    """Print one line and exit with status 2 for an error of the input; raise any other error."""
+    _print_error(error)
     sys.exit(2)
 
 
-def _say(error: Exception) -> None:
+def _print_error(error: Exception) -> None:
     cause = input_error_line(error)
     if cause is None:
         raise error
@@ -144,10 +143,10 @@ def _say(error: Exception) -> None:
 
 
 class SweepStart(Callback):
-    """What ``conf/config.yaml`` has Hydra call in the submitting process, before the launcher is built.
+    """The callback that Hydra runs in the submitting process of a sweep, before the launcher is built.
 
-    It is the first to know that there is a sweep (``-m``, or ``hydra.mode: MULTIRUN`` in a YAML file) and where its
-    ``results_dir`` is, and the last to run before a launcher hands its environment on.
+    Here it is first known that there is a sweep (``-m``, or ``hydra.mode: MULTIRUN`` in a YAML file) and what its
+    ``results_dir`` is; afterwards the launcher passes its environment on.
     """
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
@@ -159,7 +158,7 @@ class SweepStart(Callback):
             check_results_dir(config.results_dir)
             jobs = _planned_jobs(config)
             SweepLog.begin(config.results_dir, launcher, jobs)
-        except USER_ERRORS as error:  # out of here Hydra would make it a warning and go on
+        except USER_ERRORS as error:  # Hydra would turn an exception into a warning and continue
             _exit_with(error)
         print(f"sweep of {len(jobs) if jobs else 'some'} jobs, hydra/launcher={launcher}", flush=True)
 
@@ -172,7 +171,7 @@ def _is_installed(target: str) -> bool:
 
 
 def _planned_jobs(config: DictConfig) -> list[list[str]] | None:
-    """The overrides of each job, by number; None from a sweeper that decides as it goes."""
+    """The overrides of each job, by number; None for a sweeper that chooses jobs from earlier results."""
     sweeper = config.hydra.sweeper
     if sweeper["_target_"] != f"{BasicSweeper.__module__}.{BasicSweeper.__name__}":
         return None
@@ -184,7 +183,7 @@ def _planned_jobs(config: DictConfig) -> list[list[str]] | None:
 
 
 def _sweep_job(config: DictConfig) -> None:
-    """One job, in whichever process: what goes wrong is said and noted, and the other jobs go on."""
+    """Run one job, in any process; an error is printed and logged, and the other jobs continue."""
     job, overrides = HydraConfig.get().job.num, list(HydraConfig.get().overrides.task)
     log = SweepLog.of_job()
     log.started(job, overrides)
@@ -210,7 +209,7 @@ def run(config: DictConfig) -> None:
 
 
 def _run(config: DictConfig) -> None:
-    from ..models.base import ModelSource  # torch is imported here, after the configuration has been found to exist
+    from ..models.base import ModelSource  # imports torch, so not before the configuration is composed
     from ..tasks.base import Described
     from .config.methods import methods_of
     from .config.settings import Settings

@@ -1,4 +1,4 @@
-"""``kvbench COMMAND ...``: hands over to the module of that name; each is also ``python -m kvbench.<module>``."""
+"""``kvbench COMMAND ...``: runs the module of a command; each is also ``python -m kvbench.<module>``."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Dispatch; the exit status is the command's own, or 2 where its output could not be written.
 
-    A reader that has seen enough (``kvbench table | head``) is no error. What ``run`` makes is a record, so it needs no
-    reader at all: it goes on without one, and its status says whether the record is there.
+    A closed pipe (``kvbench table | head``) is no error. The result of ``run`` is a record, so it continues without a
+    reader, and its exit status tells whether the record is complete.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     name = args[0] if args else "--help"

@@ -2,7 +2,7 @@
 
     python -m kvbench.runners.score PREDICTIONS_DIR [--code-sim official|levenshtein] [--e] [-o FILE]
 
-The folder holds ``<dataset>.jsonl`` or ``<dataset>.jsonl.gz``, one row per example with ``pred``, ``answers``,
+The folder has ``<dataset>.jsonl`` or ``<dataset>.jsonl.gz``, one row per example with ``pred``, ``answers``,
 ``all_classes`` and (for ``--e``) ``length``: what the official ``pred.py`` writes. Printed is what the official
 ``eval.py`` puts into ``result.json``: one JSON object ``{dataset: score}``, x100 and rounded to 2 decimals. No model,
 no torch.
@@ -34,16 +34,12 @@ def score_folder(
 ) -> tuple[dict[str, Score], list[InputError]]:
     """Score every prediction file of a folder.
 
-    Returns
-    -------
-    scores : data set -> score, or with ``e`` data set -> bucket -> score (None for a bucket without examples), in the
-        order of the paper's tables.
-    problems : one for each file that cannot be used.
+    Returns:
+        ``{data set: score}``, or with ``e`` ``{data set: {bucket: score}}`` (None for a bucket without examples), in
+        the order of the paper's tables; and one error for each file that cannot be used.
 
-    Raises
-    ------
-    InputError
-        No such folder, or no prediction file in it.
+    Raises:
+        InputError: there is no such folder, or no prediction file in it.
     """
     if not folder.is_dir():
         raise InputError("PREDICTIONS_DIR", folder, "no such folder")

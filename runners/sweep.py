@@ -1,14 +1,14 @@
-"""What a sweep says at its end, whichever processes or machines its jobs ran in.
+"""The log of a sweep, and its summary at the end.
 
 The jobs of a sweep share no memory: joblib and submitit start processes, Slurm starts them on other machines. So they
 share a file, ``<results_dir>/.sweeps/<id>.jsonl``, to which each appends when it starts and when it ends. Its path is
-in the environment variable :data:`LOG`, which every launcher hands on to its jobs. A job that was killed shows by what
-is missing. The submitting process reads the file when the launcher comes back.
+in the environment variable :data:`LOG`, which every launcher passes on to its jobs. A job without an end was killed or
+is still running. The submitting process reads the file when the launcher returns.
 
 Lines, each with ``event`` and ``time`` (UTC):
-``sweep`` (``launcher``; ``jobs``: each one's overrides, null when the sweeper makes them up as it goes), ``started``
-(``job``: its number; ``overrides``; once more after each time limit), ``done`` (``job``), ``failed`` (``job``,
-``reason``, ``traceback`` or null), ``launcher`` (``reason``, ``traceback``: what ended the launcher itself).
+``sweep`` (``launcher``; ``jobs``: each one's overrides, null if the sweeper chooses them from earlier results),
+``started`` (``job``: its number; ``overrides``; repeated after each time limit), ``done`` (``job``), ``failed``
+(``job``, ``reason``, ``traceback`` or null), ``launcher`` (``reason``, ``traceback``: the error that ended it).
 """
 
 from __future__ import annotations
@@ -32,21 +32,17 @@ from ..conf.errors import InputError
 LOG = "KVBENCH_SWEEP_LOG"
 """Environment variable with the absolute path of the log of the sweep that this process belongs to."""
 
-AGAIN = "run the same command again: what is done is skipped, the rest continues or is tried again"
+REPEAT_HINT = "run the same command again: what is done is skipped, the rest continues or is tried again"
 
 
 @dataclass
 class Job:
-    """One job as the log has it.
+    """State of one job in the log.
 
-    Attributes
-    ----------
-    overrides : list of str
-        What it was started with.
-    state : str
-        ``waiting`` (never started), ``started`` (and not ended), ``done`` or ``failed``: the last that was noted.
-    reason : str
-        Why it failed, on one line; empty otherwise.
+    Attributes:
+        overrides: overrides of the job.
+        state: ``waiting`` (never started), ``started`` (and not ended), ``done`` or ``failed``.
+        reason: why it failed, in one line; empty otherwise.
     """
 
     overrides: list[str]
@@ -56,35 +52,32 @@ class Job:
 
 @dataclass
 class Outcome:
-    """A log, read.
+    """State of all jobs in a log.
 
-    Attributes
-    ----------
-    jobs : dict of int to Job
-        By number; those that never started only where the sweeper said beforehand which there would be.
-    launcher : str
-        As in ``hydra/launcher=``; empty when the log was lost.
+    Attributes:
+        jobs: jobs by number; jobs that never started are included only if they were known in advance.
+        launcher: name of the launcher (``hydra/launcher=``); empty if the log was lost.
     """
 
     jobs: dict[int, Job] = field(default_factory=dict)
     launcher: str = ""
 
     def count(self, state: str) -> int:
-        """How many jobs are in that state."""
+        """Number of jobs in a state."""
         return sum(job.state == state for job in self.jobs.values())
 
     @property
     def complete(self) -> bool:
-        """Whether every job is done, as far as the log says; one that was lost says nothing."""
+        """Whether every job is done according to the log; False if the log was lost."""
         return bool(self.launcher) and self.count("done") == len(self.jobs)
 
     @property
     def any_started(self) -> bool:
-        """Whether there is anything to report."""
+        """Whether any job has started."""
         return self.count("waiting") < len(self.jobs)
 
     def lines(self) -> list[str]:
-        """What to tell the person who started the sweep: counts, then one line for each job that is not done."""
+        """The summary: counts, then one line for each job that is not done."""
         shared = set.intersection(*(set(job.overrides) for job in self.jobs.values())) if self.jobs else set()
 
         def name(job: Job) -> str:
@@ -94,38 +87,36 @@ class Outcome:
         phrases = [("failed", "failed"), ("started", "killed or still running"), ("waiting", "never started")]
         counts = ", ".join(f"{self.count(state)} {phrase}" for state, phrase in phrases if self.count(state))
         if not self.launcher:
-            return ["the sweep's log is lost, so nothing is known of its jobs", AGAIN]
+            return ["the sweep's log is lost, so nothing is known of its jobs", REPEAT_HINT]
         first = f"{self.count('done')} of {len(self.jobs)} jobs done" + (f"; {counts}" if counts else "")
         failed = [f"  failed: {name(job)}: {job.reason}" for job in self.jobs.values() if job.state == "failed"]
         unfinished = [f"  killed or still running: {name(job)}" for job in self.jobs.values() if job.state == "started"]
-        return [first, *failed, *unfinished, *([] if self.complete else [AGAIN])]
+        return [first, *failed, *unfinished, *([] if self.complete else [REPEAT_HINT])]
 
 
 @dataclass(frozen=True)
 class SweepLog:
-    """The file, for the submitting process and for a job.
+    """The log file, for the submitting process and for a job.
 
-    Attributes
-    ----------
-    path : Path
-        ``<results_dir>/.sweeps/<id>.jsonl``, absolute.
+    Attributes:
+        path: ``<results_dir>/.sweeps/<id>.jsonl``, absolute.
     """
 
     path: Path
 
     @classmethod
     def begin(cls, results_dir: str | Path, launcher: str, jobs: Sequence[Sequence[str]] | None) -> SweepLog:
-        """Start a log and make it that of this process and of all that it starts.
+        """Start a log, for this process and all processes that it starts.
 
         Args:
-            results_dir: relative to the working directory, as in the runs.
-            launcher: as in ``hydra/launcher=``.
-            jobs: the overrides of each job, by number; None: not known beforehand.
+            results_dir: folder of the run folders, relative to the working directory.
+            launcher: name of the launcher (``hydra/launcher=``).
+            jobs: the overrides of each job, by number; None if they are not known in advance.
 
         Raises:
             InputError: the file cannot be written.
         """
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"  # in order of time, and no two alike
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"  # sorted by time, and unique
         log = cls(Path(results_dir).absolute() / ".sweeps" / f"{name}.jsonl")
         log._append("sweep", launcher=launcher, jobs=None if jobs is None else [list(job) for job in jobs])
         os.environ[LOG] = str(log.path)
@@ -139,7 +130,7 @@ class SweepLog:
 
     @classmethod
     def of_job(cls) -> SweepLog:
-        """The same in a job.
+        """The log of the sweep that this job belongs to.
 
         Raises:
             InputError: the job was started without the environment of the process that submitted it.
@@ -152,30 +143,29 @@ class SweepLog:
         return log
 
     def started(self, job: int, overrides: Sequence[str]) -> None:
-        """Note that a job starts, for the first time or once more."""
+        """Log the start of a job, the first or a repeated one."""
         self._append("started", job=job, overrides=list(overrides))
 
     def done(self, job: int) -> None:
-        """Note that a job has all of its results."""
+        """Log that a job has all of its results."""
         self._append("done", job=job)
 
     def failed(self, job: int, reason: str, error: BaseException | None = None) -> None:
-        """Note why a job failed; with the traceback of ``error`` where the reason alone does not explain it."""
+        """Log why a job failed, with the traceback of ``error`` if there is one."""
         self._append("failed", job=job, reason=reason, traceback=None if error is None else _traceback(error))
 
     def launcher_failed(self, error: BaseException) -> None:
-        """Note what ended the launcher."""
+        """Log the error that ended the launcher."""
         self._append("launcher", reason=describe(error), traceback=_traceback(error))
 
     def remove(self) -> None:
-        """Take back the log of a sweep that never began."""
+        """Delete the log of a sweep that never started."""
         self.path.unlink(missing_ok=True)
 
     def read(self) -> Outcome:
         """The state of every job, from the last line about it.
 
-        A line that is not whole (the disk was full) is passed over: its job then counts as not ended, and running the
-        sweep again puts that right.
+        An incomplete line (the disk was full) is skipped: its job then counts as not ended until the sweep is repeated.
         """
         outcome = Outcome()
         for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
@@ -210,7 +200,7 @@ class SweepLog:
 
 
 def describe(error: BaseException) -> str:
-    """``ExceptionType: message`` on one line of bearable length."""
+    """``ExceptionType: message`` in one line of limited length."""
     message = " ".join(str(error).split())
     return f"{type(error).__name__}: {message[:300]}".removesuffix(": ")
 
@@ -220,15 +210,15 @@ def _traceback(error: BaseException) -> str:
 
 
 def shown(path: Path) -> str:
-    """As short as it can be named from here."""
+    """A path, relative to the working directory if it is below it."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def end_of_sweep(status: int) -> int:
-    """Say how the sweep of this process ended, if it is in one.
+    """Print the summary of the sweep of this process, if it is in one.
 
     Args:
-        status: the exit status so far: 0, 2 when an error has been said, 130 when interrupted.
+        status: exit status so far: 0, 2 if an error has been printed, 130 if interrupted.
 
     Returns:
         The exit status: 2 in place of 0 when a job is not done.
@@ -237,7 +227,7 @@ def end_of_sweep(status: int) -> int:
     if log is None:
         return status
     outcome = log.read()
-    if status == 2 and not outcome.any_started:  # the error is the whole story
+    if status == 2 and not outcome.any_started:  # the error has been printed
         return status
     where = sys.stdout if outcome.complete else sys.stderr
     print("", *outcome.lines(), f"sweep log: {shown(log.path)}", sep="\n", file=where, flush=True)

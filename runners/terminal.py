@@ -13,14 +13,14 @@ from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
 CLOSED = (errno.EPIPE, errno.EIO)
-"""A reader that has gone (``| head``), and a terminal that was closed."""
+"""Errors of a closed pipe (``| head``) and of a closed terminal."""
 
 
 class LastingStream:
     """A text stream whose writes never fail.
 
-    The first error is kept in :attr:`error`, and what is written from then on goes to the null device, that of child
-    processes and of the interpreter's last flush too.
+    The first error is kept in :attr:`error`, and later output goes to the null device, including that of child
+    processes and of the interpreter's last flush.
 
     Args:
         stream: standard output or standard error; None where the process was started without it (``>&-``).
@@ -32,7 +32,7 @@ class LastingStream:
         if stream is None:
             self.error = OSError(errno.EBADF, os.strerror(errno.EBADF))
             _to_null(descriptor)
-            stream = open(descriptor, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 (it lasts as long as this)
+            stream = open(descriptor, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 (it is open as long as this object)
         self._stream = stream
 
     def write(self, text: str) -> int:
@@ -71,7 +71,7 @@ def _to_null(descriptor: int) -> None:
 
 
 def _ignore_hang_up() -> bool:
-    """Ignore SIGHUP; False where that is not this process's to decide: it has a handler, or this is another thread."""
+    """Ignore SIGHUP; False if the process has a handler for it, or this is not the main thread."""
     if not hasattr(signal, "SIGHUP") or threading.current_thread() is not threading.main_thread():
         return False
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL:
@@ -82,9 +82,9 @@ def _ignore_hang_up() -> bool:
 
 @contextmanager
 def lasting_streams() -> Iterator[LastingStream]:
-    """Work whose standard streams may go away; yields standard output.
+    """Within the block, a closed standard stream is no error; yields standard output.
 
-    The hang-up signal of a terminal that is closed is ignored too, unless the process has a handler of its own.
+    The hang-up signal of a closed terminal is ignored too, unless the process has a handler of its own.
     """
     before = sys.stdout, sys.stderr
     out, errors = LastingStream(sys.stdout, 1), LastingStream(sys.stderr, 2)

@@ -59,7 +59,7 @@ def test_the_end_of_a_sweep_names_what_is_missing_by_what_the_jobs_do_not_share(
         "1 of 4 jobs done; 1 failed, 1 killed or still running, 1 never started",
         "  failed: method=snapkv: method.budget=0: must be more",
         "  killed or still running: method=a",
-        sweep.AGAIN,
+        sweep.REPEAT_HINT,
     ]
 
 

@@ -407,7 +407,7 @@ def test_a_run_cut_off_at_any_step_ends_with_the_same_weights(tmp_path, monkeypa
         cut_off_at(stop, tmp_path / "b", monkeypatch)
     caplog.set_level(logging.INFO)
     resumed = train(tmp_path / "b")
-    assert "goes on after step 4 of 6" in caplog.text
+    assert "continues after step 4 of 6" in caplog.text
     a, b = whole.record(), resumed.record()
     assert a["weights"]["model.safetensors"] == b["weights"]["model.safetensors"]
     assert [p["loss"] for p in a["curve"]] == [p["loss"] for p in b["curve"]]
@@ -431,7 +431,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, m
     caplog.set_level(logging.INFO)
     resumed = train(tmp_path / "b")
     assert "after step 4 is damaged (model.safetensors is not what was written)" in caplog.text
-    assert "goes on after step 2 of 6" in caplog.text
+    assert "continues after step 2 of 6" in caplog.text
     assert whole.record()["weights"] == resumed.record()["weights"]
 
 

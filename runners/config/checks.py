@@ -1,7 +1,7 @@
-"""Checks of the composed configuration: which classes it may name, and whether every value fits the part it is for.
+"""Checks of the composed configuration: the classes that it names, and the type of every value.
 
-A part is a mapping with a ``_target_``; its keys are the parameters of that class, and their annotations say what a
-value may be.
+A part is a mapping with a ``_target_``; its keys are the parameters of that class, and their annotations are the types
+of the values.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ ALLOW = "KVBENCH_ALLOW"
 """Environment variable: installed packages whose classes a configuration may name, separated by commas."""
 INSTALLED = {"site-packages", "dist-packages"}
 LARGEST = 2**53
-"""Whole numbers up to this are exact in JSON, whoever reads it."""
+"""Whole numbers up to this are exact in every JSON reader."""
 EXAMPLE_COUNTS = ("limit", "stretches", "sequences", "depths", "limit_bytes")
-"""Keys by which tasks say how much of their data is used; a task has one of them."""
+"""Keys that set how much of a task's data is used; a task has one of them."""
 RENAMED = {
     "method.selection.window": "method.scorer.window (snapkv, pyramidkv, ada_kv) or method.recent",
     **{
@@ -55,8 +55,8 @@ def check_targets(values: Any, key: str) -> None:
     """Refuse every ``_target_`` in a plain configuration that is no class of an allowed package.
 
     Args:
-        values: what stands under ``key``, resolved.
-        key: for the error.
+        values: the resolved value of ``key``.
+        key: key for the error message.
 
     Raises:
         InputError: names the key, and how a package is allowed.
@@ -76,7 +76,7 @@ def target_class(target: Any, key: str) -> type:
 
     Raises:
         InputError: it is of another package, or no class that its package itself defines. A function is none: it would
-            run with whatever arguments the configuration holds.
+            be called with arguments from the configuration.
     """
     module, _, name = target.rpartition(".") if isinstance(target, str) else ("", "", "")
     package = module.partition(".")[0]
@@ -87,19 +87,19 @@ def target_class(target: Any, key: str) -> type:
     if package not in ("kvbench", *os.environ.get(ALLOW, "").split(",")) and _is_installed(package):
         raise InputError(key, target, f"{allowed}; {ALLOW}={package} in the environment allows this one")
     try:
-        found = getattr(importlib.import_module(module), name)
+        target_object = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise InputError(key, target, f"cannot be imported: {error}") from error
-    is_defined_there = isinstance(found, type) and found.__module__.partition(".")[0] == package
+    is_defined_there = isinstance(target_object, type) and target_object.__module__.partition(".")[0] == package
     require(is_defined_there, key, target, f"must be a class that {package} itself defines")
-    return found
+    return target_object
 
 
 def _is_installed(package: str) -> bool:
-    """Whether a top-level module lies in a folder of installed packages."""
+    """Whether a top-level module is in a folder of installed packages."""
     try:
         spec = importlib.util.find_spec(package)
-    except ValueError:  # __main__ and the like, which no file stands for
+    except ValueError:  # __main__ and the like, which have no file
         return True
     places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or ())]
     return any(INSTALLED & set(Path(place).resolve().parts) for place in places if place)
@@ -113,12 +113,12 @@ def check_values(values: Mapping[str, Any], key: str, cls: type, ignored: Iterab
 
     Args:
         values: plain data; classes in it have been checked by :func:`check_targets`.
-        key: where they stand; empty for the top of the configuration.
+        key: key of the values; empty for the top of the configuration.
         cls: the class; its parameters are the keys.
-        ignored: parameters that are no keys.
+        ignored: parameters that are not keys.
 
     Raises:
-        InputError: a key is missing or unknown, or a value is of another type than its annotation says.
+        InputError: a key is missing or unknown, or a value has another type than its annotation.
     """
     parameters = {k: p for k, p in inspect.signature(cls).parameters.items() if k not in ignored}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -153,17 +153,17 @@ def check_results_dir(value: Any) -> None:
 
 
 def unknown_key(values: Mapping[str, Any], where: str, name: str) -> str:
-    """What to say of a key that ``values``, the mapping at ``where``, does not have."""
-    said = f"{where or 'the configuration'} has no key {name}; "
+    """The message for a key that ``values``, the mapping at ``where``, does not have."""
+    message = f"{where or 'the configuration'} has no key {name}; "
     prefix = f"{where}." if where else ""
     inside = [f"{prefix}{k}.{name}" for k, v in values.items() if isinstance(v, Mapping) and name in v]
     counts = [f"{prefix}{k}" for k in EXAMPLE_COUNTS if k in values and name in EXAMPLE_COUNTS]
     if counts:
-        return f"{said}the number of examples is set by {counts[0]} here"
+        return f"{message}the number of examples is set by {counts[0]} here"
     if inside:
-        return f"{said}did you mean {' or '.join(inside)}?"
+        return f"{message}did you mean {' or '.join(inside)}?"
     options = [k for k in values if k not in ("_target_", "config")]
-    return said + one_of(name, options) if options else said.removesuffix("; ")
+    return message + one_of(name, options) if options else message.removesuffix("; ")
 
 
 def renamed_key(key: str) -> str | None:
@@ -202,7 +202,7 @@ def _check_value(value: Any, key: str, hint: Any) -> None:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value is what an annotation says; True where it says nothing that can be checked."""
+    """Whether a plain value has the type of an annotation; True for annotations that cannot be checked."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(_fits(value, arg) for arg in args)
@@ -216,7 +216,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, hint)
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return isinstance(value, Mapping)
-    if isinstance(origin, type) and issubclass(origin, Sequence):  # one value is as good as a list of it
+    if isinstance(origin, type) and issubclass(origin, Sequence):  # a single value counts as a list of one
         kinds = [arg for arg in args if arg is not ...]
         return all(any(_fits(v, kind) for kind in kinds) for v in (value if isinstance(value, list) else [value]))
     return not _is_part(hint)
@@ -240,7 +240,7 @@ def _in_words(hint: Any) -> str:
 
 
 def as_typed(value: Any) -> str:
-    """A value as it is typed."""
+    """A value as it is typed on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):

@@ -16,8 +16,10 @@ from .loader import compose, groups
 
 
 def check_choices(overrides: Sequence[str]) -> None:
-    """Refuse what cannot be the name of a file in a group (``method=null``), at which Hydra itself fails."""
-    options = {group: [p.name.removesuffix(".yaml") for p in found] for group, found in groups(files("kvbench.conf"))}
+    """Refuse values that cannot name a file of a group (``method=null``), on which Hydra's message is not useful."""
+    options = {
+        group: [path.name.removesuffix(".yaml") for path in paths] for group, paths in groups(files("kvbench.conf"))
+    }
     for override in overrides:
         key, _, value = override.partition("=")
         is_optional = key == "experiment" and value == "null"
@@ -26,13 +28,13 @@ def check_choices(overrides: Sequence[str]) -> None:
 
 
 def unknown_override(overrides: Sequence[str]) -> str | None:
-    """Which override names a key that does not exist, and which keys are there instead."""
+    """The message for the first override of a key that does not exist; None if all exist."""
     names = {name for name, _ in groups(files("kvbench.conf"))}
     chosen = [o for o in overrides if o.split("=", 1)[0].lstrip("+~") in names and not o.startswith("-")]
     chosen = [o.split(",")[0] for o in chosen if "(" not in o]  # of a sweep's choices, the first will do
     try:
         config = compose(chosen)
-    except HydraException:  # the choices themselves do not fit; Hydra's own line says how
+    except HydraException:  # the choices themselves are wrong; Hydra's message names them
         return None
     for override in overrides:
         key, eq, _ = override.partition("=")
@@ -45,7 +47,7 @@ def unknown_override(overrides: Sequence[str]) -> str | None:
 
 
 def missing_key(config: DictConfig, key: str) -> str | None:
-    """Which part of a dotted key does not exist, and which keys are there instead; None: the key exists."""
+    """The message for a dotted key that does not exist, with the keys that do; None if it exists."""
     if (now := renamed_key(key)) is not None:
         return now
     node: Any = config

@@ -23,7 +23,7 @@ USER_ERRORS = (InputError, HydraException, OmegaConfBaseException)
 
 
 def causes(error: BaseException) -> list[BaseException]:
-    """The error and what it was raised from, one after another."""
+    """The error and the errors it was raised from, in order."""
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
@@ -33,11 +33,12 @@ def causes(error: BaseException) -> list[BaseException]:
 
 
 def first_input_error(error: BaseException) -> InputError | None:
+    """The first InputError among an error and its causes."""
     return next((link for link in causes(error) if isinstance(link, InputError)), None)
 
 
 def input_error_line(error: BaseException) -> str | None:
-    """The one line for the person at the keyboard, or None: not the user's doing."""
+    """The one-line message of an error caused by the input; None for any other error."""
     given = first_input_error(error)
     if given is not None:
         return str(given)
@@ -61,14 +62,14 @@ def input_error_line(error: BaseException) -> str | None:
                 f"{link.full_key}: {_first_line(link).removeprefix('KeyError raised while resolving interpolation: ')}"
             )
     if isinstance(error, InstantiationException):
-        return None  # a bug in a constructor: the traceback is what helps
+        return None  # a bug in a constructor: show the traceback
     if isinstance(error, ConfigCompositionException):
         return _composition_error(error)
     return _first_line(error)
 
 
 def _composition_error(error: ConfigCompositionException) -> str:
-    """What to say of overrides that do not go together."""
+    """The message for overrides that cannot be combined."""
     line = _first_line(error)
     swept = re.match("(?:Ambiguous value for argument|Sweep parameters) '(.*?)=(.*)'", line)
     if swept is not None:

@@ -16,14 +16,14 @@ CONF = "pkg://kvbench.conf"
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
-    """The configuration with ``overrides``; within a run with the folders of its ``--config-dir``."""
+    """Compose the configuration with ``overrides``; within a run its ``--config-dir`` is searched too."""
     with config_loader():
         return hydra.compose("config", overrides=list(overrides))
 
 
 @contextmanager
 def config_loader() -> Iterator[ConfigLoader]:
-    """Hydra's loader for ``kvbench.conf``: inside a run the run's own, which may have folders of the user's as well."""
+    """Hydra's loader for ``kvbench.conf``; within a run the run's, which may include a ``--config-dir``."""
     outer = GlobalHydra.instance().hydra  # of a run, or of a program that calls kvbench
     if outer is not None:
         loader = outer.config_loader
@@ -50,6 +50,6 @@ def groups(root: Traversable, prefix: str = "") -> Iterator[tuple[str, list[Trav
 
 
 def plain_data(config: Any, key: str | None = None) -> Any:
-    """A part of the configuration, or the value at ``key``, as resolved plain data."""
+    """A part of the configuration, or its value at ``key``, resolved, as plain data."""
     value = config if key is None else config[key]
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value

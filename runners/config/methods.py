@@ -55,17 +55,17 @@ def paired_methods(entry: str | Mapping[str, Any], budgets: Sequence[float] | No
     if isinstance(entry, str):
         config, has_budget = _named(entry), any(setting.startswith("budget=") for setting in entry.split())
     else:
-        options, said = dict(entry), as_typed(entry)
+        options, shown = dict(entry), as_typed(entry)
         name, own = options.pop("method", None), options.pop("budgets", None)
         has_budget = "budget" in options
-        require(isinstance(name, str), "runner.pair_with", said, "must name a method: {method: snapkv, budget: 128}")
-        require(own is None or not has_budget, "runner.pair_with", said, "has both budget and budgets: give one")
+        require(isinstance(name, str), "runner.pair_with", shown, "must name a method: {method: snapkv, budget: 128}")
+        require(own is None or not has_budget, "runner.pair_with", shown, "has both budget and budgets: give one")
         is_list = own is None or (isinstance(own, list) and bool(own))
-        require(is_list, "runner.pair_with", said, "budgets must be a list: {method: snapkv, budgets: [128, 256]}")
+        require(is_list, "runner.pair_with", shown, "budgets must be a list: {method: snapkv, budgets: [128, 256]}")
         try:
             config = _configured(name, options)
         except InputError as error:
-            raise InputError("runner.pair_with", said, str(error)) from error
+            raise InputError("runner.pair_with", shown, str(error)) from error
     follows = budgets is not None and not has_budget and config.get("budget") is not None
     chosen = own if own is not None else budgets if follows else None
     return [build(config, "method", Method)] if chosen is None else [with_budget(config, budget) for budget in chosen]

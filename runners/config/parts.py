@@ -17,12 +17,12 @@ from .loader import plain_data
 
 
 def build(node: DictConfig, key: str, kind: type[Any]) -> Any:
-    """The part that ``node``, at ``key`` of the configuration, describes: an object of the class ``kind``.
+    """Build the object of class ``kind`` that ``node``, at ``key`` of the configuration, describes.
 
-    A part's own complaints come first, because they say most; then what its annotations say.
+    Errors of the part's constructor are reported before type errors, because they are more specific.
 
     Raises:
-        InputError: a class in it is not allowed or not of that kind, or a value is none that the part takes.
+        InputError: a class in it is not allowed or not of that kind, or the part does not accept a value.
     """
     if not isinstance(node, DictConfig) or "_target_" not in node:
         raise InputError(key, node, f"must be a choice of {key}=NAME")
@@ -42,7 +42,7 @@ def build(node: DictConfig, key: str, kind: type[Any]) -> Any:
 
 
 def recorded(config: DictConfig) -> dict[str, Any]:
-    """The resolved configuration as it goes into a record: paths of this machine are cut to their last part."""
+    """The resolved configuration as it is recorded: absolute paths are reduced to their last component."""
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
 

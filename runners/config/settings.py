@@ -1,4 +1,4 @@
-"""The keys at the top of the configuration, which every runner takes."""
+"""The top-level keys of the configuration, which every runner takes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .checks import check_results_dir
 
 @dataclass(frozen=True)
 class Settings:
-    """The keys at the top of the configuration.
+    """The top-level keys of the configuration.
 
     Attributes:
-        seed: of sampling and of everything a run draws.
-        batch_size: prompts per forward.
+        seed: seed of sampling and of all other random numbers.
+        batch_size: number of prompts per forward.
         device: ``auto`` (CUDA when there is one), ``cpu``, ``cuda``, ``cuda:1`` ...
         dtype: ``auto`` (float32 on the CPU, bfloat16 on CUDA), ``float32``, ``bfloat16`` or ``float16``.
-        results_dir: where run folders go.
+        results_dir: folder of the run folders.
         config: the resolved configuration, as it is recorded.
     """
 

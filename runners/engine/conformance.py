@@ -1,7 +1,7 @@
-"""Is a model that runs with a kvbench cache still the model? Every way of running it against transformers' own.
+"""Conformance of a model with a kvbench cache: the logits of every path of the engine against transformers' own.
 
-The oracle is the model's eager attention with the cache that its own ``generate`` makes, teacher-forced. Both sides
-compute everything in float64 (:class:`InFloat64`): rounding is 1e-14 of the logits, so a difference is a mistake.
+The oracle is the model's eager attention with the cache that its own ``generate`` creates, teacher-forced. Both sides
+compute everything in float64 (:class:`InFloat64`): rounding is 1e-14 of the logits, so a difference is a bug.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ PROMPT, STEPS = 64, 8
 CHUNK_COLUMNS = 16
 ROW_LENGTHS = (PROMPT, 37, 9)
 TOLERANCE = 1e-9
-"""Largest difference of two logits over the largest logit. A float64 kernel of another order stays below 1e-12."""
+"""Largest allowed difference of two logits over the largest logit; float64 kernels differ by less than 1e-12."""
 
 EXACT, REFUSED, WRONG, TRACEBACK, UNTESTED = "exact", "refused", "WRONG", "traceback", "untested"
 PATHS = ("engine", "batch", "chunked", "generate", "feed", "no_cache", "snapkv", "kivi8")
-"""``batch``: three rows of different lengths, each as it is alone; ``feed``: the further tokens all at once;
-``snapkv`` and ``kivi8``: with a budget and a residual longer than the text, so that nothing is lost."""
+"""``batch``: three rows of different lengths, compared with each alone; ``feed``: all further tokens in one forward;
+``snapkv`` and ``kivi8``: a budget and a residual longer than the text, so that nothing is lost."""
 QUICK_PATHS = PATHS[:4]
 
 
 class CacheNotUsed(Exception):
-    """A model was given a cache and went on without it: the logits may be right, and nothing is compressed."""
+    """A model ignored its cache: the logits may be right, but nothing is compressed."""
 
 
 class InFloat64(TorchFunctionMode):
-    """Where code asks for float32, it gets float64: models cast to float32 in norms, softmax, RoPE and routers."""
+    """Replaces float32 by float64: models cast to float32 in norms, softmax, RoPE and routers."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -76,11 +76,11 @@ def in_float64() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one path.
+    """Result of one path.
 
     Attributes:
         verdict: ``exact``, ``refused``, ``WRONG`` or ``traceback``.
-        detail: why, in a line; empty where exact.
+        detail: the reason, in one line; empty if exact.
         difference: largest difference of two logits over the largest logit.
     """
 
@@ -92,7 +92,7 @@ class Outcome:
 def check(model: PreTrainedModel, paths: Sequence[str] = PATHS) -> dict[str, Outcome]:
     """Run a float64 model on each of ``paths``.
 
-    Where ``method=full`` is refused when its cache is made, so is every path that needs one, and nothing else is run.
+    If ``method=full`` is refused when its cache is created, so is every path that needs a cache, and none is run.
 
     Raises:
         Exception: whatever transformers itself raises on this model.
@@ -146,7 +146,7 @@ def _no_cache(model: PreTrainedModel, paths: Sequence[str]) -> dict[str, Outcome
 
 
 def compare(run: Callable[[], Any], expected: torch.Tensor | None) -> Outcome:
-    """Run one path and compare its logits [B, steps, vocabulary]; ``expected=None``: only whether it runs."""
+    """Run one path and compare its logits [B, steps, vocabulary]; with ``expected=None`` only check that it runs."""
     try:
         logits = run()
     except InputError as error:
@@ -169,7 +169,7 @@ def compare(run: Callable[[], Any], expected: torch.Tensor | None) -> Outcome:
 
 
 def line_of(error: Exception) -> str:
-    """An exception in a line, with where it was raised."""
+    """An exception in one line, with the place where it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     at = next((f for f in reversed(frames) if f.filename != __file__), frames[-1])
     text = " ".join(str(error).split())
@@ -182,7 +182,7 @@ def _ids(length: int, seed: int) -> torch.Tensor:
 
 
 def fresh(model: PreTrainedModel) -> PreTrainedModel:
-    """A model that has read nothing: a copy where RoPE adapts to the longest text so far and stays so."""
+    """A model without state: a copy if its RoPE adapts to the longest text so far."""
     rope = str(getattr(model.config.get_text_config(decoder=True), "rope_parameters", None))
     return copy.deepcopy(model) if "dynamic" in rope or "longrope" in rope else model
 
@@ -248,12 +248,12 @@ def generate_logits(model: PreTrainedModel, ids: torch.Tensor, **how: Any) -> to
 
 @dataclass(frozen=True)
 class Form:
-    """One variant of an architecture, run.
+    """Results of one variant of an architecture.
 
     Attributes:
-        variant: its name.
-        outcomes: of each path; empty where transformers itself cannot run it.
-        failure: why not.
+        variant: name of the variant.
+        outcomes: result of each path; empty if transformers itself cannot run the model.
+        failure: the reason, if it cannot.
         features: see :func:`.models.architectures.features`.
         layers: see :func:`.models.architectures.kinds_of_layers`.
     """

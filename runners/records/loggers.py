@@ -1,4 +1,4 @@
-"""Where a finished run is mirrored to, beside its folder. The folder is the record; a mirror that fails costs nothing.
+"""Mirrors of finished runs. The run's folder is the record; a mirror that fails does not affect the run.
 
 A logger is called once for each finished run, after its ``record.json`` has been written.
 """
@@ -22,17 +22,17 @@ MODES = ("auto", "online", "offline")
 INIT_TIMEOUT_S = 20.0
 """Longest wait for the server before the run is kept offline; wandb's own is 90 s."""
 FINISH_TIMEOUT_S = 60.0
-"""Longest wait for the upload of one run; without one, wandb waits for ever."""
+"""Longest wait for the upload of one run; without a limit, wandb waits for ever."""
 
 NOT_RESULTS = ("schema", "identity", "config", "data", "sessions", "provenance")
-"""Parts of a record whose numbers are no results."""
+"""Parts of a record whose numbers are not results."""
 
 
 class Logger:
-    """The contract; on its own it does nothing."""
+    """The interface of a logger; this one does nothing."""
 
     def log(self, record: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], folder: Path) -> None:
-        """Mirror one finished run; never raises on account of the mirror.
+        """Mirror one finished run; a failure of the mirror raises no exception.
 
         Args:
             record: the content of its ``record.json``.
@@ -42,7 +42,7 @@ class Logger:
 
 
 class NoLogger(Logger):
-    """``logger=none``: the run's folder is all there is."""
+    """``logger=none``: no mirror."""
 
 
 @dataclass
@@ -56,7 +56,7 @@ class WandbLogger(Logger):
     Attributes:
         project: project on the server.
         entity: user or team; None for the account's default.
-        mode: ``online``, ``offline`` (send later with ``wandb sync``) or ``auto``: what the variable WANDB_MODE says,
+        mode: ``online``, ``offline`` (send later with ``wandb sync``) or ``auto``: the variable WANDB_MODE,
             else online with an API key (WANDB_API_KEY or ``wandb login``) and offline without. A server that cannot be
             reached or refuses the key makes the rest of the process offline.
         group: name to group runs by; None for ``<task>/<model>``.
@@ -85,7 +85,7 @@ class WandbLogger(Logger):
         self._said_where = False
 
     def log(self, record: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], folder: Path) -> None:
-        """See :meth:`Logger.log`. A failure is one line on stderr; so is, once, where offline runs lie."""
+        """See :meth:`Logger.log`. A failure is one warning; so is, once, the place of offline runs."""
         try:
             below_results = Path(record["task"], record["model"], record["method"], record["hash"])
             home = folder.resolve().parents[len(below_results.parts) - 1] / ".wandb"
@@ -220,13 +220,13 @@ def _has_key() -> bool:
 
 @contextmanager
 def _environment(**values: str) -> Iterator[None]:
-    """Set the variables that the user has not set, for a while."""
-    ours = {key: value for key, value in values.items() if key not in os.environ}
-    os.environ.update(ours)
+    """Within the block, set the environment variables that the user has not set."""
+    added = {key: value for key, value in values.items() if key not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:
-        for key in ours:
+        for key in added:
             os.environ.pop(key, None)
 
 

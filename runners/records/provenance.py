@@ -1,4 +1,4 @@
-"""What made a record: code, packages, machine. No host names, users or paths."""
+"""Provenance of a record: code, packages and machine, without host names, users or paths."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CODE = ("conf", "methods", "models", "tasks", "runners", "analysis")
 
 
 def collect(device: str) -> dict[str, Any]:
-    """Everything a reader needs to judge or repeat a run, as plain data."""
+    """Everything needed to judge or repeat a run, as plain data."""
     return {
         "git": _git(),
         "packages": _packages(),
@@ -44,7 +44,7 @@ def collect(device: str) -> dict[str, Any]:
 
 
 def _git() -> dict[str, Any]:
-    """Commit of the code that runs, and whether files it is made of differ from that commit."""
+    """Commit of the running code, and whether its files differ from that commit."""
     root = Path(__file__).resolve().parent
 
     def ask(*args: str) -> str | None:
@@ -54,7 +54,7 @@ def _git() -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # A new file counts as a change too; tests, scripts, notes and results are no part of what runs.
+    # A new file counts as a change too; tests, scripts, notes and results are not part of the running code.
     code = [f":(top){folder}/*.{ending}" for folder in CODE for ending in ("py", "yaml")]
     if ask("ls-files", "--error-unmatch", Path(__file__).name) is None:
         return {"sha": None, "dirty": None}  # an installed copy: the repository around it, if any, is another one
@@ -63,7 +63,7 @@ def _git() -> dict[str, Any]:
 
 
 def code_id(git: dict[str, Any]) -> str:
-    """What tells this code from other code: its commit, and a hash of its sources where they are not that commit's."""
+    """Identifier of the code: its commit, with a hash of the sources if they differ from the commit."""
     if git["sha"] is not None and git["dirty"] is False:
         return str(git["sha"])
     root, digest = Path(__file__).resolve().parents[2], hashlib.sha256()

@@ -1,6 +1,6 @@
 """A run's folder: ``samples.jsonl`` grows by one line per example, ``record.json`` is written last.
 
-``sessions.jsonl`` has a line for each process that worked on the run: which code, since which example.
+``sessions.jsonl`` has a line for each process that worked on the run: its code, and the number of examples before it.
 
 ``<results_dir>/<task>/<model>/<method>/<hash of what decides the numbers>``. A run that is started again continues
 after the last complete line; a folder with a ``record.json`` is done. Both files are read by ``kvbench.analysis``.
@@ -35,7 +35,7 @@ def identity_hash(identity: Mapping[str, Any]) -> str:
 
 
 def folder_name(key: str, name: Any) -> str:
-    """``name`` where it can be the name of a folder on any file system, in this place and in no other.
+    """``name``, if it can be the name of one folder on any file system.
 
     Raises:
         InputError: names the key.
@@ -47,14 +47,14 @@ def folder_name(key: str, name: Any) -> str:
 
 
 class RunFolder:
-    """One run on disk. Use as a context manager: it holds a lock, so that two processes cannot write one run.
+    """One run on disk. As a context manager it is locked, so that two processes cannot write one run.
 
     Jobs of a sweep share the run of the full cache that they are paired with: see :func:`.runs.run_with_locks`.
 
     Args:
         root: ``results_dir``.
         task, model, method: names, as folders.
-        identity: what decides the run's numbers; hashed into the last folder's name.
+        identity: everything that decides the run's numbers; its hash is the name of the last folder.
 
     Raises:
         InputError: a name cannot be that of a folder; the folder cannot be written; a line of ``samples.jsonl`` before
@@ -66,7 +66,7 @@ class RunFolder:
         self.hash = identity_hash(identity)
         names = {"task.name": task, "model.name": model, "method.name": method}
         self.path = root.joinpath(*(folder_name(key, name) for key, name in names.items()), self.hash)
-        # Beside the runs and never deleted: a lock file that is removed can be locked twice.
+        # Outside the run folders and never deleted: a lock file that is removed can be locked twice.
         self._lock = filelock.FileLock(root / ".locks" / f"{self.hash}.lock")
 
     def __enter__(self) -> RunFolder:
@@ -88,23 +88,23 @@ class RunFolder:
         self.release()
 
     def release(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         self._lock.release()
 
     def finished_siblings(self) -> list[RunFolder]:
         """Other finished runs of the same model and method, on any task, in the order of their folders."""
         model, method = self.path.parts[-3:-1]
         root = self.path.parents[3]
-        found = []
+        siblings = []
         for path in sorted(root.glob(f"*/{escape(model)}/{escape(method)}/*/{RECORD}")):
             record = read_record(path)
             if record["status"] == "done" and path.parent != self.path:
-                found.append(RunFolder(root, path.parents[3].name, model, method, record["identity"]))
-        return found
+                siblings.append(RunFolder(root, path.parents[3].name, model, method, record["identity"]))
+        return siblings
 
     @property
     def done(self) -> bool:
-        """Whether the record of the whole run is there, and each row that it counts.
+        """Whether the record of the complete run exists, and every row that it counts.
 
         A run that was out of memory is tried again, and one that has lost rows is completed.
         """
@@ -115,14 +115,14 @@ class RunFolder:
         return (self.path / RECORD).is_file() and self.record()["status"] == "done"
 
     def lost_rows(self) -> int:
-        """How many examples the finished record counts (``data.examples``) that ``samples.jsonl`` has no row of."""
+        """Number of examples that the finished record counts (``data.examples``) and ``samples.jsonl`` lacks."""
         data = self.record()["data"] if self._is_recorded else None
         counts = data.get("examples") if isinstance(data, dict) else None
         if not isinstance(counts, dict):  # a run of another kind, or not finished
             return 0
         there = {example_key(row) for _, row in self._lines(SAMPLES, damaged_too=True)}
-        found = Counter(key[0] for key in there if key is not None)
-        return sum(max(0, count - found[dataset]) for dataset, count in counts.items() if is_whole(count))
+        rows = Counter(key[0] for key in there if key is not None)
+        return sum(max(0, count - rows[dataset]) for dataset, count in counts.items() if is_whole(count))
 
     def record(self) -> dict[str, Any]:
         """The finished run's record.
@@ -138,7 +138,7 @@ class RunFolder:
     def samples(self) -> list[dict[str, Any]]:
         """Complete rows so far.
 
-        What a killed process left of its last line is passed over, and cut off the file where the lock is held.
+        A last line that a killed process left incomplete is skipped, and removed from the file if the lock is held.
 
         Raises:
             InputError: a line is not a JSON object; names file and line.
@@ -150,7 +150,7 @@ class RunFolder:
         return self._lines(SAMPLES)
 
     def sessions(self) -> list[dict[str, Any]]:
-        """What :meth:`begin_session` was given, process by process.
+        """The sessions that were passed to :meth:`begin_session`, in order.
 
         Raises:
             InputError: a line is not one that was written by it; names file and line.
@@ -163,7 +163,7 @@ class RunFolder:
         return [session for _, session in lines]
 
     def begin_session(self, session: Mapping[str, Any]) -> None:
-        """Note that a process starts to work on this run."""
+        """Append a line for a process that starts to work on this run."""
         self._append_line(self.path / SESSIONS, session)
 
     def _lines(self, name: str, damaged_too: bool = False) -> list[tuple[str, dict[str, Any]]]:
@@ -183,14 +183,14 @@ class RunFolder:
                 row = json.loads(line)
             if not isinstance(row, dict):
                 if not damaged_too:
-                    said = _shortened(line.decode(errors="replace"))
-                    raise InputError(f"{path}:{number}", said, f"is damaged (no JSON object); {START_OVER}")
+                    shown = _shortened(line.decode(errors="replace"))
+                    raise InputError(f"{path}:{number}", shown, f"is damaged (no JSON object); {START_OVER}")
                 row = {}
             rows.append((f"{path}:{number}", row))
         return rows
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add one example's row; it is on disk when this returns."""
+        """Append one example's row; it is on disk when this returns."""
         self._append_line(self.path / SAMPLES, row)
 
     def _append_line(self, path: Path, row: Mapping[str, Any]) -> None:
@@ -205,11 +205,11 @@ class RunFolder:
             raise _disk_error(error, self.path) from error
 
     def finish(self, record: Mapping[str, Any]) -> Path:
-        """Write ``record.json``, whole or not at all."""
+        """Write ``record.json`` atomically."""
         return self.write(RECORD, {"schema": SCHEMA, **record})
 
     def write(self, name: str, content: Mapping[str, Any]) -> Path:
-        """Write a JSON file of the run, whole or not at all."""
+        """Write a JSON file of the run atomically."""
         target, partial = self.path / name, self.path / (name + ".partial")
         try:
             self.path.mkdir(parents=True, exist_ok=True)

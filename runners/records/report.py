@@ -1,4 +1,4 @@
-"""What a run says at its end: the table of its group, where the records lie, and what to type next."""
+"""The last output of a run: the table of its group, the paths of the records, and commands to run next."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def closing(folders: Sequence[Path], results_dir: str) -> str:
 
     Args:
         folders: the run folders of one command, each with a record.
-        results_dir: as the user gave it.
+        results_dir: the option as the user gave it.
     """
     parts = []
     for group in comparable(read_runs(folders)):
@@ -34,7 +34,7 @@ def _lost(run: Run) -> str:
 
 
 def _next(group: Sequence[Run], results_dir: str) -> list[str]:
-    """What to type after a run."""
+    """Commands to run next."""
     first = group[0].record
     commands = []
     if not all(run.done for run in group):

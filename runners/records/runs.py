@@ -1,4 +1,4 @@
-"""What every runner's runs have in common: what identifies one, and how its record begins."""
+"""Runs of any runner: the identity of a run, the head of its record, and locks between processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .record import RunFolder, identity_hash
 log = logging.getLogger(__name__)
 
 BASELINE = Method("full")
-"""The plain cache in the compute dtype: what every method is compared with."""
+"""The full cache in the compute dtype, which every method is compared with."""
 
 
 def open_run(
@@ -31,7 +31,15 @@ def open_run(
     settings: Settings,
     **further: Any,
 ) -> RunFolder:
-    """The folder of one run; ``task`` is the task's identity, ``further`` what else decides the numbers."""
+    """The folder of one run.
+
+    Args:
+        kind: kind of the run: ``accuracy``, ``efficiency`` or ``train``.
+        method, source, data: parts of the run.
+        task: identity of the task or workload.
+        settings: the top-level configuration.
+        further: everything else that decides the run's numbers.
+    """
     weights = {} if source.method_weights is None else {"weights": source.method_weights}
     identity = {
         "kind": kind,
@@ -74,7 +82,7 @@ def record_head(status: str, folder: RunFolder, method: Method, data: Source, se
     }
 
 
-@dataclass(eq=False)  # a run is itself
+@dataclass(eq=False)  # runs are compared by identity
 class MethodRun:
     """One method's run on disk, and where its model comes from."""
 
@@ -84,8 +92,7 @@ class MethodRun:
 
 
 def find_reusable_runs(folder: RunFolder, chosen_by: Sequence[str]) -> list[RunFolder]:
-    """Finished runs that would have given the same rows, the newest first: all but the choice of examples is as in
-    ``folder``.
+    """Finished runs with the same rows, the newest first: they differ from ``folder`` only in the choice of examples.
 
     Args:
         folder: a run.
@@ -100,20 +107,20 @@ def find_reusable_runs(folder: RunFolder, chosen_by: Sequence[str]) -> list[RunF
     def agree(a: Mapping[str, str], b: Mapping[str, str]) -> bool:
         return all(a[name] == b[name] for name in a.keys() & b.keys())
 
-    mine, wanted = folder.identity["task"]["sha256"], without_choice(folder.identity)
-    found = [
+    sha256, wanted = folder.identity["task"]["sha256"], without_choice(folder.identity)
+    runs = [
         other
         for other in folder.finished_siblings()
-        if without_choice(other.identity) == wanted and agree(other.identity["task"]["sha256"], mine)
+        if without_choice(other.identity) == wanted and agree(other.identity["task"]["sha256"], sha256)
     ]
-    return sorted(found, key=lambda other: (other.record()["finished"], other.hash), reverse=True)
+    return sorted(runs, key=lambda other: (other.record()["finished"], other.hash), reverse=True)
 
 
 R = TypeVar("R", bound=MethodRun)
 
 
 def distinct_sources(runs: Sequence[MethodRun]) -> list[ModelSource]:
-    """The models of ``runs``, each once, in order: ways of sharing have weights of their own."""
+    """The models of ``runs``, each once, in order; methods that share K/V have their own weights."""
     sources: list[ModelSource] = []
     for run in runs:
         if run.source not in sources:
@@ -127,33 +134,33 @@ def finished_baseline(runs: Sequence[R]) -> R | None:
 
 
 def run_with_locks(runs: Sequence[R], work: Callable[[list[R]], None]) -> None:
-    """Do the runs that no other process is doing, then wait for the others.
+    """Complete the runs that no other process is writing, then wait for the others.
 
-    Jobs of a sweep share the run of the full cache: the first one does it, the others do their own meanwhile. A lock
-    is given back before another one is waited for, so no two jobs can wait for each other. What the other process left
-    undone is done here.
+    Jobs of a sweep share the run of the full cache: the first job does it while the others do their own runs. All locks
+    are released before the process waits for another one, so no two jobs can wait for each other. Work that the other
+    process left incomplete is done here.
 
     Args:
         runs: all runs of a command.
-        work: does some of them: those that are done already (to read them) and those that are locked for this process.
+        work: completes some of the runs: those that are done (to read them) and those locked for this process.
     """
     order = {id(run): place for place, run in enumerate(runs)}
     left = sorted(runs, key=lambda run: run.folder.path)
     wait = False
     while left:
-        mine: list[R] = []
-        theirs: list[R] = []
+        locked: list[R] = []
+        busy: list[R] = []
         with ExitStack() as locks:
             for run in left:
                 if run.folder.done:
-                    mine.append(run)
-                elif run.folder.acquire(wait=wait and not mine):
+                    locked.append(run)
+                elif run.folder.acquire(wait=wait and not locked):
                     locks.callback(run.folder.release)
-                    mine.append(run)
+                    locked.append(run)
                 else:
-                    theirs.append(run)
-            if mine:
-                work(sorted(mine, key=lambda run: order[id(run)]))
-        for run in theirs:
+                    busy.append(run)
+            if locked:
+                work(sorted(locked, key=lambda run: order[id(run)]))
+        for run in busy:
             log.info(f"another process is writing {run.folder.path}; waiting for it")
-        left, wait = theirs, True
+        left, wait = busy, True

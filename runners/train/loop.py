@@ -230,7 +230,7 @@ class Training:
             problem = damage(folder)
             if problem is None:
                 self.state = load_checkpoint(folder, self.model, optimizer, self.device)
-                self._log(f"goes on after step {self.state.step} of {self.options.steps}")
+                self._log(f"continues after step {self.state.step} of {self.options.steps}")
                 return
             self._log(f"the checkpoint after step {step_of(folder)} is damaged ({problem}): the one before it is used")
 
