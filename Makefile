@@ -30,7 +30,7 @@ run: install $(VENV)/model.stamp ## set up once, then run SnapKV on LongBench wi
 # A process for each core, with one thread: two processes of two threads each on two cores wait for each other. A file
 # stays with one process, which makes its models and runs once.
 PYTEST = HF_HUB_OFFLINE=1 WANDB_MODE=disabled OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
-	--numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile
+	--numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: install ## the test suite, which never uses the network (up to four processes; WORKERS=0 for one)
 	$(PYTEST)

@@ -16,7 +16,7 @@ from importlib.resources import files
 from typing import Any
 
 from .load import Run, flat
-from .tables import Cell, Table
+from .tables import Cell, Table, different_layers
 
 REACHED = 0.9
 """Share of a published figure from which on ours counts as reaching it: runs spread, and machines differ."""
@@ -124,6 +124,7 @@ def published_table(runs: Sequence[Run]) -> Table:
     columns = ["paper", "claim", "published", "on", "ours", "device", "ours / published", "verdict"]
     table = Table("Published figures of speed and memory, and ours", columns, rows, used)
     table.notes.append(f"reached: at least {REACHED:g} of the published figure; random weights of the same shape.")
+    table.notes += different_layers(used)
     if not used:
         table.notes.append("None of these runs is here: scripts/campaign_gpu.sh makes them.")
     return table

@@ -192,7 +192,7 @@ def budget_tables(runs: Sequence[Run]) -> list[Table]:
             what = "Perplexity" if fewer_is_better(group[0].record) else "Mean score"
             notes = [f"{what} and its 95 % interval. Bytes kept of the full cache, mean of the methods: {shares}."]
             shown = [run for row in by_curve.values() for run in row.values()]
-            notes += _tie_rules(shown) + _different_layers(group)
+            notes += _tie_rules(shown) + different_layers(group)
             if not others:
                 notes += _ways_of_reading(group)
             made.append(Table(title, ["method / budget", *map(str, budgets)], rows, first, notes))
@@ -437,10 +437,10 @@ def _made_by(runs: Sequence[Run]) -> list[str]:
     ):
         if len(versions) > 1:
             notes.append(f"Runs {what}: {', '.join(sorted(map(str, versions)))}.")
-    return notes + _tie_rules(runs) + _different_layers(runs)
+    return notes + _tie_rules(runs) + different_layers(runs)
 
 
-def _different_layers(runs: Sequence[Run]) -> list[str]:
+def different_layers(runs: Sequence[Run]) -> list[str]:
     """Which runs compressed which layers, where not all are alike."""
     layers = by_compressed_layers(runs)
     if len(layers) < 2:

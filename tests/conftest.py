@@ -12,6 +12,30 @@ if TYPE_CHECKING:
     from kvbench.models.base import LoadedModel
 
 
+LONGEST_FIRST = (
+    "test_efficiency.py",
+    "test_engine.py",
+    "test_contract.py",
+    "test_lm_eval.py",
+    "test_accuracy.py",
+    "test_search.py",
+    "test_sweep.py",
+    "test_train.py",
+    "test_static_shapes.py",
+    "test_precision.py",
+    "test_published.py",
+    "test_compiled.py",
+    "test_notebook.py",
+)
+"""Files that take the longest. A file stays with one process, so a long one that starts last is waited for."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first."""
+    order = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of the real public data that the tests compare with; it is not part of the repository."""

@@ -266,7 +266,7 @@ QUESTIONS = [
 
 @pytest.mark.real_model
 @pytest.mark.parametrize("blocked", [True, False], ids=["as it is run", "as it is loaded"])
-@pytest.mark.parametrize(("prompts", "tokens"), [(4, 24), pytest.param(20, 64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("prompts", "tokens"), [(3, 16), pytest.param(20, 64, marks=pytest.mark.slow)])
 def test_full_is_transformers_generate_token_for_token_alone_and_padded(smollm2, blocked, prompts, tokens):
     """Greedy tokens of the real model, each prompt alone and all in one left-padded batch."""
     from transformers import AutoModelForCausalLM

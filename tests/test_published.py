@@ -59,6 +59,18 @@ def test_a_speed_up_is_the_full_cache_s_time_over_the_method_s(tmp_path):
     assert (share, verdict) == ("1.11", "reached")
 
 
+def test_figures_from_other_layers_are_told(tmp_path):
+    """One method's run compressed all layers, another's half of them."""
+    runs = []
+    for paper, method, budget in (("SnapKV", "snapkv", 2048), ("H2O", "h2o", 0.2)):
+        claim = next(c for c in claims() if c.paper == paper and c.against and c.method == f"{method} {budget}")
+        runs += [record(name, share, claim, 40.0) for name, share in (("full", None), (method, budget))]
+    for made, layers in zip(runs, (32, 32, 16, 16), strict=True):
+        made["cache_layers"] = {"full_attention": layers}
+    notes = " ".join(published_table(load(save(tmp_path, *runs))[0]).notes)
+    assert "did not work on the same layers. 16 of 16 layers with attention: h2o 0.2; 32 of 32" in notes
+
+
 def test_what_falls_short_is_said_so_and_what_was_not_run_too(tmp_path):
     claim = claim_of("SnapKV", "speed-up")
     folder = save(tmp_path, record("full", None, claim, 12.0), record("snapkv", 2048, claim, 10.0))
@@ -181,6 +193,7 @@ def test_two_runs_that_answer_alike_answer_nothing(tmp_path):
 
 
 @pytest.mark.usefixtures("forked")
+@pytest.mark.slow
 def test_the_campaign_is_rehearsed(tmp_path):
     """Every part at toy size on the CPU, one by the script and then all in this process, which finds that one done."""
     environment = {**os.environ, "PYTHON": sys.executable, "TMPDIR": str(tmp_path.parent)}

@@ -709,6 +709,7 @@ def test_a_folder_of_another_architecture_is_refused(tmp_path):
         local.for_sharing(YOCO(), "yoco")
 
 
+@pytest.mark.slow
 def test_every_recipe_is_rehearsed(tmp_path, monkeypatch):
     """All arms of the larger trainings, two steps each at toy size; the uptraining starts from a checkpoint.
 
