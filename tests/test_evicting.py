@@ -9,6 +9,7 @@ from tiny_models import left_pad, prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
 from kvbench.methods.cache import prompt_attention
+from kvbench.methods.cache.fan_out import FanOutCache
 from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.cache.method import Method
 from kvbench.methods.cache.prompt import Prompt
@@ -17,9 +18,12 @@ from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.policy import Step
 from kvbench.methods.policies.pyramid_infer.policy import PyramidInfer
 from kvbench.methods.policies.schedules.after_prefill import AfterPrefill
+from kvbench.methods.policies.scorers import attention_sums, last_query
 from kvbench.methods.policies.scorers.attention_sums import AttentionSums
 from kvbench.methods.policies.scorers.base import ModelLayer
+from kvbench.methods.policies.scorers.expected_attention import ExpectedAttention
 from kvbench.methods.policies.scorers.last_query import LastQuery
+from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.policies.streaming_llm import StreamingLLM
 from kvbench.methods.storage import dense
 from kvbench.methods.storage.dense import DenseLayer
@@ -285,3 +289,25 @@ def test_when_gaps_are_closed_changes_nothing(selection, monkeypatch):
     for hidden in (5, 64):
         assert (torch.stack(logits[hidden]) - torch.stack(logits[1])).abs().max() < 1e-9
         assert torch.equal(held[hidden], held[1])
+
+
+@pytest.mark.parametrize(
+    ("scorer", "module", "work"),
+    [
+        (AttentionSums(), attention_sums, "attention_received"),
+        (ExpectedAttention(), ExpectedAttention, "_scores"),
+        (LastQuery(), last_query, "window_attention"),
+        (SnapKV(window=4), SnapKV, "_window_sums"),
+    ],
+    ids=lambda x: getattr(x, "name", ""),
+)
+def test_budgets_that_share_a_prefill_share_the_scores(scorer, module, work, monkeypatch):
+    """What is costly is worked out once a layer, whatever the number of budgets."""
+    calls = []
+    compute = getattr(module, work)
+    monkeypatch.setattr(module, work, lambda *args: calls.append(args) or compute(*args))
+    model, ids = tiny_model(), prompt_ids(40, 1)
+    caches = [Method(f"{n}", EvictionPolicy(scorer, n)).new_cache(model) for n in (12, 16, 20)]
+    prefill(model, FanOutCache(caches), ids)
+    assert len(calls) == model.config.num_hidden_layers
+    assert [int(cache.tokens_held[0][0, 0]) for cache in caches] == [12, 16, 20]

@@ -65,6 +65,10 @@ class ExpectedAttention(Scorer):
         return layer.rotary()
 
     def score(self, prompt: Prompt, state: Rotary) -> torch.Tensor:
+        return prompt.cached(repr(self), lambda prompt: self._scores(prompt, state))
+
+    def _scores(self, prompt: Prompt, state: Rotary) -> torch.Tensor:
+        """[R, H_kv, T]."""
         rows, _, observed, dim = prompt.query.shape
         sinks = min(self.sinks, prompt.length - 1)
         first = prompt.tokens_seen - observed  # position of the first query in view
