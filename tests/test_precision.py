@@ -15,8 +15,6 @@ from kvbench.methods.cache.layer import CacheLayer
 from kvbench.methods.cache.method import Method
 from kvbench.methods.cache.prompt import ALL_QUERIES, Prompt
 from kvbench.methods.cache.rotary import Rotary
-from kvbench.methods.policies.pyramid_infer.policy import PyramidInfer
-from kvbench.methods.policies.pyramid_infer.state import Sequences
 from kvbench.methods.policies.scorers.base import ModelLayer
 from kvbench.runners.engine import prefill
 
@@ -58,10 +56,9 @@ def kept_sets(method: Method, prompt: Prompt, config) -> list[set[int]]:
             prompt.layer_idx, prompt.layer_idx, prompt.num_layers, lambda: Rotary(LlamaRotaryEmbedding(config).inv_freq)
         )
     )
-    if isinstance(method.policy, PyramidInfer):  # it says which tokens go on to the next layer
-        state.layer_idx, state.shared = prompt.layer_idx, Sequences(lambda: None, prompt.num_layers, [prompt.length])
+    if method.policy.capabilities.narrows_prompt:
         method.policy.select(asked, state)
-        (chosen,) = state.chosen
+        (chosen,) = method.policy.next_layer_tokens(state)
         return [set(range(prompt.length) if chosen is None else chosen[0].tolist())]
     kept = method.policy.select(asked, state)
     assert kept.slots is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -49,10 +49,12 @@ class Rows:
     Attributes:
         pads: leading pad columns of these rows.
         index: row numbers [R], or None for the whole batch.
+        tokens_seen: real tokens of the text, where this layer is given fewer of them; None: it is given all.
     """
 
     pads: int
     index: torch.Tensor | None
+    tokens_seen: int | None = None
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """These rows of a batch-first tensor."""
@@ -67,19 +69,21 @@ class NewTokens:
         rows: the batch grouped by leading pads, while the prompt is read.
         valid: [B, n] bool, False for pads; None: all real.
         prompt_length: columns of the whole prompt; None: this forward is all of it.
+        columns_seen: columns of the text, where this layer is given fewer of them; None: it is given all.
     """
 
     rows: list[Rows]
     valid: torch.Tensor | None
     prompt_length: int | None
+    columns_seen: int | None = None
 
     def on(self, device: torch.device) -> NewTokens:
         """The same for a layer that lies on another device."""
         one = self.valid if self.valid is not None else next((r.index for r in self.rows if r.index is not None), None)
         if one is None or one.device == device:
             return self
-        rows = [Rows(r.pads, None if r.index is None else r.index.to(device)) for r in self.rows]
-        return NewTokens(rows, None if self.valid is None else self.valid.to(device), self.prompt_length)
+        rows = [replace(r, index=None if r.index is None else r.index.to(device)) for r in self.rows]
+        return replace(self, rows=rows, valid=None if self.valid is None else self.valid.to(device))
 
 
 def rows_by_padding(mask: torch.Tensor) -> list[Rows]:

@@ -25,13 +25,14 @@ from ..policies.scorers.base import ModelLayer
 from ..sharing.base import Sharing
 from ..sharing.kv_map import FULL, LINEAR
 from ..sharing.plan import Plan, plan_of
-from ..storage.base import LayerStorage, Storage
+from ..storage.base import Storage
 from ..storage.dense import Dense
 from .attention import use_kvbench_attention
 from .cache import KVCache
 from .kv_shape import KVShape
 from .layer import CacheLayer
 from .layout import layout_of, model_shape, reset_rope, rotary_of
+from .narrowing import narrow_between_layers
 from .recurrent import RecurrentStates
 from .retention import RecurrentLayer
 
@@ -183,24 +184,34 @@ class Method:
         self._check_plan(plan, model)
         count = plan.layer_types.count(FULL)
         storage = iter(self.storage.new_layers(count))
+        owners = [owner for owner, kind in zip(plan.owners, plan.layer_types, strict=True) if kind == FULL]
+        described = [self._model_layer(model, owner, place, count) for place, owner in enumerate(owners)]
+        states = iter(self.policy.new_states(described))
         layers: list[Any] = []
-        states = RecurrentStates(config, plan.recurrent) if plan.recurrent else None
+        recurrent = RecurrentStates(config, plan.recurrent) if plan.recurrent else None
         for number, (owner, kind, span) in enumerate(zip(plan.owners, plan.layer_types, plan.spans, strict=True)):
             if kind == LINEAR:
-                layers.append(RecurrentLayer() if states is None else states.cache.layers[owner])
+                layers.append(RecurrentLayer() if recurrent is None else recurrent.cache.layers[owner])
                 continue
-            policy = self.policy if span is None else LocalAttention(span)
-            held: LayerStorage = next(storage) if span is None else Dense().new_layers(1)[0]
             place = plan.layer_types[:number].count(kind)
-            state = policy.new_state(ModelLayer(owner, place, count, partial(rotary_of, model, owner, self.name)))
-            layer = CacheLayer(place, count, policy, state, held, span)
+            if span is None:
+                layer = CacheLayer(place, count, self.policy, next(states), next(storage))
+            else:
+                local = LocalAttention(span)
+                state = local.new_state(self._model_layer(model, owner, place, count))
+                layer = CacheLayer(place, count, local, state, Dense().new_layers(1)[0], span)
             layer.model_layer = owner
             layers.append(layer)
         cache = KVCache(layers, plan, self.passes)
-        cache.states = states
+        cache.states = recurrent
         cache.requantizes_on_append = not self.storage.capabilities.lossless
-        self.policy.attach(model, cache)
+        if self.policy.capabilities.narrows_prompt:
+            narrow_between_layers(model, cache, self.name)
         return cache
+
+    def _model_layer(self, model: PreTrainedModel, owner: int, place: int, count: int) -> ModelLayer:
+        """A layer of the model as its policy sees it; see :class:`..policies.scorers.base.ModelLayer`."""
+        return ModelLayer(owner, place, count, partial(rotary_of, model, owner, self.name))
 
     def bytes_formula(self, shape: KVShape, prompt_length: int, new_tokens: int = 0) -> int:
         """Bytes that one sequence should take after a prompt and ``new_tokens`` further tokens, by the formula."""

@@ -75,6 +75,7 @@ class PrefillLayer(ABC):
         if use.is_last_reader and use.is_final_pass:
             self.seen, self._turn = end, 0
             if end >= whole:
+                self.seen = new.columns_seen or end
                 self._finish(call.rule, new.rows)
         return out
 
@@ -166,7 +167,7 @@ class PrefillLayer(ABC):
         keys, values, queries = (r.take(x) for x in (keys, values, queries))
         keys, values = keys[:, :, r.pads :], values[:, :, r.pads :]
         queries = queries[:, :, max(0, queries.shape[2] - keys.shape[2]) :]
-        return Prompt(queries, keys, values, rule, self.layer_idx, self.num_layers, strictly_causal)
+        return Prompt(queries, keys, values, rule, self.layer_idx, self.num_layers, strictly_causal, seen=r.tokens_seen)
 
     def _collect(self, key: torch.Tensor, value: torch.Tensor, start: int, end: int, whole: int) -> None:
         """Put down the keys and values of columns start .. end - 1; a prompt that comes in one piece is not copied."""

@@ -28,7 +28,8 @@ class Prompt:
         strictly_causal: [H_q / H_kv] bool, True for the query heads of a group that do not attend to their own token;
             None: all do.
         protected: last tokens that stay whatever their scores.
-        seen: tokens of the text so far, where that is more than the T tokens at hand (while decoding); None: T.
+        seen: tokens of the text so far, where that is more than the T tokens at hand (while decoding, or where the
+            layer is given fewer than all); None: T.
         found: what has been worked out about this prompt; methods that read it together share it (:meth:`cached`).
     """
 

@@ -16,9 +16,7 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel
 
-from ..cache.cache import KVCache
 from ..cache.kv_shape import KVShape
 from ..cache.prompt import ALL_QUERIES
 from ..storage.base import LayerStorage
@@ -34,7 +32,7 @@ from .decoding import (
 from .eviction_state import EvictionState, StoredPrompt
 from .policy import PolicyCapabilities, Step
 from .prompt_eviction import PromptEviction
-from .scorers.base import DECODE_QUERIES
+from .scorers.base import DECODE_QUERIES, ModelLayer
 
 
 @dataclass(frozen=True)
@@ -63,10 +61,11 @@ class EvictionPolicy(PromptEviction):
             return 0
         return DECODE_QUERIES if window == ALL_QUERIES else window
 
-    def attach(self, model: PreTrainedModel, cache: KVCache) -> None:
-        states = [layer.state for layer in cache.layers if getattr(layer, "policy", None) is self]
+    def new_states(self, layers: Sequence[ModelLayer]) -> list[EvictionState]:
+        states = super().new_states(layers)
         for state in states:
             state.layers = states if self.allocator.spans_layers else [state]
+        return states
 
     def after_prompt(
         self,

@@ -12,10 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from transformers import PreTrainedModel
 
 from ...conf.identity import HasIdentity
 from ..cache.kv_shape import KVShape
@@ -25,9 +24,6 @@ from ..sharing.plan import KVAccess
 from ..storage.base import LayerStorage
 from . import ranking
 from .scorers.base import ModelLayer
-
-if TYPE_CHECKING:
-    from ..cache.cache import KVCache
 
 
 @dataclass(frozen=True)
@@ -41,6 +37,7 @@ class PolicyCapabilities:
         prefills_by_steps: The prompt goes through the cache token by token (in effect) instead of as a whole.
         attends_whole_prompt: Every layer attends over the complete prompt, so that the first token is the full cache's
             and other methods can share the prefill.
+        narrows_prompt: Fewer tokens of the prompt go on from layer to layer, by :meth:`CachePolicy.next_layer_tokens`.
         drops_stored: Tokens leave after they were stored, which a storage that rounds cannot do.
         ranks_tokens: Scores decide which tokens stay, so the rule for equal ones is part of the method's identity.
         keeps_positions: A step attends over the held tokens at their true positions.
@@ -57,6 +54,7 @@ class PolicyCapabilities:
     evicts_while_decoding: bool = False
     prefills_by_steps: bool = False
     attends_whole_prompt: bool = True
+    narrows_prompt: bool = False
     drops_stored: bool = False
     ranks_tokens: bool = False
     keeps_positions: bool = True
@@ -134,8 +132,9 @@ class CachePolicy(HasIdentity):
         """State of one layer for one batch, handed to the methods below; made fresh each time."""
         return None
 
-    def attach(self, model: PreTrainedModel, cache: KVCache) -> None:
-        """Called with every new cache; a policy that reaches beyond its layer's cache sees the model here."""
+    def new_states(self, layers: Sequence[ModelLayer]) -> list[Any]:
+        """States of all layers of one cache that the method works on; a policy that spans layers links them here."""
+        return [self.new_state(layer) for layer in layers]
 
     def select(self, prompt: Prompt, state: Any = None) -> Kept:
         """What to keep of a prompt."""
@@ -159,6 +158,20 @@ class CachePolicy(HasIdentity):
             queries: [B, H_q, w, D], the prompt's last queries, zero where a row has fewer tokens; with
                 ``held_queries``.
         """
+
+    def next_layer_tokens(self, state: Any) -> list[torch.Tensor | None]:
+        """Tokens of the prompt that go on to the next layer; with ``narrows_prompt``.
+
+        Called once for each layer but the last, after :meth:`after_prompt` and before the next layer begins.
+
+        Args:
+            state: What :meth:`new_state` made for this layer.
+
+        Returns:
+            For each group of rows, as they came to :meth:`select`: int64 [R, K], tokens by their place among those of
+            this layer, increasing; None: all of them.
+        """
+        raise NotImplementedError
 
     def attend(self, state: Any, storage: LayerStorage, step: Step) -> torch.Tensor:
         """Append the step's tokens, attend over everything held, drop what has to leave.

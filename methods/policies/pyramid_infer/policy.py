@@ -13,22 +13,19 @@ own tokens: prompt tokens never leave while decoding. The published code for tra
 (``trigger=published``), so that the deep layers thin out at every step and eat up the prompt; and its window begins one
 token early, with the prompt's last one. Its linear schedule is constant by a fault; here it is linear.
 
-The hidden states are the model's, not the cache's. So this policy hooks the model's layers when its cache is made
-and lets go of them when the last layer has read the prompt; a forward with another cache passes through untouched.
+The hidden states are the model's; :mod:`...cache.narrowing` leaves out those of tokens that do not go on.
 """
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel
 
-from ....conf.errors import InputError
 from ...cache.prompt import ALL_QUERIES, Prompt
 from ...cache.prompt_attention import attention_blocks
 from ...storage.base import LayerStorage, slots_that_stay
@@ -36,13 +33,9 @@ from ..decoding import attend_and_weigh
 from ..policy import Kept, PolicyCapabilities, Step
 from ..ranking import keep_mask, keep_slots
 from ..scorers.base import ModelLayer
-from .hidden_states import hook_layers
 from .lengths import PyramidLengths
 from .records import AttentionRows, WindowSums
-from .state import PyramidState, Sequences
-
-if TYPE_CHECKING:
-    from ...cache.cache import KVCache
+from .state import PyramidState, SharedState
 
 
 @dataclass(frozen=True)
@@ -57,6 +50,7 @@ class PyramidInfer(PyramidLengths):
             observation_window=ALL_QUERIES,
             evicts_while_decoding=self.trigger != "never",
             attends_whole_prompt=False,
+            narrows_prompt=True,
             ranks_tokens=True,
             spans_layers=True,
         )
@@ -64,55 +58,54 @@ class PyramidInfer(PyramidLengths):
     # the prompt --------------------------------------------------------------------------------------------------
 
     def new_state(self, layer: ModelLayer) -> PyramidState:
-        return PyramidState()
+        return PyramidState(layer.place, layer.count)
 
-    def attach(self, model: PreTrainedModel, cache: KVCache) -> None:
-        if not hasattr(model.get_decoder(), "layers") or not hasattr(model.get_decoder(), "rotary_emb"):
-            raise InputError(
-                "method",
-                "pyramid_infer",
-                f"drops tokens between decoder layers that share one RoPE, and {type(model).__name__} is not built so",
-            )
-        shared = Sequences(weakref.ref(cache), len(cache.layers))
-        for i, layer in enumerate(cache.layers):
-            layer.state.layer_idx, layer.state.shared = i, shared
-        hook_layers(model, shared)
+    def new_states(self, layers: Sequence[ModelLayer]) -> list[PyramidState]:
+        states, shared = super().new_states(layers), SharedState()
+        for state in states:
+            state.shared = shared
+        return states
 
     def select(self, prompt: Prompt, state: Any = None) -> Kept:
-        """Everything that came here stays here; notes what goes on to the next layer."""
-        group = len(state.chosen)
-        if state.layer_idx == 0:
-            state.shared.prompts.append(prompt.length)
-        whole = state.shared.prompts[group]
+        """Keep everything that came to this layer; note what goes on to the next one."""
+        whole, is_last = prompt.tokens_seen, prompt.layer_idx == prompt.num_layers - 1
         lengths = self.layer_lengths(whole, prompt.num_layers)
-        recent = 1 + self.recent(whole)
-        last = prompt.layer_idx == prompt.num_layers - 1
-        going_on = prompt.length if last else lengths[prompt.layer_idx + 1]
-        published = self.trigger == "published"
-        if going_on == prompt.length and not published:
-            state.chosen.append(None)
-            return Kept()
+        count = prompt.length if is_last else lengths[prompt.layer_idx + 1]
+        recent, chosen = 1 + self.recent(whole), None
+        if count < prompt.length or self.trigger == "published":
+            score, attention = self._prompt_scores(prompt, recent)
+            if self.trigger == "published":
+                state.rows[whole] = torch.cat(attention, dim=1)  # [R, 1 + R, T]
+            if count < prompt.length:
+                context = prompt.length - recent
+                best = keep_slots(score[:, :context], count - recent)  # [R, count - recent]
+                tail = torch.arange(context, prompt.length, device=best.device).expand(best.shape[0], -1)
+                chosen = torch.cat([best, tail], dim=1)
+        if not is_last:
+            state.chosen.append(chosen)
+        return Kept()
+
+    def _prompt_scores(self, prompt: Prompt, recent: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Scores [R, T] of a prompt's tokens by its last ``recent`` queries; ``published``: their attention, in blocks.
+
+        The attention of a block is [R, n, T], averaged over the heads.
+        """
         weights = torch.linspace(1.0, self.distance_weight, recent, device=prompt.keys.device)
         score = torch.zeros(prompt.keys.shape[0], prompt.length, device=prompt.keys.device)
-        rows = []
+        blocks = []
         for start, block in attention_blocks(prompt, recent):
             attention = block.mean(dim=(1, 2))  # [R, n, columns]
             n, columns = attention.shape[1:]
             score[:, :columns] += torch.einsum("q,rqt->rt", weights[start : start + n], attention)
-            if published:
-                rows.append(F.pad(attention, (0, prompt.length - columns)))
-        if published:
-            state.rows.append(torch.cat(rows, dim=1))
-        if going_on == prompt.length:
-            state.chosen.append(None)
-            return Kept()
-        context = prompt.length - recent
-        sinks = min(self.sinks, context)
+            if self.trigger == "published":
+                blocks.append(F.pad(attention, (0, prompt.length - columns)))
+        sinks = min(self.sinks, prompt.length - recent)
         score[:, :sinks] = 1e6 - torch.arange(sinks, device=score.device)  # above any attention; the earliest first
-        best = keep_slots(score[:, :context], going_on - recent)  # [R, going_on - recent]
-        tail = torch.arange(context, prompt.length, device=best.device).expand(best.shape[0], -1)
-        state.chosen.append(torch.cat([best, tail], dim=1))
-        return Kept()
+        return score, blocks
+
+    def next_layer_tokens(self, state: PyramidState) -> list[torch.Tensor | None]:
+        chosen, state.chosen = state.chosen, []
+        return chosen
 
     def after_prompt(
         self,
@@ -122,36 +115,30 @@ class PyramidInfer(PyramidLengths):
         scores: torch.Tensor | None,
         queries: torch.Tensor | None = None,
     ) -> None:
-        assert state.shared is not None
-        cache = state.shared.cache()
-        assert cache is not None and cache.new_tokens is not None
-        rows = cache.new_tokens.rows
         state.lengths = lengths.tolist()
         state.settled = list(state.lengths)
-        state.seen = [0] * len(state.lengths)
-        for group, whole in zip(rows, state.shared.prompts, strict=True):
-            for row in range(len(state.seen)) if group.index is None else group.index.tolist():
-                state.seen[row] = whole
+        if state.layer_idx == 0:
+            state.shared.prompts = list(state.lengths)
+        state.seen = list(state.shared.prompts)
         state.limit = [self.limit(n) for n in state.seen]
         if self.trigger == "own_length":
             state.record = WindowSums.empty(len(state.lengths), lengths.device)
         elif self.trigger == "published":
-            state.record = AttentionRows.of_prompt(rows, state.rows, max(state.lengths))
-            state.rows = []
+            state.record = AttentionRows.of_prompt(state.rows, state.seen, max(state.lengths))
+            state.rows = {}
 
     # steps -------------------------------------------------------------------------------------------------------
 
     def attend(self, state: PyramidState, storage: LayerStorage, step: Step) -> torch.Tensor:
         if self.trigger == "never":
             return super().attend(state, storage, step)
-        assert state.shared is not None
         if state.layer_idx == 0:
             state.shared.recent = []
         return torch.cat([self._attend_one(state, storage, token, i) for i, token in enumerate(step.tokens())], dim=2)
 
     def _attend_one(self, state: PyramidState, storage: LayerStorage, step: Step, number: int) -> torch.Tensor:
         out, weights, held = attend_and_weigh(storage, step)
-        assert state.shared is not None and state.record is not None
+        assert state.record is not None
         real = [True] * len(state.lengths) if step.valid is None else step.valid[:, 0].tolist()
         for row, is_real in enumerate(real):
             state.lengths[row] += is_real
@@ -170,8 +157,8 @@ class PyramidInfer(PyramidLengths):
         return out
 
     def _thin_out(self, state: PyramidState, storage: LayerStorage, slots: int, held: torch.Tensor | None) -> None:
-        assert state.shared is not None and state.record is not None
-        stay = self.stay_of_window(state.layer_idx, state.shared.layers)
+        assert state.record is not None
+        stay = self.stay_of_window(state.layer_idx, state.num_layers)
         staying = None
         for row, length in enumerate(state.lengths):
             settled, recent = state.settled[row], state.recent[row]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-
-from ...cache.forward import Rows
 
 if TYPE_CHECKING:
     from .lengths import PyramidLengths
@@ -115,14 +113,20 @@ class AttentionRows:
     rows: torch.Tensor
 
     @staticmethod
-    def of_prompt(groups: Sequence[Rows], rows: Sequence[torch.Tensor], slots: int) -> AttentionRows:
-        """From each group's rows [R, P, T], padded on the left."""
-        if len(groups) == 1:
-            return AttentionRows(rows[0])
-        queries = max(r.shape[1] for r in rows)
-        out = rows[0].new_zeros(sum(r.shape[0] for r in rows), queries, slots)
-        for group, r in zip(groups, rows, strict=True):
-            out[group.index, queries - r.shape[1] :, slots - r.shape[2] :] = r
+    def of_prompt(attention: Mapping[int, torch.Tensor], prompts: Sequence[int], slots: int) -> AttentionRows:
+        """From the attention of a prompt.
+
+        Args:
+            attention: [R, P, T] of the rows of each prompt length.
+            prompts: Prompt length of each row of the batch.
+            slots: S.
+        """
+        queries = max(x.shape[1] for x in attention.values())
+        first = next(iter(attention.values()))
+        out = first.new_zeros(len(prompts), queries, slots)
+        for length, x in attention.items():
+            rows = [row for row, n in enumerate(prompts) if n == length]
+            out[rows, queries - x.shape[1] :, slots - x.shape[2] :] = x
         return AttentionRows(out)
 
     def observe(

@@ -1,0 +1,78 @@
+"""Prompts that lose tokens between layers, by a policy that does nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import pytest
+import torch
+from tiny_models import left_pad, prompt_ids, tiny_model
+
+from kvbench.conf.errors import InputError
+from kvbench.methods.cache.method import Method
+from kvbench.methods.policies.policy import CachePolicy, Kept, PolicyCapabilities
+from kvbench.runners.engine import decode, prefill
+
+
+@dataclass(frozen=True)
+class LastTokensGoOn(CachePolicy):
+    """The last ``count`` tokens of the prompt go on from the first layer; from the others, all that came."""
+
+    count: int
+
+    @cached_property
+    def capabilities(self) -> PolicyCapabilities:
+        return PolicyCapabilities(attends_whole_prompt=False, narrows_prompt=True, spans_layers=True)
+
+    def new_state(self, layer):
+        return {"place": layer.place, "prompts": []}
+
+    def select(self, prompt, state=None):
+        state["prompts"].append((prompt.keys.shape[0], prompt.length, prompt.tokens_seen))
+        return Kept()
+
+    def next_layer_tokens(self, state):
+        if state["place"] > 0:
+            return [None] * len(state["prompts"])
+        lengths = [(rows, length, min(self.count, length)) for rows, length, _ in state["prompts"]]
+        return [torch.arange(length - n, length).expand(rows, -1) for rows, length, n in lengths]
+
+
+@pytest.mark.parametrize("lengths", [[23], [23, 14, 23]], ids=str)
+def test_passing_every_token_on_is_the_full_cache(lengths):
+    model = tiny_model()
+    ids, mask = left_pad([prompt_ids(n, seed) for seed, n in enumerate(lengths)])
+    cache, full = Method("x", LastTokensGoOn(99)).new_cache(model), Method("full").new_cache(model)
+    assert torch.equal(prefill(model, cache, ids, mask), prefill(model, full, ids, mask))
+    token = torch.arange(3, 3 + len(lengths))
+    assert torch.equal(decode(model, cache, token), decode(model, full, token))
+
+
+def test_rows_keep_their_own_last_tokens_and_all_layers_count_the_whole_prompt():
+    model = tiny_model()
+    ids, mask = left_pad([prompt_ids(n, seed) for seed, n in enumerate((23, 4, 14))])
+    cache = Method("x", LastTokensGoOn(9)).new_cache(model)
+    prefill(model, cache, ids, mask)
+    assert [held[:, 0].tolist() for held in cache.tokens_held] == [[23, 4, 14], [9, 4, 9], [9, 4, 9]]
+    assert [layer.seen for layer in cache.layers] == [23] * 3
+    assert cache.layers[2].state["prompts"] == [(1, 9, 23), (1, 9, 14), (1, 4, 4)]
+    alone = Method("x", LastTokensGoOn(9)).new_cache(model)
+    last = prefill(model, alone, ids[2:, 9:])
+    assert (last - prefill(model, Method("x", LastTokensGoOn(9)).new_cache(model), ids, mask)[2:]).abs().max() < 1e-9
+
+
+def test_tokens_that_go_on_keep_their_positions():
+    """The keys of the second layer are a function of the first layer's output at the true positions."""
+    model, ids = tiny_model(), prompt_ids(23)
+    cache, full = Method("x", LastTokensGoOn(9)).new_cache(model), Method("full").new_cache(model)
+    for one in (cache, full):
+        prefill(model, one, ids)
+    kept, whole = (one.layers[1].storage.read()[0] for one in (cache, full))
+    assert (kept - whole[:, :, 14:]).abs().max() < 1e-12
+
+
+def test_a_prompt_in_chunks_is_refused_by_the_policys_name():
+    model = tiny_model()
+    with pytest.raises(InputError, match=r"runner\.chunk_size=7: LastTokensGoOn passes tokens on when"):
+        prefill(model, Method("x", LastTokensGoOn(9)).new_cache(model), prompt_ids(23), chunk_size=7)
