@@ -32,10 +32,11 @@ STATIC = [
     "ada_kv budget=20 scorer.window=4",
     "minicache",
     "minicache_kivi4 storage.residual=8 storage.group=8",
+    "pyramid_infer policy.min_context=0 policy.recent_ratio=0.05 policy.gen_window=2",  # thins out at step 5
 ]
 CHANGING = [
     "no_cache",
-    "pyramid_infer",
+    "pyramid_infer policy.trigger=published",
 ]
 
 

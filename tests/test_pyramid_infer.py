@@ -329,6 +329,50 @@ def test_several_tokens_at_once_are_one_after_the_other(rule, padded):
         assert torch.equal(a, b)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "rule",
+    [
+        *(r for r in RULES if r.trigger == "own_length"),
+        PyramidInfer(budget=20, strategy="constant", min_context=0, recent_ratio=0.1, gen_window=4),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("before", [0, 13])
+def test_static_steps_hold_no_more_slots_than_they_need(rule, before):
+    """From the prompt or from within a generation; slots for the longest row at its longest, before it is thinned out.
+
+    The second row is below its limit where the rule has a budget, so rows are thinned out at different steps.
+    """
+    model, steps = tiny_model(), 40
+    ids, mask = left_pad([prompt_ids(40, 1), prompt_ids(11, 2)])
+    grows, static = (Method("x", rule).new_cache(model) for _ in range(2))
+    for cache in (grows, static):
+        logits = prefill(model, cache, ids, mask)
+        for i in range(before):
+            logits = decode(model, cache, torch.tensor([i + 3, i + 5]))
+    static.make_static(steps)
+    token, longest = logits.argmax(-1), [0] * len(grows.layers)
+    for _ in range(steps):
+        held = [int(tokens.max()) for tokens in grows.tokens_held]
+        longest = [max(a, b + 1) for a, b in zip(longest, held, strict=True)]
+        logits = decode(model, grows, token)
+        assert (decode(model, static, token) - logits).abs().max() < 1e-9
+        static.between_steps()
+        token = logits.argmax(-1)
+    if not before:  # buffers that have grown have room
+        assert [layer.storage.read()[0].shape[2] for layer in static.layers] == longest
+        assert max(longest) < 40 + steps
+
+
+def test_the_published_trigger_has_no_static_steps():
+    model = tiny_model()
+    for rule in RULES:
+        cache = Method("x", rule).new_cache(model)
+        prefill(model, cache, prompt_ids(23))
+        assert cache.supports_static == (rule.trigger != "published")
+
+
 @pytest.mark.parametrize("rule", [r for r in RULES if r.trigger == "own_length"], ids=str)
 @pytest.mark.parametrize("still", [0, 1])
 def test_a_row_whose_token_is_a_pad_stands_still(rule, still, monkeypatch):

@@ -46,6 +46,7 @@ COMBINED = [
     *(f"lckv sharing.encode=exact storage={storage_settings(name)}" for name in ("kivi2", "ragged")),
     f"ada_kv {SNAPKV} allocator.floor=0.0 storage={storage_settings('kivi4')}",
 ]
+PYRAMID = "policy.strategy=constant policy.prefill_decay_ratio=0.5 policy.min_context=0 policy.recent_ratio=0.1"
 METHODS = {
     "ada_kv": f"ada_kv {SNAPKV}",
     "kivi": f"kivi {SMALL}",
@@ -69,6 +70,7 @@ METHODS = {
     "streaming_llm": "streaming_llm budget=24",
     "key_norm": "key_norm budget=40",
     "yoco": "yoco sharing.window=8",
+    "pyramid_infer": f"pyramid_infer {PYRAMID} policy.gen_window=4",
 }
 WHILE_DECODING = [
     "h2o budget=40 sinks=2 recent=0",
@@ -81,10 +83,15 @@ WHILE_DECODING = [
     "streaming_llm budget=40 policy.mode=prefill_evict policy.reposition=false",
     "streaming_llm budget=24 policy.mode=prefill_evict policy.prefill_only=true",
     "h2o budget=24 schedule=after_prefill",
+    f"pyramid_infer {PYRAMID} policy.gen_window=3 policy.distance_weight=3.0 policy.gen_keep_ratio=0.5",
+    f"pyramid_infer {PYRAMID} policy.gen_window=2 policy.gen_keep_ratio=1.0 policy.gen_decay_ratio=1.0",  # all stay
+    f"pyramid_infer {PYRAMID} budget=50 policy.gen_window=5",  # two prompts are within the budget
+    f"pyramid_infer {PYRAMID} policy.trigger=never",
+    f"pyramid_infer {PYRAMID} policy.trigger=never storage=kivi8 {SMALL}",
 ]
 """Tokens leave while decoding; between two moves of the others together their slots are empty."""
-CHANGING = ["hf_quantized", "no_cache", "pyramid_infer"]
-"""Methods whose steps have other shapes."""
+CHANGING = ["hf_quantized", "no_cache"]
+"""Methods whose steps have other shapes; so has ``pyramid_infer`` with ``trigger=published``."""
 
 CASES = [*STORAGES, *COMBINED, *METHODS.values(), *WHILE_DECODING]
 

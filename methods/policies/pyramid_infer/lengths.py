@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import InitVar, dataclass
 from functools import lru_cache
 
@@ -122,6 +123,10 @@ class PyramidLengths(CachePolicy):
         """Where the layers stand, step by step but without tensors."""
         return _progress(self, prompt_length, new_tokens, layers)
 
+    def most_during(self, prompt_length: int, new_tokens: int, steps: int, layers: int) -> Progress:
+        """The largest numbers within ``steps`` steps after ``new_tokens`` others, the token of each step included."""
+        return _most_during(self, prompt_length, new_tokens, steps, layers)
+
     def window_to_thin(self, length: int, settled: int, seen: int, recent: int, limit: int) -> tuple[int, int]:
         """(first slot, number) of the tokens to thin out at a layer that holds ``length``; (0, 0): none now."""
         if self.trigger == "never" or length <= limit:
@@ -184,19 +189,31 @@ def _lengths_with(rule: PyramidLengths, decay: float, prompt_length: int, layers
     return tuple(lengths)
 
 
-@lru_cache(maxsize=4096)
-def _progress(rule: PyramidLengths, prompt_length: int, new_tokens: int, layers: int) -> Progress:
+def _steps(rule: PyramidLengths, prompt_length: int, layers: int) -> Iterator[Progress]:
+    """Where the layers stand after the prompt, after one step, and so on without an end."""
     lengths = list(rule.layer_lengths(prompt_length, layers))
     settled, recent = list(lengths), rule.recent(prompt_length)
     limit = rule.limit(prompt_length)
-    for step in range(1, new_tokens + 1):
+    for seen in itertools.count(prompt_length + 1):
+        yield Progress(tuple(lengths), tuple(n - s for n, s in zip(lengths, settled, strict=True)), recent)
         recent = rule.recent(lengths[0] + 1)
         for i in range(layers):
             lengths[i] += 1
-            seen = prompt_length + step
             _, number = rule.window_to_thin(lengths[i], settled[i], seen, recent, limit)
             if number:
                 stay = min(rule.stay_of_window(i, layers), number)
                 lengths[i] -= number - stay
                 settled[i] = rule.settled_after(lengths[i], settled[i], recent, stay)
-    return Progress(tuple(lengths), tuple(n - s for n, s in zip(lengths, settled, strict=True)), recent)
+
+
+@lru_cache(maxsize=4096)
+def _progress(rule: PyramidLengths, prompt_length: int, new_tokens: int, layers: int) -> Progress:
+    return next(itertools.islice(_steps(rule, prompt_length, layers), new_tokens, None))
+
+
+@lru_cache(maxsize=256)
+def _most_during(rule: PyramidLengths, prompt_length: int, new_tokens: int, steps: int, layers: int) -> Progress:
+    before = list(itertools.islice(_steps(rule, prompt_length, layers), new_tokens, new_tokens + max(1, steps)))
+    lengths = (1 + max(p.lengths[layer] for p in before) for layer in range(layers))
+    pending = (1 + max(p.pending[layer] for p in before) for layer in range(layers))
+    return Progress(tuple(lengths), tuple(pending), max(p.recent for p in before))

@@ -13,6 +13,10 @@ own tokens: prompt tokens never leave while decoding. The published code for tra
 (``trigger=published``), so that the deep layers thin out at every step and eat up the prompt; and its window begins one
 token early, with the prompt's last one. Its linear schedule is constant by a fault; here it is linear.
 
+Steps can run over tensors of fixed shape, and windows are then thinned out between steps; not with
+``trigger=published``, whose record of attention has a row for each recent query and a column for each token, so that
+both of its sizes change from step to step.
+
 The hidden states are the model's; :mod:`...cache.narrowing` leaves out those of tokens that do not go on.
 """
 
@@ -28,10 +32,10 @@ import torch.nn.functional as F
 
 from ...cache.prompt import ALL_QUERIES, Prompt
 from ...cache.prompt_attention import attention_blocks
-from ...storage.base import LayerStorage, slots_that_stay
+from ...storage.base import LayerStorage
 from ..decoding import attend_and_weigh
 from ..policy import Kept, PolicyCapabilities, Step
-from ..ranking import keep_mask, keep_slots
+from ..ranking import keep_slots
 from ..scorers.base import ModelLayer
 from .lengths import PyramidLengths
 from .records import AttentionRows, WindowSums
@@ -53,6 +57,7 @@ class PyramidInfer(PyramidLengths):
             narrows_prompt=True,
             ranks_tokens=True,
             spans_layers=True,
+            static_steps=self.trigger != "published",
         )
 
     # the prompt --------------------------------------------------------------------------------------------------
@@ -132,53 +137,52 @@ class PyramidInfer(PyramidLengths):
     def attend(self, state: PyramidState, storage: LayerStorage, step: Step) -> torch.Tensor:
         if self.trigger == "never":
             return super().attend(state, storage, step)
-        if state.layer_idx == 0:
-            state.shared.recent = []
         return torch.cat([self._attend_one(state, storage, token, i) for i, token in enumerate(step.tokens())], dim=2)
 
     def _attend_one(self, state: PyramidState, storage: LayerStorage, step: Step, number: int) -> torch.Tensor:
+        """Attend with one token of each row; thin out afterwards, in a static layer between steps instead."""
         out, weights, held = attend_and_weigh(storage, step)
-        assert state.record is not None
-        real = [True] * len(state.lengths) if step.valid is None else step.valid[:, 0].tolist()
-        for row, is_real in enumerate(real):
-            state.lengths[row] += is_real
-            state.seen[row] += is_real
-        if state.layer_idx == 0:
-            state.shared.recent.append([self.recent(n) for n in state.lengths])
-        state.recent = state.shared.recent[number]
-        if step.valid is not None:  # the row of a pad stands still: put its tokens at the end again
-            assert held is not None
-            kept, valid = slots_that_stay(held[:, :1])
-            storage.keep(kept, valid)
-            weights = weights.gather(3, kept[:, :, None].expand(*weights.shape[:3], -1))
-            held = valid
-        state.record.observe(self, state, weights, step.valid)
-        self._thin_out(state, storage, weights.shape[3], held)
+        record, real = state.record, None if step.valid is None else step.valid[:, 0]
+        if real is not None and held is not None:  # the row of a pad stands still: put its tokens at the end again
+            moved = storage.drop(held[:, :1], at_once=True)
+            if moved is not None:
+                weights = weights.gather(3, moved[:, :, None].expand(*weights.shape[:3], -1))
+        if not state.is_static:
+            state.count(self, number, None if real is None else real.tolist())
+        if isinstance(record, WindowSums):
+            if not state.is_static:
+                record.grow(max(map(state.waiting, range(len(state.lengths)))))
+            record.observe(self, storage, weights, real)
+        else:
+            assert record is not None
+            record.observe(state, weights, real)
+        if not state.is_static:
+            record.thin_out(self, state, storage)
         return out
 
-    def _thin_out(self, state: PyramidState, storage: LayerStorage, slots: int, held: torch.Tensor | None) -> None:
-        assert state.record is not None
-        stay = self.stay_of_window(state.layer_idx, state.num_layers)
-        staying = None
-        for row, length in enumerate(state.lengths):
-            settled, recent = state.settled[row], state.recent[row]
-            first, number = self.window_to_thin(length, settled, state.seen[row], recent, state.limit[row])
-            if not number:
-                continue
-            left = min(stay, number)
-            if left < number:
-                worth = state.record.score(self, state, row, first, number)
-                if staying is None:
-                    every = torch.ones(len(state.lengths), 1, slots, dtype=torch.bool, device=worth.device)
-                    staying = every if held is None else held[:, :1].clone()
-                at = slots - length + first
-                staying[row, 0, at : at + number] = keep_mask(worth, left)
-                state.lengths[row] -= number - left
-            state.settled[row] = self.settled_after(state.lengths[row], settled, recent, left)
-        if staying is not None:
-            kept, valid = slots_that_stay(staying)
-            storage.keep(kept, valid)
-            state.record.keep(kept[:, 0])
+    def make_static(self, state: PyramidState, storage: LayerStorage, steps: int) -> None:
+        if not isinstance(state.record, WindowSums):
+            super().make_static(state, storage, steps)
+            return
+        held = waiting = 0
+        for prompt, seen in zip(state.shared.prompts, state.seen, strict=True):
+            most = self.most_during(prompt, seen - prompt, steps, state.num_layers)
+            held = max(held, most.lengths[state.layer_idx])
+            waiting = max(waiting, most.pending[state.layer_idx])
+        storage.make_static_within(held, 0)
+        state.record.make_room(waiting)
+        state.is_static = True
+
+    def static_state(self, state: PyramidState) -> list[torch.Tensor]:
+        record = state.record
+        return [record.waiting, *record.tensors()] if isinstance(record, WindowSums) else []
+
+    def between_steps(self, state: PyramidState, storage: LayerStorage) -> None:
+        if state.record is not None:
+            state.count(self, 0)
+            state.record.thin_out(self, state, storage)
+
+    # bytes -------------------------------------------------------------------------------------------------------
 
     def state_tensors(self, state: Any) -> list[torch.Tensor]:
         return [] if state.record is None else state.record.tensors()

@@ -1,4 +1,8 @@
-"""Attention that later tokens have paid to generated ones, which decides what stays of a window."""
+"""Attention that later tokens have paid to generated ones, which decides what stays of a window.
+
+Legend: B rows of a batch, R rows that are thinned out, H stored heads, g query heads a stored head, S slots, W columns
+of sums, P held queries.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+
+from ...storage.base import LayerStorage
+from ..ranking import keep_mask
 
 if TYPE_CHECKING:
     from .lengths import PyramidLengths
@@ -26,77 +33,77 @@ class WindowSums:
     number, where the published code keeps a row of attention for each query.
 
     Attributes:
-        plain, by_number: [B, C] float32; of the columns before ``end`` the last W belong to the last W slots held, and
-            the ones after it are zero.
-        end: columns in use.
+        waiting: [B] int64, generated tokens that wait; on the device, so that a captured step can count.
+        plain, by_number: [B, W] float32; column i is that of the i-th token that waits, zero where there is none.
     """
 
+    waiting: torch.Tensor
     plain: torch.Tensor
     by_number: torch.Tensor
-    end: int
 
     @staticmethod
     def empty(batch: int, device: torch.device) -> WindowSums:
         plain, by_number = (torch.zeros(batch, 0, device=device) for _ in range(2))
-        return WindowSums(plain, by_number, 0)
+        return WindowSums(torch.zeros(batch, dtype=torch.int64, device=device), plain, by_number)
+
+    def make_room(self, columns: int) -> None:
+        """Have ``columns`` columns at least."""
+        missing = columns - self.plain.shape[1]
+        if missing > 0:
+            self.plain, self.by_number = (F.pad(x, (0, missing)) for x in (self.plain, self.by_number))
+
+    def grow(self, columns: int) -> None:
+        """The same, with room for tokens to come where there is none."""
+        if columns > self.plain.shape[1]:
+            self.make_room(columns + ROOM)
 
     def observe(
-        self, rule: PyramidLengths, state: PyramidState, weights: torch.Tensor, real: torch.Tensor | None
+        self, rule: PyramidLengths, storage: LayerStorage, weights: torch.Tensor, real: torch.Tensor | None
     ) -> None:
-        """Add a step's attention [B, H, g, S]; where ``real`` is False nothing is added."""
-        waiting = state.waiting()
-        width, window = max(waiting), rule.gen_window
-        self._make_room(width)
-        self.end += 1
-        if real is not None:  # the row of a pad stands still, and its columns end at the new one all the same
-            for sums in (self.plain, self.by_number):
-                used = sums[:, : self.end]
-                used[:, 1:] = torch.where(real, used[:, 1:], used[:, :-1])
-        # Up to the last token, in any row, whose window was complete before this step.
-        observed = max(width - n + (n - 1) // window * window if n > window else 0 for n in waiting)
-        if not observed:
-            return
-        at = slice(self.end - width, self.end - width + observed)
-        first = weights.shape[3] - width
-        paid = weights[..., first : first + observed].mean(dim=(1, 2))
-        if min(waiting) == width and real is None:  # rows of one length need no look at the host's numbers
-            number = torch.arange(observed, device=paid.device)
-            order = (width - 1 - window) - number // window * window
-        else:
-            count = torch.tensor(waiting, device=paid.device)[:, None]
-            number = torch.arange(observed, device=paid.device) - (width - count)  # [B, observed]
-            order = (count - 1 - window) - number // window * window
-            counts = (number >= 0) & (order >= 0)
-            paid = torch.where(counts if real is None else counts & real, paid, 0.0)
-        self.plain[:, at] += paid
-        self.by_number[:, at] += paid * order
+        """Add a step's attention, in place; there must be room for one more token.
 
-    def _make_room(self, width: int) -> None:
-        """For one more column; what belongs to slots whose tokens wait no longer goes."""
-        if self.end < self.plain.shape[1]:
+        Args:
+            rule: Settings.
+            storage: Storage of the layer; the last token of each row is in its last slot.
+            weights: [B, H, g, S].
+            real: [B] bool, False where the token is a pad, which adds nothing; None: all real.
+        """
+        window = rule.gen_window
+        self.waiting += 1 if real is None else real
+        column = torch.arange(self.plain.shape[1], device=weights.device)  # [W]
+        # Number of this query among those that count for a window; negative: the window was not complete before it.
+        number = self.waiting[:, None] - 1 - window - column // window * window  # [B, W]
+        counts = number >= 0 if real is None else (number >= 0) & real[:, None]
+        slot = (storage.end - self.waiting[:, None] + column).clamp(max=weights.shape[3] - 1)  # [B, W]
+        paid = weights.gather(3, slot[:, None, None].expand(*weights.shape[:3], -1)).mean(dim=(1, 2))  # [B, W]
+        paid = paid.masked_fill(~counts, 0.0)
+        self.plain += paid
+        self.by_number += paid * number
+
+    def thin_out(self, rule: PyramidLengths, state: PyramidState, storage: LayerStorage) -> None:
+        """Thin out a window of each row where it is time, in place; the host's counts say where."""
+        window, stay = rule.gen_window, rule.stay_of_window(state.layer_idx, state.num_layers)
+        due = [row for row in range(len(state.lengths)) if state.window_to_thin(rule, row)[1]]
+        if not due:
             return
-        stay = min(self.end, width)
-        grown = []
+        rows = torch.tensor(due, device=self.waiting.device)
+        if stay < window:
+            span = [max(1, state.waiting(row) - window - 1) for row in due]
+            slope = (rule.distance_weight - 1) / torch.tensor(span, device=rows.device)[:, None]
+            score = self.plain[rows, :window] + slope * self.by_number[rows, :window]  # [R, window]
+            staying = held_slots(storage)
+            slot = storage.end - self.waiting[rows, None] + torch.arange(window, device=rows.device)  # [R, window]
+            staying[rows, 0] = staying[rows, 0].scatter(1, slot, keep_mask(score, stay))
+            storage.drop(staying, at_once=True)
         for sums in (self.plain, self.by_number):
-            new = sums.new_zeros(sums.shape[0], stay + ROOM)
-            new[:, :stay] = sums[:, self.end - stay :]
-            grown.append(new)
-        self.plain, self.by_number = grown
-        self.end = stay
-
-    def score(self, rule: PyramidLengths, state: PyramidState, row: int, first: int, number: int) -> torch.Tensor:
-        """Worth of ``number`` tokens from slot ``first`` of a row's tokens: [number]."""
-        waiting = state.waiting()[row]
-        slope = (rule.distance_weight - 1) / max(1, waiting - number - 1)
-        at = self.end - waiting
-        window = slice(at, at + number)
-        return self.plain[row, window] + slope * self.by_number[row, window]
-
-    def keep(self, slots: torch.Tensor) -> None:
-        """Tokens have left that waited first; those that still wait are the last ones as before."""
+            sums[rows] = F.pad(sums[rows, window:], (0, window))
+        self.waiting[rows] -= window
+        for row in due:
+            state.lengths[row] -= window - stay
+            state.settled[row] += stay
 
     def logical_bytes(self, state: PyramidState) -> int:
-        return 8 * sum(state.waiting())
+        return 8 * sum(state.waiting(row) for row in range(len(state.lengths)))
 
     def tensors(self) -> list[torch.Tensor]:
         return [self.plain, self.by_number]
@@ -129,34 +136,54 @@ class AttentionRows:
             out[rows, queries - x.shape[1] :, slots - x.shape[2] :] = x
         return AttentionRows(out)
 
-    def observe(
-        self, rule: PyramidLengths, state: PyramidState, weights: torch.Tensor, real: torch.Tensor | None
-    ) -> None:
-        """Add a step's attention [B, H, g, S]; where ``real`` is False nothing is added."""
+    def observe(self, state: PyramidState, weights: torch.Tensor, real: torch.Tensor | None) -> None:
+        """Add a step's attention [B, H, g, S]; where ``real`` [B] is False nothing is added."""
         attention = weights.mean(dim=(1, 2))
         if real is not None:
-            attention = attention * real
+            attention = attention * real[:, None]
         slots, queries = attention.shape[1], 1 + max(state.recent)
         longer = slots - self.rows.shape[2]
         new = torch.cat([F.pad(self.rows, (longer - 1, 1)), attention[:, None]], dim=1)
         if real is not None:
             still = F.pad(self.rows, (longer, 0, 1, 0))
-            new = torch.where(real[:, :, None], new, still)
+            new = torch.where(real[:, None, None], new, still)
         self.rows = new[:, max(0, new.shape[1] - queries) :].clone()  # a view would keep all of it
 
-    def score(self, rule: PyramidLengths, state: PyramidState, row: int, first: int, number: int) -> torch.Tensor:
-        """Worth of ``number`` tokens from slot ``first`` of a row's tokens: [number]."""
-        at = self.rows.shape[2] - state.lengths[row] + first
+    def thin_out(self, rule: PyramidLengths, state: PyramidState, storage: LayerStorage) -> None:
+        """Thin out the tokens before the recent ones of each row where it is time."""
+        stay = rule.stay_of_window(state.layer_idx, state.num_layers)
+        staying, slots = None, self.rows.shape[2]
+        for row, length in enumerate(state.lengths):
+            first, number = state.window_to_thin(rule, row)
+            if not number:
+                continue
+            left = min(stay, number)
+            if left < number:
+                staying = held_slots(storage) if staying is None else staying
+                at = slots - length + first
+                staying[row, 0, at : at + number] = keep_mask(self._score(rule, state, row, at, number), left)
+                state.lengths[row] -= number - left
+            state.settled[row] = state.lengths[row] - state.recent[row]
+        moved = None if staying is None else storage.drop(staying, at_once=True)
+        if moved is not None:
+            self.rows = self.rows.gather(2, moved.expand(-1, self.rows.shape[1], -1))
+
+    def _score(self, rule: PyramidLengths, state: PyramidState, row: int, at: int, number: int) -> torch.Tensor:
+        """Scores [number] of the tokens of a row from slot ``at`` on."""
         last = self.rows[row, max(0, self.rows.shape[1] - 1 - state.recent[row]) :, at : at + number]
         weights = torch.linspace(1.0, rule.distance_weight, last.shape[0], device=last.device)
         return weights @ last
-
-    def keep(self, slots: torch.Tensor) -> None:
-        """Only ``slots`` [B, C] are held from now on."""
-        self.rows = self.rows.gather(2, slots[:, None].expand(-1, self.rows.shape[1], -1))
 
     def logical_bytes(self, state: PyramidState) -> int:
         return self.rows.nbytes
 
     def tensors(self) -> list[torch.Tensor]:
         return [self.rows]
+
+
+def held_slots(storage: LayerStorage) -> torch.Tensor:
+    """Which slots hold a token, all heads alike: [B, 1, S] bool, a copy."""
+    keys, _, held = storage.read()
+    if held is None:
+        return torch.ones(keys.shape[0], 1, keys.shape[2], dtype=torch.bool, device=keys.device)
+    return held[:, :1].clone()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from .records import AttentionRows, WindowSums
+
+if TYPE_CHECKING:
+    from .lengths import PyramidLengths
 
 
 @dataclass
@@ -39,6 +43,7 @@ class PyramidState:
         seen: Tokens fed, of each row.
         recent: R of each row at the step under way, from the first layer's length.
         record: What is remembered of later tokens' attention.
+        is_static: The layer's tensors have their final shapes, and steps change them in place.
     """
 
     layer_idx: int
@@ -52,7 +57,29 @@ class PyramidState:
     seen: list[int] = field(default_factory=list)
     recent: list[int] = field(default_factory=list)
     record: WindowSums | AttentionRows | None = None
+    is_static: bool = False
 
-    def waiting(self) -> list[int]:
-        """Generated tokens of each row that wait to be thinned out."""
-        return [n - s for n, s in zip(self.lengths, self.settled, strict=True)]
+    def waiting(self, row: int) -> int:
+        """Generated tokens of a row that wait to be thinned out."""
+        return self.lengths[row] - self.settled[row]
+
+    def window_to_thin(self, rule: PyramidLengths, row: int) -> tuple[int, int]:
+        """See :meth:`.lengths.PyramidLengths.window_to_thin`."""
+        counts = (self.lengths, self.settled, self.seen, self.recent, self.limit)
+        return rule.window_to_thin(*(count[row] for count in counts))
+
+    def count(self, rule: PyramidLengths, number: int, real: list[bool] | None = None) -> None:
+        """Count a token of each row on the host, the first layer before the others.
+
+        Args:
+            rule: Settings.
+            number: Number of the token in the step under way.
+            real: False where the token of a row is a pad; None: all real.
+        """
+        for row in range(len(self.lengths)):
+            more = 1 if real is None else int(real[row])
+            self.lengths[row] += more
+            self.seen[row] += more
+        if self.layer_idx == 0:
+            self.shared.recent[number:] = [[rule.recent(n) for n in self.lengths]]
+        self.recent = self.shared.recent[number]
