@@ -94,7 +94,9 @@ def decode_seconds(
         for _ in range(steps):
             token = step(token).argmax(-1)
 
-    return seconds(steps_of) / steps
+    taken = seconds(steps_of) / steps
+    step.finish()
+    return taken
 
 
 def random_ids(batch: int, length: int) -> torch.Tensor:

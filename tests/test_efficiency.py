@@ -18,6 +18,7 @@ import torch
 from local_model import kvbench, save_local_model
 from tiny_models import prompt_ids, tiny_model
 
+from kvbench.methods.cache.cache import KVCache
 from kvbench.methods.cache.method import Method
 from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.scorers.snapkv import SnapKV
@@ -70,6 +71,15 @@ def test_the_metrics_by_hand():
     steps = made.pop("step_ms")
     assert {k: v["median"] for k, v in made.items()} == pytest.approx(expected)
     assert (steps["steps"], steps["median"], steps["min"], steps["max"]) == (12, 250, 250, 500)
+
+
+def test_a_batch_is_answered_to_an_end_of_its_steps(monkeypatch):
+    """What steps over fixed shapes could not hold is found out after the last one, however many there were."""
+    seen = []
+    monkeypatch.setattr(KVCache, "end_steps", lambda cache: seen.append(cache.get_seq_length()))
+    job = loaded_job(tiny_model(dtype=torch.float32), Method("full"))
+    job.answer(job.new_cache(), batch_of((10, 4)))
+    assert seen == [10 + 3]
 
 
 def test_percentiles_are_of_single_steps():

@@ -266,6 +266,33 @@ def test_generated_tokens_that_cannot_be_merged_have_places_or_are_refused(is_kn
         assert torch.equal(real_tokens(layer, 1, 1)[0][20:], sign * x[0, 0, 20:])
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "storage", [MiniCache(start=0, gamma=0.0), MiniCacheKivi(start=0, gamma=0.0, bits=8, group=1, residual=1)], ids=repr
+)
+@pytest.mark.parametrize("steps", [32, 33])
+def test_an_early_end_refuses_a_generated_token_that_found_no_place(storage, steps):
+    """Opposite keys: the 33rd token has no place, and of 40 steps the 32nd and the last look whether all have one."""
+    layers = storage.new_layers(2)
+    x = torch.randn(1, 1, 60, 16, generator=torch.Generator().manual_seed(0))
+    for layer in layers:
+        layer.write(x[:, :, :20], x[:, :, :20])
+    for layer in layers:
+        layer.make_static(STEPS)
+    for n in range(20, 20 + steps):
+        for layer, sign in zip(layers, (1, -1), strict=True):
+            layer.append(sign * x[:, :, n : n + 1], sign * x[:, :, n : n + 1])
+            layer.flush()
+        for layer in layers:
+            layer.between_steps()
+    layers[0].end_steps()
+    if steps == 32:
+        layers[1].end_steps()
+        return
+    with pytest.raises(InputError, match=r"more than 32 generated tokens .*runner\.cuda_graph=false"):
+        layers[1].end_steps()
+
+
 def real_tokens(layer: LayerStorage, rows: int = 2, heads: int = 2) -> list[torch.Tensor]:
     """Keys and values [tokens, D] of each row and head in turn."""
     keys, values, valid = layer.read()

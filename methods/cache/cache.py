@@ -54,12 +54,10 @@ class KVCache(TransformersCache):
         self.prompt_length: int | None = None
         self.tokens_seen: torch.Tensor | None = None
         self.new_tokens: NewTokens | None = None
-        self.frozen = False
-        self.requantizes_on_append = False
+        self.frozen = self.requantizes_on_append = self._checked = False
         self.chunk_states: dict[int, NewTokens] | None = None
         self.separate_prefills: list[KVCache] = []
         self.states: RecurrentStates | None = None
-        self._checked = False
 
     def fork(self) -> KVCache:
         """A copy that goes on by itself, once the prompt is in: what one of them is fed, the other does not see."""
@@ -198,6 +196,11 @@ class KVCache(TransformersCache):
         for layer in self.layers:
             layer.storage.between_steps()
             layer.policy.between_steps(layer.state, layer.storage)
+
+    def end_steps(self) -> None:
+        """Called after the last step of a static cache; see :meth:`.storage.base.LayerStorage.end_steps`."""
+        for layer in self.layers if self.frozen else []:
+            layer.storage.end_steps()
 
     def skip(self, steps: int) -> None:
         """Count steps that were replayed instead of run."""

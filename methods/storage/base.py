@@ -164,6 +164,14 @@ class LayerStorage(Growing, ABC):
         """
         return
 
+    def end_steps(self) -> None:
+        """Called after the last step of a static layer, outside of what is captured.
+
+        Raises:
+            InputError: a step could not hold a token in the places that :meth:`make_static` made.
+        """
+        return
+
     def shrink_to_fit(self) -> None:
         """Give back room to grow; called once the prompt is in. A storage without such room has nothing to do."""
         return

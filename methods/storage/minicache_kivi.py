@@ -129,6 +129,10 @@ class StaticPairSegments(StaticSegments):
         if self.layer == 1:
             self.pair.between_steps()
 
+    def end_steps(self) -> None:
+        if self.layer == 1:
+            self.pair.end_steps()
+
     def static_state(self) -> list[torch.Tensor]:
         return self.pair.static_state() if self.layer == 0 else []
 

@@ -206,6 +206,10 @@ class SegmentedLayer(LayerStorage):
         assert self._static is not None, "between_steps before make_static"
         self._static.between_steps()
 
+    def end_steps(self) -> None:
+        assert self._static is not None, "end_steps before make_static"
+        self._static.end_steps()
+
     def keep(self, slots: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         keys, values, held = self.read()
         batch, heads, _ = self._shape

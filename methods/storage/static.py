@@ -59,6 +59,10 @@ class StaticSegments(ABC):
         """See :meth:`.base.LayerStorage.between_steps`."""
         return
 
+    def end_steps(self) -> None:
+        """See :meth:`.base.LayerStorage.end_steps`."""
+        return
+
     @abstractmethod
     def static_state(self) -> list[torch.Tensor]:
         """See :meth:`.base.LayerStorage.static_state`."""

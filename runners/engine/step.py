@@ -30,6 +30,14 @@ class DecodeStep(ABC):
         """Feed one token per row: [rows] int64 -> logits [rows, vocabulary]; the next call may overwrite the logits."""
         return self.forward(token)
 
+    def finish(self) -> None:
+        """Called after the last step, outside of what is timed.
+
+        Raises:
+            InputError: a step over tensors of fixed shape could not hold a token, so what it gave is wrong.
+        """
+        self.cache.end_steps()
+
     @abstractmethod
     def forward(self, token: torch.Tensor) -> torch.Tensor:
         """The part of a step that can be captured: [rows] int64 -> logits [rows, vocabulary]."""

@@ -154,6 +154,7 @@ class LoadedJob:
         for _ in range(steps):
             token = step(token).argmax(-1)
             after_token()
+        step.finish()
         return step.mode
 
 

@@ -152,18 +152,22 @@ class StaticPair(Pair):
         self.merged += 1
 
     def between_steps(self) -> None:
-        """Merge blocks that are full; look, now and then and at the last step, whether retained tokens had a place.
-
-        Raises:
-            InputError: one has none.
-        """
+        """Merge blocks that are full; now and then, and after the last step of those reserved, :meth:`end_steps`."""
         self._steps += 1
         for group in self.groups:
             group.length += 1
             if not self.merges_in_step and group.length % self.block == 0:
                 self._merge_block(group.rows, group.length)
-        is_due = self._steps % RETAINED_GROWTH == 0 or self._steps == self.steps
-        if is_due and bool(self.has_lost):
+        if self._steps % RETAINED_GROWTH == 0 or self._steps == self.steps:
+            self.end_steps()
+
+    def end_steps(self) -> None:
+        """Look whether every retained token found a place; asks the device.
+
+        Raises:
+            InputError: one did not.
+        """
+        if bool(self.has_lost):
             raise InputError(
                 "method/storage",
                 "minicache",

@@ -86,6 +86,11 @@ class PairLayer(LayerStorage):
         if self.layer == 1:
             self.pair.between_steps()
 
+    def end_steps(self) -> None:
+        assert isinstance(self.pair, StaticPair), "end_steps before make_static"
+        if self.layer == 1:
+            self.pair.end_steps()
+
     def keep(self, slots: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         raise NotImplementedError("tokens cannot leave a pair of layers")
 
