@@ -1,7 +1,7 @@
-"""What a model is to the rest of kvbench: a causal LM, its tokenizer, and what identifies its weights.
+"""Contract of a model source: a causal LM, its tokenizer, and the fingerprint of its weights.
 
-Adding a model is one YAML under ``conf/model``; a Python file beside this one is needed only where the weights are
-*found* in a new way. Whoever loads weights here takes safetensors only and runs no code that came with them.
+To add a model, add a YAML under ``conf/model``; a new Python file is needed only for a new kind of source. Every source
+loads safetensors only, and runs no code that comes with the weights.
 """
 
 from __future__ import annotations
@@ -29,25 +29,18 @@ def file_sha256(path: Path) -> str:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to run.
+    """A model that is ready to run.
 
-    Attributes
-    ----------
-    model : PreTrainedModel
-        A transformers causal LM in eval mode, on the device and in the dtype asked for. The attention implementation
-        is still the stock one: the runner sets ``kvbench``.
-    tokenizer : PreTrainedTokenizerBase or None
-        Pads on the left, and always has a pad token. None for random weights.
-    name : str
-        The name shown in tables and used in result paths.
-    max_prompt_tokens : int
-        A task truncates its prompt to this many tokens, chat wrapper not counted (LongBench's ``model2maxlen``).
-    max_positions : int
-        Positions the model was made for, tokens: prompt and generation together.
-    fingerprint : str
-        Identifies the weights; see :meth:`ModelSource.fingerprint`.
-    random_weights : bool
-        True when the outputs mean nothing: time and memory may be reported, scores may not.
+    Attributes:
+        model: A transformers causal LM in eval mode, on the requested device and in the requested dtype. Its attention
+            implementation is transformers' default; the runner sets ``kvbench``.
+        tokenizer: Pads on the left and always has a pad token. None for random weights.
+        name: Name shown in tables and used in result paths.
+        max_prompt_tokens: A task truncates its prompts to this many tokens, the chat template not counted (LongBench's
+            ``model2maxlen``).
+        max_positions: Positions that the model supports, in tokens: prompt and generation together.
+        fingerprint: Identifies the weights; see :meth:`ModelSource.fingerprint`.
+        random_weights: The outputs are meaningless: time and memory may be reported, scores may not.
     """
 
     model: PreTrainedModel
@@ -60,14 +53,11 @@ class LoadedModel:
 
 
 class ModelSource(HasIdentity, ABC):
-    """Where a model comes from. Subclasses are dataclasses whose fields are the YAML keys under ``model.``.
+    """Source of a model. Subclasses are dataclasses whose fields are the YAML keys under ``model.``.
 
-    Attributes
-    ----------
-    name : str
-        The name shown in tables and used in result paths.
-    random_weights : bool
-        True for a source whose outputs mean nothing, so that a runner of scores can refuse it before loading.
+    Attributes:
+        name: Name shown in tables and used in result paths.
+        random_weights: The outputs are meaningless, so that an accuracy run refuses the source before loading.
     """
 
     name: str
@@ -76,27 +66,22 @@ class ModelSource(HasIdentity, ABC):
 
     @property
     def method_weights(self) -> str | None:
-        """Fingerprint of the weights, where they belong to the method and not to the model: a member of a family."""
+        """Fingerprint of weights that belong to the method (a member of a trained family); None for all others."""
         return None
 
     def identity(self) -> dict[str, Any]:
-        """What decides this model's outputs, as plain data: fingerprint, prompt limit, chat template and the like."""
+        """Everything that determines the model's outputs, as plain data: fingerprint, prompt limit, chat template."""
         return {"fingerprint": self.fingerprint(), **self.parameters()}
 
     def for_sharing(self, sharing: Sharing | None, method: str) -> ModelSource:
-        """The source of weights for a method: this one, or another member of its family.
+        """Source of the weights for a method: this one, or another member of its family.
 
-        Parameters
-        ----------
-        sharing
-            Which layers own keys and values under the method; None: as the model has it.
-        method : str
-            The method's name, for the error.
+        Args:
+            sharing: which layers own keys and values under the method; None: as in the model.
+            method: name of the method, for the error.
 
-        Raises
-        ------
-        InputError
-            There are no weights trained for it here.
+        Raises:
+            InputError: this source has no weights trained for the method.
         """
         if sharing is None:
             return self
@@ -111,21 +96,17 @@ class ModelSource(HasIdentity, ABC):
     def fingerprint(self) -> str:
         """Identify the weights without loading them.
 
-        The runner hashes this to decide whether a run is already done, so it is the same on every machine for the
-        same weights and differs when the weights differ. May fetch files; never allocates the model.
+        The runner hashes the fingerprint to decide whether a run is already done. It is therefore the same on every
+        machine for the same weights, and differs when the weights differ. May fetch files; never allocates the model.
 
-        Raises
-        ------
-        InputError
-            The weights cannot be found or fetched.
+        Raises:
+            InputError: the weights cannot be found or fetched.
         """
 
     @abstractmethod
     def load(self, device: str, dtype: torch.dtype) -> LoadedModel:
-        """Load the model in eval mode onto ``device`` in ``dtype``; fetches it first where needed.
+        """Load the model in eval mode onto ``device`` in ``dtype``; fetches it first if needed.
 
-        Raises
-        ------
-        InputError
-            The weights cannot be found, fetched or used.
+        Raises:
+            InputError: the weights cannot be found, fetched or used.
         """

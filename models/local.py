@@ -1,4 +1,4 @@
-"""A model in a folder: a checkpoint of one's own, or a copy of a hub repository on a machine without a network."""
+"""A model in a local folder: a user's checkpoint, or a copy of a hub repository for a machine without a network."""
 
 from __future__ import annotations
 
@@ -16,30 +16,27 @@ from ..methods.sharing.base import Sharing
 from .base import LoadedModel, ModelSource, file_sha256
 from .pretrained import check_folder, load_pretrained, plain_device_map, prompt_limit, read_config
 
-# Positions kept back when no prompt limit is given: LongBench's longest generation is 512 tokens, and the chat template
-# comes on top of the prompt.
-_ANSWER_TOKENS = 512 + 256
+ANSWER_TOKENS = 512 + 256
+"""Positions reserved when no prompt limit is given: LongBench's longest generation, 512, and the chat template."""
+FINGERPRINTED_FILES = (
+    *("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.spm", "*.codes", "*.tokenizer"),
+    "additional_chat_templates/*.jinja",
+)
 
 
 @dataclass
 class LocalModel(ModelSource):
     """A folder with ``config.json``, ``*.safetensors`` and a tokenizer, as ``save_pretrained`` writes it.
 
-    Attributes
-    ----------
-    path : str
-        The folder.
-    name : str
-        The name shown in tables.
-    max_prompt_tokens : int or None
-        Prompts are truncated to this, tokens; None is the model's positions less 768 for the template and the answer.
-    chat_template : str or None
-        Jinja text that replaces the tokenizer's own chat template.
-    max_positions : int or None
-        Positions the model is good for, where its config names the length before RoPE was stretched; None: as the
-        config says.
-    device_map : str, mapping or None
-        ``auto`` for a model that is larger than one GPU; see :func:`.pretrained.load_pretrained`.
+    Attributes:
+        path: The folder.
+        name: Name shown in tables.
+        max_prompt_tokens: Prompts are truncated to this many tokens; None: the model's positions less 768 for the chat
+            template and the answer.
+        chat_template: Jinja text that replaces the tokenizer's own chat template.
+        max_positions: Positions that the model supports, if its config has the length before RoPE scaling; None: as
+            the config says.
+        device_map: ``auto`` for a model that is larger than one GPU; see :func:`.pretrained.load_pretrained`.
     """
 
     location_fields: ClassVar[tuple[str, ...]] = ("path",)
@@ -78,18 +75,18 @@ class LocalModel(ModelSource):
         return Path(self.path).expanduser().absolute()
 
     def for_sharing(self, sharing: Sharing | None, method: str) -> ModelSource:
-        """This folder, if its config shares as the method says."""
+        """This source, if the config of the folder has the method's sharing."""
         if sharing is not None:
             sharing.fit(self.config)
         return self
 
     @property
     def config(self) -> PretrainedConfig:
-        """What the folder's ``config.json`` says."""
+        """Config in the folder's ``config.json``."""
         return read_config(self.folder)
 
     def fingerprint(self) -> str:
-        """``sha256:`` over names and contents of every file that transformers may open.
+        """``sha256:`` over names and contents of all files that transformers may open.
 
         These are the configs, the weights with their index, and the tokenizer's files.
         """
@@ -97,34 +94,23 @@ class LocalModel(ModelSource):
 
     @cached_property
     def _digest(self) -> str:
-        patterns: tuple[str, ...] = (
-            "*.json",
-            "*.safetensors",
-            "*.model",
-            "*.jinja",
-            "*.txt",
-            "*.spm",
-            "*.codes",
-            "*.tokenizer",
-        )
-        patterns += ("additional_chat_templates/*.jinja",)
-        whole = hashlib.sha256()
-        for file in sorted({file for pattern in patterns for file in self.folder.glob(pattern)}):
+        digest = hashlib.sha256()
+        for file in sorted({file for pattern in FINGERPRINTED_FILES for file in self.folder.glob(pattern)}):
             try:
-                whole.update(f"{file.relative_to(self.folder).as_posix()}\0{file_sha256(file)}\n".encode())
+                digest.update(f"{file.relative_to(self.folder).as_posix()}\0{file_sha256(file)}\n".encode())
             except OSError as error:
                 raise InputError("model.path", file, f"cannot be read: {error.strerror}") from error
-        return f"sha256:{whole.hexdigest()}"
+        return f"sha256:{digest.hexdigest()}"
 
     def load(self, device: str, dtype: torch.dtype) -> LoadedModel:
         """See :meth:`ModelSource.load`."""
-        how = {"chat_template": self.chat_template, "device_map": self.device_map}
-        model, tokenizer = load_pretrained(self.folder, device=device, dtype=dtype, **how)
+        options = {"chat_template": self.chat_template, "device_map": self.device_map}
+        model, tokenizer = load_pretrained(self.folder, device=device, dtype=dtype, **options)
         positions = self.max_positions or model.config.max_position_embeddings
-        limit = positions - _ANSWER_TOKENS if self.max_prompt_tokens is None else self.max_prompt_tokens
+        limit = positions - ANSWER_TOKENS if self.max_prompt_tokens is None else self.max_prompt_tokens
         if self.max_prompt_tokens is None and limit < 2:
             allowed = (
-                f"must be given: the model has {positions} positions, and null keeps {_ANSWER_TOKENS} for the answer"
+                f"must be given: the model has {positions} positions, and null keeps {ANSWER_TOKENS} for the answer"
             )
             raise InputError("model.max_prompt_tokens", "null", allowed)
         return LoadedModel(

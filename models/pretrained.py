@@ -1,7 +1,7 @@
-"""The one call that turns a folder into a model and a tokenizer.
+"""Loading a model and its tokenizer from a folder.
 
-Every source goes through it, so the safety rules stand in one place: safetensors only (a pickle can run code when it is
-opened), no code from the repository, and the padding that the caches are tested with.
+All sources with weights use :func:`load_pretrained`, which enforces the safety rules (safetensors only, since a pickle
+can run code when it is opened; no code from the repository) and left padding.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from ..conf.errors import InputError, require
-from .kvshare import model as _sharing  # noqa: F401  (AutoModelForCausalLM knows its classes from here on)
+from .kvshare import model as _kvshare  # noqa: F401  (registers its classes with AutoModelForCausalLM)
 
 
 def load_pretrained(
@@ -40,55 +40,37 @@ def load_pretrained(
     chat_template: str | None = None,
     device_map: str | Mapping[str, str | int] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal LM and its tokenizer with transformers, asking no network for anything.
+    """Load a causal LM and its tokenizer from a folder, without network access.
 
-    Parameters
-    ----------
-    folder : Path
-        ``config.json``, ``*.safetensors`` and the tokenizer's files.
-    device : str
-        Where the weights go, ``cpu`` or ``cuda``.
-    dtype : torch.dtype
-        Weights are converted to it while they are read.
-    tokenizer_class
-        What loads the tokenizer; ``PreTrainedTokenizerFast`` takes ``tokenizer.json`` exactly as it is.
-    chat_template : str, optional
-        Jinja text that replaces the tokenizer's own chat template.
-    device_map : str or mapping, optional
-        ``auto``: accelerate spreads the layers over the CUDA devices, then the CPU, then the disk; or module -> device.
-        None: all on ``device``.
+    Args:
+        folder: ``config.json``, ``*.safetensors`` and the tokenizer's files.
+        device: device of the weights, ``cpu`` or ``cuda``.
+        dtype: dtype to which the weights are converted while they are read.
+        tokenizer_class: class that loads the tokenizer; ``PreTrainedTokenizerFast`` takes ``tokenizer.json`` unchanged.
+        chat_template: Jinja text that replaces the tokenizer's own chat template.
+        device_map: ``auto``: accelerate places the layers on the CUDA devices, then the CPU, then the disk; or a
+            mapping of module -> device. None: all on ``device``.
 
-    Returns
-    -------
-    tuple
-        The model in eval mode, and the tokenizer (pads on the left; pad falls back to eos).
+    Returns:
+        The model in eval mode, and the tokenizer (pads on the left; its pad token is eos if it has none).
 
-    Raises
-    ------
-    InputError
-        Files are missing or damaged, the weights exist only as a pickle or are not those of ``config.json``, the
-        tokenizer has ids that the model has no embedding for, or the model needs code of its own.
+    Raises:
+        InputError: files are missing or damaged, the weights exist only as a pickle or are not those of
+            ``config.json``, the tokenizer has ids without an embedding, or the model needs code of its own.
     """
     check_folder(folder)
-    safe = {"local_files_only": True, "trust_remote_code": False}
-    spread: dict[str, Any] = {}
-    if device_map is not None:
-        # What fits nowhere else is read from the safetensors files; the folder is for what has to be converted.
-        offload = tempfile.mkdtemp(prefix="kvbench-offload-")
-        spread = {"device_map": plain_device_map(device_map), "offload_folder": offload}
-        atexit.register(shutil.rmtree, offload, ignore_errors=True)
+    local_only = {"local_files_only": True, "trust_remote_code": False}
     with refused_in_one_line(folder):
-        tokenizer = tokenizer_class.from_pretrained(folder, **safe)
+        tokenizer = tokenizer_class.from_pretrained(folder, **local_only)
         with _without_load_report():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
                 use_safetensors=True,
-                # A tensor of another shape is then listed in `loading` and refused by name below.
-                ignore_mismatched_sizes=True,
+                ignore_mismatched_sizes=True,  # `_check_tensors` refuses such tensors by name
                 output_loading_info=True,
-                **safe,
-                **spread,
+                **local_only,
+                **_placement(device_map),
             )
     model, loading = loaded
     _check_tensors(folder, loading)
@@ -100,46 +82,54 @@ def load_pretrained(
         raise InputError("model", folder, allowed)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
-    if tokenizer.pad_token is None or tokenizer.pad_token_id >= rows:  # pads are masked, but are looked up all the same
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= rows:  # pads are masked, but they are embedded
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
+    return (model if device_map is not None else model.to(device)).eval(), tokenizer
+
+
+def _placement(device_map: Any) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` for a device map."""
     if device_map is None:
-        return model.to(device).eval(), tokenizer
-    return model.eval(), tokenizer
+        return {}
+    # Layers on the disk are read from the safetensors files; the folder is for weights that have to be converted.
+    offload = tempfile.mkdtemp(prefix="kvbench-offload-")
+    atexit.register(shutil.rmtree, offload, ignore_errors=True)
+    return {"device_map": plain_device_map(device_map), "offload_folder": offload}
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The config of a model folder.
+    """Config of a model folder.
 
     Raises:
-        InputError: ``config.json`` is damaged, or of a kind that transformers does not know.
+        InputError: ``config.json`` is damaged, or its model type is unknown to transformers.
     """
     with refused_in_one_line(folder):
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder whose files would make transformers read weights from elsewhere, or run code.
+    """Refuse a folder whose files would make transformers read weights outside it, or run code.
 
     Args:
-        folder: what is to be loaded; may lack any file.
+        folder: folder of a model; any file may be missing.
 
     Raises:
         InputError: an index or ``config.json`` names weights that are not safetensors files of this folder, the folder
-            is an adapter to other weights, or ``config.json`` asks for a kernel from the hub, which is code.
+            is an adapter to other weights, or ``config.json`` requests a kernel from the hub, which is code.
     """
     if (folder / "adapter_config.json").exists():
         raise InputError("model", folder, "is an adapter to other weights: merge it into them (PEFT: merge_and_unload)")
     config = _json_object(folder / "config.json") if (folder / "config.json").exists() else {}
     for key, value in _items(config):
         if key.endswith(("_implementation", "_implementation_internal")) and isinstance(value, str) and "/" in value:
-            allowed = f"its config.json asks for {key}={value}, code from the hub, which kvbench never runs; delete it"
+            allowed = f"its config.json requests {key}={value}, code from the hub, which kvbench never runs; delete it"
             raise InputError("model", folder, allowed)
-    chosen = config.get("transformers_weights")
-    if chosen is not None:
+    weights = config.get("transformers_weights")
+    if weights is not None:
         suffixes = (".safetensors", ".safetensors.index.json")
-        if not _is_file_of(folder, chosen, suffixes):
-            allowed = f"its config.json names the weights {chosen}: must be a safetensors file in the folder itself"
+        if not _is_file_of(folder, weights, suffixes):
+            allowed = f"its config.json names the weights {weights}: must be a safetensors file in the folder itself"
             raise InputError("model", folder, allowed)
     for index in sorted(folder.glob("*.safetensors.index.json")):
         shards = _json_object(index).get("weight_map")
@@ -147,8 +137,8 @@ def check_folder(folder: Path) -> None:
             raise InputError("model", index, "must hold a weight_map: tensor -> file")
         for tensor, name in shards.items():
             if not _is_file_of(folder, name, (".safetensors",)):
-                there = "which is not there" if _is_plain_name(name, (".safetensors",)) else "which is refused"
-                allowed = f"names {name} for {tensor}, {there}: must be *.safetensors files in the folder itself"
+                problem = "which does not exist" if _is_plain_name(name, (".safetensors",)) else "which is refused"
+                allowed = f"names {name} for {tensor}, {problem}: must be *.safetensors files in the folder itself"
                 raise InputError("model", index, allowed)
 
 
@@ -163,7 +153,7 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 
 def _items(content: Any) -> Iterator[tuple[str, Any]]:
-    """Every key and value of nested JSON."""
+    """All keys and values of nested JSON."""
     if isinstance(content, dict):
         for key, value in content.items():
             yield key, value
@@ -184,8 +174,8 @@ def _is_file_of(folder: Path, name: Any, suffixes: tuple[str, ...]) -> bool:
 def _check_tensors(folder: Path, loading: Mapping[str, Any]) -> None:
     """Refuse a model whose weights are not exactly those that its config describes.
 
-    transformers draws missing tensors at random and drops the others. Tied tensors, and those that a model's class
-    declares ignorable, are not in its lists.
+    transformers initializes missing tensors at random and drops unexpected ones. Tied tensors, and those that the
+    model's class declares ignorable, are not in its lists.
     """
     phrases = {
         "missing_keys": "lack {} of the model's tensors, such as {}",
@@ -196,8 +186,10 @@ def _check_tensors(folder: Path, loading: Mapping[str, Any]) -> None:
         names = sorted(loading[kind])
         if names:
             first = names[0] if isinstance(names[0], str) else "{}, {} for {}".format(*map(_shape, names[0]))
-            said = phrase.format(len(names), first)
-            allowed = f"its weights {said}; config.json and weights must be of one model (is num_hidden_layers right?)"
+            problem = phrase.format(len(names), first)
+            allowed = (
+                f"its weights {problem}; config.json and weights must be of one model (is num_hidden_layers right?)"
+            )
             raise InputError("model", folder, allowed)
 
 
@@ -207,7 +199,7 @@ def _shape(part: Any) -> str:
 
 @contextmanager
 def refused_in_one_line(folder: Path) -> Iterator[None]:
-    """Turn whatever transformers raises over the files of a folder into an InputError; out of memory is not of them."""
+    """Within the block, exceptions about the files of a folder become an InputError; out-of-memory errors pass."""
     try:
         yield
     except InputError:
@@ -226,25 +218,25 @@ def refused_in_one_line(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _without_load_report() -> Iterator[None]:
-    """Keep transformers' table of missing tensors off the terminal: one line says the same."""
+    """Within the block, suppress transformers' table of missing tensors; :func:`_check_tensors` reports them."""
 
-    def wanted(record: logging.LogRecord) -> bool:
-        said = record.getMessage()
-        return "LOAD REPORT" not in said or "CONVERSION" in said
+    def is_shown(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return "LOAD REPORT" not in message or "CONVERSION" in message
 
     logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(wanted)
+    logger.addFilter(is_shown)
     try:
         yield
     finally:
-        logger.removeFilter(wanted)
+        logger.removeFilter(is_shown)
 
 
 def plain_device_map(device_map: Any) -> Any:
-    """A device map as plain data.
+    """Device map as plain data.
 
     Raises:
-        InputError: it is nothing that :func:`load_pretrained` takes, or accelerate is not installed.
+        InputError: :func:`load_pretrained` does not take the value, or accelerate is not installed.
     """
     if device_map is None:
         return None
@@ -261,21 +253,21 @@ def plain_device_map(device_map: Any) -> Any:
 
 
 def devices_of(model: PreTrainedModel, device: str) -> list[str]:
-    """CUDA devices that a model spread by accelerate lies on; ``device`` alone where it is not spread."""
-    placed = getattr(model, "hf_device_map", None)
-    if placed is None:
+    """CUDA devices of a model that accelerate has placed on several; else ``device`` alone."""
+    device_map = getattr(model, "hf_device_map", None)
+    if device_map is None:
         return [device]
-    named = {f"cuda:{d}" if isinstance(d, int) else str(d) for d in placed.values()}
-    return sorted(d for d in named if d.startswith("cuda")) or ["cpu"]
+    names = {f"cuda:{d}" if isinstance(d, int) else str(d) for d in device_map.values()}
+    return sorted(d for d in names if d.startswith("cuda")) or ["cpu"]
 
 
 def input_device(model: PreTrainedModel, device: str) -> torch.device:
-    """Where token ids go: to ``device``, or to the first one of a model that is spread."""
+    """Device of the token ids: ``device``, or the first device of a model on several."""
     return torch.device(devices_of(model, device)[0])
 
 
 def prompt_limit(max_prompt_tokens: int, max_positions: int) -> int:
-    """``max_prompt_tokens``, refused when the model has fewer positions than that (both in tokens)."""
+    """``max_prompt_tokens``, refused if the model has fewer positions (both in tokens)."""
     require(
         2 <= max_prompt_tokens <= max_positions,
         "model.max_prompt_tokens",

@@ -1,7 +1,7 @@
-"""Random weights in the shape of a known model: for time and memory, on machines that cannot fetch the real ones.
+"""Random weights in the shape of a published model, for measurements of time and memory without its weights.
 
-How long a step takes and how many bytes it holds depend on shapes and dtype, not on the values. Outputs mean nothing,
-so a run on random weights never reports a score.
+Time and memory depend on shapes and dtype, not on values. The outputs are meaningless, so a run on random weights never
+reports a score.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .base import LoadedModel, ModelSource
 from .kvshare.convert import shared_config
 from .pretrained import prompt_limit
 
-# One file a shape, as published in the config.json of the model it is named after (``tiny`` is for tests: every
-# structure of the big ones, in milliseconds). ``kvbench kv-size`` reads the same files.
+# One file for each shape, from the config.json of the model it is named after (``tiny`` is for tests: the structure of
+# the large ones at a size that runs in milliseconds). ``kvbench kv-size`` reads the same files.
 SHAPES: dict[str, PretrainedConfig] = {
     file.name.removesuffix(".json"): AutoConfig.for_model(**json.loads(file.read_text(encoding="utf-8")))
     for file in (resources.files("kvbench.models") / "shapes").iterdir()
@@ -33,19 +33,13 @@ SHAPES: dict[str, PretrainedConfig] = {
 class RandomModel(ModelSource):
     """A model of a published shape with seeded random weights and no tokenizer.
 
-    Attributes
-    ----------
-    shape : str
-        The name of a file under ``models/shapes``, without ``.json``.
-    seed : int
-        Seed of the weights. The same seed gives the same weights on the same kind of device.
-    name : str
-        The name shown in tables; the shape's own by default.
-    max_positions : int or None
-        Positions to allow, tokens, when they are not the shape's own: time and memory can be measured beyond what the
-        published model was made for.
-    sharing : Sharing or None
-        Which layers own keys and values; set by the method.
+    Attributes:
+        shape: Name of a file under ``models/shapes``, without ``.json``.
+        seed: Seed of the weights. The same seed gives the same weights on the same kind of device.
+        name: Name shown in tables; empty: ``random-`` and the shape.
+        max_positions: Positions to allow, in tokens; None: the shape's own. Time and memory can be measured beyond the
+            positions that the published model supports.
+        sharing: Which layers own keys and values; set by the method.
     """
 
     location_fields: ClassVar[tuple[str, ...]] = ("sharing",)
@@ -68,7 +62,7 @@ class RandomModel(ModelSource):
         self.name = self.name or f"random-{self.shape}"
 
     def for_sharing(self, sharing: Sharing | None, method: str) -> ModelSource:
-        """Random weights of any architecture."""
+        """Random weights with the method's sharing."""
         return self if sharing is None else replace(self, sharing=sharing)
 
     def fingerprint(self) -> str:
@@ -77,7 +71,7 @@ class RandomModel(ModelSource):
         return f"random:{self.shape}{shared}:seed={self.seed}"
 
     def load(self, device: str, dtype: torch.dtype) -> LoadedModel:
-        """Build the model on ``device`` in ``dtype``, with no copy of it anywhere else (7B in bfloat16: 13.5 GB)."""
+        """Build the model on ``device`` in ``dtype``, without a second copy (7B in bfloat16: 13.5 GB)."""
         config = SHAPES[self.shape]
         if self.sharing is not None:
             config = shared_config(config, self.sharing)
@@ -89,11 +83,11 @@ class RandomModel(ModelSource):
         generator = torch.Generator(device).manual_seed(self.seed)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if parameter.dim() == 1:  # the scales of the norms, and the biases some models add to q, k and v
+                if parameter.dim() == 1:  # gains of the norms, and biases of q, k and v
                     parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
                 else:
                     parameter.normal_(0.0, config.initializer_range, generator=generator)
-        # RoPE's frequencies are a buffer computed when the module is made; `to_empty` left memory as it was there
+        # The RoPE frequencies are a buffer that the constructor computes, and `to_empty` leaves it uninitialized.
         with torch.device(device):
             model.model.rotary_emb = type(model.model.rotary_emb)(config)
         return LoadedModel(

@@ -1,4 +1,4 @@
-"""A small Llama of a given shape with new weights: what ``runner=train`` starts from."""
+"""A small Llama of a given shape with new weights, for ``runner=train``."""
 
 from __future__ import annotations
 
@@ -15,33 +15,24 @@ from .base import LoadedModel, ModelSource
 from .kvshare.config import KVShareLlamaConfig
 from .kvshare.model import KVShareLlamaForCausalLM
 
-FFN_STEP = 8
-"""The width of the feed-forward layers is a multiple of this."""
+FFN_WIDTH_STEP = 8
+"""A change of the feed-forward layers' width is a multiple of this."""
 
 
 @dataclass
 class ScratchModel(ModelSource):
-    """A shape; the vocabulary is that of the task trained on.
+    """A Llama of a given shape; the vocabulary is that of the task that it is trained on.
 
-    Attributes
-    ----------
-    name : str
-        The name shown in tables and result paths.
-    layers, hidden_size, heads, head_dim, intermediate_size : int
-        Of the plain model with as many KV heads as query heads.
-    kv_heads : int or None
-        KV heads; None is as many as query heads. A method that says otherwise (``method=gqa``) is right.
-    match_parameters : bool
-        Widen the feed-forward layers by what shared projections save, so that all ways of sharing have (to a fraction
-        of a per cent) the parameters of the plain model.
-    max_positions : int
-        Positions the model is made for, tokens.
-    rope_theta : float
-        Base of RoPE's frequencies.
-    tie_embeddings : bool
-        Use the embedding matrix as the output layer too.
-    init_std : float
-        Standard deviation of the new weights.
+    Attributes:
+        name: Name shown in tables and result paths.
+        layers, hidden_size, heads, head_dim, intermediate_size: Shape of the plain model.
+        kv_heads: KV heads; None: as many as query heads. A method with its own number (``method=gqa``) overrides it.
+        match_parameters: Widen the feed-forward layers by the parameters that shared projections save, so that all
+            sharing architectures have the parameters of the plain model (to a fraction of a per cent).
+        max_positions: Positions that the model supports, in tokens.
+        rope_theta: Base of the RoPE frequencies.
+        tie_embeddings: The embedding matrix is the output layer too.
+        init_std: Standard deviation of the new weights.
     """
 
     random_weights: ClassVar[bool] = True
@@ -78,15 +69,21 @@ class ScratchModel(ModelSource):
         )
 
     def for_sharing(self, sharing: Sharing | None, method: str) -> ModelSource:
-        """Any: the weights are new."""
+        """This source: new weights can have any sharing."""
         return self
 
     def fingerprint(self) -> str:
-        """``scratch``: the shape and the seed, which are recorded beside it, decide the weights."""
+        """``scratch``: the recorded shape and seed determine the weights."""
         return "scratch"
 
     def config(self, sharing: Sharing | None, vocabulary: int, special: dict[str, Any]) -> KVShareLlamaConfig:
-        """The config for a way of sharing; ``special`` are the tokenizer's special ids."""
+        """Config of the model to train.
+
+        Args:
+            sharing: which layers own keys and values; None: the plain model.
+            vocabulary: tokens of the vocabulary.
+            special: ids of the tokenizer's special tokens, by key of the config.
+        """
         shape = {
             "num_hidden_layers": self.layers,
             "hidden_size": self.hidden_size,
@@ -102,31 +99,31 @@ class ScratchModel(ModelSource):
             **special,
         }
 
-        def made(arm: Sharing, width: int) -> KVShareLlamaConfig:
+        def config_of(sharing: Sharing, width: int) -> KVShareLlamaConfig:
             keys = shape | {"intermediate_size": width}
-            return KVShareLlamaConfig(**(keys | arm.config_keys(keys)))
+            return KVShareLlamaConfig(**(keys | sharing.config_keys(keys)))
 
         plain = Heads(self.kv_heads)
-        config = made(sharing or plain, self.intermediate_size)
+        config = config_of(sharing or plain, self.intermediate_size)
         if self.match_parameters:
-            spare = parameters(made(plain, self.intermediate_size)) - parameters(config)
-            width = spare / (3 * self.hidden_size * self.layers) / FFN_STEP
-            config = made(sharing or plain, self.intermediate_size + FFN_STEP * round(width))
+            saved = count_parameters(config_of(plain, self.intermediate_size)) - count_parameters(config)
+            steps = round(saved / (3 * self.hidden_size * self.layers) / FFN_WIDTH_STEP)
+            config = config_of(sharing or plain, self.intermediate_size + FFN_WIDTH_STEP * steps)
         return config
 
     def build(self, sharing: Sharing | None, tokenizer: PreTrainedTokenizerBase, seed: int) -> KVShareLlamaForCausalLM:
-        """A new model on the CPU in float32; the same seed gives the same weights."""
+        """Build a new model on the CPU in float32; the same seed gives the same weights."""
         special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
         config = self.config(sharing, len(tokenizer), special)
         torch.manual_seed(seed)
         return KVShareLlamaForCausalLM(config)
 
     def load(self, device: str, dtype: torch.dtype) -> LoadedModel:
-        """Not to be run as it is."""
+        """Refuse to load: there are no weights before training."""
         raise InputError("model", self.name, "has no weights before it is trained: runner=train")
 
 
-def parameters(config: KVShareLlamaConfig) -> int:
-    """How many a model of this config has; nothing is allocated."""
+def count_parameters(config: KVShareLlamaConfig) -> int:
+    """Number of parameters of a model with this config; allocates nothing."""
     with torch.device("meta"):
         return KVShareLlamaForCausalLM(config).num_parameters()

@@ -1,8 +1,8 @@
-"""The family of small trained models in this repository: one for each way of sharing keys and values, at equal data,
-tokens and (nearly) equal parameters.
+"""Small trained models of this repository, one for each sharing architecture.
 
-``models/tiny/<what they were trained on>/<label>`` holds what ``save_pretrained`` wrote and the record of the training
-(``training.json``); ``scripts/train_family.py`` makes each of them again.
+The members of a family have equal data, equal training tokens and (nearly) equal parameters.
+``models/tiny/<training task>/<label>`` holds the files of ``save_pretrained`` and the record of the training
+(``training.json``); ``scripts/train_family.py`` trains them again.
 """
 
 from __future__ import annotations
@@ -21,24 +21,19 @@ from .local import LocalModel
 
 FAMILY = Path(str(resources.files("kvbench.models"))) / "tiny"
 PLAIN = "mha"
-"""The member that holds everything, for methods that are no way of sharing."""
+"""The member whose layers all have keys and values of their own, for methods without a sharing architecture."""
 
 
 @dataclass
 class TinyModel(ModelSource):
-    """One member of the family.
+    """A member of a family of small trained models.
 
-    Attributes
-    ----------
-    name : str
-        The name shown in tables and result paths.
-    trained_on : str
-        ``recall`` (associative recall), or another folder of ``models/tiny``.
-    member : str or None
-        ``mha``, ``cla2``, ``yoco`` ...; None: the one that the method asks for, and ``mha`` for a method that is no way
-        of sharing. Name one to try a token method on it.
-    by_method : bool
-        The method has chosen the member: set by :meth:`for_sharing`.
+    Attributes:
+        name: Name shown in tables and result paths.
+        trained_on: Task of the training, ``recall`` (associative recall) or another folder of ``models/tiny``.
+        member: ``mha``, ``cla2``, ``yoco`` ...; None: the one that the method needs, ``mha`` for a method without a
+            sharing architecture. Set it to run a token method on a sharing model.
+        by_method: The method has chosen the member; set by :meth:`for_sharing`.
     """
 
     location_fields: ClassVar[tuple[str, ...]] = ("member", "by_method")
@@ -56,11 +51,11 @@ class TinyModel(ModelSource):
 
     @property
     def members(self) -> list[str]:
-        """Labels of those that there are."""
+        """Labels of all members."""
         return sorted(f.name for f in (FAMILY / self.trained_on).iterdir() if (f / "config.json").is_file())
 
     def for_sharing(self, sharing: Sharing | None, method: str) -> ModelSource:
-        """The member that was trained for the method."""
+        """Member that was trained for the method."""
         if self.member is not None:
             if sharing is not None:
                 self._local.for_sharing(sharing, method)
@@ -81,12 +76,12 @@ class TinyModel(ModelSource):
         return LocalModel(str(FAMILY / self.trained_on / member), name=self.name)
 
     def fingerprint(self) -> str:
-        """``sha256:`` over the member's files; of the family as a whole where the method chooses among its members."""
+        """``sha256:`` over the member's files, or the name of the family if the method has chosen the member."""
         return f"tiny:{self.trained_on}" if self.by_method else self._local.fingerprint()
 
     @property
     def method_weights(self) -> str | None:
-        """The member's fingerprint, where the method has chosen it."""
+        """Fingerprint of the member, if the method has chosen it."""
         return self._local.fingerprint() if self.by_method else None
 
     def load(self, device: str, dtype: torch.dtype) -> LoadedModel:

@@ -1,4 +1,4 @@
-"""What ``runner.train=kv`` leaves behind, on the checkpoint that it began with: a few megabytes to ship."""
+"""Models of ``runner.train=kv``: a checkpoint with the parameters (a few megabytes) that were trained from it."""
 
 from __future__ import annotations
 
@@ -14,25 +14,23 @@ from ..conf.errors import InputError, require
 from ..methods.sharing.base import Sharing
 from .base import LoadedModel, ModelSource
 from .kvshare.config import KVShareLlamaConfig
-from .kvshare.convert import convert_to
+from .kvshare.convert import convert_to_config
 from .local import LocalModel
 from .pretrained import read_config, refused_in_one_line
 
-WEIGHTS, HOW = "trained.safetensors", "uptrained.json"
+TRAINED_WEIGHTS = "trained.safetensors"
+CONVERSION_FILE = "uptrained.json"
+"""File that holds the fingerprint of the base and how it was converted."""
 
 
 @dataclass
 class UptrainedModel(ModelSource):
-    """A base model, converted, with the weights of an uptraining.
+    """A base model converted to share keys and values, with the parameters of an uptraining.
 
-    Attributes
-    ----------
-    path : str
-        The run's folder ``model``: ``config.json``, ``trained.safetensors`` and ``uptrained.json``.
-    base : ModelSource
-        The checkpoint that the uptraining began with.
-    name : str
-        The name shown in tables and result paths.
+    Attributes:
+        path: The run's folder ``model``, with ``config.json``, ``trained.safetensors`` and ``uptrained.json``.
+        base: The checkpoint that the uptraining started from.
+        name: Name shown in tables and result paths.
     """
 
     location_fields: ClassVar[tuple[str, ...]] = ("path", "base")
@@ -42,57 +40,54 @@ class UptrainedModel(ModelSource):
     name: str = "uptrained"
 
     def _check(self) -> None:
-        """What is asked for is there, and the base is what it was trained on."""
-        for file in ("config.json", WEIGHTS, HOW):
-            require(
-                (self._folder / file).is_file(), "model.path", self.path, f"has no {file}: no model/ of an uptraining"
-            )
-        wanted = self._how["base"]
-        found = self.base.fingerprint()
-        if found != wanted:
-            raise InputError(
-                "model.base", self.base.name, f"has other weights ({found[:18]}) than were trained on ({wanted[:18]})"
-            )
+        """Check that the files exist, and that the base is the one of the training."""
+        for file in ("config.json", TRAINED_WEIGHTS, CONVERSION_FILE):
+            exists = (self._folder / file).is_file()
+            require(exists, "model.path", self.path, f"has no {file}: not the folder model/ of an uptraining")
+        expected, actual = self._conversion["base"], self.base.fingerprint()
+        allowed = f"has other weights ({actual[:18]}) than the uptraining started from ({expected[:18]})"
+        require(actual == expected, "model.base", self.base.name, allowed)
 
     @property
     def _folder(self) -> Path:
         return Path(self.path).expanduser().absolute()
 
     @property
-    def _how(self) -> dict[str, Any]:
-        """How the base was converted, as the training wrote it."""
+    def _conversion(self) -> dict[str, Any]:
+        """Content of ``uptrained.json``: fingerprint of the base, ``init`` and ``adapter_rank``."""
         with refused_in_one_line(self._folder):
-            found: dict[str, Any] = json.loads((self._folder / HOW).read_text(encoding="utf-8"))
-            return {key: found[key] for key in ("base", "init", "adapter_rank")}
+            content: dict[str, Any] = json.loads((self._folder / CONVERSION_FILE).read_text(encoding="utf-8"))
+            return {key: content[key] for key in ("base", "init", "adapter_rank")}
 
     def for_sharing(self, sharing: Sharing | None, method: str) -> ModelSource:
-        """This one, if it shares as the method says."""
+        """This source, if its config has the method's sharing."""
         self._check()
         if sharing is not None:
             sharing.fit(read_config(self._folder))
         return self
 
     def fingerprint(self) -> str:
-        """``sha256:`` over what was trained; it names the base's fingerprint."""
+        """``sha256:`` over the files of the folder, which include the base's fingerprint."""
         self._check()
         return LocalModel(self.path).fingerprint()
 
     def load(self, device: str, dtype: torch.dtype) -> LoadedModel:
-        """See :meth:`ModelSource.load`; adapters are merged into the weights that they stand on."""
+        """See :meth:`ModelSource.load`; adapters are merged into their base weights."""
         self._check()
-        loaded, how = self.base.load(device, dtype), self._how
+        loaded, conversion = self.base.load(device, dtype), self._conversion
         with refused_in_one_line(self._folder):
             config = KVShareLlamaConfig.from_pretrained(self._folder, local_files_only=True)
-            tensors = load_file(self._folder / WEIGHTS, device=device)
-            model: Any = convert_to(loaded.model, config, how["init"])
-            if how["adapter_rank"]:
-                model = add_adapters(model, how["adapter_rank"])
-            wanted = {name for name, _ in model.named_parameters() if is_trained(name)}
-            for name in sorted(wanted ^ tensors.keys()):
-                problem = f"its {WEIGHTS} lacks {name}" if name in wanted else f"the model has no place for its {name}"
+            tensors = load_file(self._folder / TRAINED_WEIGHTS, device=device)
+            model: Any = convert_to_config(loaded.model, config, conversion["init"])
+            if conversion["adapter_rank"]:
+                model = add_adapters(model, conversion["adapter_rank"])
+            expected = {name for name, _ in model.named_parameters() if is_trained(name)}
+            for name in sorted(expected ^ tensors.keys()):
+                lacks = f"its {TRAINED_WEIGHTS} lacks {name}"
+                problem = lacks if name in expected else f"the model has no place for its {name}"
                 raise InputError("model.path", self.path, problem)
             model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, strict=False)
-        if how["adapter_rank"]:
+        if conversion["adapter_rank"]:
             merge_adapters(model)
         return replace(loaded, model=model.to(device).eval(), name=self.name, fingerprint=self.fingerprint())
 
@@ -104,10 +99,10 @@ def is_trained(name: str) -> bool:
 
 
 def add_adapters(model: Any, rank: int) -> Any:
-    """Low-rank adapters (LoRA, arXiv 2106.09685) on the projections that uptraining leaves as they are.
+    """Add low-rank adapters (LoRA, arXiv 2106.09685) to the projections that uptraining freezes.
 
     Raises:
-        InputError: the package peft is missing.
+        InputError: the package peft is not installed.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -119,7 +114,7 @@ def add_adapters(model: Any, rank: int) -> Any:
 
 
 def merge_adapters(model: Any) -> None:
-    """Add each adapter to the weight that it stands on, and leave the plain layer in its place."""
+    """Merge each adapter into its base weight, and replace the LoRA layer by the plain layer."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in list(model.named_modules()):

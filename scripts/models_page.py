@@ -21,7 +21,8 @@ import torch
 import transformers
 from transformers.utils import logging
 
-from kvbench.models.architectures import LAYERS, WINDOW, model_types, variants
+from kvbench.models.architecture_settings import LAYERS, WINDOW
+from kvbench.models.architectures import model_types, variants
 from kvbench.runners.engine.conformance import (
     EXACT,
     PATHS,

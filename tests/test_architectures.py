@@ -17,7 +17,8 @@ import torch
 import transformers
 from transformers.utils import logging
 
-from kvbench.models.architectures import CROSSED, Variant, build, model_types, variants
+from kvbench.models.architecture_settings import WINDOW_EXCEEDED_IN_DECODE, Variant
+from kvbench.models.architectures import build, model_types, variants
 from kvbench.runners.engine import conformance
 from kvbench.runners.engine.conformance import (
     EXACT,
@@ -50,7 +51,7 @@ def quiet():
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """One row that is padded, and as many steps as pass the windows that are passed while decoding."""
     monkeypatch.setattr(conformance, "ROW_LENGTHS", (PROMPT, 9))
-    monkeypatch.setattr(conformance, "STEPS", CROSSED - PROMPT + 2)
+    monkeypatch.setattr(conformance, "STEPS", WINDOW_EXCEEDED_IN_DECODE - PROMPT + 2)
 
 
 @cache
@@ -121,7 +122,7 @@ def test_float64_leaves_no_rounding() -> None:
     ("name", "field", "values"),
     [
         ("mistral", "sliding_window", (24, 256)),
-        ("mistral", "sliding_window", (CROSSED, 256)),
+        ("mistral", "sliding_window", (WINDOW_EXCEEDED_IN_DECODE, 256)),
         ("gemma2", "attn_logit_softcapping", (2.0, None)),
         ("llama4_text", "attention_chunk_size", (32, 256)),
     ],

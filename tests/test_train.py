@@ -32,10 +32,10 @@ from kvbench.methods.sharing.framework import KVShare
 from kvbench.methods.sharing.heads import Heads
 from kvbench.methods.sharing.lckv import LCKV
 from kvbench.methods.sharing.yoco import YOCO
-from kvbench.models.kvshare.convert import converted, shared_config
+from kvbench.models.kvshare.convert import convert, shared_config
 from kvbench.models.local import LocalModel
 from kvbench.models.random import RandomModel
-from kvbench.models.scratch import ScratchModel, parameters
+from kvbench.models.scratch import ScratchModel, count_parameters
 from kvbench.models.uptrained import UptrainedModel
 from kvbench.runners.config.settings import Settings
 from kvbench.runners.train.loop import Training, new_accelerator
@@ -255,12 +255,12 @@ def test_all_ways_of_sharing_have_the_plain_models_parameters():
     tokenizer = Recall().new_tokenizer()
     special = {"pad_token_id": 0}
     source = ScratchModel(layers=6)
-    plain = parameters(source.config(Heads(), len(tokenizer), special))
+    plain = count_parameters(source.config(Heads(), len(tokenizer), special))
     for sharing in (None, Heads(2), Heads(1), CLA(2), CLA(3), YOCO(window=16), LCKV(2), KVShare(3)):
         config = source.config(sharing, len(tokenizer), special)
-        assert abs(parameters(config) / plain - 1) < 0.01
+        assert abs(count_parameters(config) / plain - 1) < 0.01
     loose = replace(source, match_parameters=False).config(CLA(2), len(tokenizer), special)
-    assert parameters(loose) < 0.95 * plain
+    assert count_parameters(loose) < 0.95 * plain
 
 
 def test_the_same_seed_makes_the_same_model():
@@ -282,9 +282,9 @@ def plain_llama():
 def test_converting_to_groups_of_one_changes_nothing():
     plain, x = plain_llama(), torch.arange(2, 30)[None]
     for how in ("copy", "mean", "gain_folded_mean"):
-        model = converted(plain, KVShare(map=[0, 1, 2, 3, 4, 5]), how)
+        model = convert(plain, KVShare(map=[0, 1, 2, 3, 4, 5]), how)
         assert (model(x).logits - plain(x).logits).abs().max() < (1e-5 if how == "gain_folded_mean" else 1e-12)
-    normed = converted(plain, CLA(1, separate_kv_norm=True), "mean")
+    normed = convert(plain, CLA(1, separate_kv_norm=True), "mean")
     assert (normed(x).logits - plain(x).logits).abs().max() < 1e-12
 
 
@@ -293,13 +293,13 @@ def test_the_three_ways_to_make_one_projection_of_many():
     plain = plain_llama()
     layers = [layer.self_attn.v_proj.weight for layer in plain.model.layers]
     gains = [layer.input_layernorm.weight for layer in plain.model.layers]
-    made = {how: converted(plain, CLA(2), how).model.layers[2].self_attn.v_proj.weight for how in
+    made = {how: convert(plain, CLA(2), how).model.layers[2].self_attn.v_proj.weight for how in
             ("copy", "mean", "gain_folded_mean")}  # fmt: skip
     assert torch.equal(made["copy"], layers[2])
     assert torch.allclose(made["mean"], (layers[2] + layers[3]) / 2)
     folded = (layers[2] * gains[2] + layers[3] * gains[3]) / 2 / gains[2]
     assert torch.allclose(made["gain_folded_mean"], folded, atol=1e-6)
-    yoco = converted(plain, YOCO(window=8), "copy")
+    yoco = convert(plain, YOCO(window=8), "copy")
     assert torch.equal(yoco.model.layers[3].kv_layernorm.weight, gains[3])
     assert not hasattr(yoco.model.layers[4].self_attn, "k_proj")
 
@@ -307,21 +307,21 @@ def test_the_three_ways_to_make_one_projection_of_many():
 @torch.no_grad()
 def test_going_on_from_a_model_that_shares():
     """YOCO in two stages: full attention below first, then windows; norms and whatever is left open stay as trained."""
-    first = converted(plain_llama(), YOCO(mixer="full"), "mean")
+    first = convert(plain_llama(), YOCO(mixer="full"), "mean")
     first.model.layers[3].kv_layernorm.weight.fill_(3.0)
     for how in ("copy", "mean", "gain_folded_mean"):
-        second = converted(first, YOCO(window=8), how)
+        second = convert(first, YOCO(window=8), how)
         assert (second.model.layers[3].kv_layernorm.weight == 3.0).all()
         assert torch.allclose(
             second.model.layers[3].self_attn.k_proj.weight, first.model.layers[3].self_attn.k_proj.weight
         )
-    windowed = converted(second, YOCO(), "copy")
+    windowed = convert(second, YOCO(), "copy")
     x = torch.arange(2, 30)[None]
     assert windowed.config.sliding_window == 8 and torch.equal(windowed(x).logits, second(x).logits)
-    normed = converted(plain_llama(), CLA(2, separate_kv_norm=True), "copy")
-    assert torch.equal(converted(normed, CLA(2), "mean")(x).logits, normed(x).logits)
+    normed = convert(plain_llama(), CLA(2, separate_kv_norm=True), "copy")
+    assert torch.equal(convert(normed, CLA(2), "mean")(x).logits, normed(x).logits)
     with pytest.raises(InputError, match="to own keys and values"):
-        converted(normed, CLA(1), "copy")
+        convert(normed, CLA(1), "copy")
 
 
 @torch.no_grad()
@@ -329,15 +329,15 @@ def test_biases_are_averaged_too():
     plain = LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=True)).eval()
     for i, layer in enumerate(plain.model.layers):
         layer.self_attn.v_proj.bias.fill_(float(i))
-    assert (converted(plain, CLA(2), "mean").model.layers[2].self_attn.v_proj.bias == 2.5).all()
-    assert (converted(plain, CLA(2), "copy").model.layers[2].self_attn.v_proj.bias == 2.0).all()
+    assert (convert(plain, CLA(2), "mean").model.layers[2].self_attn.v_proj.bias == 2.5).all()
+    assert (convert(plain, CLA(2), "copy").model.layers[2].self_attn.v_proj.bias == 2.0).all()
 
 
 def test_what_cannot_be_converted():
     with pytest.raises(InputError, match=r"^runner\.init"):
-        converted(plain_llama(), CLA(2), "sum")
+        convert(plain_llama(), CLA(2), "sum")
     with pytest.raises(InputError, match="kv_heads"):
-        converted(plain_llama(), Heads(1), "mean")
+        convert(plain_llama(), Heads(1), "mean")
     with pytest.raises(InputError, match="only Llama"):
         shared_config(_qwen(), CLA(2))
 
@@ -560,7 +560,7 @@ def test_distillation_and_the_loss_on_changing_keys_add_up(checkpoint, corpus):
             training.options = replace(RULE, distill=Distill(weight=distill))
             training.teacher = loaded.model if distill else None
             rule = LCKV(2, iter_forward=0, iter_backward=2, kv_loss_weight=1e4 * weight)
-            training.model = converted(loaded.model, rule, "mean")
+            training.model = convert(loaded.model, rule, "mean")
             losses[weight, distill] = float(training._loss(training.model, x, x).detach())
     extra = losses[1.0, 0.0] - losses[0.0, 0.0]
     assert extra > 0.1 and abs(losses[0.0, 1.0] - losses[0.0, 0.0]) > 1e-3
@@ -596,9 +596,9 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(checkpoint, corpus):
     training.options = replace(RULE, distill=Distill(weight=1.0, hidden_mse=1.0))
     training.teacher = loaded.model
     x = torch.randint(0, 256, (2, 32))
-    same = training.model = converted(loaded.model, CLA(1), "copy")
+    same = training.model = convert(loaded.model, CLA(1), "copy")
     assert abs(float(training._loss(same, x, x))) < 1e-3
-    assert float(training._loss(converted(loaded.model, CLA(2), "mean"), x, x)) > 1e-3
+    assert float(training._loss(convert(loaded.model, CLA(2), "mean"), x, x)) > 1e-3
 
 
 # what is refused, and what is shown -----------------------------------------------------------------------------------

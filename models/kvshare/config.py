@@ -1,4 +1,4 @@
-"""The config of a Llama whose layers share keys and values."""
+"""Config of a Llama whose layers share keys and values."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from ...methods.sharing.plan import ENCODINGS, UPWARD_STYLES
 
 
 class KVShareLlamaConfig(LlamaConfig):
-    """A Llama config and a layer -> KV-source map.
+    """Llama config with a layer -> KV-source map.
 
     Attributes:
-        kv_source_layers: for each layer, the layer whose keys and values it attends over; None: its own.
+        kv_source_layers: For each layer, the index of the layer whose keys and values it attends over; None: its own.
         layer_types: ``full_attention``, ``sliding_attention`` or ``linear_attention`` (gated retention) for each layer;
-            None: full attention everywhere.
-        sliding_window: tokens that a sliding layer sees, the newest included.
-        separate_kv_norm: keys and values have an RMSNorm of their own before them (CLA and YOCO have).
-        iter_forward, iter_backward: passes over a cyclic segment without and with gradients when a prompt or a training
+            None: full attention in all layers.
+        sliding_window: Tokens that a sliding layer sees, the newest included.
+        separate_kv_norm: Keys and values have an RMSNorm of their own (as in CLA and YOCO).
+        iter_forward, iter_backward: Passes over a cyclic segment without and with gradients when a prompt or a training
             sequence is encoded (m and b of Layer-Condensed KV, arXiv 2405.10637, section 3.2).
-        kv_loss_weight: weight of the change of the shared keys and values in the last pass, as an additional loss.
-        upward_style: ``fresh`` (a token is hidden from itself where the source is above) or ``paper`` (in every layer;
-            the source attends over the pass before), the two published variants.
+        kv_loss_weight: Weight of an additional loss, the change of the shared keys and values in the last pass.
+        upward_style: The published variant: ``fresh``: strictly causal attention in the layers whose source is above
+            them; ``paper``: in every layer, and the source attends over the keys and values of the previous pass.
         encode: ``iterative``, or ``exact``: as many passes as tokens, which equals feeding them one by one.
-        prefill_skip: leave out of the layers above the last KV layer the tokens whose outputs nobody asks for.
-        retention_heads: heads of a gated-retention layer; None: as many as attention has.
+        prefill_skip: Skip, in the layers above the last KV source, the tokens whose outputs are not requested.
+        retention_heads: Heads of a gated-retention layer; None: as many as query heads.
     """
 
     model_type = "kvshare_llama"
@@ -47,7 +47,7 @@ class KVShareLlamaConfig(LlamaConfig):
         layers = self.num_hidden_layers
         if self.kv_source_layers is None:
             self.kv_source_layers = list(range(layers))
-        if self.layer_types is None:  # with a window and no types, the library would take every layer to slide
+        if self.layer_types is None:  # given a window and no types, transformers makes every layer slide
             self.layer_types = [FULL] * layers
         if self.retention_heads is None and LINEAR in self.layer_types:
             self.retention_heads = self.num_attention_heads
@@ -63,24 +63,28 @@ class KVShareLlamaConfig(LlamaConfig):
 
     @property
     def source(self) -> list[int]:
-        """``kv_source_layers``, which has a value once the config is made."""
+        """``kv_source_layers``, which is never None after construction."""
         assert self.kv_source_layers is not None
         return self.kv_source_layers
 
     @property
     def types(self) -> list[str]:
-        """``layer_types``, likewise."""
+        """``layer_types``, which is never None after construction."""
         assert self.layer_types is not None
         return self.layer_types
 
     @property
     def kv_sharing_modes(self) -> list[str | None]:
-        """Read by transformers: a cache that it makes has nothing for the layers marked ``reuse``."""
-        assert self.kv_source_layers is not None
-        shared = {s for i, s in enumerate(self.kv_source_layers) if s != i}
-        return ["reuse" if s != i else ("store" if i in shared else None) for i, s in enumerate(self.kv_source_layers)]
+        """``reuse``, ``store`` or None for each layer; transformers' caches hold nothing for ``reuse`` layers."""
+        shared = {s for i, s in enumerate(self.source) if s != i}
+        return ["reuse" if s != i else ("store" if i in shared else None) for i, s in enumerate(self.source)]
 
     @property
-    def refers_up(self) -> bool:
-        """Some layer's source stands above it."""
+    def has_upward_kv_refs(self) -> bool:
+        """Some layer's KV source is above it."""
         return any(s > i for i, s in enumerate(self.source))
+
+    @property
+    def is_paper_style(self) -> bool:
+        """All layers are strictly causal: ``upward_style`` is ``paper``, and some layer's source is above it."""
+        return self.upward_style == "paper" and self.has_upward_kv_refs

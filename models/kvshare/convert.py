@@ -1,15 +1,15 @@
-"""From a plain Llama to one whose layers share keys and values: where uptraining begins.
+"""Conversion of a plain Llama into one whose layers share keys and values, the starting point of uptraining.
 
-A source serves the layers that attend over it, and before it was theirs each had projections of its own. Three ways to
-make one of many (``how``):
+A KV source serves several layers, each of which had key and value projections of its own. ``init`` says how their
+weights become those of the source:
 
-* ``copy``: the source keeps its own (the converter of CLA's authors).
-* ``mean``: the mean over the layers it serves (Layer-Condensed KV's converter, MLKV, SwiftKV).
-* ``gain_folded_mean``: each layer feeds its projection through an RMSNorm with gains of its own, so the products are
-  averaged and the source's gains divided out again (ours).
+* ``copy``: the source keeps its own (as the converter of CLA's authors does).
+* ``mean``: the mean over the layers that the source serves (as Layer-Condensed KV's converter, MLKV and SwiftKV do).
+* ``gain_folded_mean``: the mean over the products of each projection with the gains of the RMSNorm before it, divided
+  by the source's gains (ours).
 
-The heads of different layers are not matched to each other: nobody has a way to do so. What a method needs beyond that
-(its norm before keys and values) begins as the norm that stood there.
+Heads of different layers are not matched to each other. A separate norm before keys and values starts as a copy of the
+layer's input norm.
 """
 
 from __future__ import annotations
@@ -26,77 +26,97 @@ from .config import KVShareLlamaConfig
 from .model import KVShareLlamaForCausalLM
 
 INITS = ("copy", "mean", "gain_folded_mean")
-NO_GAIN = 1e-6
-"""A gain nearer to zero than this is not divided by."""
+MIN_GAIN = 1e-6
+"""Gains of a smaller magnitude are not divided by."""
+
+_PROJECTION = "model.layers.{}.self_attn.{}.{}"
+_NORM = "model.layers.{}.input_layernorm.weight"
 
 
 def shared_config(config: PretrainedConfig, sharing: Sharing, **changes: Any) -> KVShareLlamaConfig:
-    """A plain Llama's config with a way of sharing.
+    """Config of a plain Llama with the given sharing of keys and values.
+
+    Args:
+        config: config of the plain model, or of one that shares already.
+        sharing: which layers own keys and values.
+        **changes: further keys of the config.
 
     Raises:
-        InputError: it is no Llama, or its layers do not allow it.
+        InputError: the model is no Llama, or its layers do not allow the sharing.
     """
     if config.model_type not in ("llama", KVShareLlamaConfig.model_type):
         raise InputError("model", config.model_type, "cannot share keys and values between layers: only Llama can here")
-    keys = {
-        k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "transformers_version")
-    }
-    keys |= changes
-    made = keys | sharing.config_keys(keys)
-    if config.model_type == KVShareLlamaConfig.model_type:  # what is left open is as the weights at hand have it
-        made |= {key: keys[key] for key in sharing.left_open if keys.get(key) is not None}
-    return KVShareLlamaConfig(**made)
+    dropped = ("model_type", "architectures", "transformers_version")
+    keys = {k: v for k, v in config.to_dict().items() if k not in dropped} | changes
+    shared = keys | sharing.config_keys(keys)
+    if config.model_type == KVShareLlamaConfig.model_type:  # keys that the sharing leaves open are those of the weights
+        shared |= {key: keys[key] for key in sharing.left_open if keys.get(key) is not None}
+    return KVShareLlamaConfig(**shared)
 
 
 @torch.no_grad()
-def converted(model: PreTrainedModel, sharing: Sharing, how: str) -> KVShareLlamaForCausalLM:
-    """``model`` with ``sharing``; it keeps its weights.
+def convert(model: PreTrainedModel, sharing: Sharing, init: str) -> KVShareLlamaForCausalLM:
+    """Convert a model to share keys and values; the given model is not changed.
 
     Args:
-        model: a plain Llama.
-        sharing: the map.
-        how: ``copy``, ``mean`` or ``gain_folded_mean``.
+        model: a plain Llama, or one that shares already.
+        sharing: which layers own keys and values.
+        init: ``copy``, ``mean`` or ``gain_folded_mean``.
+
+    Raises:
+        InputError: ``init`` is unknown, or the model cannot be converted.
     """
-    require(how in INITS, "runner.init", how, f"must be one of {', '.join(INITS)}")
-    return convert_to(model, shared_config(model.config, sharing), how)
+    require(init in INITS, "runner.init", init, f"must be one of {', '.join(INITS)}")
+    return convert_to_config(model, shared_config(model.config, sharing), init)
 
 
 @torch.no_grad()
-def convert_to(model: PreTrainedModel, config: KVShareLlamaConfig, how: str) -> KVShareLlamaForCausalLM:
-    """The same with a config that is there already."""
+def convert_to_config(model: PreTrainedModel, config: KVShareLlamaConfig, init: str) -> KVShareLlamaForCausalLM:
+    """Convert a model to a given config; see :func:`convert`."""
     if config.num_key_value_heads != model.config.num_key_value_heads:
         raise InputError(
             "method.sharing.kv_heads", config.num_key_value_heads, "is not what the model's weights were made for"
         )
-    out: Any = KVShareLlamaForCausalLM(config)
-    out = out.to(device=model.device, dtype=model.dtype)
+    converted: Any = KVShareLlamaForCausalLM(config)
+    converted = converted.to(device=model.device, dtype=model.dtype)
     weights = dict(model.state_dict())
-    wanted = set(out.state_dict())
-    norm = "model.layers.{}.input_layernorm.weight"
-    for owner in sorted(set(config.source)):
-        key = "model.layers.{}.self_attn.k_proj.weight"
-        served = [i for i, s in enumerate(config.source) if s == owner and key.format(i) in weights]
-        if config.types[owner] != LINEAR and key.format(owner) not in weights:
+    for source in sorted(set(config.source)):
+        if config.types[source] != LINEAR and _PROJECTION.format(source, "k_proj", "weight") not in weights:
             raise InputError(
                 "method.sharing",
-                owner,
-                "is to own keys and values, and that layer of the checkpoint has none to begin with",
+                source,
+                "is to own keys and values, but the checkpoint has no projections in this layer",
             )
-        for which in ("k_proj", "v_proj"):
-            bias = f"model.layers.{{}}.self_attn.{which}.bias"
-            if how != "copy" and bias.format(owner) in weights:
-                weights[bias.format(owner)] = torch.stack([weights[bias.format(i)] for i in served]).mean(0)
-            name = f"model.layers.{{}}.self_attn.{which}.weight"
-            if how == "mean":
-                weights[name.format(owner)] = torch.stack([weights[name.format(i)] for i in served]).mean(0)
-            elif how == "gain_folded_mean":
-                folded = [weights[name.format(i)].float() * weights[norm.format(i)].float() for i in served]
-                gain = weights[norm.format(owner)].float()
-                gain = torch.where(gain.abs() < NO_GAIN, torch.ones_like(gain), gain)
-                weights[name.format(owner)] = (torch.stack(folded).mean(0) / gain).to(model.dtype)
+        if init != "copy":
+            _merge_projections(weights, config.source, source, init, model.dtype)
         if config.separate_kv_norm:
-            weights.setdefault(f"model.layers.{owner}.kv_layernorm.weight", weights[norm.format(owner)].clone())
-    missing, _ = out.load_state_dict({k: v for k, v in weights.items() if k in wanted}, strict=False)
+            norm = weights[_NORM.format(source)].clone()
+            weights.setdefault(f"model.layers.{source}.kv_layernorm.weight", norm)
+    names = set(converted.state_dict())
+    missing, _ = converted.load_state_dict({k: v for k, v in weights.items() if k in names}, strict=False)
     if missing:
-        raise InputError("method.sharing", config.types, f"needs weights that the model has not: {missing[0]}")
-    return out.eval()
+        raise InputError("method.sharing", config.types, f"needs weights that the model does not have: {missing[0]}")
+    return converted.eval()
+
+
+def _merge_projections(
+    weights: dict[str, torch.Tensor], source_map: list[int], source: int, init: str, dtype: torch.dtype
+) -> None:
+    """Replace the projections of a source by the mean over the layers that it serves."""
+    served = [
+        i for i, s in enumerate(source_map) if s == source and _PROJECTION.format(i, "k_proj", "weight") in weights
+    ]
+    for projection in ("k_proj", "v_proj"):
+        bias = _PROJECTION.format(source, projection, "bias")
+        if bias in weights:
+            biases = [weights[_PROJECTION.format(i, projection, "bias")] for i in served]
+            weights[bias] = torch.stack(biases).mean(0)
+        layers = [weights[_PROJECTION.format(i, projection, "weight")] for i in served]
+        if init == "gain_folded_mean":
+            folded = [w.float() * weights[_NORM.format(i)].float() for i, w in zip(served, layers, strict=True)]
+            gain = weights[_NORM.format(source)].float()
+            gain = torch.where(gain.abs() < MIN_GAIN, torch.ones_like(gain), gain)
+            merged = (torch.stack(folded).mean(0) / gain).to(dtype)
+        else:
+            merged = torch.stack(layers).mean(0)
+        weights[_PROJECTION.format(source, projection, "weight")] = merged

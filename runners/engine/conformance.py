@@ -24,7 +24,8 @@ from ...methods.policies.eviction import EvictionPolicy
 from ...methods.policies.no_cache import NoCache
 from ...methods.policies.scorers.snapkv import SnapKV
 from ...methods.storage.kivi import Kivi
-from ...models.architectures import Variant, build, features, kinds_of_layers
+from ...models.architecture_settings import Variant
+from ...models.architectures import build, features, kinds_of_layers
 from .. import engine
 
 PROMPT, STEPS = 64, 8

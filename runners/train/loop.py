@@ -161,7 +161,7 @@ class Training:
     def _loss(self, model: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Sum over the labels of one micro-batch."""
         config = self.model.config
-        kv_weight = getattr(config, "kv_loss_weight", 0.0) if getattr(config, "refers_up", False) else 0.0
+        kv_weight = getattr(config, "kv_loss_weight", 0.0) if getattr(config, "has_upward_kv_refs", False) else 0.0
         return training_loss(model, self.teacher, self.options.distill, kv_weight, x, y)
 
     def _stop(self, step: int, what: str, value: float) -> None:

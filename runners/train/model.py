@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...conf.errors import InputError
 from ...methods.sharing.base import Sharing
 from ...models.base import ModelSource
-from ...models.kvshare.convert import converted
+from ...models.kvshare.convert import convert
 from ...models.scratch import ScratchModel
 from ...models.uptrained import add_adapters, is_trained
 from ...tasks.training import TrainingData
@@ -66,7 +66,7 @@ def new_model(
         if options.distill.needs_teacher:
             teacher = loaded.model.eval().requires_grad_(False)
         if sharing is not None:
-            model = converted(loaded.model, sharing, options.init)
+            model = convert(loaded.model, sharing, options.init)
         elif teacher is not None:
             raise InputError("runner.distill", options.distill.weight, "needs a method that shares, to learn it")
         if options.train == "kv":

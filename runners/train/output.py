@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ...methods.cache.kv_shape import kv_shape
 from ...methods.cache.method import Method
-from ...models.uptrained import HOW, WEIGHTS
+from ...models.uptrained import CONVERSION_FILE, TRAINED_WEIGHTS
 
 MODEL = "model"
 
@@ -30,9 +30,9 @@ def save_trained_parameters(target: Path, model: PreTrainedModel, dtype: torch.d
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    save_file({n: p.detach().to("cpu", dtype).contiguous() for n, p in trained.items()}, target / WEIGHTS)
+    save_file({n: p.detach().to("cpu", dtype).contiguous() for n, p in trained.items()}, target / TRAINED_WEIGHTS)
     model.config.save_pretrained(target)
-    (target / HOW).write_text(json.dumps(base) + "\n", encoding="utf-8")
+    (target / CONVERSION_FILE).write_text(json.dumps(base) + "\n", encoding="utf-8")
 
 
 def kv_bytes(method: Method, config: Any, dtype: torch.dtype) -> dict[str, Any]:
