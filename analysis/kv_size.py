@@ -64,27 +64,22 @@ FIXED_STATE = (LINEAR, "conv", "recurrent", "hybrid", "hybrid_sliding")
 
 @dataclass(frozen=True)
 class KVConfig:
-    """What of a model decides the size of its KV cache.
+    """Properties of a model that determine the size of its KV cache.
 
-    Attributes
-    ----------
-    layers, kv_heads, head_dim : int
-        Layers with keys and values of their own, KV heads of each, numbers in one key (MLA: expanded, for each head).
-    query_heads : int or None
-        Query heads of a layer: as many as KV heads is MHA, several for each GQA, all for one MQA. Not in the formula.
-    name : str
-        Shown in tables and plots.
-    sliding_layers, sliding_window : int
-        How many of ``layers`` hold only the last ``sliding_window`` tokens.
-    chunked_layers, chunk : int
-        How many of ``layers`` attend within chunks of ``chunk`` tokens.
-    value_dim : int
-        Numbers in one value; 0: as in a key.
-    latent_dims : tuple of int
-        With MLA, ``(kv_lora_rank, qk_rope_head_dim)``: the numbers of a token and layer before they are expanded.
-    states : tuple of str
-        Layers with a state of fixed size, instead of keys and values or beside them, as ``"36 linear_attention"``. Not
-        in the formula.
+    Attributes:
+        layers: Layers with keys and values of their own.
+        kv_heads: KV heads of a layer.
+        head_dim: Numbers in one key of a head (MLA: expanded).
+        query_heads: Query heads of a layer, as many as KV heads (MHA), more (GQA), or all for one KV head (MQA). Not in
+            the formula.
+        name: Name shown in tables and plots.
+        sliding_layers: Layers, of ``layers``, that hold only the last ``sliding_window`` tokens.
+        sliding_window: Tokens of the window.
+        chunked_layers: Layers, of ``layers``, that attend within chunks of ``chunk`` tokens.
+        chunk: Tokens of a chunk.
+        value_dim: Numbers in one value of a head; 0: as in a key.
+        latent_dims: ``(kv_lora_rank, qk_rope_head_dim)`` with MLA: numbers of a token and layer before expansion.
+        states: Layers with a state of fixed size, such as ``"36 linear_attention"``. Not in the formula.
     """
 
     layers: int
@@ -109,10 +104,8 @@ class KVConfig:
     def from_json(cls, config: Mapping[str, Any], name: str, where: str = "config.json") -> KVConfig:
         """Read the fields of a transformers ``config.json``, or of the ``text_config`` in it.
 
-        Raises
-        ------
-        InputError
-            A field is missing or not a number, or the formula does not hold for the model; ``where`` is named in it.
+        Raises:
+            InputError: a field is missing or not a number, or the formula does not hold for the model; names ``where``.
         """
         if isinstance(config.get("text_config"), dict):
             config = config["text_config"]
@@ -260,7 +253,7 @@ def load(model: str) -> KVConfig:
 
 @dataclass(frozen=True)
 class Grid:
-    """What is shown: ``rows`` (batches of one model, or with ``by_model`` models at one batch) against ``tokens``."""
+    """Cells of a table or heat map: rows are batch sizes of one model, or models at one batch size (``by_model``)."""
 
     title: str
     rows: list[tuple[KVConfig, int]]
@@ -269,9 +262,11 @@ class Grid:
     by_model: bool
 
     def labels(self) -> list[str]:
+        """Label of each row."""
         return [config.name if self.by_model else str(batch) for config, batch in self.rows]
 
     def sizes_bytes(self) -> list[list[int]]:
+        """KV bytes of each cell, by row."""
         return [[kv_bytes(config, batch, tokens, self.bits) for tokens in self.tokens] for config, batch in self.rows]
 
 

@@ -210,6 +210,7 @@ def steps_compiled(model: Any, compiled: CompiledDecoder, ids: torch.Tensor, rep
 
 @torch.inference_mode()
 def main() -> None:
+    """Measure, and print or write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt-tokens", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=4)

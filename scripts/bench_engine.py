@@ -141,6 +141,7 @@ def prefill_seconds(model, cache: KVCache, ids: torch.Tensor) -> tuple[float, fl
 
 
 def main() -> None:
+    """Measure, and print or write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt-tokens", type=int, default=4096)
     parser.add_argument("--new-tokens", type=int, default=64)

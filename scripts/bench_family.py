@@ -67,9 +67,11 @@ class Member:
         return spent
 
     def prefill(self) -> float:
+        """Seconds of one prefill."""
         return prefill_seconds(self.model, self.method.new_cache(self.model), self.prompt)[0]
 
     def decode(self) -> float:
+        """Seconds of the decode steps."""
         return decode_seconds(self.model, self.method.new_cache(self.model), self.prompt, STEPS)
 
 
@@ -89,6 +91,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Measure, and print or write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="text", choices=list(SETTINGS))
     parser.add_argument("--length", type=int, default=1024, help="prompt tokens")

@@ -126,6 +126,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Measure, and print or write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default="4096,8000", help="prompt lengths, tokens; decode and bytes use the last")
     parser.add_argument("--budget", type=int, default=1024)

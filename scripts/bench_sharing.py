@@ -69,6 +69,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Measure, and print or write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=8000, help="prompt tokens")
     parser.add_argument("--shape", default="smollm2-135m", choices=sorted(SHAPES))

@@ -83,11 +83,10 @@ class SourceError(Exception):
 class Bible:
     """The King James text, addressable by verse.
 
-    Attributes
-    ----------
-    verses : ``(book, chapter, verse) -> text`` in canonical order; book 1 is Genesis, book 66 Revelation.
-    breaks : verses that end a paragraph of the edition.
-    books : the 66 book names, in order.
+    Attributes:
+        verses: ``(book, chapter, verse) -> text`` in canonical order; book 1 is Genesis, book 66 Revelation.
+        breaks: verses that end a paragraph of the edition.
+        books: the 66 book names, in order.
     """
 
     verses: dict[tuple[int, int, int], str]
@@ -342,12 +341,14 @@ class Record:
 
 
 def gate_keeper(rng: random.Random) -> Record:
+    """Record of who kept a gate."""
     (name,), gate = people(rng, 1), rng.choice(("north", "south", "east", "west"))
     full = f"{name}, a {rng.choice(TRADES)} from {rng.choice(TOWNS)}"
     return Record(f"the keeper of the {gate} gate was {full}.", f"Who was the keeper of the {gate} gate?", (name, full))
 
 
 def hidden_roll(rng: random.Random) -> Record:
+    """Record of where a roll was hidden."""
     (name,) = people(rng, 1)
     place = rng.choice(
         (
@@ -361,6 +362,7 @@ def hidden_roll(rng: random.Random) -> Record:
 
 
 def well_name(rng: random.Random) -> Record:
+    """Record of the name of a well."""
     town = rng.choice(TOWNS)
     well = rng.choice(
         (
@@ -376,6 +378,7 @@ def well_name(rng: random.Random) -> Record:
 
 
 def bride_gift(rng: random.Random) -> Record:
+    """Record of a gift to the bride."""
     (name,) = people(rng, 1)
     gift = rng.choice(
         (
@@ -389,6 +392,7 @@ def bride_gift(rng: random.Random) -> Record:
 
 
 def hall_motto(rng: random.Random) -> Record:
+    """Record of the words over a hall's door."""
     town = rng.choice(TOWNS)
     motto = rng.choice(
         (
@@ -406,6 +410,7 @@ def hall_motto(rng: random.Random) -> Record:
 
 
 def banner(rng: random.Random) -> Record:
+    """Record of a town's banner."""
     town = rng.choice(TOWNS)
     picture = rng.choice(
         (
@@ -419,6 +424,7 @@ def banner(rng: random.Random) -> Record:
 
 
 def feast(rng: random.Random) -> Record:
+    """Record of the food at a feast."""
     town = rng.choice(TOWNS)
     food = rng.choice(
         (
@@ -436,6 +442,7 @@ def feast(rng: random.Random) -> Record:
 
 
 def flight(rng: random.Random) -> Record:
+    """Record of a place of refuge."""
     (name,) = people(rng, 1)
     place = rng.choice(
         (
@@ -449,6 +456,7 @@ def flight(rng: random.Random) -> Record:
 
 
 def chest_seal(rng: random.Random) -> Record:
+    """Record of the number on a seal."""
     town, number = rng.choice(TOWNS), str(rng.randrange(201, 999))
     return Record(
         f"the number on the seal of the chest of {town} was {number}.",
@@ -885,6 +893,7 @@ def lines_in_strings(source: str) -> set[int]:
 
 
 def indent(line: str) -> int:
+    """Number of leading blanks of a line."""
     return len(line) - len(line.lstrip())
 
 

@@ -57,6 +57,7 @@ def compared(theirs: Mapping[str, Any], rows: Mapping[str, dict[str, Any]]) -> d
 
 
 def main() -> None:
+    """Compare the scores with lm-eval's own, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="TASK=FILE")
     parser.add_argument("--requests", type=int, default=200)

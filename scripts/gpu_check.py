@@ -59,6 +59,7 @@ Task = tuple[Row, Callable[[], Row]]
 
 
 def synchronize() -> None:
+    """Wait for the CUDA device, if there is one."""
     if IS_CUDA:
         torch.cuda.synchronize()
 
@@ -181,6 +182,7 @@ def print_table(paths: list[str]) -> None:
 
 
 def main() -> int:
+    """Run one part or print the table, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=[*PARTS, "table"])
     parser.add_argument("files", nargs="*", help="for the table")

@@ -27,6 +27,7 @@ from kvbench.runners.records import provenance
 
 
 def main() -> None:
+    """Measure, and print or write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("-o", "--output", type=Path)

@@ -123,6 +123,7 @@ def time_ranking(tokens: int = 32768, heads: int = 8, repeats: int = 30) -> list
 
 
 def main() -> None:
+    """Measure, and print or write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=4, help="examples of each data set")
     parser.add_argument("--budgets", type=int, nargs="+", default=[64, 128, 256])

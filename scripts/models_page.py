@@ -139,6 +139,7 @@ def render(results: dict[str, list[Form]]) -> str:
 
 
 def main() -> None:
+    """Run the architectures, and print or write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="model types; all where none is named")
     parser.add_argument("--write", action="store_true", help="write docs/models.md")

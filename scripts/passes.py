@@ -39,6 +39,7 @@ def loss(model: Any, ids: torch.Tensor, labels: torch.Tensor, passes: int) -> fl
 
 
 def main() -> None:
+    """Measure, and print or write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a trained model")
     parser.add_argument("--task", default="text", choices=["text", "recall"])

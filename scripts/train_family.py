@@ -85,6 +85,7 @@ def install(task: str, results: str) -> None:
 
 
 def main() -> None:
+    """Train the members that are missing, and copy the best ones to ``models/tiny``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=list(SETTINGS))
     parser.add_argument("results")

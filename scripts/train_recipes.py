@@ -74,6 +74,7 @@ def toy_checkpoint(results: str) -> Path:
 
 
 def main() -> None:
+    """Run the recipes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results")
     parser.add_argument("recipes", nargs="*", default=[], help="of " + ", ".join(RECIPES))

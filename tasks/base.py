@@ -203,7 +203,7 @@ class Task(Described):
 
 
 def is_text(value: str) -> bool:
-    """Whether a string is text: JSON can spell half of a character (``"\\ud800"``), which no tokenizer takes."""
+    """Whether a string is valid text: JSON can encode a lone surrogate (U+D800), which no tokenizer accepts."""
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -56,21 +56,20 @@ LIKELIHOOD, ROLLING, GENERATE = "loglikelihood", "loglikelihood_rolling", "gener
 class LmEval(Task):
     """Tasks of lm-eval.
 
-    Attributes
-    ----------
-    names : tasks, groups or tags, as ``lm_eval --tasks`` takes them.
-    fewshot : examples in front of each question; None: as the task says.
-    limit : documents of each task; None: all.
-    data_files : for a task whose data shall come from files: its name -> the file with the split that is evaluated, or
-        split -> file. JSON lines, gzipped or not, with the columns of the task's own data set.
-    include_path : folder with lm-eval YAMLs of the user's own.
-    held_back : last tokens of a context that are not compressed with it, 1 or more. With none, what comes first after
-        a context would be predicted before compression, and one-token answers would not depend on the method.
-    chunk : tokens of a long text scored through one compressed cache.
-    metric : what ``score`` is: one that lies in [0, 1] and is averaged; None: each task's first of that kind. A long
-        text's score is its loss in nats per token.
-    seed : of the few-shot examples (1234 is lm-eval's).
-    max_length : tokens of a context and its continuation; a longer context loses its beginning, as in lm-eval.
+    Attributes:
+        names: tasks, groups or tags, as ``lm_eval --tasks`` takes them.
+        fewshot: examples in front of each question; None: as the task says.
+        limit: documents of each task; None: all.
+        data_files: for a task whose data shall come from files: its name -> the file with the split that is evaluated,
+            or split -> file. JSON lines, gzipped or not, with the columns of the task's own data set.
+        include_path: folder with lm-eval YAMLs of the user's own.
+        held_back: last tokens of a context that are not compressed with it, 1 or more. With none, what comes first
+            after a context would be predicted before compression, and one-token answers would not depend on the method.
+        chunk: tokens of a long text scored through one compressed cache.
+        metric: what ``score`` is: one that lies in [0, 1] and is averaged; None: each task's first of that kind. A long
+            text's score is its loss in nats per token.
+        seed: seed of the few-shot examples (lm-eval's is 1234).
+        max_length: tokens of a context and its continuation; a longer context loses its beginning, as in lm-eval.
     """
 
     id: ClassVar[str] = "LmEval"

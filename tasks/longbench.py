@@ -29,17 +29,16 @@ TRUNCATIONS = ("middle", "none")
 class LongBench(Task):
     """LongBench, LongBench-E, or the bundled ``longbench-mini``.
 
-    Attributes
-    ----------
-    datasets : data sets in the order to run them; None for all 21 (13 with ``e``), or all that the source has.
-    e : LongBench-E.
-    limit : the first examples of each data set; None for all.
-    data_dir : folder or ``data.zip``.
-    origin : the key ``source``: ``auto``, ``hub`` or ``mini``.
-    max_length : prompt tokens; None leaves it to the caller of :meth:`encode`.
-    truncate : ``middle`` or ``none``.
-    code_sim : ``official`` or ``levenshtein``, see :func:`.longbench_metrics.code_sim`.
-    no_context : control: the prompt with an empty context.
+    Attributes:
+        datasets: data sets in the order to run them; None for all 21 (13 with ``e``), or all that the source has.
+        e: LongBench-E.
+        limit: the first examples of each data set; None for all.
+        data_dir: folder or ``data.zip``.
+        origin: the key ``source``: ``auto``, ``hub`` or ``mini``.
+        max_length: prompt tokens; None leaves it to the caller of :meth:`encode`.
+        truncate: ``middle`` or ``none``.
+        code_sim: ``official`` or ``levenshtein``, see :func:`.longbench_metrics.code_sim`.
+        no_context: control: the prompt with an empty context.
     """
 
     id: ClassVar[str] = "LongBench"
@@ -122,16 +121,13 @@ class LongBench(Task):
         by a token or so: the official protocol, which leaves room for both and for the answer by giving each model a
         limit below its positions.
 
-        Parameters
-        ----------
-        example : from :meth:`examples`.
-        tokenizer : a transformers tokenizer.
-        max_length : most tokens of the raw prompt; None for no limit. ``task.max_length`` holds if it is smaller.
+        Args:
+            example: from :meth:`examples`.
+            tokenizer: a transformers tokenizer.
+            max_length: most tokens of the raw prompt; None for no limit. ``task.max_length`` holds if it is smaller.
 
-        Raises
-        ------
-        InputError
-            The prompt is longer and ``task.truncate`` is ``none``.
+        Raises:
+            InputError: the prompt is longer and ``task.truncate`` is ``none``.
         """
         limit = self.limit_of(max_length)
         prompt = example.prompt if limit is None else self._shorten(example, tokenizer, limit)
@@ -264,10 +260,9 @@ class LongBench(Task):
 def truncate_middle(ids: Sequence[int], tokenizer: Any, max_length: int) -> str:
     """Text of the first and the last ``max_length // 2`` tokens: both ends of a prompt may carry the instruction.
 
-    Parameters
-    ----------
-    ids : token ids of the prompt with the tokenizer's special tokens; more than ``max_length``, at least 2.
-    tokenizer : decodes them; special tokens are left out of the text.
+    Args:
+        ids: token ids of the prompt with the tokenizer's special tokens; more than ``max_length``, at least 2.
+        tokenizer: decodes them; special tokens are left out of the text.
     """
     half = max_length // 2
     head, tail = ids[:half], ids[-half:]

@@ -46,11 +46,10 @@ FIELDS = ("input", "context", "answers", "length", "dataset", "language", "all_c
 class DatasetFile:
     """The rows of one data set as read from one file.
 
-    Attributes
-    ----------
-    rows : rows in file order, the first ``limit`` of them.
-    total : rows in the file.
-    sha256 : of the file's uncompressed bytes.
+    Attributes:
+        rows: rows in file order, the first ``limit`` of them.
+        total: rows in the file.
+        sha256: sha256 of the file's uncompressed bytes.
     """
 
     rows: list[dict[str, Any]]
@@ -62,13 +61,12 @@ class DatasetFile:
 class Store:
     """Files of one origin, by data set.
 
-    Attributes
-    ----------
-    kind : ``data_dir``, ``hub`` or ``mini``.
-    location : folder, archive or repository, for the record.
-    files : stem (``qasper``, ``qasper_e``) -> function that opens its uncompressed bytes. Only files whose stem
-        is a LongBench name are listed.
-    revision : commit of a hub repository, else None.
+    Attributes:
+        kind: ``data_dir``, ``hub`` or ``mini``.
+        location: folder, archive or repository, for the record.
+        files: stem (``qasper``, ``qasper_e``) -> function that opens its uncompressed bytes. Only files whose stem is a
+            LongBench name are listed.
+        revision: commit of a hub repository, else None.
     """
 
     kind: str
@@ -189,12 +187,9 @@ def mini_folder() -> Any:
 def open_hub() -> Store:
     """``data.zip`` of the hub at the pinned revision: from the local cache, else downloaded.
 
-    Raises
-    ------
-    HubUnavailable
-        The hub is out of reach or switched off.
-    InputError
-        The archive is not the pinned one, or the hub answers and the download fails.
+    Raises:
+        HubUnavailable: the hub cannot be reached, or offline mode is set.
+        InputError: the archive is not the pinned one, or the hub answers and the download fails.
     """
     try:
         archive, repo = fetch(HUB_REPOS, "data.zip", HUB_REVISION)
@@ -214,8 +209,10 @@ def _stems() -> list[str]:
 
 
 def _zip_files(archive: Path, key: str, value: str) -> dict[str, Opener]:
-    """Members ``data/<dataset>.jsonl``. Nothing is ever unpacked to disk; an archive with a member that would land
-    outside its folder is refused all the same, because it is not LongBench's."""
+    """Members ``data/<dataset>.jsonl`` of an archive.
+
+    Nothing is unpacked to disk; an archive with a member whose path is outside its folder is refused all the same.
+    """
     try:
         with zipfile.ZipFile(archive) as bundle:
             members = set(bundle.namelist())

@@ -43,17 +43,14 @@ def example_score(
 ) -> float:
     """Score of one prediction: the best over the accepted answers.
 
-    Parameters
-    ----------
-    dataset : official name.
-    prediction : the model's text, without the prompt.
-    answers : accepted answers.
-    all_classes : class names, for the classification sets (trec, lsht); not looked at otherwise.
-    code_sim : one of :data:`CODE_SIMS`.
+    Args:
+        dataset: official name.
+        prediction: the model's text, without the prompt.
+        answers: accepted answers.
+        all_classes: class names, for the classification sets (trec, lsht); not looked at otherwise.
+        code_sim: one of :data:`CODE_SIMS`.
 
-    Returns
-    -------
-    float
+    Returns:
         In [0, 1].
     """
     spec = SPECS[dataset]
@@ -68,8 +65,11 @@ def example_score(
 
 
 def dataset_score(scores: Sequence[float]) -> float:
-    """``round(100 x mean, 2)``, in the official order of operations (a plain running sum; Python's ``sum`` is not one
-    from 3.12 on, and a score may lie on a rounding edge)."""
+    """``round(100 x mean, 2)``, in the official order of operations.
+
+    The sum is a plain running sum, because a mean may be on a rounding edge and Python's ``sum`` compensates rounding
+    errors from 3.12 on.
+    """
     total = 0.0
     for score in scores:
         total += score
@@ -177,14 +177,11 @@ def rouge_l(prediction: str, answer: str, max_steps: int) -> float:
     subsequences of all pairs of sentences are united. The package fills its table in pure Python (minutes for a set
     of long summaries); here a row of the table is one integer, see :func:`_lcs_words`. Tests compare the two.
 
-    Parameters
-    ----------
-    prediction, answer : words separated by blanks.
-    max_steps : the longest traceback that does not overflow the package's recursion; beyond it the score is 0.
+    Args:
+        prediction, answer: words separated by blanks.
+        max_steps: the longest traceback that does not overflow the package's recursion; beyond it the score is 0.
 
-    Returns
-    -------
-    float
+    Returns:
         In [0, 1). 0 where the package raises: a text with nothing but dots, or a traceback that is too long.
     """
     hypothesis, reference = _sentences(prediction), _sentences(answer)

@@ -31,23 +31,22 @@ CATEGORIES = {
 class DatasetSpec:
     """One data set of LongBench.
 
-    Attributes
-    ----------
-    name : official name; also the stem of its file.
-    title : name as the paper prints it.
-    category : key of :data:`CATEGORIES`.
-    language : ``en``, ``zh`` or ``code``.
-    metric : name of the metric.
-    max_new_tokens : generation limit, tokens.
-    prompt : template for ``str.format(**row)``.
-    rows : examples of the official file.
-    rows_e : examples of the LongBench-E file, 0 where there is none.
-    chat : wrap the prompt in the model's chat template. Not for the few-shot and code sets: there the model continues
-        a pattern, and "chat models are better off without" (official code).
-    first_line : only the first line of a prediction is scored; in a few-shot prompt the model goes on to invent the
-        next question.
-    stop_tokens : strings whose last token ends the generation.
-    min_new_tokens : tokens before anything may stop the generation.
+    Attributes:
+        name: official name; also the stem of its file.
+        title: name as the paper prints it.
+        category: key of :data:`CATEGORIES`.
+        language: ``en``, ``zh`` or ``code``.
+        metric: name of the metric.
+        max_new_tokens: generation limit, tokens.
+        prompt: template for ``str.format(**row)``.
+        rows: examples of the official file.
+        rows_e: examples of the LongBench-E file, 0 where there is none.
+        chat: wrap the prompt in the model's chat template. Not for the few-shot and code sets: there the model
+            continues a pattern, and "chat models are better off without" (official code).
+        first_line: only the first line of a prediction is scored; in a few-shot prompt the model goes on to invent the
+            next question.
+        stop_tokens: strings whose last token ends the generation.
+        min_new_tokens: tokens before anything may stop the generation.
     """
 
     name: str

@@ -101,16 +101,15 @@ ANSWERS = (re.compile(r"The correct answer is \(([A-D])\)"), re.compile(r"The co
 class LongBenchV2(Task):
     """LongBench v2.
 
-    Attributes
-    ----------
-    data_dir : :data:`FILE`, or the folder that holds it; None for the hub, at a pinned revision.
-    datasets : domains in the order to run them; None for all that the file has. After construction a tuple.
-    lengths : parts to ask for: ``short``, ``medium``, ``long``; None for all. After construction a tuple.
-    limit : the first questions of each domain (and of these lengths); None for all.
-    max_length : tokens of the prompt before the chat template; a longer one loses its middle. None leaves it to the
-        caller of :meth:`encode`. Official: 120000 for models of 128 thousand positions.
-    chat : use the model's chat template.
-    no_context : control: the official prompt without the text.
+    Attributes:
+        data_dir: :data:`FILE`, or the folder that holds it; None for the hub, at a pinned revision.
+        datasets: domains in the order to run them; None for all that the file has. After construction a tuple.
+        lengths: parts to ask for: ``short``, ``medium``, ``long``; None for all. After construction a tuple.
+        limit: the first questions of each domain (and of these lengths); None for all.
+        max_length: tokens of the prompt before the chat template; a longer one loses its middle. None leaves it to the
+            caller of :meth:`encode`. Official: 120000 for models of 128 thousand positions.
+        chat: use the model's chat template.
+        no_context: control: the official prompt without the text.
     """
 
     id: ClassVar[str] = "LongBenchV2"
@@ -160,11 +159,10 @@ class LongBenchV2(Task):
 
         So the template's tokens come on top of ``max_length``, as in the official code, which leaves room for them.
 
-        Parameters
-        ----------
-        example : from :meth:`examples`.
-        tokenizer : a transformers tokenizer.
-        max_length : most tokens of the raw prompt; None for no limit. ``task.max_length`` holds if it is smaller.
+        Args:
+            example: from :meth:`examples`.
+            tokenizer: a transformers tokenizer.
+            max_length: most tokens of the raw prompt; None for no limit. ``task.max_length`` holds if it is smaller.
         """
         limit, prompt = self.limit_of(max_length), example.prompt
         if limit is not None:
@@ -281,10 +279,9 @@ def without_middle(ids: Sequence[int], tokenizer: Any, max_length: int) -> str:
     Not :func:`.longbench.truncate_middle`: this benchmark decodes both ends as one text, so that a character or a blank
     at the seam comes out differently, and an odd limit gives the odd token to the end.
 
-    Parameters
-    ----------
-    ids : token ids of the prompt with the tokenizer's special tokens; more than ``max_length``, which is at least 2.
-    tokenizer : decodes them; special tokens are left out of the text.
+    Args:
+        ids: token ids of the prompt with the tokenizer's special tokens; more than ``max_length``, which is at least 2.
+        tokenizer: decodes them; special tokens are left out of the text.
     """
     head = max_length // 2
     return tokenizer.decode([*ids[:head], *ids[head - max_length :]], skip_special_tokens=True)

@@ -17,10 +17,9 @@ from .workload import Search, Workload, check_search, check_shape
 class MaxBatch(Search):
     """The largest batch.
 
-    Attributes
-    ----------
-    prompt_tokens, new_tokens : of each sequence; the ids are random.
-    start, most, step, tolerance : see :class:`.workload.Search`; in sequences.
+    Attributes:
+        prompt_tokens, new_tokens: tokens of each sequence; the ids are random.
+        start, most, step, tolerance: see :class:`.workload.Search`; in sequences.
     """
 
     id: ClassVar[str] = "MaxBatch"

@@ -14,10 +14,9 @@ from .workload import Search, Workload, check_search, check_shape
 class MaxContext(Search):
     """The longest prompt.
 
-    Attributes
-    ----------
-    new_tokens : tokens to generate after it.
-    start, most, step, tolerance : see :class:`.workload.Search`; in prompt tokens.
+    Attributes:
+        new_tokens: tokens to generate after the prompt.
+        start, most, step, tolerance: see :class:`.workload.Search`; in prompt tokens.
     """
 
     id: ClassVar[str] = "MaxContext"

@@ -62,24 +62,24 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 class Needle(Task):
     """Needle in a haystack.
 
-    Attributes
-    ----------
-    lengths : prompt tokens, one part of the grid each: chat template and question included, at most that many and at
-        most a sentence of the haystack fewer.
-    depths : where the needle stands: a number of depths, evenly spaced from 0 (before the text) to 1 (after it), or the
-        depths themselves. After construction a tuple of floats.
-    per_cell : examples of each length and depth, with different needles in different stretches of the haystack.
-    needles : needles in one prompt. The first stands at the cell's depth, the others evenly spaced behind it, wrapping
-        round; all are asked for together.
-    haystack : text file, or folder whose ``.txt`` files are joined in the order of their names; None: the bundled text.
-    metric : ``contains``: share of the answers that stand in the prediction. ``rouge``: ROUGE-L F of the prediction
-        against the needles.
-    seed : which needles, and which stretches of the haystack.
-    max_new_tokens : generation limit, tokens for each needle.
-    chat : use the model's chat template.
-    max_length : prompt tokens that the model may be given instead of its own limit. Nothing is ever cut: a length above
-        the limit is an error.
-    needle, question, answer : the user's own sentence, question and answer; None for the made-up ones.
+    Attributes:
+        lengths: prompt tokens, one part of the grid each: chat template and question included, at most that many and at
+            most a sentence of the haystack fewer.
+        depths: where the needle stands: a number of depths, evenly spaced from 0 (before the text) to 1 (after it), or
+            the depths themselves. After construction a tuple of floats.
+        per_cell: examples of each length and depth, with different needles in different stretches of the haystack.
+        needles: needles in one prompt. The first stands at the cell's depth, the others evenly spaced behind it,
+            wrapping round; all are asked for together.
+        haystack: text file, or folder whose ``.txt`` files are joined in the order of their names; None: the bundled
+            text.
+        metric: ``contains``: share of the answers that stand in the prediction. ``rouge``: ROUGE-L F of the prediction
+            against the needles.
+        seed: which needles, and which stretches of the haystack.
+        max_new_tokens: generation limit, tokens for each needle.
+        chat: use the model's chat template.
+        max_length: prompt tokens that the model may be given instead of its own limit. Nothing is ever cut: a length
+            above the limit is an error.
+        needle, question, answer: the user's own sentence, question and answer; None for the made-up ones.
     """
 
     id: ClassVar[str] = "Needle"
@@ -147,10 +147,8 @@ class Needle(Task):
         tokenizer only. ``meta`` holds ``length`` (tokens), ``depth``, ``needles`` (the sentences) and ``start`` (where
         in the haystack the text begins, in [0, 1)).
 
-        Raises
-        ------
-        InputError
-            The haystack cannot be used, or the user's answer stands in it.
+        Raises:
+            InputError: the haystack cannot be used, or the user's answer stands in it.
         """
         assert not isinstance(self.depths, int)
         ends = sum(sentence.rstrip().endswith((".", "?", "!")) for sentence in self._sentences)
@@ -196,16 +194,14 @@ class Needle(Task):
 
         Depth is counted in tokens of the text; the needle goes to the nearest sentence end.
 
-        Parameters
-        ----------
-        example : from :meth:`examples`.
-        tokenizer : a transformers tokenizer.
-        max_length : most tokens of the prompt; None for no limit. ``task.max_length`` holds if it is smaller.
+        Args:
+            example: from :meth:`examples`.
+            tokenizer: a transformers tokenizer.
+            max_length: most tokens of the prompt; None for no limit. ``task.max_length`` holds if it is smaller.
 
-        Raises
-        ------
-        InputError
-            The length is above the limit, or holds too little: the question, the needles and as many sentences.
+        Raises:
+            InputError: the length is above the limit, or holds too little: the question, the needles and as many
+                sentences.
         """
         length: int = example.meta["length"]
         limit = self.limit_of(max_length)
@@ -363,6 +359,11 @@ def _plain(text: str) -> str:
 
 
 def lengths_of(value: Any) -> tuple[int, ...]:
+    """Lengths in tokens of a YAML value, as a tuple.
+
+    Raises:
+        InputError: the value is no list of different whole numbers.
+    """
     key, allowed = "task.lengths", "must be a list of different whole numbers of tokens, such as [2048,4096]"
     require(isinstance(value, Sequence) and not isinstance(value, str), key, value, allowed)
     lengths = tuple(value)

@@ -43,14 +43,13 @@ BUCKETS = 16
 class Perplexity(Task):
     """Perplexity of a text.
 
-    Attributes
-    ----------
-    path : text file, gzipped or not; None: the test part of wikitext-2, from the hub.
-    protocol : ``sliding`` or ``streaming``, see the module docstring.
-    context : tokens read and compressed first.
-    chunk : tokens scored behind them; None: 512 sliding, 4096 streaming.
-    stretches : of the text, evenly spaced.
-    max_length : tokens of a stretch that the model may be given; a longer one is an error.
+    Attributes:
+        path: text file, gzipped or not; None: the test part of wikitext-2, from the hub.
+        protocol: ``sliding`` or ``streaming``, see the module docstring.
+        context: tokens read and compressed first.
+        chunk: tokens scored behind them; None: 512 sliding, 4096 streaming.
+        stretches: number of stretches of the text, evenly spaced.
+        max_length: tokens of a stretch that the model may be given; a longer one is an error.
     """
 
     id: ClassVar[str] = "Perplexity"
@@ -102,11 +101,9 @@ class Perplexity(Task):
         That last token is fed after compression: what is scored has seen the compressed cache alone. Where the
         tokenizer begins a text with a token of its own, so does every stretch.
 
-        Raises
-        ------
-        InputError
-            The stretch is longer than the model takes, or the text shorter than the stretches with chunks of
-            their own.
+        Raises:
+            InputError: the stretch is longer than the model takes, or the text shorter than the stretches with chunks
+                of their own.
         """
         assert self.chunk is not None
         ids = self._ids(tokenizer)

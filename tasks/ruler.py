@@ -171,7 +171,7 @@ class Niah(Family):
 
 @dataclass(frozen=True)
 class VariableTracking(Family):
-    """A chain of assignments in noise; which variables have the value that the first one got? (section 3.2)
+    """A chain of assignments in noise; the answer is all variables with the first one's value (section 3.2).
 
     One solved example, shorter, stands in front. The generator makes its noise as long as 500 tokens hold in steps of 5
     lines, which is 10 lines with common tokenizers; here it is 10 with all of them. All of it is drawn anew for each
@@ -375,18 +375,17 @@ FILES = {name: family.file for name, family in FAMILIES.items() if isinstance(fa
 class Ruler(Task):
     """RULER.
 
-    Attributes
-    ----------
-    datasets : names of the tasks, in the order to run them; None for all that there is data for.
-    lengths : tokens of prompt (chat template included) and answer together; every data set is made at each of them.
-    limit : the first examples of each task and length; None for 500, as in the paper. qa has no more than its file.
-    seed : of everything that is drawn. An example depends on seed, task, length and number, not on the other keys.
-    haystack : text file, or folder whose ``.txt`` files are joined by name, for the essays; None: the bundled text.
-    squad, hotpot : JSON files of SQuAD v2 (``dev-v2.0.json``) and HotpotQA (``hotpot_dev_distractor_v1.json``) as
-        published, ``.gz`` or not, for qa_1 and qa_2.
-    chat : use the model's chat template.
-    max_length : prompt tokens that the model may be given instead of its own limit. Nothing is ever cut: a length above
-        the limit is an error.
+    Attributes:
+        datasets: names of the tasks, in the order to run them; None for all that there is data for.
+        lengths: tokens of prompt (chat template included) and answer together; every data set is made at each of them.
+        limit: the first examples of each task and length; None for 500, as in the paper. qa has no more than its file.
+        seed: seed of all examples. An example depends on seed, task, length and number, not on the other keys.
+        haystack: text file, or folder whose ``.txt`` files are joined by name, for the essays; None: the bundled text.
+        squad, hotpot: JSON files of SQuAD v2 (``dev-v2.0.json``) and HotpotQA (``hotpot_dev_distractor_v1.json``) as
+            published, ``.gz`` or not, for qa_1 and qa_2.
+        chat: use the model's chat template.
+        max_length: prompt tokens that the model may be given instead of its own limit. Nothing is ever cut: a length
+            above the limit is an error.
     """
 
     id: ClassVar[str] = "Ruler"
@@ -439,10 +438,8 @@ class Ruler(Task):
         context; the answer prefix, which does not belong to it, is in ``meta``. ``question`` is what stands behind the
         context in the user's turn. ``meta`` also holds ``task``, ``length`` (tokens) and what the context is made from.
 
-        Raises
-        ------
-        InputError
-            A file cannot be used.
+        Raises:
+            InputError: a file cannot be used.
         """
         if set(self._chosen) & set(ESSAYS):
             allowed = 'must have sentence ends (".", "?" or "!" and a blank), where a needle can stand; there is none'
@@ -459,16 +456,13 @@ class Ruler(Task):
 
         The context has as many units as its length holds; one more would be too long.
 
-        Parameters
-        ----------
-        example : from :meth:`examples`.
-        tokenizer : a transformers tokenizer.
-        max_length : most tokens of the prompt; None for no limit. ``task.max_length`` holds if it is smaller.
+        Args:
+            example: from :meth:`examples`.
+            tokenizer: a transformers tokenizer.
+            max_length: most tokens of the prompt; None for no limit. ``task.max_length`` holds if it is smaller.
 
-        Raises
-        ------
-        InputError
-            The length is above the limit, or holds less than the least context.
+        Raises:
+            InputError: the length is above the limit, or holds less than the least context.
         """
         length, family = example.meta["length"], FAMILIES[example.meta["task"]]
         room = length - example.max_new_tokens
@@ -716,6 +710,7 @@ class Words:
     all: list[str]
 
     def pair(self, rng: Random) -> str:
+        """Draw an adjective and a noun, joined by a hyphen."""
         return f"{rng.choice(self.adjectives)}-{rng.choice(self.nouns)}"
 
 

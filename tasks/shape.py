@@ -25,12 +25,11 @@ TOKENS = ("random", "real")
 class Shape(Workload):
     """Requests that all have the same lengths.
 
-    Attributes
-    ----------
-    prompt_tokens : tokens of each prompt, 1 or more.
-    new_tokens : tokens to generate, 2 or more: time per output token is taken between the first and the last.
-    tokens : ``random``: uniform ids below the vocabulary's size, others in each request. ``real``: consecutive text
-        without special tokens; each request starts at another place, and behind the end the text starts again.
+    Attributes:
+        prompt_tokens: tokens of each prompt, 1 or more.
+        new_tokens: tokens to generate, 2 or more: time per output token is taken between the first and the last.
+        tokens: ``random``: uniform ids below the vocabulary's size, others in each request. ``real``: consecutive text
+            without special tokens; each request starts at another place, and behind the end the text starts again.
     """
 
     id: ClassVar[str] = "Shape"
