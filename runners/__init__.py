@@ -1,0 +1,1 @@
+"""Runners, and the engine, measurements and records that they use."""

@@ -1,10 +1,11 @@
-"""Who may import whom (docs/decisions.md keeps the reasons), and what every YAML under ``conf`` starts with.
+"""Import rules (docs/decisions.md has the reasons), descriptions of YAMLs, docstrings, sizes of files and functions.
 
 The rules are read off the syntax tree of every file, relative imports included, so that an import inside a function or
 under ``TYPE_CHECKING`` counts too. Each rule is also shown to catch a file that breaks it.
 """
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -21,16 +22,12 @@ COMMON = ("kvbench.conf.errors", "kvbench.conf.identity")
 
 @dataclass(frozen=True)
 class Rule:
-    """What the files of one folder may import beside the standard library.
+    """Allowed imports of the files of one folder, beside the standard library.
 
-    Attributes
-    ----------
-    own : tuple of str
-        Modules of this project, each with everything under it.
-    others : tuple of str or None
-        Third-party packages; None allows all but ``never``.
-    never : tuple of str
-        What dotted names may not start with (``transformers.AutoModel`` refuses ``AutoModelForCausalLM`` as well).
+    Attributes:
+        own: Modules of this project, each with everything under it.
+        others: Third-party packages; None allows all but ``never``.
+        never: Prefixes of names that are refused (``transformers.AutoModel`` refuses ``AutoModelForCausalLM`` as well).
     """
 
     own: tuple[str, ...]
@@ -313,10 +310,78 @@ def test_a_default_without_a_source_would_be_noticed() -> None:
     assert without_source("_target_: a.B\nbits: 4 # of a code\n", ()) == ["bits: 4 # of a code"]
 
 
+# docstrings -------------------------------------------------------------------------------------------------------
+
+
+def base_names(node: ast.ClassDef) -> list[str]:
+    """Names of a class's bases, without the modules in front of them and without type parameters."""
+    bases = [base.value if isinstance(base, ast.Subscript) else base for base in node.bases]
+    return [base.attr if isinstance(base, ast.Attribute) else getattr(base, "id", "") for base in bases]
+
+
+def is_inherited(name: str, node: ast.ClassDef, classes: dict[str, list[ast.ClassDef]]) -> bool:
+    """Whether a base of a class documents the method; classes of one name are not told apart."""
+    for base in (c for key in base_names(node) for c in classes.get(key, []) if c is not node):
+        methods = [n for n in base.body if isinstance(n, ast.FunctionDef) and n.name == name]
+        if any(map(ast.get_docstring, methods)) or is_inherited(name, base, classes):
+            return True
+    return False
+
+
+def undocumented(tree: ast.Module, classes: dict[str, list[ast.ClassDef]]) -> list[str]:
+    """Public classes, functions and methods without a docstring, except overrides of documented methods."""
+    names, todo = [], [(None, node) for node in tree.body]
+    while todo:
+        owner, node = todo.pop()
+        is_definition = isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if not is_definition or node.name.startswith("_"):
+            continue
+        if isinstance(node, ast.ClassDef):
+            todo += [(node, inner) for inner in node.body]
+        if not ast.get_docstring(node) and (owner is None or not is_inherited(node.name, owner, classes)):
+            names.append(node.name if owner is None else f"{owner.name}.{node.name}")
+    return names
+
+
+def classes_of(trees: list[ast.Module]) -> dict[str, list[ast.ClassDef]]:
+    """Class definitions of modules, by name."""
+    classes: dict[str, list[ast.ClassDef]] = {}
+    for node in (node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)):
+        classes.setdefault(node.name, []).append(node)
+    return classes
+
+
+def test_public_classes_functions_and_methods_have_docstrings() -> None:
+    trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in project_modules().items()}
+    transformers = importlib.util.find_spec("transformers")
+    assert transformers is not None and transformers.origin is not None
+    caches = Path(transformers.origin).parent / "cache_utils.py"  # the only outside bases with overridden methods
+    classes = classes_of([*trees.values(), ast.parse(caches.read_text(encoding="utf-8"))])
+    assert {name: found for name, tree in trees.items() if (found := undocumented(tree, classes))} == {}
+
+
+def test_a_missing_docstring_is_found_unless_a_base_documents_the_method() -> None:
+    source = '''
+class A:
+    """Documented."""
+    def f(self): "Documented."
+    def g(self): pass
+    def _h(self): pass
+
+class B(A):
+    def f(self): pass
+    def g(self): pass
+
+def k(): pass
+'''
+    tree = ast.parse(source)
+    assert sorted(undocumented(tree, classes_of([tree]))) == ["A.g", "B", "B.g", "k"]
+
+
 # size and circles -------------------------------------------------------------------------------------------------
 
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
-SMALL_FOLDERS = ("conf", "methods")
+SMALL_FOLDERS = ("conf", "methods", "models", "runners")
 
 
 def runtime_imports(path: Path, modules: dict[str, Path]) -> set[str]:

@@ -46,6 +46,7 @@ class FanOutLayer(PrefillLayer):
             member.seen, member.in_prefill = self.seen, False
 
     def attend(self, call: LayerCall, new: NewTokens, use: KVAccess) -> torch.Tensor:
+        """Attend over the shared prompt during prefill, then over each member's own keys and values."""
         if self.in_prefill:
             return self.prefill(call, new, use)
         if use.is_last_reader:
@@ -75,9 +76,11 @@ class FanOutLayer(PrefillLayer):
         )
 
     def get_seq_length(self) -> int:
+        """Number of tokens that the layer has seen."""
         return self.seen
 
     def tensors(self) -> list[torch.Tensor]:
+        """Tensors of all members."""
         return [t for member in self.members for t in member.tensors()]
 
 
@@ -147,6 +150,7 @@ class FanOutCache(KVCache):
 
     @property
     def copies(self) -> int:  # type: ignore[override]
+        """Number of methods that share the prefill."""
         return len(self.members)
 
     def end_prompt(self) -> None:

@@ -95,8 +95,10 @@ def _attention_by_blocks(
 
 
 def lower_right_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
-    """The same as :func:`causal_attention` of n < S queries, by flash kernels: no mask [n, S] is made, which for a long
-    prompt in pieces would be larger than its cache."""
+    """Compute :func:`causal_attention` of n < S queries with flash kernels.
+
+    They need no [n, S] mask, which for a long chunked prompt would be larger than its cache.
+    """
     bias = causal_lower_right(query.shape[2], key.shape[2])
     gqa = query.shape[1] > key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling, enable_gqa=gqa)

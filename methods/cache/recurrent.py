@@ -38,6 +38,7 @@ class StateLayer(LinearAttentionLayer):
         return torch.zeros(1, 1, dtype=torch.int64)
 
     def tensors(self) -> list[torch.Tensor]:
+        """No tensors of its own."""
         return []
 
     logical_bytes = 0

@@ -30,8 +30,10 @@ class RecurrentLayer:
         return torch.zeros(0 if state is None else state.shape[0], 1, dtype=torch.int64)
 
     def tensors(self) -> list[torch.Tensor]:
+        """The state, once there is one."""
         return [state for state in self.recurrent_states if state is not None]
 
     @property
     def logical_bytes(self) -> int:
+        """Bytes of the state."""
         return sum(t.nbytes for t in self.tensors())

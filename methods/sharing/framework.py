@@ -1,5 +1,6 @@
-"""The family of maps of Wu et al. (2024, arXiv 2410.14442): how layers are cut into blocks, and which layer serves
-one.
+"""The family of maps of Wu et al. (2024, arXiv 2410.14442).
+
+A map divides the layers into blocks, and one layer of each block is the KV source of the block.
 
     pizza      the lowest layers keep their own keys and values, one block takes the rest
     sandwich   layers at both ends keep their own, one block in the middle

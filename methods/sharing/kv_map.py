@@ -56,6 +56,7 @@ class Segment:
 
     @property
     def layers(self) -> range:
+        """Indices of the layers."""
         return range(self.first, self.last + 1)
 
 

@@ -60,6 +60,7 @@ class Quantized:
     zero: torch.Tensor
 
     def tensors(self) -> list[torch.Tensor]:
+        """Codes, scales and zero points."""
         return [self.codes, self.scale, self.zero]
 
 

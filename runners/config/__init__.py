@@ -1,0 +1,1 @@
+"""Composition and checks of a run's configuration."""

@@ -43,6 +43,7 @@ class WindowSums:
 
     @staticmethod
     def empty(batch: int, device: torch.device) -> WindowSums:
+        """Sums of no tokens yet."""
         plain, by_number = (torch.zeros(batch, 0, device=device) for _ in range(2))
         return WindowSums(torch.zeros(batch, dtype=torch.int64, device=device), plain, by_number)
 
@@ -103,9 +104,11 @@ class WindowSums:
             state.settled[row] += stay
 
     def logical_bytes(self, state: PyramidState) -> int:
+        """Bytes of the entries in use."""
         return 8 * sum(state.waiting(row) for row in range(len(state.lengths)))
 
     def tensors(self) -> list[torch.Tensor]:
+        """Tensors that hold the record."""
         return [self.plain, self.by_number]
 
 
@@ -175,9 +178,11 @@ class AttentionRows:
         return weights @ last
 
     def logical_bytes(self, state: PyramidState) -> int:
+        """Bytes of the entries in use."""
         return self.rows.nbytes
 
     def tensors(self) -> list[torch.Tensor]:
+        """Tensors that hold the record."""
         return [self.rows]
 
 
