@@ -70,6 +70,8 @@ class ModelSource(HasIdentity, ABC):
         True for a source whose outputs mean nothing, so that a runner of scores can refuse it before loading.
     """
 
+    key_prefix: ClassVar[str] = "model."
+
     name: str
     random_weights: ClassVar[bool] = False
     omitted_at: ClassVar[Mapping[str, Any]] = {"device_map": None}

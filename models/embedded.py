@@ -36,6 +36,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..conf.errors import InputError, require
+from ..conf.options import PositiveInt
 from .base import LoadedModel, ModelSource, file_sha256
 from .hub import OutOfReach, ask_hub
 from .pretrained import load_pretrained, prompt_limit
@@ -86,9 +87,10 @@ class Embedded(ModelSource):
     """
 
     name: str = "smollm2-135m"
-    max_prompt_tokens: int = 7500
+    max_prompt_tokens: PositiveInt = 7500
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         prompt_limit(self.max_prompt_tokens, 8192)
 
     @property
