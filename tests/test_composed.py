@@ -106,7 +106,7 @@ def test_logging_calls_no_code_but_its_own_handlers(group, handler, key, tmp_pat
     config = tmp_path / "own" / "hydra" / group / "own.yaml"
     config.parent.mkdir(parents=True)
     config.write_text(f"version: 1\nroot: {{handlers: [x]}}\nhandlers:\n  x: {handler}\n")
-    done = kvbench("run", "model=scratch", "--config-dir=own", f"hydra/{group}=own")
+    done = kvbench("run", "model=scratch", f"hydra/{group}=own", "--config-dir=own")
     assert done.returncode == 2
     assert f"hydra.*_logging.handlers.x.{key}=" in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not Path("ran").exists()
