@@ -4,8 +4,8 @@ Every room may import this module; it imports nothing of the project.
 """
 
 import difflib
-from collections.abc import Iterable
-from typing import TypeGuard
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 class InputError(ValueError):
@@ -45,6 +45,17 @@ def require(condition: bool, key: str, value: object, allowed: str) -> None:
         raise InputError(key, value, allowed)
 
 
-def is_whole(value: object, at_least: float = float("-inf")) -> TypeGuard[int]:
-    """Whether a YAML value is a whole number (true and false are not) of ``at_least`` or more."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+def is_list(value: Any) -> bool:
+    """Whether a value is a list or another sequence that is no text."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def as_typed(value: Any) -> str:
+    """A value as it is typed on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if is_list(value):
+        return f"[{','.join(map(as_typed, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{k}:{as_typed(v)}' for k, v in value.items())}}}"
+    return str(value)

@@ -6,12 +6,15 @@ the same when a Python class or field is renamed, so that records and their hash
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar
 
+from .options import Options
 
-class HasIdentity:
+
+class HasIdentity(Options):
     """A dataclass that is a part of a run."""
 
     id: ClassVar[str]
@@ -29,6 +32,13 @@ class HasIdentity:
         super().__init_subclass__(**kwargs)
         if "id" not in cls.__dict__:
             cls.id = cls.__name__
+
+    def __post_init__(self) -> None:
+        """Check the fields; a path becomes text."""
+        for name in self.location_fields:
+            if isinstance(value := getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
+        super().__post_init__()
 
     def parameters(self) -> dict[str, Any]:
         """The fields that are arguments, as plain data, by their keys in records."""

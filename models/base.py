@@ -60,6 +60,8 @@ class ModelSource(HasIdentity, ABC):
         random_weights: The outputs are meaningless, so that an accuracy run refuses the source before loading.
     """
 
+    key_prefix: ClassVar[str] = "model."
+
     name: str
     random_weights: ClassVar[bool] = False
     omitted_at: ClassVar[Mapping[str, Any]] = {"device_map": None}

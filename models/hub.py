@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from ..conf.errors import InputError, require
+from ..conf.errors import InputError
+from ..conf.options import PositiveInt, Wording
 from .base import LoadedModel, ModelSource
 from .pretrained import load_pretrained, plain_device_map, prompt_limit
 
@@ -84,24 +86,16 @@ class HubModel(ModelSource):
         device_map: ``auto`` for a model that is larger than one GPU; see :func:`.pretrained.load_pretrained`.
     """
 
-    repo_id: str
-    max_prompt_tokens: int
+    repo_id: Annotated[str, Wording("owner/name", r"[\w-][\w.-]*/[\w-][\w.-]*")]
+    max_prompt_tokens: PositiveInt
     name: str
     revision: str = "main"
     chat_template: str | None = None
-    device_map: Any = None
+    device_map: str | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.device_map = plain_device_map(self.device_map)
-        require(
-            re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.repo_id) is not None,
-            "model.repo_id",
-            self.repo_id,
-            "must be owner/name",
-        )
-        require(
-            self.max_prompt_tokens > 0, "model.max_prompt_tokens", self.max_prompt_tokens, "must be at least 1 token"
-        )
+        super().__post_init__()
 
     def commit(self) -> str:
         """Commit of the weights: ``revision`` if it is one, else the hub's answer, else the commit in the hub's cache.
@@ -165,8 +159,9 @@ class HubModel(ModelSource):
     def load(self, device: str, dtype: torch.dtype) -> LoadedModel:
         """See :meth:`ModelSource.load`."""
         folder = self.fetch()
-        options = {"chat_template": self.chat_template, "device_map": self.device_map}
-        model, tokenizer = load_pretrained(folder, device=device, dtype=dtype, **options)
+        model, tokenizer = load_pretrained(
+            folder, device=device, dtype=dtype, chat_template=self.chat_template, device_map=self.device_map
+        )
         positions = model.config.max_position_embeddings
         return LoadedModel(
             model=model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any, ClassVar
 import torch
 from transformers import PretrainedConfig
 
-from ..conf.errors import InputError, is_whole, require
+from ..conf.errors import InputError, require
+from ..conf.options import PositiveInt
 from ..methods.sharing.base import Sharing
 from .base import LoadedModel, ModelSource, file_sha256
 from .pretrained import check_folder, load_pretrained, plain_device_map, prompt_limit, read_config
@@ -43,17 +45,14 @@ class LocalModel(ModelSource):
 
     path: str
     name: str = "local"
-    max_prompt_tokens: int | None = None
+    max_prompt_tokens: PositiveInt | None = None
     chat_template: str | None = None
-    max_positions: int | None = None
-    device_map: Any = None
+    max_positions: PositiveInt | None = None
+    device_map: str | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.device_map = plain_device_map(self.device_map)
-        for key in ("max_prompt_tokens", "max_positions"):
-            value = getattr(self, key)
-            is_valid = value is None or is_whole(value, 1)
-            require(is_valid, f"model.{key}", value, "must be a whole number of tokens, 1 or more, or null")
+        super().__post_init__()
         folder = self.folder
         require(folder.is_dir(), "model.path", self.path, "is not a folder")
         require((folder / "config.json").is_file(), "model.path", self.path, "has no config.json: not a model folder")
@@ -104,8 +103,9 @@ class LocalModel(ModelSource):
 
     def load(self, device: str, dtype: torch.dtype) -> LoadedModel:
         """See :meth:`ModelSource.load`."""
-        options = {"chat_template": self.chat_template, "device_map": self.device_map}
-        model, tokenizer = load_pretrained(self.folder, device=device, dtype=dtype, **options)
+        model, tokenizer = load_pretrained(
+            self.folder, device=device, dtype=dtype, chat_template=self.chat_template, device_map=self.device_map
+        )
         positions = self.max_positions or model.config.max_position_embeddings
         limit = positions - ANSWER_TOKENS if self.max_prompt_tokens is None else self.max_prompt_tokens
         if self.max_prompt_tokens is None and limit < 2:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from importlib import resources
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from ..conf.errors import one_of, require
+from ..conf.options import OneOf, PositiveInt
 from ..methods.sharing.base import Sharing
 from .base import LoadedModel, ModelSource
 from .kvshare.convert import shared_config
@@ -45,20 +45,14 @@ class RandomModel(ModelSource):
     location_fields: ClassVar[tuple[str, ...]] = ("sharing",)
     random_weights: ClassVar[bool] = True
 
-    shape: str
+    shape: Annotated[str, OneOf(SHAPES)]
     seed: int = 0
     name: str = ""
-    max_positions: int | None = None
+    max_positions: PositiveInt | None = None
     sharing: Sharing | None = None
 
     def __post_init__(self) -> None:
-        require(self.shape in SHAPES, "model.shape", self.shape, one_of(self.shape, SHAPES))
-        require(
-            self.max_positions is None or self.max_positions > 0,
-            "model.max_positions",
-            self.max_positions,
-            "must be at least 1, or null for the shape's own",
-        )
+        super().__post_init__()
         self.name = self.name or f"random-{self.shape}"
 
     def for_sharing(self, sharing: Sharing | None, method: str) -> ModelSource:

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..conf.errors import InputError, is_whole, require
+from ..conf.errors import InputError, require
+from ..conf.options import NonNegativeFloat, PositiveFloat, PositiveInt
 from ..methods.sharing.base import Sharing
 from ..methods.sharing.heads import Heads
 from .base import LoadedModel, ModelSource
@@ -38,35 +39,24 @@ class ScratchModel(ModelSource):
     random_weights: ClassVar[bool] = True
 
     name: str = "scratch"
-    layers: int = 4
-    hidden_size: int = 128
-    heads: int = 4
-    kv_heads: int | None = None
-    head_dim: int = 64
-    intermediate_size: int = 336
+    layers: PositiveInt = 4
+    hidden_size: PositiveInt = 128
+    heads: PositiveInt = 4
+    kv_heads: PositiveInt | None = None
+    head_dim: PositiveInt = 64
+    intermediate_size: PositiveInt = 336
     match_parameters: bool = True
-    max_positions: int = 2048
-    rope_theta: float = 10000.0
+    max_positions: PositiveInt = 2048
+    rope_theta: PositiveFloat = 10000.0
     tie_embeddings: bool = False
-    init_std: float = 0.02
+    init_std: NonNegativeFloat = 0.02
 
     def __post_init__(self) -> None:
-        for key in ("layers", "hidden_size", "heads", "head_dim", "intermediate_size", "max_positions"):
-            value = getattr(self, key)
-            require(is_whole(value, 1), f"model.{key}", value, "must be a whole number >= 1")
-        kv = self.kv_heads
-        require(
-            kv is None or (is_whole(kv, 1) and self.heads % kv == 0),
-            "model.kv_heads",
-            kv,
-            f"must divide model.heads={self.heads}, or be null",
-        )
-        require(
-            self.hidden_size % self.heads == 0,
-            "model.heads",
-            self.heads,
-            f"must divide model.hidden_size={self.hidden_size}",
-        )
+        super().__post_init__()
+        kv, allowed = self.kv_heads, f"must divide model.heads={self.heads}, or be null"
+        require(kv is None or self.heads % kv == 0, "model.kv_heads", kv, allowed)
+        allowed = f"must divide model.hidden_size={self.hidden_size}"
+        require(self.hidden_size % self.heads == 0, "model.heads", self.heads, allowed)
 
     def for_sharing(self, sharing: Sharing | None, method: str) -> ModelSource:
         """This source: new weights can have any sharing."""

@@ -44,6 +44,7 @@ class TinyModel(ModelSource):
     by_method: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         kinds = sorted(f.name for f in FAMILY.iterdir() if f.is_dir()) if FAMILY.is_dir() else []
         require(self.trained_on in kinds, "model.trained_on", self.trained_on, one_of(self.trained_on, kinds))
         if self.member is not None:

@@ -11,9 +11,10 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from ..conf.errors import InputError, one_of, require
+from ..conf.errors import InputError, require
+from ..conf.options import Bounds, NonNegativeFloat
 from ..methods.cache.method import Method
 from ..models.base import ModelSource
 from ..tasks.base import Described, Example, Source, Task, is_text
@@ -25,8 +26,6 @@ from .runner import PairedRunner
 from .scoring import Scoring
 
 log = logging.getLogger(__name__)
-
-QUESTIONS = ("with_context", "after_compression")
 
 
 @dataclass
@@ -43,22 +42,14 @@ class AccuracyRunner(PairedRunner):
             those runs and the code that made them.
     """
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    question: str = "with_context"
+    temperature: NonNegativeFloat = 0.0
+    top_p: Annotated[float, Bounds(gt=0, le=1)] = 1.0
+    question: Literal["with_context", "after_compression"] = "with_context"
     reuse: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at = "runner."
-        for key in ("temperature", "top_p"):
-            value = getattr(self, key)
-            require(isinstance(value, int | float), at + key, value, "must be a number")
-            setattr(self, key, float(value))  # 0 and 0.0 are the same run
-        require(self.question in QUESTIONS, at + "question", self.question, one_of(self.question, QUESTIONS))
-        require(isinstance(self.reuse, bool), at + "reuse", self.reuse, "must be true or false")
-        require(self.temperature >= 0, at + "temperature", self.temperature, "must be >= 0")
-        require(0 < self.top_p <= 1, at + "top_p", self.top_p, "must be in (0, 1]")
+        self.temperature, self.top_p = float(self.temperature), float(self.top_p)  # 0 and 0.0 are the same run
 
     def data_group(self) -> str:
         """See :meth:`.runner.Runner.data_group`."""

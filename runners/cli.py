@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import hydra
 import hydra._internal.hydra
+import hydra._internal.logging_config
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
@@ -23,8 +24,9 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ..conf.errors import InputError, require
-from .config.checks import as_typed, check_results_dir, check_targets, check_values, target_class, unknown_key
+from ..conf.errors import InputError, as_typed, require
+from ..conf.options import check
+from .config.checks import Folder, check_logging, check_targets, check_values, target_class, unknown_key
 from .config.choices import check_choices
 from .config.errors import USER_ERRORS, input_error_line
 from .config.help import help_text
@@ -110,6 +112,16 @@ class CheckedCallbacks(Callbacks):
 
 
 hydra._internal.hydra.Callbacks = CheckedCallbacks  # type: ignore[misc]  # a class is replaced on purpose
+_configure_logging = hydra._internal.logging_config.configure_logging
+
+
+def checked_logging(config: dict[str, Any]) -> None:
+    """Hydra's set-up of logging, by ``hydra.hydra_logging`` and ``hydra.job_logging``, once that has been checked."""
+    check_logging(config, "hydra.*_logging")
+    _configure_logging(config)
+
+
+hydra._internal.logging_config.configure_logging = checked_logging
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
@@ -155,7 +167,7 @@ class SweepStart(Callback):
         try:
             if not _is_installed(config.hydra.launcher["_target_"]):
                 raise InputError("hydra/launcher", launcher, "needs the cluster extra: pip install 'kvbench[cluster]'")
-            check_results_dir(config.results_dir)
+            check(plain_data(config, "results_dir"), "results_dir", Folder)
             jobs = _planned_jobs(config)
             SweepLog.begin(config.results_dir, launcher, jobs)
         except USER_ERRORS as error:  # Hydra would turn an exception into a warning and continue

@@ -23,7 +23,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..conf.errors import InputError, is_whole, require
+from ..conf.errors import InputError
+from ..conf.options import NonNegativeInt, PositiveFloat, PositiveInt
 from ..methods.cache.method import Method
 from ..models.base import ModelSource
 from ..tasks.base import Described
@@ -66,24 +67,11 @@ class EfficiencyRunner(PairedRunner):
         compile: compile the decode steps with torch.compile; on a CPU, for one or two rows (:mod:`.engine.compiled`).
     """
 
-    warmups: int = 1
-    repeats: int = 5
-    memory_limit_gib: float | None = None
+    warmups: NonNegativeInt = 1
+    repeats: PositiveInt = 5
+    memory_limit_gib: PositiveFloat | None = None
     cuda_graph: bool = True
     compile: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at = "runner."
-        for key, least in (("warmups", 0), ("repeats", 1)):
-            value = getattr(self, key)
-            require(is_whole(value, least), at + key, value, f"must be a whole number >= {least}")
-        for key in ("cuda_graph", "compile"):
-            value = getattr(self, key)
-            require(isinstance(value, bool), at + key, value, "must be true or false")
-        limit = self.memory_limit_gib
-        ok = limit is None or (isinstance(limit, int | float) and limit is not True and 0 < limit < float("inf"))
-        require(ok, at + "memory_limit_gib", limit, "must be a number above 0, or null")
 
     def data_group(self) -> str:
         """See :meth:`.runner.Runner.data_group`."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
-from ..conf.errors import require
+from ..conf.options import Entries, Options, PositiveInt, Wording
 from ..methods.cache.method import Method
 from ..models.base import ModelSource
 from ..tasks.base import Described
@@ -43,7 +43,7 @@ class Runner(Protocol):
 
 
 @dataclass
-class PairedRunner:
+class PairedRunner(Options):
     """Options of the runners that compare methods.
 
     Attributes:
@@ -55,21 +55,16 @@ class PairedRunner:
         chunk_size: number of prompt tokens per forward; None: all at once.
     """
 
-    pair_with: Sequence[str | Mapping[str, Any]] = ("full",)
-    budgets: Sequence[int | float] | None = None
-    chunk_size: int | None = None
+    key_prefix: ClassVar[str] = "runner."
+    pair_with: Annotated[
+        Sequence[str | Mapping[str, Any]], Wording("a list of methods, each text or a mapping; [] for none")
+    ] = ("full",)
+    budgets: Annotated[Sequence[float], Entries()] | None = None
+    chunk_size: PositiveInt | None = None
 
     def __post_init__(self) -> None:
-        at = "runner."
         if isinstance(self.pair_with, str | Mapping):  # one value instead of a list of it
             self.pair_with = [self.pair_with]
         if isinstance(self.budgets, int | float):
             self.budgets = [self.budgets]
-        require(self.pair_with is not None, at + "pair_with", None, "must be a list of methods; [] for none")
-        require(self.budgets is None or len(self.budgets) > 0, at + "budgets", "[]", "must hold a budget, or be null")
-        require(
-            self.chunk_size is None or (isinstance(self.chunk_size, int) and self.chunk_size >= 1),
-            at + "chunk_size",
-            self.chunk_size,
-            "must be a number of tokens >= 1, or null",
-        )
+        super().__post_init__()

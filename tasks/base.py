@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..conf.errors import InputError, is_whole, require
+from ..conf.errors import InputError, is_list, require
 from ..conf.identity import HasIdentity
 
 PERCENT, NATS = "percent", "nats per token"
@@ -110,6 +110,8 @@ class Source:
 class Described(HasIdentity, ABC):
     """A task, workload or training set: its fields are the YAML keys under ``task.`` or ``workload.``."""
 
+    key_prefix: ClassVar[str] = "task."
+
     name: str
 
     def identity(self) -> dict[str, Any]:
@@ -143,13 +145,6 @@ class Task(Described):
     def scoring(self) -> dict[str, Any]:
         """What decides scores beside :meth:`identity`: settings of a task that is also something else."""
         return {}
-
-    def require_max_length(self, least: int = 1) -> None:
-        """Raise InputError unless ``task.max_length`` is None or a whole number, ``least`` or more."""
-        allowed = f"must be null or a whole number of tokens, {least} or more"
-        require(
-            self.max_length is None or is_whole(self.max_length, least), "task.max_length", self.max_length, allowed
-        )
 
     def limit_of(self, max_length: int | None) -> int | None:
         """The least of ``max_length``, which a model allows, and ``task.max_length``; None: neither is a limit."""
@@ -200,6 +195,13 @@ class Task(Described):
     def averages(self, groups: Sequence[str]) -> Mapping[str, Sequence[str]]:
         """Averages to report beside the one over all ``groups``: name -> the groups it is over."""
         return {}
+
+
+def names_of(value: Any) -> Any:
+    """Names that are listed, or written one after another with commas, as a tuple; any other value as it is."""
+    if isinstance(value, str):
+        return tuple(name.strip() for name in value.split(","))
+    return tuple(value) if is_list(value) else value
 
 
 def is_text(value: str) -> bool:

@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..conf.errors import is_whole, require
+from ..conf.errors import require
+from ..conf.options import NonNegativeInt, PositiveInt
 from .base import Example, Source, Task, require_fit
 from .recall import word_tokenizer
 from .training import IGNORED, Tokens, TrainingData
@@ -39,18 +40,11 @@ class Copying(Task, TrainingData):
     id: ClassVar[str] = "Copying"
     name = "copying"
 
-    symbols: int = 32
-    span: int = 32
-    sequences: int = 64
-    seed: int = 0
-    max_length: int | None = None
-
-    def __post_init__(self) -> None:
-        for key in ("symbols", "span", "sequences"):
-            value = getattr(self, key)
-            require(is_whole(value, 1), f"task.{key}", value, "must be a whole number >= 1")
-        require(is_whole(self.seed, 0), "task.seed", self.seed, "must be a whole number >= 0")
-        self.require_max_length()
+    symbols: PositiveInt = 32
+    span: PositiveInt = 32
+    sequences: PositiveInt = 64
+    seed: NonNegativeInt = 0
+    max_length: PositiveInt | None = None
 
     def source(self) -> Source:
         """Made here: its sha256 is over what it is made by."""

@@ -28,10 +28,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from ..conf.errors import InputError, is_whole, near, require
-from .base import NATS, PERCENT, Continuations, Example, Likelihood, Reply, Source, Task
+from ..conf.errors import InputError, near, require
+from ..conf.options import Entries, NonNegativeInt, PositiveInt, Wording
+from .base import NATS, PERCENT, Continuations, Example, Likelihood, Reply, Source, Task, names_of
 
 INSTALL = "pip install 'kvbench[eval]'"
 RESULTS = "lm_eval.json"
@@ -78,34 +79,25 @@ class LmEval(Task):
     shown = ("fewshot", "metric", "held_back", "chunk")
     location_fields = ("data_files", "include_path")
 
-    names: Sequence[str] | str = ("hellaswag",)
-    fewshot: int | None = None
-    limit: int | None = None
-    data_files: Mapping[str, Any] | None = None
+    names: Annotated[Sequence[str], Entries(), Wording("names of lm-eval's tasks, such as [hellaswag,piqa]")] = (
+        "hellaswag",
+    )
+    fewshot: NonNegativeInt | None = None
+    limit: PositiveInt | None = None
+    data_files: Annotated[Mapping[str, Any], Wording("name -> file, such as {hellaswag: validation.jsonl}")] | None = (
+        None
+    )
     include_path: str | None = None
-    held_back: int = 1
-    chunk: int = 512
+    held_back: PositiveInt = 1
+    chunk: PositiveInt = 512
     metric: str | None = None
-    seed: int = 1234
-    max_length: int | None = None
+    seed: NonNegativeInt = 1234
+    max_length: PositiveInt | None = None
 
     def __post_init__(self) -> None:
         at = "task."
-        names = self.names.split(",") if isinstance(self.names, str) else self.names
-        allowed = "must be names of lm-eval's tasks, such as [hellaswag,piqa]"
-        require(isinstance(names, Sequence), at + "names", self.names, allowed)
-        self.names = tuple(str(name).strip() for name in names)
-        require(len(self.names) > 0, at + "names", "[]", "must name at least one task of lm-eval")
-        allowed = "must be null or a whole number, 0 or more"
-        require(self.fewshot is None or is_whole(self.fewshot, 0), at + "fewshot", self.fewshot, allowed)
-        allowed = "must be null or a whole number, 1 or more"
-        require(self.limit is None or is_whole(self.limit, 1), at + "limit", self.limit, allowed)
-        self.require_max_length()
-        for key in ("held_back", "chunk"):
-            require(is_whole(getattr(self, key), 1), at + key, getattr(self, key), "must be a whole number, 1 or more")
-        require(is_whole(self.seed, 0), at + "seed", self.seed, "must be a whole number, 0 or more")
-        allowed = "must be null or name -> file, such as {hellaswag: validation.jsonl}"
-        require(isinstance(self.data_files, Mapping | None), at + "data_files", self.data_files, allowed)
+        self.names = names_of(self.names)
+        super().__post_init__()
         for name, files in (self.data_files or {}).items():
             if name not in self.names:
                 raise InputError(at + "data_files", name, f"must be one of task.names={','.join(self.names)}")
@@ -113,7 +105,7 @@ class LmEval(Task):
                 there = isinstance(file, str | Path) and Path(file).expanduser().is_file()
                 require(there, f"{at}data_files.{name}", file, "must be a file")
         if self.include_path is not None:
-            folder = Path(str(self.include_path)).expanduser()
+            folder = Path(self.include_path).expanduser()
             require(folder.is_dir(), at + "include_path", self.include_path, "must be a folder with lm-eval YAMLs")
             self.include_path = str(folder)
 

@@ -10,19 +10,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from ..conf.errors import InputError, is_whole, one_of, require
-from .base import Example, Source, Task, prompt_tokens
+from ..conf.errors import InputError, one_of, require
+from ..conf.options import Bounds, Entries, OneOf, PositiveInt
+from .base import Example, Source, Task, names_of, prompt_tokens
 from .hub import HubUnavailable
 from .longbench_data import DatasetFile, Store, open_data_dir, open_hub, open_mini
-from .longbench_metrics import check_code_sim, example_score
+from .longbench_metrics import CODE_SIMS, example_score
 from .longbench_spec import E_DATASETS, ENGLISH_16, SPECS, bucket
 
 log = logging.getLogger(__name__)
-
-SOURCES = ("auto", "hub", "mini")
-TRUNCATIONS = ("middle", "none")
 
 
 @dataclass(init=False)
@@ -45,15 +43,16 @@ class LongBench(Task):
     name = "longbench"
     location_fields = ("data_dir", "origin")
     chosen_by = ("datasets", "limit")
+    other_keys: ClassVar[Mapping[str, str]] = {"origin": "task.source"}
 
-    datasets: tuple[str, ...] | None
+    datasets: Annotated[Sequence[Annotated[str, OneOf(SPECS)]], Entries(differ=True)] | None
     e: bool
-    limit: int | None
+    limit: PositiveInt | None
     data_dir: str | None
-    origin: str
-    max_length: int | None
-    truncate: str
-    code_sim: str
+    origin: Literal["auto", "hub", "mini"]
+    max_length: Annotated[int, Bounds(ge=2)] | None
+    truncate: Literal["middle", "none"]
+    code_sim: Annotated[str, OneOf(CODE_SIMS)]
     no_context: bool
 
     # Written out because a key of the YAML, `source`, has the name of a method that every task has.
@@ -63,36 +62,28 @@ class LongBench(Task):
         e: bool = False,
         limit: int | None = None,
         data_dir: str | None = None,
-        source: str = "auto",
+        source: Literal["auto", "hub", "mini"] = "auto",
         max_length: int | None = None,
-        truncate: str = "middle",
+        truncate: Literal["middle", "none"] = "middle",
         code_sim: str = "official",
         no_context: bool = False,
     ):
-        self.datasets = _dataset_names(datasets, e)
+        self.datasets = names_of(datasets)
         self.e = e
         self.limit = limit
-        self.data_dir = None if data_dir is None else str(data_dir)
+        self.data_dir = data_dir
         self.origin = source
         self.max_length = max_length
         self.truncate = truncate
         self.code_sim = code_sim
         self.no_context = no_context
         self._loaded: tuple[Source, list[Example]] | None = None
+        super().__post_init__()
 
-        require(limit is None or is_whole(limit, 1), "task.limit", limit, "must be null or a whole number, 1 or more")
-        self.require_max_length(2)
-        require(truncate in TRUNCATIONS, "task.truncate", truncate, one_of(truncate, TRUNCATIONS))
-        check_code_sim(code_sim)
-        for key, value in (("e", e), ("no_context", no_context)):
-            require(isinstance(value, bool), f"task.{key}", value, "must be true or false")
-        require(source in SOURCES, "task.source", source, one_of(source, SOURCES))
-        require(
-            data_dir is None or source == "auto",
-            "task.source",
-            source,
-            f"must be auto when task.data_dir is given ({data_dir})",
-        )
+        for name in self.datasets or () if e else ():
+            require(name in E_DATASETS, "task.datasets", name, one_of(name, E_DATASETS))
+        allowed = f"must be auto when task.data_dir is given ({data_dir})"
+        require(data_dir is None or source == "auto", "task.source", source, allowed)
         require(not (e and source == "mini"), "task.source", source, "longbench-mini has no LongBench-E files")
 
     def source(self) -> Source:
@@ -193,7 +184,7 @@ class LongBench(Task):
         """Names of the data sets to run, all of them in ``store``."""
         official = E_DATASETS if self.e else tuple(SPECS)
         present = [name for name in official if self._stem(name) in store.files]
-        wanted = self.datasets or tuple(present)
+        wanted = tuple(self.datasets or present)
         missing = [name for name in wanted if name not in present]
         if wanted and not missing:
             return wanted
@@ -267,15 +258,3 @@ def truncate_middle(ids: Sequence[int], tokenizer: Any, max_length: int) -> str:
     half = max_length // 2
     head, tail = ids[:half], ids[-half:]
     return tokenizer.decode(head, skip_special_tokens=True) + tokenizer.decode(tail, skip_special_tokens=True)
-
-
-def _dataset_names(value: Sequence[str] | str | None, e: bool) -> tuple[str, ...] | None:
-    if value is None:
-        return None
-    names = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else tuple(map(str, value))
-    official = E_DATASETS if e else tuple(SPECS)
-    for name in names:
-        require(name in official, "task.datasets", name, one_of(name, official))
-    require(len(names) > 0, "task.datasets", "[]", "must be null or name at least one data set")
-    require(len(set(names)) == len(names), "task.datasets", ",".join(names), "must name each data set once")
-    return names

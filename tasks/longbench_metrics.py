@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
-from ..conf.errors import one_of, require
 from .longbench_spec import SPECS, DatasetSpec
 
 CODE_SIMS = ("official", "levenshtein")
@@ -97,11 +96,6 @@ def unscorable(spec: DatasetSpec, answers: Any, all_classes: Any) -> str | None:
     if pattern and not all(re.search(pattern, answer) for answer in answers):
         return f"each of `answers` must look like {pattern.replace(f'({_NUMBER})', '7')}"
     return None
-
-
-def check_code_sim(value: str, key: str = "task.code_sim") -> None:
-    """Raise :class:`InputError` for an unknown variant."""
-    require(value in CODE_SIMS, key, value, one_of(value, CODE_SIMS))
 
 
 # --- question answering -----------------------------------------------------------------------------------------------

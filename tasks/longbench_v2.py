@@ -15,10 +15,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from ..conf.errors import InputError, is_whole, one_of, require
-from .base import Example, Reply, Source, Task, is_text, prompt_tokens
+from ..conf.errors import InputError, one_of, require
+from ..conf.options import Bounds, Entries, OneOf, PositiveInt
+from .base import Example, Reply, Source, Task, is_text, names_of, prompt_tokens
 from .hub import fetch_or_refuse
 
 FILE = "data.json"
@@ -118,25 +119,18 @@ class LongBenchV2(Task):
     chosen_by = ("datasets", "lengths", "limit")
 
     data_dir: str | None = None
-    datasets: Sequence[str] | None = None
-    lengths: Sequence[str] | None = None
-    limit: int | None = None
-    max_length: int | None = None
+    datasets: Annotated[Sequence[Annotated[str, OneOf(DOMAINS)]], Entries(differ=True)] | None = None
+    lengths: Annotated[Sequence[Annotated[str, OneOf(LENGTHS)]], Entries(differ=True)] | None = None
+    limit: PositiveInt | None = None
+    max_length: Annotated[int, Bounds(ge=2)] | None = None
     chat: bool = True
     no_context: bool = False
 
     def __post_init__(self) -> None:
-        at = "task."
-        self.data_dir = None if self.data_dir is None else str(self.data_dir)
-        self.datasets = _names(at + "datasets", self.datasets, tuple(DOMAINS))
-        self.lengths = _names(at + "lengths", self.lengths, LENGTHS)
+        self.datasets, self.lengths = names_of(self.datasets), names_of(self.lengths)
+        super().__post_init__()
         if self.lengths is not None:  # the order decides nothing
             self.lengths = tuple(length for length in LENGTHS if length in self.lengths)
-        allowed = "must be null or a whole number, 1 or more"
-        require(self.limit is None or is_whole(self.limit, 1), at + "limit", self.limit, allowed)
-        self.require_max_length(2)
-        for key in ("chat", "no_context"):
-            require(isinstance(getattr(self, key), bool), at + key, getattr(self, key), "must be true or false")
         self._loaded: tuple[Source, list[Example]] | None = None
 
     def source(self) -> Source:
@@ -314,19 +308,6 @@ def _share(scores: Sequence[float]) -> dict[str, Any]:
     n, mean = len(scores), sum(scores) / len(scores)
     low, high = (float(100 * binom.ppf(q, n, mean) / n) if n > 1 else None for q in (0.025, 0.975))
     return {"mean": 100 * mean, "low": low, "high": high, "n": n}
-
-
-def _names(key: str, value: Any, options: tuple[str, ...]) -> tuple[str, ...] | None:
-    if value is None:
-        return None
-    ok = isinstance(value, Sequence)
-    require(ok, key, value, f"must be null or a list of {', '.join(options)}")
-    names = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else tuple(map(str, value))
-    for name in names:
-        require(name in options, key, name, one_of(name, options))
-    require(len(names) > 0, key, "[]", f"must be null or name at least one of {', '.join(options)}")
-    require(len(set(names)) == len(names), key, ",".join(names), "must name each of them once")
-    return names
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------

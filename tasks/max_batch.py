@@ -6,11 +6,12 @@ The shape of the KIVI and MiniCache papers' throughput figures is the default: 1
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from ..conf.options import Bounds, PositiveInt
 from .base import Source
 from .shape import Shape
-from .workload import Search, Workload, check_search, check_shape
+from .workload import NewTokens, Search, Workload
 
 
 @dataclass
@@ -26,16 +27,12 @@ class MaxBatch(Search):
     name = "max_batch"
     what: ClassVar[str] = "batch_size"
 
-    prompt_tokens: int = 161
-    new_tokens: int = 338
-    start: int = 8
-    most: int | None = None
-    step: int = 1
-    tolerance: float = 0.02
-
-    def __post_init__(self) -> None:
-        check_shape(self.prompt_tokens, self.new_tokens)
-        check_search(self)
+    prompt_tokens: PositiveInt = 161
+    new_tokens: NewTokens = 338
+    start: PositiveInt = 8
+    most: PositiveInt | None = None
+    step: PositiveInt = 1
+    tolerance: Annotated[float, Bounds(ge=0, lt=1)] = 0.02
 
     def source(self) -> Source:
         """``max_batch-161+338``."""

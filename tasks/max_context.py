@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from ..conf.options import Bounds, PositiveInt
 from .base import Source
 from .shape import Shape
-from .workload import Search, Workload, check_search, check_shape
+from .workload import NewTokens, Search, Workload
 
 
 @dataclass
@@ -23,15 +24,11 @@ class MaxContext(Search):
     name = "max_context"
     what: ClassVar[str] = "prompt_tokens"
 
-    new_tokens: int = 16
-    start: int = 4096
-    most: int | None = None
-    step: int = 256
-    tolerance: float = 0.02
-
-    def __post_init__(self) -> None:
-        check_shape(1, self.new_tokens)
-        check_search(self)
+    new_tokens: NewTokens = 16
+    start: PositiveInt = 4096
+    most: PositiveInt | None = None
+    step: PositiveInt = 256
+    tolerance: Annotated[float, Bounds(ge=0, lt=1)] = 0.02
 
     def source(self) -> Source:
         """``max_context+16``."""

@@ -20,13 +20,18 @@ from functools import cached_property
 from importlib import resources
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from ..conf.errors import InputError, is_whole, one_of, require
+from ..conf.errors import InputError, require
+from ..conf.options import Bounds, Entries, PositiveInt, Share, Text, Wording
 from .base import Example, Source, Task, plain_tokens, prompt_tokens
 from .longbench_metrics import rouge
 
-METRICS = ("contains", "rouge")
+Lengths = Annotated[
+    Sequence[PositiveInt],
+    Entries(differ=True),
+    Wording("a list of different whole numbers of tokens, such as [2048,4096]"),
+]
 
 NEEDLE = "The special magic number of {place} is {number}."
 QUESTION = "What is the special magic number of {place} mentioned in the text?"
@@ -86,38 +91,30 @@ class Needle(Task):
     name = "needle"
     location_fields = ("haystack",)
 
-    lengths: Sequence[int] = (2048, 4096, 6144)
-    depths: int | Sequence[float] = 8
-    per_cell: int = 1
-    needles: int = 1
+    lengths: Lengths = (2048, 4096, 6144)
+    depths: Annotated[
+        Annotated[int, Bounds(ge=2)] | Annotated[Sequence[Share], Entries(differ=True)],
+        Wording("2 or more (their number), or a list of different depths in [0,1]"),
+    ] = 8
+    per_cell: PositiveInt = 1
+    needles: Annotated[int, Bounds(ge=1, le=len(PLACES))] = 1
     haystack: str | None = None
-    metric: str = "contains"
+    metric: Literal["contains", "rouge"] = "contains"
     seed: int = 0
-    max_new_tokens: int = 32
+    max_new_tokens: PositiveInt = 32
     chat: bool = True
-    max_length: int | None = None
-    needle: str | None = None
-    question: str | None = None
-    answer: str | None = None
+    max_length: PositiveInt | None = None
+    needle: Text | None = None
+    question: Text | None = None
+    answer: Text | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at = "task."
-        self.lengths = lengths_of(self.lengths)
-        self.depths = _depths(self.depths)
-        for key in ("per_cell", "needles", "max_new_tokens"):
-            value = getattr(self, key)
-            require(is_whole(value, 1), at + key, value, "must be a whole number, 1 or more")
-        allowed = f"must be 1 to {len(PLACES)}, the number of places"
-        require(self.needles <= len(PLACES), at + "needles", self.needles, allowed)
-        require(is_whole(self.seed), at + "seed", self.seed, "must be a whole number")
-        require(self.metric in METRICS, at + "metric", self.metric, one_of(self.metric, METRICS))
-        require(isinstance(self.chat, bool), at + "chat", self.chat, "must be true or false")
-        self.require_max_length()
-        self.haystack = None if self.haystack is None else str(self.haystack)
+        self.lengths, self.depths = tuple(self.lengths), _depths(self.depths)
         own = {key: getattr(self, key) for key in ("needle", "question", "answer")}
         given = [key for key, value in own.items() if value is not None]
         for key in given:
-            require(isinstance(own[key], str) and own[key].strip() != "", at + key, own[key], "must be a text")
             if len(given) < len(own):
                 missing = " and ".join(at + other for other in own if other not in given)
                 raise InputError(at + key, own[key], f"needs {missing} too: give all three of them or none")
@@ -358,29 +355,9 @@ def _plain(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def lengths_of(value: Any) -> tuple[int, ...]:
-    """Lengths in tokens of a YAML value, as a tuple.
-
-    Raises:
-        InputError: the value is no list of different whole numbers.
-    """
-    key, allowed = "task.lengths", "must be a list of different whole numbers of tokens, such as [2048,4096]"
-    require(isinstance(value, Sequence) and not isinstance(value, str), key, value, allowed)
-    lengths = tuple(value)
-    ok = bool(lengths) and all(is_whole(length, 1) for length in lengths)
-    require(ok and len(set(lengths)) == len(lengths), key, list(lengths), allowed)
-    return lengths
-
-
-def _depths(value: Any) -> tuple[float, ...]:
-    key, allowed = "task.depths", "must be 2 or more (their number), or a list of different depths in [0,1]"
-    if is_whole(value):
-        require(value >= 2, key, value, allowed)
+def _depths(value: int | Sequence[float]) -> tuple[float, ...]:
+    if isinstance(value, int):
         return tuple(i / (value - 1) for i in range(value))
-    require(isinstance(value, Sequence) and not isinstance(value, str), key, value, allowed)
-    depths = tuple(value)
-    numbers = all(isinstance(depth, int | float) and not isinstance(depth, bool) for depth in depths)
-    require(bool(depths) and numbers and all(0 <= depth <= 1 for depth in depths), key, list(depths), allowed)
-    apart = len({f"{depth:.3f}" for depth in depths}) == len(depths)
-    require(apart, key, list(depths), "must differ in the first three decimals: an example is named by them")
-    return tuple(float(depth) for depth in depths)
+    are_apart = len({f"{depth:.3f}" for depth in value}) == len(value)
+    require(are_apart, "task.depths", list(value), "must differ in the first three decimals: they name an example")
+    return tuple(float(depth) for depth in value)

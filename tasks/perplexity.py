@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from ..conf.errors import InputError, is_whole, one_of, require
+from ..conf.errors import InputError, require
+from ..conf.options import Bounds, OneOf, PositiveInt
 from .base import NATS, Continuations, Example, Likelihood, Source, Task
 from .hub import fetch_or_refuse
 
@@ -60,22 +61,16 @@ class Perplexity(Task):
     location_fields = ("path",)
 
     path: str | None = None
-    protocol: str = "sliding"
-    context: int = 1536
-    chunk: int | None = None
-    stretches: int = 64
-    max_length: int | None = None
+    protocol: Annotated[str, OneOf(PROTOCOLS)] = "sliding"
+    context: Annotated[int, Bounds(ge=2)] = 1536
+    chunk: PositiveInt | None = None
+    stretches: PositiveInt = 64
+    max_length: PositiveInt | None = None
 
     def __post_init__(self) -> None:
-        at = "task."
-        require(self.protocol in PROTOCOLS, at + "protocol", self.protocol, one_of(self.protocol, PROTOCOLS))
+        super().__post_init__()
         if self.chunk is None:
             self.chunk = PROTOCOLS[self.protocol]
-        require(is_whole(self.context, 2), at + "context", self.context, "must be a whole number of tokens, 2 or more")
-        for key in ("chunk", "stretches"):
-            require(is_whole(getattr(self, key), 1), at + key, getattr(self, key), "must be a whole number, 1 or more")
-        self.require_max_length()
-        self.path = None if self.path is None else str(self.path)
         self._tokenised: tuple[Any, list[int]] | None = None
 
     def source(self) -> Source:

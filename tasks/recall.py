@@ -21,7 +21,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..conf.errors import is_whole, require
+from ..conf.errors import require
+from ..conf.options import NonNegativeInt, PositiveInt
 from .base import Example, Reply, Source, Task, require_fit
 from .training import IGNORED, Tokens, TrainingData
 
@@ -55,24 +56,20 @@ class Recall(Task, TrainingData):
     id: ClassVar[str] = "Recall"
     name = "recall"
 
-    keys: int = 16
-    values: int = 16
-    pairs: int = 8
-    length: int = 64
-    sequences: int = 256
-    seed: int = 0
-    max_length: int | None = None
+    keys: PositiveInt = 16
+    values: PositiveInt = 16
+    pairs: PositiveInt = 8
+    length: PositiveInt = 64
+    sequences: PositiveInt = 256
+    seed: NonNegativeInt = 0
+    max_length: PositiveInt | None = None
 
     def __post_init__(self) -> None:
-        for key in ("keys", "values", "pairs", "sequences"):
-            value = getattr(self, key)
-            require(is_whole(value, 1), f"task.{key}", value, "must be a whole number >= 1")
+        super().__post_init__()
         require(self.pairs <= self.keys, "task.pairs", self.pairs, f"must be at most task.keys={self.keys}")
-        require(is_whole(self.seed, 0), "task.seed", self.seed, "must be a whole number >= 0")
-        self.require_max_length()
         least = 2 * self.pairs + 2
         allowed = f"must be an even number of tokens >= {least}: the pairs and a question"
-        require(is_whole(self.length, least) and self.length % 2 == 0, "task.length", self.length, allowed)
+        require(self.length >= least and self.length % 2 == 0, "task.length", self.length, allowed)
 
     def source(self) -> Source:
         """Made here: its sha256 is over what it is made by."""

@@ -32,11 +32,12 @@ from itertools import islice, pairwise
 from pathlib import Path
 from random import Random
 from string import ascii_lowercase, ascii_uppercase
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
-from ..conf.errors import InputError, is_whole, one_of, require
-from .base import Example, Source, Task, prompt_tokens
-from .needle import CONTEXT, FEW_CHARACTERS, Needle, lengths_of
+from ..conf.errors import InputError, require
+from ..conf.options import Entries, OneOf, PositiveInt
+from .base import Example, Source, Task, names_of, prompt_tokens
+from .needle import CONTEXT, FEW_CHARACTERS, Lengths, Needle
 
 EXAMPLES = 500
 """Of each task and length in the paper."""
@@ -392,31 +393,24 @@ class Ruler(Task):
     name = "ruler"
     location_fields = ("haystack", "squad", "hotpot")
 
-    datasets: Sequence[str] | str | None = None
-    lengths: Sequence[int] = (4096,)
-    limit: int | None = None
+    datasets: Annotated[Sequence[Annotated[str, OneOf(FAMILIES)]], Entries(differ=True)] | None = None
+    lengths: Lengths = (4096,)
+    limit: PositiveInt | None = None
     seed: int = 0
     haystack: str | None = None
     squad: str | None = None
     hotpot: str | None = None
     chat: bool = True
-    max_length: int | None = None
+    max_length: PositiveInt | None = None
 
     def __post_init__(self) -> None:
-        at = "task."
-        self.datasets = _names(self.datasets)
-        self.lengths = lengths_of(self.lengths)
-        ok = self.limit is None or is_whole(self.limit, 1)
-        require(ok, at + "limit", self.limit, "must be null or a whole number, 1 or more")
-        require(is_whole(self.seed), at + "seed", self.seed, "must be a whole number")
-        require(isinstance(self.chat, bool), at + "chat", self.chat, "must be true or false")
-        self.require_max_length()
-        for key in self.location_fields:
-            setattr(self, key, None if getattr(self, key) is None else str(getattr(self, key)))
+        self.datasets = names_of(self.datasets)
+        super().__post_init__()
+        self.lengths = tuple(self.lengths)
         for name in self.datasets or ():
             if name in FILES:
                 allowed = f"must be the JSON file of its questions for task.datasets={name}"
-                require(getattr(self, FILES[name]) is not None, at + FILES[name], None, allowed)
+                require(getattr(self, FILES[name]) is not None, f"task.{FILES[name]}", None, allowed)
         self._hay = Needle(haystack=self.haystack)  # reads the text, and refuses it in the same words
         self._documents: dict[str, Documents] = {}
 
@@ -759,15 +753,3 @@ def _distinct(draw: Callable[[], str], taken: Sequence[str] = ()) -> Iterator[st
 
 def _numbered(words: Sequence[str]) -> str:
     return " ".join(f"{i}. {word}" for i, word in enumerate(words, 1))
-
-
-def _names(value: Sequence[str] | str | None) -> tuple[str, ...] | None:
-    if value is None:
-        return None
-    require(isinstance(value, Sequence), "task.datasets", value, "must be null or a list of tasks, such as [vt,cwe]")
-    names = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else tuple(map(str, value))
-    for name in names:
-        require(name in FAMILIES, "task.datasets", name, one_of(name, FAMILIES))
-    require(bool(names), "task.datasets", "[]", "must be null or name at least one task")
-    require(len(set(names)) == len(names), "task.datasets", ",".join(names), "must name each task once")
-    return names

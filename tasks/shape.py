@@ -10,15 +10,14 @@ import math
 import random
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from ..conf.errors import InputError, one_of, require
+from ..conf.errors import InputError
+from ..conf.options import PositiveInt
 from .base import Source
 from .longbench_data import DatasetFile, open_mini
 from .longbench_spec import SPECS
-from .workload import Request, Workload, check_shape, random_tokens
-
-TOKENS = ("random", "real")
+from .workload import NewTokens, Request, Workload, random_tokens
 
 
 @dataclass
@@ -35,13 +34,9 @@ class Shape(Workload):
     id: ClassVar[str] = "Shape"
     name = "shape"
 
-    prompt_tokens: int = 2048
-    new_tokens: int = 128
-    tokens: str = "random"
-
-    def __post_init__(self) -> None:
-        check_shape(self.prompt_tokens, self.new_tokens)
-        require(self.tokens in TOKENS, "workload.tokens", self.tokens, one_of(self.tokens, TOKENS))
+    prompt_tokens: PositiveInt = 2048
+    new_tokens: NewTokens = 128
+    tokens: Literal["random", "real"] = "random"
 
     def source(self) -> Source:
         """``shape-2048+128``, or ``shape-2048+128-real`` with the sha256 of the files the text is from."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from ..conf.errors import is_whole, one_of, require
+from ..conf.errors import require
+from ..conf.options import PositiveInt
 from .base import Example, Reply, Source, Task, prompt_tokens, require_fit
 from .longbench_metrics import rouge
 from .sharegpt_file import Conversations, load
 
-METRICS = ("prefix", "tokens", "rouge")
 PROMPT_CHARACTERS = (16, 4096)
 """Shortest and longest first turn that is replied to. Not in tokens, so that every model gets the same prompts."""
 
@@ -42,22 +42,16 @@ class ShareGPT(Task):
     compares = True
 
     data_dir: str | None = None
-    limit: int = 16
-    max_new_tokens: int = 256
-    metric: str = "prefix"
+    limit: PositiveInt = 16
+    max_new_tokens: PositiveInt = 256
+    metric: Literal["prefix", "tokens", "rouge"] = "prefix"
     chat: bool = True
     seed: int = 0
-    max_length: int | None = None
+    max_length: PositiveInt | None = None
 
     def __post_init__(self) -> None:
-        self.data_dir = None if self.data_dir is None else str(self.data_dir)
+        super().__post_init__()
         self._loaded: tuple[Source, Conversations] | None = None
-        require(is_whole(self.limit, 1), "task.limit", self.limit, "must be a whole number, 1 or more")
-        require(is_whole(self.max_new_tokens, 1), "task.max_new_tokens", self.max_new_tokens, "must be 1 or more")
-        require(self.metric in METRICS, "task.metric", self.metric, one_of(self.metric, METRICS))
-        require(isinstance(self.chat, bool), "task.chat", self.chat, "must be true or false")
-        require(is_whole(self.seed), "task.seed", self.seed, "must be a whole number")
-        self.require_max_length()
 
     def identity(self) -> dict[str, Any]:
         """See :meth:`.Task.identity`; ``lengths`` is from the time when this class was the workload too."""

@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from ..conf.errors import InputError, is_whole, one_of, require
+from ..conf.errors import InputError
+from ..conf.options import PositiveInt
 from .base import Source
 from .sharegpt import ShareGPT
 from .sharegpt_file import Conversations, load
-from .workload import Request, Workload, check_shape, random_tokens
+from .workload import NewTokens, Request, Workload, random_tokens
 
 MIN_TOKENS, MAX_PROMPT_TOKENS, MAX_TOTAL_TOKENS = 4, 1024, 2048
 """vLLM's limits: shortest prompt and answer, longest prompt, and largest sum of both."""
-
-LENGTHS = ("sampled", "fixed")
 
 
 @dataclass
@@ -41,17 +40,14 @@ class ShareGPTWorkload(Workload):
     location_fields = ("data_dir",)
 
     data_dir: str | None = None
-    limit: int = 16
-    lengths: str = "sampled"
-    prompt_tokens: int = 161
-    new_tokens: int = 338
+    limit: PositiveInt = 16
+    lengths: Literal["sampled", "fixed"] = "sampled"
+    prompt_tokens: PositiveInt = 161
+    new_tokens: NewTokens = 338
 
     def __post_init__(self) -> None:
-        self.data_dir = None if self.data_dir is None else str(self.data_dir)
+        super().__post_init__()
         self._loaded: tuple[Source, Conversations] | None = None
-        require(is_whole(self.limit, 1), "workload.limit", self.limit, "must be a whole number, 1 or more")
-        require(self.lengths in LENGTHS, "workload.lengths", self.lengths, one_of(self.lengths, LENGTHS))
-        check_shape(self.prompt_tokens, self.new_tokens)
 
     def identity(self) -> dict[str, Any]:
         """See :meth:`.Workload.identity`; the shape is left out if it has no influence.

@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..conf.errors import InputError, is_whole, require
+from ..conf.errors import InputError, require
+from ..conf.options import PositiveInt
 from .base import Source
 from .training import Tokens, TrainingData
 
@@ -50,18 +51,13 @@ class Text(TrainingData):
     config: str | None = None
     split: str = "train"
     column: str = "text"
-    limit_bytes: int | None = None
+    limit_bytes: PositiveInt | None = None
     tokenizer: str = BYTES
 
     def __post_init__(self) -> None:
-        limit = self.limit_bytes
-        require(limit is None or is_whole(limit, 1), "task.limit_bytes", limit, "must be a whole number >= 1, or null")
-        require(
-            (self.path is None) != (self.dataset is None),
-            "task.path",
-            self.path,
-            "must be given, or task.dataset with task.path=null",
-        )
+        super().__post_init__()
+        allowed = "must be given, or task.dataset with task.path=null"
+        require((self.path is None) != (self.dataset is None), "task.path", self.path, allowed)
         self._cut: tuple[Any, int, tuple[Tokens, Tokens]] | None = None  # tokenizer, length, what came of them
 
     def source(self) -> Source:

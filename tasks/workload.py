@@ -8,10 +8,13 @@ from __future__ import annotations
 import random
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from ..conf.errors import is_whole, require
+from ..conf.errors import require
+from ..conf.options import Bounds, PositiveInt, Wording
 from .base import Described
+
+NewTokens = Annotated[int, Bounds(ge=2), Wording("a whole number of tokens >= 2: time per output token needs two")]
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Request:
 
 class Workload(Described):
     """Requests to measure: see the module docstring."""
+
+    key_prefix: ClassVar[str] = "workload."
 
     @abstractmethod
     def requests(self, tokenizer: Any, vocab_size: int, seed: int, count: int) -> list[Request]:
@@ -61,12 +66,21 @@ class Search(Described):
         new_tokens: to generate for each request.
     """
 
+    key_prefix: ClassVar[str] = "workload."
+
     what: ClassVar[str]
-    new_tokens: int
-    start: int
-    most: int | None
-    step: int
-    tolerance: float
+    new_tokens: NewTokens
+    start: PositiveInt
+    most: PositiveInt | None
+    step: PositiveInt
+    tolerance: Annotated[float, Bounds(ge=0, lt=1)]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least = self.step
+        require(self.start >= least, "workload.start", self.start, f"must be at least workload.step={least}")
+        is_allowed = self.most is None or self.most >= least
+        require(is_allowed, "workload.most", self.most, f"must be null, or at least workload.step={least}")
 
     @abstractmethod
     def at(self, value: int, batch_size: int) -> tuple[Workload, int]:
@@ -77,17 +91,6 @@ class Search(Described):
         return None
 
 
-def check_search(search: Search) -> None:
-    """Raise InputError unless the fields of a search make sense."""
-    require(is_whole(search.step, 1), "workload.step", search.step, "must be 1 or more")
-    least = search.step
-    require(is_whole(search.start, least), "workload.start", search.start, f"must be at least workload.step={least}")
-    ok = search.most is None or is_whole(search.most, least)
-    require(ok, "workload.most", search.most, f"must be null, or at least workload.step={least}")
-    ok = isinstance(search.tolerance, int | float) and 0 <= search.tolerance < 1
-    require(ok, "workload.tolerance", search.tolerance, "must be a share of the answer, 0 or more and below 1")
-
-
 def random_tokens(length: int, vocab_size: int, seed: int, index: int) -> tuple[int, ...]:
     """``length`` token ids of request ``index``, uniform in ``[0, vocab_size)``; no id is left out, special or not.
 
@@ -95,10 +98,3 @@ def random_tokens(length: int, vocab_size: int, seed: int, index: int) -> tuple[
     """
     draw = random.Random(f"{seed}:{index}").random
     return tuple(int(draw() * vocab_size) for _ in range(length))
-
-
-def check_shape(prompt_tokens: Any, new_tokens: Any) -> None:
-    """Raise InputError unless these are lengths of a prompt and of an answer, in tokens."""
-    require(is_whole(prompt_tokens, 1), "workload.prompt_tokens", prompt_tokens, "must be 1 or more tokens")
-    allowed = "must be 2 or more tokens: time per output token needs two"
-    require(is_whole(new_tokens, 2), "workload.new_tokens", new_tokens, allowed)

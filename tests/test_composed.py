@@ -92,6 +92,26 @@ def test_no_code_but_ours_runs_from_a_configuration(overrides, tmp_path, monkeyp
     assert not Path("ran").exists()
 
 
+@pytest.mark.parametrize("group", ["job_logging", "hydra_logging"])
+@pytest.mark.parametrize(
+    ("handler", "key"),
+    [
+        ("{(): os.makedirs, name: ran}", "()"),
+        ("{class: os.makedirs, name: ran}", "class"),
+        ("{class: logging.FileHandler, filename: ext://os.sep}", "filename"),
+    ],
+)
+def test_logging_calls_no_code_but_its_own_handlers(group, handler, key, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "own" / "hydra" / group / "own.yaml"
+    config.parent.mkdir(parents=True)
+    config.write_text(f"version: 1\nroot: {{handlers: [x]}}\nhandlers:\n  x: {handler}\n")
+    done = kvbench("run", "model=scratch", f"hydra/{group}=own", "--config-dir=own")
+    assert done.returncode == 2
+    assert f"hydra.*_logging.handlers.x.{key}=" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not Path("ran").exists()
+
+
 def test_modules_of_ones_own_are_allowed_and_installed_ones_when_they_are_named(tmp_path, monkeypatch):
     source = "from pathlib import Path\nclass Mine:\n    pass\n"
     installed = tmp_path / "lib" / "site-packages"

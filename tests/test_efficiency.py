@@ -336,7 +336,7 @@ def test_what_decoding_takes_is_the_formula_and_a_constant(name):
         (("task=longbench",), "task=longbench: is scored, not timed: use workload=shape, or runner=accuracy"),
         (("runner.repeats=0",), "runner.repeats=0: must be a whole number >= 1"),
         (("runner.warmups=-1",), "runner.warmups=-1: must be a whole number >= 0"),
-        (("workload.new_tokens=1",), "workload.new_tokens=1: must be 2 or more tokens"),
+        (("workload.new_tokens=1",), "workload.new_tokens=1: must be a whole number of tokens >= 2"),
         (("workload.prompt_tokens=2047",), "prompt_tokens=2047: with 128 new tokens is beyond the 2048 positions"),
         (("task=max_batch",), "task=max_batch: is a workload now: use runner=efficiency workload=max_batch"),
         (("task.prompt_tokens=20",), "task.prompt_tokens: is workload.prompt_tokens now, with runner=efficiency"),

@@ -296,13 +296,13 @@ def test_bad_input(world, tmp_path):
     for overrides, expected in (
         (["task.names=[helaswag]"], "did you mean hellaswag"),
         (["task.names=5"], "task.names=5: must be names of lm-eval's tasks"),
-        (["task.names=null"], "task.names=None: must be names of lm-eval's tasks"),
-        (["task.data_files=x.jsonl"], "task.data_files=x.jsonl: must be null or name -> file"),
+        (["task.names=null"], "task.names=null: must be names of lm-eval's tasks"),
+        (["task.data_files=x.jsonl"], "task.data_files=x.jsonl: must be name -> file"),
         (["task.data_files={hellaswag:null}"], "task.data_files.hellaswag=None: must be a file"),
         (["task.data_files={hellaswag:/nowhere}"], "task.data_files.hellaswag=/nowhere: must be a file"),
         ([f"task.data_files={{piqa:{world['hellaswag']}}}"], "must be one of task.names=hellaswag"),
         (["task.names=[squadv2]", f"task.data_files={{squadv2:{world['hellaswag']}}}"], "takes no files"),
-        (["task.include_path=5"], "task.include_path=5: must be a folder with lm-eval YAMLs"),
+        (["task.include_path=5"], "task.include_path=5: must be text, or null"),
         (["task.names=[gsm8k]", f"task.data_files={{gsm8k:{{train:{world['gsm8k']}}}}}"], "must hold the split test"),
         (
             ["task.names=[gsm8k]", f"task.data_files={{gsm8k:{world['gsm8k']}}}"],
@@ -310,8 +310,8 @@ def test_bad_input(world, tmp_path):
         ),
         ([*hellaswag, "task.fewshot=2"], "must hold the split train too, for its 2 few-shot examples"),
         ([*hellaswag, "task.metric=f2"], "must be a metric of hellaswag that is a mean of shares: acc, acc_norm"),
-        (["task.held_back=0"], "task.held_back=0: must be a whole number, 1 or more"),
-        (["task.fewshot=-1"], "task.fewshot=-1: must be null or a whole number"),
+        (["task.held_back=0"], "task.held_back=0: must be a whole number >= 1"),
+        (["task.fewshot=-1"], "task.fewshot=-1: must be a whole number >= 0, or null"),
         ([*hellaswag, "task.max_length=10"], "task.max_length=10: is too short"),
         ([*hellaswag, "runner.question=after_compression"], "task=lm_eval asks no questions"),
         (

@@ -369,7 +369,7 @@ def test_the_yaml_has_the_keys_and_defaults_of_the_class(tmp_path: Path) -> None
     ("keys", "text"),
     [
         ({"mode": "ofline"}, "logger.mode=ofline: must be one of auto, offline, online; did you mean offline"),
-        ({"project": ""}, "logger.project=: must name a project"),
+        ({"project": ""}, "logger.project=: must be text that is not blank"),
         ({"samples": "yes"}, "logger.samples=yes: must be true or false"),
     ],
 )

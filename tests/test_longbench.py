@@ -257,12 +257,12 @@ def test_longbench_e_complete(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"limit": 0}, ["task.limit=0", "1 or more"]),
+        ({"limit": 0}, ["task.limit=0", "must be a whole number >= 1, or null"]),
         ({"limit": -3}, ["task.limit=-3"]),
         ({"limit": 2.5}, ["task.limit=2.5"]),
-        ({"limit": True}, ["task.limit=True"]),
-        ({"max_length": 1}, ["task.max_length=1", "2 or more"]),
-        ({"truncate": "left"}, ["task.truncate=left", "middle, none"]),
+        ({"limit": True}, ["task.limit=true"]),
+        ({"max_length": 1}, ["task.max_length=1", "must be a whole number >= 2, or null"]),
+        ({"truncate": "left"}, ["task.truncate=left", "one of middle, none"]),
         ({"code_sim": "fuzzywuzzy"}, ["task.code_sim=fuzzywuzzy", "levenshtein, official"]),
         ({"source": "huub"}, ["task.source=huub", "did you mean hub?"]),
         ({"source": "hub", "data_dir": "/x"}, ["task.source=hub", "must be auto when task.data_dir is given (/x)"]),
@@ -275,7 +275,7 @@ def test_longbench_e_complete(tmp_path: Path) -> None:
             {"datasets": ["narrativeqa"], "e": True},
             ["task.datasets=narrativeqa", "must be one of 2wikimqa, gov_report"],
         ),
-        ({"datasets": ["qasper", "qasper"]}, ["task.datasets=qasper,qasper", "once"]),
+        ({"datasets": ["qasper", "qasper"]}, ["task.datasets=[qasper,qasper]", "none twice"]),
         ({"datasets": []}, ["task.datasets=[]"]),
     ],
 )

@@ -127,7 +127,7 @@ def test_which_conversations_are_replied_to(world):
 def test_bad_input(world, tmp_path):
     for override, expected in (
         ("task.metric=bleu", "task.metric=bleu: must be one of prefix, rouge, tokens"),
-        ("task.max_new_tokens=0", "task.max_new_tokens=0: must be 1 or more"),
+        ("task.max_new_tokens=0", "task.max_new_tokens=0: must be a whole number >= 1"),
         ("task.max_length=20", "task.max_length=20: sharegpt/talk-"),
         ("runner.question=after_compression", "needs a prompt with a context and a question behind it"),
     ):

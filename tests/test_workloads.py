@@ -72,24 +72,24 @@ def test_the_yaml_has_the_keys_and_defaults_of_the_class(file: str, expected: Wo
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: Shape(prompt_tokens=0), "workload.prompt_tokens=0: must be 1 or more tokens"),
-        (lambda: Shape(prompt_tokens=True), "workload.prompt_tokens=True: must be 1 or more tokens"),
-        (lambda: Shape(prompt_tokens="2k"), "workload.prompt_tokens=2k: must be 1 or more tokens"),
+        (lambda: Shape(prompt_tokens=0), "workload.prompt_tokens=0: must be a whole number >= 1"),
+        (lambda: Shape(prompt_tokens=True), "workload.prompt_tokens=true: must be a whole number >= 1"),
+        (lambda: Shape(prompt_tokens="2k"), "workload.prompt_tokens=2k: must be a whole number >= 1"),
         (
             lambda: Shape(new_tokens=1),
-            "workload.new_tokens=1: must be 2 or more tokens: time per output token needs two",
+            "workload.new_tokens=1: must be a whole number of tokens >= 2: time per output token needs two",
         ),
         (lambda: Shape(tokens="reel"), "workload.tokens=reel: must be one of random, real; did you mean real?"),
-        (lambda: ShareGPTWorkload(limit=0), "workload.limit=0: must be a whole number, 1 or more"),
-        (lambda: ShareGPTWorkload(limit=None), "workload.limit=None: must be a whole number, 1 or more"),
+        (lambda: ShareGPTWorkload(limit=0), "workload.limit=0: must be a whole number >= 1"),
+        (lambda: ShareGPTWorkload(limit=None), "workload.limit=null: must be a whole number >= 1"),
         (
             lambda: ShareGPTWorkload(lengths="fix"),
             "workload.lengths=fix: must be one of fixed, sampled; did you mean fixed?",
         ),
-        (lambda: ShareGPTWorkload(prompt_tokens=0), "workload.prompt_tokens=0: must be 1 or more tokens"),
+        (lambda: ShareGPTWorkload(prompt_tokens=0), "workload.prompt_tokens=0: must be a whole number >= 1"),
         (
             lambda: ShareGPTWorkload(new_tokens=1),
-            "workload.new_tokens=1: must be 2 or more tokens: time per output token needs",
+            "workload.new_tokens=1: must be a whole number of tokens >= 2: time per output token needs",
         ),
     ],
 )

@@ -13,11 +13,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
 from ...conf.errors import InputError
+from ...conf.options import Options
+from ..policies.budget import Budget
 from ..policies.local import LocalAttention
 from ..policies.names import parts_of, token_methods
 from ..policies.policy import CachePolicy, KeepEverything
@@ -38,7 +40,7 @@ from .retention import RecurrentLayer
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(Options):
     """One way of holding a KV cache.
 
     Attributes:
@@ -49,13 +51,15 @@ class Method:
         budget: where the key ``method.budget`` stands; the policy takes its own from there and is what counts.
     """
 
+    key_prefix: ClassVar[str] = "method."
     name: str
     policy: CachePolicy = field(default_factory=KeepEverything)
     storage: Storage = field(default_factory=Dense)
     sharing: Sharing | None = None
-    budget: int | float | None = None
+    budget: Budget | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_name()
         capabilities, stored = self.policy.capabilities, self.storage.capabilities
         if stored.requires_same_tokens_across_layers and not capabilities.keeps_everything:

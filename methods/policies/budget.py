@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated
 
-from ...conf.errors import is_whole, require
+from ...conf.options import Bounds, NonNegativeInt, PositiveInt, Share, Wording
 
-Budget = int | float
+Budget = Annotated[
+    PositiveInt | Annotated[float, Bounds(gt=0, le=1)],
+    Wording("a whole number of tokens >= 1, or a fraction of the prompt in (0, 1]"),
+]
 """Tokens kept per layer, the protected ones included (int), or a fraction of the prompt (float in (0, 1])."""
 
 
-def check_budget(budget: Any, key: str = "method.budget") -> None:
-    """Raise InputError unless ``budget`` is an int >= 1 or a float in (0, 1]."""
-    allowed = "must be a whole number of tokens >= 1, or a fraction of the prompt in (0, 1]"
-    if is_whole(budget):
-        require(budget >= 1, key, budget, allowed)
-    else:
-        require(isinstance(budget, float) and 0.0 < budget <= 1.0, key, budget, allowed)
+Recent = Annotated[
+    NonNegativeInt | Share,
+    Wording("a whole number of tokens >= 0, or a share of the budget between 0.0 and 1.0"),
+]
+"""Last tokens that always stay: their number (int), or a share of the budget (float)."""
 
 
 def resolve_budget(budget: Budget, prompt_length: int) -> int:

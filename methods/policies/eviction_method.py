@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...conf.options import NonNegativeInt
 from ..cache.method import Method
 from .allocators.base import Allocator
 from .allocators.uniform import Uniform
-from .budget import Budget
+from .budget import Budget, Recent
 from .eviction import EvictionPolicy
 from .policy import CachePolicy
 from .schedules.base import Schedule
@@ -28,8 +29,8 @@ class EvictionMethod(Method):
     scorer: Scorer = field(kw_only=True)
     allocator: Allocator = field(default=Uniform(), kw_only=True)
     schedule: Schedule | None = field(default=None, kw_only=True)
-    sinks: int | None = field(default=None, kw_only=True)
-    recent: int | float | None = field(default=None, kw_only=True)
+    sinks: NonNegativeInt | None = field(default=None, kw_only=True)
+    recent: Recent | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         parts: dict[str, Any] = {"schedule": self.schedule, "sinks": self.sinks, "recent": self.recent}

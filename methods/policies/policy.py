@@ -9,7 +9,7 @@ Legend: R rows of one prompt length, B rows of a batch, H stored heads, n new to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -118,6 +118,9 @@ class Kept:
 
 class CachePolicy(HasIdentity):
     """What stays in a cache. The defaults keep everything."""
+
+    key_prefix: ClassVar[str] = "method.policy."
+    other_keys: ClassVar[Mapping[str, str]] = {"budget": "method.budget"}
 
     @cached_property
     def capabilities(self) -> PolicyCapabilities:

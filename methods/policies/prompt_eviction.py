@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from ...conf.errors import InputError, is_whole, require
+from ...conf.errors import InputError, require
+from ...conf.options import NonNegativeInt
 from ..cache.prompt import ALL_QUERIES, Prompt
 from ..storage.base import slots_that_stay
 from . import ranking
 from .allocators.base import Allocator
 from .allocators.uniform import Uniform
-from .budget import Budget, check_budget, resolve_budget
+from .budget import Budget, Recent, resolve_budget
 from .eviction_state import Candidates, EvictionState
 from .policy import CachePolicy, Kept
 from .ranking import keep_mask, keep_slots
@@ -41,12 +42,13 @@ class PromptEviction(CachePolicy):
             default.
     """
 
+    key_prefix: ClassVar[str] = "method."
     scorer: Scorer
     budget: Budget = 1024
     allocator: Allocator = field(default=Uniform(), kw_only=True)
     schedule: Schedule = field(default=None, kw_only=True)  # type: ignore[assignment]
-    sinks: int = field(default=None, kw_only=True)  # type: ignore[assignment]
-    recent: int | float = field(default=None, kw_only=True)  # type: ignore[assignment]
+    sinks: NonNegativeInt = field(default=None, kw_only=True)  # type: ignore[assignment]
+    recent: Recent = field(default=None, kw_only=True)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         scorer = self.scorer
@@ -58,7 +60,7 @@ class PromptEviction(CachePolicy):
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        check_budget(self.budget)
+        super().__post_init__()
         self._check_protected()
         if self.allocator.heads_differ and scorer.scores_heads_alike:
             raise InputError(
@@ -69,10 +71,6 @@ class PromptEviction(CachePolicy):
 
     def _check_protected(self) -> None:
         sinks, recent, budget = self.sinks, self.recent, self.budget
-        require(is_whole(sinks, 0), "method.sinks", sinks, "must be a whole number >= 0")
-        is_share = isinstance(recent, float) and 0 <= recent <= 1
-        allowed = "must be a whole number of tokens >= 0, or a share of the budget between 0.0 and 1.0"
-        require(is_whole(recent, 0) or is_share, "method.recent", recent, allowed)
         if isinstance(budget, int):
             last = self.recent_of(budget) if isinstance(recent, float) else recent
             key, value, beside = ("method.recent", recent, sinks) if last else ("method.sinks", sinks, 0)

@@ -23,18 +23,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 
 from ...conf.errors import InputError, require
+from ...conf.options import NonNegativeInt
 from ..cache.products import cached_attention, exact_products
 from ..cache.prompt import Prompt
 from ..cache.rotary import Rotary
 from ..storage.base import LayerStorage
 from ..storage.dense import COMPACTION_INTERVAL_STEPS
-from .budget import Budget, check_budget, resolve_budget
+from .budget import Budget, resolve_budget
 from .policy import CachePolicy, Kept, PolicyCapabilities, Step
 from .scorers.base import ModelLayer
 
@@ -82,26 +83,16 @@ class StreamingLLM(CachePolicy):
     id: ClassVar[str] = "StreamingLLM"
     omitted_at: ClassVar[Mapping[str, Any]] = {"prefill_only": False}
     budget: Budget = 1024
-    sinks: int = 4
-    mode: str = "true_stream"
+    sinks: NonNegativeInt = 4
+    mode: Literal["true_stream", "prefill_evict"] = "true_stream"
     reposition: bool = True
     prefill_only: bool = False
 
     def __post_init__(self) -> None:
-        at = "method.policy."
-        check_budget(self.budget)
-        require(isinstance(self.sinks, int) and self.sinks >= 0, "method.policy.sinks", self.sinks, "must be >= 0")
-        require(
-            self.mode in ("true_stream", "prefill_evict"),
-            at + "mode",
-            self.mode,
-            "must be true_stream or prefill_evict",
-        )
-        for key in ("reposition", "prefill_only"):
-            require(isinstance(getattr(self, key), bool), at + key, getattr(self, key), "must be true or false")
+        super().__post_init__()
         if self.prefill_only and self.capabilities.prefills_by_steps:
             raise InputError(
-                at + "prefill_only",
+                "method.policy.prefill_only",
                 True,
                 "keeps what is generated after one eviction at the prompt's end, and a stream evicts at every token: "
                 "set method.policy.mode=prefill_evict",

@@ -9,10 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
-from ...conf.errors import InputError, is_whole, require
+from ...conf.errors import InputError
 from ...conf.identity import HasIdentity
+from ...conf.options import NonNegativeInt, OneOf, PositiveInt
 from .kv_map import FULL, check_map
 from .plan import ENCODINGS
 
@@ -23,6 +24,8 @@ RUN_KEYS = ("iter_forward", "iter_backward", "kv_loss_weight", "encode")
 @dataclass(frozen=True)
 class Sharing(HasIdentity, ABC):
     """A layer -> KV-source map for any number of layers, and what else of the architecture goes with it."""
+
+    key_prefix: ClassVar[str] = "method.sharing."
 
     @property
     @abstractmethod
@@ -102,16 +105,9 @@ class Encoded(Sharing):
         encode: ``iterative``, or ``exact``: as many passes as tokens.
     """
 
-    iter_forward: int = 7
-    iter_backward: int = 2
-    encode: str = "iterative"
-
-    def __post_init__(self) -> None:
-        at = "method.sharing."
-        for key, least in (("iter_forward", 0), ("iter_backward", 1)):
-            value = getattr(self, key)
-            require(is_whole(value, least), at + key, value, f"must be a whole number >= {least}")
-        require(self.encode in ENCODINGS, at + "encode", self.encode, f"must be one of {', '.join(ENCODINGS)}")
+    iter_forward: NonNegativeInt = 7
+    iter_backward: PositiveInt = 2
+    encode: Annotated[str, OneOf(ENCODINGS)] = "iterative"
 
     def further(self, shape: Mapping[str, Any]) -> dict[str, Any]:
         return {key: getattr(self, key) for key in ("iter_forward", "iter_backward", "encode")}

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ...conf.errors import is_whole, require
+from ...conf.options import PositiveInt
 from .base import Sharing
 
 
@@ -30,14 +30,8 @@ class CLA(Sharing):
     """
 
     id: ClassVar[str] = "CLA"
-    factor: int = 2
+    factor: PositiveInt = 2
     separate_kv_norm: bool | None = None
-
-    def __post_init__(self) -> None:
-        require(is_whole(self.factor, 1), "method.sharing.factor", self.factor, "must be a whole number >= 1")
-        norm = self.separate_kv_norm
-        allowed = "must be true, false or null"
-        require(norm is None or isinstance(norm, bool), "method.sharing.separate_kv_norm", norm, allowed)
 
     @property
     def label(self) -> str:

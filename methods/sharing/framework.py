@@ -15,13 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from ...conf.errors import InputError, is_whole, require
+from ...conf.errors import InputError, require
+from ...conf.options import Entries, NonNegativeInt, PositiveInt
 from .base import Encoded
-
-PARTITIONS = ("pizza", "sandwich", "lasagna")
-POSITIONS = ("bottom", "middle", "top")
 
 
 @dataclass(frozen=True)
@@ -38,27 +36,16 @@ class KVShare(Encoded):
     """
 
     id: ClassVar[str] = "KVShare"
-    kv_layers: int = 3
-    partition: str = "sandwich"
-    position: str = "middle"
+    kv_layers: PositiveInt = 3
+    partition: Literal["pizza", "sandwich", "lasagna"] = "sandwich"
+    position: Literal["bottom", "middle", "top"] = "middle"
     force_first_kv: bool = True
     separate_kv_norm: bool = False
-    map: Sequence[int] | None = None
+    map: Annotated[Sequence[NonNegativeInt], Entries()] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at = "method.sharing."
-        require(is_whole(self.kv_layers, 1), at + "kv_layers", self.kv_layers, "must be a whole number >= 1")
-        for key, allowed in (("partition", PARTITIONS), ("position", POSITIONS)):
-            value = getattr(self, key)
-            require(value in allowed, at + key, value, f"must be one of {', '.join(allowed)}")
-        for key in ("force_first_kv", "separate_kv_norm"):
-            value = getattr(self, key)
-            require(isinstance(value, bool), at + key, value, "must be true or false")
         if self.map is not None:
-            whole = isinstance(self.map, Sequence) and all(is_whole(i, 0) for i in self.map)
-            text = "must be a list of layer numbers, one for each layer"
-            require(whole and len(self.map) > 0, at + "map", self.map, text)
             object.__setattr__(self, "map", tuple(self.map))
 
     @property

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ...conf.errors import is_whole, require
+from ...conf.errors import require
+from ...conf.options import PositiveInt
 from .base import Sharing
 
 
@@ -23,12 +24,7 @@ class Heads(Sharing):
     """
 
     id: ClassVar[str] = "Heads"
-    kv_heads: int | None = None
-
-    def __post_init__(self) -> None:
-        heads = self.kv_heads
-        allowed = "must be a whole number >= 1, or null for as many as query heads"
-        require(heads is None or is_whole(heads, 1), "method.sharing.kv_heads", heads, allowed)
+    kv_heads: PositiveInt | None = None
 
     @property
     def label(self) -> str:

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from ...conf.errors import InputError, is_whole, require
+from ...conf.errors import InputError
+from ...conf.options import NonNegativeFloat, NonNegativeInt, OneOf
 from .base import Encoded
 from .plan import UPWARD_STYLES
 
@@ -36,17 +37,9 @@ class LCKV(Encoded):
     """
 
     id: ClassVar[str] = "LCKV"
-    warmup: int = 2
-    kv_loss_weight: float = 0.0
-    style: str = "fresh"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at = "method.sharing."
-        require(is_whole(self.warmup, 0), at + "warmup", self.warmup, "must be a whole number >= 0")
-        weight = self.kv_loss_weight
-        require(isinstance(weight, int | float) and weight >= 0, at + "kv_loss_weight", weight, "must be >= 0")
-        require(self.style in UPWARD_STYLES, at + "style", self.style, f"must be one of {', '.join(UPWARD_STYLES)}")
+    warmup: NonNegativeInt = 2
+    kv_loss_weight: NonNegativeFloat = 0.0
+    style: Annotated[str, OneOf(UPWARD_STYLES)] = "fresh"
 
     @property
     def label(self) -> str:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from ...conf.errors import is_whole, require
+from ...conf.errors import require
+from ...conf.options import Bounds, OneOf, PositiveInt
 from .base import Sharing
 from .kv_map import FULL, LINEAR, SLIDING
 
@@ -36,20 +37,10 @@ class YOCO(Sharing):
     """
 
     id: ClassVar[str] = "YOCO"
-    self_layers: int | None = None
-    mixer: str = "swa"
-    window: int | None = None
+    self_layers: PositiveInt | None = None
+    mixer: Annotated[str, OneOf(MIXERS)] = "swa"
+    window: Annotated[int, Bounds(ge=2)] | None = None
     separate_kv_norm: bool = True
-
-    def __post_init__(self) -> None:
-        at = "method.sharing."
-        layers = self.self_layers
-        require(layers is None or is_whole(layers, 1), at + "self_layers", layers, "must be >= 1, or null for half")
-        require(self.mixer in MIXERS, at + "mixer", self.mixer, f"must be one of {', '.join(MIXERS)}")
-        window = self.window
-        require(window is None or is_whole(window, 2), at + "window", window, "must be a whole number >= 2, or null")
-        norm = self.separate_kv_norm
-        require(isinstance(norm, bool), at + "separate_kv_norm", norm, "must be true or false")
 
     @property
     def label(self) -> str:

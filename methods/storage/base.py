@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -208,6 +208,8 @@ class StorageCapabilities:
 
 class Storage(HasIdentity, ABC):
     """Configuration of a storage."""
+
+    key_prefix: ClassVar[str] = "method.storage."
 
     @property
     def name(self) -> str:

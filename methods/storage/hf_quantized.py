@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from filelock import FileLock, Timeout
 from transformers.cache_utils import QuantoQuantizedLayer
 
-from ...conf.errors import InputError, require
+from ...conf.errors import InputError
+from ...conf.options import OneOf, PositiveInt
 from ..cache.kv_shape import KVShape
 from .base import Storage, StorageCapabilities
 from .packed import channels_together
@@ -154,16 +155,9 @@ class HFQuantized(Storage):
     """
 
     id: ClassVar[str] = "HFQuantized"
-    bits: int = 4
-    group: int = 64
-    residual: int = 128
-
-    def __post_init__(self) -> None:
-        at = "method.storage."
-        require(self.bits in (2, 4), at + "bits", self.bits, "must be 2 or 4")
-        for key in ("group", "residual"):
-            value = getattr(self, key)
-            require(isinstance(value, int) and value >= 1, at + key, value, "must be a whole number >= 1")
+    bits: Annotated[int, OneOf((2, 4))] = 4
+    group: PositiveInt = 64
+    residual: PositiveInt = 128
 
     @property
     def name(self) -> str:

@@ -16,11 +16,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
 from ...conf.errors import require
+from ...conf.options import OneOf, PositiveInt
 from ..cache.kv_shape import KVShape
 from ..cache.logits import LogitRule
 from ..cache.products import exact_products, softmax_of
@@ -38,8 +39,6 @@ from .packed import (
 from .segments import Groups, SegmentedLayer, Segments
 from .static import StaticSegments
 from .static_kivi import KiviHeads, StaticKivi
-
-BITS = (2, 4, 8)
 
 
 class KiviSegments(Segments):
@@ -179,27 +178,18 @@ class Kivi(Storage):
     """
 
     id: ClassVar[str] = "Kivi"
-    bits: int = 4
-    group: int = 32
-    residual: int = 128
+    bits: Annotated[int, OneOf((2, 4, 8))] = 4
+    group: PositiveInt = 32
+    residual: PositiveInt = 128
 
     version: ClassVar[int] = 2  # 2: scales in float16 for every dtype
 
     def __post_init__(self) -> None:
-        at = "method.storage."
-        require(self.bits in BITS, at + "bits", self.bits, "must be 2, 4 or 8")
-        require(
-            isinstance(self.group, int) and self.group >= 1 and self.group * self.bits % 8 == 0,
-            at + "group",
-            self.group,
-            f"must be a whole number whose {self.bits}-bit codes fill whole bytes",
-        )
-        require(
-            isinstance(self.residual, int) and self.residual >= 1 and self.residual % self.group == 0,
-            at + "residual",
-            self.residual,
-            f"must be a multiple of method.storage.group={self.group}",
-        )
+        super().__post_init__()
+        allowed = f"must be a whole number whose {self.bits}-bit codes fill whole bytes"
+        require(self.group * self.bits % 8 == 0, "method.storage.group", self.group, allowed)
+        allowed = f"must be a multiple of method.storage.group={self.group}"
+        require(self.residual % self.group == 0, "method.storage.residual", self.residual, allowed)
 
     @property
     def name(self) -> str:

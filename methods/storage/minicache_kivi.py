@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
+from ...conf.options import OneOf, PositiveInt
 from ..cache.kv_shape import KVShape
 from ..cache.logits import LogitRule
 from ..cache.products import cached_attention
@@ -203,9 +204,9 @@ class MiniCacheKivi(MiniCache):
     """
 
     id: ClassVar[str] = "MiniCacheKivi"
-    bits: int = 4
-    group: int = 32
-    residual: int = 128
+    bits: Annotated[int, OneOf((2, 4, 8))] = 4
+    group: PositiveInt = 32
+    residual: PositiveInt = 128
 
     version: ClassVar[int] = 2  # 2: scales in float16 for every dtype
 

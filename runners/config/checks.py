@@ -10,21 +10,23 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
-import math
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Annotated, Any, get_args, get_type_hints
 
-from ...conf.errors import InputError, near, one_of, require
-from ...conf.identity import HasIdentity
+from ...conf.errors import InputError, as_typed, near, one_of, require
+from ...conf.options import Options, Wording, check, field_types, fits
 
 ALLOW = "KVBENCH_ALLOW"
 """Environment variable: installed packages whose classes a configuration may name, separated by commas."""
 INSTALLED = {"site-packages", "dist-packages"}
+LOGGING_CALLS = ("()", "class", "queue", "listener")
+"""Keys of a logging configuration whose values are called."""
+LOGGING_CLASSES = ("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler", "logging.Formatter")
 LARGEST = 2**53
 """Whole numbers up to this are exact in every JSON reader."""
 EXAMPLE_COUNTS = ("limit", "stretches", "sequences", "depths", "limit_bytes")
@@ -45,7 +47,7 @@ RENAMED = {
 }
 """Keys of the release before this one, and where they are now."""
 OLD_GROUP = "method.selection"
-WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
+Folder = Annotated[str, Wording("text, the name of a folder; . for the current one", r".*\S.*")]
 
 
 # classes ------------------------------------------------------------------------------------------------------------
@@ -69,6 +71,28 @@ def check_targets(values: Any, key: str) -> None:
     elif isinstance(values, list):
         for place, value in enumerate(values):
             check_targets(value, f"{key}[{place}]")
+
+
+def check_logging(values: Any, key: str) -> None:
+    """Refuse a logging configuration (``logging.config``) that calls anything but Python's plain handlers.
+
+    Args:
+        values: the resolved value of ``key``.
+        key: key for the error message.
+
+    Raises:
+        InputError: as :func:`check_targets`; or a value is imported from another place than ``sys``.
+    """
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            if name in LOGGING_CALLS and not isinstance(value, Mapping) and value not in LOGGING_CLASSES:
+                target_class(value, f"{key}.{name}")
+            check_logging(value, f"{key}.{name}")
+    elif isinstance(values, list):
+        for place, value in enumerate(values):
+            check_logging(value, f"{key}[{place}]")
+    elif isinstance(values, str) and values.startswith("ext://"):
+        require(values in ("ext://sys.stdout", "ext://sys.stderr"), key, values, "must be ext://sys.stdout or stderr")
 
 
 def target_class(target: Any, key: str) -> type:
@@ -146,12 +170,6 @@ def check_values(values: Mapping[str, Any], key: str, cls: type, ignored: Iterab
         require(not is_needed or name in values, f"{prefix}{name}", "(nothing)", "must be given")
 
 
-def check_results_dir(value: Any) -> None:
-    """Raise InputError unless ``results_dir`` is the name of a folder."""
-    _check_value(value, "results_dir", str)
-    require(bool(value.strip()), "results_dir", value, "must be a folder; . for the current one")
-
-
 def unknown_key(values: Mapping[str, Any], where: str, name: str) -> str:
     """The message for a key that ``values``, the mapping at ``where``, does not have."""
     message = f"{where or 'the configuration'} has no key {name}; "
@@ -175,9 +193,12 @@ def renamed_key(key: str) -> str | None:
     return None
 
 
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: type) -> Mapping[str, Any]:
+    """Types of a class's parameters; whatever else an option's annotation says is checked when the object is made."""
+    if dataclasses.is_dataclass(cls):
+        return field_types(cls, include_extras=False)
     try:
-        return get_type_hints(cls if dataclasses.is_dataclass(cls) else inspect.getattr_static(cls, "__init__"))
+        return get_type_hints(inspect.getattr_static(cls, "__init__"))
     except NameError:  # an annotation that only a type checker can look up
         return {}
 
@@ -185,66 +206,24 @@ def _hints(cls: type) -> dict[str, Any]:
 def _check_value(value: Any, key: str, hint: Any) -> None:
     if isinstance(value, int) and abs(value) >= LARGEST:
         raise InputError(key, value, "is too large: whole numbers are below 2**53")
-    if _fits(value, hint):
-        return
-    group = key.replace(".", "/")
-    if _is_part(hint):
-        if files("kvbench.conf").joinpath(group).is_dir():
-            options = [p.name.removesuffix(".yaml") for p in files("kvbench.conf").joinpath(group).iterdir()]
-            hint = f"{group}={value}" if value in options else f"{group}=NAME"
-            close = "" if value in options else near(str(value), options)
-            raise InputError(key, as_typed(value), f"is a group of keys: use {hint}{close}")
-        raise InputError(key, as_typed(value), f"is a group of keys, which are set one by one: {key}.KEY=VALUE")
-    quotes = ""
-    if _fits("", hint) and isinstance(value, int | float):
-        quotes = f"; for this text write '{key}=\"{as_typed(value)}\"'"
-    raise InputError(key, as_typed(value), f"must be {_in_words(hint)}{quotes}")
+    if not _is_part(hint):
+        if not fits([value], hint):  # a single value counts as a list of one
+            check(value, key, hint)
+    elif value is not None or NoneType not in get_args(hint):
+        raise InputError(key, as_typed(value), _how_to_set(key, value))
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value has the type of an annotation; True for annotations that cannot be checked."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return any(_fits(value, arg) for arg in args)
-    if hint is NoneType:
-        return value is None
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint in (str, bool):
-        return isinstance(value, hint)
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return isinstance(value, Mapping)
-    if isinstance(origin, type) and issubclass(origin, Sequence):  # a single value counts as a list of one
-        kinds = [arg for arg in args if arg is not ...]
-        return all(any(_fits(v, kind) for kind in kinds) for v in (value if isinstance(value, list) else [value]))
-    return not _is_part(hint)
+def _how_to_set(key: str, value: Any) -> str:
+    """How a part is chosen, where a single value was given for it."""
+    folder = files("kvbench.conf").joinpath(group := key.replace(".", "/"))
+    if not folder.is_dir():
+        return f"is a group of keys, which are set one by one: {key}.KEY=VALUE"
+    options = [path.name.removesuffix(".yaml") for path in folder.iterdir()]
+    if value in options:
+        return f"is a group of keys: use {group}={value}"
+    return f"is a group of keys: use {group}=NAME{near(str(value), options)}"
 
 
 def _is_part(hint: Any) -> bool:
     kinds = get_args(hint) or (hint,)
-    return any(isinstance(k, type) and (dataclasses.is_dataclass(k) or issubclass(k, HasIdentity)) for k in kinds)
-
-
-def _in_words(hint: Any) -> str:
-    origin, args = get_origin(hint), [arg for arg in get_args(hint) if arg is not ...]
-    if origin in (Union, UnionType):
-        kinds = [arg for arg in args if not (arg is int and float in args)]  # a whole number is a number
-        return ", or ".join(map(_in_words, kinds))
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return "a mapping"
-    if isinstance(origin, type) and issubclass(origin, Sequence):
-        return f"a list, each {' or '.join(map(_in_words, args))}"
-    return WORDS.get(hint, str(hint))
-
-
-def as_typed(value: Any) -> str:
-    """A value as it is typed on the command line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list):
-        return f"[{','.join(map(as_typed, value))}]"
-    if isinstance(value, Mapping):
-        return f"{{{','.join(f'{k}:{as_typed(v)}' for k, v in value.items())}}}"
-    return str(value)
+    return any(isinstance(k, type) and (dataclasses.is_dataclass(k) or issubclass(k, Options)) for k in kinds)

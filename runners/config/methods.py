@@ -11,10 +11,9 @@ from hydra.errors import ConfigCompositionException, InstantiationException, Mis
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ...conf.errors import InputError, one_of, require
+from ...conf.errors import InputError, as_typed, one_of, require
 from ...methods.cache.method import Method
 from ..runner import PairedRunner, Runner
-from .checks import as_typed
 from .choices import check_choices, missing_key, unknown_override
 from .errors import causes, first_input_error
 from .loader import compose, config_loader, groups, plain_data

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 
-from ...conf.errors import is_whole, require
-from .checks import check_results_dir
+from ...conf.errors import require
+from ...conf.options import NonNegativeInt, Options, PositiveInt, Wording
+from .checks import Folder
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Options):
     """The top-level keys of the configuration.
 
     Attributes:
@@ -24,28 +25,18 @@ class Settings:
         config: the resolved configuration, as it is recorded.
     """
 
-    seed: int = 0
-    batch_size: int = 1
-    device: str = "auto"
-    dtype: str = "auto"
-    results_dir: str = "results"
+    seed: NonNegativeInt = 0
+    batch_size: PositiveInt = 1
+    device: Annotated[str, Wording("auto, cpu, cuda or cuda:<number>", r"auto|cpu|cuda(:\d+)?")] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    results_dir: Folder = "results"
     config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        require(is_whole(self.seed, 0), "seed", self.seed, "must be a whole number >= 0")
-        require(is_whole(self.batch_size, 1), "batch_size", self.batch_size, "must be a whole number >= 1")
-        check_results_dir(self.results_dir)
-        dtypes = ("auto", "float32", "bfloat16", "float16")
-        require(self.dtype in dtypes, "dtype", self.dtype, f"must be one of {', '.join(dtypes)}")
-        require(isinstance(self.device, str), "device", self.device, "must be auto, cpu, cuda or cuda:<number>")
-        known = self.device in ("auto", "cpu", "cuda") or self.device.startswith("cuda:")
-        require(known, "device", self.device, "must be auto, cpu, cuda or cuda:<number>")
+        super().__post_init__()
         if self.device.startswith("cuda"):
-            number = self.device.partition(":")[2] or "0"
-            there = number.isdigit() and int(number) < torch.cuda.device_count()
-            require(
-                there, "device", self.device, f"{torch.cuda.device_count()} CUDA devices are visible; use device=cpu"
-            )
+            number, count = int(self.device.partition(":")[2] or 0), torch.cuda.device_count()
+            require(number < count, "device", self.device, f"{count} CUDA devices are visible; use device=cpu")
 
     @property
     def torch_device(self) -> str:

@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from ...conf.errors import InputError, one_of, require
+from ...conf.errors import InputError
+from ...conf.options import Options, Text
 
 log = logging.getLogger(__name__)
 
-MODES = ("auto", "online", "offline")
 INIT_TIMEOUT_S = 20.0
 """Longest wait for the server before the run is kept offline; wandb's own is 90 s."""
 FINISH_TIMEOUT_S = 60.0
@@ -28,8 +28,10 @@ NOT_RESULTS = ("schema", "identity", "config", "data", "sessions", "provenance")
 """Parts of a record whose numbers are not results."""
 
 
-class Logger:
+class Logger(Options):
     """The interface of a logger; this one does nothing."""
+
+    key_prefix: ClassVar[str] = "logger."
 
     def log(self, record: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], folder: Path) -> None:
         """Mirror one finished run; a failure of the mirror raises no exception.
@@ -66,16 +68,14 @@ class WandbLogger(Logger):
         InputError: a key that cannot be used, or the package is missing; known before the run begins.
     """
 
-    project: str = "kvbench"
+    project: Text = "kvbench"
     entity: str | None = None
-    mode: str = "auto"
+    mode: Literal["auto", "online", "offline"] = "auto"
     group: str | None = None
     samples: bool = False
 
     def __post_init__(self) -> None:
-        require(self.mode in MODES, "logger.mode", self.mode, one_of(self.mode, MODES))
-        require(bool(self.project), "logger.project", self.project, "must name a project")
-        require(isinstance(self.samples, bool), "logger.samples", self.samples, "must be true or false")
+        super().__post_init__()
         try:
             from wandb import init  # noqa: F401  (a folder `wandb` in the current directory can be imported as well)
         except Exception as error:

@@ -22,7 +22,8 @@ from typing import Any
 import filelock
 
 from ...analysis.load import RECORD, SAMPLES, SCHEMA, read_record
-from ...conf.errors import InputError, is_whole, require
+from ...conf.errors import InputError, require
+from ...conf.options import NonNegativeInt, fits
 
 SESSIONS = "sessions.jsonl"
 START_OVER = "delete the line to have its example run again, or the folder to start over"
@@ -122,7 +123,7 @@ class RunFolder:
             return 0
         there = {example_key(row) for _, row in self._lines(SAMPLES, damaged_too=True)}
         rows = Counter(key[0] for key in there if key is not None)
-        return sum(max(0, count - rows[dataset]) for dataset, count in counts.items() if is_whole(count))
+        return sum(max(0, count - rows[dataset]) for dataset, count in counts.items() if fits(count, int))
 
     def record(self) -> dict[str, Any]:
         """The finished run's record.
@@ -158,7 +159,7 @@ class RunFolder:
         lines = self._lines(SESSIONS)
         for place, session in lines:
             git, after = session.get("git"), session.get("after_examples", 0)
-            if not isinstance(git, dict) or "sha" not in git or not is_whole(after, 0):
+            if not isinstance(git, dict) or "sha" not in git or not fits(after, NonNegativeInt):
                 raise InputError(place, _shortened(json.dumps(session)), f"is no session; {START_OVER}")
         return [session for _, session in lines]
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from ...conf.errors import require
+from ...conf.options import NonNegativeFloat, Options, PositiveFloat, Share
 from ...tasks.training import IGNORED
 
 
 @dataclass(frozen=True)
-class Distill:
+class Distill(Options):
     """Distillation from the model that was converted.
 
     Attributes:
@@ -23,18 +23,10 @@ class Distill:
         hidden_mse: weight of the squared difference of the hidden states before the last layer (SwiftKV: 1).
     """
 
-    weight: float = 0.0
-    temperature: float = 2.0
-    hidden_mse: float = 0.0
-
-    def __post_init__(self) -> None:
-        at = "runner.distill."
-        ok = isinstance(self.weight, int | float) and 0 <= self.weight <= 1
-        require(ok, at + "weight", self.weight, "must be between 0 and 1")
-        ok = isinstance(self.temperature, int | float) and self.temperature > 0
-        require(ok, at + "temperature", self.temperature, "must be above 0")
-        ok = isinstance(self.hidden_mse, int | float) and self.hidden_mse >= 0
-        require(ok, at + "hidden_mse", self.hidden_mse, "must be >= 0")
+    key_prefix: ClassVar[str] = "runner.distill."
+    weight: Share = 0.0
+    temperature: PositiveFloat = 2.0
+    hidden_mse: NonNegativeFloat = 0.0
 
     @property
     def needs_teacher(self) -> bool:

@@ -7,11 +7,12 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 
-from ...conf.errors import InputError, is_whole, one_of, require
+from ...conf.errors import InputError, require
+from ...conf.options import Bounds, NonNegativeFloat, NonNegativeInt, OneOf, Options, PositiveFloat, PositiveInt, Share
 from ...methods.cache.method import Method
 from ...models.base import ModelSource
 from ...models.kvshare.convert import INITS
@@ -32,7 +33,7 @@ NO_INFLUENCE = ("micro_batch", "activation_checkpointing", "validate_every", "sa
 
 
 @dataclass
-class TrainRunner:
+class TrainRunner(Options):
     """``runner=train``.
 
     Attributes:
@@ -54,56 +55,32 @@ class TrainRunner:
         save_dtype: dtype of the weights in ``model/``.
     """
 
-    steps: int = 1000
-    lr: float = 5e-4
-    batch_tokens: int = 2048
-    sequence: int = 128
-    micro_batch: int | None = None
-    warmup: float = 0.05
-    final_lr: float = 0.1
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    clip: float = 1.0
+    key_prefix: ClassVar[str] = "runner."
+    steps: PositiveInt = 1000
+    lr: PositiveFloat = 5e-4
+    batch_tokens: PositiveInt = 2048
+    sequence: PositiveInt = 128
+    micro_batch: PositiveInt | None = None
+    warmup: Share = 0.05
+    final_lr: Share = 0.1
+    weight_decay: NonNegativeFloat = 0.0
+    beta1: Annotated[float, Bounds(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Bounds(ge=0, lt=1)] = 0.95
+    clip: PositiveFloat = 1.0
     activation_checkpointing: bool = False
-    init: str = "mean"
+    init: Annotated[str, OneOf(INITS)] = "mean"
     distill: Distill = field(default_factory=Distill)
-    train: str = "all"
-    adapter_rank: int = 0
-    validate_every: int = 100
-    validate_sequences: int = 256
-    save_every: int = 200
-    save_dtype: str = "float16"
+    train: Literal["all", "kv"] = "all"
+    adapter_rank: NonNegativeInt = 0
+    validate_every: PositiveInt = 100
+    validate_sequences: PositiveInt = 256
+    save_every: PositiveInt = 200
+    save_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
 
     def __post_init__(self) -> None:
-        at = "runner."
-        for key in ("steps", "batch_tokens", "sequence", "validate_every", "validate_sequences", "save_every"):
-            value = getattr(self, key)
-            require(is_whole(value, 1), at + key, value, "must be a whole number >= 1")
-        for key in ("warmup", "final_lr"):
-            value = getattr(self, key)
-            require(isinstance(value, int | float) and 0 <= value <= 1, at + key, value, "must be between 0 and 1")
-        for key in ("beta1", "beta2"):
-            value = getattr(self, key)
-            require(isinstance(value, int | float) and 0 <= value < 1, at + key, value, "must be >= 0 and below 1")
-        for key in ("lr", "clip"):
-            value = getattr(self, key)
-            require(isinstance(value, int | float) and value > 0, at + key, value, "must be above 0")
-        decay = self.weight_decay
-        require(isinstance(decay, int | float) and decay >= 0, at + "weight_decay", decay, "must be >= 0")
-        micro = self.micro_batch
-        require(micro is None or is_whole(micro, 1), at + "micro_batch", micro, "must be a whole number >= 1, or null")
-        require(is_whole(self.adapter_rank, 0), at + "adapter_rank", self.adapter_rank, "must be a whole number >= 0")
-        for key, allowed in (
-            ("init", INITS),
-            ("train", ("all", "kv")),
-            ("save_dtype", ("float16", "bfloat16", "float32")),
-        ):
-            value = getattr(self, key)
-            require(value in allowed, at + key, value, one_of(str(value), allowed))
-        require(
-            not self.adapter_rank or self.train == "kv", at + "adapter_rank", self.adapter_rank, "needs runner.train=kv"
-        )
+        super().__post_init__()
+        is_allowed = not self.adapter_rank or self.train == "kv"
+        require(is_allowed, "runner.adapter_rank", self.adapter_rank, "needs runner.train=kv")
 
     def data_group(self) -> str:
         """See :meth:`..runner.Runner.data_group`."""

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
-from ....conf.errors import is_whole, require
+from ....conf.options import PositiveInt, Share
 from ..ranking import keep_mask
 from .base import Allocator
 from .pyramid import Pyramid
@@ -35,16 +35,9 @@ class Adaptive(Allocator):
 
     id: ClassVar[str] = "adaptive"
     heads_differ: ClassVar[bool] = True
-    floor: float = 0.2
-    layers: str = "uniform"
-    beta: int = 20
-
-    def __post_init__(self) -> None:
-        at, floor = "method.allocator.", self.floor
-        is_number = isinstance(floor, int | float) and not isinstance(floor, bool)
-        require(is_number and 0 <= floor <= 1, at + "floor", floor, "must be between 0 and 1")
-        require(self.layers in ("uniform", "pyramid"), at + "layers", self.layers, "must be uniform or pyramid")
-        require(is_whole(self.beta, 1), at + "beta", self.beta, "must be a whole number >= 1")
+    floor: Share = 0.2
+    layers: Literal["uniform", "pyramid"] = "uniform"
+    beta: PositiveInt = 20
 
     def layer_budgets(self, budget: int, protected: int, prompt_length: int, layers: int) -> Sequence[int]:
         if self.layers == "pyramid":

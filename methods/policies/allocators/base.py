@@ -16,6 +16,8 @@ from ....conf.identity import HasIdentity
 class Allocator(HasIdentity):
     """Shares a budget out; it works over the scores of any method that ranks a prompt's tokens."""
 
+    key_prefix: ClassVar[str] = "method.allocator."
+
     heads_differ: ClassVar[bool] = False
     """The heads of a layer keep different numbers of tokens, by :meth:`head_budgets`."""
     spans_layers: ClassVar[bool] = False

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from ....conf.errors import require
+from ....conf.options import Share
 from .adaptive import shares_of
 from .base import Allocator
 
@@ -29,12 +29,7 @@ class Global(Allocator):
     id: ClassVar[str] = "global"
     heads_differ: ClassVar[bool] = True
     spans_layers: ClassVar[bool] = True
-    floor: float = 0.2
-
-    def __post_init__(self) -> None:
-        floor = self.floor
-        is_number = isinstance(floor, int | float) and not isinstance(floor, bool)
-        require(is_number and 0 <= floor <= 1, "method.allocator.floor", floor, "must be between 0 and 1")
+    floor: Share = 0.2
 
     def cache_budgets(
         self, scores: Sequence[torch.Tensor], budget: int, ties: Sequence[torch.Tensor | None]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ....conf.errors import is_whole, require
+from ....conf.options import PositiveInt
 from .base import Allocator
 
 
@@ -25,10 +25,7 @@ class Pyramid(Allocator):
     """
 
     id: ClassVar[str] = "pyramid"
-    beta: int = 20
-
-    def __post_init__(self) -> None:
-        require(is_whole(self.beta, 1), "method.allocator.beta", self.beta, "must be a whole number >= 1")
+    beta: PositiveInt = 20
 
     def layer_budgets(self, budget: int, protected: int, prompt_length: int, layers: int) -> Sequence[int]:
         base = budget - protected

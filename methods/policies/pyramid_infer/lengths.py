@@ -7,14 +7,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import InitVar, dataclass
 from functools import lru_cache
+from typing import Annotated, Literal
 
-from ....conf.errors import InputError, is_whole, require
+from ....conf.errors import InputError
+from ....conf.options import Bounds, NonNegativeInt, PositiveFloat, PositiveInt, Share, check
 from ...cache.kv_shape import KVShape
-from ..budget import Budget, check_budget, resolve_budget
+from ..budget import Budget, resolve_budget
 from ..policy import CachePolicy
 
-STRATEGIES = ("cosine", "linear", "constant")
-TRIGGERS = ("own_length", "published", "never")
 GRID = 1024
 """Decay ratios tried to meet a budget: 0, 1 / GRID, ..., 1."""
 
@@ -55,39 +55,24 @@ class PyramidLengths(CachePolicy):
     """
 
     budget: Budget | None = None
-    prefill_decay_ratio: float = 0.9
-    strategy: str = "cosine"
-    interval: int = 1
-    recent_ratio: float = 0.2
-    min_context: int = 64
-    sinks: int = 4
-    distance_weight: float = 1.2
-    trigger: str = "own_length"
-    gen_window: int = 16
-    gen_keep_ratio: float = 0.9
-    gen_decay_ratio: float = 0.1
+    prefill_decay_ratio: Share = 0.9
+    strategy: Literal["cosine", "linear", "constant"] = "cosine"
+    interval: PositiveInt = 1
+    recent_ratio: Annotated[float, Bounds(ge=0, lt=1)] = 0.2
+    min_context: NonNegativeInt = 64
+    sinks: NonNegativeInt = 4
+    distance_weight: PositiveFloat = 1.2
+    trigger: Literal["own_length", "published", "never"] = "own_length"
+    gen_window: PositiveInt = 16
+    gen_keep_ratio: Share = 0.9
+    gen_decay_ratio: Share = 0.1
     prefill_only: InitVar[bool] = False
 
     def __post_init__(self, prefill_only: bool) -> None:
-        at = "method.policy."
-        require(isinstance(prefill_only, bool), at + "prefill_only", prefill_only, "must be true or false")
+        check(prefill_only, "method.policy.prefill_only", bool)
         if prefill_only:
             object.__setattr__(self, "trigger", "never")
-        if self.budget is not None:
-            check_budget(self.budget)
-        for key in ("prefill_decay_ratio", "gen_keep_ratio", "gen_decay_ratio"):
-            value = getattr(self, key)
-            require(isinstance(value, int | float) and 0 <= value <= 1, at + key, value, "must be between 0 and 1")
-        ratio = self.recent_ratio
-        require(isinstance(ratio, int | float) and 0 <= ratio < 1, at + "recent_ratio", ratio, "must be in [0, 1)")
-        for key, least in (("interval", 1), ("min_context", 0), ("sinks", 0), ("gen_window", 1)):
-            value = getattr(self, key)
-            require(is_whole(value, least), at + key, value, f"must be a whole number >= {least}")
-        weight = self.distance_weight
-        require(isinstance(weight, int | float) and weight > 0, at + "distance_weight", weight, "must be above 0")
-        for key, allowed in (("strategy", STRATEGIES), ("trigger", TRIGGERS)):
-            value = getattr(self, key)
-            require(value in allowed, at + key, value, f"must be one of {', '.join(allowed)}")
+        super().__post_init__()
 
     def recent(self, length: int) -> int:
         """R: recent tokens beside the last one, of ``length``."""

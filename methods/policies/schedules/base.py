@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from ....conf.identity import HasIdentity
 
 
 class Schedule(HasIdentity):
     """Says when tokens leave after the prompt; the prompt itself is always compressed once."""
+
+    key_prefix: ClassVar[str] = "method.schedule."
 
     @property
     def interval(self) -> int | None:

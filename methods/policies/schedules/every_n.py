@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ....conf.errors import is_whole, require
+from ....conf.options import PositiveInt
 from .base import Schedule
 
 
@@ -18,10 +18,7 @@ class EveryN(Schedule):
     """
 
     id: ClassVar[str] = "every_n"
-    n: int = 128
-
-    def __post_init__(self) -> None:
-        require(is_whole(self.n, 1), "method.schedule.n", self.n, "must be a whole number >= 1")
+    n: PositiveInt = 128
 
     @property
     def interval(self) -> int:

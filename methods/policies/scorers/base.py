@@ -48,6 +48,8 @@ class ModelLayer:
 class Scorer(HasIdentity):
     """Scores tokens by what a layer holds and by its queries; the largest scores stay."""
 
+    key_prefix: ClassVar[str] = "method.scorer."
+
     name: ClassVar[str]
     """As typed after ``method/scorer=``."""
     default_recent: ClassVar[int | float] = 0

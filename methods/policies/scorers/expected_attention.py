@@ -24,7 +24,7 @@ from typing import ClassVar
 
 import torch
 
-from ....conf.errors import is_whole, require
+from ....conf.options import NonNegativeFloat, NonNegativeInt, PositiveInt
 from ...cache.prompt import ALL_QUERIES, Prompt
 from ...cache.rotary import Rotary
 from .base import ModelLayer, Scorer
@@ -43,16 +43,9 @@ class ExpectedAttention(Scorer):
     id: ClassVar[str] = "ExpectedAttention"
     name: ClassVar[str] = "expected_attention"
     recent_recorded_as: ClassVar[str] = "window"
-    future: int = 512
-    sinks: int = 4
-    epsilon: float = 0.01
-
-    def __post_init__(self) -> None:
-        at = "method.scorer."
-        for key, least in (("future", 1), ("sinks", 0)):
-            value = getattr(self, key)
-            require(is_whole(value, least), at + key, value, f"must be a whole number >= {least}")
-        require(self.epsilon >= 0, at + "epsilon", self.epsilon, "must be >= 0")
+    future: PositiveInt = 512
+    sinks: NonNegativeInt = 4
+    epsilon: NonNegativeFloat = 0.01
 
     @property
     def observation_window(self) -> int:

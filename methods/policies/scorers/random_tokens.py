@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ....conf.errors import is_whole, require
+from ....conf.options import NonNegativeInt
 from ...cache.prompt import Prompt
 from .base import Scorer
 
@@ -24,10 +24,7 @@ class RandomTokens(Scorer):
     name: ClassVar[str] = "random"
     recent_recorded_as: ClassVar[str] = "window"
     default_recent: ClassVar[int | float] = 32  # SnapKV's window, so that the scores are the only difference
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        require(is_whole(self.seed, 0), "method.scorer.seed", self.seed, "must be a whole number >= 0")
+    seed: NonNegativeInt = 0
 
     def score(self, prompt: Prompt, state: Any = None) -> torch.Tensor:
         """The same for every row of a batch: [R, H_kv, T]."""

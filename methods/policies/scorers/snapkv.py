@@ -12,22 +12,16 @@ than its token count says. ``granularity=query_head`` does the same and counts t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 
-from ....conf.errors import is_whole, require
+from ....conf.errors import require
+from ....conf.options import PositiveInt
 from ...cache.prompt import Prompt
 from ...cache.prompt_attention import window_attention
 from .base import Scorer
-
-CHOICES = {
-    "pooling": ("max", "avg"),
-    "granularity": ("kv_head", "query_head"),
-    "group_reduce": ("mean", "max", "sum"),
-    "score_dtype": ("float32", "model"),
-}
 
 
 @dataclass(frozen=True)
@@ -47,23 +41,17 @@ class SnapKV(Scorer):
 
     id: ClassVar[str] = "SnapKV"
     name: ClassVar[str] = "snapkv"
-    window: int = 32
-    kernel: int = 7
-    pooling: str = "max"
-    granularity: str = "kv_head"
-    group_reduce: str = "mean"
-    score_dtype: str = "float32"
+    window: PositiveInt = 32
+    kernel: PositiveInt = 7
+    pooling: Literal["max", "avg"] = "max"
+    granularity: Literal["kv_head", "query_head"] = "kv_head"
+    group_reduce: Literal["mean", "max", "sum"] = "mean"
+    score_dtype: Literal["float32", "model"] = "float32"
 
     def __post_init__(self) -> None:
-        at = "method.scorer."
-        require(is_whole(self.window, 1), at + "window", self.window, "must be a whole number >= 1")
-        is_odd = is_whole(self.kernel, 1) and self.kernel % 2 == 1
-        require(
-            is_odd, at + "kernel", self.kernel, "must be an odd number >= 1 (an even kernel would shift the scores)"
-        )
-        for key, options in CHOICES.items():
-            value = getattr(self, key)
-            require(value in options, at + key, value, f"must be one of {', '.join(options)}")
+        super().__post_init__()
+        allowed = "must be an odd number >= 1 (an even kernel would shift the scores)"
+        require(self.kernel % 2 == 1, "method.scorer.kernel", self.kernel, allowed)
 
     @property
     def observation_window(self) -> int:

@@ -24,11 +24,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
 from ....conf.errors import require
+from ....conf.options import NonNegativeInt, OneOf, Share
 from ...cache.kv_shape import KVShape
 from ...cache.logits import LogitRule
 from ..base import LayerStorage, Storage, StorageCapabilities
@@ -123,22 +124,10 @@ class MiniCache(Storage):
     """
 
     id: ClassVar[str] = "MiniCache"
-    start: int | None = None
-    t: float = 0.6
-    gamma: float = 0.05
-    retention: str = "top_ratio"
-
-    def __post_init__(self) -> None:
-        at = "method.storage."
-        start = self.start
-        ok = start is None or (isinstance(start, int) and start >= 0)
-        require(ok, at + "start", start, "must be a layer's number, or null for the middle")
-        for key in ("t", "gamma"):
-            value = getattr(self, key)
-            require(isinstance(value, int | float) and 0 <= value <= 1, at + key, value, "must be between 0 and 1")
-        require(
-            self.retention in RETENTIONS, at + "retention", self.retention, f"must be one of {', '.join(RETENTIONS)}"
-        )
+    start: NonNegativeInt | None = None
+    t: Share = 0.6
+    gamma: Share = 0.05
+    retention: Annotated[str, OneOf(RETENTIONS)] = "top_ratio"
 
     @cached_property
     def capabilities(self) -> StorageCapabilities:
