@@ -11,6 +11,7 @@ import inspect
 import math
 import re
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, reduce
@@ -22,9 +23,21 @@ from .errors import InputError, as_typed, is_list, near
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
 
 
+class Constraint(ABC):
+    """Metadata of ``typing.Annotated``: what the values of a type must meet."""
+
+    @abstractmethod
+    def holds(self, value: Any) -> bool:
+        """Whether a value of the type is allowed."""
+
+    @abstractmethod
+    def words(self, kind: str) -> str:
+        """The allowed values for a message; ``kind`` is the type in words."""
+
+
 @dataclass(frozen=True)
-class Bounds:
-    """Metadata of ``typing.Annotated``: bounds of a number; ``gt`` and ``lt`` are not among the allowed values."""
+class Bounds(Constraint):
+    """Bounds of a number; ``gt`` and ``lt`` are not among the allowed values."""
 
     ge: float = -math.inf
     le: float = math.inf
@@ -42,8 +55,8 @@ class Bounds:
 
 
 @dataclass(frozen=True, eq=False)
-class OneOf:
-    """Metadata: choices that a ``Literal`` cannot list, such as the keys of a mapping."""
+class OneOf(Constraint):
+    """Choices that a ``Literal`` cannot list, such as the keys of a mapping."""
 
     options: Iterable[Any]
 
@@ -55,8 +68,8 @@ class OneOf:
 
 
 @dataclass(frozen=True)
-class Wording:
-    """Metadata: better words for the allowed values; with ``pattern``, of texts that it matches as a whole."""
+class Wording(Constraint):
+    """Better words for the allowed values; with ``pattern``, of texts that it matches as a whole."""
 
     text: str
     pattern: str = ""
@@ -69,8 +82,8 @@ class Wording:
 
 
 @dataclass(frozen=True)
-class Entries:
-    """Metadata: a list of at least one entry; where they ``differ``, none of them twice."""
+class Entries(Constraint):
+    """A list of at least one entry; where they ``differ``, none of them twice."""
 
     differ: bool = False
 
