@@ -2,7 +2,7 @@
 #
 #   docker build -f docker/cpu.Dockerfile -t kvbench:cpu .
 #   docker run --rm -v "$PWD/results:/kvbench/results" kvbench:cpu run method=snapkv task.source=mini task.limit=3
-FROM python:3.12-slim
+FROM python:3.11-slim
 RUN apt-get update && apt-get install --yes --no-install-recommends git g++ && rm -rf /var/lib/apt/lists/*
 WORKDIR /kvbench
 COPY requirements.lock .

@@ -2,7 +2,7 @@
 #
 #   docker build -f docker/cuda.Dockerfile -t kvbench:cuda .
 #   docker run --rm --gpus all -v "$PWD/results:/kvbench/results" kvbench:cuda run method=snapkv model=qwen3-8b task.limit=5
-FROM python:3.12-slim
+FROM python:3.11-slim
 RUN apt-get update && apt-get install --yes --no-install-recommends git gcc g++ && rm -rf /var/lib/apt/lists/*
 WORKDIR /kvbench
 COPY requirements.lock .
