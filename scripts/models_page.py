@@ -2,7 +2,7 @@
 
     python scripts/models_page.py NAME...    # what came of these, path by path
     python scripts/models_page.py            # the page
-    python scripts/models_page.py --write    # the page, into docs/models.md
+    python scripts/models_page.py --write    # the page, into docs/reference/models.md
 
 It takes some minutes on one core. tests/test_architectures.py compares the page with the installed transformers.
 """
@@ -39,7 +39,7 @@ from kvbench.runners.engine.conformance import (
     verdict_of,
 )
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "models.md"
 HEAD = f"""# Models
 
 Written by `python scripts/models_page.py --write` with {{versions}}; not to be edited by hand.
@@ -142,7 +142,7 @@ def main() -> None:
     """Run the architectures, and print or write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="model types; all where none is named")
-    parser.add_argument("--write", action="store_true", help="write docs/models.md")
+    parser.add_argument("--write", action="store_true", help="write docs/reference/models.md")
     args = parser.parse_args()
     unknown = set(args.names) - set(model_types())
     if unknown or (args.write and args.names):

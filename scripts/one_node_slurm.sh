@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Slurm of one node on this machine, to try `hydra/launcher=submitit_slurm` without a cluster (docs/sweeps.md).
+# A Slurm of one node on this machine, to try `hydra/launcher=submitit_slurm` without a cluster (docs/how-to/sweeps.md).
 #
 #   scripts/one_node_slurm.sh             start it: munged, slurmctld and slurmd, one partition called "debug"
 #   scripts/one_node_slurm.sh --install   the same, after `apt-get install slurm-wlm munge` where they are missing

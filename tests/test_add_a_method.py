@@ -1,4 +1,4 @@
-"""docs/add_a_method.md, followed to the letter in a folder of one's own."""
+"""docs/how-to/add_a_method.md, followed to the letter in a folder of one's own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from local_model import kvbench, save_local_model, save_rows
 
 from kvbench.methods.policies.ranking import RULE
 
-PAGE = (Path(__file__).resolve().parents[1] / "docs" / "add_a_method.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "how-to" / "add_a_method.md").read_text(encoding="utf-8")
 PARTS = {"scorer": "value_weighted", "allocator": "lower_half", "schedule": "every_sentence", "storage": "rounded"}
 
 

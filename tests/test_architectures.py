@@ -1,7 +1,7 @@
 """Every causal language model of the installed transformers is itself under a kvbench cache, or refused in a line.
 
-The list is transformers' own mapping, so a new release is covered the day it is installed; docs/models.md is what
-``python scripts/models_page.py --write`` found with the version that it names.
+The list is transformers' own mapping, so a new release is covered the day it is installed; docs/reference/models.md is
+what ``python scripts/models_page.py --write`` found with the version that it names.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from kvbench.runners.engine.conformance import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-ADVICE = "implement what it needs, or refuse the model when its cache is made; see docs/models.md"
+ADVICE = "implement what it needs, or refuse the model when its cache is made; see docs/reference/models.md"
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +91,7 @@ def test_architecture_is_exact_or_refused(name: str) -> None:
     if versions == page().versions():
         # Where transformers itself cannot run a model, the page says so; here it may be refused before that shows.
         assert verdicts[name] in (forms[0].verdict, UNTESTED), (
-            f"{name}: docs/models.md is old: python scripts/models_page.py --write"
+            f"{name}: docs/reference/models.md is old: python scripts/models_page.py --write"
         )
 
 
@@ -105,7 +105,7 @@ def test_every_form_on_every_path(name: str) -> None:
 def test_page_lists_the_whole_mapping() -> None:
     versions, verdicts = page().read(page().PAGE)
     if versions != page().versions():
-        pytest.skip(f"docs/models.md is of {versions}, and here is {page().versions()}")
+        pytest.skip(f"docs/reference/models.md is of {versions}, and here is {page().versions()}")
     assert list(verdicts) == model_types()
     assert not {WRONG, TRACEBACK} & set(verdicts.values())
 

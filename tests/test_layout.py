@@ -1,4 +1,4 @@
-"""Import rules (docs/decisions.md has the reasons), descriptions of YAMLs, docstrings, sizes of files and functions.
+"""Import rules (docs/explanation/decisions.md), descriptions of YAMLs, docstrings, sizes of files and functions.
 
 The rules are read off the syntax tree of every file, relative imports included, so that an import inside a function or
 under ``TYPE_CHECKING`` counts too. Each rule is also shown to catch a file that breaks it.

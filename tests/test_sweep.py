@@ -28,7 +28,7 @@ from kvbench.runners.sweep import LOG, SweepLog
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHERS = sorted((ROOT / "conf" / "hydra" / "launcher").glob("*.yaml"))
 ONE_NODE_SLURM = ROOT / "scripts" / "one_node_slurm.sh"
-WAIT_S = 120  # for one sweep: a submitter can wait for ever for a job that Slurm lost (docs/sweeps.md)
+WAIT_S = 120  # for one sweep: a submitter can wait for ever for a job that Slurm lost (docs/how-to/sweeps.md)
 
 # The command itself ignores it; pytest sets the filters of warnings anew for each test.
 pytestmark = pytest.mark.filterwarnings(r"ignore:\s*'hydra/launcher/\w+' is validated against ConfigStore")

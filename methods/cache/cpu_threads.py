@@ -6,7 +6,7 @@ import torch
 
 WORTH_LENGTH, WORTH_GAIN = 4096, 1.5
 """Cached tokens, and time that whole heads take over that with all threads at work, from which on it pays to share a
-head's slots between the threads of a CPU (measured on two threads: docs/efficiency.md)."""
+head's slots between the threads of a CPU (measured on two threads: docs/explanation/engine.md)."""
 
 
 def kv_splits(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> int:

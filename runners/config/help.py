@@ -33,7 +33,7 @@ def help_text() -> str:
             lines.append(f"  {option.name.removesuffix('.yaml'):<{width}}  {first.lstrip('# ')}")
     lines.append("\nKeys")
     for path, prefix in [("config.yaml", ""), *_defaults(root)]:
-        rows = list(_keys(root.joinpath(path).read_text(encoding="utf-8"), prefix))
+        rows = list(documented_keys(root.joinpath(path).read_text(encoding="utf-8"), prefix))
         if rows:
             lines.append(f"\n{prefix.rstrip('.') or 'top level'} ({path})")
             width = max(len(key) for key, _ in rows)
@@ -52,7 +52,7 @@ def _defaults(root: Traversable) -> Iterator[tuple[str, str]]:
                 yield f"{group}/{choice}.yaml", f"{group}."
 
 
-def _keys(text: str, prefix: str) -> Iterator[tuple[str, str]]:
+def documented_keys(text: str, prefix: str) -> Iterator[tuple[str, str]]:
     """(key, "value   comment") of each YAML line that carries a comment."""
     parents: list[tuple[int, str]] = []
     for line in text.splitlines():

@@ -1,7 +1,7 @@
 """Decode steps of a Llama-like decoder through torch.compile, for one or two rows on a CPU (``runner.compile``).
 
 With so few rows a product with a weight costs little more than reading the weight, and a library's matrix products are
-far from that speed (docs/efficiency.md has the figures). Written as sums, products become loops that read each weight
+far from that speed (docs/explanation/engine.md). Written as sums, products become loops that read each weight
 once from front to back, and the small operations around them are fused into the same loops. Two functions are compiled
 for all layers, one for the part before the attention and one for the part after it, and one for the output layer. The
 attention is the cache's and is not compiled.
@@ -29,7 +29,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 MAX_ROWS = 2
-"""With more rows, oneDNN's matrix products are faster than sums (measured: docs/efficiency.md)."""
+"""With more rows, oneDNN's matrix products are faster than sums (measured: docs/explanation/engine.md)."""
 
 
 class Affine(NamedTuple):

@@ -1,9 +1,9 @@
 """Linear layers for inference on a CPU: prepacked weights, and fused products of layers with the same input.
 
 torch.nn.Linear calls MKL in float32, which is optimized for large matrices and uses its generic kernels on processors
-that are not Intel's: with few rows it can be several times slower than reading the weights (docs/efficiency.md has the
-figures). oneDNN, which is part of torch, multiplies by weights stored in the blocks that its kernels read, as
-torch.compile does for a frozen model.
+that are not Intel's: with few rows it can be several times slower than reading the weights (figures:
+docs/explanation/engine.md). oneDNN, which is part of torch, multiplies by weights stored in the blocks that its kernels
+read, as torch.compile does for a frozen model.
 """
 
 from __future__ import annotations
