@@ -225,6 +225,16 @@ def by_compressed_layers(runs: Iterable[Run]) -> dict[str, list[str]]:
     return found
 
 
+def longbench_rows(record: Mapping[str, Any]) -> str | None:
+    """``mini`` for the bundled set, ``subset`` for a part of LongBench's rows, None for all of them and for other data.
+
+    Told by the class of the task, because the name of a user's own data may hold the same words.
+    """
+    if record["identity"]["task"].get("class") not in ("LongBench", "LongBenchV2"):
+        return None
+    return next((part for part in ("mini", "subset") if f"-{part}" in record["task"]), None)
+
+
 def fewer_is_better(record: Mapping[str, Any]) -> bool:
     """Whether a run's scores are losses, in nats per token; they are shown as perplexity."""
     return record.get("unit") == "nats per token"

@@ -41,7 +41,7 @@ from matplotlib.transforms import Bbox
 from ..conf.errors import InputError
 from .heat_maps import draw as draw_heat
 from .heat_maps import heat_map, is_needle
-from .load import Run, average, by_budget, comparable, fewer_is_better, load, setting
+from .load import Run, average, by_budget, comparable, fewer_is_better, load, longbench_rows, setting
 from .pareto import frontier
 from .tables import GIB, MIB, at_best_rate
 
@@ -329,9 +329,8 @@ def _score_label(record: Mapping[str, Any]) -> str:
 
 
 def _data_title(record: Mapping[str, Any]) -> str:
-    if "-mini" in record["task"]:
-        return f"{record['task']} (bundled set, not LongBench)"
-    return f"{record['task']} (part of the rows)" if "-subset" in record["task"] else str(record["task"])
+    what = {"mini": " (bundled set, not LongBench)", "subset": " (part of the rows)", None: ""}[longbench_rows(record)]
+    return f"{record['task']}{what}"
 
 
 def _budget_title(record: Mapping[str, Any], budget: str, runs: Sequence[Run]) -> str:

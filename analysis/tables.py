@@ -22,7 +22,17 @@ from statistics import fmean
 from typing import Any
 
 from ..conf.errors import InputError, one_of
-from .load import Run, average, by_compressed_layers, comparable, fewer_is_better, load, setting, tie_rule
+from .load import (
+    Run,
+    average,
+    by_compressed_layers,
+    comparable,
+    fewer_is_better,
+    load,
+    longbench_rows,
+    setting,
+    tie_rule,
+)
 
 MIB, GIB = 2**20, 2**30
 
@@ -141,9 +151,9 @@ def accuracy_table(runs: Sequence[Run], by_set: bool = True) -> Table:
     table = Table(
         _accuracy_title(runs), ["method", *(LONGBENCH.get(n, n) for n in names), *further, *ends], rows, list(runs)
     )
-    if "-mini" in first["task"]:
+    if longbench_rows(first) == "mini":
         table.notes.append("Scores on the small bundled set, not LongBench scores.")
-    elif "-subset" in first["task"]:
+    elif longbench_rows(first) == "subset":
         table.notes.append("A part of LongBench's rows: not to be compared with published LongBench scores.")
     if examples < 30:
         table.notes.append(f"{examples} examples say little: mind the intervals.")

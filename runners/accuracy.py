@@ -94,6 +94,8 @@ class AccuracyRunner(PairedRunner):
                 source.name,
                 "has random weights, so its answers mean nothing: use runner=efficiency, or a real model",
             )
+        if self._splits_question:
+            task.require_question()
         if self.reuse:
             one_at_a_time = "must be false with batch_size > 1, where a row's bytes depend on what it is padded to"
             require(settings.batch_size == 1, "runner.reuse", True, one_at_a_time)

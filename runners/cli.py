@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from ..conf.errors import InputError, as_typed, require
 from ..conf.options import check
 from .config.checks import Folder, check_logging, check_targets, check_values, target_class, unknown_key
-from .config.choices import check_choices
+from .config.choices import check_choices, quote_texts
 from .config.errors import USER_ERRORS, input_error_line
 from .config.help import help_text
 from .config.loader import CONF, plain_data
@@ -70,6 +70,7 @@ def _main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     os.environ.pop(LOG, None)  # a sweep started from within a job of another one has a log of its own
     status = 0
+    sys.argv[1:] = quote_texts(sys.argv[1:])
     try:
         check_choices(sys.argv[1:])
         _hydra_main()

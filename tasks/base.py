@@ -146,6 +146,12 @@ class Task(Described):
         """What decides scores beside :meth:`identity`: settings of a task that is also something else."""
         return {}
 
+    def require_question(self) -> None:
+        """Raise InputError where the settings already say that no prompt has a question to feed after compression.
+
+        Called with ``runner.question=after_compression``, before a model is loaded.
+        """
+
     def limit_of(self, max_length: int | None) -> int | None:
         """The least of ``max_length``, which a model allows, and ``task.max_length``; None: neither is a limit."""
         return min((n for n in (max_length, self.max_length) if n is not None), default=None)

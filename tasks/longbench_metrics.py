@@ -103,7 +103,7 @@ def unscorable(spec: DatasetSpec, answers: Any, all_classes: Any) -> str | None:
 
 def qa_f1(prediction: str, answer: str) -> float:
     """Token F1 after SQuAD's normalisation: lower case, no ASCII punctuation, no articles."""
-    return _f1(_normalize(prediction).split(), _normalize(answer).split())
+    return _f1(normalize_answer(prediction).split(), normalize_answer(answer).split())
 
 
 def qa_f1_zh(prediction: str, answer: str) -> float:
@@ -111,7 +111,8 @@ def qa_f1_zh(prediction: str, answer: str) -> float:
     return _f1(_words_zh(prediction), _words_zh(answer))
 
 
-def _normalize(text: str) -> str:
+def normalize_answer(text: str) -> str:
+    """The text as SQuAD's scorer compares it: lower case, no ASCII punctuation, no articles; blanks stay."""
     kept = "".join(char for char in text.lower() if char not in _ASCII_PUNCTUATION)
     return re.sub(r"\b(a|an|the)\b", " ", kept)
 

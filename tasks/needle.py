@@ -235,7 +235,7 @@ class Needle(Task):
         """Share of the answers found (``contains``), or ROUGE-L F against all needles (``rouge``), in [0, 1]."""
         if self.metric == "rouge":
             return rouge(prediction, " ".join(example.meta["needles"]))
-        return sum(_contains(prediction, answer) for answer in example.answers) / len(example.answers)
+        return sum(contains(prediction, answer) for answer in example.answers) / len(example.answers)
 
     @cached_property
     def files(self) -> dict[str, bytes]:
@@ -341,7 +341,7 @@ class Needle(Task):
         return "".join(parts).strip()
 
 
-def _contains(prediction: str, answer: str) -> bool:
+def contains(prediction: str, answer: str) -> bool:
     """Whether the answer stands in the prediction, blanks and case aside; a number must not go on at either end."""
     wanted = _plain(answer)
     if wanted.isdigit():

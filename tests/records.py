@@ -35,7 +35,9 @@ def head(kind: str, method: str, budget: int | None, task: str, further: dict[st
 
 def accuracy(method: str, budget: int | None, mean: float, task: str = "longbench", **identity: Any) -> dict[str, Any]:
     """An accuracy record: lcc one point above the mean, qasper one below."""
-    made = head("accuracy", method, budget, task, {"task": {"name": task, "limit": None}, **identity})
+    made = head(
+        "accuracy", method, budget, task, {"task": {"class": "LongBench", "name": task, "limit": None}, **identity}
+    )
     ratio = 1.0 if budget is None else budget / 4096
     made["scores"] = {"lcc": estimate(mean + 1), "qasper": estimate(mean - 1)}
     made["average"] = estimate(mean, 40)
