@@ -2,7 +2,7 @@
 
 The file is JSON lines. A prompt is the template with fields of the row in it, and the field of the question says where
 the question begins, so that a method can compress the context without it. A task of one's own is a YAML with these
-keys; one with another metric is a subclass with another :meth:`JsonlTask.score` (docs/add_a_task.md).
+keys; one with another metric is a subclass with another :meth:`JsonlTask.score` (docs/how-to/add_a_task.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""docs/add_a_task.md, followed to the letter in a folder of one's own."""
+"""docs/how-to/add_a_task.md, followed to the letter in a folder of one's own."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 from local_model import Done, kvbench, save_local_model
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = (ROOT / "docs" / "add_a_task.md").read_text(encoding="utf-8")
-MODULES = ("measured_number", "numbered_words")
+PAGE = (ROOT / "docs" / "how-to" / "add_a_task.md").read_text(encoding="utf-8")
+MODULES = ("measured_number", "last_word")
 
 
 def blocks(language: str) -> list[str]:
@@ -38,7 +38,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     (tmp_path / "animals.jsonl").write_text(rows)
     for name, code in zip(MODULES, blocks("python"), strict=True):
         (tmp_path / f"{name}.py").write_text(code)
-    for name, text in zip(("animals", "numbered_words"), blocks("yaml"), strict=True):
+    for name, text in zip(("animals", "last_word"), blocks("yaml"), strict=True):
         (config / f"{name}.yaml").write_text(text)
     save_local_model(tmp_path / "model")
     monkeypatch.syspath_prepend(tmp_path)
@@ -66,9 +66,9 @@ def test_the_commands_of_the_page_run(own_folder: Path) -> None:
     sha256 = hashlib.sha256((own_folder / "animals.jsonl").read_bytes()).hexdigest()
     name = f"animals-{sha256[:6]}"
     outputs = [run(command).stdout for command in COMMANDS]
-    titles = (name, f"{name}-agnostic", name, f"{name}-agnostic", "numbered_words")
+    titles = (name, f"{name}-agnostic", name, f"{name}-agnostic", "last_word")
     for output, title in zip(outputs, titles, strict=True):
-        assert f"**{title} / model: 3 examples" in output or f"**{title} / local: 3 examples" in output, output
+        assert re.search(rf"^\*\*{title} / \w+: {8 if title == 'last_word' else 3} examples", output, re.M), output
     made = records()
     assert len(made) == 10, "five commands, each of them with full"
     for record in made:

@@ -127,4 +127,5 @@ def test_the_question_is_the_end_of_the_prompt(name: str) -> None:
             ids = task.encode(example, tokenizer, None)
             count = question_tokens(ids, example.question, tokenizer)
             assert 0 < count < len(ids)
-            assert tokenizer.decode(ids[-count:]).split() == example.question.split()
+            words = example.question.split()  # behind them may be the beginning of the reply
+            assert tokenizer.decode(ids[-count:]).split()[: len(words)] == words
