@@ -109,7 +109,9 @@ class JsonlTask(Task):
     chat: bool = True
     max_length: Annotated[int, Bounds(ge=2)] | None = None
     truncate: Literal["none", "middle"] = "none"
-    label: Annotated[str, Wording("1 to 60 letters, digits and . _ -, not . at first", r"(?!\.)[\w.-]{1,60}")] | None = None
+    label: (
+        Annotated[str, Wording("1 to 60 letters, digits and . _ -, not . at first", r"(?!\.)[\w.-]{1,60}")] | None
+    ) = None
 
     def __post_init__(self) -> None:
         if self.stop is not None:
