@@ -29,6 +29,7 @@ from .needle import contains
 Segment = tuple[str, str | None]
 """A part of a template: text, and the name of the field behind it; None at the end of the template."""
 
+Label = Annotated[str, Wording("1 to 60 letters, digits and . _ -, not . at first", r"(?!\.)[\w.-]{1,60}")]
 CHOICES = (
     re.compile(r"(?i:\banswer(?:\s+is)?)\s*:?\s*\(?([A-Z])\b"),  # "The correct answer is (B).", "Answer: B"
     re.compile(r"^\(?([A-Z])(?:[).:,;]|\s*$)", re.MULTILINE),  # a line that begins with "B.", "(B)" or is "B"
@@ -109,9 +110,7 @@ class JsonlTask(Task):
     chat: bool = True
     max_length: Annotated[int, Bounds(ge=2)] | None = None
     truncate: Literal["none", "middle"] = "none"
-    label: (
-        Annotated[str, Wording("1 to 60 letters, digits and . _ -, not . at first", r"(?!\.)[\w.-]{1,60}")] | None
-    ) = None
+    label: Label | None = None
 
     def __post_init__(self) -> None:
         if self.stop is not None:
