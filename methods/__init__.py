@@ -1,4 +1,4 @@
-"""KV-cache compression methods: policy (which tokens stay) x storage (how they are held) x sharing (who owns them).
+"""KV-cache compression methods: policy (tokens to keep) x storage (their representation) x sharing (KV sources).
 
 Importing this package registers the ``"kvbench"`` attention function with transformers.
 """

@@ -33,13 +33,13 @@ class AccuracyRunner(PairedRunner):
     """``runner=accuracy``; several budgets of one method share one prefill.
 
     Attributes:
-        temperature, top_p: sampling; temperature 0 is greedy, as LongBench requires.
-        question: ``with_context``: a method compresses the whole prompt with its question, as the papers do.
-            ``after_compression``: it compresses the context, and the question is fed afterwards, as to the cache of a
-            document that is asked about later. Scores of the two are never in one table.
-        reuse: start with the rows that finished runs under the same ``results_dir`` have of the same examples, if only
-            the task's choice of examples differs (``task.limit``, ``task.datasets``). The record's ``sessions`` name
-            those runs and the code that made them.
+        temperature, top_p: Sampling; temperature 0 is greedy, as LongBench requires.
+        question: ``with_context``: a method compresses the whole prompt with its question, as in the papers.
+            ``after_compression``: it compresses the context, and the question is fed afterwards, as for a cached
+            document with later questions. Scores of the two are never in one table.
+        reuse: Copy the rows of the same examples from finished runs under the same ``results_dir`` that differ only in
+            the task's choice of examples (``task.limit``, ``task.datasets``). The record's ``sessions`` name those runs
+            and their code.
     """
 
     temperature: NonNegativeFloat = 0.0
@@ -61,11 +61,10 @@ class AccuracyRunner(PairedRunner):
         """Run every method on every example and write one record each.
 
         Args:
-            source: where the model comes from.
-            methods: the methods asked for first, then those they are paired with; the plain full cache among them is
+            source: Where the model comes from.
+            methods: The requested methods, then those they are paired with; the plain full cache among them is
                 the baseline of the paired differences.
-            task: the task.
-            settings: the top-level configuration.
+            settings: The top-level configuration.
 
         Returns:
             The runs, in the order of ``methods``, all complete.
@@ -92,7 +91,7 @@ class AccuracyRunner(PairedRunner):
             raise InputError(
                 "model",
                 source.name,
-                "has random weights, so its answers mean nothing: use runner=efficiency, or a real model",
+                "has random weights, so its answers are meaningless: use runner=efficiency, or a trained model",
             )
         if self._splits_question:
             task.require_question()

@@ -25,11 +25,11 @@ def method(name: str, /, **options: Any) -> Method:
         kvbench.method("snapkv", budget=0.25, storage="kivi4", scorer={"window": 16})
 
     Args:
-        name: one of ``conf/method``, with the defaults of its YAML.
-        options: keys of that YAML with their values, nested as there.
+        name: One of ``conf/method``, with the defaults of its YAML.
+        options: Keys of that YAML with their values, nested as there.
 
     Raises:
-        InputError: there is no such name or key, or the value cannot be used.
+        InputError: There is no such name or key, or the value cannot be used.
     """
     return configured_method(name, options)
 
@@ -46,12 +46,12 @@ def compress(model: PreTrainedModel, method: str | Method, /, **options: Any) ->
     ``cache.kv_bytes_logical``, can be read.
 
     Args:
-        model: a causal language model of transformers.
-        method: a name, as for :func:`method`, or a method.
-        options: see :func:`method`; only with a name.
+        model: A causal language model of transformers.
+        method: A name, as for :func:`method`, or a method.
+        options: See :func:`method`; only with a name.
 
     Raises:
-        InputError: the method or an option cannot be used, or the model cannot be served.
+        InputError: The method or an option cannot be used, or the model cannot be served.
     """
     if isinstance(method, str):
         chosen: Method = configured_method(method, options)

@@ -68,7 +68,7 @@ def _main() -> None:
         _exit_with(InputError("current folder", os.environ.get("PWD", "?"), "has been deleted: cd to one that exists"))
     # Hydra's own handler prints several lines and exits 1; with this set it lets the exception through to us.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    os.environ.pop(LOG, None)  # a sweep started from within a job of another one has a log of its own
+    os.environ.pop(LOG, None)  # a sweep started from within a job of another one has its own log
     status = 0
     sys.argv[1:] = quote_texts(sys.argv[1:])
     try:
@@ -260,7 +260,7 @@ def _check_data_groups(plain: Mapping[str, Any], group: str) -> None:
         if isinstance(plain[other], Mapping) and "_target_" in plain[other]:
             name = getattr(target_class(plain[other]["_target_"], f"{other}._target_"), "name", name)
         if group == "task":
-            raise InputError("workload", name, "is timed, not scored: use runner=efficiency, or leave it out")
+            raise InputError("workload", name, "is timed, not scored: use runner=efficiency, or omit it")
         is_workload = files("kvbench.conf").joinpath("workload", f"{name}.yaml").is_file()
         instead = f"workload={name}" if is_workload else "workload=shape"
         raise InputError("task", name, f"is scored, not timed: use {instead}, or runner=accuracy")

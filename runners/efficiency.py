@@ -9,7 +9,7 @@ Definitions (vLLM's and MLPerf's, so that numbers can be compared):
 * step: time of one decode step; its percentiles are over all steps of all repetitions.
 * MBU: lower bound of a decode step's time, (weights + KV) / copy bandwidth, divided by its measured time.
 
-Time, memory and energy are measured in separate passes (``measure/``), each in a process of its own.
+Time, memory and energy are measured in separate passes (``measure/``), each in its own process.
 
 A search (``workload=max_batch`` or ``max_context``) first finds the largest size that fits and is then measured at it.
 """
@@ -56,15 +56,15 @@ THROUGHPUT = ("output_tokens_per_s", "total_tokens_per_s")
 
 @dataclass
 class EfficiencyRunner(PairedRunner):
-    """``runner=efficiency``; every method and budget is measured in processes of its own, one after another.
+    """``runner=efficiency``; every method and budget is measured in its own processes, one after another.
 
     Attributes:
-        warmups: number of repetitions that are not recorded.
-        repeats: number of repetitions that are recorded.
-        memory_limit_gib: memory that a search may use, in the device's allocator or in the whole process; None: all
+        warmups: Number of repetitions that are not recorded.
+        repeats: Number of repetitions that are recorded.
+        memory_limit_gib: Memory that a search may use, in the device's allocator or in the whole process; None: all
             available memory.
-        cuda_graph: capture a decode step as a CUDA graph and replay it, if its shapes are static.
-        compile: compile the decode steps with torch.compile; on a CPU, for one or two rows (:mod:`.engine.compiled`).
+        cuda_graph: Capture a decode step as a CUDA graph and replay it, if its shapes are static.
+        compile: Compile the decode steps with torch.compile; on a CPU, for one or two rows (:mod:`.engine.compiled`).
     """
 
     warmups: NonNegativeInt = 1
@@ -83,10 +83,10 @@ class EfficiencyRunner(PairedRunner):
         """Measure every method and write one record each.
 
         Args:
-            source: where the model comes from; random weights are allowed.
-            methods: the methods asked for first, then those they are paired with.
-            task: the requests.
-            settings: the top-level configuration.
+            source: Where the model comes from; random weights are allowed.
+            methods: The requested methods, then those they are paired with.
+            task: The requests.
+            settings: The top-level configuration.
 
         Returns:
             The runs, in the order of ``methods``, all with a record (``done`` or ``oom``).

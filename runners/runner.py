@@ -28,16 +28,16 @@ class Runner(Protocol):
         """Complete the run of every method, and write one record each; a finished run is only read.
 
         Args:
-            source: where the model comes from.
-            methods: the methods asked for first, then those they are paired with.
-            task: the task or the workload.
-            settings: the top-level configuration.
+            source: Where the model comes from.
+            methods: The requested methods, then those they are paired with.
+            task: The task or the workload.
+            settings: The top-level configuration.
 
         Returns:
             The runs, in the order of ``methods``, all with a record.
 
         Raises:
-            InputError: the runner cannot run this model, method or task.
+            InputError: The runner cannot run this model, method or task.
         """
         ...
 
@@ -47,12 +47,12 @@ class PairedRunner(Options):
     """Options of the runners that compare methods.
 
     Attributes:
-        pair_with: methods that run on the same data in addition to the one asked for; []: none. Each is a text
+        pair_with: Methods that run on the same data in addition to the requested one; []: none. Each is a text
             (``full``, ``streaming_llm budget=256``, ``snapkv storage=kivi4``) or a mapping
             (``{method: snapkv, budgets: [128, 256], storage: kivi4}``). A method that has a budget and names none is
             run at each of ``budgets``, if these are given.
-        budgets: run the method at each of these budgets; None: at ``method.budget`` alone.
-        chunk_size: number of prompt tokens per forward; None: all at once.
+        budgets: Run the method at each of these budgets; None: only at ``method.budget``.
+        chunk_size: Number of prompt tokens per forward; None: all at once.
     """
 
     key_prefix: ClassVar[str] = "runner."
@@ -63,7 +63,7 @@ class PairedRunner(Options):
     chunk_size: PositiveInt | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.pair_with, str | Mapping):  # one value instead of a list of it
+        if isinstance(self.pair_with, str | Mapping):  # a single value instead of a list
             self.pair_with = [self.pair_with]
         if isinstance(self.budgets, int | float):
             self.budgets = [self.budgets]

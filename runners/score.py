@@ -39,13 +39,13 @@ def score_folder(
         the order of the paper's tables; and one error for each file that cannot be used.
 
     Raises:
-        InputError: there is no such folder, or no prediction file in it.
+        InputError: There is no such folder, or no prediction file in it.
     """
     if not folder.is_dir():
         raise InputError("PREDICTIONS_DIR", folder, "no such folder")
     files = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES) and path.is_file())
     if not files:
-        raise InputError("PREDICTIONS_DIR", folder, "must hold files <dataset>.jsonl or <dataset>.jsonl.gz")
+        raise InputError("PREDICTIONS_DIR", folder, "must contain files <dataset>.jsonl or <dataset>.jsonl.gz")
     scores: dict[str, Score] = {}
     problems: list[InputError] = []
     by_dataset: dict[str, list[Path]] = {}
@@ -64,7 +64,7 @@ def score_file(dataset: str, paths: list[Path], code_sim: str, e: bool) -> Score
     if dataset not in SPECS:
         raise InputError(str(paths[0]), dataset, f"the name of the file {one_of(dataset, SPECS)}")
     if len(paths) > 1:
-        raise InputError(str(paths[0]), paths[1].name, "two files hold predictions of the same data set")
+        raise InputError(str(paths[0]), paths[1].name, "two files contain predictions of the same data set")
     rows = _read(paths[0], dataset, e)
     # The official code scores all rows with the class names of the last one.
     all_classes = rows[-1]["all_classes"]
@@ -101,7 +101,7 @@ def _read(path: Path, dataset: str, e: bool) -> list[dict[str, Any]]:
     except OSError as error:
         raise InputError(str(path), "unreadable", str(error)) from error
     if not rows:
-        raise InputError(str(path), "empty", "the file must hold at least one prediction")
+        raise InputError(str(path), "empty", "the file must contain at least one prediction")
     return rows
 
 
@@ -111,7 +111,7 @@ class _UsageError(Exception):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, like every other problem; argparse would print the usage too and leave the process."""
+        """Raise a one-line error, where argparse would print the usage and exit."""
         raise _UsageError(message)
 
 

@@ -17,10 +17,10 @@ from tqdm import tqdm
 from ..methods.cache.layout import describe_layers, full_shape, model_shape
 from ..models.base import LoadedModel, ModelSource
 from ..tasks.base import Example, Reply, Task
-from .ask import Answer, Item, ask, encode, row_seed
 from .config.settings import Settings
 from .engine import Sampling
 from .engine.weights import load
+from .evaluate_batch import Answer, Item, encode, evaluate_batch, row_seed
 from .measure.memory import is_out_of_memory, release_memory
 from .records.runs import BASELINE
 from .records.scored_run import ScoredRun
@@ -36,11 +36,10 @@ class Scoring:
     """A pass over the examples of a task.
 
     Attributes:
-        task: the task.
-        settings: the top-level configuration.
-        temperature, top_p, chunk_size: options of the runner.
-        splits_question: whether the method compresses before it sees the question.
-        made_by: provenance of this process.
+        settings: The top-level configuration.
+        temperature, top_p, chunk_size: Options of the runner.
+        splits_question: Whether the method compresses before it sees the question.
+        made_by: Provenance of this process.
     """
 
     task: Task
@@ -150,7 +149,7 @@ class Scoring:
         methods = [run.method for run in runs] + [BASELINE] * needs_reference
         try:
             device = self.settings.torch_device
-            return ask(methods, batch, self.task, loaded, device, sampling, self.chunk_size), None
+            return evaluate_batch(methods, batch, self.task, loaded, device, sampling, self.chunk_size), None
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -188,8 +187,7 @@ def co_batched(runs: Sequence[ScoredRun], apart: bool = False) -> Iterator[list[
     """Split runs into groups that can be decoded as one batch after the prompt, and the others one by one.
 
     Args:
-        runs: the runs.
-        apart: whether runs whose storage requantizes tokens, which are fed one by one, are kept apart from the others.
+        apart: Whether runs whose storage requantizes tokens, which are fed one by one, are kept apart from the others.
     """
 
     def kind(run: ScoredRun) -> tuple[object, ...]:
@@ -204,7 +202,7 @@ def co_batched(runs: Sequence[ScoredRun], apart: bool = False) -> Iterator[list[
 
 
 def smaller_groups(runs: Sequence[ScoredRun]) -> list[list[ScoredRun]]:
-    """The same runs in groups that need less memory: first without those that need a prefill of their own."""
+    """Split runs into groups that need less memory: first without those that need a separate prefill."""
     sharing = [r for r in runs if r.method.shares_prompt]
     if len(sharing) in (0, 1, len(runs)):
         return [[r] for r in runs]

@@ -40,10 +40,10 @@ class SearchJob:
     """Input of a searching process.
 
     Attributes:
-        job: model, method and settings; its workload is ignored.
-        search: the size that is varied.
-        limit_bytes: memory that may be used, in the device's allocator or in the whole process; None: all available.
-        log: file of the sizes that were tried, one per line.
+        job: Model, method and settings; its workload is ignored.
+        search: The size that is varied.
+        limit_bytes: Memory that may be used, in the device's allocator or in the whole process; None: all available.
+        log: File of the sizes that were tried, one per line.
     """
 
     job: Job
@@ -81,7 +81,7 @@ def search_pass(todo: SearchJob) -> dict[str, Any]:
     positions = todo.search.within(max_positions)
     if positions is not None and positions < todo.search.step:
         if positions < 1:
-            problem = f"leaves no room for a prompt in the {max_positions} positions of {name}"
+            problem = f"needs all {max_positions} positions of {name}, so that no prompt fits"
             raise InputError("workload.new_tokens", todo.search.new_tokens, problem)
         problem = f"and the new tokens are beyond the {max_positions} positions of {name}"
         raise InputError("workload.step", todo.search.step, problem)
@@ -109,17 +109,17 @@ def search_pass(todo: SearchJob) -> dict[str, Any]:
     }
 
 
-def largest(fits: Callable[[int], bool], start: int, most: int | None, step: int, tolerance: float) -> int | None:
+def largest(fits: Callable[[int], bool], start: int, max_size: int | None, step: int, tolerance: float) -> int | None:
     """The largest multiple of ``step`` that fits, to within ``tolerance`` of it; None: not even one step does.
 
     Args:
-        fits: whether a size fits; called at most once per size. If a size fits, so does everything smaller.
-        start: the first size to try, doubled for as long as it fits.
-        most: largest size to try; None: no limit.
-        step: sizes are multiples of it.
-        tolerance: share of the result by which it may be too small.
+        fits: Whether a size fits; called at most once per size. If a size fits, so does everything smaller.
+        start: The first size to try, doubled for as long as it fits.
+        max_size: Largest size to try; None: no limit.
+        step: Sizes are multiples of it.
+        tolerance: Share of the result by which it may be too small.
     """
-    end = None if most is None else most // step
+    end = None if max_size is None else max_size // step
     if end is not None and end < 1:
         return None
     low, size = 0, max(1, start // step)  # in steps; `low` fits
@@ -170,9 +170,9 @@ def _limit_memory(todo: SearchJob, devices: Sequence[str]) -> None:
                 total = torch.cuda.get_device_properties(number).total_memory
                 torch.cuda.set_per_process_memory_fraction(min(1.0, todo.limit_bytes / total), number)
         return
-    most = data_bytes() + int(USABLE_MEMORY * available_memory())
+    limit = data_bytes() + int(USABLE_MEMORY * available_memory())
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 def outcomes(log: Path) -> dict[int, dict[str, Any]]:

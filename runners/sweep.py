@@ -40,9 +40,9 @@ class Job:
     """State of one job in the log.
 
     Attributes:
-        overrides: overrides of the job.
+        overrides: Overrides of the job.
         state: ``waiting`` (never started), ``started`` (and not ended), ``done`` or ``failed``.
-        reason: why it failed, in one line; empty otherwise.
+        reason: Why it failed, in one line; empty otherwise.
     """
 
     overrides: list[str]
@@ -55,8 +55,8 @@ class Outcome:
     """State of all jobs in a log.
 
     Attributes:
-        jobs: jobs by number; jobs that never started are included only if they were known in advance.
-        launcher: name of the launcher (``hydra/launcher=``); empty if the log was lost.
+        jobs: Jobs by number; jobs that never started are included only if they were known in advance.
+        launcher: Name of the launcher (``hydra/launcher=``); empty if the log was lost.
     """
 
     jobs: dict[int, Job] = field(default_factory=dict)
@@ -109,12 +109,12 @@ class SweepLog:
         """Start a log, for this process and all processes that it starts.
 
         Args:
-            results_dir: folder of the run folders, relative to the working directory.
-            launcher: name of the launcher (``hydra/launcher=``).
-            jobs: the overrides of each job, by number; None if they are not known in advance.
+            results_dir: Folder of the run folders, relative to the working directory.
+            launcher: Name of the launcher (``hydra/launcher=``).
+            jobs: The overrides of each job, by number; None if they are not known in advance.
 
         Raises:
-            InputError: the file cannot be written.
+            InputError: The file cannot be written.
         """
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"  # sorted by time, and unique
         log = cls(Path(results_dir).absolute() / ".sweeps" / f"{name}.jsonl")
@@ -133,7 +133,7 @@ class SweepLog:
         """The log of the sweep that this job belongs to.
 
         Raises:
-            InputError: the job was started without the environment of the process that submitted it.
+            InputError: The job was started without the environment of the process that submitted it.
         """
         log = cls.current()
         if log is None:
@@ -218,7 +218,7 @@ def end_of_sweep(status: int) -> int:
     """Print the summary of the sweep of this process, if it is in one.
 
     Args:
-        status: exit status so far: 0, 2 if an error has been printed, 130 if interrupted.
+        status: Exit status so far: 0, 2 if an error has been printed, 130 if interrupted.
 
     Returns:
         The exit status: 2 in place of 0 when a job is not done.

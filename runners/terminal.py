@@ -23,8 +23,8 @@ class LastingStream:
     processes and of the interpreter's last flush.
 
     Args:
-        stream: standard output or standard error; None where the process was started without it (``>&-``).
-        descriptor: its file descriptor, 1 or 2.
+        stream: Standard output or standard error; None where the process was started without it (``>&-``).
+        descriptor: Its file descriptor, 1 or 2.
     """
 
     def __init__(self, stream: TextIO | None, descriptor: int):
@@ -84,7 +84,7 @@ def _ignore_hang_up() -> bool:
 def lasting_streams() -> Iterator[LastingStream]:
     """Within the block, a closed standard stream is no error; yields standard output.
 
-    The hang-up signal of a closed terminal is ignored too, unless the process has a handler of its own.
+    The hang-up signal of a closed terminal is ignored too, unless the process handles it.
     """
     before = sys.stdout, sys.stderr
     out, errors = LastingStream(sys.stdout, 1), LastingStream(sys.stderr, 2)

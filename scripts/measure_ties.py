@@ -34,9 +34,9 @@ from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.policy import Kept
 from kvbench.methods.policies.scorers.snapkv import SnapKV, pool
 from kvbench.models.embedded import Embedded
-from kvbench.runners.ask import ask, encode
 from kvbench.runners.engine import Sampling
 from kvbench.runners.engine.weights import load
+from kvbench.runners.evaluate_batch import encode, evaluate_batch
 from kvbench.runners.records import provenance
 from kvbench.tasks.longbench import LongBench
 
@@ -146,7 +146,7 @@ def main() -> None:
     for example in tqdm(examples):
         item = encode(task, example, loaded, loaded.max_prompt_tokens, split=False)
         kept.clear()
-        answers = ask(methods, [item], task, loaded, "cpu", Sampling(0.0, 1.0, [0]), None)
+        answers = evaluate_batch(methods, [item], task, loaded, "cpu", Sampling(0.0, 1.0, [0]), None)
         if len(item.prompt) > max(args.budgets):  # every layer asks the methods in turn
             for call, found in enumerate(kept):
                 slots[arms[call % len(arms)]].append(found)

@@ -27,7 +27,7 @@ def swapped(ours: list[int], published: list[int], scores: torch.Tensor) -> tupl
 def golden_prompt(
     query_heads: int = 4, kv_heads: int = 4, window: int = 4, layer_idx: int = 0, num_layers: int = 1
 ) -> Prompt:
-    """Closed formulas, so that nothing has to be stored; values are the keys."""
+    """A prompt by closed formulas, so that no tensor has to be stored; the values equal the keys."""
     h, t, d = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (query_heads, LENGTH, DIM)), indexing="ij")
     query = 1.5 * torch.sin(1.7 * (h + 1) + 0.9 * (t + 1) * (d + 1) + 0.31 * t * h)
     h, t, d = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (kv_heads, LENGTH, DIM)), indexing="ij")

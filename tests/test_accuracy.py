@@ -256,9 +256,9 @@ def test_a_padded_batch_has_a_run_of_its_own_and_says_what_padding_costs(world, 
 
 
 def test_running_out_of_memory_is_a_result_and_the_run_can_be_tried_again(world, tmp_path, monkeypatch):
-    from kvbench.runners import ask
+    from kvbench.runners import evaluate_batch
 
-    real, calls = ask.generate, []
+    real, calls = evaluate_batch.generate, []
 
     def greedy_for_memory(*args, **kwargs):
         calls.append(1)
@@ -266,7 +266,7 @@ def test_running_out_of_memory_is_a_result_and_the_run_can_be_tried_again(world,
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(ask, "generate", greedy_for_memory)
+    monkeypatch.setattr(evaluate_batch, "generate", greedy_for_memory)
     out = run(world, tmp_path).stdout
     assert "out of memory" in out
     for folder in folders(tmp_path).values():
@@ -283,9 +283,9 @@ def test_running_out_of_memory_is_a_result_and_the_run_can_be_tried_again(world,
 
 def test_a_method_that_fits_is_not_lost_to_a_baseline_that_does_not(world, tmp_path, monkeypatch):
     """The very case that a compressed cache is for: together and full are too much, SnapKV alone is not."""
-    from kvbench.runners import ask
+    from kvbench.runners import evaluate_batch
 
-    real = ask.generate
+    real = evaluate_batch.generate
 
     def room_for_the_compressed_one(model, cache, *args, **kwargs):
         members = getattr(cache, "members", [cache])
@@ -293,7 +293,7 @@ def test_a_method_that_fits_is_not_lost_to_a_baseline_that_does_not(world, tmp_p
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
         return real(model, cache, *args, **kwargs)
 
-    monkeypatch.setattr(ask, "generate", room_for_the_compressed_one)
+    monkeypatch.setattr(evaluate_batch, "generate", room_for_the_compressed_one)
     out = run(world, tmp_path).stdout
     found = folders(tmp_path)
     records = {label: json.loads((folder / "record.json").read_text()) for label, folder in found.items()}
@@ -307,9 +307,9 @@ def test_a_method_that_fits_is_not_lost_to_a_baseline_that_does_not(world, tmp_p
 
 def test_what_reads_by_itself_rides_along_until_memory_runs_out(world, tmp_path, monkeypatch):
     """Together with all others; where that is too much, those that read the prompt alike still go together."""
-    from kvbench.runners import ask
+    from kvbench.runners import evaluate_batch
 
-    real, asked = ask.generate, []
+    real, asked = evaluate_batch.generate, []
 
     def room_for_two(model, cache, *args, **kwargs):
         asked.append(cache.copies)
@@ -317,7 +317,7 @@ def test_what_reads_by_itself_rides_along_until_memory_runs_out(world, tmp_path,
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
         return real(model, cache, *args, **kwargs)
 
-    monkeypatch.setattr(ask, "generate", room_for_two)
+    monkeypatch.setattr(evaluate_batch, "generate", room_for_two)
     pairs = 'runner.pair_with=[full,"streaming_llm budget=40"]'
     answers = []
     for room in ([3], [2]):
@@ -353,7 +353,7 @@ def test_rows_of_runs_on_fewer_examples_are_reused(world, tmp_path, monkeypatch)
     from kvbench.runners import scoring
 
     asked: list[str] = []
-    real = scoring.ask
+    real = scoring.evaluate_batch
 
     def count(methods, batch, *rest):
         asked.extend(item.example.dataset for item in batch)
@@ -362,7 +362,7 @@ def test_rows_of_runs_on_fewer_examples_are_reused(world, tmp_path, monkeypatch)
     run(world, tmp_path / "parts", "task.datasets=[hotpotqa]", "task.limit=3")
     run(world, tmp_path / "parts", "task.datasets=[lcc]", "task.limit=2")
     parts = {path.parent.name for path in (tmp_path / "parts").glob("*/*/snapkv/*/record.json")}
-    monkeypatch.setattr(scoring, "ask", count)
+    monkeypatch.setattr(scoring, "evaluate_batch", count)
     whole = ("task.datasets=[lcc,hotpotqa]", "task.limit=5")
     out = run(world, tmp_path / "parts", *whole, "runner.reuse=true").stdout
     assert asked == ["lcc"] * 3 + ["hotpotqa"] * 2
@@ -639,7 +639,8 @@ def test_a_prompt_of_no_tokens_is_one_line(world, tmp_path, monkeypatch):
 def test_a_token_without_an_embedding_is_one_line(world, tmp_path, monkeypatch):
     monkeypatch.setattr(LongBench, "encode", lambda *_: [5, 400, 7])
     said = run(world, tmp_path, "task.datasets=[hotpotqa]", status=2).stderr
-    assert "error: model=local: its tokenizer gives hotpotqa/hotpotqa-0 a token 400, its embedding has 258 rows" in said
+    error = "its tokenizer encodes hotpotqa/hotpotqa-0 with token 400, but its embedding has only 258 rows"
+    assert f"error: model=local: {error}" in said
 
 
 BAD_TEMPLATES = {

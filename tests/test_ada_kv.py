@@ -69,7 +69,7 @@ def test_equal_heads_share_equally():
     assert ada_kv(budget=40, floor=0.0).allocator.head_budgets(scores, 8).tolist() == [[8, 8, 8, 8]]
 
 
-def test_what_is_kept_is_worth_at_least_what_snapkv_keeps():
+def test_kept_scores_are_at_least_those_of_snapkv():
     """A global choice is the best one for its total (theorem 3.1 of the paper, on the pooled votes)."""
     prompt = golden_prompt()
     ada = ada_kv(budget=12, window=4, kernel=5, pooling="avg", floor=0.0)
@@ -92,7 +92,7 @@ def test_the_pyramid_gives_each_layer_its_total():
         assert sum(map(len, kept_by_head(ada_kv(**options, layers="pyramid"), prompt))) == 4 * budgets[layer]
 
 
-def test_heads_really_differ_and_only_the_padded_storage_pays_for_it():
+def test_heads_differ_and_only_dense_storage_is_padded():
     model, ids = tiny_model(), torch.cat([prompt_ids(70, s) for s in range(3)])
     shape, caches = kv_shape(model.config, model.dtype), {}
     for storage in (Ragged(), Dense()):

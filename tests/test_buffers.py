@@ -1,4 +1,4 @@
-"""How much room storages make: that of what they hold in the end, once for all, when it is known what is to come."""
+"""Allocation of storages: with reserved tokens, the final size at once."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def numbers(n: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(1, HEADS, n, DIM, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def filled(storage: Storage, prompt: int, new: int, expected: int) -> list[LayerStorage]:
-    """Layers after a prompt and ``new`` single tokens, of which ``expected`` were announced."""
+def filled(storage: Storage, prompt: int, new: int, reserved: int) -> list[LayerStorage]:
+    """Layers after a prompt and ``new`` single tokens, of which ``reserved`` were announced."""
     layers = list(storage.new_layers(LAYERS))
     for i, layer in enumerate(layers):
-        layer.expected = expected
+        layer.reserved = reserved
         layer.write(numbers(prompt, i), numbers(prompt, i + 9))
     for token in range(new):
         for i, layer in enumerate(layers):
@@ -50,7 +50,7 @@ STORAGES = [Dense(), Ragged(), Kivi(2), Kivi(4), Kivi(8), Kivi(2, residual=32), 
 
 @pytest.mark.parametrize("storage", STORAGES, ids=lambda s: f"{s.name}-{getattr(s, 'residual', 0)}")
 @pytest.mark.parametrize(("prompt", "new"), [(161, 338), (512, 256), (40, 100), (130, 1)])
-def test_in_the_end_it_is_the_formula(storage, prompt, new):
+def test_final_bytes_match_the_formula(storage, prompt, new):
     """Within 1 %, the slots that recent tokens have spare, and for pairs of layers the places of tokens that may have
     to be retained (33 of keys and values)."""
     layers = filled(storage, prompt, new, new)
@@ -68,7 +68,7 @@ def test_in_the_end_it_is_the_formula(storage, prompt, new):
 
 
 @pytest.mark.parametrize("storage", STORAGES, ids=lambda s: f"{s.name}-{getattr(s, 'residual', 0)}")
-def test_more_tokens_than_announced_do_not_move_everything_each_time(storage):
+def test_unannounced_tokens_do_not_reallocate_every_step(storage):
     layers = filled(storage, 161, 4, 4)
     tensors, addresses = [], set()
     for token in range(2 * GROWTH):
@@ -83,7 +83,7 @@ def test_more_tokens_than_announced_do_not_move_everything_each_time(storage):
     assert len(addresses) <= 12
 
 
-def test_a_buffer_keeps_what_it_was_given_and_nobody_elses():
+def test_a_buffer_copies_its_input():
     x = torch.arange(12.0).view(1, 4, 3)
     held = Buffer(x, 1, 6)
     assert held.whole.shape == (1, 6, 3)
@@ -99,7 +99,7 @@ def test_a_buffer_keeps_what_it_was_given_and_nobody_elses():
     assert held.used[0, :, 0].tolist() == [0, 3, 6, 9, 7, 7, 8]
 
 
-def test_a_buffer_of_recent_tokens_moves_once_in_so_many_steps_and_keeps_no_prompt():
+def test_a_recent_buffer_reallocates_rarely_and_frees_the_prompt():
     """128 recent tokens of a prompt of 1000, then one in and one out, 100 times, against a list."""
     tokens = list(range(1000))
     queue = Buffer(torch.tensor(tokens)[None, :, None].float(), 1, 1000 + FREE_SLOTS)
@@ -158,7 +158,7 @@ def test_quantised_groups_added_one_by_one_are_those_quantised_at_once(dim):
     [EvictionPolicy(AttentionSums(), 20), EvictionPolicy(LastQuery(), 20), StreamingLLM(20)],
     ids=lambda s: type(s).__name__,
 )
-def test_methods_that_let_tokens_leave_hold_no_more_slots_than_between_two_moves(selection, announced):
+def test_evicting_methods_allocate_at_most_one_compaction_interval(selection, announced):
     model = tiny_model()
     cache = Method("x", selection).new_cache(model)
     if announced:

@@ -70,8 +70,8 @@ def causal_matrix(prompt: Prompt) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("block", [1, 7, 64])
-def test_column_sums_in_blocks_are_those_of_the_whole_matrix(monkeypatch, block):
-    monkeypatch.setattr(prompt_attention, "BLOCK", block)
+def test_blockwise_column_sums_match_the_full_matrix(monkeypatch, block):
+    monkeypatch.setattr(prompt_attention, "QUERY_BLOCK", block)
     prompt = random_prompt(4, 2, 23)
     expected = causal_matrix(prompt).sum(1).unflatten(0, (2, 2)).mean(1)
     assert (attention_received(prompt)[0].double() - expected).abs().max() < 1e-5
@@ -90,7 +90,7 @@ def test_column_sums_are_causal_and_add_up_to_the_queries():
 
 
 def stream(selection, prompt: Prompt, steps: int, query_heads: int, kv_heads: int):
-    """Feed a prompt and ``steps`` tokens through one layer; yields (q, k, v, output, keys held, scores)."""
+    """Feed a prompt and ``steps`` tokens through one layer; yields (q, k, v, output, stored keys, scores)."""
     storage, state = DenseLayer(), selection.new_state(ModelLayer(0, 0, 1, lambda: None))
     kept = selection.select(prompt, state)
     slots = torch.arange(prompt.length).expand(1, kv_heads, -1) if kept.slots is None else kept.slots
@@ -113,8 +113,8 @@ def stream(selection, prompt: Prompt, steps: int, query_heads: int, kv_heads: in
 @pytest.mark.parametrize("length", [6, 12, 30])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("hidden", [1, 4])
-def test_h2o_is_the_naive_simulator(query_heads, kv_heads, length, share, hidden, monkeypatch):
-    """Positions held, by a simulator with one Python list per head; the victim of a step took part in its output."""
+def test_h2o_matches_the_naive_simulator(query_heads, kv_heads, length, share, hidden, monkeypatch):
+    """A simulator with one Python list per head keeps the same positions; a step attends before it evicts."""
     monkeypatch.setattr(dense, "COMPACTION_INTERVAL_STEPS", hidden)  # gaps are closed at every step, or at every fourth
     budget, steps = 12, 15
     prompt = random_prompt(query_heads, kv_heads, length)
@@ -161,7 +161,7 @@ def test_h2o_is_the_naive_simulator(query_heads, kv_heads, length, share, hidden
 
 @pytest.mark.parametrize("length", [6, 12, 30])
 @pytest.mark.parametrize("hidden", [1, 4])
-def test_tova_is_the_naive_simulator(length, hidden, monkeypatch):
+def test_tova_matches_the_naive_simulator(length, hidden, monkeypatch):
     monkeypatch.setattr(dense, "COMPACTION_INTERVAL_STEPS", hidden)
     budget, query_heads, kv_heads = 12, 4, 2
     prompt = random_prompt(query_heads, kv_heads, length)
@@ -240,7 +240,7 @@ def test_bad_settings(rule, options):
 
 
 @pytest.mark.parametrize("rule", [h2o, tova], ids=lambda r: r.__name__)
-def test_prefill_only_keeps_of_the_prompt_what_the_method_does_and_everything_generated(rule):
+def test_after_prefill_keeps_all_generated_tokens(rule):
     model, ids = tiny_model(), prompt_ids(30)
     caches = [
         Method("x", rule(11, **({"schedule": AfterPrefill()} if only else {}))).new_cache(model)
@@ -258,7 +258,7 @@ def test_prefill_only_keeps_of_the_prompt_what_the_method_does_and_everything_ge
     assert all(not list(layer.policy.state_tensors(layer.state)) for layer in caches[1].layers)
 
 
-def test_prefill_only_of_pyramid_infer_is_the_trigger_never():
+def test_pyramid_infer_trigger_never_keeps_all_generated_tokens():
     assert PyramidInfer(prefill_only=True) == PyramidInfer(trigger="never")
     ours, other = (Method("x", PyramidInfer(**o)).identity() for o in ({"prefill_only": True}, {"trigger": "never"}))
     assert ours == other
@@ -275,8 +275,8 @@ def test_prefill_only_of_pyramid_infer_is_the_trigger_never():
     ],
     ids=str,
 )
-def test_when_gaps_are_closed_changes_nothing(selection, monkeypatch):
-    """In a padded batch and over 20 steps: closed at every step, at every fifth, and never."""
+def test_result_is_independent_of_compaction_times(selection, monkeypatch):
+    """In a padded batch over 20 steps, with a compaction at every step, at every fifth, and never."""
     model, method = tiny_model(), Method("x", selection)
     ids, mask = left_pad([prompt_ids(30, 1), prompt_ids(8, 2), prompt_ids(17, 3)])
     logits, held = {}, {}

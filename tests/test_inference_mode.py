@@ -71,7 +71,7 @@ def test_fork_and_generate_continue_an_engine_prefill(text):
 
 @pytest.mark.parametrize("text", ["full", "snapkv"])
 def test_a_static_cache_changes_outside_of_inference_mode(text):
-    """Making it static, stepping and taking a step back; the step that follows is as if there had been none."""
+    """Make the cache static, run a step and undo it; the next step gives the same result as the undone one."""
     model, (ids, mask) = model_for(text), prompt(text)
     expected_cache, cache = make(text).new_cache(model), make(text).new_cache(model)
     token = prefill(model, expected_cache, ids, mask).argmax(-1)
@@ -104,7 +104,7 @@ def test_a_decode_step_is_made_and_called_in_either_mode():
 
 @pytest.mark.parametrize("text", STORAGES)
 def test_a_storage_changes_outside_of_inference_mode(text):
-    """What a program of the user's own may call after a prompt that the engine read."""
+    """Calls that a user's program may make after an engine prefill."""
     model = tiny_model()
     cache = make(text).new_cache(model)
     prefill(model, cache, prompt_ids(70))
@@ -121,14 +121,14 @@ def test_a_storage_changes_outside_of_inference_mode(text):
         for storage in layers:
             slots = storage.read()[0].shape[2]
             stay = torch.arange(slots).remainder(2).eq(0).expand(1, 1, slots)
-            storage.drop(stay.expand(1, 2, slots) if text == "ada_kv" else stay, at_once=False)
-            storage.drop(torch.ones(1, 1, storage.read()[0].shape[2], dtype=torch.bool), at_once=True)
+            storage.drop(stay.expand(1, 2, slots) if text == "ada_kv" else stay, compact_now=False)
+            storage.drop(torch.ones(1, 1, storage.read()[0].shape[2], dtype=torch.bool), compact_now=True)
             storage.keep(torch.arange(-4, 0) + storage.read()[0].shape[2])  # the last ones, which all heads have
             assert storage.read()[0].shape[2] == 4
 
 
-def test_every_storage_changes_under_inference_mode_alone():
-    """A storage of somebody's own gets it by being one."""
+def test_every_storage_enters_inference_mode():
+    """A third-party subclass inherits it."""
 
     class Mine(LayerStorage):
         def append(self, keys, values, valid=None):
@@ -141,7 +141,7 @@ def test_every_storage_changes_under_inference_mode_alone():
 
 @pytest.mark.parametrize("sharing", [None, RETENTION])
 def test_no_gradient_passes_through_a_cache(sharing):
-    """Better an error than gradients of a part of the model."""
+    """An error is better than gradients of only a part of the model."""
     if sharing is None:
         model, method = tiny_model(), named_method("full")
     else:

@@ -1,4 +1,4 @@
-"""KIVI: the quantiser by hand, which tokens are rounded when, and the bytes."""
+"""KIVI: the quantizer, the times at which tokens are quantized, and the bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvbench.methods.policies.scorers.attention_sums import AttentionSums
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.storage.kivi import Kivi, KiviSegments
 from kvbench.methods.storage.minicache_kivi import MiniCacheKivi
-from kvbench.methods.storage.packed import Quantized, channels_together, dequantize_into, pack, quantize
+from kvbench.methods.storage.packed import Quantized, dequantize_into, pack, quantize, value_group_size
 from kvbench.runners.engine import decode, generate, prefill
 
 
@@ -54,7 +54,7 @@ def test_golden_group(golden):
 @pytest.mark.parametrize("magnitude", [2.0**-10, 1.0, 1000.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_no_number_is_further_off_than_half_a_step(bits, dtype, magnitude):
+def test_quantization_error_is_at_most_half_a_step(bits, dtype, magnitude):
     """Of the step that the group's own range gives: what 16-bit scales and zeros add is below a hundredth of one."""
     x = (5 * magnitude * numbers(4, 6, 640)).to(dtype)
     q = quantize(x, bits, 32)
@@ -65,7 +65,7 @@ def test_no_number_is_further_off_than_half_a_step(bits, dtype, magnitude):
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_half_a_stored_step_holds_far_from_zero(bits):
+def test_quantization_error_bound_far_from_zero(bits):
     """A narrow group whose smallest value float16 does not have: its zero lies below, and its step reaches the top."""
     x = 100.01 + numbers(4, 64).double().sigmoid() / 50
     q = quantize(x, bits, 32)
@@ -113,7 +113,7 @@ def test_golden_split_into_rounded_and_recent_tokens(golden, length):
     assert torch.equal(v[:, max(0, length - 128) :], values[:, max(0, length - 128) :])
 
 
-def test_an_outlier_channel_of_keys_and_an_outlier_token_of_values_stay_alone():
+def test_outliers_affect_only_their_own_group():
     keys, values = numbers(2, 64, 32), numbers(2, 64, 32, seed=1)
     plain = filled(keys, values).read()
     big_keys, big_values = keys.clone(), values.clone()
@@ -127,8 +127,8 @@ def test_an_outlier_channel_of_keys_and_an_outlier_token_of_values_stay_alone():
 
 
 @pytest.mark.parametrize("prompt", [1, 20, 32, 33, 70])
-def test_token_by_token_is_the_same_as_all_at_once(prompt):
-    """Blocks lie at multiples of the residual length, whenever the tokens came."""
+def test_single_appends_match_one_append(prompt):
+    """Blocks start at multiples of the residual length, however the tokens are appended."""
     keys, values = numbers(2, 110, 32), numbers(2, 110, 32, seed=1)
     grown = filled(keys[:, :prompt], values[:, :prompt])
     for t in range(prompt, 110):
@@ -141,7 +141,7 @@ def test_token_by_token_is_the_same_as_all_at_once(prompt):
     assert grown.length == 110
 
 
-def test_a_token_is_read_exactly_in_its_own_step_and_rounded_after():
+def test_a_token_is_quantized_after_its_own_step():
     keys, values = numbers(2, 32, 32), numbers(2, 32, 32, seed=1)
     segments = filled(keys[:, :31], values[:, :31])
     segments.append(keys[:, 31:], values[:, 31:])
@@ -168,7 +168,7 @@ def test_published_ratios_at_finite_lengths(length, bits, ratio):
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("length", [5, 16, 17, 70])
-def test_measured_bytes_are_the_formulas(bits, length):
+def test_measured_bytes_match_the_formula(bits, length):
     model = tiny_model()
     method = Method("kivi", storage=Kivi(bits, group=8, residual=16))
     shape = kv_shape(model.config, model.dtype)
@@ -180,7 +180,7 @@ def test_measured_bytes_are_the_formulas(bits, length):
         assert cache.kv_bytes_logical == 2 * method.bytes_formula(shape, length, i + 1)
 
 
-def test_more_bits_are_nearer_to_the_full_cache():
+def test_error_decreases_with_more_bits():
     model, ids = tiny_model(dtype=torch.float32), prompt_ids(90)
     tokens = generate(model, Method("full").new_cache(model), ids, max_new_tokens=20).tokens[0]
 
@@ -208,7 +208,7 @@ def test_on_top_of_snapkv_the_bytes_of_both_are_saved():
     assert method.label == "snapkv 40 + kivi4"
 
 
-def test_what_cannot_be_composed_says_so():
+def test_invalid_compositions_are_refused():
     with pytest.raises(InputError, match=r"method/storage=kivi4: holds rounded tokens, and method=h2o"):
         Method("h2o", EvictionPolicy(AttentionSums(), 10), Kivi())
 
@@ -229,9 +229,9 @@ def test_a_group_that_does_not_divide_the_head_is_refused():
 
 def test_a_head_whose_codes_do_not_fill_bytes():
     with pytest.raises(InputError, match=r"method\.storage\.bits=2: does not fill whole bytes with .* head_dim of 6"):
-        channels_together(32, 6, 2)
-    assert channels_together(32, 6, 4) == 6
-    assert channels_together(32, 64, 2) == 32
+        value_group_size(32, 6, 2)
+    assert value_group_size(32, 6, 4) == 6
+    assert value_group_size(32, 64, 2) == 32
 
 
 def test_a_storage_whose_numbers_changed_is_another_run():

@@ -28,7 +28,7 @@ def unit(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def pair_of(lower, upper, t=0.6, gamma=0.0, retention="top_ratio", valid=None):
-    """Both layers' (keys, values) as they come back after a prompt; keys and values alike here."""
+    """Return both layers' restored (keys, values) after a prompt; keys and values are equal here."""
     pair = Pair(t, gamma, retention)
     layers = PairLayer(pair, 0), PairLayer(pair, 1)
     for layer, x in zip(layers, (lower, upper), strict=True):
@@ -44,7 +44,7 @@ def test_golden_direction(golden):
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 0.6, 1.0])
-def test_the_direction_lies_t_of_the_way(t):
+def test_slerp_divides_the_angle_by_t(t):
     a, b = unit(50, 16), unit(50, 16, seed=1)
     e, angle = slerp(a, b, t), angle_between(a, b)
     assert torch.allclose(e.norm(dim=-1), torch.ones(50, dtype=torch.float64))
@@ -63,13 +63,13 @@ def test_small_angles_are_not_lost_and_nothing_is_divided_by_zero(dtype):
         assert angle_between(a, e).item() == pytest.approx(0.6 * angle, rel=2e-2, abs=1e-6)
 
 
-def test_layers_that_are_alike_come_back_as_they_were():
+def test_equal_layers_are_restored_exactly():
     x = 3 * unit(2, 2, 20, 16)
     for layer in pair_of(x, x):
         assert torch.allclose(layer.read()[0], x, atol=1e-6)
 
 
-def test_lengths_are_kept_and_the_error_is_the_chord_of_the_angle():
+def test_magnitudes_are_kept_and_the_error_is_the_chord():
     """|x - x'| = 2 |x| sin(share of the angle / 2), for either layer."""
     lower, upper = 2 * unit(2, 2, 20, 16), 5 * unit(2, 2, 20, 16, seed=1)
     a, b = (layer.read()[0] for layer in pair_of(lower, upper))
@@ -140,7 +140,7 @@ def test_everything_retained_or_no_pair_is_the_full_cache(storage):
     assert (ours - full).abs().max() < 1e-9
 
 
-def test_more_retention_leaves_less_error():
+def test_error_decreases_with_retention():
     lower, upper = unit(1, 2, 60, 16), unit(1, 2, 60, 16, seed=1)
 
     def error(gamma: float) -> float:
@@ -181,8 +181,8 @@ def test_a_new_token_is_merged_after_the_upper_layers_step():
 
 @pytest.mark.parametrize("retention", ["top_ratio", "range_distinct", "range_literal"])
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
-def test_tokens_that_come_one_by_one_are_retained_as_if_they_came_at_once(retention, gamma):
-    """More of them than there is room for at first, in rows and heads that retain different numbers."""
+def test_single_appends_retain_as_one_append(retention, gamma):
+    """More tokens than initially allocated, in rows and heads that retain different numbers."""
     lower, upper = unit(2, 2, 20, 16), unit(2, 2, 20, 16, seed=1)
     new, theirs = unit(2, 2, 80, 16, seed=2), unit(2, 2, 80, 16, seed=3)
     theirs[0, :, 1::3] = new[0, :, 1::3]
@@ -204,7 +204,7 @@ def test_tokens_that_come_one_by_one_are_retained_as_if_they_came_at_once(retent
 
 @pytest.mark.parametrize("start", [0, 1, None])
 @pytest.mark.parametrize("gamma", [0.0, 0.05, 1.0])
-def test_measured_bytes_are_the_formulas(start, gamma):
+def test_measured_bytes_match_the_formula(start, gamma):
     model = tiny_model()
     method, shape = Method("m", storage=MiniCache(start, gamma=gamma)), kv_shape(model.config, model.dtype)
     cache = method.new_cache(model)
@@ -229,7 +229,7 @@ def test_ratios_of_a_7b_model(start, gamma, ratio):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("text", ["minicache", "minicache_kivi4 storage.residual=16 storage.group=8"])
-def test_a_step_reads_what_is_shared_once_for_each_layer(text):
+def test_bytes_read_count_shared_tensors_once_per_layer(text):
     """Counted from the tensors that each layer's attention multiplies with; merging saves room, and little reading."""
     model, length = tiny_model(dtype=torch.float32), 64
     method = named_method(text)
@@ -254,7 +254,7 @@ def pair_behind(storage):
     return segments.layer, segments.pair
 
 
-def test_what_cannot_be_composed_says_so():
+def test_invalid_compositions_are_refused():
     with pytest.raises(InputError, match=r"method/storage=minicache: shares tokens between layers"):
         Method("snapkv", EvictionPolicy(SnapKV()), MiniCache())
 

@@ -33,7 +33,7 @@ def both_read(lower, upper) -> torch.Tensor:
     return torch.stack([x for layer in (lower, upper) for x in layer.read()[:2]])
 
 
-def test_without_rounding_it_is_minicache():
+def test_without_quantization_matches_minicache():
     """Sixteen bits, so to say: merged in blocks, and all at once."""
     k1, v1, k2, v2 = pair_of_tokens(48)
     blocks, whole = Pair(0.6, 0.1, "top_ratio", block=16), Pair(0.6, 0.1, "top_ratio")
@@ -54,7 +54,7 @@ def test_without_rounding_it_is_minicache():
     assert torch.equal(blocks.read(1)[0][:, :, -4:], more[2][:, :, -4:])  # an incomplete block, as it is
 
 
-def test_with_no_pair_it_is_kivi_bit_for_bit():
+def test_without_pairs_matches_kivi():
     model = tiny_model(dtype=torch.float32)
     ids, mask = left_pad([prompt_ids(70, 1), prompt_ids(45, 2)])
     made = {}
@@ -79,7 +79,7 @@ def naive_rounded(x: list[float], bits: int) -> list[float]:
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_it_is_the_naive_construction(bits):
+def test_matches_the_naive_construction(bits):
     """Angles by arccos and vectors one at a time; retained and waiting tokens bit for bit."""
     length, merged, gamma, t = 53, 48, 0.1, 0.6
     k1, v1, k2, v2 = pair_of_tokens(length)
@@ -121,7 +121,7 @@ def test_it_is_the_naive_construction(bits):
                             assert error.max() < step
 
 
-def test_tokens_that_come_one_by_one_end_in_the_same_blocks():
+def test_single_appends_end_in_the_same_blocks():
     """Bit for bit, at any length; the prompt's attention comes before all of this, so the first token is exact."""
     k1, v1, k2, v2 = pair_of_tokens(70)
     storage = MiniCacheKivi(start=0, gamma=0.0, bits=4, **SMALL)

@@ -198,7 +198,7 @@ def test_generate_is_the_engine_and_bytes_are_the_formula(name):
         assert cache.kv_bytes_stored >= cache.kv_bytes_logical
 
 
-def test_a_window_holds_one_token_less_than_it_shows_and_a_chunk_begins_anew():
+def test_windows_and_chunks_store_only_visible_tokens():
     model = build("soft cap and windows")  # every other layer of four slides over 24 tokens
     cache = Method("snapkv", EvictionPolicy(SnapKV(window=4), 40)).new_cache(model)
     prefill(model, cache, prompt_ids(PROMPT))
@@ -258,7 +258,7 @@ def test_scores_have_the_cap_and_the_sinks_in_them():
     assert float(found.sum()) < 0.95 * 2 * 9
 
 
-def test_a_keyword_that_nobody_knows_is_refused_by_name():
+def test_unknown_keywords_are_refused_by_name():
     model = use_kvbench_attention(copy.deepcopy(tiny_model()))
     attention = model.model.layers[1].self_attn
     own = attention.forward
@@ -273,9 +273,9 @@ def test_a_keyword_that_nobody_knows_is_refused_by_name():
 @pytest.mark.parametrize(
     ("kind", "settings", "problem"),
     [
-        ("bloom", {"n_head": 4, "n_layer": 2}, "attends by code of its own"),
-        ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2}, "attends by code of its own"),
-        ("roberta", {"is_decoder": True}, "counts positions in a way of its own"),
+        ("bloom", {"n_head": 4, "n_layer": 2}, "has its own attention code"),
+        ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2}, "has its own attention code"),
+        ("roberta", {"is_decoder": True}, "does not count positions from 0"),
         ("mamba", {"state_size": 4}, "no attention layers"),
     ],
 )
@@ -347,7 +347,7 @@ def test_a_used_cache_takes_further_turns_and_no_other_prompt():
     with pytest.raises(InputError, match="make a new one"):
         prefill(model, cache, prompt_ids(50))
     new = method.new_cache(model)
-    with pytest.raises(InputError, match="begins a text in a cache that has read one"):
+    with pytest.raises(InputError, match="begins a new text in a used cache"):
         model.generate(prompt_ids(9), past_key_values=new, use_cache=False, max_new_tokens=4, do_sample=False)
 
 
@@ -364,7 +364,7 @@ def test_a_prompt_of_no_tokens_a_mask_of_four_dimensions_and_dropout_are_refused
         model(prompt_ids(4), use_cache=False)
 
 
-def test_the_attention_of_a_vision_tower_stays_and_a_block_gives_back_the_decoders():
+def test_vision_towers_keep_their_attention_and_decoders_are_restored():
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     vision = CLIPVisionConfig(
@@ -398,16 +398,16 @@ def test_the_attention_of_a_vision_tower_stays_and_a_block_gives_back_the_decode
     ],
 )
 def test_the_rotation_of_keys_is_measured_layer_by_layer(kind, settings):
-    """Turned keys are the model's own at the other position, whatever pairs its channels make; not all layers turn."""
-    from kvbench.methods.cache.layout import _run
+    """Rotated keys match the model's own keys at the other position, for every channel pairing."""
+    from kvbench.methods.cache.layout import _probe
 
     model = model_of(kind, **settings)
     use_kvbench_attention(model)
     plan = layout_of(model).plan
-    (first, _), (second, _) = (_run(model, plan, position) for position in (5, 905))
+    (first, _), (second, _) = (_probe(model, plan, position) for position in (5, 905))
     for layer in plan.attending:
-        turned = rotary_of(model, layer, "m").turn(first.keys[layer][None, :, None], torch.tensor([[900]]))[0, :, 0]
-        assert (turned - second.keys[layer]).abs().max() < 1e-3 * second.keys[layer].abs().max()
+        rotated = rotary_of(model, layer, "m").rotate(first.keys[layer][None, :, None], torch.tensor([[900]]))[0, :, 0]
+        assert (rotated - second.keys[layer]).abs().max() < 1e-3 * second.keys[layer].abs().max()
 
 
 def test_re_positioning_needs_a_rotation():
@@ -429,7 +429,7 @@ def test_re_positioning_changes_nothing_where_no_layer_has_rope():
     torch.testing.assert_close(with_it, without)
 
 
-def test_layers_that_share_keys_hold_them_once():
+def test_shared_keys_are_stored_once():
     settings = {
         "num_kv_shared_layers": 2,
         "layer_types": ["sliding_attention", "full_attention"] * 2,

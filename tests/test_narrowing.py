@@ -74,5 +74,5 @@ def test_tokens_that_go_on_keep_their_positions():
 
 def test_a_prompt_in_chunks_is_refused_by_the_policys_name():
     model = tiny_model()
-    with pytest.raises(InputError, match=r"runner\.chunk_size=7: LastTokensGoOn passes tokens on when"):
+    with pytest.raises(InputError, match=r"runner\.chunk_size=7: LastTokensGoOn narrows a prompt"):
         prefill(model, Method("x", LastTokensGoOn(9)).new_cache(model), prompt_ids(23), chunk_size=7)

@@ -54,10 +54,10 @@ CASES = [  # N, G, D, blocks, block, group of tokens, group of channels
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("piece", [1 << 18, 5000])
-def test_products_with_packed_numbers_are_those_with_the_numbers(case, bits, piece, monkeypatch):
+def test_packed_products_match_dequantized_products(case, bits, piece, monkeypatch):
     segments, rows, dim, blocks, block, tokens, channels = case
-    monkeypatch.setattr("kvbench.methods.storage.packed.PIECE", piece)
-    monkeypatch.setattr("kvbench.methods.storage.packed.CUT", piece)
+    monkeypatch.setattr("kvbench.methods.storage.packed.CHUNK_ELEMENTS", piece)
+    monkeypatch.setattr("kvbench.methods.storage.packed.GROUP_CHUNK_ELEMENTS", piece)
     keys = quantize(numbers(segments, blocks, dim, block), bits, tokens)
     values = quantize(numbers(segments, 200, dim, seed=1), bits, channels)
     query, weights = numbers(segments, rows, dim, seed=2), numbers(segments, rows, 150, seed=3)
@@ -148,8 +148,8 @@ print(json.dumps(worst))
 """
 
 
-def test_the_kernels_give_what_pytorch_gives():
-    """Half precision rounds the expanded numbers, as an expanded cache would."""
+def test_kernels_match_pytorch():
+    """Half precision rounds the dequantized numbers, as with a dequantized cache."""
     pytest.importorskip("triton")
     errors = run_kernels(KERNELS, json.dumps(CASES))
     assert len(errors) == len(CASES) * 3 * 2 * 2
@@ -180,7 +180,7 @@ def test_the_kernels_on_the_device(bits, segments, dtype):
 
 @pytest.mark.parametrize("length", [1, 100, 128, 300, 1000])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_a_step_over_kivi_s_codes_is_a_step_over_what_is_read(length, bits):
+def test_kivi_attention_matches_attention_over_read(length, bits):
     held = KiviSegments(bits, 32, 128)
     held.append(numbers(4, length, 32), numbers(4, length, 32, seed=1))
     held.flush()
@@ -191,8 +191,8 @@ def test_a_step_over_kivi_s_codes_is_a_step_over_what_is_read(length, bits):
     torch.testing.assert_close(held.attend(query, LogitRule(0.2)), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_codes_lie_as_they_are_read():
-    """Keys are quantised from a transposed view: a step must not have to put their codes in order again."""
+def test_codes_are_contiguous():
+    """Keys are quantized from a transposed view, and a step must not have to make their codes contiguous."""
     held = KiviSegments(4, 32, 128)
     held.append(numbers(4, 512, 64), numbers(4, 512, 64))
     held.flush()
@@ -237,13 +237,13 @@ def test_half_precision_rounds_no_logits(storage):
     assert error < 3 * usual  # 8-bit numbers are rounded once more where they are expanded
 
 
-def test_nothing_of_the_expanded_cache_is_written(monkeypatch):
+def test_the_dequantized_cache_is_never_in_memory(monkeypatch):
     """Expanded it is 16 times what a step may hold at once here."""
     held = KiviSegments(4, 32, 128)
     held.append(numbers(4, 8192, 64), numbers(4, 8192, 64))
     held.flush()
     largest = []
-    monkeypatch.setattr("kvbench.methods.storage.packed.PIECE", 4 * 8192 * 64 // 16)
+    monkeypatch.setattr("kvbench.methods.storage.packed.CHUNK_ELEMENTS", 4 * 8192 * 64 // 16)
     unpacked = torch.Tensor.mul_
 
     def spy(self, other):
@@ -256,13 +256,13 @@ def test_nothing_of_the_expanded_cache_is_written(monkeypatch):
     assert largest and max(largest) <= 4 * 8192 * 64 // 16
 
     shared = QuantizedDirections(numbers(1, 4, 8192, 64), 4, 32, is_keys=True)  # one long block
-    monkeypatch.setattr("kvbench.methods.storage.packed.CUT", 4 * 8192 * 64 // 16)
+    monkeypatch.setattr("kvbench.methods.storage.packed.GROUP_CHUNK_ELEMENTS", 4 * 8192 * 64 // 16)
     largest.clear()
     shared.scores(numbers(1, 4, 2, 64))
     assert len(largest) > 8 and max(largest) <= 4 * 8192 * 64 // 16
 
 
-def test_a_step_over_packed_codes_is_faster_than_expanding_them():
+def test_packed_attention_is_faster_than_dequantizing():
     """The median of the ratios of neighbouring rounds, on one thread: measured between 0.3 and 0.6.
 
     On a machine that others use, a second thread is waited for at each of the small operations, and a best time is
@@ -294,7 +294,7 @@ def test_a_step_over_packed_codes_is_faster_than_expanding_them():
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("kind", ["plain", "packed"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_step_over_shared_directions_is_a_step_over_what_is_read(retention, gamma, kind, padded):
+def test_minicache_attention_matches_attention_over_read(retention, gamma, kind, padded):
     """Both layers of a pair, with retained tokens, later tokens, and rows of different lengths."""
     heads, dim, groups, n = 2, 32, 3, 64
     packed = lambda x, is_keys, room: QuantizedDirections(x, 4, 32, is_keys, room)  # noqa: E731

@@ -313,7 +313,7 @@ def test_bad_settings(options):
 
 @pytest.mark.parametrize("rule", [r for r in RULES if r.trigger != "never"], ids=str)
 @pytest.mark.parametrize("padded", [False, True])
-def test_several_tokens_at_once_are_one_after_the_other(rule, padded):
+def test_multi_token_forward_matches_single_steps(rule, padded):
     model = tiny_model()
     ids, mask = left_pad([prompt_ids(40, 1), prompt_ids(31, 2)] if padded else [prompt_ids(40, 1)])
     more = torch.cat([prompt_ids(32, 3 + i) for i in range(ids.shape[0])])

@@ -52,7 +52,7 @@ def test_a_prompt_too_short_for_a_pyramid_is_snapkv():
     assert torch.equal(pyramid.select(prompt).slots, snapkv.select(prompt).slots)
 
 
-def test_layers_hold_what_their_budget_says():
+def test_layers_store_their_budgets():
     model = tiny_model()
     method = Method("pyramidkv", pyramidkv(budget=20, window=4, beta=4))
     cache = method.new_cache(model)

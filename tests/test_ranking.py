@@ -1,4 +1,4 @@
-"""One ranking of tokens: it is two stable sorts, and the same whatever a device's ``topk`` does with equal entries."""
+"""The ranking of tokens equals two stable sorts, however a device's ``topk`` orders equal entries."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def two_stable_sorts(scores: torch.Tensor, count: int, ties: torch.Tensor | None
 @pytest.mark.parametrize("count", [0, 1, 7, 29, N - 1, N])
 @pytest.mark.parametrize("ties", [None, "random", "coarse", "equal"])
 @pytest.mark.parametrize("kind", ["random", "coarse", "bfloat16", "equal", "infinite"])
-def test_the_ranking_is_two_stable_sorts(kind, ties, count):
+def test_ranking_matches_two_stable_sorts(kind, ties, count):
     scores = make_scores(kind)
     tie_scores = None if ties is None else make_scores(ties, seed=1)
     kept = keep_slots(scores, count, tie_scores)
@@ -69,7 +69,7 @@ def test_the_ranking_is_two_stable_sorts(kind, ties, count):
     assert torch.equal(keep_mask(scores, count, tie_scores), mask)
 
 
-def test_each_ranking_may_keep_a_number_of_its_own():
+def test_counts_may_differ_between_rankings():
     scores, ties = make_scores("coarse"), make_scores("coarse", 1)
     counts = torch.tensor([[0, 1, 7], [29, N - 1, N]])
     mask = keep_mask(scores, counts, ties)
@@ -79,7 +79,7 @@ def test_each_ranking_may_keep_a_number_of_its_own():
             assert torch.equal(mask[row, head], alone)
 
 
-def test_zeros_of_both_signs_are_equal_and_nan_is_kept_without_a_wrong_index():
+def test_signed_zeros_are_equal_and_nan_ranks_highest():
     assert keep_slots(torch.tensor([0.0, -0.0, 0.0, -1.0]), 2).tolist() == [0, 1]
     assert keep_slots(torch.tensor([-0.0, 0.0, -0.0, -1.0]), 2).tolist() == [0, 1]
     assert keep_slots(torch.ones(4), 2, torch.tensor([-0.0, 0.0, -1.0, 0.0])).tolist() == [0, 1]
@@ -87,13 +87,13 @@ def test_zeros_of_both_signs_are_equal_and_nan_is_kept_without_a_wrong_index():
 
 
 @pytest.mark.parametrize("kind", ["random", "coarse", "bfloat16", "equal"])
-def test_what_is_evicted_is_what_the_ranking_drops(kind):
+def test_last_slot_is_the_token_that_keep_slots_drops(kind):
     scores = make_scores(kind)
     kept = keep_mask(scores, N - 1)
     assert torch.equal(~kept, torch.zeros_like(kept).scatter(-1, last_slot(scores), True))
 
 
-def test_nothing_waits_for_the_device(monkeypatch):
+def test_ranking_does_not_sync_with_the_device(monkeypatch):
     scores, ties, counts = make_scores("coarse"), make_scores("random", 1), torch.full((2, 3), 9)
     for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__int__", "__float__", "__bool__", "__index__"):
 
@@ -108,7 +108,7 @@ def test_nothing_waits_for_the_device(monkeypatch):
 
 @pytest.fixture
 def another_device(monkeypatch):
-    """``topk``, ``argsort``, ``argmin`` and ``argmax`` that choose other ones among equal entries: the last first."""
+    """Replace ``topk``, ``argsort``, ``argmin`` and ``argmax`` by versions that prefer the last of equal entries."""
 
     def backwards(name):
         real = getattr(torch, name)
@@ -136,7 +136,7 @@ def another_device(monkeypatch):
             monkeypatch.setattr(torch.Tensor, name, lambda x, *a, fake=fake, **kw: fake(x, None, *a, **kw))
 
 
-def test_the_other_device_does_choose_other_tokens(another_device):
+def test_the_simulated_device_breaks_ties_differently(another_device):
     scores = torch.tensor([1.0] + [0.0] * 3)
     assert int(scores.argmin()) == 3 and scores.argsort().tolist() == [3, 2, 1, 0]
 
@@ -179,7 +179,7 @@ OTHERS += [EvictionPolicy(ExpectedAttention(sinks=4), 21)]
 
 
 @pytest.mark.parametrize("selection", POOLED + OTHERS, ids=str)
-def test_another_devices_topk_changes_no_kept_token(selection, request):
+def test_kept_tokens_do_not_depend_on_the_devices_topk(selection, request):
     window = N if selection in OTHERS else 6
     prompts = [peaked_prompt(seed, window=window) for seed in range(4)]
     if selection in OTHERS:
@@ -189,7 +189,7 @@ def test_another_devices_topk_changes_no_kept_token(selection, request):
     assert [kept_of(selection, p) for p in prompts] == here
 
 
-def test_plain_topk_would_choose_other_tokens(request):
+def test_plain_topk_keeps_other_tokens(request):
     """The prompts above do have ties where the budget ends."""
     selection, prompts = POOLED[0], [peaked_prompt(seed) for seed in range(4)]
     scores = [selection.scorer.score(p)[..., : N - 6] for p in prompts]
@@ -210,7 +210,7 @@ def test_the_peak_of_a_tie_is_kept_first(count):
 
 
 def test_no_peak_is_dropped_for_its_neighbours():
-    """A token whose own vote is the pooled score where the budget ends stays in every head of every prompt."""
+    """A token whose unpooled score equals the pooled score at the budget's end is kept in every head."""
     selection, dropped = POOLED[0], 0
     for seed in range(20):
         prompt = peaked_prompt(seed)
@@ -269,8 +269,8 @@ def test_kept_sets_are_the_same_in_any_batch_and_any_chunks(selection):
 @pytest.mark.parametrize(
     "selection", [EvictionPolicy(LastQuery(), 8), EvictionPolicy(AttentionSums(), 8, recent=0.25)], ids=str
 )
-def test_of_equally_weak_tokens_the_higher_index_leaves(selection, request):
-    """Held tokens 3 to 5 have the lowest score; index 5 leaves, though a device's ``argmin`` may say 3, 4 or 5."""
+def test_lowest_score_ties_evict_the_higher_index(selection, request):
+    """Tokens 3 to 5 have the lowest score; index 5 is evicted, although ``argmin`` may return 3, 4 or 5."""
     scores = torch.tensor([[[5.0, 4.0, 2.0, 1.0, 1.0, 1.0, 3.0, 2.0, 0.0]]])
 
     def held_after_eviction() -> list[float]:
@@ -279,7 +279,7 @@ def test_of_equally_weak_tokens_the_higher_index_leaves(selection, request):
         storage.write(keys, keys)
         selection.after_prompt(state, storage, torch.tensor([9]), None)
         worth = scores if selection.recent_of(8) else scores.masked_fill(scores == 0, 9.0)
-        evict_one(state, storage, worth, sinks=0, at_once=True)
+        evict_one(state, storage, worth, sinks=0, compact_now=True)
         held, _, valid = storage.read()
         return held[0, 0, valid[0, 0] if valid is not None else slice(None), 0].tolist()
 

@@ -85,8 +85,8 @@ class Head:
     ("scorer", "rule", "window"),
     [("snapkv", SnapKV(window=4, kernel=1), 4), ("sums", AttentionSums(), 0), ("norm", KeyNorm(), 0)],
 )
-def test_every_n_is_the_naive_simulator(scorer, rule, window, interval, sinks):
-    """Tokens held after each step: within the budget after every n-th, and up to n - 1 more in between."""
+def test_every_n_matches_the_naive_simulator(scorer, rule, window, interval, sinks):
+    """Stored tokens are within the budget after every n-th step, with up to n - 1 more in between."""
     recent = 4
     policy = EvictionPolicy(rule, BUDGET, schedule=EveryN(interval), sinks=sinks, recent=recent)
     g = torch.Generator().manual_seed(interval)
@@ -171,7 +171,7 @@ def test_a_global_budget_is_one_ranking_over_all_layers_and_heads(floor):
     assert cache.kv_bytes_logical == 2 * Method("x", policy).bytes_formula(model_shape(model), 30)
 
 
-def test_policies_that_differ_only_in_their_parts_have_names_and_hashes_of_their_own():
+def test_policies_with_different_parts_have_different_labels_and_hashes():
     plain = Method("snapkv", EvictionPolicy(SnapKV(), 64))
     parts = (
         ({"schedule": EveryN(16)}, "snapkv 64 + every 16"),
@@ -198,14 +198,14 @@ def test_policies_that_differ_only_in_their_parts_have_names_and_hashes_of_their
         (lambda: Method("x", EvictionPolicy(SnapKV(), 64, allocator=Global()), Kivi()), "method/storage"),
     ],
 )
-def test_combinations_that_make_no_sense_are_refused(make, key):
+def test_invalid_combinations_are_refused(make, key):
     with pytest.raises(InputError) as error:
         make()
     assert error.value.key == key and "\n" not in str(error.value)
 
 
-def test_held_queries_are_one_layers_own():
-    """Layers that read the same keys would each have queries to hold, which no formula of bytes counts."""
+def test_rescoring_is_refused_for_shared_layers():
+    """Every layer that attends over the shared keys would store queries, which the byte formula does not count."""
     method = Method("x", EvictionPolicy(SnapKV(window=4), 10, schedule=EveryN(3)))
     with pytest.raises(InputError, match=r"^method/schedule=every_n: .*after_prefill"):
         method.new_cache(shared_model(CLA(2)))

@@ -110,7 +110,7 @@ def test_missing_and_empty_folder(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert run(capsys, tmp_path / "nope") == (2, None, [missing])
     status, scores, errors = run(capsys, tmp_path)
     assert (status, scores, len(errors)) == (2, None, 1)
-    assert "must hold files <dataset>.jsonl" in errors[0]
+    assert "must contain files <dataset>.jsonl" in errors[0]
 
 
 @pytest.mark.parametrize("args", [[], ["x", "--code-sim", "fast"], ["x", "--what"]])
@@ -143,7 +143,7 @@ GOOD = json.dumps(prediction()).encode() + b"\n"
         ("hotpotqa.jsonl", GOOD + b"[" * 100_000, "hotpotqa.jsonl:2="),
         ("hotpotqa.jsonl", GOOD + b'{"length": ' + b"7" * 5000 + b"}", "hotpotqa.jsonl:2="),
         ("passage_retrieval_en.jsonl", GOOD, "must look like Paragraph 7"),
-        ("qasper.jsonl.gz", gzip.compress(GOOD, mtime=0), "two files hold predictions of the same data set"),
+        ("qasper.jsonl.gz", gzip.compress(GOOD, mtime=0), "two files contain predictions of the same data set"),
     ],
 )
 def test_one_bad_file_does_not_cost_the_others(

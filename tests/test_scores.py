@@ -56,7 +56,7 @@ def test_key_diff_is_minus_the_cosine_to_the_mean_direction():
             assert scores[0, h, t].item() == pytest.approx(-float(k @ anchor / k.norm() / anchor.norm()), abs=1e-5)
 
 
-def test_key_diff_keeps_the_odd_one_out():
+def test_key_diff_keeps_the_outlier():
     keys = torch.ones(1, 1, 20, D)
     keys[0, 0, 7] *= -1
     keys[0, 0, 12, ::2] *= -1
@@ -162,7 +162,7 @@ def test_expected_attention_ranks_as_sampled_queries_do():
     assert torch.corrcoef(torch.stack(ranks))[0, 1] > 0.9
 
 
-def test_sinks_stay():
+def test_sinks_are_kept():
     prompt, _ = random_prompt()
     kept = EvictionPolicy(ExpectedAttention(sinks=4), 6).select(prompt, in_state(ROTARY)).slots
     assert kept[0, :, :4].tolist() == [[0, 1, 2, 3]] * 2

@@ -43,7 +43,7 @@ def positions_of(mask):
 
 
 def exact(sharing):
-    """As many passes as tokens where the map refers up."""
+    """As many passes as tokens if a layer has a higher KV source."""
     return {"encode": "exact"} if sharing in UPWARD else {}
 
 
@@ -95,7 +95,7 @@ def test_segments():
     ("keys", "message"),
     [
         ({"kv_source_layers": [0, 0, 0]}, "3 entries for 6 layers"),
-        ({"kv_source_layers": [0, 0, 1, 1, 4, 4]}, r"kv_source_layers\[2\] is 1, and layer 1 has no keys"),
+        ({"kv_source_layers": [0, 0, 1, 1, 4, 4]}, r"kv_source_layers\[2\] is 1, and layer 1 does not own keys"),
         ({"kv_source_layers": [0, 0, 9, 3, 4, 4]}, r"kv_source_layers\[2\] is 9, which is no layer"),
         (
             {"layer_types": ["sliding_attention", "full_attention"] * 3, "kv_source_layers": [0, 0, 2, 3, 4, 5]},
@@ -105,7 +105,7 @@ def test_segments():
         ({"layer_types": ["chunked"] + ["full_attention"] * 5}, r"layer_types\[0\] is 'chunked'"),
         (
             {"layer_types": ["sliding_attention"] * 6, "kv_source_layers": [1, 1, 2, 3, 4, 5], "sliding_window": 4},
-            "layer 0 refers up to layer 1",
+            "layer 0 has the higher layer 1 as its source",
         ),
         (
             {
@@ -113,7 +113,7 @@ def test_segments():
                 "kv_source_layers": [2, 1, 2, 3, 4, 5],
                 "sliding_window": 4,
             },
-            "layer 1 is sliding_attention and stands between",
+            "layer 1 is sliding_attention and between",
         ),
         ({"upward_style": "old"}, "upward_style is 'old'"),
         ({"iter_backward": 0}, "iter_backward=0 must be >= 1"),

@@ -124,7 +124,7 @@ def test_generate_takes_our_cache_and_no_cache_gives_the_same_text(sharing):
 
 @torch.inference_mode()
 @every_pair
-def test_attention_is_over_exactly_the_tokens_held_and_one_choice_serves_all(sharing, selection):
+def test_attention_covers_exactly_the_stored_tokens(sharing, selection):
     model = shared_model(sharing)
     prompts = [prompt(30, 1), prompt(21, 2), prompt(9, 3)]
     x, mask = left_pad(prompts)
@@ -169,7 +169,7 @@ def test_bytes_are_the_formulas(sharing, selection):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("sharing", [*SHARINGS, RETENTION], ids=name_of)
-def test_members_of_a_fan_out_are_themselves(sharing):
+def test_fan_out_members_match_separate_caches(sharing):
     model = shared_model(sharing)
     x, mask = left_pad([prompt(30, 1), prompt(22, 2)])
     made = [method_of(s) for s in SELECTIONS] + [Method("kivi", storage=Kivi(bits=4, residual=8, group=8))]
@@ -192,7 +192,7 @@ def test_members_of_a_fan_out_are_themselves(sharing):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("sharing", [YOCO(window=8), RETENTION], ids=name_of)
-def test_members_that_end_leave_the_others_as_they_are(sharing):
+def test_finished_members_do_not_affect_the_others(sharing):
     """Windows and retention states are rows of one batch, from which those of a member that has ended are taken out."""
     model = shared_model(sharing)
     x, mask = left_pad([prompt(20, 1), prompt(12, 2)])
@@ -220,7 +220,7 @@ def test_members_that_end_leave_the_others_as_they_are(sharing):
 
 
 @torch.inference_mode()
-def test_how_a_prompt_is_encoded_is_each_methods_own():
+def test_encoding_passes_are_set_per_method():
     """Two caches of one model, made one after the other, encode as their methods say; the model's config stays."""
     model, x = shared_model(LCKV(2)), prompt(30)
     rules = {"few": LCKV(2, iter_forward=0, iter_backward=1), "exact": LCKV(2, encode="exact"), "own": None}
@@ -236,7 +236,7 @@ def test_how_a_prompt_is_encoded_is_each_methods_own():
 
 
 @torch.inference_mode()
-def test_what_layers_share_is_read_by_each_of_them():
+def test_bytes_read_count_shared_layers_once_per_reader():
     for sharing, layers in ((CLA(2), 6), (YOCO(window=8), 3), (LCKV(2), 6)):
         model = shared_model(sharing)
         read = Method("full").bytes_read_formula(model, 30)
@@ -246,7 +246,7 @@ def test_what_layers_share_is_read_by_each_of_them():
 
 @torch.inference_mode()
 @pytest.mark.parametrize("sharing", [CLA(2), YOCO(window=8), DOWNWARD[-1]], ids=name_of)
-def test_a_true_stream_is_tokens_one_by_one(sharing):
+def test_true_stream_matches_single_tokens(sharing):
     model, x = shared_model(sharing), prompt(30)
     for rule in (StreamingLLM(8, sinks=2), StreamingLLM(8, sinks=2, reposition=False)):
         whole, single = (Method("x", rule).new_cache(model) for _ in range(2))
@@ -258,7 +258,7 @@ def test_a_true_stream_is_tokens_one_by_one(sharing):
 
 @torch.inference_mode()
 @every_pair
-def test_several_tokens_at_once_are_one_after_the_other(sharing, selection):
+def test_multi_token_forward_matches_single_steps(sharing, selection):
     model, more = shared_model(sharing), prompt(6, 5)
     at_once, in_turn = (method_of(selection).new_cache(model) for _ in range(2))
     for cache in (at_once, in_turn):
@@ -270,7 +270,7 @@ def test_several_tokens_at_once_are_one_after_the_other(sharing, selection):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("sharing", [CLA(3), YOCO(window=8), LCKV(2), UPWARD[2]], ids=name_of)
-def test_the_choice_is_by_the_queries_of_all_consumers(sharing):
+def test_scores_use_the_queries_of_all_readers(sharing):
     """Against the attention that transformers' eager attention reports, averaged over the layers that share."""
     exact = {"encode": "exact"} if sharing in UPWARD else {}
     eager, x = shared_model(sharing, "eager", torch.float32, **exact), prompt(30)
@@ -326,7 +326,7 @@ class Spy:
 
 @torch.inference_mode()
 @every_sharing
-def test_kivi_rounds_each_source_once_and_holds_the_formulas_bytes(sharing):
+def test_kivi_quantizes_each_source_once(sharing):
     model, x = shared_model(sharing), prompt(40)
     method = Method("kivi", storage=Kivi(bits=8, residual=8, group=8))
     cache, full = method.new_cache(model), Method("full").new_cache(model)
@@ -365,7 +365,7 @@ def test_the_upper_half_of_yoco_runs_for_the_queries_that_a_method_wants():
         (Method("snapkv", EvictionPolicy(SnapKV(granularity="query_head"))), "method.scorer.granularity"),
     ],
 )
-def test_what_cannot_be_held_where_layers_share_is_refused(method, key):
+def test_policies_that_span_layers_are_refused_for_shared_layers(method, key):
     with pytest.raises(InputError, match=f"^{key}="):
         method.new_cache(shared_model(CLA(2)))
     with pytest.raises(InputError, match=f"^{key}="):

@@ -51,7 +51,7 @@ def test_golden_sets_with_average_pooling(golden, name, kv_heads, options):
     ],
 )
 def test_golden_sets_with_max_pooling(golden, kernel, differences):
-    """Max pooling ties a peak with its neighbours: of each head, the tied token kept here and the one kept there."""
+    """Max pooling ties a peak with its neighbours, so one tied token per head may differ from the published set."""
     selection, prompt = EvictionPolicy(SnapKV(window=4, kernel=kernel, pooling="max"), 12), golden_prompt(4, 4)
     kept, scores = selection.select(prompt).slots[0].tolist(), selection.scorer.score(prompt)[0][:, :36]
     published = golden[f"snapkv_mha C=12 w=4 k={kernel} maxpool"]
@@ -64,7 +64,7 @@ def random_prompt(seed=0, rows=2, query_heads=4, kv_heads=2, length=50, dim=8, w
     return Prompt(make(query_heads, window), make(kv_heads, length), make(kv_heads, length), LogitRule(dim**-0.5), 0, 1)
 
 
-def naive_votes(prompt: Prompt, row: int, query_head: int, kv_head: int) -> list[float]:
+def naive_window_sums(prompt: Prompt, row: int, query_head: int, kv_head: int) -> list[float]:
     """The published rule in plain loops: attention of each window query, summed per token before the window."""
     prefix = prompt.length - prompt.query.shape[2]
     keys = prompt.keys[row, kv_head].tolist()
@@ -87,7 +87,7 @@ def naive_pool(votes: list[float], kernel: int, how: str) -> list[float]:
 
 @pytest.mark.parametrize("pooling", ["avg", "max"])
 @pytest.mark.parametrize("reduce", ["mean", "max", "sum"])
-def test_kept_tokens_are_the_best_by_a_naive_triple_loop(pooling, reduce):
+def test_kept_tokens_match_naive_loops(pooling, reduce):
     prompt, w, kernel, budget = random_prompt(), 6, 5, 20
     kept = (
         EvictionPolicy(SnapKV(window=w, kernel=kernel, pooling=pooling, group_reduce=reduce), budget)
@@ -97,7 +97,7 @@ def test_kept_tokens_are_the_best_by_a_naive_triple_loop(pooling, reduce):
     combine = {"mean": lambda p: sum(p) / 2, "max": max, "sum": sum}[reduce]
     for row in range(2):
         for head in range(2):
-            pair = [naive_votes(prompt, row, j, head) for j in (2 * head, 2 * head + 1)]
+            pair = [naive_window_sums(prompt, row, j, head) for j in (2 * head, 2 * head + 1)]
             pooled = naive_pool([combine(p) for p in zip(*pair, strict=True)], kernel, pooling)
             best = sorted(pooled, reverse=True)[: budget - w]
             ours = [pooled[s] for s in kept[row, head, : budget - w].tolist()]
@@ -114,7 +114,7 @@ def test_a_planted_needle_and_its_neighbours_are_kept():
         assert set(range(needle - 2, needle + 3)) <= set(head)
 
 
-def test_a_query_of_the_window_does_not_see_later_keys_of_the_window():
+def test_window_queries_are_causal():
     prompt = random_prompt()
     before = window_attention(prompt)
     prompt.keys[:, :, -2] += 5.0  # the second-last key: visible to the last two queries alone
@@ -123,15 +123,15 @@ def test_a_query_of_the_window_does_not_see_later_keys_of_the_window():
     assert not torch.equal(before[:, :, -2:], after[:, :, -2:])
 
 
-def test_one_kv_head_per_query_head_is_the_same_in_both_granularities():
+def test_granularities_agree_for_multi_head_attention():
     prompt = random_prompt(query_heads=4, kv_heads=4)
     options = {"budget": 20, "window": 6, "kernel": 5, "pooling": "avg"}
     per_kv = snapkv_policy(granularity="kv_head", **options).select(prompt).slots
     assert torch.equal(per_kv, snapkv_policy(granularity="query_head", **options).select(prompt).slots)
 
 
-def test_repeated_kv_heads_give_the_kv_head_result():
-    """GQA whose query heads are equal inside a group votes as one head would."""
+def test_equal_query_heads_score_as_one_head():
+    """GQA with equal query heads in each group gives the scores of multi-head attention."""
     prompt = random_prompt(query_heads=2, kv_heads=2)
     doubled = Prompt(prompt.query.repeat_interleave(2, 1), prompt.keys, prompt.values, prompt.rule, 0, 1)
     options = {"budget": 20, "window": 6, "kernel": 5, "pooling": "avg"}
@@ -153,7 +153,7 @@ def test_a_budget_of_the_whole_prompt_is_bit_identical_to_full():
         assert torch.equal(decode(model, a, token), decode(model, b, token))
 
 
-def test_held_tokens_grow_by_one_a_step_and_positions_go_on():
+def test_each_step_adds_one_token_at_the_true_position():
     model, ids = tiny_model(), prompt_ids(60)
     cache = Method("snapkv", EvictionPolicy(SnapKV(), 40)).new_cache(model)
     prefill(model, cache, ids)
@@ -163,7 +163,7 @@ def test_held_tokens_grow_by_one_a_step_and_positions_go_on():
         decode(model, cache, prompt_ids(1, seed=step)[0])
 
 
-def test_generating_twice_gives_the_same_and_compresses_both_times():
+def test_second_generation_compresses_as_the_first():
     """In the published code the second call kept a stale length and compressed nothing."""
     model, method = tiny_model(), Method("snapkv", EvictionPolicy(SnapKV(), 40))
     outputs = []
@@ -201,7 +201,7 @@ def test_a_fraction_is_of_each_rows_own_prompt(fraction, length, kept):
         ({"group_reduce": "min"}, "method.scorer.group_reduce"),
     ],
 )
-def test_values_that_cannot_be_used_name_the_key(options, key):
+def test_invalid_values_name_the_key(options, key):
     with pytest.raises(InputError) as error:
         snapkv_policy(**options)
     assert error.value.key == key
@@ -221,8 +221,8 @@ def test_score_dtype_model_rounds_the_attention_before_the_sum():
     assert EvictionPolicy(SnapKV(window=8, score_dtype="model"), 20).select(prompt).slots.shape == (1, 2, 20)
 
 
-def test_methods_on_one_reading_work_out_the_same_thing_once(monkeypatch):
-    """Five budgets of SnapKV and two methods built on its vote: one attention of the window per layer."""
+def test_methods_sharing_a_prefill_compute_window_attention_once(monkeypatch):
+    """Five budgets of SnapKV and two methods with its scorer compute window attention once per layer."""
     calls = []
     monkeypatch.setattr(snapkv, "window_attention", lambda prompt: calls.append(1) or window_attention(prompt))
     model = tiny_model()

@@ -119,7 +119,7 @@ def test_every_method_is_in_one_of_the_lists():
     assert sorted([*METHODS, *CHANGING]) == yamls("method")
 
 
-def test_the_stand_in_replays_what_python_knew():
+def test_the_fake_graph_replays_recorded_host_values():
     x, number = torch.zeros(2), 1
     with CapturedOps() as captured:
         y = (x + number) * 2
@@ -139,7 +139,7 @@ def addresses(cache) -> list[tuple[int, torch.Size]]:
 @pytest.mark.parametrize(
     ("text", "rows"), [*((text, 1) for text in STORAGES), *((text, len(LENGTHS)) for text in CASES)]
 )
-def test_static_steps_are_steps_of_growing_tensors(text, rows):
+def test_static_steps_match_dynamic_steps(text, rows):
     """Logits, tokens and bytes; and no tensor is replaced, changes its shape or is added."""
     model, grows, token = model_and_cache(text, rows)
     _, static, _ = model_and_cache(text, rows)
@@ -159,7 +159,7 @@ def test_static_steps_are_steps_of_growing_tensors(text, rows):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("text", CASES)
-def test_a_captured_step_is_every_step(text):
+def test_replayed_steps_match_static_steps(text):
     """Captured once, with all that Python knew at that moment, and replayed; nothing in it waits for the device."""
     model, grows, token = model_and_cache(text)
     _, static, _ = model_and_cache(text)
@@ -196,7 +196,7 @@ RULES = [LogitRule(0.3), LogitRule(0.3, softcap=0.5), LogitRule(0.3, sinks=torch
 
 @torch.inference_mode()
 @pytest.mark.parametrize("storage", SETTINGS, ids=repr)
-def test_what_is_held_and_attended_to_is_that_of_growing_tensors(storage):
+def test_static_layers_match_dynamic_layers(storage):
     """Layers that are given the same numbers, read back after every step; one head begins empty."""
     layers = 4
     pairs = [storage.new_layers(layers) for _ in range(2)]
@@ -236,7 +236,7 @@ def test_what_is_held_and_attended_to_is_that_of_growing_tensors(storage):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("is_known_before", [False, True])
-def test_generated_tokens_that_cannot_be_merged_have_places_or_are_refused(is_known_before):
+def test_unmergeable_generated_tokens_are_retained_or_refused(is_known_before):
     """Opposite keys in two layers: 32 of them where the prompt has none, any number where it has some."""
     lower, upper = MiniCache(start=0, gamma=0.0).new_layers(2)
     x = torch.randn(1, 1, 60, 16, generator=torch.Generator().manual_seed(0))
@@ -258,7 +258,7 @@ def test_generated_tokens_that_cannot_be_merged_have_places_or_are_refused(is_kn
     for n in range(20, 59):
         step(n)
     if not is_known_before:
-        with pytest.raises(InputError, match=r"more than 32 generated tokens .*runner\.cuda_graph=false"):
+        with pytest.raises(InputError, match=r"more than 32 tokens that cannot be merged.*runner\.cuda_graph=false"):
             step(59)
         return
     step(59)

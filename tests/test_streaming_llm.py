@@ -60,8 +60,8 @@ def naive_stream(model, ids: torch.Tensor, budget: int, sinks: int, reposition: 
 @pytest.mark.parametrize("reposition", [True, False])
 @pytest.mark.parametrize("sinks", [0, 1, 4])
 @torch.no_grad()
-def test_a_stream_is_the_naive_stream(sinks, reposition):
-    """ST4: turning the query back for the sinks equals storing keys before RoPE and counting places in the cache."""
+def test_stream_matches_the_naive_stream(sinks, reposition):
+    """ST4: rotating the query back for the sinks equals keys stored before RoPE with positions inside the cache."""
     model, ids = tiny_model(), prompt_ids(60)
     expected = naive_stream(model, ids, BUDGET, sinks, reposition)
     method = Method("streaming_llm", StreamingLLM(budget=BUDGET, sinks=sinks, reposition=reposition))
@@ -82,7 +82,7 @@ def test_the_comparison_with_the_naive_stream_can_fail():
 
 
 @pytest.mark.parametrize("mode", ["true_stream", "prefill_evict"])
-def test_several_tokens_at_once_are_the_same_as_one_after_another(mode):
+def test_multi_token_decode_matches_single_steps(mode):
     """ST5, in a left-padded batch; 300 tokens cross the block boundary inside the layer."""
     model = tiny_model()
     method = Method("streaming_llm", StreamingLLM(budget=BUDGET, mode=mode))
@@ -138,7 +138,7 @@ def naive_prefill_only(model, prompt, tokens, budget: int, sinks: int) -> torch.
 @torch.no_grad()
 @pytest.mark.parametrize("storage", ["dense", "kivi8"])
 def test_prefill_only_evicts_once_and_counts_positions_in_the_cache(storage):
-    """In a padded batch whose second row is too short for anything to leave; several tokens at once too."""
+    """In a padded batch whose second row is too short for an eviction; also with multi-token steps."""
     model = tiny_model()
     held = Dense() if storage == "dense" else Kivi(bits=8, group=8, residual=16)
     selection = StreamingLLM(budget=BUDGET, mode="prefill_evict", prefill_only=True)
@@ -167,7 +167,7 @@ def test_prefill_only_of_a_stream_is_one_line():
         StreamingLLM(budget=BUDGET, prefill_only=True)
 
 
-def test_never_more_than_the_budget_is_held_and_the_sinks_never_change():
+def test_budget_is_never_exceeded_and_sinks_are_kept():
     model, ids = tiny_model(), prompt_ids(70)
     cache = Method("streaming_llm", StreamingLLM(budget=BUDGET)).new_cache(model)
     prefill(model, cache, ids)
@@ -190,8 +190,8 @@ def test_memory_does_not_grow_with_the_stream():
     assert sizes[0] == sizes[1]
 
 
-def test_after_a_long_stream_a_token_in_the_middle_has_left_no_trace():
-    """True streaming: with L layers, a token L windows back cannot be felt. After a full prefill it can."""
+def test_evicted_tokens_do_not_affect_a_long_stream():
+    """In true streaming with L layers, a token L windows back has no effect; after a full prefill it has."""
     model = tiny_model()
     ids = prompt_ids(400)
     changed = ids.clone()
@@ -220,7 +220,7 @@ def test_a_real_model_needs_the_sinks(smollm2):
 
 
 @pytest.mark.parametrize("rope", ["default", "linear", "llama3", "yarn"])
-def test_turning_is_moving_by_so_many_positions(rope):
+def test_rotation_matches_rope_at_the_shifted_position(rope):
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -235,11 +235,11 @@ def test_turning_is_moving_by_so_many_positions(rope):
     embedding = LlamaRotaryEmbedding(config)
     x = torch.randn(1, 2, 3, 16, generator=torch.Generator().manual_seed(0))
     at = lambda p: apply_rotary_pos_emb(x, x, *embedding(x, torch.tensor([p])))[0]  # noqa: E731
-    turned = Rotary(embedding.inv_freq).turn(at([5, 90, 700]), torch.tensor([[3, -40, 300]]))
+    turned = Rotary(embedding.inv_freq).rotate(at([5, 90, 700]), torch.tensor([[3, -40, 300]]))
     assert (turned - at([8, 50, 1000])).abs().max() < 1e-4
 
 
-def test_models_whose_positions_cannot_be_moved_are_refused():
+def test_models_without_a_constant_rotation_are_refused():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
@@ -261,7 +261,7 @@ def test_models_whose_positions_cannot_be_moved_are_refused():
         ({"prefill_only": True}, "method.policy.prefill_only"),
     ],
 )
-def test_values_that_cannot_be_used_name_the_key(options, key):
+def test_invalid_values_name_the_key(options, key):
     with pytest.raises(InputError) as error:
         StreamingLLM(**options)
     assert error.value.key == key

@@ -1,9 +1,9 @@
-"""Many methods that share one prefill and one batched decode.
+"""Cache that lets several methods share one prefill and one batched decode.
 
-Attention over the prompt is the same for every method that reads it whole, so a layer computes it once and lets each
-member compress its own copy; a method that reads it in its own way does so by itself. Decoding then runs all members'
-rows as one batch: the weights are read once for all of them, and each layer hands every member its own rows. A sweep
-over methods and budgets costs one prefill for all that read alike, one for each of the others, and one batched decode.
+Prompt attention is the same for every method that attends over the whole prompt, so a layer computes it once and each
+member compresses its own copy; other methods prefill separately. Decoding then runs the rows of all members as one
+batch, so that the weights are read once. A sweep over methods and budgets costs one shared prefill, one prefill for
+each method that cannot share it, and one batched decode.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .retention import RecurrentLayer
 
 
 class FanOutLayer(PrefillLayer):
-    """The same layer of every member."""
+    """The corresponding cache layers of all members, as one layer."""
 
     is_sliding = False
     is_compileable = record_past = False
@@ -37,8 +37,8 @@ class FanOutLayer(PrefillLayer):
         super().__init__(first.layer_idx, first.num_layers, max(m.observation_window for m in self.members), first.span)
         self.model_layer = first.model_layer
 
-    def names(self) -> str:
-        return ", ".join(dict.fromkeys(member.names() for member in self.members))
+    def method_names(self) -> str:
+        return ", ".join(dict.fromkeys(member.method_names() for member in self.members))
 
     def finish_prefill(self, prompts: list[tuple[Rows, Prompt]]) -> None:
         for member in self.members:
@@ -56,16 +56,16 @@ class FanOutLayer(PrefillLayer):
         for i, member in enumerate(self.members):
             rows = slice(i * share, (i + 1) * share)
             tokens = NewTokens([], None if new.valid is None else new.valid[rows], new.prompt_length)
-            out.append(member.attend(call.part(rows), tokens, use))
+            out.append(member.attend(call.select_rows(rows), tokens, use))
         return torch.cat(out)
 
-    def go_on(self) -> None:
-        """The members have read the prompt, each by itself."""
+    def mark_prefilled(self) -> None:
+        """End the prefill after the members have prefilled separately."""
         self.seen, self.in_prefill = self.members[0].seen, False
 
     @property
     def capabilities(self) -> PolicyCapabilities:
-        """What holds for all members together."""
+        """Combined capabilities of the members."""
         each = [member.capabilities for member in self.members]
         return PolicyCapabilities(
             evicts_while_decoding=any(c.evicts_while_decoding for c in each),
@@ -85,62 +85,62 @@ class FanOutLayer(PrefillLayer):
 
 
 def fan_out_layer(members: Sequence[Any]) -> FanOutLayer | RecurrentLayer:
-    """The members' cache layers of one place as one."""
+    """Combine the members' cache layers at one index."""
     if not isinstance(members[0], CacheLayer):
         return RecurrentLayer()
     return FanOutLayer(members)
 
 
 class FanOutCache(KVCache):
-    """A cache whose members each hold the same prompts in their own way.
+    """Cache of several methods for the same prompts.
 
-    After the prompt, a decode step has ``copies`` x B rows, member by member: rows 0 .. B - 1 are the first member's.
+    After the prefill a decode step has ``copies`` * B rows, member by member: rows 0 .. B - 1 belong to the first one.
 
     Args:
-        members: fresh caches, at least one; of the same number of ``passes``, and none that ``recomputes``.
+        members: New caches, at least one, with equal ``passes`` and none of which ``recomputes``.
 
     Attributes:
-        separate_prefills: caches that have to prefill one after another before the members go on together
-            (:meth:`join`); empty where all members read them as one, or have done so.
+        separate_prefills: Caches that prefill one after another before :meth:`join`; empty if all members share one
+            prefill, and after the join.
     """
 
     def __init__(self, members: Sequence[KVCache]):
         if any(m.recomputes for m in members):
-            raise ValueError("a method without a cache computes its steps by itself")
+            raise ValueError("a method without a cache cannot share decode steps")
         if len({m.passes for m in members}) > 1:
             raise ValueError("methods that encode a prompt in different numbers of passes cannot share a prefill")
-        together = zip(*(m.layers for m in members), strict=True)
-        super().__init__([fan_out_layer(layers) for layers in together], members[0].plan, members[0].passes)
+        corresponding = zip(*(m.layers for m in members), strict=True)
+        super().__init__([fan_out_layer(layers) for layers in corresponding], members[0].plan, members[0].passes)
         self.members = list(members)
         self.requantizes_on_append = any(m.requantizes_on_append for m in members)
-        self.states = copy.deepcopy(members[0].states)  # empty as yet; the members' own are for their bytes
+        self.states = copy.deepcopy(members[0].states)  # still empty; the members' own only count their bytes
         if self.states is not None:
             for number, (owner, kind) in enumerate(zip(self.plan.owners, self.plan.layer_types, strict=True)):
                 if kind == LINEAR:
                     self.layers[number] = self.states.cache.layers[owner]
-        alike = [m for m in members if m.attends_whole_prompt]
-        if len(alike) < len(members):
-            shared = [FanOutCache(alike)] if len(alike) > 1 else alike
+        sharing = [m for m in members if m.attends_whole_prompt]
+        if len(sharing) < len(members):
+            shared = [FanOutCache(sharing)] if len(sharing) > 1 else sharing
             self.separate_prefills = [*shared, *(m for m in members if not m.attends_whole_prompt)]
 
     def join(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Go on together, once every one of ``separate_prefills`` has read the prompts.
+        """Merge the ``separate_prefills`` into this cache once all of them have prefilled.
 
         Args:
-            logits: what each of them ended with, rows as in a decode step of its own.
+            logits: Last logits of each of them, with rows as in its own decode steps.
 
         Returns:
-            The same as rows of this cache.
+            The logits as rows of this cache.
         """
-        rows: dict[int, torch.Tensor] = {}  # of each member
-        for one, ended in zip(self.separate_prefills, logits, strict=True):
-            its = one.members if isinstance(one, FanOutCache) else [one]
-            rows |= {id(m): share for m, share in zip(its, ended.chunk(len(its)), strict=True)}
+        rows: dict[int, torch.Tensor] = {}  # id of the member -> [B, vocabulary]
+        for cache, last in zip(self.separate_prefills, logits, strict=True):
+            members = cache.members if isinstance(cache, FanOutCache) else [cache]
+            rows |= {id(m): share for m, share in zip(members, last.chunk(len(members)), strict=True)}
         first = self.separate_prefills[0]
         self.tokens_seen, self.prompt_length = first.tokens_seen, first.prompt_length
         for number, layer in enumerate(self.layers):
             if isinstance(layer, FanOutLayer):
-                layer.go_on()
+                layer.mark_prefilled()
             elif self.states is None:
                 layer.update(torch.cat([m.layers[number].recurrent_states[0] for m in self.members]))
         if self.states is not None:
@@ -153,20 +153,20 @@ class FanOutCache(KVCache):
         """Number of methods that share the prefill."""
         return len(self.members)
 
-    def end_prompt(self) -> None:
-        """Give every member rows of its own in the recurrent layers' states, once all have read the prompt as one."""
-        super().end_prompt()
+    def finish_prefill(self) -> None:
+        """Repeat the recurrent states after a shared prefill, so that every member has its own rows."""
+        super().finish_prefill()
         if self.states is not None:
             for member in self.members:
                 member.states = copy.deepcopy(self.states)
-            self.states.change(lambda t: t.repeat(self.copies, *[1] * (t.dim() - 1)))
+            self.states.apply(lambda t: t.repeat(self.copies, *[1] * (t.dim() - 1)))
 
     def drop(self, member: int) -> None:
-        """Leave out a member whose rows have all ended; later steps have B rows fewer."""
+        """Remove a member whose rows have all finished; later steps have B rows fewer."""
         if self.states is not None:
             rows, count = self.batch_size, self.copies
             keep = [row for row in range(rows * count) if row // rows != member]
-            self.states.change(lambda t: t[keep])
+            self.states.apply(lambda t: t[keep])
         for layer in self.layers:
             if isinstance(layer, FanOutLayer):
                 del layer.members[member]
@@ -177,20 +177,20 @@ class FanOutCache(KVCache):
         del self.members[member]
 
     def recurrent_state(self, layer_idx: int, rows: int) -> torch.Tensor | None:
-        """The prompt's state once for each member, when the members have rows of their own."""
+        """Return the state with ``rows`` rows, repeating the prompt's state for each member if needed."""
         state = super().recurrent_state(layer_idx, rows)
         return state if state is None or state.shape[0] == rows else state.repeat(self.copies, 1, 1, 1)
 
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """Keep the state; each member holds its own rows of it."""
+        """Store the state, split by member."""
         if self.states is not None:
             return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
         super().update_recurrent_state(recurrent_states, layer_idx)
         number = self.plan.cache_layer[layer_idx]
-        together = recurrent_states.shape[0] == self.batch_size or self.tokens_seen is None
-        shares = [recurrent_states] * self.copies if together else recurrent_states.chunk(self.copies)
+        is_shared = recurrent_states.shape[0] == self.batch_size or self.tokens_seen is None
+        shares = [recurrent_states] * self.copies if is_shared else recurrent_states.chunk(self.copies)
         for member, share in zip(self.members, shares, strict=True):
             member.layers[number].update(share)
         return recurrent_states

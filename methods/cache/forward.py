@@ -1,4 +1,4 @@
-"""What one forward brings to a cache: its rows grouped by padding, and the call of each layer."""
+"""Inputs of a cache in one forward: the attention call of each layer, and the batch rows grouped by padding."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from .logits import LogitRule
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What one layer of the model hands to the cache in one forward.
+    """Attention inputs of one layer of the model in one forward.
 
     Attributes:
-        query: [B, H_q, m, D], after RoPE, of the last m of n new columns: a layer may leave out what nobody asks for.
-        key, value: [B, H_kv, n, D], keys after RoPE; what the new columns show.
-        rule: How logits are formed.
-        new_kv: What the new columns leave in the cache, where that is not ``key`` and ``value``.
+        query: [B, H_q, m, D], after RoPE, of the last m of n new columns; a layer may omit queries whose output is not
+            needed.
+        key, value: [B, H_kv, n, D], keys after RoPE, which the queries attend over.
+        rule: How logits are computed.
+        new_kv: Keys and values to store, if they differ from ``key`` and ``value``.
     """
 
     query: torch.Tensor
@@ -28,28 +29,28 @@ class LayerCall:
 
     @property
     def columns(self) -> int:
-        """n, new columns."""
+        """n, the number of new columns."""
         return self.key.shape[2]
 
     @property
     def written(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values that the cache keeps."""
+        """Keys and values to store."""
         return (self.key, self.value) if self.new_kv is None else self.new_kv
 
-    def part(self, rows: slice) -> LayerCall:
-        """The call for some rows of the batch."""
+    def select_rows(self, rows: slice) -> LayerCall:
+        """Return the call for a slice of the batch rows."""
         new_kv = None if self.new_kv is None else (self.new_kv[0][rows], self.new_kv[1][rows])
         return LayerCall(self.query[rows], self.key[rows], self.value[rows], self.rule, new_kv)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a batch that have the same number of leading pads.
+    """Batch rows that have the same number of leading pads.
 
     Attributes:
-        pads: leading pad columns of these rows.
-        index: row numbers [R], or None for the whole batch.
-        tokens_seen: real tokens of the text, where this layer is given fewer of them; None: it is given all.
+        pads: Leading pad columns of each row.
+        index: Row indices [R] int64; None: the whole batch.
+        tokens_seen: Real tokens of the text, if this layer gets only some of them; None: it gets all.
     """
 
     pads: int
@@ -57,19 +58,19 @@ class Rows:
     tokens_seen: int | None = None
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
-        """These rows of a batch-first tensor."""
+        """Select these rows of a batch-first tensor."""
         return x if self.index is None else x[self.index]
 
 
 @dataclass
 class NewTokens:
-    """What a forward adds, worked out once and shared by its layers.
+    """Token metadata of a forward, computed once and shared by its layers.
 
     Attributes:
-        rows: the batch grouped by leading pads, while the prompt is read.
-        valid: [B, n] bool, False for pads; None: all real.
-        prompt_length: columns of the whole prompt; None: this forward is all of it.
-        columns_seen: columns of the text, where this layer is given fewer of them; None: it is given all.
+        rows: Batch rows grouped by leading pads, during the prefill.
+        valid: [B, n] bool, False for pads; None: no pads.
+        prompt_length: Columns of the whole prompt; None: this forward is the whole prompt.
+        columns_seen: Columns of the text, if this layer gets only some of them; None: it gets all.
     """
 
     rows: list[Rows]
@@ -78,22 +79,22 @@ class NewTokens:
     columns_seen: int | None = None
 
     def on(self, device: torch.device) -> NewTokens:
-        """The same for a layer that lies on another device."""
-        one = self.valid if self.valid is not None else next((r.index for r in self.rows if r.index is not None), None)
-        if one is None or one.device == device:
+        """Return the metadata on the device of a layer."""
+        tensor = next((x for x in (self.valid, *(r.index for r in self.rows)) if x is not None), None)
+        if tensor is None or tensor.device == device:
             return self
         rows = [replace(r, index=None if r.index is None else r.index.to(device)) for r in self.rows]
         return replace(self, rows=rows, valid=None if self.valid is None else self.valid.to(device))
 
 
 def rows_by_padding(mask: torch.Tensor) -> list[Rows]:
-    """Group a batch's rows by their leading pads.
+    """Group batch rows by their number of leading pads.
 
     Args:
-        mask: [B, columns so far], True for a real token.
+        mask: [B, columns so far] bool, True for a real token.
 
     Raises:
-        ValueError: a pad stands after a real token: prompts must be padded on the left.
+        ValueError: A pad follows a real token. Prompts must be padded on the left.
     """
     pads = mask.shape[1] - mask.sum(1)
     columns = torch.arange(mask.shape[1], device=mask.device)

@@ -1,8 +1,8 @@
-"""Caches change under ``torch.inference_mode`` alone, whoever calls.
+"""Decorator that runs every modification of a cache under ``torch.inference_mode``.
 
-PyTorch lets a tensor that was made under inference mode be changed in place only under it. A cache's tensors are made
-by whoever feeds the prompt: the engine (inference mode), ``model.generate`` (``no_grad``) or a plain forward (autograd
-on), and the next step may be another one's. So everything that changes a cache enters inference mode by itself.
+PyTorch allows in-place changes of an inference tensor only under inference mode. The engine prefills under inference
+mode, ``model.generate`` under ``no_grad`` and a plain forward with autograd, and the next step may come from another of
+them. Every function that modifies a cache therefore enters inference mode itself.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ R = TypeVar("R")
 
 
 def under_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
-    """Run ``function`` under inference mode; to a caller outside of it a tensor is returned as an ordinary one.
+    """Run ``function`` under inference mode; a caller outside of it gets a returned tensor as a normal tensor.
 
-    No gradient passes: where a caller's autograd would need one, ``backward`` raises.
+    No gradient passes through: ``backward`` raises if the caller's autograd would need one.
     """
     inner = torch.inference_mode()(function)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.is_inference_mode_enabled():  # entering it again for each layer would cost a step 3 us a time
+        if torch.is_inference_mode_enabled():  # entering it again would cost 3 us per layer and step
             return function(*args, **kwargs)
         result = inner(*args, **kwargs)
-        return _ordinary(result, (*args, *kwargs.values())) if isinstance(result, torch.Tensor) else result
+        return _normal_tensor(result, (*args, *kwargs.values())) if isinstance(result, torch.Tensor) else result
 
     return call
 
 
-def _ordinary(result: torch.Tensor, arguments: tuple[Any, ...]) -> Any:
+def _normal_tensor(result: torch.Tensor, arguments: tuple[Any, ...]) -> Any:
     out = result.clone()
-    given = [x for a in arguments for x in ([a] if isinstance(a, torch.Tensor) else _fields_of(a))]
-    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in given):
+    inputs = [x for a in arguments for x in ([a] if isinstance(a, torch.Tensor) else _fields_of(a))]
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
         out.requires_grad_().register_hook(_refuse_gradient)
     return out
 
 
 def _fields_of(x: Any) -> list[Any]:
-    """Values of a dataclass, which carries tensors to a cache (:class:`.forward.LayerCall`); else nothing."""
+    """Return the field values of a dataclass, such as :class:`.forward.LayerCall`; for other types an empty list."""
     return list(vars(x).values()) if is_dataclass(x) else []
 
 

@@ -1,4 +1,4 @@
-"""Shapes of keys and values that the formulas of a cache's bytes need."""
+"""Shapes of a model's keys and values, for the formulas of cache bytes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..sharing.plan import Span, plan_of
 
 @dataclass(frozen=True)
 class LocalShape:
-    """Layers that own keys and values and see a span of tokens: they hold those whatever the method.
+    """Shape of the local-attention layers of one kind, which keep their window whatever the method.
 
     Attributes:
-        layers: how many.
-        span: the tokens that they see.
+        layers: Number of layers.
+        span: Tokens that each token attends to.
         kv_heads: KV heads per layer.
-        channels: channels of one key and one value together.
+        channels: Channels of one key and one value together.
     """
 
     layers: int
@@ -30,17 +30,17 @@ class LocalShape:
 
 @dataclass(frozen=True)
 class KVShape:
-    """What the byte formulas need to know of a model.
+    """Shape of a model's KV cache, as the byte formulas need it.
 
     Attributes:
-        layers: decoder layers that own keys and values and attend over all tokens.
+        layers: Decoder layers that own keys and values and attend over all tokens.
         kv_heads: KV heads per layer.
-        head_dim: channels of a key.
-        element_bytes: bytes of one element in the compute dtype.
-        query_heads: query heads per layer (a method that stores per query head multiplies by them).
-        local: layers of local attention.
-        recurrent_bytes: of the layers that hold a state of fixed size, beside keys and values or instead of them.
-        value_channels: channels of a value, where they are not those of a key; None: the same.
+        head_dim: Channels of a key.
+        element_bytes: Bytes of one element in the compute dtype.
+        query_heads: Query heads per layer, for methods that store per query head.
+        local: Local-attention layers.
+        recurrent_bytes: Bytes of all fixed-size recurrent states of one sequence.
+        value_channels: Channels of a value; None: as many as of a key.
     """
 
     layers: int
@@ -63,15 +63,15 @@ class KVShape:
         return self.head_dim + self.value_dim
 
     def fixed_bytes(self, tokens: int) -> int:
-        """Bytes of one sequence that no method changes: windows and states, after ``tokens`` tokens."""
-        held = sum(x.layers * x.span.held(tokens) * x.kv_heads * x.channels for x in self.local)
-        return held * self.element_bytes + self.recurrent_bytes
+        """Return the bytes of one sequence that no method changes (windows, states) after ``tokens`` tokens."""
+        elements = sum(x.layers * x.span.held(tokens) * x.kv_heads * x.channels for x in self.local)
+        return elements * self.element_bytes + self.recurrent_bytes
 
 
 def kv_shape(config: PretrainedConfig, dtype: torch.dtype) -> KVShape:
-    """What the byte formulas need, from a transformers config whose layers are of one shape.
+    """Return the KV shape of a transformers config whose layers all have one shape.
 
-    :func:`model_shape` has it of any model.
+    Use :func:`.layout.model_shape` for a loaded model of any kind.
     """
     config = config.get_text_config()
     plan = plan_of(config)

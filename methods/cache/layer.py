@@ -1,4 +1,7 @@
-"""One layer of a cache: the prompt is attended to as a whole and compressed, then step after step is appended."""
+"""Cache layer: attends over the whole prompt, stores the tokens that the policy keeps, then appends decode steps.
+
+Legend: B batch rows, H_q query heads, H stored heads, T prompt tokens, C kept tokens, w queries, D channels.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from .prompt import Prompt
 
 @dataclass(frozen=True)
 class KeptRows:
-    """What stays of the rows of one prompt length: see :class:`..policies.policy.Kept`; ``length`` in tokens."""
+    """Kept tokens [R, H, C, D] of the rows that have ``length`` prompt tokens; see :class:`..policies.policy.Kept`."""
 
     rows: Rows
     length: int
@@ -30,7 +33,7 @@ class KeptRows:
 
 
 class CacheLayer(PrefillLayer):
-    """One layer: attends over the prompt, keeps in the storage what the policy selects, then takes step after step."""
+    """Cache layer of one policy, with its ``state`` for this layer, and one storage."""
 
     is_sliding = False  # read by transformers
     is_compileable = record_past = False
@@ -46,46 +49,46 @@ class CacheLayer(PrefillLayer):
     ):
         super().__init__(layer_idx, num_layers, policy.capabilities.observation_window, span)
         self.policy, self.state, self.storage = policy, state, storage
-        if policy.capabilities.evicts_while_decoding:  # more slots than steps between two moves are never in use
+        if policy.capabilities.evicts_while_decoding:  # compaction frees slots before more would be needed
             storage.growth = COMPACTION_INTERVAL_STEPS
         self.in_prefill = not policy.capabilities.prefills_by_steps
 
     @property
     def capabilities(self) -> PolicyCapabilities:
-        """Those of the policy."""
+        """Capabilities of the policy."""
         return self.policy.capabilities
 
     def supports_static(self, has_upward_kv_refs: bool) -> bool:
-        """Whether every step from here on can run over tensors of fixed shape."""
-        known = self.capabilities
-        if self.in_prefill or not (known.static_steps and self.storage.supports_static):
+        """Whether all further decode steps can run over tensors of fixed shape."""
+        capabilities = self.capabilities
+        if self.in_prefill or not (capabilities.static_steps and self.storage.supports_static):
             return False
-        return not known.evicts_while_decoding or (self.storage.supports_static_drop and not has_upward_kv_refs)
+        return not capabilities.evicts_while_decoding or (self.storage.supports_static_drop and not has_upward_kv_refs)
 
-    def names(self) -> str:
+    def method_names(self) -> str:
         return type(self.policy).__name__
 
     def finish_prefill(self, prompts: list[tuple[Rows, Prompt]]) -> None:
-        """Compress the prompt: the policy selects for each group of rows, then all are stored as one batch."""
+        """Select the tokens to keep in each group of rows, then store all groups as one batch."""
         groups = []
         for rows, prompt in prompts:
-            keys, values = prompt.keys, prompt.values
+            keys, values = prompt.keys, prompt.values  # [R, H_kv, T, D]
             kept = self.policy.select(prompt, self.state)
             if self.policy.capabilities.stores_query_heads:
-                keys, values = repeat_heads(keys, prompt.groups), repeat_heads(values, prompt.groups)
+                keys, values = repeat_heads(keys, prompt.groups), repeat_heads(values, prompt.groups)  # [R, H_q, T, D]
             if kept.slots is not None:
                 slots = kept.slots[..., None]
                 keys, values = (x.gather(2, slots.expand(-1, -1, -1, x.shape[3])) for x in (keys, values))
-            groups.append(KeptRows(rows, prompt.length, keys, values, kept.valid, kept.scores))
+            groups.append(KeptRows(rows, prompt.length, keys, values, kept.valid, kept.scores))  # [R, H, C, D]
         lengths, scores = self._store(groups)
-        queries = self._last_queries(prompts) if self.policy.capabilities.held_queries else None
+        queries = self._last_queries(prompts) if self.policy.capabilities.stored_queries else None
         self.policy.after_prompt(self.state, self.storage, lengths, scores, queries)
 
     def _last_queries(self, prompts: list[tuple[Rows, Prompt]]) -> torch.Tensor:
-        """The queries in view of all rows, [B, H_q, w, D], zeros in front where a prompt has fewer."""
+        """Return the last w queries of all rows, [B, H_q, w, D], zero-padded on the left for shorter prompts."""
         batch = sum(prompt.query.shape[0] for _, prompt in prompts)
         _, first = prompts[0]
-        w = self.policy.capabilities.held_queries
+        w = self.policy.capabilities.stored_queries
         out = first.query.new_zeros(batch, first.query.shape[1], w, first.query.shape[3])
         for rows, prompt in prompts:
             query = prompt.query[:, :, max(0, prompt.query.shape[2] - w) :]
@@ -93,7 +96,7 @@ class CacheLayer(PrefillLayer):
         return out
 
     def _store(self, groups: list[KeptRows]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Write the groups as one batch, padded on the left to the longest; returns prompt lengths [B] and scores."""
+        """Store the groups as one left-padded batch and return the prompt lengths [B] and the scores [B, H, C]."""
         first = groups[0]
         if len(groups) == 1:
             self.storage.write(first.keys, first.values, first.valid)
@@ -118,7 +121,7 @@ class CacheLayer(PrefillLayer):
         return lengths, scores
 
     def attend(self, call: LayerCall, new: NewTokens, use: KVAccess) -> torch.Tensor:
-        """One layer of the model comes here: [B, H_q, n, D] queries in, the same shape out."""
+        """Append the new tokens of one layer of the model and attend: [B, H_q, n, D] -> the same shape."""
         if self.in_prefill:
             return self.prefill(call, new, use)
         key, value = call.written
@@ -134,19 +137,19 @@ class CacheLayer(PrefillLayer):
         return out
 
     def get_seq_length(self) -> int:
-        """Columns fed so far (pads included): what transformers counts positions and masks by."""
+        """Return the columns seen so far, pads included; transformers derives positions and masks from it."""
         return self.seen
 
     @property
     def tokens(self) -> torch.Tensor:
-        """Real tokens held, [B, 1 or H], int64."""
+        """Number of real tokens stored, [B, 1 or H] int64."""
         return self.storage.tokens
 
     def tensors(self) -> list[torch.Tensor]:
-        """Everything this layer holds in memory."""
+        """Return all tensors that this layer keeps in memory."""
         return self.storage.tensors() + self.policy.state_tensors(self.state)
 
     @property
     def logical_bytes(self) -> int:
-        """Bytes of the real tokens held and of what the policy keeps for them."""
+        """Bytes of the real tokens and of the policy's state for them."""
         return self.storage.logical_bytes + self.policy.logical_state_bytes(self.state, self.storage.tokens)

@@ -1,9 +1,8 @@
-"""What a model does with a cache, found out by trying it once: one token through every layer.
+"""Attention layout of a loaded model, measured by a forward of one token.
 
-A config says a good deal of a model and its code decides, so before the first cache is made for a model it is given one
-token, and what its layers do is compared with what its config promised. A model that a KV cache of this project cannot
-serve is refused here, in one line, before any prompt is read. The rotation of keys by positions (RoPE) is measured in
-the same way.
+A config does not fully determine what a model's code does. Before the first cache is made for a model, a probe forward
+compares the layers' behaviour with the config, and a model that kvbench's caches cannot serve is rejected with a
+one-line error. The rotation of keys by positions (RoPE) is measured in the same way.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ from .products import masked_attention
 from .recurrent import RecurrentStates
 from .rotary import Rotary, measured_rotary
 
-POSITIONS = (1, 38)
-"""Two positions at which one token's keys are compared."""
+PROBE_POSITIONS = (1, 38)
+"""Two positions at which a token's keys are compared to measure RoPE."""
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What one layer of the model hands over for a token."""
+    """Shapes of one layer's queries, keys and values."""
 
     query_heads: int
     kv_heads: int
@@ -46,14 +45,14 @@ class LayerShape:
 
 @dataclass
 class Layout:
-    """What is known of a model.
+    """Attention layout of a model.
 
     Attributes:
-        plan: see there.
-        shape: for the byte formulas.
-        latent_channels: numbers a token and layer of a cache of latents, where the model has multi-head latent
-            attention; keys and values are held expanded, as its layers hand them over. 0: it has none.
-        rotary: measured so far, by layer of the model.
+        plan: Cache layers and the layers of the model that use them.
+        shape: KV shape for the byte formulas.
+        latent_channels: Elements per token and layer of a latent cache, for models with multi-head latent attention
+            (kvbench stores their keys and values expanded); 0: no latent attention.
+        rotary: Measured rotations by layer of the model; None: the keys are not rotated by constant frequencies.
     """
 
     plan: Plan
@@ -63,7 +62,7 @@ class Layout:
 
 
 def describe_layers(model: PreTrainedModel) -> dict[str, Any]:
-    """Which layers a method works on and which hold what the model needs whatever the method; for a record."""
+    """Summarize for a run's record the layers that a method works on, and those with a window or a state."""
     layout = layout_of(model)
     plan, shape = layout.plan, layout.shape
     out: dict[str, Any] = {"full_attention": shape.layers}
@@ -79,14 +78,14 @@ def describe_layers(model: PreTrainedModel) -> dict[str, Any]:
     return out
 
 
-class Trial(KVCache):
-    """A cache that looks at one token's keys and keeps nothing.
+class ProbeCache(KVCache):
+    """Cache that records the attention calls of a one-token forward and stores nothing.
 
     Attributes:
-        shapes: by layer of the model, in the order of their calls.
-        keys: [H_kv, D] of the token, by layer of the model.
-        calls: how often each layer came here.
-        local_sizes: what each layer's mask said of a window or chunk; None: nothing.
+        shapes: Shapes by layer of the model, in call order.
+        keys: Keys of the token, [H_kv, D], by layer of the model.
+        calls: Number of attention calls by layer of the model.
+        local_sizes: Window or chunk size in each layer's mask; None: no local attention.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -123,58 +122,57 @@ _layouts: weakref.WeakKeyDictionary[PreTrainedModel, Layout] = weakref.WeakKeyDi
 
 
 def layout_of(model: PreTrainedModel) -> Layout:
-    """What is known of a model; it is tried when it is first asked for.
+    """Return the layout of a model, measured on the first call.
 
     Raises:
-        InputError: no cache of this project can serve the model: which rule it breaks, and what to use instead.
+        InputError: Kvbench's caches cannot serve the model; says why and which models to use instead.
     """
     if model not in _layouts:
-        _layouts[model] = _try(model)
+        _layouts[model] = _measure_layout(model)
     return _layouts[model]
 
 
-def _try(model: PreTrainedModel) -> Layout:
+def _measure_layout(model: PreTrainedModel) -> Layout:
     name, config = type(model).__name__, model.config.get_text_config()
     if model.config.is_encoder_decoder:
-        raise InputError("model", name, f"is an encoder-decoder, and kvbench is for decoders alone; {ADVICE}")
+        raise InputError("model", name, f"is an encoder-decoder, and kvbench supports only decoders; {ADVICE}")
     plan = plan_of(config)
     if not plan.attending:
         raise InputError("model", name, f"has no attention layers, so there is no KV cache to compress; {ADVICE}")
-    trials = [_run(model, plan, position) for position in (None, 0)]
-    trial, logits = trials[0]
-    if list(trial.calls) != list(plan.attending) or set(trial.calls.values()) != {1}:
-        without = [i for i in plan.attending if not trial.calls[i]]
-        problem = f"layers {without} do not attend" if without else "a layer attends more than once a token"
+    probes = [_probe(model, plan, position) for position in (None, 0)]
+    probe, logits = probes[0]
+    if list(probe.calls) != list(plan.attending) or set(probe.calls.values()) != {1}:
+        missing = [i for i in plan.attending if not probe.calls[i]]
+        problem = f"layers {missing} do not attend" if missing else "a layer attends more than once per token"
         raise InputError("model", name, f"{problem} through transformers' attention interface; {ADVICE}")
-    if not torch.allclose(logits, trials[1][1], rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
-        raise InputError("model", name, f"counts positions in a way of its own (its first is not 0); {ADVICE}")
+    if not torch.allclose(logits, probes[1][1], rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
+        raise InputError("model", name, f"does not count positions from 0; {ADVICE}")
     for layer in plan.attending:
-        span, said = plan.spans[plan.cache_layer[layer]], trial.local_sizes[layer]
-        if (None if span is None else span.size) != said:
-            seen = "all tokens" if said is None else f"{said} tokens"
+        span, size = plan.spans[plan.cache_layer[layer]], probe.local_sizes[layer]
+        if (None if span is None else span.size) != size:
             raise InputError(
                 "model",
                 name,
-                f"layer {layer} attends over {seen} by its code and over {span or 'all tokens'} by its config, and "
-                "neither can be believed",
+                f"layer {layer} attends over {f'{size} tokens' if size else 'all tokens'} by its code and over "
+                f"{span or 'all tokens'} by its config; check the config",
             )
     latent = (getattr(config, "kv_lora_rank", None) or 0) and config.kv_lora_rank + config.qk_rope_head_dim
-    return Layout(plan, _shape_of(model, plan, trial), int(latent or 0))
+    return Layout(plan, _shape_of(model, plan, probe), int(latent or 0))
 
 
-def _run(model: PreTrainedModel, plan: Plan, position: int | None) -> tuple[Trial, torch.Tensor]:
-    """One token through the model at a position (None: as it counts itself); the cache, and logits [vocabulary]."""
-    trial, config = Trial(plan), model.config.get_text_config()
+def _probe(model: PreTrainedModel, plan: Plan, position: int | None) -> tuple[ProbeCache, torch.Tensor]:
+    """Run one token at a position (None: the model's default); returns the cache and the logits [vocabulary]."""
+    probe, config = ProbeCache(plan), model.config.get_text_config()
     if plan.recurrent:
-        trial.states = RecurrentStates(config, plan.recurrent)
-    named = [v for key, v in model.config.to_dict().items() if key.endswith(("_token_id", "_token_index"))]
-    token = next((i for i in range(3, config.vocab_size) if i not in named), 0)  # an ordinary one
+        probe.states = RecurrentStates(config, plan.recurrent)
+    special = [v for key, v in model.config.to_dict().items() if key.endswith(("_token_id", "_token_index"))]
+    token = next((i for i in range(3, config.vocab_size) if i not in special), 0)
     ids = torch.full((1, 1), token, device=model.device)
-    given = {} if position is None else {"position_ids": torch.full_like(ids, position)}
+    positions = {} if position is None else {"position_ids": torch.full_like(ids, position)}
     mask = torch.ones_like(ids, dtype=torch.bool)
     try:
-        with kvbench_attention(model), torch.no_grad(), _untouched_rope(model):
-            out = model(input_ids=ids, attention_mask=mask, past_key_values=trial, use_cache=True, **given)
+        with kvbench_attention(model), torch.no_grad(), _restored_rope(model):
+            out = model(input_ids=ids, attention_mask=mask, past_key_values=probe, use_cache=True, **positions)
     except InputError:
         raise
     except torch.OutOfMemoryError:
@@ -184,14 +182,14 @@ def _run(model: PreTrainedModel, plan: Plan, position: int | None) -> tuple[Tria
         raise InputError(
             "model", type(model).__name__, f"does not run with kvbench's cache ({problem}); {ADVICE}"
         ) from error
-    return trial, out.logits[0, -1].detach().float()
+    return probe, out.logits[0, -1].detach().float()
 
 
-def _shape_of(model: PreTrainedModel, plan: Plan, trial: Trial) -> KVShape:
+def _shape_of(model: PreTrainedModel, plan: Plan, probe: ProbeCache) -> KVShape:
     config = model.config.get_text_config()
     size = model.dtype.itemsize
     shapes = {
-        number: trial.shapes[plan.owners[number]] for number, kind in enumerate(plan.layer_types) if kind != LINEAR
+        number: probe.shapes[plan.owners[number]] for number, kind in enumerate(plan.layer_types) if kind != LINEAR
     }
     full = [shapes[number] for number, kind in enumerate(plan.layer_types) if kind == FULL]
     if len(set(full)) > 1:
@@ -199,10 +197,10 @@ def _shape_of(model: PreTrainedModel, plan: Plan, trial: Trial) -> KVShape:
     local: collections.Counter[LocalShape] = collections.Counter()
     for number, span in enumerate(plan.spans):
         if span is not None:
-            one = shapes[number]
-            local[LocalShape(1, span, one.kv_heads, one.key_channels + one.value_channels)] += 1
-    recurrent = 0 if trial.states is None else trial.states.nbytes
-    if trial.states is None and LINEAR in plan.layer_types:  # gated retention: one matrix a head
+            shape = shapes[number]
+            local[LocalShape(1, span, shape.kv_heads, shape.key_channels + shape.value_channels)] += 1
+    recurrent = 0 if probe.states is None else probe.states.nbytes
+    if probe.states is None and LINEAR in plan.layer_types:  # gated retention has one matrix per head
         matrices = plan.layer_types.count(LINEAR) * config.retention_heads
         recurrent = matrices * config.head_dim**2 * max(4, size)
     first = full[0] if full else next(iter(shapes.values()))
@@ -222,25 +220,26 @@ def _shape_of(model: PreTrainedModel, plan: Plan, trial: Trial) -> KVShape:
 
 
 def rotary_of(model: PreTrainedModel, layer_idx: int, method: str) -> Rotary:
-    """The rotation of a layer's keys by positions, measured: the same token's keys at two positions.
+    """Return the RoPE rotation of a layer's keys, measured from one token's keys at two positions.
 
     Raises:
-        InputError: no rotation by a difference of positions turns the one into the other.
+        InputError: No rotation by a difference of positions maps one to the other.
     """
     layout = layout_of(model)
     if layer_idx not in layout.rotary:
-        (first, _), (second, _) = (_run(model, layout.plan, position) for position in POSITIONS)
+        (first, _), (second, _) = (_probe(model, layout.plan, position) for position in PROBE_POSITIONS)
+        distance = PROBE_POSITIONS[1] - PROBE_POSITIONS[0]
         for i in layout.plan.attending:
-            layout.rotary[i] = measured_rotary(model, first.keys[i], second.keys[i], POSITIONS[1] - POSITIONS[0])
-    found = layout.rotary[layer_idx]
-    if found is None:
+            layout.rotary[i] = measured_rotary(model, first.keys[i], second.keys[i], distance)
+    rotary = layout.rotary[layer_idx]
+    if rotary is None:
         raise InputError(
             "method",
             method,
             f"re-positions tokens, and RoPE of constant frequencies does not explain the keys of layer {layer_idx} of "
             f"{type(model).__name__}; use another method or, for streaming_llm, method.policy.reposition=false",
         )
-    return found
+    return rotary
 
 
 def _rope_modules(model: PreTrainedModel) -> Iterator[Any]:
@@ -248,8 +247,8 @@ def _rope_modules(model: PreTrainedModel) -> Iterator[Any]:
 
 
 @contextmanager
-def _untouched_rope(model: PreTrainedModel) -> Iterator[None]:
-    """Undo what a forward does to RoPE whose frequencies follow the length of the text."""
+def _restored_rope(model: PreTrainedModel) -> Iterator[None]:
+    """Restore RoPE frequencies that a forward changes because they depend on the sequence length."""
     before = [(m, m.inv_freq, m.max_seq_len_cached) for m in _rope_modules(model) if hasattr(m, "inv_freq")]
     try:
         yield
@@ -259,7 +258,7 @@ def _untouched_rope(model: PreTrainedModel) -> Iterator[None]:
 
 
 def reset_rope(model: PreTrainedModel) -> None:
-    """Set RoPE back whose frequencies have followed the length of an earlier text (dynamic NTK)."""
+    """Reset RoPE frequencies that depend on the longest earlier sequence (dynamic NTK)."""
     for module in _rope_modules(model):
         if getattr(module, "rope_type", None) == "dynamic" and module.max_seq_len_cached != module.original_max_seq_len:
             module.inv_freq = module.original_inv_freq.to(module.inv_freq.device)
@@ -267,14 +266,14 @@ def reset_rope(model: PreTrainedModel) -> None:
 
 
 def model_shape(model: PreTrainedModel) -> KVShape:
-    """What the byte formulas need, as the model's layers were seen to hand over keys, values and states."""
+    """Return the model's KV shape for the byte formulas, as measured by the probe forward."""
     return layout_of(model).shape
 
 
 def full_shape(model: PreTrainedModel, sharing: Sharing | None = None) -> KVShape:
-    """The same for the plain model of this size: every layer with keys and values of its own.
+    """Return the KV shape of the same model without sharing, in which every layer owns keys and values.
 
-    Where ``sharing`` is a number of KV heads, the plain model has as many as query heads.
+    If ``sharing`` reduces the number of KV heads, the model without sharing has as many as query heads.
     """
     shape, config = model_shape(model), model.config.get_text_config()
     heads = shape.query_heads if sharing is not None and sharing.shares_heads else shape.kv_heads

@@ -1,9 +1,9 @@
-"""How attention logits are formed from queries and keys, as one value that travels with every attention call.
+"""Attention logits and weights: scaling, soft cap (Gemma 2) and attention sinks (gpt-oss).
 
     S = q . k * scaling;   S <- softcap * tanh(S / softcap);   S <- S + mask;   weights = softmax([S, sink])[:-1]
 
-The soft cap is Gemma 2's; it comes before the mask, for a capped mask would get weight. The sinks are gpt-oss's: one
-learned logit for each query head that takes part in the normalizer and has no value.
+The soft cap is applied before the mask, because a capped mask would get weight. A sink is a learned logit per query
+head that enters the softmax normalizer and has no value.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ class LogitRule:
     """Scaling, soft cap and sinks of one attention layer.
 
     Attributes:
-        scaling: factor on the products of queries and keys.
-        softcap: bound c of ``c * tanh(logit / c)``; None: no cap.
-        sinks: [H_q] logit that each query head adds to its normalizer; None: none.
+        scaling: Factor on the query-key products.
+        softcap: Bound c of ``c * tanh(logit / c)``; None: no cap.
+        sinks: [H_q] sink logit of each query head; None: no sinks.
     """
 
     scaling: float
@@ -29,11 +29,11 @@ class LogitRule:
 
     @property
     def is_plain(self) -> bool:
-        """Whether scaled dot products and a softmax are all there is, so that any attention kernel computes it."""
+        """Whether there is neither a soft cap nor a sink, so that any attention kernel can be used."""
         return self.softcap is None and self.sinks is None
 
     def logits(self, products: torch.Tensor) -> torch.Tensor:
-        """Logits before the mask, of products q . k in float32 or wider, which are overwritten."""
+        """Return unmasked logits from query-key products in float32 or wider; overwrites ``products``."""
         products *= self.scaling
         if self.softcap is not None:
             products.div_(self.softcap).tanh_().mul_(self.softcap)
@@ -44,14 +44,14 @@ class LogitRule:
 
         Args:
             logits: [B, heads..., ..., S]; masked entries are -inf.
-            head_dims: how many dimensions after the first make up the query heads, in order.
+            head_dims: Number of dimensions after the first that together index the query heads.
 
         Returns:
-            The same shape; rows add up to less than 1 where there are sinks.
+            Weights of the same shape; with sinks, rows sum to less than 1.
         """
         if self.sinks is None:
             return logits.softmax(-1)
         heads = logits.shape[1 : 1 + head_dims]
         sink = self.sinks.to(logits).view(1, *heads, *[1] * (logits.dim() - 1 - head_dims))
-        whole = torch.cat([logits, sink.expand(*logits.shape[:-1], 1)], dim=-1)
-        return whole.softmax(-1)[..., :-1]
+        with_sink = torch.cat([logits, sink.expand(*logits.shape[:-1], 1)], dim=-1)  # [..., S + 1]
+        return with_sink.softmax(-1)[..., :-1]

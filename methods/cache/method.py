@@ -1,11 +1,11 @@
-"""A method, and the cache that it makes for a model: which tokens stay, how they are stored, which layers share them.
+"""A compression method (which tokens are kept, how they are stored, which layers share them) and its cache factory.
 
     method = Method("snapkv", EvictionPolicy(SnapKV(), budget=512))
-    cache = method.new_cache(model)             # one batch; thrown away afterwards
+    cache = method.new_cache(model)             # for one batch
     model.generate(**inputs, past_key_values=cache)
 
-The cache works in ``model.generate`` and in :mod:`kvbench.runners.engine` alike: the model's layers hand their new
-queries, keys and values to :meth:`.cache.KVCache.attend` through the registered attention function (``attention.py``).
+The cache works with ``model.generate`` and with :mod:`kvbench.runners.engine`: the registered attention function
+(``attention.py``) passes each layer's new queries, keys and values to :meth:`.cache.KVCache.attend`.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from .retention import RecurrentLayer
 
 @dataclass(frozen=True)
 class Method(Options):
-    """One way of holding a KV cache.
+    """A KV-cache compression method: policy x storage x sharing.
 
     Attributes:
-        name: as typed after ``method=``.
-        policy: which tokens each layer keeps.
-        storage: how kept tokens are represented.
-        sharing: which layers own keys and values at all, a part of the model; None: as the model at hand has it.
-        budget: where the key ``method.budget`` stands; the policy takes its own from there and is what counts.
+        name: Name on the command line (``method=``).
+        policy: Which tokens each layer keeps.
+        storage: How kept tokens are represented in memory.
+        sharing: Which layers own keys and values, as part of the model; None: whatever the loaded model has.
+        budget: Value of the key ``method.budget``. The policy has its own copy, which is the one in effect.
     """
 
     key_prefix: ClassVar[str] = "method."
@@ -81,19 +81,19 @@ class Method(Options):
 
     @property
     def shares_prompt(self) -> bool:
-        """Whether other methods can share its prefill (``fan_out.py``)."""
+        """Whether the method can share a prefill with others (``fan_out.py``)."""
         return self.policy.capabilities.attends_whole_prompt
 
     @property
     def shares_steps(self) -> bool:
-        """Whether other methods can share its decode steps (``fan_out.py``)."""
+        """Whether the method can share batched decode steps with others (``fan_out.py``)."""
         return True
 
     def _check_name(self) -> None:
-        """Refuse a full cache under another method's name, or with a budget that nothing keeps.
+        """Reject a policy that keeps everything under the name of a token method, or with a budget it would ignore.
 
-        ``method=full`` accepts a budget and ignores it, so that a sweep can include it; likewise what saves bits or
-        layers.
+        ``method=full``, storage methods and sharing methods accept and ignore a budget, so that a sweep can include
+        them.
         """
         if type(self) is not Method or self.name == "full" or not self.policy.capabilities.keeps_everything:
             return
@@ -104,13 +104,13 @@ class Method(Options):
             raise InputError(
                 "method",
                 f"{self.name} {budget}".strip(),
-                "is given no policy, storage or sharing of that name, so every token would stay; in Python pass the "
+                "has no policy, storage or sharing of that name, so every token would stay; in Python pass the "
                 f'policy, as in Method("snapkv", EvictionPolicy(SnapKV(), 64)), or call '
                 f'kvbench.method("{self.name}"{budget and f", {budget}"})',
             )
 
     def _check_sharing(self) -> None:
-        """What cannot be held where layers share keys and values."""
+        """Reject policies and storages that do not work on layers that share keys and values."""
         if self.policy.capabilities.spans_layers:
             raise InputError(
                 "method",
@@ -131,15 +131,15 @@ class Method(Options):
             )
 
     def _check_plan(self, plan: Plan, model: PreTrainedModel) -> None:
-        """Refuse a model whose layers the method cannot work on."""
+        """Reject a model on whose layers the method cannot work."""
         if plan.shares:
             self._check_sharing()
-        if self.policy.capabilities.held_queries and plan.shares:
+        if self.policy.capabilities.stored_queries and plan.shares:
             raise InputError(
                 "method/schedule",
                 self.policy.schedule.id,  # type: ignore[attr-defined]
-                f"scores again by one layer's queries, and layers of {type(model).__name__} share keys and values; use "
-                "method/schedule=after_prefill",
+                f"re-scores tokens with one layer's queries, and layers of {type(model).__name__} share keys and "
+                "values; use method/schedule=after_prefill",
             )
         if self.policy.capabilities.spans_layers and not plan.is_uniform:
             raise InputError(
@@ -151,8 +151,8 @@ class Method(Options):
             raise InputError(
                 "method",
                 self.name,
-                "takes a prompt step by step, and a model whose layers refer up encodes it in several passes; "
-                "use method.policy.mode=prefill_evict",
+                "prefills token by token, and a model whose layers attend over the keys of a higher layer encodes a "
+                "prompt in several passes; use method.policy.mode=prefill_evict",
             )
         count = plan.layer_types.count(FULL)
         if not count and not (self.policy.capabilities.keeps_everything and self.storage.capabilities.lossless):
@@ -160,24 +160,23 @@ class Method(Options):
                 "method",
                 self.name,
                 f"works on layers that attend over all tokens, and {type(model).__name__} as configured has none: each "
-                "holds a window whatever the method; use method=full",
+                "layer keeps its own window whatever the method; use method=full",
             )
 
     @property
     def passes(self) -> int | None:
-        """See :attr:`.sharing.base.Sharing.passes`; only methods with the same can share a prefill."""
+        """See :attr:`.sharing.base.Sharing.passes`; methods can share a prefill only if their values are equal."""
         return None if self.sharing is None else self.sharing.passes
 
     def new_cache(self, model: PreTrainedModel) -> KVCache:
-        """An empty cache for one batch of ``model``, which is switched to kvbench's attention function.
+        """Switch ``model`` to kvbench's attention function and return an empty cache for one batch.
 
-        Where layers of the model share keys and values, there is a cache layer for each that owns some: one choice of
-        tokens, by the queries of all that attend over them. A layer of local attention holds its span, and a recurrent
-        one its state, whatever the method.
+        There is one cache layer for each layer that owns keys and values; its tokens are scored by the queries of all
+        layers that attend over them. Local-attention layers keep their window and recurrent layers their state,
+        whatever the method.
 
         Raises:
-            InputError: the model cannot be served, or the method cannot be used on a model that shares as this one
-                does.
+            InputError: The model is not supported, or the method does not work on its layers.
         """
         use_kvbench_attention(model)
         config = model.config.get_text_config()
@@ -218,24 +217,24 @@ class Method(Options):
         return ModelLayer(owner, place, count, partial(rotary_of, model, owner, self.name))
 
     def bytes_formula(self, shape: KVShape, prompt_length: int, new_tokens: int = 0) -> int:
-        """Bytes that one sequence should take after a prompt and ``new_tokens`` further tokens, by the formula."""
+        """Return the expected bytes of one sequence after a prompt and ``new_tokens`` generated tokens."""
         return self._bytes(shape, [1] * shape.layers, prompt_length, new_tokens)
 
     def bytes_read_formula(self, model: PreTrainedModel, prompt_length: int, new_tokens: int = 0) -> int:
-        """Bytes of the cache that a decode step reads: each cache layer once for each layer that attends over it."""
+        """Return the bytes a decode step reads: each cache layer once per layer of the model that attends over it."""
         plan, shape = plan_of(model.config.get_text_config()), model_shape(model)
-        times = {
+        readers = {
             span: sum(plan.cache_layer.count(n) for n, s in enumerate(plan.spans) if s == span) for span in plan.spans
         }
-        shape = replace(shape, local=tuple(replace(x, layers=times[x.span]) for x in shape.local))
+        shape = replace(shape, local=tuple(replace(x, layers=readers[x.span]) for x in shape.local))
         return self._bytes(shape, plan.consumers(FULL), prompt_length, new_tokens, read=True)
 
     def _bytes(
-        self, shape: KVShape, times: Sequence[int], prompt_length: int, new_tokens: int, read: bool = False
+        self, shape: KVShape, repeats: Sequence[int], prompt_length: int, new_tokens: int, read: bool = False
     ) -> int:
-        """By the formula, with the l-th layer of full attention counted ``times[l]`` times."""
+        """Return the bytes by the formula, counting full-attention layer ``l`` ``repeats[l]`` times."""
         tokens = self.policy.kept_tokens(prompt_length, new_tokens, shape.layers)
-        tokens = [n for n, count in zip(tokens, times, strict=True) for _ in range(count)]
+        tokens = [n for n, count in zip(tokens, repeats, strict=True) for _ in range(count)]
         formula = self.storage.bytes_read_formula if read else self.storage.bytes_formula
         heads = shape.query_heads if self.policy.capabilities.stores_query_heads else shape.kv_heads
         stored = formula(tokens, heads, shape, new_tokens)
@@ -243,10 +242,10 @@ class Method(Options):
         return stored + state + shape.fixed_bytes(prompt_length + new_tokens)
 
     def identity(self) -> dict[str, Any]:
-        """What decides this method's numbers, as plain data: see :class:`.conf.identity.HasIdentity`."""
+        """Return what determines the method's results, as plain data; see :class:`.conf.identity.HasIdentity`."""
         parts: dict[str, Any] = {"name": self.name}
         for key, part in (("selection", self.policy), ("storage", self.storage), ("sharing", self.sharing)):
-            if part is not None:  # a run from before there was such a part is the same run
+            if part is not None:  # runs recorded before a part existed keep their identity
                 parts[key] = part.identity()
         return parts
 
@@ -254,7 +253,7 @@ class Method(Options):
     def label(self) -> str:
         """Short name for tables: ``snapkv 512``, ``cla2 + kivi4``, ``key_diff 64 + adaptive``.
 
-        Lossless storages only differ in size, so they are not shown.
+        Lossless storages differ only in size, so they are not shown.
         """
         text = self.name if self.effective_budget is None else f"{self.name} {self.effective_budget}"
         text += self._changed_parts()
@@ -265,15 +264,15 @@ class Method(Options):
         return text if self.storage.capabilities.lossless else f"{text} + {self.storage.name}"
 
     def _changed_parts(self) -> str:
-        """Parts of an eviction policy that are not those of the method's YAML: `` + adaptive``, `` + every 128``."""
-        usual, parts = parts_of(self.name), []
-        for kind, own in (("scorer", "name"), ("allocator", "id"), ("schedule", "id")):
+        """Return the parts of an eviction policy that differ from the method's YAML: `` + adaptive + every 128``."""
+        defaults, labels = parts_of(self.name), []
+        for kind, attribute in (("scorer", "name"), ("allocator", "id"), ("schedule", "id")):
             part = getattr(self.policy, kind, None)
-            if part is not None and getattr(part, own) != usual.get(kind, getattr(part, own)):
-                parts.append(part.label if kind == "schedule" else getattr(part, own))
-        return "".join(f" + {part}" for part in parts)
+            if part is not None and getattr(part, attribute) != defaults.get(kind, getattr(part, attribute)):
+                labels.append(part.label if kind == "schedule" else getattr(part, attribute))
+        return "".join(f" + {label}" for label in labels)
 
     @property
     def effective_budget(self) -> int | float | None:
-        """The policy's budget, or None where it has none (``full`` accepts ``method.budget`` and ignores it)."""
+        """Budget of the policy; None if it has none (``full`` accepts ``method.budget`` and ignores it)."""
         return getattr(self.policy, "budget", None)

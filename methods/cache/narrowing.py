@@ -1,4 +1,4 @@
-"""Prompts that lose tokens between layers, for policies with ``narrows_prompt``.
+"""Removal of prompt tokens between layers, for policies with ``narrows_prompt``.
 
 The hidden states are the model's, so hooks on its decoder layers leave out the tokens that a policy does not pass on
 (:meth:`..policies.policy.CachePolicy.next_layer_tokens`), with their position embeddings. The hooks are set when the
@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...conf.errors import InputError
-from ..storage.base import slots_that_stay
+from ..storage.base import slots_to_keep
 from .cache import KVCache
 from .forward import NewTokens
 
@@ -81,7 +81,7 @@ class _Hooks:
             raise InputError(
                 "runner.chunk_size",
                 hidden.shape[1],
-                f"{before.names()} passes tokens on when a layer has read the whole prompt: use runner.chunk_size=null",
+                f"{before.method_names()} narrows a prompt after a layer's whole prefill: use runner.chunk_size=null",
             )
         going_on = before.policy.next_layer_tokens(before.state)
         if any(tokens is not None for tokens in going_on):
@@ -125,7 +125,7 @@ def narrowed(new: NewTokens, going_on: list[torch.Tensor | None], shape: torch.S
         else:
             stay[rows] = torch.zeros_like(stay[rows]).scatter(1, tokens + group.pads, True)
         counts.append(width - group.pads if tokens is None else tokens.shape[1])
-    columns, _ = slots_that_stay(stay)
+    columns, _ = slots_to_keep(stay)
     longest = columns.shape[1]
     rows_left = [
         replace(group, pads=longest - count, tokens_seen=group.tokens_seen or width - group.pads)

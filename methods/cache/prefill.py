@@ -1,9 +1,12 @@
-"""How a layer reads a prompt: full causal attention over all of it, then one call with the whole prompt in view.
+"""Prefill of one cache layer: full causal attention over the prompt, then one compression of the whole prompt.
 
-A layer attends over the complete keys and values of the prompt and only then compresses its own copy, so the first
-generated token is exactly the full cache's, and any number of methods can share one prefill (``fan_out.py``).
-The prompt may arrive in chunks; the policy still sees it whole. Left padding ends here: rows are cut to their real
-tokens before attention and before any method looks at them, so no method can score, keep or attend to a pad.
+A layer attends over the complete keys and values of the prompt and only then compresses its own copy. The first
+generated token is therefore the full cache's, and any number of methods can share one prefill (``fan_out.py``). A
+prompt may be fed in chunks; the policy still receives it whole. Left padding is removed here: rows are cut to their
+real tokens before attention and before scoring, so a method never sees a pad.
+
+Legend: B batch rows, R rows of one prompt length, H_q query heads, H_kv KV heads, g = H_q / H_kv, m queries and n new
+columns of a chunk, T columns so far, W queries in the observation window, D channels.
 """
 
 from __future__ import annotations
@@ -21,80 +24,97 @@ from .prompt import Prompt
 
 
 class PrefillLayer(ABC):
-    """A layer while it reads the prompt, chunk by chunk.
+    """Cache layer during the prefill.
 
     Args:
-        layer_idx, num_layers: which layer of how many.
-        observation_window: how many of the prompt's last queries :meth:`finish_prefill` needs.
-        span: the tokens that each token sees; None: all before it.
+        layer_idx, num_layers: Index of the cache layer and number of cache layers of its kind.
+        observation_window: Number of last prompt queries that :meth:`finish_prefill` needs.
+        span: Tokens that each token attends to; None: all before it.
+
+    Attributes:
+        model_layer: Index of the layer in the model.
+        seen: Columns seen so far, pads included.
+        in_prefill: Whether the prompt is not complete yet.
+        is_finite: Whether the prompt's keys and values are all finite, as a bool tensor on their device.
     """
 
     def __init__(self, layer_idx: int, num_layers: int, observation_window: int, span: Span | None = None):
         self.layer_idx, self.num_layers = layer_idx, num_layers
-        self.model_layer = layer_idx  # the same, counted among all layers of the model
+        self.model_layer = layer_idx
         self.observation_window, self.span = observation_window, span
-        self.is_finite: torch.Tensor | None = None  # bool, of a prompt's keys and values; looked at after the prefill
-        self.seen = 0  # columns fed so far, pads included
+        self.is_finite: torch.Tensor | None = None
+        self.seen = 0
         self.in_prefill = True
-        self._keys: torch.Tensor | None = None  # [B, H_kv, prompt length, D] while a chunked prompt is read
+        self._keys: torch.Tensor | None = None  # [B, H_kv, prompt length, D]
         self._values: torch.Tensor | None = None
-        self._written = 0  # columns put down
-        self._queries: list[torch.Tensor] = []  # of each layer that comes here, in turn
-        self._strict: list[bool] = []
-        self._turn = 0  # which of them comes now
+        self._written = 0  # columns of _keys and _values that are filled
+        self._queries: list[torch.Tensor] = []  # [B, H_q, W, D] of each layer of the model that uses this cache layer
+        self._strictly_causal: list[bool] = []  # for each of those layers
+        self._reader = 0  # index of the next of those layers in the current forward
 
     @abstractmethod
-    def names(self) -> str:
-        """The methods that read here, for an error."""
+    def method_names(self) -> str:
+        """Return the names of the methods, for error messages."""
 
     @abstractmethod
     def finish_prefill(self, prompts: list[tuple[Rows, Prompt]]) -> None:
-        """Take the whole prompt: compress it and keep what is kept. Called once, with all rows of the batch."""
+        """Compress and store the whole prompt; called once, with all rows of the batch."""
 
     def prefill(self, call: LayerCall, new: NewTokens, use: KVAccess) -> torch.Tensor:
-        """Attend over the prompt so far; with its last chunk and last use, compress it.
+        """Attend over the prompt so far, and compress it after its last chunk and last reader.
 
         Args:
-            call: Of this chunk; its keys and values are attended over after those of the chunks before.
-            new: The batch grouped by leading pads, and the columns of the whole prompt.
-            use: What this layer of the model does here.
+            call: Queries, keys and values of the chunk.
+            new: Batch rows grouped by leading pads, and the columns of the whole prompt.
+            use: How the layer of the model uses this cache layer.
 
         Returns:
             [B, H_q, m, D]; zero where the query is a pad.
         """
         start, end = self.seen, self.seen + call.columns
-        whole = end if new.prompt_length is None else new.prompt_length
+        prompt_length = end if new.prompt_length is None else new.prompt_length
         if use.is_owner and call.new_kv is None:
-            self._collect(call.key, call.value, start, end, whole)
-        keys, values = self._so_far(call, start, end, use)
+            self._collect(call.key, call.value, start, end, prompt_length)
+        keys, values = self._keys_and_values(call, start, end, use)  # [B, H_kv, T, D]
         if use.is_owner and call.new_kv is not None:
-            self._collect(*call.new_kv, start, end, whole)
+            self._collect(*call.new_kv, start, end, prompt_length)
         out = self._attend_rows(call, keys, values, new.rows, use.strictly_causal)
         if use.is_final_pass:
-            self._note_queries(call.query, use.strictly_causal)
+            self._collect_queries(call.query, use.strictly_causal)
         if use.is_last_reader and use.is_final_pass:
-            self.seen, self._turn = end, 0
-            if end >= whole:
+            self.seen, self._reader = end, 0
+            if end >= prompt_length:
                 self.seen = new.columns_seen or end
                 self._finish(call.rule, new.rows)
         return out
 
-    def _so_far(self, call: LayerCall, start: int, end: int, use: KVAccess) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of all columns up to ``end``, the new ones as given."""
+    def _collect(self, key: torch.Tensor, value: torch.Tensor, start: int, end: int, prompt_length: int) -> None:
+        """Store the keys and values of columns start .. end - 1; an unchunked prompt is not copied."""
+        self._written = end
+        if start == 0 and end == prompt_length:
+            self._keys, self._values = key, value
+            return
+        if self._keys is None or self._values is None:
+            self._keys, self._values = (x.new_empty(*x.shape[:2], prompt_length, x.shape[3]) for x in (key, value))
+        self._keys[:, :, start:end] = key
+        self._values[:, :, start:end] = value
+
+    def _keys_and_values(
+        self, call: LayerCall, start: int, end: int, use: KVAccess
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values of all columns up to ``end``, those of the chunk taken from ``call``."""
         key, value = call.key, call.value
         if start == 0:
             return key, value
         assert self._keys is not None and self._values is not None
-        if (
-            self._written == end and not use.strictly_causal and use.is_final_pass
-        ):  # the new ones have been put down as given
+        if self._written == end and not use.strictly_causal and use.is_final_pass:  # _collect has stored the chunk
             return self._keys[:, :, :end], self._values[:, :, :end]
         return torch.cat([self._keys[:, :, :start], key], dim=2), torch.cat([self._values[:, :, :start], value], dim=2)
 
     def _attend_rows(
-        self, call: LayerCall, keys: torch.Tensor, values: torch.Tensor, rows: list[Rows], strict: bool
+        self, call: LayerCall, keys: torch.Tensor, values: torch.Tensor, rows: list[Rows], strictly_causal: bool
     ) -> torch.Tensor:
-        """Attention over all columns of ``keys`` [B, H_kv, T, D], each group of rows without its pads."""
+        """Attend over ``keys`` [B, H_kv, T, D], each group of rows without its pads: [B, H_q, m, D]."""
         query, end = call.query, keys.shape[2]
         start = end - query.shape[2]  # column of the first query
         shape = (*query.shape[:3], values.shape[3])
@@ -103,12 +123,12 @@ class PrefillLayer(ABC):
             first = max(r.pads, start)  # column of the first real query
             if first >= end:
                 continue
-            attended = causal_attention(
+            attended = causal_attention(  # [R, H_q, end - first, D]
                 r.take(query)[:, :, first - start :],
                 r.take(keys)[:, :, r.pads :],
                 r.take(values)[:, :, r.pads :],
                 call.rule,
-                strict,
+                strictly_causal,
                 self.span,
             )
             if out is None:
@@ -118,19 +138,19 @@ class PrefillLayer(ABC):
         assert out is not None
         return out
 
-    def _note_queries(self, query: torch.Tensor, strict: bool) -> None:
-        """Remember the last queries of the layer whose turn it is."""
-        if self._turn == len(self._queries):
+    def _collect_queries(self, query: torch.Tensor, strictly_causal: bool) -> None:
+        """Append the queries [B, H_q, m, D] of the current reader and keep the last W of them."""
+        if self._reader == len(self._queries):
             self._queries.append(query)
-            self._strict.append(strict)
+            self._strictly_causal.append(strictly_causal)
         else:
-            self._queries[self._turn] = torch.cat([self._queries[self._turn], query], dim=2)
-        tail = self._queries[self._turn]
-        self._queries[self._turn] = tail[:, :, max(0, tail.shape[2] - self.observation_window) :]
-        self._turn += 1
+            self._queries[self._reader] = torch.cat([self._queries[self._reader], query], dim=2)
+        collected = self._queries[self._reader]
+        self._queries[self._reader] = collected[:, :, max(0, collected.shape[2] - self.observation_window) :]
+        self._reader += 1
 
     def _finish(self, rule: LogitRule, rows: list[Rows]) -> None:
-        """The prompt is in: hand it over."""
+        """End the prefill and pass the whole prompt to :meth:`finish_prefill`."""
         keys, values, queries = self._keys, self._values, self._queries
         assert keys is not None and values is not None
         self.in_prefill, self._keys, self._values, self._queries = False, None, None, []
@@ -141,21 +161,22 @@ class PrefillLayer(ABC):
             if len({q.shape[2] for q in queries}) > 1:
                 raise InputError(
                     "model.generate",
-                    self.names(),
-                    "needs the prompt's last queries of every layer, and this model leaves some out of the layers that "
-                    "share keys; use kvbench.runners.engine.generate",
+                    self.method_names(),
+                    "needs the prompt's last queries of every layer, and this model omits some of them in the layers "
+                    "that share keys; use kvbench.runners.engine.generate",
                 )
             heads = keys.shape[1]
-            grouped = [q.unflatten(1, (heads, -1)) for q in queries]  # [B, H_kv, g, W, D]
-            query = torch.cat(grouped, dim=2).flatten(1, 2)
-        if any(self._strict):
-            flags = [s for s, q in zip(self._strict, queries, strict=True) for _ in range(q.shape[1] // keys.shape[1])]
-            strictly_causal = torch.tensor(flags, device=keys.device)
-        # Noted here and looked at once for all layers (KVCache.check_prompt): the host does not wait in each layer.
+            grouped = [q.unflatten(1, (heads, -1)) for q in queries]  # [B, H_kv, g, W, D] of each reader
+            query = torch.cat(grouped, dim=2).flatten(1, 2)  # [B, H_q of all readers, W, D]
+        if any(self._strictly_causal):
+            layers = zip(self._strictly_causal, queries, strict=True)
+            flags = [strict for strict, q in layers for _ in range(q.shape[1] // keys.shape[1])]
+            strictly_causal = torch.tensor(flags, device=keys.device)  # [g of all readers]
+        # KVCache.check_prompt reads the flags of all layers at once, so that no layer syncs with the device here.
         self.is_finite = (keys.sum(dtype=torch.float32) + values.sum(dtype=torch.float32)).isfinite()
-        self.finish_prefill([(r, self._view(r, query, strictly_causal, keys, values, rule)) for r in rows])
+        self.finish_prefill([(r, self._prompt(r, query, strictly_causal, keys, values, rule)) for r in rows])
 
-    def _view(
+    def _prompt(
         self,
         r: Rows,
         queries: torch.Tensor,
@@ -164,18 +185,8 @@ class PrefillLayer(ABC):
         values: torch.Tensor,
         rule: LogitRule,
     ) -> Prompt:
+        """Return the prompt of some rows, without pads."""
         keys, values, queries = (r.take(x) for x in (keys, values, queries))
-        keys, values = keys[:, :, r.pads :], values[:, :, r.pads :]
-        queries = queries[:, :, max(0, queries.shape[2] - keys.shape[2]) :]
+        keys, values = keys[:, :, r.pads :], values[:, :, r.pads :]  # [R, H_kv, T, D]
+        queries = queries[:, :, max(0, queries.shape[2] - keys.shape[2]) :]  # [R, H_q, min(W, T), D]
         return Prompt(queries, keys, values, rule, self.layer_idx, self.num_layers, strictly_causal, seen=r.tokens_seen)
-
-    def _collect(self, key: torch.Tensor, value: torch.Tensor, start: int, end: int, whole: int) -> None:
-        """Put down the keys and values of columns start .. end - 1; a prompt that comes in one piece is not copied."""
-        self._written = end
-        if start == 0 and end == whole:
-            self._keys, self._values = key, value
-            return
-        if self._keys is None or self._values is None:
-            self._keys, self._values = (x.new_empty(*x.shape[:2], whole, x.shape[3]) for x in (key, value))
-        self._keys[:, :, start:end] = key
-        self._values[:, :, start:end] = value

@@ -1,6 +1,7 @@
-"""Attention of new tokens over a whole prompt and over a compressed cache, without expanding grouped heads.
+"""Attention of new tokens over a whole prompt or a compressed cache, without expanding grouped KV heads.
 
-Legend: B batch, H_q query heads, H_kv stored heads, n new tokens, S slots, D channels.
+Legend: B batch, H_q query heads, H or H_kv stored heads, g = H_q / H, n new tokens, S slots, T tokens of a sequence,
+D key channels, D_v value channels.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from .cpu_threads import kv_splits, split_kv_attention
 from .logits import LogitRule
 from .sdpa import sdpa_without_cudnn
 
-BLOCK = 256
-"""Queries at a time where attention is computed under a mask; memory grows with it times the keys in view."""
-MASK_ELEMENTS = 1 << 27
-"""Logits of one block, at most."""
+QUERY_BLOCK = 256
+"""Queries per block of masked attention; memory grows with it times the visible keys."""
+MAX_BLOCK_LOGITS = 1 << 27
+"""Maximum number of logits per block of masked attention."""
 
-PIECE = 1 << 18
-"""Numbers that are converted or expanded at a time on a CPU: as many as stay in its cache."""
+CHUNK_ELEMENTS = 1 << 18
+"""Elements that are converted or dequantized at a time on a CPU, few enough for its cache."""
 
 
 def repeat_heads(x: torch.Tensor, times: int) -> torch.Tensor:
-    """[B, H_kv, S, D] -> [B, H_kv * times, S, D]; query head j is served by KV head j // times."""
+    """Repeat KV heads: [B, H_kv, S, D] -> [B, H_kv * times, S, D]; query head j uses KV head j // times."""
     return x if times == 1 else x.repeat_interleave(times, dim=1)
 
 
@@ -33,24 +34,24 @@ def causal_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     rule: LogitRule,
-    strict: bool = False,
+    strictly_causal: bool = False,
     span: Span | None = None,
 ) -> torch.Tensor:
-    """Causal attention of the last n tokens of a sequence over all of it (rows without padding).
+    """Causal attention of the last n tokens of a sequence over the whole sequence, for rows without padding.
 
     Args:
-        query: [B, H_q, n, D], the queries of positions S - n .. S - 1.
+        query: [B, H_q, n, D], queries of positions S - n .. S - 1.
         key: [B, H_kv, S, D] with S >= n.
         value: [B, H_kv, S, D_v].
-        rule: how logits are formed.
-        strict: no token sees itself; the first token of all sees nothing, and its output is zero.
-        span: which of the tokens before it each one sees; None: all.
+        rule: How logits are computed.
+        strictly_causal: No token attends to itself; the output of the first token of the sequence is zero.
+        span: Local attention window; None: each token attends to all tokens before it.
 
     Returns:
         [B, H_q, n, D_v].
     """
     n, length = query.shape[2], key.shape[2]
-    if strict:  # token i sees what token i - 1 sees of a sequence that is one token shorter
+    if strictly_causal:  # causal attention with keys and values shifted by one position
         lead = int(n == length)
         out = query.new_zeros(*query.shape[:3], value.shape[3])
         if n > lead:
@@ -74,24 +75,24 @@ def causal_attention(
 def _attention_by_blocks(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: LogitRule, span: Span | None
 ) -> torch.Tensor:
-    """:func:`causal_attention` in blocks of queries, each over the keys that it can see: no [n, S] tensor is made."""
+    """Compute :func:`causal_attention` in blocks of queries over their visible keys, without an [n, S] tensor."""
     n, length = query.shape[2], key.shape[2]
     first = length - n  # position of the first query
-    columns = length if span is None else min(length, span.size + BLOCK)
-    block = max(1, min(BLOCK, MASK_ELEMENTS // (query.shape[0] * query.shape[1] * columns)))
+    columns = length if span is None else min(length, span.size + QUERY_BLOCK)
+    block = max(1, min(QUERY_BLOCK, MAX_BLOCK_LOGITS // (query.shape[0] * query.shape[1] * columns)))
     out = []
     for start in range(0, n, block):
         end = min(n, start + block)
         begin = 0 if span is None else span.first_visible(first + start)
         stop = first + end
-        at = torch.arange(first + start, stop, device=query.device)[:, None]  # [n, 1]
-        columns_at = torch.arange(begin, stop, device=query.device)[None]  # [1, S]
-        visible = columns_at <= at
+        query_position = torch.arange(first + start, stop, device=query.device)[:, None]  # [block, 1]
+        key_position = torch.arange(begin, stop, device=query.device)[None]  # [1, visible keys]
+        visible = key_position <= query_position  # [block, visible keys]
         if span is not None:
-            visible = visible & span.visible(at, columns_at)
-        part = (query[:, :, start:end], key[:, :, begin:stop], value[:, :, begin:stop])
-        out.append(masked_attention(*part, rule, visible[None, None]))
-    return torch.cat(out, dim=2)
+            visible = visible & span.visible(query_position, key_position)
+        tensors = (query[:, :, start:end], key[:, :, begin:stop], value[:, :, begin:stop])
+        out.append(masked_attention(*tensors, rule, visible[None, None]))
+    return torch.cat(out, dim=2)  # [B, H_q, n, D_v]
 
 
 def lower_right_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -104,8 +105,8 @@ def lower_right_attention(query: torch.Tensor, key: torch.Tensor, value: torch.T
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling, enable_gqa=gqa)
 
 
-def exact_products(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """``query @ keys^T`` in float32 or wider, as every kernel of attention has its logits before the softmax.
+def query_key_products(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Compute ``query @ keys^T`` in float32 or wider, the precision of logits in attention kernels.
 
     Args:
         query: [..., G, D].
@@ -114,38 +115,38 @@ def exact_products(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     Returns:
         [..., G, S].
     """
-    exact = torch.promote_types(query.dtype, torch.float32)
-    if exact == query.dtype:
+    acc_dtype = torch.promote_types(query.dtype, torch.float32)
+    if acc_dtype == query.dtype:
         return torch.matmul(query, keys.transpose(-1, -2))
     if query.is_cuda:
         flat = (query.flatten(0, -3), keys.flatten(0, -3).transpose(1, 2))
-        return torch.bmm(*flat, out_dtype=exact).view(*query.shape[:-1], keys.shape[-2])
-    out = query.new_empty(*query.shape[:-1], keys.shape[-2], dtype=exact)
-    step = max(1, PIECE // (keys.shape[:-2].numel() * keys.shape[-1]))
-    for start in range(0, keys.shape[-2], step):  # a piece at a time: all of them in float32 would be a second cache
-        piece = keys[..., start : start + step, :].to(exact)
-        out[..., start : start + step] = torch.matmul(query.to(exact), piece.transpose(-1, -2))
+        return torch.bmm(*flat, out_dtype=acc_dtype).view(*query.shape[:-1], keys.shape[-2])
+    out = query.new_empty(*query.shape[:-1], keys.shape[-2], dtype=acc_dtype)
+    step = max(1, CHUNK_ELEMENTS // (keys.shape[:-2].numel() * keys.shape[-1]))
+    for start in range(0, keys.shape[-2], step):  # in chunks, because a float32 copy would double the cache
+        chunk = keys[..., start : start + step, :].to(acc_dtype)
+        out[..., start : start + step] = torch.matmul(query.to(acc_dtype), chunk.transpose(-1, -2))
     return out
 
 
 def softmax_of(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Weights in ``dtype`` of logits that are in float32 or wider, as in every kernel of attention."""
+    """Softmax of logits in float32 or wider, with the weights rounded to ``dtype``."""
     return logits.softmax(-1).to(dtype)
 
 
 def visibility(n: int, length: int, valid: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    """Which of ``length`` cached slots each of the last ``n`` tokens may see.
+    """Return the mask of the slots to which each of the last ``n`` tokens attends.
 
-    Everything that was cached before is visible and the new tokens, which hold the last ``n`` slots, are causal among
-    themselves: SDPA's ``is_causal`` would be wrong here, because it aligns the triangle to the first slot.
+    The new tokens are in the last ``n`` slots. They attend to all earlier slots and causally to each other. SDPA's
+    ``is_causal`` would be wrong here, because it aligns the triangle to the first slot.
 
     Args:
-        n: new tokens.
-        length: slots in all, the new ones included.
-        valid: [B, 1 or H, length], True where a slot holds a real token; None: everywhere.
+        n: Number of new tokens.
+        length: Number of slots, including the new tokens.
+        valid: [B, 1 or H, length] bool, True where a slot contains a real token; None: everywhere.
 
     Returns:
-        bool, broadcastable to [B, H, n, length], or None: everything is visible.
+        bool, broadcastable to [B, H, n, length]; None: everything is visible.
     """
     causal = None
     if n > 1:
@@ -154,10 +155,10 @@ def visibility(n: int, length: int, valid: torch.Tensor | None, device: torch.de
         return causal
     visible = valid[:, :, None, :]
     if causal is not None:
-        # A padding query sees itself alone, so that its softmax is not over nothing.
-        own = torch.eye(n, dtype=torch.bool, device=device)
-        own = F.pad(own, (length - n, 0))[None, None]
-        visible = (visible & causal) | own
+        # A pad attends to itself, because the softmax of a fully masked row is NaN.
+        diagonal = torch.eye(n, dtype=torch.bool, device=device)
+        diagonal = F.pad(diagonal, (length - n, 0))[None, None]
+        visible = (visible & causal) | diagonal
     return visible
 
 
@@ -174,8 +175,8 @@ def cached_attention(
         query: [B, H_q, n, D].
         keys: [B, H, S, D] with H dividing H_q.
         values: [B, H, S, D_v].
-        rule: how logits are formed.
-        valid: see :func:`visibility`.
+        rule: How logits are computed.
+        valid: See :func:`visibility`.
 
     Returns:
         [B, H_q, n, D_v].
@@ -189,17 +190,17 @@ def cached_attention(
 def masked_attention(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: LogitRule, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """Attention under a bool mask [B or 1, H or 1, n, S] (None: everything is visible).
+    """Attention under a mask, without expanding keys and values to query heads.
 
-    The query heads of a group are laid side by side as extra query rows of their KV head, so keys and values are never
-    expanded: [B, H_kv, g * n, D] against [B, H_kv, S, D].
+    The query heads of a group become extra query rows of their KV head: [B, H_kv, g * n, D] x [B, H_kv, S, D].
 
     Args:
         query: [B, H_q, n, D].
         keys: [B, H_kv, S, D].
         values: [B, H_kv, S, D_v].
-        rule: how logits are formed.
-        mask: True where a query sees a slot; every query sees one at least.
+        rule: How logits are computed.
+        mask: [B or 1, H or 1, n, S] bool, True where a query attends to a slot, at least once per query; None:
+            everywhere.
 
     Returns:
         [B, H_q, n, D_v].
@@ -207,18 +208,18 @@ def masked_attention(
     batch, query_heads, n, dim = query.shape
     heads = keys.shape[1]
     groups = query_heads // heads
-    rows = query.reshape(batch, heads, groups * n, dim)
+    rows = query.reshape(batch, heads, groups * n, dim)  # [B, H_kv, g * n, D]
     if not rule.is_plain:
-        logits = rule.logits(exact_products(rows, keys)).unflatten(2, (groups, n))  # [B, H_kv, g, n, S]
+        logits = rule.logits(query_key_products(rows, keys)).unflatten(2, (groups, n))  # [B, H_kv, g, n, S]
         if mask is not None:
             logits = logits.masked_fill(~mask[:, :, None], float("-inf"))
-        weights = rule.weights(logits, head_dims=2).to(values.dtype).flatten(2, 3)
+        weights = rule.weights(logits, head_dims=2).to(values.dtype).flatten(2, 3)  # [B, H_kv, g * n, S]
         return torch.matmul(weights, values).reshape(batch, query_heads, n, -1)
     if mask is not None and groups > 1 and n > 1:
         mask = mask.repeat(1, 1, groups, 1)
-    parts = 1 if mask is not None else kv_splits(rows, keys, values)
-    if parts > 1:
-        out = split_kv_attention(rows, keys, values, rule.scaling, parts)
+    splits = 1 if mask is not None else kv_splits(rows, keys, values)
+    if splits > 1:
+        out = split_kv_attention(rows, keys, values, rule.scaling, splits)
     else:
         out = sdpa_without_cudnn(rows, keys, values, attn_mask=mask, scale=rule.scaling)
     return out.reshape(batch, query_heads, n, -1)
@@ -230,34 +231,33 @@ def uncached_attention(
     value: torch.Tensor,
     rule: LogitRule,
     attention_mask: torch.Tensor | None,
-    strict: bool = False,
+    strictly_causal: bool = False,
     span: Span | None = None,
 ) -> torch.Tensor:
-    """Causal attention of the last n tokens of whole rows, which may be padded on either side.
+    """Causal attention of the last n tokens of complete rows, which may be padded on either side.
 
     Args:
         query: [B, H_q, n, D].
         key: [B, H_kv, T, D].
         value: [B, H_kv, T, D_v].
-        rule: how logits are formed.
+        rule: How logits are computed.
         attention_mask: [B, T], True for a real token; None: no padding.
-        strict: no token sees itself.
-        span: which of the tokens before it each one sees; None: all.
+        strictly_causal: No token attends to itself.
+        span: Local attention window; None: each token attends to all tokens before it.
 
     Returns:
-        [B, H_q, n, D_v]; zero where a token sees nothing.
+        [B, H_q, n, D_v]; zero for fully masked tokens.
     """
     n, length = query.shape[2], key.shape[2]
     if attention_mask is None or bool(attention_mask.all()):
-        return causal_attention(query, key, value, rule, strict, span)
+        return causal_attention(query, key, value, rule, strictly_causal, span)
     mask = attention_mask.bool()
     columns = torch.arange(length, device=query.device)
     position = (mask.long().cumsum(1) - 1) if span is not None and span.counts_from_start else columns.expand_as(mask)
-    at, of = position[:, length - n :, None], position[:, None]  # [B, n, 1], [B, 1, T]
-    visible = columns[length - n :, None] - columns[None] >= int(strict)
-    visible = visible & mask[:, None]
+    visible = columns[length - n :, None] - columns[None] >= int(strictly_causal)  # [n, T]
+    visible = visible & mask[:, None]  # [B, n, T]
     if span is not None:
-        visible = visible & span.visible(at, of)
-    visible = visible[:, None]
-    sees = visible.any(-1, keepdim=True)
-    return masked_attention(query, key, value, rule, visible | ~sees).masked_fill(~sees, 0.0)
+        visible = visible & span.visible(position[:, length - n :, None], position[:, None])
+    visible = visible[:, None]  # [B, 1, n, T]
+    is_masked = ~visible.any(-1, keepdim=True)  # fully masked rows get zero output instead of NaN
+    return masked_attention(query, key, value, rule, visible | is_masked).masked_fill(is_masked, 0.0)

@@ -1,4 +1,4 @@
-"""The whole prompt as one layer sees it: what policies and scorers are given."""
+"""The prompt of one layer: the input of policies and scorers."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import torch
 from .logits import LogitRule
 
 ALL_QUERIES = sys.maxsize
-"""As an observation window: every query of the prompt."""
+"""Observation window of a method that needs every query of the prompt."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The whole prompt as one layer sees it, for rows of equal length, without pads.
+    """The whole prompt at one layer, for the batch rows of one length, without pads.
 
     Attributes:
-        query: [R, H_q, W, D], the queries of the last W tokens, after RoPE; W is what the policy asked for as
-            ``observation_window``, or the prompt's length if that is shorter. Where several layers of the model attend
-            over these keys, H_q counts the heads of all of them, those that share a KV head side by side.
+        query: [R, H_q, W, D], queries of the last W tokens, after RoPE. W is the policy's ``observation_window``, or T
+            if the prompt is shorter. If several layers of the model attend over these keys, H_q counts the heads of
+            all of them, grouped by KV head.
         keys, values: [R, H_kv, T, D], keys after RoPE.
-        rule: how logits are formed.
-        layer_idx, num_layers: which layer of how many.
+        rule: How logits are computed.
+        layer_idx, num_layers: Index of the cache layer and number of cache layers of its kind.
         strictly_causal: [H_q / H_kv] bool, True for the query heads of a group that do not attend to their own token;
             None: all do.
-        protected: last tokens that stay whatever their scores.
-        seen: tokens of the text so far, where that is more than the T tokens at hand (while decoding, or where the
-            layer is given fewer than all); None: T.
-        found: what has been worked out about this prompt; methods that read it together share it (:meth:`cached`).
+        protected: Number of last tokens that are kept whatever their scores.
+        seen: Tokens of the text so far, if more than the T tokens in ``keys`` (while decoding, or if the layer gets
+            only some of them); None: T.
+        memo: Results of :meth:`cached`, shared by the methods that share the prefill.
     """
 
     query: torch.Tensor
@@ -42,32 +42,33 @@ class Prompt:
     strictly_causal: torch.Tensor | None = None
     protected: int = 0
     seen: int | None = None
-    found: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
+    memo: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
-    def cached(self, what: str, work_out: Callable[[Prompt], torch.Tensor]) -> torch.Tensor:
-        """``work_out(self)``, computed for the first that asks; not to be changed in place.
+    def cached(self, name: str, compute: Callable[[Prompt], torch.Tensor]) -> torch.Tensor:
+        """Return ``compute(self)``, computed on the first call with this name; do not modify the result in place.
 
         Args:
-            what: its name; with the number of queries in view, it must say all that the result depends on.
+            name: Cache key. Together with W it must identify everything that the result depends on.
+            compute: Function of the prompt.
         """
-        key = (what, self.query.shape[2])
-        if key not in self.found:
-            self.found[key] = work_out(self)
-        return self.found[key]
+        key = (name, self.query.shape[2])
+        if key not in self.memo:
+            self.memo[key] = compute(self)
+        return self.memo[key]
 
     def last_queries(self, window: int) -> Prompt:
-        """The same prompt with fewer queries in view."""
+        """Return the prompt with only its last ``window`` queries."""
         query = self.query[:, :, max(0, self.query.shape[2] - window) :]
         return replace(self, query=query)
 
     @property
     def length(self) -> int:
-        """T, tokens."""
+        """T, the number of tokens."""
         return self.keys.shape[2]
 
     @property
     def tokens_seen(self) -> int:
-        """Tokens of the text so far: the position of the next one."""
+        """Tokens of the text so far, which is the position of the next token."""
         return self.length if self.seen is None else self.seen
 
     @property

@@ -1,6 +1,6 @@
-"""Attention that a prompt's queries pay, as scorers use it: the causal mask and what layers share are dealt with here.
+"""Attention weights of a prompt's queries, for scorers; applies the causal mask and the layers' logit rules.
 
-Legend: R rows, H_q query heads, H_kv stored heads, g = H_q / H_kv, w queries in view, T tokens.
+Legend: R rows, H_q query heads, H_kv stored heads, g = H_q / H_kv, w observed queries, n queries of a block, T tokens.
 """
 
 from __future__ import annotations
@@ -11,62 +11,62 @@ import torch
 
 from .prompt import Prompt
 
-BLOCK = 64
-"""Queries whose attention is computed at a time on a CPU, so that it stays in its cache; on CUDA eight times more."""
+QUERY_BLOCK = 64
+"""Queries per block on a CPU, few enough for its cache; eight times as many on CUDA."""
 
 
 def window_attention(prompt: Prompt) -> torch.Tensor:
-    """Attention probabilities of the last w queries over the whole prompt: [R, H_q, w, T], float32.
+    """Attention weights of the last w queries over the whole prompt: [R, H_q, w, T] float32.
 
-    The softmax runs over all T tokens; inside the window it is causal. Products are taken in the compute dtype, group
-    by group without expanding the keys, and the softmax in float32.
+    The softmax is over all T tokens, causal within the window. Query-key products are in the compute dtype, without
+    expanding the keys to query heads; the softmax is in float32.
     """
     rows, query_heads, w, dim = prompt.query.shape
     heads, length = prompt.keys.shape[1], prompt.length
-    grouped = prompt.query.reshape(rows, heads, prompt.groups * w, dim)
-    logits = (grouped @ prompt.keys.transpose(-1, -2)).reshape(rows, query_heads, w, length)
+    grouped = prompt.query.reshape(rows, heads, prompt.groups * w, dim)  # [R, H_kv, g * w, D]
+    logits = (grouped @ prompt.keys.transpose(-1, -2)).reshape(rows, query_heads, w, length)  # [R, H_q, w, T]
     logits = prompt.rule.logits(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-    _hide_future(logits.view(rows, heads, prompt.groups, w, length), length - w, prompt.strictly_causal)
+    _mask_future(logits.view(rows, heads, prompt.groups, w, length), length - w, prompt.strictly_causal)
     return _attention_from(logits, prompt)
 
 
 def attention_received(prompt: Prompt) -> torch.Tensor:
-    """Column sums of the causal attention matrix, averaged over the query heads of a group: [R, H_kv, T], float32."""
+    """Column sums of the causal attention matrix, averaged over the query heads of a group: [R, H_kv, T] float32."""
     shape = (*prompt.keys.shape[:2], prompt.length)
     sums = torch.zeros(shape, dtype=torch.float32, device=prompt.query.device)
-    for _, attention in attention_blocks(prompt, prompt.length):
+    for _, attention in attention_blocks(prompt, prompt.length):  # [R, H_kv, g, n, columns]
         sums[..., : attention.shape[-1]] += attention.sum(dim=(2, 3))
     return sums / prompt.groups
 
 
 def attention_blocks(prompt: Prompt, count: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Causal attention of the prompt's last ``count`` queries, in blocks of queries, so that memory grows with T alone.
+    """Causal attention weights of the prompt's last ``count`` queries in blocks of queries, in memory linear in T.
 
     Yields:
-        (number of the block's first query, [R, H_kv, g, n, columns] float32); a block has columns up to its last query.
+        (index of the block's first query, [R, H_kv, g, n, columns] float32), with columns up to the last query.
     """
-    rows, _, held, dim = prompt.query.shape
+    rows, _, w, dim = prompt.query.shape
     heads, length = prompt.keys.shape[1], prompt.length
-    grouped = prompt.query.reshape(rows, heads, prompt.groups, held, dim)
-    block = 8 * BLOCK if grouped.is_cuda else BLOCK
+    grouped = prompt.query.reshape(rows, heads, prompt.groups, w, dim)
+    block = 8 * QUERY_BLOCK if grouped.is_cuda else QUERY_BLOCK
     for start in range(0, count, block):
         n = min(block, count - start)
         first, end = length - count + start, length - count + start + n  # positions of the block's queries
-        at = held - count + start
-        queries = grouped[:, :, :, at : at + n].reshape(rows, heads, prompt.groups * n, dim)
+        offset = w - count + start
+        queries = grouped[:, :, :, offset : offset + n].reshape(rows, heads, prompt.groups * n, dim)
         logits = prompt.rule.logits((queries @ prompt.keys[:, :, :end].transpose(-1, -2)).float())
-        logits = logits.reshape(rows, heads, prompt.groups, n, end)
-        _hide_future(logits, first, prompt.strictly_causal)
+        logits = logits.reshape(rows, heads, prompt.groups, n, end)  # [R, H_kv, g, n, columns]
+        _mask_future(logits, first, prompt.strictly_causal)
         yield start, _attention_from(logits, prompt)
 
 
-def _hide_future(logits: torch.Tensor, first: int, strictly_causal: torch.Tensor | None) -> None:
-    """Mask, in place, what queries do not see.
+def _mask_future(logits: torch.Tensor, first: int, strictly_causal: torch.Tensor | None) -> None:
+    """Apply the causal mask in place.
 
     Args:
-        logits: [R, H_kv, g, n, columns], of the queries of positions ``first`` .. ``first + n - 1``.
-        first: See there; columns from there on are the queries' own.
-        strictly_causal: [g] bool, query heads whose tokens do not see themselves; None: all do.
+        logits: [R, H_kv, g, n, columns], of the queries at positions ``first`` .. ``first + n - 1``.
+        first: Position of the first query.
+        strictly_causal: [g] bool, True for query heads that do not attend to their own token; None: all do.
     """
     n = logits.shape[3]
     future = torch.ones(n, n, dtype=torch.bool, device=logits.device).triu(1)
@@ -76,7 +76,7 @@ def _hide_future(logits: torch.Tensor, first: int, strictly_causal: torch.Tensor
 
 
 def _attention_from(logits: torch.Tensor, prompt: Prompt) -> torch.Tensor:
-    """Softmax over the last dimension of masked logits [R, H_q, n, T] or [R, H_kv, g, n, T], sinks in the normalizer.
+    """Softmax of masked logits [R, H_q, n, T] or [R, H_kv, g, n, T], with the sinks in the normalizer.
 
     Fully masked rows (the first token under strictly causal masking) get zero weights instead of NaN.
     """

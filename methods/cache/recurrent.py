@@ -1,7 +1,7 @@
-"""Recurrent state beside the KV cache: models whose layers are partly linear attention, Mamba or convolutions.
+"""Recurrent states of hybrid models, whose layers are partly linear attention, Mamba or convolutions.
 
-The state has a fixed size whatever the number of tokens, so no method changes it. transformers' own cache layers hold
-it, and :class:`.cache.KVCache` passes its layers' calls on to them.
+A state has a fixed size whatever the number of tokens, so no method changes it. It is stored in transformers' own cache
+layers, to which :class:`.cache.KVCache` forwards the calls of the recurrent layers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STATES = ("conv_states", "recurrent_states")
 
 
 class StateLayer(LinearAttentionLayer):
-    """transformers' state of one recurrent layer, as a layer of a kvbench cache; its bytes are RecurrentStates'."""
+    """transformers' state of one recurrent layer as a cache layer; :class:`RecurrentStates` counts its bytes."""
 
     is_sliding = is_compileable = False  # read by transformers
     in_prefill = False
@@ -34,7 +34,7 @@ class StateLayer(LinearAttentionLayer):
 
     @property
     def tokens(self) -> torch.Tensor:
-        """No token is held, [1, 1] zero."""
+        """Number of tokens stored: none, [1, 1] zero."""
         return torch.zeros(1, 1, dtype=torch.int64)
 
     def tensors(self) -> list[torch.Tensor]:
@@ -45,20 +45,20 @@ class StateLayer(LinearAttentionLayer):
 
 
 class RecurrentStates:
-    """The states of a model's recurrent layers, for one batch.
+    """States of a model's recurrent layers for one batch.
 
     Attributes:
-        cache: a transformers cache with a state at each recurrent layer and nothing at the others.
+        cache: Transformers cache with a state at each recurrent layer and empty layers elsewhere.
     """
 
     def __init__(self, config: PretrainedConfig, recurrent: Sequence[int]):
-        made: list[Any] = DynamicCache(config=config).layers
+        templates: list[Any] = DynamicCache(config=config).layers
         layers: list[Any] = [DynamicLayer() for _ in range(config.num_hidden_layers)]
         for i in recurrent:
-            layers[i] = StateLayer(number_of_states=made[i].number_of_states)
+            layers[i] = StateLayer(number_of_states=templates[i].number_of_states)
         self.cache = Cache(layers=layers)
 
-    def _each(self) -> Iterator[tuple[dict[int, Any], int]]:
+    def _items(self) -> Iterator[tuple[dict[int, Any], int]]:
         for layer in self.cache.layers:
             if isinstance(layer, LinearAttentionCacheLayerMixin):
                 for name in STATES:
@@ -66,22 +66,22 @@ class RecurrentStates:
                     yield from ((states, i) for i in states if states[i] is not None)
 
     def tensors(self) -> list[torch.Tensor]:
-        """Every state tensor, rows first."""
-        return [states[i] for states, i in self._each()]
+        """Return every state tensor, batch dimension first."""
+        return [states[i] for states, i in self._items()]
 
-    def change(self, rows_of: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Replace every state tensor by what ``rows_of`` makes of it."""
-        for states, i in self._each():
-            states[i] = rows_of(states[i])
+    def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace every state tensor by ``function`` of it."""
+        for states, i in self._items():
+            states[i] = function(states[i])
 
     def join(self, others: Sequence[RecurrentStates]) -> None:
-        """Take the rows of several, one after another."""
+        """Replace the states by the concatenated rows of ``others``."""
         first = others[0]
-        for mine, theirs in zip(self.cache.layers, first.cache.layers, strict=True):
-            if isinstance(mine, LinearAttentionCacheLayerMixin):
-                mine.__dict__.update({key: dict(x) if isinstance(x, dict) else x for key, x in vars(theirs).items()})
-        every = zip(*(other.tensors() for other in others), strict=True)
-        for (states, i), rows in zip(list(self._each()), every, strict=True):
+        for layer, source in zip(self.cache.layers, first.cache.layers, strict=True):
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                layer.__dict__.update({key: dict(x) if isinstance(x, dict) else x for key, x in vars(source).items()})
+        tensors = zip(*(other.tensors() for other in others), strict=True)
+        for (states, i), rows in zip(list(self._items()), tensors, strict=True):
             states[i] = torch.cat(rows)
 
     @property

@@ -1,4 +1,4 @@
-"""The cache layer of a gated-retention layer: one matrix per head, whatever the number of tokens."""
+"""Cache layer of a gated-retention layer: one matrix per head, whatever the number of tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..policies.policy import PolicyCapabilities
 
 
 class RecurrentLayer:
-    """Holds the state that the layer hands over after each forward."""
+    """Recurrent state of one retention layer, replaced after each forward."""
 
     is_sliding = False  # read by transformers
     is_compileable = record_past = False
@@ -20,12 +20,12 @@ class RecurrentLayer:
         self.recurrent_states: list[torch.Tensor | None] = [None]
 
     def update(self, state: torch.Tensor) -> None:
-        """Keep ``state`` [B, H, D, D] instead of the one before."""
+        """Replace the state by ``state`` [B, H, D, D]."""
         self.recurrent_states[0] = state.detach()
 
     @property
     def tokens(self) -> torch.Tensor:
-        """No token is held, [B, 1] zeros."""
+        """Number of tokens stored: none, [B, 1] zeros."""
         state = self.recurrent_states[0]
         return torch.zeros(0 if state is None else state.shape[0], 1, dtype=torch.int64)
 

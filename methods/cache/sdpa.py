@@ -1,4 +1,4 @@
-"""Scaled dot-product attention by a kernel that needs no plan for its shapes."""
+"""Scaled dot-product attention without cuDNN, whose kernels need a plan for each new shape."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch.backends import cuda
 
 
 def sdpa_without_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
-    """``F.scaled_dot_product_attention`` by flash, memory-efficient or plain kernels, for shapes that keep changing.
+    """Call ``F.scaled_dot_product_attention`` with cuDNN disabled, for shapes that change at every step.
 
-    cuDNN's attention works out a plan for each new shape, on the host (2.6 ms on an H100's machine); a cache that grows
-    by one token a step has a new shape at every step. Whether cuDNN may be used is a flag of the process, read when a
-    call is dispatched, so it is off for this call alone: to set it costs 0.4 us, ``torch.nn.attention.sdpa_kernel`` 17.
+    cuDNN builds a plan for each new shape on the host (2.6 ms with an H100), and a cache that grows by one token per
+    step has a new shape at every step. The process-wide flag is read when a call is dispatched, so it is cleared for
+    this call only. Setting it costs 0.4 us, ``torch.nn.attention.sdpa_kernel`` 17 us.
     """
     if not (query.is_cuda and cuda.cudnn_sdp_enabled()):
         return F.scaled_dot_product_attention(query, key, value, **options)

@@ -1,4 +1,4 @@
-"""What transformers asks of a cache, beside its attention: lengths, masks, and the states of recurrent layers."""
+"""Cache interface of transformers apart from attention: lengths, mask sizes, and the states of recurrent layers."""
 
 from __future__ import annotations
 
@@ -9,43 +9,43 @@ from transformers.cache_utils import Cache
 
 from ...conf.errors import InputError
 from ..sharing.plan import Plan
-from .attention import announce, tag
+from .attention import register_update, tag
 from .forward import LayerCall
 from .recurrent import RecurrentStates
 
 
 class TransformersCache(Cache):
-    """A cache as transformers' models and ``generate`` use it.
+    """Base class of kvbench's caches, for use in transformers' models and ``generate``.
 
     Attributes:
-        layers: Cache layers; ``plan`` says which layers of the model use which.
+        layers: Cache layers; ``plan`` maps the layers of the model to them.
         plan: See :class:`..sharing.plan.Plan`.
-        first_layer: Of the model's layers, the first to come to the cache in a forward.
-        tokens_seen: Real tokens of each row so far, [B] int64; None before the first.
-        states: Of the model's recurrent layers; None: it has none.
+        first_layer: The first layer of the model that attends in a forward.
+        tokens_seen: [B] int64, real tokens of each row so far; None before the first forward.
+        states: States of the model's recurrent layers; None: it has none.
     """
 
     plan: Plan
     first_layer: int
     tokens_seen: torch.Tensor | None
     states: RecurrentStates | None
-    layers: list[Any]  # transformers' own layer classes hold tensors in their own way
+    layers: list[Any]  # not only transformers' layer classes
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pass the new keys and values straight through, with this cache's name on them.
+        """Return the new keys and values unchanged, with this cache attached to the key tensor.
 
         Raises:
-            InputError: the layer before attended by code of its own, or this one should have no keys.
+            InputError: The previous layer bypassed the attention function, or the config gives this layer no keys.
         """
         if layer_idx not in self.plan.attending:
-            raise InputError("model", f"layer {layer_idx}", "gives keys and values that its config does not speak of")
-        announce(self, layer_idx)
+            raise InputError("model", f"layer {layer_idx}", "has keys and values, and the model's config gives it none")
+        register_update(self, layer_idx)
         return tag(key_states, self), value_states
 
     def __bool__(self) -> bool:
-        """False: Phi-3's ``generate`` throws a true cache away where RoPE changes; this one refuses (``_begin``)."""
+        """Return False, because Phi-3's ``generate`` discards a truthy cache at the RoPE switch; ``_begin`` raises."""
         return False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -53,7 +53,7 @@ class TransformersCache(Cache):
             layer_idx = self.first_layer
         return self.layers[self.plan.cache_layer[layer_idx]].get_seq_length()
 
-    # the recurrent layers' calls go to transformers' own cache
+    # calls of recurrent layers are forwarded to transformers' own cache
 
     def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
         return self.states is not None and self.states.cache.has_previous_state(layer_idx, *args, **kwargs)
@@ -70,12 +70,12 @@ class TransformersCache(Cache):
     @property
     def _states(self) -> RecurrentStates:
         if self.states is None:
-            raise InputError("model", "a recurrent layer", "keeps a state that its config does not speak of")
+            raise InputError("model", "a recurrent layer", "keeps a state, and the model's config gives it none")
         return self.states
 
     @property
     def is_sliding(self) -> list[bool]:
-        """transformers sizes masks by it; here every layer counts the columns that it has seen."""
+        """False for all layers: transformers sizes masks by it, and every layer here counts all columns it has seen."""
         return [False] * len(self.plan.cache_layer)
 
     is_linear = is_dummy = is_sliding
@@ -85,7 +85,7 @@ class TransformersCache(Cache):
             raise InputError(
                 "past_key_values",
                 f"a cache of {self.get_seq_length()} tokens",
-                "is given no new ones: a text must be longer than what its cache has seen; make a new one",
+                "gets no new tokens: a text must be longer than what its cache has seen; make a new one",
             )
         return self.get_seq_length(layer_idx) + query_length, 0
 
@@ -107,8 +107,8 @@ class TransformersCache(Cache):
         raise NotImplementedError("beam search is not supported by kvbench caches: use num_beams=1")
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError("a compressed cache cannot be cropped: tokens that left it cannot come back")
+        raise NotImplementedError("a compressed cache cannot be cropped: evicted tokens cannot be restored")
 
     def attend(self, layer_idx: int, call: LayerCall, padding_mask: torch.Tensor | None) -> torch.Tensor:
-        """Attention of one layer of the model; see :meth:`.cache.KVCache.attend`."""
+        """Attend for one layer of the model; see :meth:`.cache.KVCache.attend`."""
         raise NotImplementedError

@@ -1,1 +1,1 @@
-"""Eviction policies: what a token is worth, how a budget is shared out, and when tokens leave."""
+"""Cache policies: which tokens to keep, by a scorer, an allocator and a schedule."""

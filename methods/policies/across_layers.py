@@ -1,4 +1,7 @@
-"""Compression of a prompt whose budget is shared out between layers: all of them wait for the last one."""
+"""Compression of a prompt under a budget for all layers together, after the last layer has prefilled.
+
+Legend: B batch rows, R rows of one prompt length, H stored heads, N candidates, S slots.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,18 @@ from .eviction_state import EvictionState, slots_in_use
 from .ranking import keep_mask
 
 
-def compress_together(allocator: Allocator, states: Sequence[EvictionState]) -> None:
-    """Share the budget out between all layers and evict from each what does not stay."""
+def compress_across_layers(allocator: Allocator, states: Sequence[EvictionState]) -> None:
+    """Distribute the budget over all layers and compress the prompt of each."""
     prompts = [state.prompt for state in states if state.prompt is not None]
     assert len(prompts) == len(states)
-    kept = [slots_in_use(p.storage, p.storage.read()[0].shape[1]).clone() for p in prompts]  # [B, H, S] of each layer
-    for group in zip(*(state.waiting for state in states), strict=True):  # the layers' candidates of some rows
+    masks = [slots_in_use(p.storage, p.storage.read()[0].shape[1]).clone() for p in prompts]  # [B, H, S] per layer
+    for group in zip(*(state.candidates for state in states), strict=True):  # all layers, rows of one prompt length
         scores, ties = [c.scores for c in group], [c.ties for c in group]
-        budgets = allocator.cache_budgets(scores, group[0].free, ties)
-        for prompt, stay, c, budget in zip(prompts, kept, group, budgets, strict=True):
+        budgets = allocator.cache_budgets(scores, group[0].free, ties)  # [R, H] per layer
+        for prompt, keep, c, budget in zip(prompts, masks, group, budgets, strict=True):
             best = keep_mask(c.scores, budget, c.ties)  # [R, H, N]
             rows = prompt.lengths == c.length
-            stay[rows, :, stay.shape[2] - c.length :] = F.pad(best, (c.sinks, c.recent), value=True)
-    for state, prompt, stay in zip(states, prompts, kept, strict=True):
-        state.evict(prompt.storage, stay, at_once=True)
-        state.waiting = []
+            keep[rows, :, keep.shape[2] - c.length :] = F.pad(best, (c.sinks, c.recent), value=True)
+    for state, prompt, keep in zip(states, prompts, masks, strict=True):
+        state.evict(prompt.storage, keep, compact_now=True)
+        state.candidates = []

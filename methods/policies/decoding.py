@@ -1,6 +1,6 @@
-"""Eviction while decoding: attention with its weights in view, and which tokens leave after it.
+"""Eviction while decoding: attention that returns its weights, and the choice of the tokens to evict.
 
-Legend: B rows of a batch, H stored heads, g query heads a stored head, S slots, w held queries, D channels.
+Legend: B batch rows, H stored heads, g query heads per stored head, S slots, w stored queries, D channels.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..cache.products import exact_products
+from ..cache.products import query_key_products
 from ..cache.prompt import Prompt
 from ..storage.base import LayerStorage
 from .eviction_state import EvictionState, slots_in_use
@@ -17,114 +17,119 @@ from .ranking import keep_mask, last_slot
 from .scorers.base import Scorer
 
 
-def attend_and_weigh(storage: LayerStorage, step: Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Append one token per row and attend, with the weights in view.
+def attend_with_weights(storage: LayerStorage, step: Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Append one token per row and attend, returning the attention weights.
 
     Returns:
-        (output [B, H_q, 1, D]; weights [B, H, g, S] float32 over all slots seen, the new token's the last unless it
-        does not see itself; which slots hold a real token [B, 1 or H, S], or None: all).
+        (output [B, H_q, 1, D]; weights [B, H, g, S] float32, whose last slot is the new token unless it is strictly
+        causal; valid [B, 1 or H, S] bool, True where a slot holds a real token, or None: everywhere).
     """
     step.append_to(storage, before_attention=True)
-    keys, values, held = storage.read()
+    keys, values, valid = storage.read()  # [B, H, S, D]
     batch, query_heads, _, dim = step.query.shape
     grouped = step.query.reshape(batch, keys.shape[1], -1, dim)  # [B, H, g, D]
-    logits = step.rule.logits(exact_products(grouped, keys))  # [B, H, g, S]
-    if held is not None:
-        visible = held
+    logits = step.rule.logits(query_key_products(grouped, keys))  # [B, H, g, S]
+    if valid is not None:
+        visible = valid
         if step.valid is not None:
-            visible = held.clone()
-            visible[..., -1] = True  # a pad sees itself, for a softmax over something
+            visible = valid.clone()
+            visible[..., -1] = True  # a pad attends to itself, because the softmax of a fully masked row is NaN
         logits = logits.masked_fill(~visible[:, :, None], float("-inf"))
     weights = step.rule.weights(logits, head_dims=2)
-    out = (weights.to(values.dtype) @ values).reshape(batch, query_heads, 1, -1)
+    out = (weights.to(values.dtype) @ values).reshape(batch, query_heads, 1, -1)  # [B, H_q, 1, D]
     step.append_to(storage, before_attention=False)
-    return out, weights.float(), held
+    return out, weights.float(), valid
 
 
-def join_readers(state: EvictionState, storage: LayerStorage, step: Step, weights: torch.Tensor) -> torch.Tensor | None:
-    """Attention that all layers of the model which read one cache layer have paid in a step; None before the last.
+def collect_reader_weights(
+    state: EvictionState, storage: LayerStorage, step: Step, weights: torch.Tensor
+) -> torch.Tensor | None:
+    """Collect the attention weights of all layers of the model that attend over one cache layer in a step.
 
     Args:
-        state: Holds what came before.
-        storage: Of the cache layer.
-        step: The step of the layer that comes now.
-        weights: [B, H, g, S]. A layer that came before the new token was written paid it nothing.
+        state: State of the cache layer, which stores the weights of the earlier layers.
+        storage: Storage of the cache layer.
+        step: The step of the current layer.
+        weights: [B, H, g, S]; one slot fewer for a layer that attends before the new token is written.
 
     Returns:
-        [B, H, g of all readers, S].
+        [B, H, g of all layers, S]; None before the last layer.
     """
-    if step.use.is_last_reader and not step.use.strictly_causal and not state.pending:
+    if step.use.is_last_reader and not step.use.strictly_causal and not state.reader_weights:
         return weights
-    state.pending.append(weights)
+    state.reader_weights.append(weights)
     if not step.use.is_last_reader:
         return None
-    parts, state.pending = state.pending, []
+    collected, state.reader_weights = state.reader_weights, []
     slots = storage.read()[0].shape[2]
-    return torch.cat([F.pad(part, (0, slots - part.shape[3])) for part in parts], dim=2)
+    return torch.cat([F.pad(x, (0, slots - x.shape[3])) for x in collected], dim=2)
 
 
-def evict_one(state: EvictionState, storage: LayerStorage, scores: torch.Tensor, sinks: int, at_once: bool) -> None:
-    """Let the lowest-scored token leave where more are held than the limit; its slot is used again later.
+def evict_one(state: EvictionState, storage: LayerStorage, scores: torch.Tensor, sinks: int, compact_now: bool) -> None:
+    """Evict the lowest-scored token of every row and head over its limit; its slot is a hole until a compaction.
 
     Args:
-        state: Of the layer.
-        storage: Of the layer.
+        state: State of the layer.
+        storage: Storage of the layer.
         scores: [B, 1 or H, S] float32.
-        sinks: First tokens that may not leave.
-        at_once: Close the gaps now, so that the real tokens end at the last slot again (a pad was appended).
+        sinks: Number of first tokens that are never evicted.
+        compact_now: Compact immediately, because a pad was appended and the last slots must hold the last tokens.
     """
     assert state.limit is not None and state.recent is not None
-    slots, held = scores.shape[-1], storage.read()[2]
-    if slots <= state.max_limit and held is None:  # padding is on the left: more slots than tokens, never fewer
+    slots, valid = scores.shape[-1], storage.read()[2]
+    if slots <= state.max_limit and valid is None:  # with padding there are more slots than tokens, never fewer
         return
     limit = state.limit[:, :, None]  # [B, 1 or H, 1]
-    count = torch.full_like(limit, slots) if held is None else held.sum(-1, keepdim=True)  # [B, 1 or H, 1]
-    stay = torch.ones_like(scores, dtype=torch.bool) if held is None else held.expand_as(scores)
-    place = torch.arange(slots, device=scores.device)
-    protected = place >= storage.end - state.recent[:, :, None]  # the last slots hold the last tokens, without a gap
+    count = torch.full_like(limit, slots) if valid is None else valid.sum(-1, keepdim=True)  # [B, 1 or H, 1]
+    keep = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid.expand_as(scores)  # [B, 1 or H, S]
+    slot = torch.arange(slots, device=scores.device)
+    protected = slot >= storage.end - state.recent[:, :, None]  # the last slots hold the last tokens, without holes
     if sinks:
-        protected = protected | (stay.cumsum(-1) <= sinks)
-    victim = last_slot(scores.masked_fill(protected | ~stay, float("inf")))  # [B, 1 or H, 1]
-    stay = stay.scatter(-1, victim, stay.gather(-1, victim) & (count <= limit))
-    state.evict(storage, stay, at_once)
+        protected = protected | (keep.cumsum(-1) <= sinks)
+    victim = last_slot(scores.masked_fill(protected | ~keep, float("inf")))  # [B, 1 or H, 1]
+    keep = keep.scatter(-1, victim, keep.gather(-1, victim) & (count <= limit))
+    state.evict(storage, keep, compact_now)
 
 
 def evict_to_limit(
     state: EvictionState, storage: LayerStorage, scores: torch.Tensor, ties: torch.Tensor | None, sinks: int
 ) -> None:
-    """Keep the best tokens up to the limit: any number may leave.
+    """Keep the highest-ranked tokens up to the limit and evict all others.
 
     Args:
-        state: Of the layer.
-        storage: Of the layer.
+        state: State of the layer.
+        storage: Storage of the layer.
         scores: [B, 1 or H, S] float32; entries of empty slots are ignored.
-        ties: Second scores of the same shape, or None.
-        sinks: First tokens that may not leave.
+        ties: Tie-breaking scores of the same shape, or None.
+        sinks: Number of first tokens that are never evicted.
     """
     assert state.limit is not None and state.recent is not None
-    held = slots_in_use(storage, scores.shape[1])  # [B, 1 or H, S]
-    scores = scores.expand_as(held)
-    count = held.sum(-1, keepdim=True)  # [B, 1 or H, 1]
-    rank = held.cumsum(-1)  # [B, 1 or H, S], 1 for the first token held
-    protected = held & ((rank <= sinks) | (rank > count - state.recent[:, :, None]))
-    ranked = scores.masked_fill(protected, float("inf")).masked_fill(~held, float("-inf"))
-    keep = torch.minimum(state.limit[:, :, None], count)[..., 0]  # [B, 1 or H]
-    stay = keep_mask(ranked, keep.expand(*held.shape[:2]), None if ties is None else ties.expand_as(held))
-    state.evict(storage, stay & held, at_once=True)
+    valid = slots_in_use(storage, scores.shape[1])  # [B, 1 or H, S]
+    scores = scores.expand_as(valid)
+    count = valid.sum(-1, keepdim=True)  # [B, 1 or H, 1]
+    rank = valid.cumsum(-1)  # [B, 1 or H, S], 1 for the first token
+    protected = valid & ((rank <= sinks) | (rank > count - state.recent[:, :, None]))
+    ranked = scores.masked_fill(protected, float("inf")).masked_fill(~valid, float("-inf"))
+    budget = torch.minimum(state.limit[:, :, None], count)[..., 0]  # [B, 1 or H]
+    keep = keep_mask(ranked, budget.expand(*valid.shape[:2]), None if ties is None else ties.expand_as(valid))
+    state.evict(storage, keep & valid, compact_now=True)
 
 
-def score_again(
+def rescore(
     scorer: Scorer, state: EvictionState, storage: LayerStorage, heads_differ: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Scores and ties [B, 1 or H, S] of the held tokens, as if they were a prompt of their own.
+    """Score the stored tokens as if they were a prompt.
 
-    Rows that hold equally many tokens are scored together; where heads differ, each head is a row by itself. Counting
-    them asks the device, so this is work between captured steps. (None, None): no row is over its limit.
+    Rows with equally many tokens are scored together; if heads differ, each head is treated as a row. This syncs with
+    the device, so it runs between captured steps.
+
+    Returns:
+        Scores and tie-breaking scores, [B, 1 or H, S] each; (None, None) if no row is over its limit.
     """
     assert state.limit is not None and state.rule is not None
-    keys, values, held = storage.read()
+    keys, values, valid = storage.read()
     batch, heads, slots, _ = keys.shape
-    mask = torch.ones(batch, 1, slots, dtype=torch.bool, device=keys.device) if held is None else held
+    mask = torch.ones(batch, 1, slots, dtype=torch.bool, device=keys.device) if valid is None else valid
     if not heads_differ:
         mask = mask[:, :1]
     queries, seen = state.queries, torch.tensor(state.seen)
@@ -144,32 +149,32 @@ def score_again(
         rows = ((counts == count) & (seen.to(counts.device) == tokens_seen)).nonzero()[:, 0]
         slot = mask[rows].int().sort(dim=-1, stable=True).indices[..., slots - count :]  # [R, 1, T]
         index = slot.expand(-1, keys.shape[1], -1)[..., None]
-        k, v = (x[rows].gather(2, index.expand(-1, -1, -1, x.shape[3])) for x in (keys, values))
+        k, v = (x[rows].gather(2, index.expand(-1, -1, -1, x.shape[3])) for x in (keys, values))  # [R, H, T, D]
         if queries is None:
             query = k.new_zeros(len(rows), k.shape[1], 0, k.shape[3])
         else:
             w = min(queries.shape[2], count, tokens_seen)
             query = queries[rows][:, :, queries.shape[2] - w :]
         prompt = Prompt(query, k, v, state.rule, state.layer.place, state.layer.count, seen=tokens_seen)
-        scores = _scatter(scores, scorer.score(prompt, state.of_scorer), rows, slot, mask, float("-inf"))
-        second = scorer.tie_scores(prompt, state.of_scorer)
-        if second is not None:
-            ties = _scatter(ties, second, rows, slot, mask, 0.0)
+        scores = _scatter(scores, scorer.score(prompt, state.scorer_state), rows, slot, mask, float("-inf"))
+        tie_scores = scorer.tie_scores(prompt, state.scorer_state)
+        if tie_scores is not None:
+            ties = _scatter(ties, tie_scores, rows, slot, mask, 0.0)
     if heads_differ:
         scores, ties = (None if x is None else x.view(batch, heads, slots) for x in (scores, ties))
     return scores, ties
 
 
 def _scatter(
-    whole: torch.Tensor | None,
+    out: torch.Tensor | None,
     values: torch.Tensor,
     rows: torch.Tensor,
     slot: torch.Tensor,
     mask: torch.Tensor,
     empty: float,
 ) -> torch.Tensor:
-    """Put values [R, H, T] of some rows to their slots [R, 1, T]; ``whole`` [rows of mask, H, S] is made if None."""
-    if whole is None:
-        whole = values.new_full((mask.shape[0], values.shape[1], mask.shape[2]), empty)
-    whole[rows] = whole[rows].scatter(-1, slot.expand(-1, values.shape[1], -1), values)
-    return whole
+    """Scatter values [R, H, T] of some rows to their slots [R, 1, T] of ``out`` [all rows, H, S], created if None."""
+    if out is None:
+        out = values.new_full((mask.shape[0], values.shape[1], mask.shape[2]), empty)
+    out[rows] = out[rows].scatter(-1, slot.expand(-1, values.shape[1], -1), values)
+    return out

@@ -1,11 +1,14 @@
-"""Token eviction as a product: a scorer ranks tokens, an allocator shares the budget out, a schedule says when.
+"""Token eviction policy: a scorer ranks tokens, an allocator distributes the budget, a schedule sets the time.
 
     Method("mine", EvictionPolicy(SnapKV(window=16), budget=512, allocator=Adaptive(), schedule=EveryN(128)))
 
-The first ``sinks`` and the last ``recent`` tokens always stay. Which of the others stay is decided by
-:mod:`.ranking` alone, so that the kept set is the same on every device and in every batch.
+The first ``sinks`` and the last ``recent`` tokens are always kept. All other tokens are ranked by :mod:`.ranking`, so
+that the kept tokens are the same on every device and in every batch.
 
-Legend: R rows of one prompt length, B rows of a batch, H stored heads, g query heads a stored head, T tokens, S slots.
+:class:`.prompt_eviction.PromptEviction` compresses the prompt. While decoding, a schedule with an ``interval`` evicts
+tokens here: every step (H2O, TOVA), or every n steps.
+
+Legend: B batch rows, H stored heads, g query heads per stored head, S slots, w queries, D channels.
 """
 
 from __future__ import annotations
@@ -21,13 +24,13 @@ from ..cache.kv_shape import KVShape
 from ..cache.prompt import ALL_QUERIES
 from ..storage.base import LayerStorage
 from ..storage.dense import COMPACTION_INTERVAL_STEPS
-from .across_layers import compress_together
+from .across_layers import compress_across_layers
 from .decoding import (
-    attend_and_weigh,
+    attend_with_weights,
+    collect_reader_weights,
     evict_one,
     evict_to_limit,
-    join_readers,
-    score_again,
+    rescore,
 )
 from .eviction_state import EvictionState, StoredPrompt
 from .policy import PolicyCapabilities, Step
@@ -37,7 +40,7 @@ from .scorers.base import DECODE_QUERIES, ModelLayer
 
 @dataclass(frozen=True)
 class EvictionPolicy(PromptEviction):
-    """Scorer x allocator x schedule; see :class:`.prompt_eviction.PromptEviction` for the attributes."""
+    """Eviction by scorer x allocator x schedule; see :class:`.prompt_eviction.PromptEviction` for the attributes."""
 
     @cached_property
     def capabilities(self) -> PolicyCapabilities:
@@ -49,13 +52,13 @@ class EvictionPolicy(PromptEviction):
             heads_differ=self.allocator.heads_differ,
             drops_stored=interval is not None or self.allocator.spans_layers,
             stores_query_heads=self.scorer.stores_query_heads,
-            held_queries=self._queries_held,
+            stored_queries=self._queries_held,
             static_steps=True,
         )
 
     @property
     def _queries_held(self) -> int:
-        """Last queries that are held to score tokens again while decoding."""
+        """Number of last queries that are stored to re-score tokens while decoding."""
         window = self.scorer.observation_window
         if self.scorer.tracks_attention or self.schedule.interval is None:
             return 0
@@ -80,22 +83,22 @@ class EvictionPolicy(PromptEviction):
             if any(other.prompt is None for other in state.layers):
                 return
             ready = state.layers
-            compress_together(self.allocator, ready)
-        for one in ready:
+            compress_across_layers(self.allocator, ready)
+        for layer_state in ready:
             if self.schedule.interval is not None:
-                self._begin_decoding(one)
-            one.prompt = None
+                self._begin_decoding(layer_state)
+            layer_state.prompt = None
 
     def _begin_decoding(self, state: EvictionState) -> None:
-        """Fix what each row may hold from now on."""
+        """Set the limits of each row for the decode steps."""
         assert state.prompt is not None
         layer, lengths = state.layer, state.prompt.lengths
         limits = [self.limits(n, layer.count)[layer.place] for n in lengths.tolist()]
         state.limit = torch.tensor(limits, device=lengths.device)[:, None]  # [B, 1]
         state.recent = torch.tensor([[self.recent_of(n)] for n in limits], device=lengths.device)
-        if self.allocator.heads_differ:  # a prompt within the budget gives nothing to compare heads by
-            held = state.prompt.storage.tokens  # [B, 1 or H]
-            state.limit = torch.where(lengths[:, None] > state.limit, held, state.limit)
+        if self.allocator.heads_differ:  # a prompt within the budget was not ranked, so its heads get equal limits
+            tokens = state.prompt.storage.tokens  # [B, 1 or H]
+            state.limit = torch.where(lengths[:, None] > state.limit, tokens, state.limit)
         state.max_limit = max(limits) if not self.allocator.heads_differ else int(state.limit.max())
         state.queries, state.seen = state.prompt.queries, lengths.tolist()
 
@@ -105,48 +108,49 @@ class EvictionPolicy(PromptEviction):
         return torch.cat([self._attend_token(state, storage, token) for token in step.tokens()], dim=2)
 
     def _attend_token(self, state: EvictionState, storage: LayerStorage, step: Step) -> torch.Tensor:
-        """Append one token per row, attend, and let tokens leave if it is time."""
-        real = None if step.valid is None else step.valid[:, 0]
+        """Append one token per row, attend, and evict tokens if the schedule says so."""
+        real = None if step.valid is None else step.valid[:, 0]  # [B]
         state.rule = step.rule
         if self.scorer.tracks_attention:
-            out, paid, _ = attend_and_weigh(storage, step)
-            weights = join_readers(state, storage, step, paid)
-            if weights is None:  # further layers of the model read the same keys and values
+            # Score by the attention weights of this step: the running scores get an entry for the new token.
+            out, layer_weights, _ = attend_with_weights(storage, step)
+            weights = collect_reader_weights(state, storage, step, layer_weights)  # [B, H, g, S]
+            if weights is None:  # more layers of the model attend over these keys in this step
                 return out
-            before = state.scores
-            if before is not None:
-                before = F.pad(before, (0, weights.shape[3] - before.shape[2]))
-            scores = self.scorer.update(before, weights, real)
+            previous = state.scores
+            if previous is not None:
+                previous = F.pad(previous, (0, weights.shape[3] - previous.shape[2]))  # [B, H, S]
+            scores = self.scorer.update(previous, weights, real)
             if self._evicts_in_step:
                 if self.scorer.accumulates:
-                    state.hold_scores(scores)
-                evict_one(state, storage, scores, self.sinks, at_once=step.valid is not None)
+                    state.store_scores(scores)
+                evict_one(state, storage, scores, self.sinks, compact_now=step.valid is not None)
             else:
-                state.hold_scores(scores)
+                state.store_scores(scores)
         else:
             out = super().attend(state, storage, step)
             if not step.use.is_last_reader:
                 return out
             if state.queries is not None:
-                state.hold_queries(step.query, real)
+                state.store_queries(step.query, real)
         if not state.is_static:
             self._after_token(state, storage, real)
         return out
 
     @property
     def _evicts_in_step(self) -> bool:
-        """One token leaves in each step, by scores that the step itself gives."""
+        """Whether each step evicts one token by the attention weights of the step itself."""
         return self.scorer.tracks_attention and self.schedule.interval == 1
 
     def _after_token(self, state: EvictionState, storage: LayerStorage, real: torch.Tensor | None = None) -> None:
-        """Count the step, and bring the layer back to its budget if it is time."""
+        """Count the step and, every ``interval`` steps, evict tokens down to the limit."""
         state.count(real)
         assert self.schedule.interval is not None
         if self._evicts_in_step or state.steps % self.schedule.interval:
             return
         scores, ties = state.scores, None
         if not self.scorer.tracks_attention:
-            scores, ties = score_again(self.scorer, state, storage, self.capabilities.heads_differ)
+            scores, ties = rescore(self.scorer, state, storage, self.capabilities.heads_differ)
         if scores is not None:
             evict_to_limit(state, storage, scores, ties, self.sinks)
         if not self.scorer.accumulates and not state.is_static:
@@ -162,8 +166,8 @@ class EvictionPolicy(PromptEviction):
         assert state.limit is not None
         batch, heads = state.limit.shape[0], storage.read()[0].shape[1]
         mask_heads = 1 if self.scorer.scores_heads_alike else heads
-        room = COMPACTION_INTERVAL_STEPS if self._evicts_in_step else interval
-        state.move_scores(storage.make_static_within(state.max_limit, room, mask_heads))
+        extra_slots = COMPACTION_INTERVAL_STEPS if self._evicts_in_step else interval
+        state.move_scores(storage.make_static_within(state.max_limit, extra_slots, mask_heads))
         state.is_static = True
         keys = storage.read()[0]
         if self.scorer.tracks_attention and (self.scorer.accumulates or not self._evicts_in_step):
@@ -203,7 +207,7 @@ class EvictionPolicy(PromptEviction):
         return queries + state.scores.element_size() * int(tokens.expand(-1, state.scores.shape[1]).sum())
 
     def state_bytes(self, shape: KVShape, heads: int, prompt_length: int, new_tokens: int) -> int:
-        """One float32 score for each token of each head where they are accumulated; the held queries."""
+        """Return the bytes of accumulated scores, one float32 per token and head, and of stored queries."""
         if self.schedule.interval is None:
             return 0
         tokens = sum(self.kept_tokens(prompt_length, new_tokens, shape.layers))

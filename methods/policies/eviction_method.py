@@ -1,4 +1,4 @@
-"""A method whose policy is put together from the parts that a user types."""
+"""Method whose eviction policy is composed of a scorer, an allocator and a schedule (``conf/method``)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .scorers.base import Scorer
 
 @dataclass(frozen=True)
 class EvictionMethod(Method):
-    """``method=... method/scorer=... method/allocator=... method/schedule=...``.
+    """Token eviction method: ``method=... method/scorer=... method/allocator=... method/schedule=...``.
 
     Attributes:
         scorer, allocator, schedule, sinks, recent: See :class:`.eviction.EvictionPolicy`.

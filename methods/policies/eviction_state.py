@@ -1,6 +1,6 @@
-"""State of one layer under an eviction policy, and the one way in which tokens leave it.
+"""State of one layer under an eviction policy.
 
-Legend: B rows of a batch, R rows of one prompt length, H stored heads, N candidates, T tokens, S slots, w held queries.
+Legend: B batch rows, R rows of one prompt length, H stored heads, N candidates, T tokens, S slots, w stored queries.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from .scorers.base import ModelLayer
 
 @dataclass(frozen=True)
 class Candidates:
-    """Tokens of one layer that compete, for the rows of one prompt length.
+    """Unprotected tokens of one layer, for the rows of one prompt length.
 
     Attributes:
         scores: [R, H, N].
-        ties: [R, H, N] second scores, or None.
-        free: Mean over layers and heads of the candidates that stay.
-        sinks, recent: Protected tokens before and after the candidates.
+        ties: [R, H, N] tie-breaking scores, or None.
+        free: Number of candidates to keep, as the mean over layers and heads.
+        sinks, recent: Number of protected tokens before and after the candidates.
     """
 
     scores: torch.Tensor
@@ -34,13 +34,13 @@ class Candidates:
 
     @property
     def length(self) -> int:
-        """T, tokens of the prompt."""
+        """T, the number of prompt tokens."""
         return self.sinks + self.scores.shape[2] + self.recent
 
 
 @dataclass(frozen=True)
 class StoredPrompt:
-    """A layer's whole prompt until all layers have theirs; ``lengths`` [B] int64, ``queries`` as for the policy."""
+    """Stored prompt of a layer, as for :meth:`.policy.CachePolicy.after_prompt`."""
 
     storage: LayerStorage
     lengths: torch.Tensor
@@ -49,28 +49,28 @@ class StoredPrompt:
 
 @dataclass
 class EvictionState:
-    """One layer and batch.
+    """State of one layer for one batch.
 
     Attributes:
         layer: The layer of the model.
-        of_scorer: What the scorer's ``new_state`` made for it.
-        limit: [B, 1 or H] int64, tokens that each row (or head) may hold after an eviction.
-        max_limit: The largest limit as a number of the host.
-        recent: [B, 1] int64, last tokens that may not leave.
-        scores: [B, H, S] float32, running scores of a scorer that accumulates; None: there are none.
-        queries: [B, H_q, w, D], the last queries of a scorer that scores again, the newest last; None: none are held.
-        seen: Real tokens that each row has seen.
+        scorer_state: State of the scorer for the layer.
+        limit: [B, 1 or H] int64, tokens that each row (or head) may store after an eviction.
+        max_limit: The largest limit, on the host.
+        recent: [B, 1] int64, number of last tokens that are never evicted.
+        scores: [B, H, S] float32, running scores of a scorer that accumulates; None: no running scores.
+        queries: [B, H_q, w, D], last queries for re-scoring, the newest last; None: not stored.
+        seen: Number of real tokens that each row has seen.
         steps: Decode steps so far.
-        is_static: The layer's tensors have their final shapes, and steps change them in place.
-        rule: How the layer's logits are formed; known once a step has been.
-        layers: The states of all layers whose budgets are shared out together, this one among them.
-        prompt: What is stored of the prompt, until all of them have theirs.
-        waiting: Candidates of this layer, for each prompt length of the batch.
-        pending: Attention that layers of the model which share these tokens have paid in the step under way.
+        is_static: Whether the layer's tensors have their final shapes and are modified in place.
+        rule: How the layer's logits are computed; known after the first step.
+        layers: States of all layers that share one budget, including this one.
+        prompt: The stored prompt, until all of those layers have prefilled.
+        candidates: Candidates of this layer, for each prompt length of the batch.
+        reader_weights: Attention weights of the current step, of the layers of the model that share this cache layer.
     """
 
     layer: ModelLayer
-    of_scorer: Any = None
+    scorer_state: Any = None
     limit: torch.Tensor | None = None
     max_limit: int = 0
     recent: torch.Tensor | None = None
@@ -82,42 +82,42 @@ class EvictionState:
     rule: LogitRule | None = None
     layers: list[EvictionState] = field(default_factory=list, repr=False)
     prompt: StoredPrompt | None = None
-    waiting: list[Candidates] = field(default_factory=list)
-    pending: list[torch.Tensor] = field(default_factory=list)
+    candidates: list[Candidates] = field(default_factory=list)
+    reader_weights: list[torch.Tensor] = field(default_factory=list)
 
-    def hold_scores(self, scores: torch.Tensor) -> None:
-        """Take the scores [B, 1 or H, S] of a step; a static layer's go into the tensor that is there."""
+    def store_scores(self, scores: torch.Tensor) -> None:
+        """Store the scores [B, 1 or H, S] of a step, in place if static."""
         if self.is_static and self.scores is not None:
             self.scores.copy_(scores)
         else:
             self.scores = scores
 
-    def hold_queries(self, query: torch.Tensor, real: torch.Tensor | None) -> None:
-        """Take in the queries of one step, [B, H_q, 1, D]; rows whose token is a pad (``real`` False) stay."""
+    def store_queries(self, query: torch.Tensor, real: torch.Tensor | None) -> None:
+        """Append the query [B, H_q, 1, D] of a step, except in rows whose token is a pad (``real`` [B] False)."""
         assert self.queries is not None
-        moved = torch.cat([self.queries[:, :, 1:], query.to(self.queries.dtype)], dim=2)  # [B, H_q, w, D]
+        shifted = torch.cat([self.queries[:, :, 1:], query.to(self.queries.dtype)], dim=2)  # [B, H_q, w, D]
         if real is not None:
-            moved = torch.where(real[:, None, None, None], moved, self.queries)
+            shifted = torch.where(real[:, None, None, None], shifted, self.queries)
         if self.is_static:
-            self.queries.copy_(moved)
+            self.queries.copy_(shifted)
         else:
-            self.queries = moved
+            self.queries = shifted
 
     def count(self, real: torch.Tensor | None = None) -> None:
-        """Count a step on the host."""
+        """Count a step on the host; ``real`` [B] is False for a row whose token is a pad."""
         self.steps += 1
-        came = [1] * len(self.seen) if real is None else real.int().tolist()
-        self.seen = [n + more for n, more in zip(self.seen, came, strict=True)]
+        new_tokens = [1] * len(self.seen) if real is None else real.int().tolist()
+        self.seen = [n + new for n, new in zip(self.seen, new_tokens, strict=True)]
 
-    def evict(self, storage: LayerStorage, stay: torch.Tensor, at_once: bool) -> None:
-        """Let the tokens leave that are False in ``stay`` [B, 1 or H, S]; see :meth:`LayerStorage.drop`."""
-        self.move_scores(storage.drop(stay, at_once))
+    def evict(self, storage: LayerStorage, keep: torch.Tensor, compact_now: bool) -> None:
+        """Evict the tokens that are False in ``keep`` [B, 1 or H, S]; see :meth:`LayerStorage.drop`."""
+        self.move_scores(storage.drop(keep, compact_now))
 
-    def move_scores(self, moved: torch.Tensor | None) -> None:
-        """Move running scores with their tokens, from the slots [B, 1 or H, C] that a storage has moved together."""
-        if moved is None or self.scores is None:
+    def move_scores(self, slots: torch.Tensor | None) -> None:
+        """Move running scores with their tokens, given the result of :meth:`LayerStorage.drop`."""
+        if slots is None or self.scores is None:
             return
-        scores = self.scores.gather(-1, moved.expand(*self.scores.shape[:2], -1))
+        scores = self.scores.gather(-1, slots.expand(*self.scores.shape[:2], -1))
         if self.is_static:
             self.scores.zero_()
             self.scores[..., : scores.shape[-1]] = scores
@@ -126,8 +126,8 @@ class EvictionState:
 
 
 def slots_in_use(storage: LayerStorage, heads: int) -> torch.Tensor:
-    """Which slots hold a token: bool [B, H, S], H being ``heads`` or what the storage's masks have, if that is more."""
-    keys, _, held = storage.read()
-    if held is None:
+    """Return the mask of slots that hold a token, bool [B, H, S]; H is ``heads``, or the mask's heads if more."""
+    keys, _, valid = storage.read()
+    if valid is None:
         return torch.ones(keys.shape[0], heads, keys.shape[2], dtype=torch.bool, device=keys.device)
-    return held.expand(-1, max(heads, held.shape[1]), -1)
+    return valid.expand(-1, max(heads, valid.shape[1]), -1)

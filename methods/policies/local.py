@@ -1,7 +1,9 @@
-"""Layers of local attention hold the tokens that their next token will see, whatever the method.
+"""Policy of local-attention layers, which keep the tokens visible to the next token, whatever the method.
 
-Sliding windows (Mistral, Gemma 2, gpt-oss) and chunks (Llama 4) are a part of the model: what has left a window can
-never be attended to again, so holding no more than that is exact.
+Sliding windows (Mistral, Gemma 2, gpt-oss) and chunks (Llama 4) are part of the model: a token outside the window is
+never attended to again, so evicting it is lossless.
+
+Legend: B batch rows, H stored heads, n new tokens, S slots.
 """
 
 from __future__ import annotations
@@ -24,27 +26,27 @@ from .scorers.base import ModelLayer
 
 @dataclass
 class LocalState:
-    """One layer and batch.
+    """State of one layer for one batch.
 
     Attributes:
-        seen: real tokens of each row before the step under way, [B] int64; None before the prompt.
-        most: the largest of them as a plain number, which costs no look at the device.
-        steps: static steps so far.
-        is_static: the layer's tensors have their final shapes, and steps change them in place.
+        seen: [B] int64, real tokens of each row before the current step; None before the prompt.
+        max_seen: Upper bound of ``seen`` on the host.
+        steps: Static steps so far.
+        is_static: Whether the layer's tensors have their final shapes and are modified in place.
     """
 
     seen: torch.Tensor | None = None
-    most: int = 0
+    max_seen: int = 0
     steps: int = 0
     is_static: bool = False
 
 
 @dataclass(frozen=True)
 class LocalAttention(CachePolicy):
-    """The tokens within a span of the next one.
+    """Keeps the tokens within the local-attention span of the next token.
 
     Attributes:
-        span: of the model's layer.
+        span: Local attention of the model's layer.
     """
 
     id: ClassVar[str] = "LocalAttention"
@@ -58,10 +60,10 @@ class LocalAttention(CachePolicy):
         return LocalState()
 
     def select(self, prompt: Prompt, state: Any = None) -> Kept:
-        held = self.span.held(prompt.length)
-        if held == prompt.length:
+        count = self.span.held(prompt.length)
+        if count == prompt.length:
             return Kept()
-        last = torch.arange(prompt.length - held, prompt.length, device=prompt.keys.device)
+        last = torch.arange(prompt.length - count, prompt.length, device=prompt.keys.device)  # [count]
         return Kept(last.expand(*prompt.keys.shape[:2], -1))
 
     def after_prompt(
@@ -72,50 +74,51 @@ class LocalAttention(CachePolicy):
         scores: torch.Tensor | None,
         queries: torch.Tensor | None = None,
     ) -> None:
-        state.seen, state.most = lengths.clone(), int(lengths.max())
+        state.seen, state.max_seen = lengths.clone(), int(lengths.max())
 
     def attend(self, state: LocalState, storage: LayerStorage, step: Step) -> torch.Tensor:
         assert state.seen is not None
         n = step.query.shape[2]
         step.append_to(storage, before_attention=True)
-        if n == 1 and step.valid is None:  # what is held is what a single token sees
+        if n == 1 and step.valid is None:  # a single token attends to all stored tokens
             out = storage.attend(step.query, step.rule, None)
         else:
-            out = self._attend_several(state.seen, storage, step)
+            out = self._attend_tokens(state.seen, storage, step)
         if step.use.is_last_reader:
             if state.is_static:
                 state.seen += 1
             else:
                 state.seen = state.seen + (n if step.valid is None else step.valid.sum(1))
-                state.most += n
-            self._drop(state, storage, at_once=n > 1 or step.valid is not None)
+                state.max_seen += n
+            self._drop(state, storage, compact_now=n > 1 or step.valid is not None)
         return out
 
-    def _attend_several(self, seen: torch.Tensor, storage: LayerStorage, step: Step) -> torch.Tensor:
-        """Attention of n new tokens, each within its own span."""
-        keys, values, held = storage.read()
+    def _attend_tokens(self, seen: torch.Tensor, storage: LayerStorage, step: Step) -> torch.Tensor:
+        """Attend with n new tokens, each over its own span."""
+        keys, values, valid = storage.read()
         batch, n, slots = step.query.shape[0], step.query.shape[2], keys.shape[2]
-        real = torch.ones(batch, n, dtype=torch.bool, device=keys.device) if step.valid is None else step.valid
-        there = torch.ones(batch, slots, dtype=torch.bool, device=keys.device) if held is None else held[:, 0]
-        at = seen[:, None] + real.long().cumsum(1) - 1  # [B, n], positions of the new tokens
-        rank = there.long().cumsum(1) - 1  # [B, S], rank of each held token
-        of = rank + (seen + real.sum(1) - there.sum(1))[:, None]  # [B, S], their positions
-        visible = (of[:, None] <= at[..., None]) & self.span.visible(at[..., None], of[:, None]) & there[:, None]
-        visible = visible | ~visible.any(-1, keepdim=True)  # a pad sees something, for a softmax over nothing is NaN
+        is_new = torch.ones(batch, n, dtype=torch.bool, device=keys.device) if step.valid is None else step.valid
+        mask = torch.ones(batch, slots, dtype=torch.bool, device=keys.device) if valid is None else valid[:, 0]
+        query_position = seen[:, None] + is_new.long().cumsum(1) - 1  # [B, n]
+        rank = mask.long().cumsum(1) - 1  # [B, S], index of each stored token
+        key_position = rank + (seen + is_new.sum(1) - mask.sum(1))[:, None]  # [B, S]
+        at, of = query_position[..., None], key_position[:, None]  # [B, n, 1], [B, 1, S]
+        visible = (of <= at) & self.span.visible(at, of) & mask[:, None]  # [B, n, S]
+        visible = visible | ~visible.any(-1, keepdim=True)  # a fully masked row (a pad) would give NaN
         return masked_attention(step.query, keys, values, step.rule, visible[:, None])
 
-    def _drop(self, state: LocalState, storage: LayerStorage, at_once: bool) -> None:
-        """Let the tokens leave that the next one does not see."""
+    def _drop(self, state: LocalState, storage: LayerStorage, compact_now: bool) -> None:
+        """Evict the tokens that are not visible to the next token."""
         assert state.seen is not None
-        if not state.is_static and self.span.held(state.most) == state.most:
+        if not state.is_static and self.span.held(state.max_seen) == state.max_seen:
             return
-        keys, _, held = storage.read()
-        if held is None:
-            held = torch.ones(keys.shape[0], 1, keys.shape[2], dtype=torch.bool, device=keys.device)
-        there = held[:, 0]
-        behind = there.long().flip(1).cumsum(1).flip(1)  # [B, S]: how many held tokens from this one to the end
-        stay = there & (behind <= self.span.held_of(state.seen)[:, None])
-        storage.drop(stay[:, None], at_once)
+        keys, _, valid = storage.read()
+        if valid is None:
+            valid = torch.ones(keys.shape[0], 1, keys.shape[2], dtype=torch.bool, device=keys.device)
+        mask = valid[:, 0]
+        rank_from_end = mask.long().flip(1).cumsum(1).flip(1)  # [B, S], 1 for the last token
+        keep = mask & (rank_from_end <= self.span.held_of(state.seen)[:, None])
+        storage.drop(keep[:, None], compact_now)
 
     def make_static(self, state: LocalState, storage: LayerStorage, steps: int) -> None:
         storage.make_static_within(self.span.size, COMPACTION_INTERVAL_STEPS)

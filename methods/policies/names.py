@@ -1,4 +1,4 @@
-"""Names of the methods in ``conf/method``, so that a name typed in Python cannot stand for something else."""
+"""Methods in ``conf/method`` and their parts, to check that a method built in Python matches its name."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ EVICTION = "kvbench.methods.policies.eviction_method.EvictionMethod"
 
 @cache
 def parts_of(name: str) -> dict[str, str]:
-    """{``scorer``, ``allocator``, ``schedule``: its name in the YAML ``conf/method/<name>.yaml``}; {}: no such file.
+    """Return the scorer, allocator and schedule in ``conf/method/<name>.yaml``, and in the file on which it builds.
 
-    A file that builds on another one has that one's parts where it names none.
+    Returns:
+        {``scorer``, ``allocator`` or ``schedule``: its name}; empty if there is no such file.
     """
     text = _texts().get(name)
     if text is None:
@@ -25,18 +26,18 @@ def parts_of(name: str) -> dict[str, str]:
 
 @cache
 def token_methods() -> dict[str, bool]:
-    """{name in ``conf/method``: whether its YAML has a policy that lets tokens leave}."""
-    found, built_on = {}, {}
+    """Return {name in ``conf/method``: whether its policy evicts tokens}."""
+    evicts, bases = {}, {}
     for name, text in _texts().items():
         base = re.search(r"^defaults:\n  - (\w+)$", text, re.MULTILINE)
-        found[name] = f"_target_: {EVICTION}\n" in text or re.search(r"^policy:\n", text, re.MULTILINE) is not None
+        evicts[name] = f"_target_: {EVICTION}\n" in text or re.search(r"^policy:\n", text, re.MULTILINE) is not None
         if base is not None:
-            built_on[name] = base[1]
-    return {name: found[built_on.get(name, name)] for name in found}
+            bases[name] = base[1]
+    return {name: evicts[bases.get(name, name)] for name in evicts}
 
 
 @cache
 def _texts() -> dict[str, str]:
-    """{name in ``conf/method``: text of its YAML}; only the command line knows YAML and Hydra."""
-    found = files("kvbench.conf").joinpath("method").iterdir()
-    return {f.name.removesuffix(".yaml"): f.read_text(encoding="utf-8") for f in found if f.name.endswith(".yaml")}
+    """Return {name in ``conf/method``: text of its YAML}; searched as text, since only the CLI depends on Hydra."""
+    paths = files("kvbench.conf").joinpath("method").iterdir()
+    return {f.name.removesuffix(".yaml"): f.read_text(encoding="utf-8") for f in paths if f.name.endswith(".yaml")}

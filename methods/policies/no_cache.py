@@ -1,6 +1,6 @@
-"""No cache at all: every step computes the whole sequence anew. The other end of the scale that ``full`` closes.
+"""Decoding without a KV cache: every step recomputes the whole sequence.
 
-What a KV cache saves is the difference: time per token grows with the square of the length here, linearly there.
+Attention time per token grows with the square of the length, against linearly with the ``full`` cache.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from ..sharing.plan import Plan
 
 
 class NoCacheState(KVCache):
-    """Holds the token ids of the sequence instead of keys and values.
+    """Token ids of the sequence, stored instead of keys and values.
 
-    The engine feeds it; ``model.generate`` cannot (pass ``use_cache=False`` there, which is the same thing).
+    Only the engine can use it; for ``model.generate`` pass ``use_cache=False``, which is equivalent.
     """
 
     recomputes = True
@@ -32,7 +32,7 @@ class NoCacheState(KVCache):
         self._mask: torch.Tensor | None = None
 
     def extend(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add columns [B, n] of ids and padding mask; returns the whole sequence so far, [B, T] each."""
+        """Append columns [B, n] of ids and padding mask and return the whole sequence, [B, T] each."""
         self._ids = ids if self._ids is None else torch.cat([self._ids, ids], dim=1)
         self._mask = mask if self._mask is None else torch.cat([self._mask, mask], dim=1)
         self.tokens_seen = self._mask.sum(1)
@@ -42,12 +42,12 @@ class NoCacheState(KVCache):
         return 0 if self._ids is None else self._ids.shape[1]
 
     def update(self, *args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
-        raise NotImplementedError("method=no_cache holds nothing: call model.generate(..., use_cache=False) instead")
+        raise NotImplementedError("method=no_cache stores no keys: call model.generate(..., use_cache=False) instead")
 
 
 @dataclass(frozen=True)
 class NoCache(Method):
-    """``method=no_cache``."""
+    """The method ``no_cache``, the baseline that shows what a KV cache saves."""
 
     @property
     def shares_prompt(self) -> bool:

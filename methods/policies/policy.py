@@ -1,10 +1,10 @@
-"""The contract of a cache policy: which tokens a layer keeps of the prompt, and which leave while decoding.
+"""Interface of cache policies, which decide the tokens that a layer keeps of the prompt and while decoding.
 
-Most methods are an :class:`.eviction.EvictionPolicy`, a product of a scorer, an allocator and a schedule. What cannot
-be such a product subclasses :class:`CachePolicy`: ``select`` says what stays of a prompt, ``attend`` what a step sees
-and what leaves after it.
+Most methods are an :class:`.eviction.EvictionPolicy` (scorer x allocator x schedule). Other methods subclass
+:class:`CachePolicy`: ``select`` returns the prompt tokens to keep, and ``attend`` attends and evicts in a decode step.
 
-Legend: R rows of one prompt length, B rows of a batch, H stored heads, n new tokens, C kept tokens, S slots.
+Legend: R rows of one prompt length, B batch rows, H_q query heads, H stored heads, n new tokens, C kept tokens,
+S slots, w queries, D channels.
 """
 
 from __future__ import annotations
@@ -28,25 +28,26 @@ from .scorers.base import ModelLayer
 
 @dataclass(frozen=True)
 class PolicyCapabilities:
-    """What the cache, the engine and other parts need to know of a policy.
+    """Properties of a policy that the cache and the engine depend on.
 
     Attributes:
-        keeps_everything: Every layer and head holds all tokens.
-        observation_window: Last queries of a prompt that :meth:`CachePolicy.select` looks at.
-        evicts_while_decoding: Tokens leave after a step, so several tokens fed at once are fed one after another.
-        prefills_by_steps: The prompt goes through the cache token by token (in effect) instead of as a whole.
-        attends_whole_prompt: Every layer attends over the complete prompt, so that the first token is the full cache's
-            and other methods can share the prefill.
-        narrows_prompt: Fewer tokens of the prompt go on from layer to layer, by :meth:`CachePolicy.next_layer_tokens`.
-        drops_stored: Tokens leave after they were stored, which a storage that rounds cannot do.
-        ranks_tokens: Scores decide which tokens stay, so the rule for equal ones is part of the method's identity.
-        keeps_positions: A step attends over the held tokens at their true positions.
-        heads_differ: The heads of a layer keep different numbers of tokens; ``kept_tokens`` gives their mean.
-        spans_layers: What one layer does depends on another one, so every layer must own keys and values.
-        stores_query_heads: Keys and values are stored once per query head instead of once per KV head.
-        held_queries: Last queries of decode steps that are held, for a layer's own query heads.
-        prefill_block: Columns that a forward may bring at once where several layers of the model share a cache layer.
-        static_steps: A decode step can run over fixed shapes (where the storage can, too).
+        keeps_everything: Every layer and head stores all tokens.
+        observation_window: Number of last prompt queries that :meth:`CachePolicy.select` needs.
+        evicts_while_decoding: Tokens may be evicted after a step, so several tokens fed at once are processed one after
+            another.
+        prefills_by_steps: The prompt is processed with the result of token-by-token steps, not as a whole.
+        attends_whole_prompt: Every layer attends over the complete prompt, so the first generated token is the full
+            cache's and other methods can share the prefill.
+        narrows_prompt: Each layer forwards only some prompt tokens to the next (:meth:`CachePolicy.next_layer_tokens`).
+        drops_stored: Tokens are evicted after they have been stored, which lossy storages do not support.
+        ranks_tokens: Tokens are kept by score, so the tie-breaking rule is part of the method's identity.
+        keeps_positions: A step attends over the stored tokens at their true positions.
+        heads_differ: The heads of a layer keep different numbers of tokens; ``kept_tokens`` returns their mean.
+        spans_layers: A layer's tokens depend on another layer, so every layer must own keys and values.
+        stores_query_heads: Keys and values are stored per query head instead of per KV head.
+        stored_queries: Number of last queries that are stored while decoding.
+        prefill_block: Maximum columns per forward if several layers of the model share a cache layer.
+        static_steps: A decode step can run over fixed shapes (if the storage supports it).
     """
 
     keeps_everything: bool = False
@@ -61,7 +62,7 @@ class PolicyCapabilities:
     heads_differ: bool = False
     spans_layers: bool = False
     stores_query_heads: bool = False
-    held_queries: int = 0
+    stored_queries: int = 0
     prefill_block: int = 1
     static_steps: bool = False
 
@@ -72,11 +73,11 @@ class Step:
 
     Attributes:
         query: [B, H_q, n, D], after RoPE.
-        key, value: [B, H, n, D], with H the stored heads; keys after RoPE.
-        rule: How logits are formed.
-        valid: [B, n] bool, False for pads among the new tokens; None: all real.
-        use: What this layer of the model does here. Where several share the keys and values, each of them comes in
-            turn with its own query; one of them writes, and tokens leave after the last.
+        key, value: [B, H, n, D], keys after RoPE.
+        rule: How logits are computed.
+        valid: [B, n] bool, False for pads among the new tokens; None: no pads.
+        use: How the layer of the model uses the cache layer. If several layers share it, each of them attends with its
+            own queries, one of them writes keys and values, and tokens are evicted after the last one.
     """
 
     query: torch.Tensor
@@ -87,28 +88,28 @@ class Step:
     use: KVAccess = field(default_factory=KVAccess)
 
     def append_to(self, storage: LayerStorage, *, before_attention: bool) -> None:
-        """Write the new tokens, if this is the use and the moment; one that is hidden from itself comes after."""
+        """Append the new tokens if the layer owns them: before its attention, or after it if strictly causal."""
         if self.use.is_owner and before_attention != self.use.strictly_causal:
             storage.append(self.key, self.value, self.valid)
 
-    def part(self, columns: slice) -> Step:
-        """Some of the new tokens."""
+    def select_columns(self, columns: slice) -> Step:
+        """Return the step of some of the new tokens."""
         q, k, v = (x[:, :, columns] for x in (self.query, self.key, self.value))
         return Step(q, k, v, self.rule, None if self.valid is None else self.valid[:, columns], self.use)
 
     def tokens(self) -> list[Step]:
-        """The new tokens one by one."""
-        return [self.part(slice(i, i + 1)) for i in range(self.query.shape[2])]
+        """Return one step per new token."""
+        return [self.select_columns(slice(i, i + 1)) for i in range(self.query.shape[2])]
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What stays of a prompt at one layer.
+    """Prompt tokens that one layer keeps.
 
     Attributes:
-        slots: int64 [R, H, C], prompt tokens by position, increasing per head where valid; None: all of them.
-        valid: bool [R, H, C], False where a head keeps fewer than C (on the left); None: all real.
-        scores: float32 [R, H, C], the running score of each kept token; None: there is none.
+        slots: int64 [R, H, C], positions in the prompt, increasing per head where valid; None: all tokens.
+        valid: bool [R, H, C], False for left padding of heads that keep fewer than C tokens; None: no padding.
+        scores: float32 [R, H, C], running scores of the kept tokens; None: no running scores.
     """
 
     slots: torch.Tensor | None = None
@@ -117,30 +118,30 @@ class Kept:
 
 
 class CachePolicy(HasIdentity):
-    """What stays in a cache. The defaults keep everything."""
+    """Decides which tokens a cache keeps. The default implementation keeps all of them."""
 
     key_prefix: ClassVar[str] = "method.policy."
     other_keys: ClassVar[Mapping[str, str]] = {"budget": "method.budget"}
 
     @cached_property
     def capabilities(self) -> PolicyCapabilities:
-        """See there."""
+        """Properties of the policy."""
         return PolicyCapabilities(static_steps=True)
 
     def identity(self) -> dict[str, Any]:
-        """As of any part; where tokens are ranked, the rule of ties decides with it which ones stay."""
+        """Return the identity of the policy, with the tie-breaking rule if it ranks tokens."""
         return super().identity() | ({"ties": ranking.RULE} if self.capabilities.ranks_tokens else {})
 
     def new_state(self, layer: ModelLayer) -> Any:
-        """State of one layer for one batch, handed to the methods below; made fresh each time."""
+        """Return a new state of one layer for one batch, which is passed to the methods below."""
         return None
 
     def new_states(self, layers: Sequence[ModelLayer]) -> list[Any]:
-        """States of all layers of one cache that the method works on; a policy that spans layers links them here."""
+        """Return new states of all layers of a cache on which the method works, linked if the policy spans layers."""
         return [self.new_state(layer) for layer in layers]
 
     def select(self, prompt: Prompt, state: Any = None) -> Kept:
-        """What to keep of a prompt."""
+        """Return the prompt tokens to keep."""
         return Kept()
 
     def after_prompt(
@@ -151,15 +152,16 @@ class CachePolicy(HasIdentity):
         scores: torch.Tensor | None,
         queries: torch.Tensor | None = None,
     ) -> None:
-        """Called once the prompt has been compressed.
+        """Initialize the state for decoding, after the prompt has been compressed and stored.
 
         Args:
-            state: What :meth:`new_state` made for this layer.
-            storage: The layer's storage, with the kept tokens.
+            state: State of this layer.
+            storage: Storage of the layer, with the kept tokens.
             lengths: [B] int64, real prompt tokens of each row.
-            scores: [B, H, S] float32, those that :meth:`select` gave, slot for slot as stored (0 in padding), or None.
-            queries: [B, H_q, w, D], the prompt's last queries, zero where a row has fewer tokens; with
-                ``held_queries``.
+            scores: [B, H, S] float32, scores from :meth:`select` in the order of the stored slots (0 in padding), or
+                None.
+            queries: [B, H_q, w, D], last queries of the prompt, zero-padded on the left; None unless
+                ``stored_queries``.
         """
 
     def next_layer_tokens(self, state: Any) -> list[torch.Tensor | None]:
@@ -177,11 +179,11 @@ class CachePolicy(HasIdentity):
         raise NotImplementedError
 
     def attend(self, state: Any, storage: LayerStorage, step: Step) -> torch.Tensor:
-        """Append the step's tokens, attend over everything held, drop what has to leave.
+        """Append the new tokens, attend over all stored tokens, and evict tokens if needed.
 
         Args:
-            state: What :meth:`new_state` made for this layer.
-            storage: The layer's storage.
+            state: State of this layer.
+            storage: Storage of the layer.
             step: The new tokens.
 
         Returns:
@@ -197,33 +199,33 @@ class CachePolicy(HasIdentity):
         storage.make_static(steps)
 
     def static_state(self, state: Any) -> list[torch.Tensor]:
-        """Tensors of ``state`` that a static step changes; see :meth:`.storage.base.LayerStorage.static_state`."""
+        """Return the tensors of ``state`` that a static step changes, as for :meth:`.LayerStorage.static_state`."""
         return []
 
     def between_steps(self, state: Any, storage: LayerStorage) -> None:
-        """Work after each static step, outside of what is captured; in place."""
+        """Do the uncaptured work after a static step, in place."""
         return
 
     def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int) -> Sequence[int]:
-        """Tokens held by each head of each layer after a prompt and ``new_tokens`` decode steps (for the formula)."""
+        """Return the tokens per head of each layer after a prompt and ``new_tokens`` steps, for the byte formulas."""
         return [prompt_length + new_tokens] * layers
 
     def state_tensors(self, state: Any) -> list[torch.Tensor]:
-        """Tensors of ``state`` that must stay in memory; they count as stored bytes."""
+        """Return the tensors of ``state`` that stay in memory and count as stored bytes."""
         return []
 
     def logical_state_bytes(self, state: Any, tokens: torch.Tensor) -> int:
-        """Bytes of ``state`` but for room that no token takes; ``tokens`` [B, 1 or H] are held."""
+        """Return the bytes of ``state`` without unused slots; ``tokens`` [B, 1 or H] are stored."""
         return sum(t.nbytes for t in self.state_tensors(state))
 
     def state_bytes(self, shape: KVShape, heads: int, prompt_length: int, new_tokens: int) -> int:
-        """Their bytes by the formula, for one sequence; ``heads`` are stored in each layer."""
+        """Return the bytes of the state for one sequence by the formula, with ``heads`` stored heads per layer."""
         return 0
 
 
 @dataclass(frozen=True)
 class KeepEverything(CachePolicy):
-    """Every token stays: the plain cache, and methods that save bits, layers or heads alone."""
+    """Keeps every token: the full cache, and methods that reduce only bits, layers or heads."""
 
     id: ClassVar[str] = "Selection"
 

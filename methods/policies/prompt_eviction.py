@@ -1,6 +1,6 @@
-"""The prompt's side of token eviction: which tokens stay of it, by scorer, allocator and protection.
+"""Compression of a prompt by an eviction policy: scorer, allocator and protected tokens.
 
-Legend: R rows of one prompt length, H stored heads, N candidates, T tokens, C kept tokens.
+Legend: R rows of one prompt length, H stored heads, T prompt tokens, C kept tokens, N candidates (unprotected tokens).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from ...conf.errors import InputError, require
 from ...conf.options import NonNegativeInt
 from ..cache.prompt import ALL_QUERIES, Prompt
-from ..storage.base import slots_that_stay
+from ..storage.base import slots_to_keep
 from . import ranking
 from .allocators.base import Allocator
 from .allocators.uniform import Uniform
@@ -30,16 +30,17 @@ from .scorers.base import ModelLayer, Scorer
 
 @dataclass(frozen=True)
 class PromptEviction(CachePolicy):
-    """The parts of an eviction policy, and what they keep of a prompt.
+    """Components of an eviction policy, and the compression of a prompt.
 
     Attributes:
-        scorer: What a token is worth.
-        budget: Mean over layers and heads of the tokens kept, the protected ones included, or a fraction of the prompt.
-        allocator: How the budget is shared out among layers and heads.
-        schedule: When tokens leave; None: as the scorer's paper does.
-        sinks: First tokens that always stay; None: the scorer's default.
-        recent: Last tokens that always stay: a number, or a share of the budget in [0, 1] (float); None: the scorer's
-            default.
+        scorer: Ranks the tokens.
+        budget: Tokens to keep, protected ones included, as the mean over layers and heads, or as a fraction of the
+            prompt.
+        allocator: Distributes the budget over layers and heads.
+        schedule: When tokens are evicted; None: as in the scorer's paper.
+        sinks: Number of first tokens that are always kept; None: the scorer's default.
+        recent: Number of last tokens that are always kept, or their share of the budget in [0, 1] (float); None: the
+            scorer's default.
     """
 
     key_prefix: ClassVar[str] = "method."
@@ -83,7 +84,7 @@ class PromptEviction(CachePolicy):
             require(isinstance(recent, float) or recent >= need, "method.recent", recent, allowed)
 
     def identity(self) -> dict[str, Any]:
-        """Scorer, budget, protection, allocator and schedule in one mapping, as records have always had it."""
+        """Return scorer, budget, protection, allocator and schedule as one mapping, the format of all records."""
         scorer = self.scorer
         out = {"class": scorer.id, "budget": self.budget, **scorer.parameters()}
         recent_key = scorer.recent_recorded_as
@@ -99,25 +100,10 @@ class PromptEviction(CachePolicy):
         version = {"version": scorer.version} if scorer.version > 1 else {}
         return out | version | {"ties": ranking.RULE}
 
-    # the prompt ---------------------------------------------------------------------------------------------------
+    # prefill ------------------------------------------------------------------------------------------------------
 
     def new_state(self, layer: ModelLayer) -> EvictionState:
         return EvictionState(layer, self.scorer.new_state(layer))
-
-    def recent_of(self, budget: int) -> int:
-        """Last tokens that stay, of ``budget`` kept ones."""
-        recent = int(self.recent * budget) if isinstance(self.recent, float) else self.recent
-        return min(recent, budget)
-
-    def layer_budgets(self, prompt_length: int, layers: int) -> Sequence[int]:
-        """Tokens that each layer keeps per head (their mean) of a prompt of ``prompt_length``, protected included."""
-        budget = resolve_budget(self.budget, prompt_length)
-        return [prompt_length] * layers if prompt_length <= budget else self.limits(prompt_length, layers)
-
-    def limits(self, prompt_length: int, layers: int) -> Sequence[int]:
-        """Tokens that each layer may hold per head (their mean) after an eviction, however short the prompt was."""
-        budget = resolve_budget(self.budget, prompt_length)
-        return self.allocator.layer_budgets(budget, self.recent_of(budget), prompt_length, layers)
 
     def select(self, prompt: Prompt, state: EvictionState | None = None) -> Kept:
         budget = self.layer_budgets(prompt.length, prompt.num_layers)[prompt.layer_idx]
@@ -125,32 +111,52 @@ class PromptEviction(CachePolicy):
         if prompt.length <= budget and not keeps_scores:
             return Kept()
         recent = self.recent_of(budget)
-        prompt, of_layer = replace(prompt, protected=recent), None if state is None else state.of_scorer
+        prompt, scorer_state = replace(prompt, protected=recent), None if state is None else state.scorer_state
+        if prompt.length <= budget:
+            return Kept(scores=self.scorer.score(prompt, scorer_state))
+
+        # The first `sinks` and the last `recent` tokens are kept whatever their scores.
+        sinks, end = min(self.sinks, budget - recent), prompt.length - recent
         rows, kv_heads = prompt.keys.shape[:2]
         heads = prompt.query.shape[1] if self.scorer.stores_query_heads else kv_heads
-        if prompt.length <= budget:
-            return Kept(scores=self.scorer.score(prompt, of_layer))
-        sinks, end = min(self.sinks, budget - recent), prompt.length - recent
-        position = torch.arange(prompt.length, device=prompt.keys.device)
-        if budget == sinks + recent and not self.allocator.spans_layers:  # nothing is left to rank
-            slots = torch.cat([position[:sinks], position[end:]]).expand(rows, heads, -1)
-            scores = self.scorer.score(prompt, of_layer) if keeps_scores else None
+        position = torch.arange(prompt.length, device=prompt.keys.device)  # [T]
+        if budget == sinks + recent and not self.allocator.spans_layers:  # no other token can be kept
+            slots = torch.cat([position[:sinks], position[end:]]).expand(rows, heads, -1)  # [R, H, C]
+            scores = self.scorer.score(prompt, scorer_state) if keeps_scores else None
             return Kept(slots, scores=None if scores is None else scores.gather(-1, slots))
-        scores, ties = self.scorer.score(prompt, of_layer), self.scorer.tie_scores(prompt, of_layer)  # [R, H, T]
-        candidates = scores[..., sinks:end]  # [R, H, N]
+
+        # Score the tokens in between.
+        scores, ties = self.scorer.score(prompt, scorer_state), self.scorer.tie_scores(prompt, scorer_state)
+        candidates = scores[..., sinks:end]  # [R, H, T] -> [R, H, N]
         tie_candidates = None if ties is None else ties[..., sinks:end]
-        free = budget - sinks - recent
-        if self.allocator.spans_layers:
+        free = budget - sinks - recent  # candidates to keep, as the mean over heads
+
+        # Keep the highest-ranked candidates.
+        if self.allocator.spans_layers:  # after the last layer, in across_layers.py
             assert state is not None
-            state.waiting.append(Candidates(candidates, tie_candidates, free, sinks, recent))
+            state.candidates.append(Candidates(candidates, tie_candidates, free, sinks, recent))
             return Kept(scores=scores if keeps_scores else None)
         if self.allocator.heads_differ:
             budgets = self.allocator.head_budgets(candidates, free, tie_candidates)  # [R, H]
-            stay = F.pad(keep_mask(candidates, budgets, tie_candidates), (sinks, recent), value=True)  # [R, H, T]
-            slots, valid = slots_that_stay(stay)
+            keep = F.pad(keep_mask(candidates, budgets, tie_candidates), (sinks, recent), value=True)  # [R, H, T]
+            slots, valid = slots_to_keep(keep)  # [R, H, C]
         else:
-            best, valid = keep_slots(candidates, free, tie_candidates) + sinks, None  # [R, H, C - sinks - recent]
-            ends = (position[:sinks], position[end:])
-            slots = torch.cat([ends[0].expand(*best.shape[:2], -1), best, ends[1].expand(*best.shape[:2], -1)], dim=-1)
-            slots = slots.expand(rows, heads, -1)
+            best, valid = keep_slots(candidates, free, tie_candidates) + sinks, None  # [R, H or 1, free]
+            first, last = (x.expand(*best.shape[:2], -1) for x in (position[:sinks], position[end:]))
+            slots = torch.cat([first, best, last], dim=-1).expand(rows, heads, -1)  # [R, H, C]
         return Kept(slots, valid, scores.gather(-1, slots) if keeps_scores else None)
+
+    def recent_of(self, budget: int) -> int:
+        """Return the number of last tokens that are always kept within a layer's budget."""
+        recent = int(self.recent * budget) if isinstance(self.recent, float) else self.recent
+        return min(recent, budget)
+
+    def layer_budgets(self, prompt_length: int, layers: int) -> Sequence[int]:
+        """Return the prompt tokens that each layer keeps per head on average, protected ones included."""
+        budget = resolve_budget(self.budget, prompt_length)
+        return [prompt_length] * layers if prompt_length <= budget else self.limits(prompt_length, layers)
+
+    def limits(self, prompt_length: int, layers: int) -> Sequence[int]:
+        """Return the tokens that each layer may store per head after an eviction while decoding, on average."""
+        budget = resolve_budget(self.budget, prompt_length)
+        return self.allocator.layer_budgets(budget, self.recent_of(budget), prompt_length, layers)

@@ -1,21 +1,24 @@
-"""StreamingLLM (Xiao et al., 2024, arXiv 2309.17453): a few first tokens as attention sinks, and the most recent ones.
+"""StreamingLLM (Xiao et al., 2024, arXiv 2309.17453): keep a few first tokens (attention sinks) and the recent ones.
 
-Section 3.2: the cache holds the first ``sinks`` tokens and the last ``budget - sinks``; positions are counted *inside
-the cache*, so that the query never stands further from any key than the cache is long. Each step appends, attends (the
-query sees the whole cache and itself) and then drops the oldest token that is not a sink.
+Section 3.2: the cache keeps the first ``sinks`` tokens and the last ``budget - sinks``. Positions are counted *inside
+the cache*, so that no query-key distance exceeds the cache length. Each step appends its token, attends over the whole
+cache including the new token, and then evicts the oldest token that is not a sink.
 
-Two protocols exist under this name and both are here:
+Two protocols are published under this name:
 
-* ``mode=true_stream`` (the paper's): every token, the prompt's too, sees only what the cache held at its time. Computed
-  in blocks with a banded mask, which equals feeding the tokens one by one.
-* ``mode=prefill_evict``: the prompt is read with full attention and evicted once, so that the surviving tokens have
-  already seen the middle of the prompt. Each step then evicts as in the paper. With ``prefill_only=true`` every
-  generated token stays: the protocol of kvpress and KVCache-Factory (which also leave the sinks at their true distance:
+* ``mode=true_stream`` (the paper): every token, also of the prompt, attends only to the tokens in the cache at that
+  time. Computed in blocks with a banded mask, which is equivalent to feeding tokens one by one.
+* ``mode=prefill_evict``: the prompt is prefilled with full attention and evicted once, so the kept tokens have attended
+  to the whole prompt. Each decode step then evicts as in the paper. With ``prefill_only=true`` all generated tokens are
+  kept, the protocol of kvpress and KVCache-Factory (which also leave the sinks at their true distance:
   ``reposition=false``).
 
-Positions inside the cache, without rotating the cache: RoPE attention depends on distances alone. The recent tokens
-stand at their true distances from the query anyway; only the sinks are too far, by the number of tokens evicted. So
-keys keep their true positions and, for the sinks' logits alone, the query is rotated back by that number.
+Positions inside the cache do not require rotating the cached keys, because RoPE attention depends only on distances.
+The recent tokens already have their true distances to the query; only the sinks are too far away, by the number of
+evicted tokens. Keys therefore keep their true positions, and the query is rotated back by that number for the logits of
+the sinks only.
+
+Legend: B batch rows, H_q query heads, H stored heads, g = H_q / H, n new tokens, S slots, D channels.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ import torch.nn.functional as F
 
 from ...conf.errors import InputError, require
 from ...conf.options import NonNegativeInt
-from ..cache.products import cached_attention, exact_products
+from ..cache.products import cached_attention, query_key_products
 from ..cache.prompt import Prompt
 from ..cache.rotary import Rotary
 from ..storage.base import LayerStorage
@@ -40,22 +43,22 @@ from .policy import CachePolicy, Kept, PolicyCapabilities, Step
 from .scorers.base import ModelLayer
 
 BLOCK = 256
-"""Prompt tokens that pass through the cache at a time in ``true_stream``; memory is O(BLOCK x (budget + BLOCK))."""
+"""Prompt tokens per block in ``true_stream``; memory is O(BLOCK x (budget + BLOCK))."""
 
 
 @dataclass
 class StreamState:
-    """One layer and batch.
+    """State of one layer for one batch.
 
     Attributes:
-        rotary: turns the query back for the sinks' logits; None: positions are left alone.
-        seen: real tokens fed so far, [B] int64; None before the first.
-        limit: tokens a row may hold between steps, [B, 1] int64; None until it is known.
-        fed: tokens fed so far as a plain number, an upper bound of ``seen`` that costs no device sync.
-        padded: rows differ in length, so that the sinks of each stand in slots of their own.
-        evicted: real tokens that left before the step under way, [B, 1] int64; None between steps.
-        steps: static steps so far.
-        is_static: the layer's tensors have their final shapes, and steps change them in place.
+        rotary: RoPE rotation of the queries; None: no re-positioning.
+        seen: [B] int64, real tokens seen so far; None before the first.
+        limit: [B, 1] int64, tokens that a row may store between steps; None before the first step.
+        fed: Upper bound of ``seen`` on the host.
+        padded: Whether rows may differ in length, so that their sinks are in different slots.
+        evicted: [B, 1] int64, real tokens evicted before the current step; None between steps.
+        steps: Static steps so far.
+        is_static: Whether the layer's tensors have their final shapes and are modified in place.
     """
 
     rotary: Rotary | None
@@ -73,11 +76,11 @@ class StreamingLLM(CachePolicy):
     """Attention sinks and a sliding window.
 
     Attributes:
-        budget: tokens held per head, sinks included; ``prefill_evict`` also takes a fraction of the prompt.
-        sinks: first tokens that are always kept (4 in the paper); 0 is plain window attention.
-        mode: ``true_stream`` or ``prefill_evict``, see the module's docstring.
-        reposition: count positions inside the cache (the paper); False leaves the sinks at their true distance.
-        prefill_only: with ``prefill_evict``, evict once, after the prompt, and keep every generated token.
+        budget: Tokens to keep, sinks included; with ``prefill_evict`` also a fraction of the prompt.
+        sinks: Number of first tokens that are always kept (4 in the paper); 0 is plain window attention.
+        mode: ``true_stream`` or ``prefill_evict``; see the module docstring.
+        reposition: Count positions inside the cache, as in the paper; False keeps the sinks at their true distance.
+        prefill_only: With ``prefill_evict``, evict only once, after the prefill, and keep all generated tokens.
     """
 
     id: ClassVar[str] = "StreamingLLM"
@@ -159,20 +162,19 @@ class StreamingLLM(CachePolicy):
         blocks = [slice(start, min(n, start + BLOCK)) for start in range(0, n, BLOCK)]
         if len(blocks) == 1:
             return self._attend_block(state, storage, step)
-        return torch.cat([self._attend_block(state, storage, step.part(block)) for block in blocks], dim=2)
+        return torch.cat([self._attend_block(state, storage, step.select_columns(block)) for block in blocks], dim=2)
 
     def _attend_block(self, state: StreamState, storage: LayerStorage, step: Step) -> torch.Tensor:
-        """Append one block, attend, evict down to the limit."""
+        """Append one block, attend, and evict down to the limit."""
         assert state.seen is not None and state.limit is not None
         query, n = step.query, step.query.shape[2]
-        if state.evicted is None:
-            # Real tokens that left before this block: the slots after the sinks stand that far from their rank.
+        if state.evicted is None:  # difference between position and rank of the recent tokens
             state.evicted = state.seen[:, None] - (storage.tokens[:, :1] if state.fed else 0)
         evicted, seen, fed = state.evicted, state.seen, state.fed + n
         state.padded |= step.valid is not None
         step.append_to(storage, before_attention=True)
-        keys, values, held = storage.read()
-        held = None if held is None else held[:, :1]  # all heads alike
+        keys, values, valid = storage.read()
+        valid = None if valid is None else valid[:, :1]  # [B, 1, S], equal for all heads
         if step.use.is_last_reader:
             if state.is_static:
                 seen = seen.clone()
@@ -181,41 +183,44 @@ class StreamingLLM(CachePolicy):
                 state.seen = state.seen + (n if step.valid is None else step.valid.sum(1))
                 state.fed = fed
             state.evicted = None
-        if isinstance(self.budget, int) and fed <= self.budget and not state.is_static:  # nothing has to leave yet
-            out = cached_attention(query, keys, values, step.rule, held)
+        if isinstance(self.budget, int) and fed <= self.budget and not state.is_static:  # no token is evicted yet
+            out = cached_attention(query, keys, values, step.rule, valid)
             step.append_to(storage, before_attention=False)
             return out
 
+        # Positions of the keys and of the queries.
         slots = keys.shape[2]
-        if held is None:
-            rank = torch.arange(slots, device=query.device)[None]  # [1, S]
-        else:
-            rank = held[:, 0].long().cumsum(1) - 1  # [B, S]
+        all_slots = torch.arange(slots, device=query.device)[None]  # [1, S]
+        rank = all_slots if valid is None else valid[:, 0].long().cumsum(1) - 1  # [B, S]
         sinks = (state.limit - 1).clamp(max=self.sinks)  # [B, 1]
-        recent = state.limit - sinks
-        is_sink = rank < sinks
-        position = torch.where(is_sink, rank, rank + evicted)  # [B, S], true positions
+        recent = state.limit - sinks  # [B, 1]
+        is_sink = rank < sinks  # [B, S]
+        position = torch.where(is_sink, rank, rank + evicted)  # [B, S]
         is_next = step.use.strictly_causal or state.is_static  # the new token is not in the last slot
-        at = seen[:, None] if is_next else position[:, -n:]  # [B, n], of the queries
-        age = at[:, :, None] - position[:, None, :]  # [B, n, S]
-        visible = age >= 0
+        query_position = seen[:, None] if is_next else position[:, -n:]  # [B, n]
+
+        # Banded mask: each query attends to the sinks and to the recent tokens.
+        distance = query_position[:, :, None] - position[:, None, :]  # [B, n, S]
+        visible = distance >= 0
         if not self.prefill_only:
-            visible = visible & (is_sink[:, None, :] | (age <= recent[:, :, None]))
-        if held is not None:
-            visible = visible & held
-            if step.valid is not None:  # a pad sees itself, for a softmax over something
+            visible = visible & (is_sink[:, None, :] | (distance <= recent[:, :, None]))
+        if valid is not None:
+            visible = visible & valid
+            if step.valid is not None:  # a pad attends to itself, because the softmax of a fully masked row is NaN
                 visible = visible | F.pad(torch.eye(n, dtype=torch.bool, device=query.device), (slots - n, 0))
-        # How much further than in the cache a sink is, per query: [B, n].
-        shift = evicted.expand_as(at) if self.prefill_only else (at - state.limit).clamp(min=0)
-        logits = self._logits(state.rotary, query, keys, is_sink, shift, state.padded)
+
+        # Attention; `shift` is the number of evicted tokens between the sinks and each query.
+        shift = evicted.expand_as(query_position) if self.prefill_only else query_position - state.limit
+        logits = self._logits(state.rotary, query, keys, is_sink, shift.clamp(min=0), state.padded)
         logits = step.rule.logits(logits).masked_fill(~visible[:, None, None], float("-inf"))
         weights = step.rule.weights(logits, head_dims=2).to(values.dtype).flatten(2, 3)  # [B, H, g * n, S]
-        out = (weights @ values).reshape(*query.shape[:3], -1)
+        out = (weights @ values).reshape(*query.shape[:3], -1)  # [B, H_q, n, D]
         step.append_to(storage, before_attention=False)
         if step.use.is_last_reader and not self.prefill_only:
-            if step.use.strictly_causal:  # the new token has come since
-                rank, held = F.pad(rank, (0, 1), value=slots), None if held is None else F.pad(held, (0, 1), value=True)
-            self._evict(storage, held, rank, sinks, recent, at_once=n > 1 or step.valid is not None)
+            if step.use.strictly_causal:  # the new token was appended after the attention
+                rank = F.pad(rank, (0, 1), value=slots)
+                valid = None if valid is None else F.pad(valid, (0, 1), value=True)
+            self._evict(storage, valid, rank, sinks, recent, compact_now=n > 1 or step.valid is not None)
         return out
 
     def _logits(
@@ -227,39 +232,39 @@ class StreamingLLM(CachePolicy):
         shift: torch.Tensor,
         padded: bool,
     ) -> torch.Tensor:
-        """[B, H, g, n, S], unscaled, float32 or wider; those of the sinks with the query turned back by ``shift``."""
+        """Return unscaled logits [B, H, g, n, S] in float32 or wider, the query rotated by -``shift`` for sinks."""
         batch, query_heads, n, dim = query.shape
         heads = keys.shape[1]
 
         def logits_of(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-            grouped = exact_products(q.reshape(batch, heads, -1, dim), k)
+            grouped = query_key_products(q.reshape(batch, heads, -1, dim), k)
             return grouped.reshape(batch, heads, query_heads // heads, n, -1)
 
         logits = logits_of(query, keys)
         if rotary is not None and self.sinks:
-            # Without padding the sinks stand in the first slots; with it, in different slots of each row.
+            # Without padding the sinks are in the first slots; with padding the slots depend on the row.
             count = keys.shape[2] if padded else min(self.sinks, keys.shape[2])
-            turned = logits_of(rotary.turn(query, -shift), keys[:, :, :count])
+            rotated = logits_of(rotary.rotate(query, -shift), keys[:, :, :count])
             sink = is_sink[:, None, None, None, :count]
-            logits[..., :count] = torch.where(sink, turned, logits[..., :count])
+            logits[..., :count] = torch.where(sink, rotated, logits[..., :count])
         return logits
 
     def _evict(
         self,
         storage: LayerStorage,
-        held: torch.Tensor | None,
+        valid: torch.Tensor | None,
         rank: torch.Tensor,
         sinks: torch.Tensor,
         recent: torch.Tensor,
-        at_once: bool,
+        compact_now: bool,
     ) -> None:
-        """Drop what is neither a sink nor recent; ``at_once``: give its room back now."""
+        """Evict the tokens that are neither sinks nor recent."""
         batch, slots = recent.shape[0], rank.shape[1]
-        if held is None:
-            held = torch.ones(batch, 1, slots, dtype=torch.bool, device=rank.device)
-        count = held[:, 0].sum(1, keepdim=True)
-        stay = (held[:, 0] & ((rank < sinks) | (rank >= count - recent)))[:, None]
-        storage.drop(stay, at_once)
+        if valid is None:
+            valid = torch.ones(batch, 1, slots, dtype=torch.bool, device=rank.device)
+        count = valid[:, 0].sum(1, keepdim=True)  # [B, 1]
+        keep = (valid[:, 0] & ((rank < sinks) | (rank >= count - recent)))[:, None]  # [B, 1, S]
+        storage.drop(keep, compact_now)
 
     def make_static(self, state: StreamState, storage: LayerStorage, steps: int) -> None:
         if self.prefill_only:

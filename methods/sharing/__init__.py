@@ -1,1 +1,1 @@
-"""Architectures in which layers share keys and values: one model class, and one small file for each way of sharing."""
+"""Architectures in which layers share keys and values, one per file; the model class is in ``models/kvshare``."""

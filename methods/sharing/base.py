@@ -1,7 +1,7 @@
-"""The contract of a way of sharing: which layers own keys and values, as a part of the model.
+"""Interface of sharing architectures, which define the layers that own keys and values.
 
-A new one is a frozen dataclass with :meth:`Sharing.source` in a file beside this one, and one YAML in ``conf/method``.
-What it says becomes a model's config (:class:`.config.KVShareLlamaConfig`), and weights have to be trained for it.
+A new architecture is a frozen dataclass with :meth:`Sharing.source` in a new file, and one YAML in ``conf/method``. It
+determines a model's config (:class:`.config.KVShareLlamaConfig`) and requires weights trained for it.
 """
 
 from __future__ import annotations
@@ -18,98 +18,98 @@ from .kv_map import FULL, check_map
 from .plan import ENCODINGS
 
 RUN_KEYS = ("iter_forward", "iter_backward", "kv_loss_weight", "encode")
-"""Keys of the config that say how sequences are encoded, not what the weights were made for."""
+"""Config keys for the encoding of sequences, which do not depend on the weights."""
 
 
 @dataclass(frozen=True)
 class Sharing(HasIdentity, ABC):
-    """A layer -> KV-source map for any number of layers, and what else of the architecture goes with it."""
+    """Map of layers to KV sources for any number of layers, with the other properties of the architecture."""
 
     key_prefix: ClassVar[str] = "method.sharing."
 
     @property
     @abstractmethod
     def label(self) -> str:
-        """Short name, from which trained weights are found: ``cla2``, ``yoco``, ``lckv-w2``."""
+        """Short name, which also identifies trained weights: ``cla2``, ``yoco``, ``lckv-w2``."""
 
     @abstractmethod
     def source(self, layers: int) -> list[int]:
-        """For each of ``layers`` layers, the one whose keys and values it attends over.
+        """Return, for each of ``layers`` layers, the layer whose keys and values it attends over.
 
         Raises:
-            InputError: it cannot be done with so few layers.
+            InputError: The architecture needs more layers.
         """
 
     def layer_types(self, layers: int) -> list[str]:
-        """Type of each layer, see :data:`.plan.LAYER_TYPES`."""
+        """Return the type of each layer; see :data:`.kv_map.LAYER_TYPES`."""
         return [FULL] * layers
 
-    def further(self, shape: Mapping[str, Any]) -> dict[str, Any]:
-        """Further keys of the config; ``shape`` are those of the plain model."""
+    def extra_config(self, shape: Mapping[str, Any]) -> dict[str, Any]:
+        """Return additional config keys; ``shape`` is the config of the plain model."""
         return {}
 
     @property
     def shares(self) -> bool:
-        """Some layer has no keys and values of its own."""
+        """Whether some layer does not own keys and values."""
         return True
 
     @property
-    def left_open(self) -> tuple[str, ...]:
-        """Keys of the config in which trained weights may differ from :meth:`config_keys`."""
+    def optional_keys(self) -> tuple[str, ...]:
+        """Config keys for which trained weights may differ from :meth:`config_keys`."""
         return ()
 
     def fit(self, config: Any) -> None:
-        """Check a model's config against this way of sharing; how sequences are encoded is no part of it.
+        """Check that a model's config has this architecture, apart from the encoding of sequences.
 
         Raises:
-            InputError: the model was built in another way.
+            InputError: The model has another architecture.
         """
         keys = self.config_keys(config.to_dict())
         layers = config.num_hidden_layers
         plain = {"kv_source_layers": list(range(layers)), "layer_types": [FULL] * layers, "separate_kv_norm": False}
-        for key, wanted in keys.items():
-            found = getattr(config, key, None)
-            found = plain.get(key) if found is None else found
-            if key not in (*RUN_KEYS, *self.left_open) and found != wanted:
+        for key, required in keys.items():
+            actual = getattr(config, key, None)
+            actual = plain.get(key) if actual is None else actual
+            if key not in (*RUN_KEYS, *self.optional_keys) and actual != required:
                 raise InputError(
-                    "method.sharing", self.label, f"needs a model whose {key} is {wanted}; this one's is {found}"
+                    "method.sharing", self.label, f"needs a model whose {key} is {required}; this one's is {actual}"
                 )
 
     @property
     def passes(self) -> int | None:
-        """Passes over layers that refer up when several tokens are encoded; 0: as many as tokens; None: no say."""
+        """Encoding passes over layers with a higher KV source; 0: one per token; None: set by the model's config."""
         return None
 
     @property
     def shares_heads(self) -> bool:
-        """The query heads of a layer share keys and values further than in the plain model."""
+        """Whether the number of KV heads differs from the plain model's."""
         return False
 
     def config_keys(self, shape: Mapping[str, Any]) -> dict[str, Any]:
-        """What makes a plain Llama's config keys ``shape`` this architecture."""
+        """Return the config keys that turn the plain Llama config ``shape`` into this architecture."""
         layers = shape["num_hidden_layers"]
-        source, types, further = self.source(layers), self.layer_types(layers), self.further(shape)
+        source, types, extra = self.source(layers), self.layer_types(layers), self.extra_config(shape)
         try:
-            check_map(source, types, layers, further.get("sliding_window"))
+            check_map(source, types, layers, extra.get("sliding_window"))
         except ValueError as error:
             raise InputError("method.sharing", self.label, str(error)) from error
-        return {"kv_source_layers": source, "layer_types": types} | further
+        return {"kv_source_layers": source, "layer_types": types} | extra
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded(Sharing):
-    """A way of sharing whose sources may stand above: how several tokens are encoded at once.
+    """Architecture whose KV sources may be higher layers, so that sequences are encoded in several passes.
 
     Attributes:
-        iter_forward, iter_backward: passes without and with gradients (7 and 2 in arXiv 2405.10637).
-        encode: ``iterative``, or ``exact``: as many passes as tokens.
+        iter_forward, iter_backward: Passes without and with gradients (7 and 2 in arXiv 2405.10637).
+        encode: ``iterative``, or ``exact`` for as many passes as tokens.
     """
 
     iter_forward: NonNegativeInt = 7
     iter_backward: PositiveInt = 2
     encode: Annotated[str, OneOf(ENCODINGS)] = "iterative"
 
-    def further(self, shape: Mapping[str, Any]) -> dict[str, Any]:
+    def extra_config(self, shape: Mapping[str, Any]) -> dict[str, Any]:
         return {key: getattr(self, key) for key in ("iter_forward", "iter_backward", "encode")}
 
     @property

@@ -1,12 +1,11 @@
-"""Cross-Layer Attention (Brandon et al., 2024, arXiv 2405.12981): neighbouring layers share keys and values.
+"""Cross-Layer Attention (Brandon et al., 2024, arXiv 2405.12981): adjacent layers share keys and values.
 
-Section 2.2: layers stand in groups of ``factor``; the first of a group computes keys and values, and the others attend
-over them with queries of their own. Where the number of layers does not divide, the first group is the short one
-(Figure 2: with ten layers and factor 3, layer 0 stands alone). Training and inference are those of a plain model, and
-so are the bytes *read* at each step: sharing saves room, not bandwidth (section 2.3).
+Section 2.2: layers form groups of ``factor``. The first layer of a group computes keys and values, and the others
+attend over them with their own queries. If ``factor`` does not divide the number of layers, the first group is smaller
+(Figure 2: with ten layers and factor 3, layer 0 is a group). Training and inference are those of a plain
+model, and so are the bytes *read* at each step: sharing saves memory, not bandwidth (section 2.3).
 
-The authors' models normalise the input of the keys and values apart from that of the queries
-(``separate_kv_norm=true``).
+The authors' models normalize the input of keys and values separately (``separate_kv_norm=true``).
 """
 
 from __future__ import annotations
@@ -21,12 +20,11 @@ from .base import Sharing
 
 @dataclass(frozen=True)
 class CLA(Sharing):
-    """The map, for any factor.
+    """Groups of adjacent layers with one KV source each.
 
     Attributes:
-        factor: layers that share; 1 is the plain model.
-        separate_kv_norm: keys and values have an RMSNorm of their own before them; None: as the weights at hand, and
-            not in new ones.
+        factor: Layers per group; 1 is the plain model.
+        separate_kv_norm: Keys and values have their own RMSNorm; None: as in the weights, False for new weights.
     """
 
     id: ClassVar[str] = "CLA"
@@ -42,12 +40,12 @@ class CLA(Sharing):
         return self.factor > 1
 
     def source(self, layers: int) -> list[int]:
-        short = layers % self.factor
-        return [0 if i < short else i - (i - short) % self.factor for i in range(layers)]
+        first_group = layers % self.factor
+        return [0 if i < first_group else i - (i - first_group) % self.factor for i in range(layers)]
 
-    def further(self, shape: Mapping[str, Any]) -> dict[str, Any]:
+    def extra_config(self, shape: Mapping[str, Any]) -> dict[str, Any]:
         return {"separate_kv_norm": bool(self.separate_kv_norm)}
 
     @property
-    def left_open(self) -> tuple[str, ...]:
+    def optional_keys(self) -> tuple[str, ...]:
         return ("separate_kv_norm",) if self.separate_kv_norm is None else ()

@@ -1,14 +1,12 @@
-"""The family of maps of Wu et al. (2024, arXiv 2410.14442).
+"""Family of KV-sharing maps by Wu et al. (2024, arXiv 2410.14442): blocks of layers with one KV source each.
 
-A map divides the layers into blocks, and one layer of each block is the KV source of the block.
+    pizza      the lowest layers own keys and values, and all layers above form one block
+    sandwich   layers at both ends own keys and values, and the layers in the middle form one block
+    lasagna    blocks of equal size
 
-    pizza      the lowest layers keep their own keys and values, one block takes the rest
-    sandwich   layers at both ends keep their own, one block in the middle
-    lasagna    equal blocks
-
-and the source of a block is its ``bottom``, ``middle`` or ``top`` layer. CLA is lasagna-bottom, YOCO is pizza-bottom,
-Layer-Condensed KV is sandwich-top. With a source in the middle only the layers up to it are encoded in several passes.
-An explicit ``map`` stands for anything else: the ablations of the CLA paper, MixAttention.
+The source of a block is its ``bottom``, ``middle`` or ``top`` layer. CLA is lasagna-bottom, YOCO is pizza-bottom,
+Layer-Condensed KV is sandwich-top. With a middle source only the layers up to it are encoded in several passes. An
+explicit ``map`` defines any other architecture, such as MixAttention or the ablations of the CLA paper.
 """
 
 from __future__ import annotations
@@ -24,15 +22,15 @@ from .base import Encoded
 
 @dataclass(frozen=True)
 class KVShare(Encoded):
-    """The family.
+    """KV sharing by blocks of layers.
 
     Attributes:
-        kv_layers: layers with keys and values of their own.
+        kv_layers: Number of layers that own keys and values.
         partition: ``pizza``, ``sandwich`` or ``lasagna``.
-        position: of a block's source: ``bottom``, ``middle`` or ``top``.
-        force_first_kv: the lowest layer has its own whatever the map says (the paper found quality to drop without).
-        separate_kv_norm: keys and values have an RMSNorm of their own before them.
-        map: the source of every layer, instead of ``partition`` and ``position``; None: as they say.
+        position: Position of a block's source: ``bottom``, ``middle`` or ``top``.
+        force_first_kv: The first layer owns keys and values whatever the map (the paper found lower quality without).
+        separate_kv_norm: Keys and values have their own RMSNorm.
+        map: KV source of every layer, instead of ``partition`` and ``position``.
     """
 
     id: ClassVar[str] = "KVShare"
@@ -69,23 +67,23 @@ class KVShare(Encoded):
         )
         source = list(range(layers))
         for first, end in self._blocks(layers):
-            served_by = {"bottom": first, "middle": (first + end - 1) // 2, "top": end - 1}[self.position]
-            source[first:end] = [served_by] * (end - first)
+            owner = {"bottom": first, "middle": (first + end - 1) // 2, "top": end - 1}[self.position]
+            source[first:end] = [owner] * (end - first)
         if self.force_first_kv and source[0] != 0:
             source[0] = 0
         return source
 
     def _blocks(self, layers: int) -> list[tuple[int, int]]:
-        """(first layer, one after the last) of each block."""
-        own = self.kv_layers - 1
+        """Return the first layer and one past the last layer of each block."""
+        unblocked = self.kv_layers - 1
         if self.partition == "pizza":
-            return [(own, layers)]
+            return [(unblocked, layers)]
         if self.partition == "sandwich":
-            return [((own + 1) // 2, layers - own // 2)]
-        short = layers // self.kv_layers
-        sizes = [short + (i >= self.kv_layers - layers % self.kv_layers) for i in range(self.kv_layers)]
+            return [((unblocked + 1) // 2, layers - unblocked // 2)]
+        min_size = layers // self.kv_layers
+        sizes = [min_size + (i >= self.kv_layers - layers % self.kv_layers) for i in range(self.kv_layers)]
         ends = [sum(sizes[: i + 1]) for i in range(self.kv_layers)]
         return [(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
-    def further(self, shape: Mapping[str, Any]) -> dict[str, Any]:
-        return super().further(shape) | {"separate_kv_norm": self.separate_kv_norm}
+    def extra_config(self, shape: Mapping[str, Any]) -> dict[str, Any]:
+        return super().extra_config(shape) | {"separate_kv_norm": self.separate_kv_norm}

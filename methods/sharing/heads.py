@@ -1,7 +1,7 @@
 """Fewer KV heads: grouped-query (Ainslie et al., 2023, arXiv 2305.13245) and multi-query attention (Shazeer, 2019).
 
-Not a sharing between layers but between the query heads of one layer, and the baseline that the CLA paper builds on:
-the same model class with the map "every layer its own".
+Keys and values are shared between the query heads of one layer, not between layers. The model class is the same, with
+every layer as its own KV source. This is the baseline of the CLA paper.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from .base import Sharing
 
 @dataclass(frozen=True)
 class Heads(Sharing):
-    """The number of KV heads.
+    """Number of KV heads.
 
     Attributes:
-        kv_heads: KV heads of each layer; None: as many as query heads (multi-head attention).
+        kv_heads: KV heads per layer; None: as many as query heads (multi-head attention).
     """
 
     id: ClassVar[str] = "Heads"
@@ -37,7 +37,7 @@ class Heads(Sharing):
     def source(self, layers: int) -> list[int]:
         return list(range(layers))
 
-    def further(self, shape: Mapping[str, Any]) -> dict[str, Any]:
+    def extra_config(self, shape: Mapping[str, Any]) -> dict[str, Any]:
         heads, allowed = shape["num_attention_heads"], self.kv_heads
         require(allowed is None or heads % allowed == 0, "method.sharing.kv_heads", allowed, f"must divide {heads}")
         return {"num_key_value_heads": allowed or heads}

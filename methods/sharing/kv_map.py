@@ -1,4 +1,4 @@
-"""Layer -> KV-source maps: whose keys and values each layer attends over, and what no model can be built from."""
+"""Maps of layers to KV sources, the layers whose keys and values they attend over, and their validation."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ LAYER_TYPES = (FULL, SLIDING, LINEAR)
 
 
 def check_map(source: Sequence[int], layer_types: Sequence[str], layers: int, window: int | None) -> None:
-    """Refuse a map that no model can be built from.
+    """Check that a map (the KV source of each layer) defines a valid model.
 
     Raises:
-        ValueError: which rule is broken, and at which layer.
+        ValueError: A rule is violated; names the rule and the layer.
     """
     if len(source) != layers:
         raise ValueError(f"kv_source_layers has {len(source)} entries for {layers} layers")
@@ -25,7 +25,7 @@ def check_map(source: Sequence[int], layer_types: Sequence[str], layers: int, wi
         if not isinstance(s, int) or not 0 <= s < layers:
             raise ValueError(f"kv_source_layers[{i}] is {s}, which is no layer of {layers}")
         if source[s] != s:
-            raise ValueError(f"kv_source_layers[{i}] is {s}, and layer {s} has no keys and values of its own")
+            raise ValueError(f"kv_source_layers[{i}] is {s}, and layer {s} does not own keys and values")
         if layer_types[s] != kind:
             raise ValueError(
                 f"layer {i} is {kind} and its source, layer {s}, is {layer_types[s]}: a window has dropped what a full "
@@ -34,13 +34,13 @@ def check_map(source: Sequence[int], layer_types: Sequence[str], layers: int, wi
         if s != i and kind == LINEAR:
             raise ValueError(f"layer {i} is {LINEAR}, which has no keys and values to share with layer {s}")
         if s > i and kind != FULL:
-            raise ValueError(f"layer {i} refers up to layer {s}; only {FULL} layers can")
+            raise ValueError(f"layer {i} has the higher layer {s} as its source; only {FULL} layers can")
     for segment in segments(source):
         for i in segment.layers if segment.cyclic else ():
             if layer_types[i] != FULL:
                 raise ValueError(
-                    f"layer {i} is {layer_types[i]} and stands between layer {segment.first} and a source above it, "
-                    f"layer {segment.last}, which are passed several times: only {FULL} layers can"
+                    f"layer {i} is {layer_types[i]} and between layer {segment.first} and its higher source, layer "
+                    f"{segment.last}, which are encoded in several passes: only {FULL} layers can"
                 )
     if SLIDING in layer_types and not (isinstance(window, int) and window >= 2):
         raise ValueError(f"sliding_window is {window} and layer {layer_types.index(SLIDING)} slides: it must be >= 2")
@@ -48,7 +48,7 @@ def check_map(source: Sequence[int], layer_types: Sequence[str], layers: int, wi
 
 @dataclass(frozen=True)
 class Segment:
-    """Layers ``first`` .. ``last``; ``cyclic``: some refer up to one of them, so they are passed several times."""
+    """Layers ``first`` to ``last``; ``cyclic`` if some have a higher KV source and are encoded in several passes."""
 
     first: int
     last: int
@@ -61,7 +61,7 @@ class Segment:
 
 
 def segments(source: Sequence[int]) -> list[Segment]:
-    """The layers in order, cut into plain and cyclic stretches; every layer is in exactly one."""
+    """Partition the layers, in order, into plain and cyclic segments."""
     out: list[Segment] = []
     i = 0
     while i < len(source):

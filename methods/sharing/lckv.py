@@ -1,16 +1,16 @@
-"""Layer-Condensed KV Cache (Wu and Tu, 2024, arXiv 2405.10637): the middle layers attend over the top one's cache.
+"""Layer-Condensed KV Cache (Wu and Tu, 2024, arXiv 2405.10637): middle layers attend over the top layer's cache.
 
-Section 3.1: the queries of all layers of a condensed block meet the keys and values of its top layer; ``warmup``
-layers, half below and half above it, keep standard attention. A token's own keys and values do not exist yet when the
-lower layers run, so those layers do not see the token itself, and the first token sees nothing.
+Section 3.1: all layers of a condensed block attend over the keys and values of its top layer; ``warmup`` layers, half
+below and half above the block, keep standard attention. A token's keys and values are not computed yet when the lower
+layers run, so these layers do not attend to the token itself, and their output for the first token is zero.
 
-A decode step is one ordinary pass. A prompt, or a training sequence, is encoded by repeated passes over the block
-(section 3.2): ``iter_forward + iter_backward`` of them, of which the last ``iter_backward`` carry gradients. That
-converges to what feeding tokens one by one gives, which ``encode=exact`` computes in full.
+A decode step is one ordinary pass. A prompt or a training sequence is encoded in ``iter_forward + iter_backward``
+passes over the block (section 3.2), of which the last ``iter_backward`` have gradients. This converges to the result of
+feeding tokens one by one, which ``encode=exact`` computes.
 
-The published code exists in two variants (``style``): ``fresh`` (its main branch) hides a token from itself where the
-source is above; ``paper`` (the paper's) does so in every layer, and the top layer attends over the pass before. Its
-main branch must not be taken as an oracle: its first row sees the future, and its decoding does not match its
+The published code has two variants (``style``). ``fresh`` (its main branch) is strictly causal where the source is a
+higher layer. ``paper`` is strictly causal in every layer, and the top layer attends over the previous pass. The main
+branch is not a reference for tests: its first row attends to future tokens, and its decoding does not match its
 encoding.
 """
 
@@ -28,11 +28,11 @@ from .plan import UPWARD_STYLES
 
 @dataclass(frozen=True)
 class LCKV(Encoded):
-    """The map, and how sequences are encoded.
+    """Condensed block with its top layer as KV source.
 
     Attributes:
-        warmup: w; layers with standard attention, half of them (rounded down) below the block.
-        kv_loss_weight: of the change of the shared keys and values in the last pass (0 in the paper's main runs).
+        warmup: Layers with standard attention (w in the paper), half of them (rounded down) below the block.
+        kv_loss_weight: Weight of the loss on the change of keys and values in the last pass (paper's main runs: 0).
         style: ``fresh`` or ``paper``.
     """
 
@@ -54,6 +54,6 @@ class LCKV(Encoded):
         top = layers - (self.warmup - below) - 1
         return [i if i < below or i > top else top for i in range(layers)]
 
-    def further(self, shape: Mapping[str, Any]) -> dict[str, Any]:
-        own = {"kv_loss_weight": float(self.kv_loss_weight), "upward_style": self.style}
-        return super().further(shape) | own
+    def extra_config(self, shape: Mapping[str, Any]) -> dict[str, Any]:
+        keys = {"kv_loss_weight": float(self.kv_loss_weight), "upward_style": self.style}
+        return super().extra_config(shape) | keys

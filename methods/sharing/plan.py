@@ -1,9 +1,9 @@
-"""What a layer -> KV-source map says, worked out from a model's config alone.
+"""Cache plan of a model: its cache layers and the layers that use them, derived from the config.
 
-A map lists, for each layer, the layer whose keys and values it attends over (``kv_source_layers``). A layer that is its
-own source computes and caches them; the others only ask. A source may stand below its consumers (CLA, YOCO) or above
-(Layer-Condensed KV): an upward reference is to keys of earlier tokens alone, since those of the token itself are not
-there yet, and a prompt read in parallel takes several passes over the layers in between.
+A map (``kv_source_layers``) gives, for each layer, the layer whose keys and values it attends over. A layer that is its
+own source computes and caches keys and values; other layers only have queries. A source may be a lower layer (CLA,
+YOCO) or a higher one (Layer-Condensed KV). A layer with a higher source attends only to the keys of earlier tokens,
+because those of the current token are not computed yet, and a prompt is encoded in several passes.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from .kv_map import FULL, LINEAR, SLIDING
 
 CHUNKED = "chunked_attention"
 HOLDS_NOTHING = getattr(cache_utils, "DummyLayer", ())
-"""transformers' cache layer of a layer that keeps nothing; older releases make none."""
+"""transformers' cache layer class for layers without a cache; missing in older releases."""
 NO_LAYER = -1
-"""In place of a cache layer's number: the layer of the model neither attends nor keeps a state."""
+"""Index for layers of the model that neither attend nor have a state."""
 ENCODINGS = ("iterative", "exact")
 UPWARD_STYLES = ("fresh", "paper")
 
@@ -39,10 +39,10 @@ class KVAccess:
     """How a layer of the model accesses the cache layer that holds its keys and values.
 
     Attributes:
-        is_owner: The layer's own keys and values are written; else it reads those of another layer.
+        is_owner: The layer computes the keys and values; otherwise it attends over those of another layer.
         strictly_causal: No token attends to itself.
         is_last_reader: No later layer of the model attends over this cache layer in the same forward.
-        is_final_pass: The queries count for scores; False in the warm-up passes of an iterative encoding.
+        is_final_pass: The queries are used for scores; False in the warm-up passes of an iterative encoding.
     """
 
     is_owner: bool = True
@@ -53,12 +53,12 @@ class KVAccess:
 
 @dataclass(frozen=True)
 class Span:
-    """The tokens that a layer of local attention sees.
+    """Tokens to which a token of a local-attention layer attends.
 
     Attributes:
-        kind: ``sliding_attention``: the last ``size`` tokens, its own included; ``chunked_attention``: those of its own
-            chunk of ``size`` tokens, counted from the first real token of the row.
-        size: tokens.
+        kind: ``sliding_attention``: the last ``size`` tokens, including the token itself; ``chunked_attention``: the
+            tokens of the same chunk, counted from the first real token of the row.
+        size: Tokens of the window or chunk.
     """
 
     kind: str
@@ -66,43 +66,42 @@ class Span:
 
     @property
     def counts_from_start(self) -> bool:
-        """Whether it matters at which position a row begins, not only how far apart two tokens are."""
+        """Whether visibility depends on absolute positions in the row and not only on distances."""
         return self.kind == CHUNKED
 
     def first_visible(self, position: int) -> int:
-        """Position of the first token that the one at ``position`` sees."""
+        """Return the position of the first token to which the token at ``position`` attends."""
         if self.kind == CHUNKED:
             return position // self.size * self.size
         return max(0, position - self.size + 1)
 
     def visible(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """Whether keys at some positions lie within reach of queries at others (int64, broadcast); causality apart."""
+        """Return whether key positions are in the span of query positions (int64, broadcast), without causality."""
         if self.kind == CHUNKED:
             return query.div(self.size, rounding_mode="floor") == key.div(self.size, rounding_mode="floor")
         return query - key < self.size
 
     def held(self, tokens: int) -> int:
-        """Tokens to hold between steps of a row that has seen ``tokens``: those that its next token will see."""
+        """Return the number of tokens to store after ``tokens`` tokens: those visible to the next token."""
         return tokens % self.size if self.kind == CHUNKED else min(tokens, self.size - 1)
 
     def held_of(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The same for many rows (int64)."""
+        """Return :meth:`held` for a tensor (int64)."""
         return tokens.remainder(self.size) if self.kind == CHUNKED else tokens.clamp(max=self.size - 1)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The cache layers of a model and who uses them.
+    """Cache layers of a model and the layers that use them.
 
     Attributes:
-        owners: the model's layers that have a cache layer, in order.
-        cache_layer: for each layer of the model, the number of its cache layer, or :data:`NO_LAYER`.
-        uses: for each layer of the model, how it uses that.
-        layer_types: for each cache layer.
-        spans: for each cache layer, the tokens that it sees; None: all (or it does not attend).
-        recurrent: the model's layers whose state transformers' own layer classes hold, beside keys and values or
-            instead of them.
-        rope_switch: tokens of a text up to which RoPE has other frequencies than beyond (longrope); None: none.
+        owners: Layers of the model that have a cache layer, in order.
+        cache_layer: Index of the cache layer of each layer of the model, or :data:`NO_LAYER`.
+        uses: How each layer of the model accesses its cache layer.
+        layer_types: Type of each cache layer.
+        spans: Local attention of each cache layer; None: attends over all tokens, or does not attend.
+        recurrent: Layers of the model with a recurrent state in transformers' layer classes.
+        rope_switch: Text length in tokens at which the RoPE frequencies change (longrope); None: they do not.
     """
 
     owners: tuple[int, ...]
@@ -115,34 +114,34 @@ class Plan:
 
     @cached_property
     def attending(self) -> tuple[int, ...]:
-        """The model's layers that attend over keys and values, in order."""
+        """Layers of the model that attend over keys and values, in order."""
         return tuple(i for i, c in enumerate(self.cache_layer) if c != NO_LAYER and self.layer_types[c] != LINEAR)
 
     @property
     def shares(self) -> bool:
-        """Some layer attends over keys and values that are not its own."""
+        """Whether some layer attends over keys and values of another layer."""
         return any(not use.is_owner for use in self.uses)
 
     @property
     def is_uniform(self) -> bool:
-        """Every layer attends over all tokens and has keys and values of its own."""
+        """Whether every layer attends over all tokens and owns keys and values."""
         return all(kind == FULL for kind in self.layer_types) and not self.shares and NO_LAYER not in self.cache_layer
 
     def consumers(self, kind: str) -> list[int]:
-        """For each cache layer of a type, how many layers of the model attend over it."""
+        """Return, for each cache layer of a type, the number of layers of the model that attend over it."""
         return [self.cache_layer.count(number) for number, k in enumerate(self.layer_types) if k == kind]
 
     @property
     def has_upward_kv_refs(self) -> bool:
-        """Some layer does not see its own token, so that further tokens have to come one by one."""
+        """Whether some layer is strictly causal, so that new tokens must be fed one by one."""
         return any(use.strictly_causal for use in self.uses)
 
 
 def plan_of(config: Any) -> Plan:
-    """The plan of a text config.
+    """Return the plan of a text config.
 
     Raises:
-        InputError: the model's layers keep something for which there is no cache layer here.
+        InputError: A layer of the model has a state that kvbench's cache layers do not support.
     """
     if getattr(config, "upward_style", None) is None:
         return _plan_of_transformers_model(config)
@@ -157,10 +156,10 @@ def plan_of(config: Any) -> Plan:
 
 
 def _plan_of_transformers_model(config: Any) -> Plan:
-    """What transformers' own cache would hold for each layer, read off the cache layers that it makes."""
+    """Derive the plan from the cache layers that transformers creates for a config."""
     name = getattr(config, "model_type", type(config).__name__)
     try:
-        held = DynamicCache(config=config).layers
+        templates = DynamicCache(config=config).layers
         count = config.num_hidden_layers
     except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
         raise InputError("model", name, f"transformers has no cache for it: {error}") from error
@@ -168,16 +167,16 @@ def _plan_of_transformers_model(config: Any) -> Plan:
     owners: list[int] = []
     kinds: list[str] = []
     spans: list[Span | None] = []
-    sources: list[int | None] = []  # for each layer of the model, the layer whose cache layer it uses
+    sources: list[int | None] = []  # KV source of each layer of the model
     recurrent: list[int] = []
     for i in range(count):
-        layer = held[i] if i < len(held) else None
+        layer = templates[i] if i < len(templates) else None
         declared = types[i] if types is not None else None
         kind, span = FULL, None
         if modes[i] == "reuse":
             earlier = [j for j in owners if modes[j] == "store" and types is not None and types[j] == declared]
             if not earlier:
-                raise InputError("model", name, f"layer {i} shares keys and values with a layer that cannot be told")
+                raise InputError("model", name, f"layer {i} shares keys and values with an unknown layer")
             sources.append(earlier[-1])
             continue
         if layer is None or isinstance(layer, HOLDS_NOTHING):
@@ -209,7 +208,7 @@ def _plan_of_transformers_model(config: Any) -> Plan:
 
 
 def _rope_switch(config: Any) -> int | None:
-    """The shortest of its layers' ``original_max_position_embeddings`` under longrope."""
+    """Return the lowest ``original_max_position_embeddings`` of the layers with longrope."""
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope] if "rope_type" in rope else [kind for kind in rope.values() if isinstance(kind, dict)]
     lengths = [k["original_max_position_embeddings"] for k in kinds if k.get("rope_type") == "longrope"]
@@ -217,15 +216,15 @@ def _rope_switch(config: Any) -> int | None:
 
 
 def _sharing_modes(config: Any) -> list[str | None]:
-    """For each layer ``reuse``: it takes keys and values of an earlier layer of its type; ``store``: it gives them."""
+    """Return, for each layer, ``reuse`` if its KV source is an earlier layer of its type, ``store`` if it is one."""
     count = config.num_hidden_layers
     modes = getattr(config, "kv_sharing_modes", None)
     if modes is not None:
         return list(modes)
     shared = getattr(config, "num_kv_shared_layers", None) or 0
     types = getattr(config, "layer_types", None) or [FULL] * count
-    givers = {kind: i for i, kind in enumerate(types[: count - shared])} if shared else {}
-    stores: list[str | None] = ["store" if givers.get(kind) == i else None for i, kind in enumerate(types)]
+    sources = {kind: i for i, kind in enumerate(types[: count - shared])} if shared else {}
+    stores: list[str | None] = ["store" if sources.get(kind) == i else None for i, kind in enumerate(types)]
     return stores[: count - shared] + ["reuse"] * shared
 
 
@@ -233,9 +232,9 @@ _plans: dict[int, tuple[weakref.ref[Any], Plan]] = {}
 
 
 def span_of(config: Any, layer_idx: int) -> Span | None:
-    """The tokens that a layer of a model sees; None: all. The plan is worked out once for a config object."""
-    known = _plans.get(id(config))
-    if known is None or known[0]() is not config:
-        _plans[id(config)] = known = (weakref.ref(config), plan_of(config))
-    number = known[1].cache_layer[layer_idx]
-    return None if number == NO_LAYER else known[1].spans[number]
+    """Return the local attention of a layer of a model, None if it has none; plans are cached per config object."""
+    entry = _plans.get(id(config))
+    if entry is None or entry[0]() is not config:
+        _plans[id(config)] = entry = (weakref.ref(config), plan_of(config))
+    number = entry[1].cache_layer[layer_idx]
+    return None if number == NO_LAYER else entry[1].spans[number]

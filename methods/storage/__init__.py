@@ -1,1 +1,1 @@
-"""How kept tokens are represented. One file a storage; configuration in ``conf/method/storage/``."""
+"""Representations of kept tokens in memory, one per file; configured in ``conf/method/storage/``."""

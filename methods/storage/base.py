@@ -1,7 +1,9 @@
-"""The contract of a storage: how kept tokens are represented.
+"""Interface of storages, which represent kept tokens in memory.
 
-A :class:`Storage` is the configuration (a frozen dataclass, one YAML in ``conf/method/storage/``); it makes one
-:class:`LayerStorage` per layer, which holds a batch's keys and values. A storage never decides *which* tokens stay.
+A :class:`Storage` is a configuration (a frozen dataclass, one YAML in ``conf/method/storage/``). It creates one
+:class:`LayerStorage` per layer, which stores a batch's keys and values. A storage never decides *which* tokens to keep.
+
+Legend: B batch rows, H_q query heads, H stored heads, S slots, n new tokens, C kept tokens, D channels.
 """
 
 from __future__ import annotations
@@ -22,31 +24,31 @@ from ..cache.products import cached_attention
 from .buffer import Growing
 
 
-def slots_that_stay(stay: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Slots marked True in ``stay`` [..., S], in their order and ending at the right: (int64 [..., C], valid or None).
+def slots_to_keep(keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Convert a mask of kept slots, bool [..., S], to indices, left-padded to the largest number C of any row or head.
 
-    C is the most that any row or head has; ``valid`` is False where one has fewer, None where all have as many.
+    Returns:
+        Slots, int64 [..., C], increasing where valid; bool [..., C], False for padding, or None: no padding.
     """
-    width = int(stay.sum(-1).max())
-    slots = stay.int().sort(dim=-1, stable=True).indices[..., stay.shape[-1] - width :]
-    valid = stay.gather(-1, slots)
+    width = int(keep.sum(-1).max())
+    slots = keep.int().sort(dim=-1, stable=True).indices[..., keep.shape[-1] - width :]
+    valid = keep.gather(-1, slots)
     return slots, None if bool(valid.all()) else valid
 
 
 IN_PLACE = ("write", "append", "keep", "drop", "make_static", "compact", "flush", "between_steps", "shrink_to_fit")
-"""Methods of a storage that change what it holds."""
+"""Methods of a storage that modify its contents."""
 
 
 class LayerStorage(Growing, ABC):
     """Keys and values of one layer for one batch.
 
-    Slots are in the order of the tokens. ``valid`` masks [B, 1 or H, S] mark the slots that hold a real token: rows
-    (or heads) of a batch that keep fewer tokens than the longest one are padded on the left, and a token that was
-    dropped may leave a hole.
+    Slots are in token order. ``valid`` masks [B, 1 or H, S] mark the slots that hold a real token: rows (or heads) with
+    fewer tokens than the longest one are left-padded, and an evicted token may leave a hole.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Have what changes a layer in place run under inference mode, in every storage."""
+        """Run the methods in :data:`IN_PLACE` under inference mode, in every storage."""
         super().__init_subclass__(**kwargs)
         for name in IN_PLACE:
             if name in vars(cls):
@@ -54,151 +56,153 @@ class LayerStorage(Growing, ABC):
 
     @abstractmethod
     def write(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
-        """Replace everything by ``keys`` and ``values`` [B, H, S, D]; must not keep the given tensors alive."""
+        """Replace the contents by copies of ``keys`` and ``values`` [B, H, S, D]."""
 
     @abstractmethod
     def append(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
-        """Add n tokens [B, H, n, D] after the last slot; ``valid`` [B, n] or None."""
+        """Append n tokens [B, H, n, D] after the last slot; ``valid`` [B, n] or None."""
 
     @abstractmethod
     def read(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """(keys, values) [B, H, S, D] in the compute dtype, and ``valid`` [B, 1 or H, S] or None: all real."""
+        """Return keys and values [B, H, S, D] in the compute dtype, and ``valid`` [B, 1 or H, S] (None: all True)."""
 
     @abstractmethod
     def keep(self, slots: torch.Tensor, valid: torch.Tensor | None = None) -> None:
-        """Keep only ``slots``: [C] for all rows and heads alike, or [B, 1 or H, C]; increasing where valid."""
+        """Keep only ``slots``: [C] for all rows and heads, or [B, 1 or H, C]; increasing where valid."""
 
-    def drop(self, stay: torch.Tensor, at_once: bool) -> torch.Tensor | None:
-        """Let the tokens that are False in ``stay`` [B, 1 or H, S] leave.
+    def drop(self, keep: torch.Tensor, compact_now: bool) -> torch.Tensor | None:
+        """Evict the tokens that are False in ``keep``.
 
-        A storage may leave holes for a while instead of moving the others together; ``at_once``: not this time.
+        Args:
+            keep: bool [B, 1 or H, S].
+            compact_now: Compact the kept tokens immediately; otherwise a storage may leave holes for some steps.
 
         Returns:
-            The slots that were moved together, int64 [B, 1 or H, C], for whoever counts something for each slot; None:
-            no token has moved.
+            After a compaction the previous slots of the kept tokens, int64 [B, 1 or H, C]; None: no token has moved.
         """
-        slots, valid = slots_that_stay(stay)
-        if valid is None and slots.shape[-1] == stay.shape[-1]:
+        slots, valid = slots_to_keep(keep)
+        if valid is None and slots.shape[-1] == keep.shape[-1]:
             return None
         self.keep(slots, valid)
         return slots
 
     def attend(self, query: torch.Tensor, rule: LogitRule, valid: torch.Tensor | None) -> torch.Tensor:
-        """Attention of n new tokens, already appended, over everything held: [B, H_q, n, D] -> the same shape.
+        """Attend with the last n tokens, already appended, over all stored tokens.
 
-        A storage that does not hold its tokens as one tensor can do better than read them all into one.
+        Storages that are not dense override this to avoid copying all tokens into one tensor.
 
         Args:
-            query: of the last n tokens.
-            rule: how logits are formed.
-            valid: [B, n], False for pads among the new tokens; None: all real.
+            query: [B, H_q, n, D].
+            rule: How logits are computed.
+            valid: [B, n] bool, False for pads among the new tokens; None: no pads.
+
+        Returns:
+            [B, H_q, n, D].
         """
-        keys, values, held = self.read()
-        return cached_attention(query, keys, values, rule, held)
+        keys, values, stored = self.read()
+        return cached_attention(query, keys, values, rule, stored)
 
     @property
     def supports_static(self) -> bool:
-        """Whether :meth:`make_static` can be called."""
+        """Whether :meth:`make_static` is implemented."""
         return False
 
     supports_static_drop = False
-    """Whether tokens can :meth:`drop` in a static step, by their validity alone, and :meth:`compact` is there."""
+    """Whether static steps can :meth:`drop` tokens (by the validity mask) and :meth:`compact` is implemented."""
 
     def make_static(self, steps: int, mask_heads: int = 1) -> None:
-        """Give every tensor its final shape, with room for ``steps`` further tokens, which come one at a time.
+        """Give every tensor its final shape, with free slots for ``steps`` more single tokens.
 
-        From then on a step (``append``, ``attend``, ``flush``) writes into these tensors alone. It changes no shape,
-        reads nothing back from the device, and depends on no number of the host that changes from step to step, so it
-        can be captured once and replayed (``runners/engine/captured.py``). After each step, run or replayed,
-        :meth:`between_steps` is called.
+        From then on a step (``append``, ``attend``, ``flush``) only writes into these tensors. It changes no shape,
+        does not sync with the device, and depends on no host value that changes between steps, so it can be captured
+        once and replayed (``runners/engine/captured.py``). :meth:`between_steps` is called after each step.
         """
         raise NotImplementedError
 
-    def make_static_within(self, limit: int, room: int, mask_heads: int = 1) -> torch.Tensor | None:
-        """Make a layer static that tokens leave: see :meth:`make_static`.
+    def make_static_within(self, limit: int, extra_slots: int, mask_heads: int = 1) -> torch.Tensor | None:
+        """Make a layer static under a policy that evicts tokens; see :meth:`make_static`.
 
         Args:
-            limit: Tokens that it may hold after an eviction.
-            room: Further tokens until the next eviction or :meth:`compact`.
+            limit: Maximum number of tokens after an eviction.
+            extra_slots: Maximum number of tokens until the next eviction or :meth:`compact`.
             mask_heads: See :meth:`make_static`.
 
         Returns:
-            The slots moved by :meth:`close_gaps`, which comes first.
+            The result of :meth:`close_gaps`, which is called first.
         """
         moved = self.close_gaps()
-        self.make_static(max(0, limit - self.read()[0].shape[2]) + room, mask_heads)
+        self.make_static(max(0, limit - self.read()[0].shape[2]) + extra_slots, mask_heads)
         return moved
 
     @property
     def end(self) -> int | torch.Tensor:
-        """Number of slots from which on none holds a token: of a static layer [1] int64 on the device."""
+        """One past the last slot that may hold a token; for a static layer [1] int64 on the device."""
         return self.read()[0].shape[2]
 
     def close_gaps(self) -> torch.Tensor | None:
-        """Move the tokens together now if some have left gaps; returns the slots moved, as :meth:`drop` does."""
+        """Compact the tokens if there are holes; returns their previous slots, as :meth:`drop` does."""
         return None
 
     def compact(self) -> torch.Tensor | None:
-        """Move the tokens of a static layer together, in place; returns the slots moved, as :meth:`drop` does."""
+        """Compact the tokens of a static layer in place; returns their previous slots, as :meth:`drop` does."""
         raise NotImplementedError
 
     def static_state(self) -> list[torch.Tensor]:
-        """The small tensors of a static layer that a step changes: counters, slot numbers, validity masks.
+        """Return the small tensors that a static step changes: counters, slot indices, validity masks.
 
-        With copies of them put back, a step has not been: what it wrote elsewhere is overwritten by the next one.
+        Restoring copies of them undoes a step; the next step overwrites everything else that it wrote.
         """
         raise NotImplementedError
 
     def flush(self) -> None:
-        """Represent old tokens as old tokens are, once a step's attention is done.
+        """Convert tokens that are no longer recent, after the attention of a step (for example, quantize them).
 
-        A static layer does here only what each step does in the same way.
+        In a static layer only work that is the same in every step.
         """
         return
 
     def between_steps(self) -> None:
-        """Work of a static layer after each step, outside of what is captured.
+        """Do the uncaptured work after a static step, in place.
 
-        Counts the steps on the host, and does what is due once in so many of them (KIVI quantizes a full block of
-        recent tokens), in place: no tensor is replaced.
+        It counts steps on the host and does periodic work, such as quantizing a full block of recent tokens.
         """
         return
 
     def end_steps(self) -> None:
-        """Called after the last step of a static layer, outside of what is captured.
+        """Check a static layer after its last step, outside of the capture.
 
         Raises:
-            InputError: a step could not hold a token in the places that :meth:`make_static` made.
+            InputError: A step needed more slots than :meth:`make_static` has allocated.
         """
         return
 
     def shrink_to_fit(self) -> None:
-        """Give back room to grow; called once the prompt is in. A storage without such room has nothing to do."""
+        """Free unused slots; called once after the prefill."""
         return
 
     @abstractmethod
     def tensors(self) -> list[torch.Tensor]:
-        """Every tensor that must stay in memory for this layer (scales, indices and masks too)."""
+        """Return every tensor that the layer keeps in memory, with scales, indices and masks."""
 
     @property
     @abstractmethod
     def tokens(self) -> torch.Tensor:
-        """Real tokens held, [B, 1 or H], int64."""
+        """Number of real tokens stored, [B, 1 or H] int64."""
 
     @property
     @abstractmethod
     def logical_bytes(self) -> int:
-        """Bytes of the real tokens alone: no padding, no room to grow."""
+        """Bytes of the real tokens, without padding and unused slots."""
 
 
 @dataclass(frozen=True)
 class StorageCapabilities:
-    """What the cache and other parts need to know of a storage.
+    """Properties of a storage that the cache depends on.
 
     Attributes:
-        lossless: What is read back is bit for bit what was written.
-        requires_same_tokens_across_layers: Layers share what they hold, so all of them must hold the same tokens.
-        padding_bytes: Bytes that a layer of a batch may take beyond the formula because it packs whole units.
+        lossless: Values are read back bit for bit as they were written.
+        requires_same_tokens_across_layers: Layers share storage, so all of them must keep the same tokens.
+        padding_bytes: Maximum bytes of a layer beyond the formula, because codes are packed in whole units.
     """
 
     lossless: bool = False
@@ -213,29 +217,29 @@ class Storage(HasIdentity, ABC):
 
     @property
     def name(self) -> str:
-        """Name as typed on the command line."""
+        """Name on the command line."""
         return type(self).__name__.lower()
 
     @cached_property
     def capabilities(self) -> StorageCapabilities:
-        """See there."""
+        """Properties of the storage."""
         return StorageCapabilities()
 
     @abstractmethod
     def new_layers(self, num_layers: int) -> Sequence[LayerStorage]:
-        """Empty storage for every layer of a model, for one batch."""
+        """Return empty storage for every layer of a model, for one batch."""
 
     @abstractmethod
     def bytes_formula(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int = 0) -> int:
-        """Bytes of one sequence.
+        """Return the bytes of one sequence.
 
         Args:
-            tokens: ``tokens[l]`` are held in each head of layer l.
-            heads: stored heads per layer.
-            shape: the model's.
-            new_tokens: how many tokens came after the prompt.
+            tokens: Number of tokens per head of each layer.
+            heads: Stored heads per layer.
+            shape: KV shape of the model.
+            new_tokens: Number of tokens generated after the prompt.
         """
 
     def bytes_read_formula(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int = 0) -> int:
-        """Bytes that a decode step reads of it: what several layers share, as often as they do."""
+        """Return the bytes of a sequence that a decode step reads; shared bytes count once per layer."""
         return self.bytes_formula(tokens, heads, shape, new_tokens)

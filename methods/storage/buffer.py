@@ -1,54 +1,54 @@
-"""Tensors that grow along one dimension, in place while there is room."""
+"""Tensors that grow along one dimension, in place while there are free slots."""
 
 from __future__ import annotations
 
 import torch
 
 GROWTH = 128
-"""Slots added at a time when a layer grows, so that a step writes in place instead of copying the whole layer."""
+"""Slots added when a buffer is full, so that most steps write in place instead of copying the whole layer."""
 
 FREE_SLOTS = 8
-"""Slots behind recent tokens, which leave again, so that they move once in so many steps."""
+"""Free slots after the recent tokens, which are converted later, so that they are moved only once in 8 steps."""
 
 
 class Growing:
-    """What holds tokens in buffers.
+    """Base class of objects that store tokens in buffers.
 
     Attributes:
-        expected: tokens known to come beside those held, counted down as they come.
-        growth: slots to add where nothing is known of that.
+        reserved: Remaining number of tokens announced by :meth:`.cache.KVCache.reserve`.
+        growth: Slots to add if no tokens are announced.
     """
 
-    expected: int = 0
+    reserved: int = 0
     growth: int = GROWTH
 
     def capacity(self, length: int, n: int) -> int:
-        """Slots of a buffer that is full when the last ``n`` of ``length`` tokens come."""
-        return length + self.expected if self.expected else max(length, length - n + self.growth)
+        """Return the new capacity of a buffer that must grow to ``length`` tokens, of which ``n`` are new."""
+        return length + self.reserved if self.reserved else max(length, length - n + self.growth)
 
-    def free_slots(self, at_rest: bool = False) -> int:
-        """Slots to have behind recent tokens; ``at_rest``: none, where nothing is known of tokens to come."""
-        return min(FREE_SLOTS, self.expected) if self.expected or at_rest else FREE_SLOTS
+    def free_slots(self, only_reserved: bool = False) -> int:
+        """Return the number of free slots to keep after recent tokens; ``only_reserved``: 0 if none are announced."""
+        return min(FREE_SLOTS, self.reserved) if self.reserved or only_reserved else FREE_SLOTS
 
     def count_down(self, n: int) -> None:
-        """``n`` tokens come now."""
-        self.expected = max(0, self.expected - n)
+        """Subtract ``n`` appended tokens from ``reserved``."""
+        self.reserved = max(0, self.reserved - n)
 
 
 def grown(x: torch.Tensor, used: int, capacity: int, dim: int = 2) -> torch.Tensor:
-    """A buffer of ``capacity`` slots in dimension ``dim`` that begins with the ``used`` slots of ``x``."""
+    """Return a copy of the first ``used`` slots of ``x`` in a buffer of ``capacity`` slots in dimension ``dim``."""
     out = x.new_empty(*x.shape[:dim], capacity, *x.shape[dim + 1 :])
     out.narrow(dim, 0, used).copy_(x.narrow(dim, 0, used))
     return out
 
 
 class Buffer:
-    """A tensor of which ``length`` slots of dimension ``dim`` are in use; they come at its end and leave at its front.
+    """Queue of slots along one dimension of a tensor: appended at the end, dropped at the front.
 
     Args:
-        x: what it begins with; copied.
-        dim: the dimension that grows.
-        capacity: slots to make room for, those of ``x`` included.
+        x: Initial contents; copied.
+        dim: Dimension of the slots.
+        capacity: Slots to allocate, those of ``x`` included.
     """
 
     def __init__(self, x: torch.Tensor, dim: int, capacity: int = 0):
@@ -57,37 +57,37 @@ class Buffer:
 
     @property
     def used(self) -> torch.Tensor:
-        """The slots in use, as a view."""
+        """View of the slots in use."""
         return self.whole.narrow(self.dim, self._begin, self.length)
 
     def append(self, x: torch.Tensor, capacity: int) -> None:
-        """Add further slots; where there is no room for them, make it a buffer of ``capacity`` slots or more."""
+        """Append slots; a full buffer is reallocated with at least ``capacity`` slots."""
         n = x.shape[self.dim]
         if self._begin + self.length + n > self.whole.shape[self.dim]:
             self._move(max(self.length + n, capacity))
         self.whole.narrow(self.dim, self._begin + self.length, n).copy_(x)
         self.length += n
 
-    def drop(self, n: int, most: int) -> None:
-        """Let the first ``n`` slots go, and their memory too where more than ``most`` would be empty."""
+    def drop(self, n: int, max_free: int) -> None:
+        """Drop the first ``n`` slots, and reallocate if more than ``max_free`` slots are unused."""
         self._begin, self.length = self._begin + n, self.length - n
-        if self.whole.shape[self.dim] - self.length > most:
-            self._move(self.length + most)
+        if self.whole.shape[self.dim] - self.length > max_free:
+            self._move(self.length + max_free)
 
     def fill(self) -> None:
-        """Take all slots into use; those that hold nothing are zero."""
+        """Take all slots into use, with zeros in the new ones."""
         free = self.whole.narrow(self.dim, self._begin + self.length, self.whole.shape[self.dim] - self.length)
         free.zero_()
         self.length = self.whole.shape[self.dim]
 
     def put(self, x: torch.Tensor, rows: torch.Tensor | slice, start: int) -> None:
-        """Write ``x`` over slots that are in use, from ``start`` on, of some rows (dimension 0)."""
+        """Overwrite the slots of some rows (dimension 0) from ``start``."""
         begin = self._begin + start
         slots = (slice(None),) * (self.dim - 1) + (slice(begin, begin + x.shape[self.dim]),)
         self.whole[(rows, *slots)] = x
 
     def shrink_to_fit(self) -> None:
-        """Give back what is not in use."""
+        """Free the unused slots."""
         if self.length < self.whole.shape[self.dim]:
             self._move(self.length)
 
@@ -96,5 +96,5 @@ class Buffer:
 
     @property
     def slack(self) -> int:
-        """Bytes that hold nothing: not yet, or no more."""
+        """Bytes of unused slots."""
         return self.whole.nbytes - self.used.nbytes

@@ -1,4 +1,4 @@
-"""Keys and values as they are, in the compute dtype: the storage of the plain cache and of every token method."""
+"""Uncompressed keys and values in the compute dtype: the storage of the full cache and of token methods."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ import torch
 
 from ..cache.kv_shape import KVShape
 from ..cache.logits import LogitRule
-from .base import LayerStorage, Storage, StorageCapabilities, slots_that_stay
+from .base import LayerStorage, Storage, StorageCapabilities, slots_to_keep
 from .buffer import grown
 from .static import static_attention
 
 COMPACTION_INTERVAL_STEPS = 64
-"""Steps with tokens that leave after which the others are moved together; until then their slots are holes."""
+"""Decode steps with evictions between two compactions; in between evicted tokens leave holes."""
 
 
 class DenseLayer(LayerStorage):
-    """[B, H, capacity, D] buffers of which the first ``length`` slots are in use.
+    """Buffers [B, H, capacity, D] of which the first ``length`` slots are in use.
 
-    ``write`` makes room for what it is given and for the tokens that are ``expected``; an ``append`` that finds none,
-    for ``growth`` tokens. That room is the only difference between stored and logical bytes in a batch whose rows are
-    equally long.
+    ``write`` allocates slots for its tokens and for the ``reserved`` ones; ``append`` to a full buffer adds ``growth``
+    slots. If all rows are equally long, these slots are the only difference between stored and logical bytes.
     """
 
     def __init__(self) -> None:
@@ -32,14 +31,14 @@ class DenseLayer(LayerStorage):
         self._keys: torch.Tensor | None = None
         self._values: torch.Tensor | None = None
         self._valid: torch.Tensor | None = None
-        self._drops = 0  # since tokens were last moved together
+        self._drops = 0  # since the last compaction
         self._next: torch.Tensor | None = None  # [1] int64, slot of the next token, once static
 
     def write(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
-        # A copy, always: a slice, or a view of a fused projection, would keep its whole parent in memory.
+        # Always copy: a slice or a view of a fused projection would keep its whole base tensor in memory.
         self.length = keys.shape[2]
         self._keys, self._values, self._valid = (
-            None if x is None else grown(x, self.length, self.length + self.expected) for x in (keys, values, valid)
+            None if x is None else grown(x, self.length, self.length + self.reserved) for x in (keys, values, valid)
         )
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
@@ -69,19 +68,19 @@ class DenseLayer(LayerStorage):
             self._valid[:, :, start : start + n] = True if valid is None else valid[:, None]
         self.length = start + n
 
-    def drop(self, stay: torch.Tensor, at_once: bool) -> torch.Tensor | None:
+    def drop(self, keep: torch.Tensor, compact_now: bool) -> torch.Tensor | None:
         if self._next is not None:
             assert self._valid is not None
-            self._valid.copy_(stay.expand_as(self._valid))
-            return self.compact() if at_once else None
+            self._valid.copy_(keep.expand_as(self._valid))
+            return self.compact() if compact_now else None
         self._drops += 1
-        if at_once or self._drops >= COMPACTION_INTERVAL_STEPS:
+        if compact_now or self._drops >= COMPACTION_INTERVAL_STEPS:
             self._drops = 0
-            return super().drop(stay, at_once)
+            return super().drop(keep, compact_now)
         assert self._keys is not None, "drop before write"
-        if self._valid is None or self._valid.shape[1] != stay.shape[1]:
-            self._valid = torch.ones(*stay.shape[:2], self._keys.shape[2], dtype=torch.bool, device=stay.device)
-        self._valid[:, :, : self.length] = stay
+        if self._valid is None or self._valid.shape[1] != keep.shape[1]:
+            self._valid = torch.ones(*keep.shape[:2], self._keys.shape[2], dtype=torch.bool, device=keep.device)
+        self._valid[:, :, : self.length] = keep
         return None
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -99,7 +98,7 @@ class DenseLayer(LayerStorage):
             keys, values = (x.gather(2, slots.expand(-1, -1, -1, x.shape[3])) for x in (keys, values))
         count = keys.shape[2]
         assert self._keys is not None and self._values is not None
-        if self._keys.shape[2] > count + self.growth:  # memory worth giving back
+        if self._keys.shape[2] > count + self.growth:  # shrink the buffers
             self._keys, self._values = keys, values
         else:
             self._keys[:, :, :count] = keys
@@ -121,13 +120,13 @@ class DenseLayer(LayerStorage):
         assert self._keys is not None and self._values is not None
         capacity = max(self.length + steps, self._keys.shape[2])
         heads = mask_heads if valid is None else max(mask_heads, valid.shape[1])
-        there = torch.zeros(keys.shape[0], heads, capacity, dtype=torch.bool, device=keys.device)
-        there[:, :, : self.length] = True if valid is None else valid
-        # Zeros, not whatever was there: a weight of zero times a NaN is a NaN.
+        mask = torch.zeros(keys.shape[0], heads, capacity, dtype=torch.bool, device=keys.device)
+        mask[:, :, : self.length] = True if valid is None else valid
+        # Zeros, because uninitialized memory may contain NaN, and a zero weight times NaN is NaN.
         if self._keys.shape[2] < capacity:
             self._keys, self._values = (grown(x, self.length, capacity) for x in (keys, values))
         self._keys[:, :, self.length :], self._values[:, :, self.length :] = 0, 0
-        self._valid, self._next = there, torch.tensor([self.length], device=keys.device)
+        self._valid, self._next = mask, torch.tensor([self.length], device=keys.device)
         self.length = capacity
 
     @property
@@ -139,12 +138,12 @@ class DenseLayer(LayerStorage):
         if not self._drops or valid is None:
             return None
         self._drops = 0
-        return super().drop(valid, at_once=True)
+        return super().drop(valid, compact_now=True)
 
     def compact(self) -> torch.Tensor | None:
         assert self._keys is not None and self._values is not None
         assert self._valid is not None and self._next is not None
-        slots, valid = slots_that_stay(self._valid)
+        slots, valid = slots_to_keep(self._valid)
         count = slots.shape[-1]
         index = slots.expand(-1, self._keys.shape[1], -1)[..., None]
         for x in (self._keys, self._values):
@@ -161,9 +160,9 @@ class DenseLayer(LayerStorage):
     def attend(self, query: torch.Tensor, rule: LogitRule, valid: torch.Tensor | None) -> torch.Tensor:
         if self._next is None:
             return super().attend(query, rule, valid)
-        keys, values, held = self.read()
-        assert held is not None
-        return static_attention(query, keys, values, held, self._next, rule)
+        keys, values, stored = self.read()
+        assert stored is not None
+        return static_attention(query, keys, values, stored, self._next, rule)
 
     def shrink_to_fit(self) -> None:
         keys, values, valid = self.read()
@@ -202,5 +201,5 @@ class Dense(Storage):
         return [DenseLayer() for _ in range(num_layers)]
 
     def bytes_formula(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int = 0) -> int:
-        """sum over layers of heads x tokens x (key's + value's channels) x element_bytes."""
+        """Return the sum over layers of heads x tokens x (key + value channels) x element_bytes."""
         return heads * shape.token_channels * shape.element_bytes * sum(tokens)

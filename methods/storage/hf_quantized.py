@@ -1,9 +1,9 @@
-"""transformers' own quantised cache (``QuantizedCache`` with the quanto backend), to compare with.
+"""transformers' quantized cache (``QuantizedCache`` with the quanto backend), for comparison.
 
-It resembles KIVI and is another method: the whole prompt is quantised at once, nothing of it stays as it is, keys and
-values alike are rounded in groups of channels of one token, and whenever ``residual`` tokens have come since, the whole
-cache is expanded and rounded again, so that old tokens are rounded once more each time. The layer class is
-transformers'; here it gets rows of one length at a time, and its bytes are counted.
+It differs from KIVI: the whole prompt is quantized at once, with no recent tokens left out; keys and values are both
+quantized in groups of channels of one token; and after every ``residual`` new tokens the whole cache is dequantized and
+quantized again, which adds rounding error to old tokens. The layer class is transformers'; this module gives it rows of
+one length and counts its bytes.
 
 Needs the package optimum-quanto (``pip install 'kvbench[quanto]'``).
 """
@@ -27,22 +27,22 @@ from ...conf.errors import InputError
 from ...conf.options import OneOf, PositiveInt
 from ..cache.kv_shape import KVShape
 from .base import Storage, StorageCapabilities
-from .packed import channels_together
+from .packed import value_group_size
 from .segments import SegmentedLayer, Segments
 
 BUILD_TIMEOUT_S = 1800.0
-"""Longest wait for another process that compiles optimum-quanto's extension."""
+"""Maximum time to wait for another process that compiles optimum-quanto's extension."""
 
 
 def build_extension(device_type: str) -> None:
-    """Load optimum-quanto's extension for ``cpu`` or ``cuda``; compiles it the first time in an installation.
+    """Load optimum-quanto's extension for ``cpu`` or ``cuda``, compiling it on first use.
 
-    torch guards the compilation with a file that outlives a process that is killed, and every later process waits for
-    it without end. Here a lock of the operating system's is held, which ends with its process; whoever holds it knows
-    that a file found inside is nobody's, and deletes it.
+    torch guards the compilation with a lock file that remains after a killed process, and every later process would
+    wait for it forever. This function holds an operating system lock, which is released with its process, and deletes
+    a stale lock file.
 
     Raises:
-        InputError: another process is still compiling after :data:`BUILD_TIMEOUT_S`, or the compilation fails.
+        InputError: Another process is still compiling after :data:`BUILD_TIMEOUT_S`, or the compilation fails.
     """
     from optimum.quanto.library.extensions import get_extension, is_extension_available
 
@@ -51,7 +51,7 @@ def build_extension(device_type: str) -> None:
         return
     extension = get_extension(name)
     folder = Path(extension.build_directory)
-    lock = folder.with_name("kvbench-build.lock")  # beside it: optimum-quanto deletes the folder after torch's updates
+    lock = folder.with_name("kvbench-build.lock")  # optimum-quanto deletes the folder itself after torch updates
     key, value = "method/storage", "hf_quantized"
     try:
         with FileLock(lock, timeout=BUILD_TIMEOUT_S):
@@ -69,38 +69,38 @@ def build_extension(device_type: str) -> None:
 
 
 class HFSegments(Segments):
-    """N heads of equal length in one of transformers' layers, [N, 1, S, D]."""
+    """Segments of equal length in a layer of transformers, [N, 1, S, D]."""
 
     def __init__(self, bits: int, group: int, residual: int):
         self.bits, self.group, self.residual = bits, group, residual
-        self._layer: Any = None  # a QuantoQuantizedLayer once there are tokens; its tensors are typed too loosely
-        self._now: tuple[torch.Tensor, torch.Tensor] | None = None  # what a step attends over, before it is rounded
+        self._layer: Any = None  # a QuantoQuantizedLayer after the first append; its tensors are typed too loosely
+        self._current: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values of the current step
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HFSegments:
-        """quanto's tensors cannot be copied deeply, and need not be: the layer replaces them, never writes to them."""
+        """Share quanto's tensors, which do not support deepcopy and are never modified in place."""
         other = HFSegments(self.bits, self.group, self.residual)
-        other._layer, other._now = copy.copy(self._layer), self._now
+        other._layer, other._current = copy.copy(self._layer), self._current
         return other
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         if self._layer is None:
             build_extension(keys.device.type)
-            group = channels_together(self.group, keys.shape[2], self.bits)
+            group = value_group_size(self.group, keys.shape[2], self.bits)
             self._layer = QuantoQuantizedLayer(self.bits, 0, 0, group, self.residual)
-        self._now = self._layer.update(keys[:, None], values[:, None])
+        self._current = self._layer.update(keys[:, None], values[:, None])
 
     def flush(self) -> None:
-        self._now = None
+        self._current = None
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
-        layer, now = self._layer, self._now
+        layer, current = self._layer, self._current
         assert layer is not None, "read before append"
-        if now is None:
+        if current is None:
             keys, values = (layer._dequantize(x) for x in (layer._quantized_keys, layer._quantized_values))
             if layer.keys.numel():
                 keys, values = torch.cat([keys, layer.keys], dim=2), torch.cat([values, layer.values], dim=2)
         else:
-            keys, values = now
+            keys, values = current
         return keys[:, 0], values[:, 0]
 
     def take(self, index: torch.Tensor) -> Segments:
@@ -125,7 +125,7 @@ class HFSegments(Segments):
 
     @property
     def logical_bytes(self) -> int:
-        """Without the padding of codes, which are packed by whole groups."""
+        """Bytes without the padding of codes, which are packed in whole groups."""
         layer = self._layer
         if layer is None:
             return 0
@@ -137,7 +137,7 @@ class HFSegments(Segments):
 
 
 def plain_tensors(x: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors in memory behind a tensor subclass."""
+    """Return the plain tensors of a tensor subclass."""
     if not hasattr(x, "__tensor_flatten__"):
         return [x]
     names, _ = x.__tensor_flatten__()
@@ -146,12 +146,12 @@ def plain_tensors(x: torch.Tensor) -> list[torch.Tensor]:
 
 @dataclass(frozen=True)
 class HFQuantized(Storage):
-    """transformers' quantised cache.
+    """transformers' quantized cache.
 
     Attributes:
-        bits: of a code: 2 or 4.
-        group: numbers that share a scale and a zero (64 by transformers' default); a narrower head is one group.
-        residual: how many tokens come between two roundings of everything (128 by default).
+        bits: Bits per code: 2 or 4.
+        group: Elements that share a scale and a zero point (transformers' default: 64). A narrower head is one group.
+        residual: Number of new tokens between two quantizations of the whole cache (default: 128).
     """
 
     id: ClassVar[str] = "HFQuantized"
@@ -176,9 +176,9 @@ class HFQuantized(Storage):
         return [SegmentedLayer(new) for _ in range(num_layers)]
 
     def bytes_formula(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int = 0) -> int:
-        """Codes, and a scale and a zero in the compute dtype for each group; the latest tokens as they are.
+        """Return the bytes of codes, a scale and a zero point in the compute dtype per group, and recent tokens.
 
-        They are counted from the prompt's end: the step at which ``residual`` of them have come rounds everything.
+        The recent tokens are those since the prompt or since the last quantization, after ``residual`` tokens.
         """
         size, recent = shape.element_bytes, new_tokens % self.residual
         old = sum(

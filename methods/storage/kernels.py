@@ -1,9 +1,10 @@
-"""Triton kernels of a decode step's attention, for CUDA: the two products over packed numbers, and over fixed buffers.
+"""Triton kernels for the attention of a decode step on CUDA: products with packed codes, and split-KV attention.
 
-The codes are read as they are packed and expanded in registers, a tile at a time; nothing of the expanded cache is
-written. Numbers are rounded to the queries' dtype before a product, as they are where a cache is expanded first, and
-sums are in float32. With ``TRITON_INTERPRET=1`` in the environment the same kernels run on CPU tensors, slowly: that is
-how they are tested where there is no CUDA device.
+Packed codes are dequantized in registers, one tile at a time, and the dequantized cache is never written to memory.
+Dequantized numbers are rounded to the dtype of the queries before a product, as with a dequantized cache, and sums are
+in float32. With ``TRITON_INTERPRET=1`` in the environment the kernels run, slowly, on CPU tensors for tests.
+
+Legend: N segments (heads of all rows), rows: queries per segment, B batch rows, H stored heads, H_q query heads.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import triton.language as tl
 from .packed import Quantized
 
 TILE = 64
-"""Tokens of a tile."""
-SPLITS = 64
-"""Parts, at most, into which the tokens of a head are cut for a weighted sum: one head keeps many processors busy."""
-LEAST_ROWS = 16
-"""Rows that a matrix product has at least; there are as many queries as a KV head serves, padded to this."""
+"""Tokens per tile."""
+MAX_SPLITS = 64
+"""Maximum number of splits of a head's tokens, so that one head occupies many streaming multiprocessors."""
+MIN_DOT_SIZE = 16
+"""Minimum size of ``tl.dot`` operands; the query heads of a KV head are padded to it."""
 
 
 @triton.jit
@@ -31,7 +32,7 @@ def _scores(
     codes_n, codes_b, codes_d, scale_n, scale_b, scale_d,
     BITS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """One tile of tokens of one segment: out [N, rows, length] = query [N, rows, dim] x keys."""
+    """Compute one tile of tokens of one segment: out [N, rows, length] = query [N, rows, dim] x keys."""
     n = tl.program_id(0).to(tl.int64)
     g, d = tl.arange(0, ROWS), tl.arange(0, DIM)
     t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
@@ -63,7 +64,7 @@ def _sums(
     weights_n, weights_g, codes_n, codes_t, scale_n, scale_t,
     BITS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of one part of one segment: out [N, parts, rows, dim] = weights [N, rows, length] x values."""
+    """Sum the tiles of one split of one segment: out [N, splits, rows, dim] = weights [N, rows, length] x values."""
     n, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     g, d = tl.arange(0, ROWS), tl.arange(0, DIM)
     each: tl.constexpr = 8 // BITS
@@ -92,46 +93,46 @@ def _sums(
 
 @triton.jit
 def _attention(
-    query, keys, values, there, used, sums, highest, totals,
-    scaling, dim, length, rows, heads, tiles, there_b, there_h,
+    query, keys, values, valid, end, sums, maxima, totals,
+    scaling, dim, length, rows, heads, tiles, valid_b, valid_h,
     ROWS: tl.constexpr, DIM: tl.constexpr, TOKENS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """One part of the tokens of one head: weighted sums of its values, and what is needed to join the parts."""
+    """Attend over one split of the tokens of one head: weighted sums, and maxima and totals to combine the splits."""
     n, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     g, d = tl.arange(0, ROWS), tl.arange(0, DIM)
     q = tl.load(
         query + n * rows * dim + g[:, None] * dim + d[None], mask=(g[:, None] < rows) & (d[None] < dim), other=0.0
     )
-    end = tl.minimum(tl.load(used), length)
-    known = there + (n // heads) * there_b + (n % heads) * there_h
+    last = tl.minimum(tl.load(end), length)
+    mask = valid + (n // heads) * valid_b + (n % heads) * valid_h
     total = tl.zeros((ROWS, DIM), tl.float32)
     top = tl.full((ROWS,), -1e30, tl.float32)
     weight = tl.zeros((ROWS,), tl.float32)
     for tile in range(tiles):
         t = (part * tiles + tile) * TOKENS + tl.arange(0, TOKENS)
-        inside = t < end
+        inside = t < last
         k = tl.load(keys + (n * length + t[None]) * dim + d[:, None], mask=inside[None] & (d[:, None] < dim), other=0.0)
         v = tl.load(
             values + (n * length + t[:, None]) * dim + d[None], mask=inside[:, None] & (d[None] < dim), other=0.0
         )
-        real = tl.load(known + t, mask=inside, other=0) != 0
+        real = tl.load(mask + t, mask=inside, other=0) != 0
         if HALF:
             logits = tl.dot(q, k) * scaling
         else:
             logits = tl.dot(q, k, input_precision="ieee") * scaling
         logits = tl.where(real[None], logits, -1e30)
-        new = tl.maximum(top, tl.max(logits, axis=1))
-        shrink = tl.exp(top - new)
-        w = tl.where(real[None], tl.exp(logits - new[:, None]), 0.0)
-        weight = weight * shrink + tl.sum(w, axis=1)
+        new_top = tl.maximum(top, tl.max(logits, axis=1))
+        rescale = tl.exp(top - new_top)
+        w = tl.where(real[None], tl.exp(logits - new_top[:, None]), 0.0)
+        weight = weight * rescale + tl.sum(w, axis=1)
         if HALF:
-            total = total * shrink[:, None] + tl.dot(w.to(v.dtype), v)
+            total = total * rescale[:, None] + tl.dot(w.to(v.dtype), v)
         else:
-            total = total * shrink[:, None] + tl.dot(w, v, input_precision="ieee")
-        top = new
+            total = total * rescale[:, None] + tl.dot(w, v, input_precision="ieee")
+        top = new_top
     row = (n * tl.num_programs(1) + part) * rows + g
     tl.store(sums + row[:, None] * dim + d[None], total, mask=(g[:, None] < rows) & (d[None] < dim))
-    tl.store(highest + row, top, mask=g < rows)
+    tl.store(maxima + row, top, mask=g < rows)
     tl.store(totals + row, weight, mask=g < rows)
 
 
@@ -139,18 +140,18 @@ def attention_of_one_token(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    there: torch.Tensor,
-    used: torch.Tensor,
+    valid: torch.Tensor,
+    end: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:
-    """A step's attention over buffers of fixed size, the tokens cut into parts that run side by side.
+    """Split-KV attention of one token per row over buffers of fixed size.
 
     Args:
         query: [B, H_q, 1, D].
         keys, values: [B, H, capacity, D], contiguous.
-        there: [B, 1 or H, capacity] bool, slots that hold a token.
-        used: [1] int64 on the device: slots from there on hold none, and are not read.
-        scaling: factor on the logits.
+        valid: [B, 1 or H, capacity] bool, True where a slot holds a token.
+        end: [1] int64 on the device, one past the last slot that is read.
+        scaling: Factor on the logits.
 
     Returns:
         [B, H_q, 1, D].
@@ -158,19 +159,19 @@ def attention_of_one_token(
     batch, query_heads, _, dim = query.shape
     heads, length = keys.shape[1:3]
     rows, segments = query_heads // heads, batch * heads
-    tiles = triton.cdiv(triton.cdiv(length, TILE), SPLITS)
-    parts = triton.cdiv(triton.cdiv(length, TILE), tiles)
-    sums = torch.empty(segments, parts, rows, dim, dtype=torch.float32, device=query.device)
-    highest, totals = (torch.empty(segments, parts, rows, dtype=torch.float32, device=query.device) for _ in range(2))
-    marks = there.view(torch.uint8)
+    tiles = triton.cdiv(triton.cdiv(length, TILE), MAX_SPLITS)
+    splits = triton.cdiv(triton.cdiv(length, TILE), tiles)
+    sums = torch.empty(segments, splits, rows, dim, dtype=torch.float32, device=query.device)
+    maxima, totals = (torch.empty(segments, splits, rows, dtype=torch.float32, device=query.device) for _ in range(2))
+    mask = valid.view(torch.uint8)
     with _on(query):
-        _attention[(segments, parts)](
-            query.contiguous(), keys, values, marks, used, sums, highest, totals,
-            scaling, dim, length, rows, heads, tiles, marks.stride(0), marks.stride(1) if marks.shape[1] > 1 else 0,
+        _attention[(segments, splits)](
+            query.contiguous(), keys, values, mask, end, sums, maxima, totals,
+            scaling, dim, length, rows, heads, tiles, mask.stride(0), mask.stride(1) if mask.shape[1] > 1 else 0,
             **_sizes(query, rows, dim),
         )  # fmt: skip
-    share = (highest - highest.amax(1, keepdim=True)).exp()
-    out = (sums * share[..., None]).sum(1) / (totals * share).sum(1)[..., None]
+    share = (maxima - maxima.amax(1, keepdim=True)).exp()  # [B * H, splits, rows]
+    out = (sums * share[..., None]).sum(1) / (totals * share).sum(1)[..., None]  # [B * H, rows, D]
     return out.to(query.dtype).view(batch, query_heads, 1, dim)
 
 
@@ -197,12 +198,12 @@ def weights_times_values(weights: torch.Tensor, values: Quantized, bits: int) ->
     segments, rows, length = weights.shape
     codes, scale, zero = _last_contiguous(values)
     dim = codes.shape[2] * 8 // bits
-    tiles = triton.cdiv(triton.cdiv(length, TILE), SPLITS)
-    parts = triton.cdiv(triton.cdiv(length, TILE), tiles)
-    out = torch.empty(segments, parts, rows, dim, dtype=torch.float32, device=weights.device)
+    tiles = triton.cdiv(triton.cdiv(length, TILE), MAX_SPLITS)
+    splits = triton.cdiv(triton.cdiv(length, TILE), tiles)
+    out = torch.empty(segments, splits, rows, dim, dtype=torch.float32, device=weights.device)
     weights = weights if weights.stride(2) == 1 else weights.contiguous()
     with _on(weights):
-        _sums[(segments, parts)](
+        _sums[(segments, splits)](
             weights, codes, scale, zero, out,
             scale.shape[2], dim, length, rows, tiles,
             *weights.stride()[:2], *codes.stride()[:2], *scale.stride()[:2],
@@ -212,12 +213,12 @@ def weights_times_values(weights: torch.Tensor, values: Quantized, bits: int) ->
 
 
 def _on(x: torch.Tensor) -> AbstractContextManager[object]:
-    """Launch on the device where ``x`` is: Triton takes the current one."""
+    """Return a context that launches on the device of ``x``; Triton uses the current device."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _last_contiguous(q: Quantized) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(codes, scale, zero) whose last dimension lies together and whose scales and zeros lie alike."""
+    """Return codes, scale and zero with a contiguous last dimension, and equal strides of scale and zero."""
     codes = q.codes if q.codes.stride(-1) == 1 else q.codes.contiguous()
     scale, zero = q.scale, q.zero
     if scale.stride() != zero.stride() or scale.stride(-1) != 1:
@@ -226,10 +227,10 @@ def _last_contiguous(q: Quantized) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 
 def _sizes(x: torch.Tensor, rows: int, dim: int) -> dict[str, int | bool]:
-    """What a kernel is compiled for."""
+    """Return the compile-time sizes of a kernel."""
     return {
-        "ROWS": max(LEAST_ROWS, triton.next_power_of_2(rows)),
-        "DIM": max(LEAST_ROWS, triton.next_power_of_2(dim)),
+        "ROWS": max(MIN_DOT_SIZE, triton.next_power_of_2(rows)),
+        "DIM": max(MIN_DOT_SIZE, triton.next_power_of_2(dim)),
         "TOKENS": TILE,
         "HALF": x.dtype != torch.float32,
     }

@@ -1,14 +1,15 @@
-"""KIVI (Liu et al., 2024, arXiv 2402.02750): keys in few bits per channel, values in few bits per token.
+"""KIVI (Liu et al., 2024, arXiv 2402.02750): keys quantized per channel, values quantized per token.
 
-Section 3: some channels of the keys are far larger than others for all tokens, so keys are quantised in groups of
-tokens of one channel; values have no such channels and are quantised in groups of channels of one token. Each group
-has its own smallest value and step (asymmetric, round to nearest). The most recent tokens stay as they are: keys until
-a block of ``residual`` tokens is full and can be quantised as one, values for exactly ``residual`` tokens. A step's
-attention reads them before they are rounded, and the prompt's attention is computed on full keys and values, so the
-first token is exact.
+Section 3: keys have channels that are much larger than others for all tokens, so they are quantized in groups of tokens
+of one channel. Values have no such channels and are quantized in groups of channels of one token. Each group has its
+own zero point and scale (asymmetric, round to nearest). Recent tokens are stored unquantized: keys until a block of
+``residual`` tokens is full, values for exactly ``residual`` tokens. A step attends before it quantizes. The prompt's
+attention uses the original keys and values, so the first generated token is that of the full cache.
 
-The bytes are real: codes are packed, and kept tokens are not held twice. A decode step multiplies with the packed codes
-(``packed.py``); several tokens at once expand one layer at a time.
+Codes are packed, and no token is stored twice. A decode step multiplies with the packed codes (``packed.py``); a
+multi-token forward dequantizes one layer at a time.
+
+Legend: N segments (heads of all rows), g query heads per segment, D channels.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from ...conf.errors import require
 from ...conf.options import OneOf, PositiveInt
 from ..cache.kv_shape import KVShape
 from ..cache.logits import LogitRule
-from ..cache.products import exact_products, softmax_of
+from ..cache.products import query_key_products, softmax_of
 from .base import Storage
 from .buffer import FREE_SLOTS, Buffer
 from .packed import (
     Quantized,
     QuantizedBuffer,
-    channels_together,
     dequantize_into,
     quantize,
     query_times_keys,
+    value_group_size,
     weights_times_values,
 )
 from .segments import Groups, SegmentedLayer, Segments
@@ -42,51 +43,53 @@ from .static_kivi import KiviHeads, StaticKivi
 
 
 class KiviSegments(Segments):
-    """N heads of equal length: quantised blocks of keys, quantised values, and the recent ones of both as they are."""
+    """Segments of equal length: quantized blocks of keys, quantized values, and unquantized recent tokens."""
 
     supports_static = True
 
     def __init__(self, bits: int, group: int, residual: int):
         self.bits, self.group, self.residual = bits, group, residual
-        self._blocks: QuantizedBuffer | None = None  # keys: [N, blocks, D, residual] tokens last, in groups of tokens
-        self._old: QuantizedBuffer | None = None  # values: [N, tokens, D] in groups of channels
-        self._keys: Buffer | None = None  # [N, recent, D]
-        self._values: Buffer | None = None
+        self._blocks: QuantizedBuffer | None = None  # quantized keys [N, blocks, D, residual] in groups of tokens
+        self._old: QuantizedBuffer | None = None  # quantized values [N, tokens, D] in groups of channels
+        self._keys: Buffer | None = None  # recent keys [N, recent tokens, D]
+        self._values: Buffer | None = None  # recent values
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         if self._keys is None or self._values is None:
             self._keys, self._values = (
-                Buffer(x, 1, x.shape[1] + self.free_slots(at_rest=True)) for x in (keys, values)
+                Buffer(x, 1, x.shape[1] + self.free_slots(only_reserved=True)) for x in (keys, values)
             )
             return
         for recent, new in ((self._keys, keys), (self._values, values)):
             recent.append(new, recent.length + self.free_slots())
 
     def flush(self) -> None:
-        if self._keys is None or self._values is None:  # heads of which nothing was kept
+        if self._keys is None or self._values is None:  # no token of these heads was kept
             return
-        # After a prompt nothing is left of what it took; after a step recent tokens stay where they are if they can.
-        most = self.free_slots(at_rest=True) if self._old is None else FREE_SLOTS
-        full = self._keys.length // self.residual * self.residual
+        # After the prefill the buffers shrink to the recent tokens; after a step they keep free slots.
+        max_free = self.free_slots(only_reserved=True) if self._old is None else FREE_SLOTS
+        full = self._keys.length // self.residual * self.residual  # tokens in full blocks
         if full:
             blocks = self._keys.used[:, :full].unflatten(1, (-1, self.residual)).transpose(2, 3)
-            in_blocks = (self.length + self.expected) // self.residual * self.residual
-            self._blocks = self._added(self._blocks, quantize(blocks, self.bits, self.group), full, in_blocks)
-            self._keys.drop(full, most)
-        over = self._values.length - self.residual
-        if over > 0:
-            old = self._values.used[:, :over]
-            channels = channels_together(self.group, old.shape[2], self.bits)
-            rounded = self.length + self.expected - self.residual
-            self._old = self._added(self._old, quantize(old, self.bits, channels), over, rounded)
-            self._values.drop(over, most)
+            final_tokens = (self.length + self.reserved) // self.residual * self.residual
+            self._blocks = self._appended(self._blocks, quantize(blocks, self.bits, self.group), full, final_tokens)
+            self._keys.drop(full, max_free)
+        excess = self._values.length - self.residual
+        if excess > 0:
+            old = self._values.used[:, :excess]
+            group = value_group_size(self.group, old.shape[2], self.bits)
+            final_tokens = self.length + self.reserved - self.residual
+            self._old = self._appended(self._old, quantize(old, self.bits, group), excess, final_tokens)
+            self._values.drop(excess, max_free)
 
-    def _added(self, before: QuantizedBuffer | None, more: Quantized, tokens: int, in_the_end: int) -> QuantizedBuffer:
-        """``in_the_end``: tokens that this will hold once the expected ones have come."""
-        if before is None:
-            return QuantizedBuffer(more, 1, tokens, in_the_end)
-        before.append(more, tokens, in_the_end if self.expected else before.tokens + max(tokens, self.growth))
-        return before
+    def _appended(
+        self, buffer: QuantizedBuffer | None, new: Quantized, tokens: int, final_tokens: int
+    ) -> QuantizedBuffer:
+        """Append ``tokens`` new tokens; ``final_tokens`` is the number after all reserved tokens."""
+        if buffer is None:
+            return QuantizedBuffer(new, 1, tokens, final_tokens)
+        buffer.append(new, tokens, final_tokens if self.reserved else buffer.tokens + max(tokens, self.growth))
+        return buffer
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._keys is not None and self._values is not None, "read before append"
@@ -106,12 +109,12 @@ class KiviSegments(Segments):
         if query.shape[2] > 1 or self._blocks is None or self._old is None:
             return super().attend(query, rule)
         assert self._keys is not None and self._values is not None
-        one = query[:, :, 0]  # [N, g, D]
-        old = query_times_keys(one, self._blocks.used, self.bits)
-        recent = exact_products(one, self._keys.used)
-        weights = softmax_of(rule.logits(torch.cat([old, recent], dim=-1)), query.dtype)
+        q = query[:, :, 0]  # [N, g, D]
+        old = query_times_keys(q, self._blocks.used, self.bits)  # [N, g, quantized keys]
+        recent = query_key_products(q, self._keys.used)  # [N, g, recent keys]
+        weights = softmax_of(rule.logits(torch.cat([old, recent], dim=-1)), query.dtype)  # [N, g, tokens]
         n = self._old.tokens
-        out = weights_times_values(weights[..., :n], self._old.used, self.bits)
+        out = weights_times_values(weights[..., :n], self._old.used, self.bits)  # [N, g, D]
         out += torch.matmul(weights[..., n:], self._values.used)
         return out[:, :, None].to(query.dtype)
 
@@ -123,20 +126,20 @@ class KiviSegments(Segments):
         return out
 
     def shrink_to_fit(self) -> None:
-        for part in self._parts:
-            part.shrink_to_fit()
+        for buffer in self._buffers:
+            buffer.shrink_to_fit()
 
     @classmethod
     def static(cls, groups: Groups, shape: tuple[int, int], steps: int) -> StaticSegments:
-        held = [(index, segments) for index, segments in groups if isinstance(segments, KiviSegments)]
-        like = max((segments for _, segments in held), key=lambda segments: segments.length)
-        heads = [segments._heads(index, like) for index, segments in held]
-        return StaticKivi(heads, shape, steps, like.bits, like.group, like.residual)
+        kivi = [(index, segments) for index, segments in groups if isinstance(segments, KiviSegments)]
+        longest = max((segments for _, segments in kivi), key=lambda segments: segments.length)
+        heads = [segments._heads(index, longest) for index, segments in kivi]
+        return StaticKivi(heads, shape, steps, longest.bits, longest.group, longest.residual)
 
-    def _heads(self, index: torch.Tensor, like: KiviSegments) -> KiviHeads:
-        """These segments, which have the numbers ``index``; without tokens, but of the widths of others."""
+    def _heads(self, index: torch.Tensor, template: KiviSegments) -> KiviHeads:
+        """Return the contents of segments ``index``; empty segments have the channels of ``template``."""
         if self._keys is None or self._values is None:
-            keys, values = (x.used.new_empty(len(index), 0, x.used.shape[2]) for x in like._recent)
+            keys, values = (x.used.new_empty(len(index), 0, x.used.shape[2]) for x in template._recent)
             return KiviHeads(index, None, None, keys, values)
         blocks, old = (None if q is None else q.used for q in (self._blocks, self._old))
         return KiviHeads(index, blocks, old, self._keys.used, self._values.used)
@@ -156,7 +159,7 @@ class KiviSegments(Segments):
         return [q for q in (self._keys, self._values) if q is not None]
 
     @property
-    def _parts(self) -> list[QuantizedBuffer | Buffer]:
+    def _buffers(self) -> list[QuantizedBuffer | Buffer]:
         return [*self._quantized, *self._recent]
 
     def tensors(self) -> list[torch.Tensor]:
@@ -164,17 +167,17 @@ class KiviSegments(Segments):
 
     @property
     def logical_bytes(self) -> int:
-        return sum(t.nbytes for t in self.tensors()) - sum(part.slack for part in self._parts)
+        return sum(t.nbytes for t in self.tensors()) - sum(buffer.slack for buffer in self._buffers)
 
 
 @dataclass(frozen=True)
 class Kivi(Storage):
-    """KIVI's storage.
+    """KIVI storage.
 
     Attributes:
-        bits: of a code: 2, 4 or 8.
-        group: numbers that share a scale and a zero (32 in the paper); a narrower head is one group for its values.
-        residual: recent tokens kept as they are, a multiple of ``group`` (128 in the paper).
+        bits: Bits per code: 2, 4 or 8.
+        group: Elements that share a scale and a zero point (32 in the paper). Values of a narrower head are one group.
+        residual: Number of unquantized recent tokens, a multiple of ``group`` (128 in the paper).
     """
 
     id: ClassVar[str] = "Kivi"
@@ -200,9 +203,9 @@ class Kivi(Storage):
         return [SegmentedLayer(new) for _ in range(num_layers)]
 
     def bytes_formula(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int = 0) -> int:
-        """Per head and layer: codes, a 16-bit scale and zero per group, and the recent tokens as they are.
+        """Return the bytes of codes, a 16-bit scale and zero point per group, and unquantized recent tokens.
 
-        With heads of different lengths it is the formula of their mean, because each has its own last block.
+        If heads have different lengths it is an approximation by their mean, because each has its own last block.
         """
         return sum(heads * self._head_bytes(n, shape) for n in tokens)
 

@@ -1,9 +1,12 @@
-"""MiniCache on KIVI, the paper's "4-bit MiniCache" (Liu et al., 2024, arXiv 2405.14366): both at once, in real bytes.
+"""MiniCache with KIVI quantization, the "4-bit MiniCache" of Liu et al. (2024, arXiv 2405.14366).
 
-Layers below ``start`` are KIVI's. In a pair of layers ``residual`` tokens are merged and quantised together once there
-are as many: the shared directions in few bits (those of keys per channel, those of values per token, as in KIVI),
-magnitudes and retained tokens in 16 bits. Tokens that do not fill a block stay as they are, in both layers. The paper
-does not say how the two are put together; aligning them at KIVI's blocks rounds every number once.
+Layers below ``start`` use KIVI. In a pair of layers, blocks of ``residual`` tokens are merged and quantized together:
+the shared directions as in KIVI (of keys per channel, of values per token), magnitudes and retained tokens in 16 bits.
+Tokens of an incomplete block are stored unmerged and unquantized in both layers. The paper does not describe the
+combination; with blocks of the same size every number is quantized only once.
+
+Legend: N segments (heads of all rows), B rows and H heads of a pair (of segments: B = N, H = 1), g or G query heads per
+KV head, D channels.
 """
 
 from __future__ import annotations
@@ -28,10 +31,10 @@ from .minicache.storage import MiniCache
 from .packed import (
     Quantized,
     QuantizedBuffer,
-    channels_together,
     dequantize_into,
     quantize,
     query_times_keys,
+    value_group_size,
     weights_times_values,
 )
 from .segments import Groups, SegmentedLayer, Segments
@@ -39,13 +42,13 @@ from .static import ALL_ROWS, StaticSegments
 
 
 class QuantizedDirections(Directions):
-    """Shared directions in few bits: keys' in groups of tokens of one channel, values' in groups of channels.
+    """Quantized shared directions: of keys in groups of tokens, of values in groups of channels.
 
     Args:
-        x: [B, H, n, D]; for keys, n fills whole groups.
-        bits, group: see :class:`.kivi.Kivi`.
-        is_keys: which of the two.
-        capacity: tokens to make room for.
+        x: Initial directions [B, H, n, D]; for keys, n is a multiple of the group size.
+        bits, group: See :class:`.kivi.Kivi`.
+        is_keys: Whether they are directions of keys.
+        capacity: Number of tokens to allocate.
     """
 
     takes_tokens_at = False
@@ -55,10 +58,10 @@ class QuantizedDirections(Directions):
         self._codes = QuantizedBuffer(self._quantized(x), 3 if is_keys else 2, x.shape[2], capacity)
 
     def _quantized(self, x: torch.Tensor) -> Quantized:
-        """Keys: [B, H, D, n] codes, tokens last; values: [B, H, n, D]."""
+        """Quantize x [B, H, n, D]; the result is [B, H, D, n] for keys and [B, H, n, D] for values."""
         if self.is_keys:
             return quantize(x.transpose(2, 3), self.bits, self.group)
-        return quantize(x, self.bits, channels_together(self.group, x.shape[3], self.bits))
+        return quantize(x, self.bits, value_group_size(self.group, x.shape[3], self.bits))
 
     def append(self, x: torch.Tensor, capacity: int) -> None:
         self._codes.append(self._quantized(x), x.shape[2], capacity)
@@ -88,10 +91,10 @@ class QuantizedDirections(Directions):
         return weights_times_values(weights.flatten(0, 1), codes, self.bits).unflatten(0, (batch, heads))
 
     def take(self, index: torch.Tensor) -> Directions:
-        part = object.__new__(QuantizedDirections)
-        part.bits, part.group, part.is_keys = self.bits, self.group, self.is_keys
-        part._codes = self._codes.take(index)
-        return part
+        out = object.__new__(QuantizedDirections)
+        out.bits, out.group, out.is_keys = self.bits, self.group, self.is_keys
+        out._codes = self._codes.take(index)
+        return out
 
     def tensors(self) -> list[torch.Tensor]:
         return self._codes.tensors()
@@ -116,11 +119,11 @@ class StaticPairSegments(StaticSegments):
         return keys[:, 0], values[:, 0], self.pair.visible(self.layer)[:, 0]
 
     def attend(self, query: torch.Tensor, rule: LogitRule) -> torch.Tensor:
-        if rule.sinks is not None or not self.pair.length:  # the pair's rows are heads, and sinks belong to heads
+        if rule.sinks is not None or not self.pair.length:  # sinks depend on the head
             keys, values, valid = (x.unflatten(0, self.shape) for x in self.read())
             return cached_attention(query, keys, values, rule, valid)
-        one = query.reshape(len(self.length), 1, -1, query.shape[3])  # [N, 1, g, D]
-        return self.pair.attend(self.layer, one, rule).reshape(*query.shape[:3], -1)
+        q = query.reshape(len(self.length), 1, -1, query.shape[3])  # [N, 1, g, D]
+        return self.pair.attend(self.layer, q, rule).reshape(*query.shape[:3], -1)
 
     def flush(self) -> None:
         if self.layer == 1:
@@ -154,7 +157,7 @@ class PairSegments(Segments):
         self.pair, self.layer = pair, layer
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.pair.growth, self.pair.expected = self.growth, self.expected
+        self.pair.growth, self.pair.reserved = self.growth, self.reserved
         self.pair.append(self.layer, keys[:, None], values[:, None], None)
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,7 +170,7 @@ class PairSegments(Segments):
         return self.pair.attend(self.layer, query[:, None, :, 0], rule)[:, 0, :, None]
 
     def take(self, index: torch.Tensor) -> Segments:
-        return PairSegments(self.pair.part(index), self.layer)
+        return PairSegments(self.pair.select_rows(index), self.layer)
 
     def flush(self) -> None:
         if self.layer == 1:
@@ -175,11 +178,11 @@ class PairSegments(Segments):
 
     @classmethod
     def static(cls, groups: Groups, shape: tuple[int, int], steps: int) -> StaticSegments:
-        held = [(index, segments) for index, segments in groups if isinstance(segments, PairSegments)]
-        parts: list[tuple[torch.Tensor | slice, Pair]] = [(index, segments.pair) for index, segments in held]
-        if len(parts) == 1:
-            parts = [(ALL_ROWS, held[0][1].pair)]
-        return StaticPairSegments(static_pair(parts, math.prod(shape), steps), held[0][1].layer, shape)
+        members = [(index, segments) for index, segments in groups if isinstance(segments, PairSegments)]
+        pairs: list[tuple[torch.Tensor | slice, Pair]] = [(index, segments.pair) for index, segments in members]
+        if len(pairs) == 1:
+            pairs = [(ALL_ROWS, members[0][1].pair)]
+        return StaticPairSegments(static_pair(pairs, math.prod(shape), steps), members[0][1].layer, shape)
 
     @property
     def length(self) -> int:
@@ -196,11 +199,11 @@ class PairSegments(Segments):
 
 @dataclass(frozen=True)
 class MiniCacheKivi(MiniCache):
-    """MiniCache whose directions, and whose unmerged layers, are quantised.
+    """MiniCache with quantized directions and quantized unmerged layers.
 
     Attributes:
-        start, t, gamma, retention: see :class:`.minicache.MiniCache`.
-        bits, group, residual: see :class:`.kivi.Kivi`.
+        start, t, gamma, retention: See :class:`.minicache.storage.MiniCache`.
+        bits, group, residual: See :class:`.kivi.Kivi`.
     """
 
     id: ClassVar[str] = "MiniCacheKivi"
@@ -216,7 +219,7 @@ class MiniCacheKivi(MiniCache):
 
     @property
     def kivi(self) -> Kivi:
-        """The storage of the layers that are not merged."""
+        """Storage of the layers that are not merged."""
         return Kivi(self.bits, self.group, self.residual)
 
     @property
@@ -231,7 +234,7 @@ class MiniCacheKivi(MiniCache):
         return layers + list(unmerged[len(layers) :])
 
     def _new_pair(self) -> list[LayerStorage]:
-        pairs: list[Pair] = []  # the one under way: the lower layer, which is written first, begins it
+        pairs: list[Pair] = []  # the current pair, created by the lower layer, which is written first
 
         def directions(x: torch.Tensor, is_keys: bool, capacity: int) -> Directions:
             return QuantizedDirections(x, self.bits, self.group, is_keys, capacity)
@@ -243,10 +246,10 @@ class MiniCacheKivi(MiniCache):
         return [SegmentedLayer(lower), SegmentedLayer(lambda: PairSegments(pairs.pop(), 1))]
 
     def bytes_formula(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int = 0) -> int:
-        """As MiniCache's and KIVI's: a pair has the codes of one layer, four magnitudes a token, retained tokens twice.
+        """Return the bytes of KIVI layers and of pairs: codes of one layer, four magnitudes per token, retained tokens.
 
-        With ``top_ratio`` the share ``gamma`` is retained of the tokens that are merged first, the prompt's as a rule;
-        the range rules retain a number of tokens that depends on the data, and the formula counts none.
+        With ``top_ratio`` the share ``gamma`` of the first merged tokens, usually the prompt's, is retained. For the
+        range rules the number depends on the data, and the formula counts no retained tokens.
         """
         return self._bytes(tokens, heads, shape, new_tokens, readers=1)
 
@@ -256,15 +259,15 @@ class MiniCacheKivi(MiniCache):
         pairs = (len(tokens) - start) // 2
         single = [*tokens[:start], *tokens[start + 2 * pairs :]]
         total = self.kivi.bytes_formula(single, heads, shape, new_tokens)
-        for held in tokens[start : start + 2 * pairs : 2]:
-            merged = held - held % self.residual
-            at_first = held - new_tokens - (held - new_tokens) % self.residual or min(merged, self.residual)
+        for count in tokens[start : start + 2 * pairs : 2]:
+            merged, prompt = count - count % self.residual, count - new_tokens
+            first_merged = prompt - prompt % self.residual or min(merged, self.residual)
             retained = merged
             if self.gamma < 1:
-                retained = math.ceil(self.gamma * at_first) if self.retention == "top_ratio" else 0
+                retained = math.ceil(self.gamma * first_merged) if self.retention == "top_ratio" else 0
             groups = merged // self.group * wide + merged * (narrow // min(self.group, narrow))
             codes = merged * (wide + narrow) * self.bits // 8 + 2 * 2 * groups
-            unmerged = 2 * (held - merged) * (wide + narrow) * size
+            unmerged = 2 * (count - merged) * (wide + narrow) * size
             shared = codes + 2 * retained * 4
             total += heads * (readers * shared + 4 * merged * size + 2 * retained * (wide + narrow) * size + unmerged)
         return total

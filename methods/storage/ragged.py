@@ -1,7 +1,9 @@
-"""Keys and values as they are, head by head: no head takes room for the tokens of a longer one.
+"""Uncompressed keys and values per head, without padding to the longest head.
 
-The storage of methods whose heads keep different numbers of tokens (Ada-KV). ``dense`` would hold the same tokens,
-padded to the longest head, and count the padding.
+The storage for methods whose heads keep different numbers of tokens (Ada-KV). ``dense`` would pad all heads to the
+longest one.
+
+Legend: N segments (heads of all rows), H_q query heads, D channels.
 """
 
 from __future__ import annotations
@@ -24,24 +26,24 @@ from .static import StaticSegments, static_attention
 
 
 class StaticRagged(StaticSegments):
-    """The tokens of all segments one segment after another in one buffer, each with room for ``steps`` more."""
+    """All segments one after another in one buffer, each with free slots for ``steps`` more tokens."""
 
     def __init__(self, groups: Groups, shape: tuple[int, int], steps: int):
         self.shape = shape
-        held = [(index, *segments.read()) for index, segments in groups if segments.length]
-        device = held[0][0].device
+        stored = [(index, *segments.read()) for index, segments in groups if segments.length]
+        device = stored[0][0].device
         capacities = [steps] * math.prod(shape)
-        for index, keys, _ in held:
+        for index, keys, _ in stored:
             for segment in index.tolist():
                 capacities[segment] += keys.shape[1]
         self._width, total = max(capacities), sum(capacities)
         self._is_uniform = self._width * len(capacities) == total
         self._starts = torch.tensor([0, *itertools.accumulate(capacities[:-1])], device=device)  # [N]
         self.length = torch.tensor(capacities, device=device) - steps
-        # Zeros, not whatever was there: a weight of zero times a NaN is a NaN.
-        self._keys, self._values = (x.new_zeros(total, x.shape[2]) for x in held[0][1:])  # [total, D]
-        for index, keys, values in held:
-            slots = self._starts[index][:, None] + torch.arange(keys.shape[1], device=device)  # [n, tokens]
+        # Zeros, because uninitialized memory may contain NaN, and a zero weight times NaN is NaN.
+        self._keys, self._values = (x.new_zeros(total, x.shape[2]) for x in stored[0][1:])  # [total, D]
+        for index, keys, values in stored:
+            slots = self._starts[index][:, None] + torch.arange(keys.shape[1], device=device)  # [segments, tokens]
             self._keys[slots], self._values[slots] = keys, values
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -51,13 +53,13 @@ class StaticRagged(StaticSegments):
         self.length += 1
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        at = torch.arange(self._width, device=self.length.device)
-        valid = at < self.length[:, None]  # [N, width]
+        offset = torch.arange(self._width, device=self.length.device)
+        valid = offset < self.length[:, None]  # [N, width]
         if self._is_uniform:
             keys, values = (x.unflatten(0, (-1, self._width)) for x in (self._keys, self._values))
             return keys, values, valid
-        # Behind a segment's room come the tokens of the next one, which are masked.
-        slots = (self._starts[:, None] + at).clamp_(max=len(self._keys) - 1)
+        # Slots beyond the capacity of a segment belong to the next one and are masked.
+        slots = (self._starts[:, None] + offset).clamp_(max=len(self._keys) - 1)  # [N, width]
         return self._keys[slots], self._values[slots], valid
 
     def attend(self, query: torch.Tensor, rule: LogitRule) -> torch.Tensor:
@@ -76,7 +78,7 @@ class StaticRagged(StaticSegments):
 
 
 class DenseSegments(Segments):
-    """[N, capacity, D] buffers of which the first ``length`` tokens are in use."""
+    """Segments of equal length in buffers [N, capacity, D]."""
 
     supports_static = True
 
@@ -86,7 +88,7 @@ class DenseSegments(Segments):
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         if self._keys is None or self._values is None:
-            self._keys, self._values = (Buffer(x, 1, keys.shape[1] + self.expected) for x in (keys, values))
+            self._keys, self._values = (Buffer(x, 1, keys.shape[1] + self.reserved) for x in (keys, values))
             return
         capacity = self.capacity(self._keys.length + keys.shape[1], keys.shape[1])
         self._keys.append(keys, capacity)
@@ -128,7 +130,7 @@ class DenseSegments(Segments):
 
 @dataclass(frozen=True)
 class Ragged(Storage):
-    """Uncompressed storage, head by head; it has no options."""
+    """Uncompressed storage per head; it has no options."""
 
     id: ClassVar[str] = "Ragged"
 
@@ -140,5 +142,5 @@ class Ragged(Storage):
         return [SegmentedLayer(DenseSegments) for _ in range(num_layers)]
 
     def bytes_formula(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int = 0) -> int:
-        """sum over layers of heads x tokens (of the mean head) x (key's + value's channels) x element_bytes."""
+        """Return the sum over layers of heads x tokens (of the mean head) x (key + value channels) x element_bytes."""
         return heads * shape.token_channels * shape.element_bytes * sum(tokens)

@@ -1,9 +1,11 @@
-"""Storage head by head: every head of every row is a segment with a length of its own, and takes room for no more.
+"""Storage per head without padding: every head of every row is a segment with its own length.
 
-Where all segments are equally long they are one tensor; where they are not (Ada-KV's heads, prompts of different
-lengths in one batch) the segments of one length share a tensor. No padding is ever stored, and attention runs once for
-each length. What a segment's tokens look like in memory is up to the :class:`Segments` behind it: as they are
-(``ragged.py``), or in few bits (``kivi.py``).
+Segments of equal length share a tensor: there is one tensor if all are equally long, and several for Ada-KV's heads or
+for prompts of different lengths. No padding is stored, and attention runs once per length. A :class:`Segments` subclass
+defines the representation of tokens: uncompressed (``ragged.py``) or quantized (``kivi.py``).
+
+Legend: N segments of one length, B batch rows, H stored heads, g query heads per stored head, S slots, n new tokens,
+D channels.
 """
 
 from __future__ import annotations
@@ -22,89 +24,89 @@ from .static import StaticSegments
 
 
 class Segments(Growing, ABC):
-    """Equally long segments: keys and values of N heads, [N, S, D].
+    """Keys and values of N segments of equal length, [N, S, D].
 
     Attributes:
-        supports_static: whether :meth:`static` can be called.
+        supports_static: Whether :meth:`static` is implemented.
     """
 
     supports_static: ClassVar[bool] = False
 
     @abstractmethod
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Add n tokens [N, n, D] to every segment; must not keep the given tensors alive."""
+        """Append copies of n tokens [N, n, D] to every segment."""
 
     @abstractmethod
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(keys, values) [N, S, D] in the compute dtype."""
+        """Return keys and values [N, S, D] in the compute dtype."""
 
     def attend(self, query: torch.Tensor, rule: LogitRule) -> torch.Tensor:
-        """Attention of the last n tokens over all: [N, g, n, D] -> the same shape."""
+        """Attend with the last n tokens over all tokens: [N, g, n, D] -> the same shape."""
         keys, values = self.read()
         return cached_attention(query, keys[:, None], values[:, None], rule)
 
     @abstractmethod
     def take(self, index: torch.Tensor) -> Segments:
-        """Some of the segments, [M] int64, as segments of their own: bit for bit the same tokens."""
+        """Return a copy of some of the segments, [M] int64, bit for bit."""
 
     @property
     @abstractmethod
     def length(self) -> int:
-        """S, tokens."""
+        """S, the number of tokens."""
 
     @abstractmethod
     def tensors(self) -> list[torch.Tensor]:
-        """Every tensor that must stay in memory."""
+        """Return every tensor that stays in memory."""
 
     @property
     @abstractmethod
     def logical_bytes(self) -> int:
-        """Bytes without room to grow."""
+        """Bytes without unused slots."""
 
     def flush(self) -> None:
-        """A step's attention is done: represent what has become old in the way of old tokens."""
+        """Convert tokens that are no longer recent, after the attention of a step."""
         return
 
     def shrink_to_fit(self) -> None:
-        """Give back room to grow."""
+        """Free unused slots."""
         return
 
     @classmethod
     def static(cls, groups: Groups, shape: tuple[int, int], steps: int) -> StaticSegments:
-        """All segments of a layer, with room for further tokens; where ``supports_static``.
+        """Return all segments of a layer as tensors of fixed shape; only if ``supports_static``.
 
         Args:
-            groups: the segments, of this class, and their numbers; every segment of the layer is in one of them.
-            shape: rows B and heads H of the layer.
-            steps: tokens to come, one at a time.
+            groups: All segments of the layer, of this class, with their indices.
+            shape: Rows B and heads H of the layer.
+            steps: Maximum number of decode steps.
         """
         raise NotImplementedError
 
 
 Groups = list[tuple[torch.Tensor, Segments]]
-"""Segment numbers [N] int64, and the segments in that order."""
+"""Segment indices [N] int64, and the segments in that order."""
 
 
 class SegmentedLayer(LayerStorage):
     """A layer as groups of segments. Segment ``b * H + h`` is head h of row b.
 
     Args:
-        new: makes empty segments; the first ``append`` says how many.
+        new: Creates empty segments; the first ``append`` determines their number.
     """
 
     def __init__(self, new: Callable[[], Segments]):
         self._new = new
-        self._groups: list[tuple[torch.Tensor, Segments]] = []  # (segment numbers [N], segments)
+        self._groups: list[tuple[torch.Tensor, Segments]] = []  # (segment indices [N], segments)
         self._shape = (0, 0, 0)  # B, H, D
-        self._static: StaticSegments | None = None  # in place of the groups, once static
+        self._static: StaticSegments | None = None  # replaces the groups once static
 
     def write(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         assert self._static is None, "a static layer takes single tokens"
         batch, heads, slots, dim = keys.shape
         self._shape = (batch, heads, dim)
-        everything = torch.arange(batch * heads, device=keys.device)
-        self._groups = [(everything, self._new())]
-        self._add(keys, values, None if valid is None else valid.expand(batch, heads, slots))
+        all_segments = torch.arange(batch * heads, device=keys.device)
+        self._groups = [(all_segments, self._new())]
+        self._append_real(keys, values, None if valid is None else valid.expand(batch, heads, slots))
         self.flush()
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
@@ -116,33 +118,33 @@ class SegmentedLayer(LayerStorage):
             self.write(keys, values, None if valid is None else valid[:, None])
             return
         self.count_down(keys.shape[2])
-        self._add(keys, values, valid)
+        self._append_real(keys, values, valid)
 
-    def _add(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None) -> None:
-        """``valid`` [B, n], or [B, H, n]; real tokens are the last of their row."""
+    def _append_real(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None) -> None:
+        """Append left-padded tokens [B, H, n, D] without their padding; ``valid`` [B, n] or [B, H, n]."""
         batch, heads, n, _ = keys.shape
         keys, values = keys.flatten(0, 1), values.flatten(0, 1)
         if valid is None:
             for index, segments in self._groups:
-                segments.growth, segments.expected = self.growth, self.expected
+                segments.growth, segments.reserved = self.growth, self.reserved
                 segments.append(_rows(keys, index), _rows(values, index))
             return
         counts = valid[:, None] if valid.dim() == 2 else valid
         counts = counts.expand(batch, heads, n).sum(-1).flatten()  # real tokens of each segment
         groups = []
         for index, segments in self._groups:
-            mine = counts[index]
-            for count in mine.unique().tolist():
-                within = (mine == count).nonzero()[:, 0]
-                part = segments if len(within) == len(index) else segments.take(within)
+            group_counts = counts[index]
+            for count in group_counts.unique().tolist():
+                members = (group_counts == count).nonzero()[:, 0]
+                group = segments if len(members) == len(index) else segments.take(members)
                 if count:
-                    part.growth, part.expected = self.growth, self.expected
-                    part.append(keys[index[within], n - count :], values[index[within], n - count :])
-                groups.append((index[within], part))
+                    group.growth, group.reserved = self.growth, self.reserved
+                    group.append(keys[index[members], n - count :], values[index[members], n - count :])
+                groups.append((index[members], group))
         self._groups = groups
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Padded on the left to the longest segment, for this call only."""
+        """Return keys, values and ``valid``, left-padded to the longest segment for this call."""
         batch, heads, dim = self._shape
         if self._static is not None:
             keys, values, valid = (x.unflatten(0, (batch, heads)) for x in self._static.read())
@@ -151,11 +153,11 @@ class SegmentedLayer(LayerStorage):
             keys, values = self._groups[0][1].read()
             return keys.unflatten(0, (batch, heads)), values.unflatten(0, (batch, heads)), None
         width = max(s.length for _, s in self._groups)
-        parts = [(index, s.length, *s.read()) for index, s in self._groups]
-        keys = parts[0][2].new_zeros(batch * heads, width, dim)
-        values = parts[0][3].new_zeros(batch * heads, width, parts[0][3].shape[2])
+        groups = [(index, s.length, *s.read()) for index, s in self._groups]
+        keys = groups[0][2].new_zeros(batch * heads, width, dim)
+        values = groups[0][3].new_zeros(batch * heads, width, groups[0][3].shape[2])
         valid = torch.zeros(batch * heads, width, dtype=torch.bool, device=keys.device)
-        for index, length, k, v in parts:
+        for index, length, k, v in groups:
             keys[index, width - length :] = k
             values[index, width - length :] = v
             valid[index, width - length :] = True
@@ -165,14 +167,14 @@ class SegmentedLayer(LayerStorage):
     def attend(self, query: torch.Tensor, rule: LogitRule, valid: torch.Tensor | None) -> torch.Tensor:
         if self._static is not None:
             return self._static.attend(query, rule)
-        if rule.sinks is not None:  # they belong to heads, and segments are grouped by their length
+        if rule.sinks is not None:  # sinks depend on the head, and segments are grouped by length
             return super().attend(query, rule, valid)
         batch, query_heads, n, dim = query.shape
         segments = self._shape[0] * self._shape[1]
         rows = query.reshape(segments, -1, n, dim)  # [B * H, g, n, D]
         out: torch.Tensor | None = None  # [B * H, g, n, D_v]
         for index, group in self._groups:
-            real = n  # a row's pads, if any, are its first new columns, and are not stored
+            real = n  # new tokens without the left padding, which is not stored
             if valid is not None:
                 real = int(valid[index[0] // self._shape[1]].sum())
             if not real:
@@ -211,12 +213,12 @@ class SegmentedLayer(LayerStorage):
         self._static.end_steps()
 
     def keep(self, slots: torch.Tensor, valid: torch.Tensor | None = None) -> None:
-        keys, values, held = self.read()
+        keys, values, stored = self.read()
         batch, heads, _ = self._shape
         if slots.dim() == 1:
             slots = slots.expand(batch, 1, -1)
-        slots = slots.expand(-1, heads, -1)
-        real = None if held is None else held.gather(2, slots)
+        slots = slots.expand(-1, heads, -1)  # [B, H, C]
+        real = None if stored is None else stored.gather(2, slots)
         if valid is not None:
             real = valid.expand_as(slots) if real is None else real & valid
         keys, values = (x.gather(2, slots[..., None].expand(-1, -1, -1, x.shape[3])) for x in (keys, values))
@@ -249,5 +251,5 @@ class SegmentedLayer(LayerStorage):
 
 
 def _rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """x[index], without a copy when that is all of it."""
+    """Return ``x[index]``, without a copy if it contains all rows."""
     return x if len(index) == x.shape[0] else x[index]

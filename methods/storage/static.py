@@ -1,4 +1,7 @@
-"""Storage of fixed shape: what a decode step needs so that it can be captured once and replayed."""
+"""Storage of fixed shape for decode steps that are captured once and replayed.
+
+Legend: N segments (heads of all rows), B rows, H stored heads, H_q query heads, S slots, D or D_v channels.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ from .packed import has_kernels
 
 @dataclass
 class LengthGroup:
-    """Rows of one length, which the host counts: it knows without asking the device when a block of them is full.
+    """Rows of one length, counted on the host to find full blocks without a device sync.
 
     Attributes:
-        rows: [n] int64, their numbers, or a slice that is all of them.
-        length: tokens of each.
+        rows: Row indices [n] int64, or a slice of all rows.
+        length: Tokens of each row.
     """
 
     rows: torch.Tensor | slice
@@ -29,7 +32,7 @@ ALL_ROWS = slice(None)
 
 
 class StaticSegments(ABC):
-    """All segments of a layer in tensors of fixed shape, each with a length of its own on the device.
+    """All segments of a layer in tensors of fixed shape, with their lengths on the device.
 
     Attributes:
         shape: B rows and H heads; N = B * H segments.
@@ -41,15 +44,15 @@ class StaticSegments(ABC):
 
     @abstractmethod
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Add one token to every segment: [N, D]."""
+        """Append one token [N, D] to every segment."""
 
     @abstractmethod
     def attend(self, query: torch.Tensor, rule: LogitRule) -> torch.Tensor:
-        """Attention of one token a row: [B, H_q, 1, D] -> the same shape."""
+        """Attend with one token per row: [B, H_q, 1, D] -> the same shape."""
 
     @abstractmethod
     def read(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(keys, values) [N, S, D] in the compute dtype, and which slots hold a token [N, S]; the others end a row."""
+        """Return keys and values [N, S, D] in the compute dtype and the mask of used slots [N, S], padded right."""
 
     def flush(self) -> None:
         """See :meth:`.base.LayerStorage.flush`."""
@@ -69,12 +72,12 @@ class StaticSegments(ABC):
 
     @abstractmethod
     def tensors(self) -> list[torch.Tensor]:
-        """Every tensor that must stay in memory."""
+        """Return every tensor that stays in memory."""
 
     @property
     @abstractmethod
     def logical_bytes(self) -> int:
-        """Bytes of the tokens alone; asks the device."""
+        """Bytes of the tokens without unused slots; syncs with the device."""
 
 
 def static_attention(
@@ -85,15 +88,15 @@ def static_attention(
     end: torch.Tensor,
     rule: LogitRule,
 ) -> torch.Tensor:
-    """Attention of one token a row over buffers of fixed size.
+    """Attention of one token per row over buffers of fixed size.
 
     Args:
         query: [B, H_q, 1, D].
         keys: [B, H, capacity, D], contiguous.
         values: [B, H, capacity, D_v], contiguous.
-        valid: [B, 1 or H, capacity] bool, slots that hold a token.
-        end: [1] int64 on the device; no slot from there on holds a token.
-        rule: how logits are formed.
+        valid: [B, 1 or H, capacity] bool, True where a slot holds a token.
+        end: [1] int64 on the device, one past the last slot that may hold a token.
+        rule: How logits are computed.
 
     Returns:
         [B, H_q, 1, D_v].

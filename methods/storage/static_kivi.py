@@ -1,12 +1,13 @@
-"""KIVI's storage in tensors of fixed shape; see ``kivi.py``.
+"""KIVI storage in tensors of fixed shape; see ``kivi.py``.
 
-    keys    codes of whole blocks  [0, packed)            recent ones, in the order they came   [packed, length)
-    values  codes                  [0, rounded)           a ring of residual + 1 slots          [rounded, length)
+    keys    codes of whole blocks  [0, packed)            recent tokens in order                [packed, length)
+    values  codes                  [0, rounded)           ring buffer of residual + 1 slots     [rounded, length)
 
-A step writes the new token behind the recent keys and over the oldest slot of the ring, and counts. A block of keys is
-quantized when it is full, between steps. Values age one token at a step: their codes are made for a whole block at a
-time too, ahead of need, and a step uses those of the tokens before ``rounded`` alone, so that it multiplies with the
-same numbers as a storage that quantizes one value at a step.
+A step writes the new token after the recent keys and over the oldest slot of the ring buffer. A full block of keys is
+quantized between steps. KIVI quantizes one value per step. Here the codes of a whole block of values are computed ahead
+of time, but a step uses only those of tokens before ``rounded``, so that the results are equal.
+
+Legend: N segments (heads of all rows), n segments of one length, g query heads per segment, D channels.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from dataclasses import dataclass
 import torch
 
 from ..cache.logits import LogitRule
-from ..cache.products import exact_products
-from .packed import Quantized, channels_together, dequantize_into, quantize, query_times_keys, weights_times_values
+from ..cache.products import query_key_products
+from .packed import Quantized, dequantize_into, quantize, query_times_keys, value_group_size, weights_times_values
 from .static import ALL_ROWS, LengthGroup, StaticSegments
 
 
 @dataclass(frozen=True)
 class KiviHeads:
-    """Segments of one length, as they were before they became static.
+    """Contents of dynamic segments of one length, to be copied into a :class:`StaticKivi`.
 
     Attributes:
-        index: [n] int64, their numbers.
-        blocks: keys of whole blocks [n, blocks, D, residual]; None: there is no whole block.
-        old: values [n, tokens, D_v]; None: no token is that old.
-        keys, values: the recent tokens [n, recent, D].
+        index: [n] int64, indices of the segments.
+        blocks: Quantized keys [n, blocks, D, residual]; None: no full block.
+        old: Quantized values [n, tokens, D_v]; None: no quantized value.
+        keys, values: Recent tokens [n, recent tokens, D].
     """
 
     index: torch.Tensor
@@ -42,7 +43,7 @@ class KiviHeads:
 
     @property
     def rounded(self) -> int:
-        """Tokens whose values are codes."""
+        """Number of tokens with quantized values."""
         return 0 if self.old is None else self.old.codes.shape[1]
 
     @property
@@ -52,13 +53,13 @@ class KiviHeads:
 
 
 class StaticKivi(StaticSegments):
-    """KIVI's segments in tensors of fixed shape.
+    """KIVI segments in tensors of fixed shape.
 
     Args:
-        groups: the segments; each is in one of them.
-        shape: rows and heads of the layer.
-        steps: tokens to come.
-        bits, group, residual: see :class:`.kivi.Kivi`.
+        groups: Contents of all segments, grouped by length.
+        shape: Rows B and heads H of the layer.
+        steps: Maximum number of decode steps.
+        bits, group, residual: See :class:`.kivi.Kivi`.
     """
 
     def __init__(
@@ -67,11 +68,11 @@ class StaticKivi(StaticSegments):
         self.shape, self.bits, self.group, self.residual = shape, bits, group, residual
         keys, values = groups[0].keys, groups[0].values
         dim, value_dim = keys.shape[2], values.shape[2]
-        self._channels = channels_together(group, value_dim, bits)
+        self._channels = value_group_size(group, value_dim, bits)
         count, device = math.prod(shape), keys.device
         blocks = (max(g.length for g in groups) + steps) // residual
-        self._capacity = blocks * residual  # tokens that can be codes
-        # Zeros everywhere: a weight of zero times a NaN is a NaN.
+        self._capacity = blocks * residual  # maximum number of quantized tokens
+        # Zeros, because uninitialized memory may contain NaN, and a zero weight times NaN is NaN.
         self._blocks = _empty_codes((count, blocks, dim, residual), bits, group, device)
         self._old = _empty_codes((count, self._capacity, value_dim), bits, self._channels, device)
         self._keys = keys.new_zeros(count, residual, dim)
@@ -124,27 +125,24 @@ class StaticKivi(StaticSegments):
         self._packed[rows] = end
 
     def attend(self, query: torch.Tensor, rule: LogitRule) -> torch.Tensor:
-        one = query.reshape(len(self.length), -1, query.shape[3])  # [N, g, D]
-        at = torch.arange(max(self._capacity, self.residual + 1), device=query.device)[None]
-        capacity, length, packed, rounded = (
-            self._capacity,
-            *(x[:, None] for x in (self.length, self._packed, self._rounded)),
-        )
-        logits = exact_products(one, self._keys)
-        visible = at[:, : self.residual] < length - packed
+        q = query.reshape(len(self.length), -1, query.shape[3])  # [N, g, D]
+        slot = torch.arange(max(self._capacity, self.residual + 1), device=query.device)[None]
+        capacity = self._capacity
+        length, packed, rounded = (x[:, None] for x in (self.length, self._packed, self._rounded))  # [N, 1]
+        logits = query_key_products(q, self._keys)  # [N, g, residual]
+        visible = slot[:, : self.residual] < length - packed
         if capacity:
-            logits = torch.cat([query_times_keys(one, self._blocks, self.bits), logits], dim=-1)
-            visible = torch.cat([at[:, :capacity] < packed, visible], dim=-1)
+            logits = torch.cat([query_times_keys(q, self._blocks, self.bits), logits], dim=-1)
+            visible = torch.cat([slot[:, :capacity] < packed, visible], dim=-1)
         logits = rule.logits(logits).masked_fill(~visible[:, None], -math.inf)  # [N, g, capacity + residual]
         weights = rule.weights(logits.unflatten(0, self.shape), head_dims=2).flatten(0, 1).to(query.dtype)
-        # The ring's slots by token, and each token's place among the keys.
-        ring = at[:, : self.residual + 1]
-        token = rounded + (ring - rounded) % (self.residual + 1)  # [N, residual + 1]
-        place = torch.where(token < packed, token, (token - packed + capacity).clamp(max=logits.shape[-1] - 1))
-        recent = weights.gather(2, place[:, None].expand(-1, one.shape[1], -1))
+        # Token in each slot of the ring buffer, and the index of that token's weight.
+        token = rounded + (slot[:, : self.residual + 1] - rounded) % (self.residual + 1)  # [N, residual + 1]
+        column = torch.where(token < packed, token, (token - packed + capacity).clamp(max=logits.shape[-1] - 1))
+        recent = weights.gather(2, column[:, None].expand(-1, q.shape[1], -1))  # [N, g, residual + 1]
         out = torch.matmul(recent.masked_fill((token >= length)[:, None], 0), self._values)
         if capacity:
-            old = weights[..., :capacity].masked_fill((at[:, :capacity] >= rounded)[:, None], 0)
+            old = weights[..., :capacity].masked_fill((slot[:, :capacity] >= rounded)[:, None], 0)
             out = weights_times_values(old, self._old, self.bits) + out
         return out.to(query.dtype).reshape(*query.shape[:3], -1)
 
@@ -155,12 +153,12 @@ class StaticKivi(StaticSegments):
             blocks = keys[:, : self._capacity].unflatten(1, (-1, self.residual))
             dequantize_into(self._blocks, self.bits, blocks.transpose(2, 3))
             dequantize_into(self._old, self.bits, values[:, : self._capacity])
-        at = torch.arange(slots, device=keys.device).expand(keys.shape[0], -1)  # [N, S]
+        token = torch.arange(slots, device=keys.device).expand(keys.shape[0], -1)  # [N, S]
         length, packed, rounded = (x[:, None] for x in (self.length, self._packed, self._rounded))
-        place, slot = (at - packed).clamp(0, self.residual - 1), at % (self.residual + 1)
-        keys = torch.where((at < packed)[..., None], keys, _gathered(self._keys, place))
-        values = torch.where((at < rounded)[..., None], values, _gathered(self._values, slot))
-        return keys, values, at < length
+        key_slot, value_slot = (token - packed).clamp(0, self.residual - 1), token % (self.residual + 1)
+        keys = torch.where((token < packed)[..., None], keys, _gather_slots(self._keys, key_slot))
+        values = torch.where((token < rounded)[..., None], values, _gather_slots(self._values, value_slot))
+        return keys, values, token < length
 
     def static_state(self) -> list[torch.Tensor]:
         return [self.length, self._packed, self._rounded]
@@ -180,18 +178,18 @@ class StaticKivi(StaticSegments):
 
 
 def _empty_codes(shape: tuple[int, ...], bits: int, group: int, device: torch.device) -> Quantized:
-    """Groups of ``group`` numbers along the last dimension of ``shape``, all of them zero."""
+    """Return zeros of a shape, quantized in groups along the last dimension."""
     codes = torch.zeros(*shape[:-1], shape[-1] * bits // 8, dtype=torch.uint8, device=device)
     scale, zero = (torch.zeros(*shape[:-1], shape[-1] // group, dtype=torch.float16, device=device) for _ in range(2))
     return Quantized(codes, scale, zero)
 
 
 def _write(codes: Quantized, new: Quantized, rows: torch.Tensor | slice, start: int) -> None:
-    """Put ``new`` [n, m, ...] to places ``start`` .. ``start + m - 1`` of some rows."""
-    for mine, theirs in zip(codes.tensors(), new.tensors(), strict=True):
-        mine[rows, start : start + theirs.shape[1]] = theirs
+    """Write ``new`` [n, m, ...] to indices ``start`` .. ``start + m - 1`` of some rows."""
+    for target, source in zip(codes.tensors(), new.tensors(), strict=True):
+        target[rows, start : start + source.shape[1]] = source
 
 
-def _gathered(x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Slots [N, S] of x [N, ..., D]: [N, S, D]."""
+def _gather_slots(x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Gather slots [N, S] of x [N, any, D]: [N, S, D]."""
     return x.gather(1, slots[..., None].expand(-1, -1, x.shape[2]))

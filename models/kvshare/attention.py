@@ -64,7 +64,7 @@ class KVShareAttention(LlamaAttention):
         name = self.config._attn_implementation
         n_empty = 0  # leading queries that no key is visible to; their output is zero and is not computed
         if name == ATTENTION_NAME:
-            kwargs["strict"] = strictly_causal
+            kwargs["strictly_causal"] = strictly_causal
         elif strictly_causal and attention_mask is None:  # causal attention over the sequence without its last key
             n_empty, query, kv = 1, query[:, :, 1:], (kv[0][:, :, :-1], kv[1][:, :, :-1])
         elif strictly_causal:  # column 0 of the mask

@@ -50,7 +50,7 @@ def shared_config(config: PretrainedConfig, sharing: Sharing, **changes: Any) ->
     keys = {k: v for k, v in config.to_dict().items() if k not in dropped} | changes
     shared = keys | sharing.config_keys(keys)
     if config.model_type == KVShareLlamaConfig.model_type:  # keys that the sharing leaves open are those of the weights
-        shared |= {key: keys[key] for key in sharing.left_open if keys.get(key) is not None}
+        shared |= {key: keys[key] for key in sharing.optional_keys if keys.get(key) is not None}
     return KVShareLlamaConfig(**shared)
 
 

@@ -103,7 +103,7 @@ class KVShareLlamaModel(KVSharePreTrainedModel):
         n_seen, n = 0 if past is None else past.get_seq_length(), hidden.shape[1]
         if position_ids is None:
             position_ids = torch.arange(n_seen, n_seen + n, device=hidden.device)[None]
-        if n > 1 and isinstance(past, KVCache) and (limit := past.most_columns) is not None and n > limit:
+        if n > 1 and isinstance(past, KVCache) and (limit := past.max_new_columns) is not None and n > limit:
             return self._forward_in_chunks(limit, hidden, attention_mask, position_ids, past, logits_to_keep, kwargs)
         state = ForwardState(
             hidden=hidden,
@@ -181,7 +181,7 @@ class KVShareLlamaModel(KVSharePreTrainedModel):
             return 0
         name = self.config._attn_implementation
         if isinstance(state.past, KVCache):
-            n_kept = max(n_kept, state.past.queries_wanted(last_source))
+            n_kept = max(n_kept, state.past.num_observed_queries(last_source))
         elif name != ATTENTION_NAME:
             types_above = {self.config.types[i] for i in range(last_source, len(self.layers))}
             have_masks = all(state.masks[kind] is not None for kind in types_above)

@@ -57,11 +57,11 @@ def check_targets(values: Any, key: str) -> None:
     """Refuse every ``_target_`` in a plain configuration that is no class of an allowed package.
 
     Args:
-        values: the resolved value of ``key``.
-        key: key for the error message.
+        values: The resolved value of ``key``.
+        key: Key for the error message.
 
     Raises:
-        InputError: names the key, and how a package is allowed.
+        InputError: Names the key, and how a package is allowed.
     """
     if isinstance(values, Mapping):
         if "_target_" in values:
@@ -99,7 +99,7 @@ def target_class(target: Any, key: str) -> type:
     """The class that a ``_target_`` names.
 
     Raises:
-        InputError: it is of another package, or no class that its package itself defines. A function is none: it would
+        InputError: It is of another package, or no class that its package itself defines. A function is none: it would
             be called with arguments from the configuration.
     """
     module, _, name = target.rpartition(".") if isinstance(target, str) else ("", "", "")
@@ -136,13 +136,13 @@ def check_values(values: Mapping[str, Any], key: str, cls: type, ignored: Iterab
     """Check the keys and the types of the values that a class is built from, and of the parts among them.
 
     Args:
-        values: plain data; classes in it have been checked by :func:`check_targets`.
-        key: key of the values; empty for the top of the configuration.
-        cls: the class; its parameters are the keys.
-        ignored: parameters that are not keys.
+        values: Plain data; classes in it have been checked by :func:`check_targets`.
+        key: Key of the values; empty for the top of the configuration.
+        cls: The class; its parameters are the keys.
+        ignored: Parameters that are not keys.
 
     Raises:
-        InputError: a key is missing or unknown, or a value has another type than its annotation.
+        InputError: A key is missing or unknown, or a value has another type than its annotation.
     """
     parameters = {k: p for k, p in inspect.signature(cls).parameters.items() if k not in ignored}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())

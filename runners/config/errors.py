@@ -1,4 +1,4 @@
-"""One line for each error that an input causes."""
+"""One-line messages for errors caused by an input."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def input_error_line(error: BaseException) -> str | None:
         return str(given)
     for link in causes(error):
         if isinstance(link, OverrideParseException):
-            hint = "cannot be read; texts with blanks or signs need quotes of their own, as in 'key=[\"a b=1\",c]'"
+            hint = "cannot be read; texts with blanks or signs need inner quotes, as in 'key=[\"a b=1\",c]'"
             return f"{link.override}: {hint}"
         if isinstance(link, MissingMandatoryValue):
             return f"{link.full_key or str(link).rpartition(' ')[2]}=???: must be given on the command line"

@@ -14,7 +14,7 @@ from .loader import groups
 def help_text() -> str:
     """The groups with their choices, and the keys of the default choices; all read from the YAML files' comments."""
     root = files("kvbench.conf")
-    # Where the jobs of a sweep run is Hydra's business, not a part of the experiment: its group comes last.
+    # The launcher is Hydra's group and not part of the experiment, so it is listed last.
     by_group = sorted(groups(root), key=lambda group: group[0].startswith("hydra/"))
     lines = [
         "kvbench run GROUP=CHOICE ... KEY=VALUE ...      (python run.py takes the same)",

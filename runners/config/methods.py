@@ -26,11 +26,10 @@ def named_method(text: str) -> Method:
 
 
 def methods_of(runner: Runner, config: DictConfig) -> list[Method]:
-    """The methods that a runner is to run: the one asked for at each budget, then those it is paired with.
+    """Return the methods of a run: the requested one at each budget, then those it is paired with.
 
     Args:
-        runner: the runner.
-        config: the configuration of the method asked for.
+        config: Configuration of the requested method.
     """
     methods = [build(config, "method", Method)]
     if not isinstance(runner, PairedRunner):
@@ -46,7 +45,7 @@ def paired_methods(entry: str | Mapping[str, Any], budgets: Sequence[float] | No
     """The methods that an entry of ``runner.pair_with`` names.
 
     Args:
-        entry: a text as for :func:`named_method`, or a mapping with ``method`` (its name), optionally ``budgets``, and
+        entry: A text as for :func:`named_method`, or a mapping with ``method`` (its name), optionally ``budgets``, and
             the options of :func:`configured_method`.
         budgets: ``runner.budgets``, for a method that has a budget and whose entry names none.
     """
@@ -106,7 +105,7 @@ def configured_method(name: str, options: Mapping[str, Any]) -> Method:
     """``("snapkv", {"budget": 256, "storage": "kivi4", "scorer": {"window": 16}})`` -> that method.
 
     Raises:
-        InputError: there is no such method or key, or the value cannot be used.
+        InputError: There is no such method or key, or the value cannot be used.
     """
     config = _configured(name, options)
     try:
@@ -134,7 +133,7 @@ def _configured(name: str, options: Mapping[str, Any]) -> DictConfig:
     for key, value in values.items():
         problem = missing_key(config, f"method.{key}")
         if problem is None and isinstance(OmegaConf.select(config, f"method.{key}"), DictConfig):
-            problem = "has keys of its own: pass a dict of them"
+            problem = "is a group of keys: pass a dict of them"
         if problem is not None:
             raise InputError(f"method.{key}", value, problem)
         try:

@@ -22,7 +22,7 @@ def build(node: DictConfig, key: str, kind: type[Any]) -> Any:
     Errors of the part's constructor are reported before type errors, because they are more specific.
 
     Raises:
-        InputError: a class in it is not allowed or not of that kind, or the part does not accept a value.
+        InputError: A class in it is not allowed or not of that kind, or the part does not accept a value.
     """
     if not isinstance(node, DictConfig) or "_target_" not in node:
         raise InputError(key, node, f"must be a choice of {key}=NAME")

@@ -17,12 +17,12 @@ class Settings(Options):
     """The top-level keys of the configuration.
 
     Attributes:
-        seed: seed of sampling and of all other random numbers.
-        batch_size: number of prompts per forward.
+        seed: Seed of sampling and of all other random numbers.
+        batch_size: Number of prompts per forward.
         device: ``auto`` (CUDA when there is one), ``cpu``, ``cuda``, ``cuda:1`` ...
         dtype: ``auto`` (float32 on the CPU, bfloat16 on CUDA), ``float32``, ``bfloat16`` or ``float16``.
-        results_dir: folder of the run folders.
-        config: the resolved configuration, as it is recorded.
+        results_dir: Folder of the run folders.
+        config: The resolved configuration, as it is recorded.
     """
 
     seed: NonNegativeInt = 0

@@ -1,8 +1,8 @@
 """Decode steps captured once as a CUDA graph and replayed.
 
-On CUDA a decode step of a model is hundreds of small kernels. Launched one by one from Python they take longer to
-launch than to run, which hides what a method gains. If all shapes of a step are static (``KVCache.supports_static``) it
-is captured after prefill, and every token is a replay over buffers of fixed size. What is due once in so many steps
+On CUDA a decode step of a model is hundreds of small kernels. Launching them one by one from Python takes longer than
+running them, which hides the gain of a method. If all shapes of a step are static (``KVCache.supports_static``), it is
+captured after the prefill, and every token is a replay over buffers of fixed size. Periodic work
 (``KVCache.between_steps``) follows the replay.
 """
 
@@ -27,9 +27,9 @@ class CapturedStep(DecodeStep):
     """A captured step; each call is a replay.
 
     Args:
-        step: the step to capture.
+        step: The step to capture.
         token: [rows] int64, any tokens.
-        steps: largest number of calls.
+        steps: Largest number of calls.
     """
 
     mode = CUDA_GRAPH
@@ -41,7 +41,7 @@ class CapturedStep(DecodeStep):
         self.cache.make_static(steps)
         before = [(tensor, tensor.clone()) for tensor in self.cache.static_state()]
         step.forward(self._token)  # libraries allocate their workspaces before the capture
-        for tensor, value in before:  # the step has not been
+        for tensor, value in before:  # undo the step
             tensor.copy_(value)
         self.cache.skip(-1)
         self._graph = torch.cuda.CUDAGraph()
@@ -50,7 +50,6 @@ class CapturedStep(DecodeStep):
         self.cache.skip(-1)  # capture does not execute the kernels, so undo the length increment
 
     def forward(self, token: torch.Tensor) -> torch.Tensor:
-        """See :meth:`.step.DecodeStep.forward`."""
         self._token.copy_(token)
         self._graph.replay()
         self.cache.skip(1)  # a replay runs no Python

@@ -3,8 +3,8 @@
 With so few rows a product with a weight costs little more than reading the weight, and a library's matrix products are
 far from that speed (docs/explanation/engine.md). Written as sums, products become loops that read each weight
 once from front to back, and the small operations around them are fused into the same loops. Two functions are compiled
-for all layers, one for the part before the attention and one for the part after it, and one for the output layer. The
-attention is the cache's and is not compiled.
+for all layers, one for the part before the attention and one for the part after it, and one for the output layer.
+Attention is computed by the cache and is not compiled.
 """
 
 from __future__ import annotations
@@ -58,12 +58,11 @@ class CompiledDecoder:
     weight is stored once, and the model can be used as before.
 
     Args:
-        model: one that :func:`can_compile`; changed in place.
+        model: Model that :func:`can_compile`; changed in place.
 
     Attributes:
-        model: the model.
-        layers: weights of the decoder layers.
-        output: weight of the output layer.
+        layers: Weights of the decoder layers.
+        output: Weight of the output layer.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -114,10 +113,10 @@ class CompiledDecoder:
 
     @torch.inference_mode()
     def prepare(self, rows: int) -> None:
-        """Compile for this number of rows, unless that is done.
+        """Compile for this number of rows, unless already compiled.
 
         Raises:
-            InputError: there is no C++ compiler.
+            InputError: There is no C++ compiler.
         """
         base = self.model.model
         x = base.embed_tokens(torch.zeros(rows, 1, dtype=torch.int64))
@@ -168,9 +167,8 @@ class CompiledStep(DecodeStep):
     """A compiled step of one cache.
 
     Args:
-        decoder: the model's compiled decoder.
-        cache: the cache.
-        rows: number of rows.
+        decoder: The model's compiled decoder.
+        rows: Number of rows.
     """
 
     mode = COMPILED
@@ -181,7 +179,6 @@ class CompiledStep(DecodeStep):
         decoder.prepare(rows)
 
     def forward(self, token: torch.Tensor) -> torch.Tensor:
-        """See :meth:`.step.DecodeStep.forward`."""
         return self._decoder(self.cache, token)
 
 

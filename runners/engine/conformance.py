@@ -36,7 +36,7 @@ TOLERANCE = 1e-9
 
 EXACT, REFUSED, WRONG, TRACEBACK, UNTESTED = "exact", "refused", "WRONG", "traceback", "untested"
 PATHS = ("engine", "batch", "chunked", "generate", "feed", "no_cache", "snapkv", "kivi8")
-"""``batch``: three rows of different lengths, compared with each alone; ``feed``: all further tokens in one forward;
+"""``batch``: three rows of different lengths, compared with single rows; ``feed``: all further tokens in one forward;
 ``snapkv`` and ``kivi8``: a budget and a residual longer than the text, so that nothing is lost."""
 QUICK_PATHS = PATHS[:4]
 
@@ -81,8 +81,8 @@ class Outcome:
 
     Attributes:
         verdict: ``exact``, ``refused``, ``WRONG`` or ``traceback``.
-        detail: the reason, in one line; empty if exact.
-        difference: largest difference of two logits over the largest logit.
+        detail: The reason, in one line; empty if exact.
+        difference: Largest difference of two logits over the largest logit.
     """
 
     verdict: str
@@ -96,7 +96,7 @@ def check(model: PreTrainedModel, paths: Sequence[str] = PATHS) -> dict[str, Out
     If ``method=full`` is refused when its cache is created, so is every path that needs a cache, and none is run.
 
     Raises:
-        Exception: whatever transformers itself raises on this model.
+        Exception: Whatever transformers itself raises on this model.
     """
     full = Method("full")
     with in_float64():
@@ -190,14 +190,14 @@ def fresh(model: PreTrainedModel) -> PreTrainedModel:
 
 @torch.no_grad()
 def own_logits(model: PreTrainedModel, ids: torch.Tensor, prompt: int, cached: bool = True) -> torch.Tensor:
-    """Logits [1, 1 + steps, vocabulary] of the model by itself: the last of the prompt, and of each further token.
+    """Return the model's own logits [1, 1 + steps, vocabulary] after the prompt and after each further token.
 
     Args:
-        model: with its own attention.
+        model: The model with its own attention.
         ids: [1, prompt + steps].
-        prompt: how many of them come first, together.
-        cached: with the model's own cache, the further tokens one by one; else everything anew at each step. A model
-            without a cache has only the latter.
+        prompt: Number of prompt tokens, which run in one forward.
+        cached: Run the further tokens one by one with the model's own cache; otherwise recompute the whole sequence at
+            each step, as for every model without a cache.
     """
     model = fresh(model)
     forward: Any = model.forward
@@ -211,10 +211,10 @@ def own_logits(model: PreTrainedModel, ids: torch.Tensor, prompt: int, cached: b
     makes_its_own = not model._supports_default_dynamic_cache()  # type: ignore[operator]
     cache: Any = None if makes_its_own else DynamicCache(config=config)
     logits: list[torch.Tensor] = []
-    for piece in ids.split([prompt, *[1] * (ids.shape[1] - prompt)], dim=1):
-        # Bamba counts every step's positions from 0 where none are given; generate gives them, and so does this.
+    for chunk in ids.split([prompt, *[1] * (ids.shape[1] - prompt)], dim=1):
+        # Like generate, pass positions: without them Bamba counts the positions of every step from 0.
         at = {"position_ids": torch.tensor([[prompt + len(logits) - 1]])} if logits and takes_positions else {}
-        out = model(input_ids=piece, past_key_values=cache, use_cache=True, **at)
+        out = model(input_ids=chunk, past_key_values=cache, use_cache=True, **at)
         cache = out.past_key_values
         logits.append(out.logits[:, -1])
     return torch.stack(logits, dim=1)
@@ -239,11 +239,11 @@ def engine_logits(
     return torch.cat(logits, dim=1)
 
 
-def generate_logits(model: PreTrainedModel, ids: torch.Tensor, **how: Any) -> torch.Tensor:
-    """Logits [1, 1 + steps, vocabulary] of greedy ``model.generate``. Other tokens give other logits."""
-    how |= {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+def generate_logits(model: PreTrainedModel, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Return the logits [1, 1 + steps, vocabulary] of greedy ``model.generate``, for the tokens that it generates."""
+    options |= {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     generate: Any = model.generate
-    out = generate(ids, max_new_tokens=STEPS + 1, **how)
+    out = generate(ids, max_new_tokens=STEPS + 1, **options)
     return torch.stack(out.logits, dim=1)
 
 
@@ -252,11 +252,11 @@ class Form:
     """Results of one variant of an architecture.
 
     Attributes:
-        variant: name of the variant.
-        outcomes: result of each path; empty if transformers itself cannot run the model.
-        failure: the reason, if it cannot.
-        features: see :func:`.models.architectures.features`.
-        layers: see :func:`.models.architectures.kinds_of_layers`.
+        variant: Name of the variant.
+        outcomes: Result of each path; empty if transformers itself cannot run the model.
+        failure: The reason, if it cannot.
+        features: See :func:`.models.architectures.features`.
+        layers: See :func:`.models.architectures.kinds_of_layers`.
     """
 
     variant: str

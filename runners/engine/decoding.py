@@ -33,11 +33,11 @@ def decode_step(
     """The fastest decode step of a model and a cache, after prefill.
 
     Args:
-        model, cache: as in :func:`decode`.
+        model, cache: As in :func:`decode`.
         token: [rows] int64, any tokens; the first ones are suitable.
-        steps: largest number of steps.
-        capture: whether to capture a step as a CUDA graph if possible.
-        compiled: the model's compiled decoder, if it has been compiled.
+        steps: Largest number of steps.
+        capture: Whether to capture a step as a CUDA graph if possible.
+        compiled: The model's compiled decoder, if it has been compiled.
     """
     rows = token.shape[0]
     if compiled is not None and rows <= MAX_ROWS and can_compile(model) and not cache.recomputes:
@@ -69,8 +69,8 @@ def feed(model: PreTrainedModel, cache: KVCache, ids: torch.Tensor) -> Iterator[
     they are appended, nor if the RoPE depends on the length, nor if layers keep a recurrent state.
 
     Args:
-        model: the model that ``cache`` was made for.
-        cache: the cache after :func:`prefill`.
+        model: The model that ``cache`` was made for.
+        cache: The cache after :func:`prefill`.
         ids: [rows, n] without padding; rows as in :func:`decode`.
 
     Yields:

@@ -19,7 +19,6 @@ class EagerStep(DecodeStep):
         self._model = model
 
     def forward(self, token: torch.Tensor) -> torch.Tensor:
-        """See :meth:`.step.DecodeStep.forward`."""
         logits: torch.Tensor = self._model(
             input_ids=token[:, None],
             position_ids=self.cache.next_positions()[:, None],
@@ -40,7 +39,6 @@ class RecomputeStep(DecodeStep):
         self._model = model
 
     def forward(self, token: torch.Tensor) -> torch.Tensor:
-        """See :meth:`.step.DecodeStep.forward`."""
         return forward_without_cache(self._model, self.cache, token[:, None], None)[:, -1]
 
 
@@ -50,11 +48,11 @@ def forward_without_cache(
     """Append ``ids`` [B, n] to the sequence, and run all of it through the model.
 
     Args:
-        model: the model that ``cache`` was made for.
-        cache: the cache, which stores token ids only.
+        model: The model that ``cache`` was made for.
+        cache: The cache, which stores token ids only.
         ids: [B, n] new tokens.
         mask: [B, n], True for a real token; None: no padding.
-        last: number of positions to return logits for.
+        last: Number of positions to return logits for.
 
     Returns:
         Logits [B, last, vocabulary] of the last positions.

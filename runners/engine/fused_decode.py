@@ -1,7 +1,7 @@
 """A decode step of a Llama-like decoder without transformers' wrappers: the same modules in the same order.
 
 transformers' forward of one token spends time on masks, keyword arguments, decorators and a dispatch per layer, which
-a step does not need. This is its arithmetic alone. It is used only for classes that are known to have this arithmetic,
+a step does not need. This is only its arithmetic. It is used only for classes that are known to have this arithmetic,
 and only if no module that it bypasses has a hook.
 """
 
@@ -58,7 +58,6 @@ class FusedStep(DecodeStep):
         self._model = model
 
     def forward(self, token: torch.Tensor) -> torch.Tensor:
-        """See :meth:`.step.DecodeStep.forward`."""
         return _forward(self._model, self.cache, token)
 
 
@@ -81,7 +80,7 @@ class OneTokenRope:
     """Llama's RoPE (:func:`...methods.cache.rotary.rope`) of one token per row; its tensors are shared by all layers.
 
     Args:
-        cos_sin: cosines and sines [B or 1, 1, D], as transformers' rotary embedding returns them.
+        cos_sin: Cosines and sines [B or 1, 1, D], as transformers' rotary embedding returns them.
     """
 
     def __init__(self, cos_sin: tuple[torch.Tensor, torch.Tensor]):

@@ -20,8 +20,8 @@ class Generation:
     """Result of :func:`generate`.
 
     Attributes:
-        tokens: new token ids of each row, without the stop token; rows as in :func:`decode`.
-        steps: number of decode steps (each for all rows).
+        tokens: New token ids of each row, without the stop token; rows as in :func:`decode`.
+        steps: Number of decode steps (each for all rows).
     """
 
     tokens: list[list[int]]
@@ -47,15 +47,15 @@ def generate(
     """Prefill, then decode until every row has ended.
 
     Args:
-        model, cache, input_ids, attention_mask, chunk_size: see :func:`prefill`.
-        max_new_tokens: largest number of tokens per row; >= 1.
-        stop_ids: a row ends when it would produce one of these. Empty: all rows run to ``max_new_tokens`` (which is
+        model, cache, input_ids, attention_mask, chunk_size: See :func:`prefill`.
+        max_new_tokens: Largest number of tokens per row; >= 1.
+        stop_ids: A row ends when it would produce one of these. Empty: all rows run to ``max_new_tokens`` (which is
             how speed is measured).
-        min_new_tokens: no stop id is produced before a row has this many tokens (its probability is set to zero).
-        sampling: greedy when None.
-        after_prefill: called once the prompt is compressed, before anything else is fed.
+        min_new_tokens: No stop id is produced before a row has this many tokens (its probability is set to zero).
+        sampling: Greedy when None.
+        after_prefill: Called once the prompt is compressed, before anything else is fed.
         question: [B, q] further tokens of the prompts, fed after the compression.
-        until: a row also ends, after a token that is kept, if ``until(prompt row, its tokens)`` is true.
+        until: A row also ends, after a token that is kept, if ``until(prompt row, its tokens)`` is true.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
@@ -83,10 +83,10 @@ class _Rows:
     """Tokens of every row, and which rows are still decoded.
 
     Args:
-        batch: number of prompts.
-        members: number of caches in a fan-out, 1 without one.
-        stop_ids: ids that end a row.
-        until: see :func:`generate`.
+        batch: Number of prompts.
+        members: Number of caches in a fan-out, 1 without one.
+        stop_ids: Ids that end a row.
+        until: See :func:`generate`.
     """
 
     def __init__(

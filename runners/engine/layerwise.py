@@ -62,7 +62,7 @@ def _in_chunks(forward: LayerForward, chunk_size: int, is_last_layer: bool) -> L
 
 
 def _chunk_of(name: str, value: Any, start: int, end: int, length: int) -> Any:
-    """The part of a decoder layer's argument that belongs to columns ``start`` .. ``end`` - 1 of ``length``."""
+    """Return the slice of a decoder layer's argument for columns ``start`` .. ``end`` - 1 of ``length``."""
     if isinstance(value, tuple):
         return tuple(_chunk_of(name, x, start, end, length) for x in value)
     if not isinstance(value, torch.Tensor):

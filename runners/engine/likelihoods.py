@@ -30,12 +30,12 @@ def score(
 ) -> list[list[Likelihood]]:
     """Prefill the prompts, then score continuations, each on its own copy of the compressed cache.
 
-    A continuation is scored through the compressed cache alone if ``given`` has at least one token: the first token
+    A continuation is scored only through the compressed cache if ``given`` has at least one token: the first token
     after a prompt is predicted before anything is compressed.
 
     Args:
-        model, cache, input_ids, attention_mask, chunk_size, after_prefill: as in :func:`generate`.
-        continuations: for each prompt, pairs of ``given`` tokens that follow it and one or more tokens to be scored.
+        model, cache, input_ids, attention_mask, chunk_size, after_prefill: As in :func:`generate`.
+        continuations: For each prompt, pairs of ``given`` tokens that follow it and one or more tokens to be scored.
 
     Returns:
         For each row (as in :func:`decode`) the likelihoods in the order of its prompt's continuations.

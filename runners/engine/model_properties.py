@@ -22,7 +22,7 @@ def has_dynamic_rope(model: PreTrainedModel) -> bool:
 
 
 def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList | None:
-    """Layers of a transformers decoder; None for a model class that runs its layers in a loop of its own."""
+    """Return the layers of a transformers decoder; None for a model class with its own loop over layers."""
     if isinstance(model, KVShareLlamaForCausalLM):
         return None
     return getattr(model.get_decoder(), "layers", None)

@@ -24,11 +24,11 @@ def prefill(
     """Run the prompts through the model, and compress what the cache stores of them.
 
     Args:
-        model: the model that ``cache`` was made for.
-        cache: a fresh cache.
+        model: The model that ``cache`` was made for.
+        cache: A fresh cache.
         input_ids: [B, T], padded on the left.
         attention_mask: [B, T], 1 for a real token; None: no padding.
-        chunk_size: number of columns per forward (same result, less memory); None: all at once. Where layers are
+        chunk_size: Number of columns per forward (same result, less memory); None: all at once. Where layers are
             independent, each layer runs the whole prompt in such chunks and is compressed before the next one starts,
             so the peak is the compressed cache, one layer's keys and values, and the hidden states.
 
@@ -36,8 +36,8 @@ def prefill(
         Logits of the last token, [rows, vocabulary]; rows are ``cache.copies`` x B.
 
     Raises:
-        InputError: the prompt is empty, the cache has been used, or the model cannot run the prompt in chunks.
-        RuntimeError: a layer did not pass its keys and values to the cache (full attention would run silently).
+        InputError: The prompt is empty, the cache has been used, or the model cannot run the prompt in chunks.
+        RuntimeError: A layer did not pass its keys and values to the cache (full attention would run silently).
     """
     if not input_ids.shape[1]:
         raise InputError("prompt", "of no tokens", "must have at least one token")
@@ -62,7 +62,7 @@ def prefill(
         logits = _forward_in_chunks(model, cache, input_ids, mask, chunk or length)
     if any(cache.get_seq_length(i) != length for i in cache.plan.attending):
         raise RuntimeError(f"{type(model).__name__} did not route every layer's attention through the kvbench cache")
-    cache.end_prompt()
+    cache.finish_prefill()
     return logits.repeat(cache.copies, 1)
 
 
@@ -83,7 +83,7 @@ def _check(
             "use batch_size=1 and runner.chunk_size=null",
         )
     if chunk is not None and cache.states is not None:
-        allowed = "a model with recurrent layers takes a prompt in one piece: null"
+        allowed = "a model with recurrent layers cannot run a prompt in chunks: null"
         raise InputError("runner.chunk_size", chunk, allowed)
 
 

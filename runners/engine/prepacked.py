@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 MLP_CHUNK_TOKENS = 1024
-"""Number of tokens for which a fused MLP holds the activations between its products."""
+"""Number of tokens per chunk of a fused MLP, which limits the activations between its products."""
 
 
 class PrepackedLinear(nn.Module):
@@ -24,7 +24,7 @@ class PrepackedLinear(nn.Module):
     put into a state dict.
 
     Args:
-        linear: the layer to replace, with a weight [out_features, in_features] on the CPU, of a dtype for which
+        linear: The layer to replace, with a weight [out_features, in_features] on the CPU, of a dtype for which
             :func:`has_blocked_products`. The weight is copied and the bias is shared.
     """
 
@@ -54,8 +54,8 @@ class FusedQKV(nn.Module):
     """Query, key and value projections as one product, which is requested slice by slice.
 
     Args:
-        whole: the layers as one, their outputs one after another.
-        sizes: output features of each layer.
+        whole: The layers as one, their outputs one after another.
+        sizes: Output features of each layer.
     """
 
     def __init__(self, whole: PrepackedLinear, sizes: Sequence[int]):
@@ -96,12 +96,12 @@ class QKVSlice(nn.Module):
 class FusedGateUpMLP(nn.Module):
     """A gated MLP, ``down(act(gate(x)) * up(x))``, with gate and up as one product.
 
-    Prompts are run in chunks, so that the activations between the products are not held for all tokens.
+    Prompts run in chunks, so that the activations between the products are not stored for all tokens.
 
     Args:
-        gate_and_up: both layers as one, gate first.
-        down: the output layer, prepacked or not.
-        act: the activation function.
+        gate_and_up: Both layers as one, gate first.
+        down: The output layer, prepacked or not.
+        act: The activation function.
     """
 
     def __init__(self, gate_and_up: PrepackedLinear, down: nn.Module, act: nn.Module):

@@ -13,9 +13,9 @@ class Sampling:
     """Rule by which the next token is drawn.
 
     Attributes:
-        temperature: softmax temperature; 0 is greedy.
-        top_p: tokens are drawn from the smallest set whose probability reaches this value.
-        seeds: one seed per prompt row, or one for all. A row's draws depend on its own seed alone, not on its batch,
+        temperature: Softmax temperature; 0 is greedy.
+        top_p: Tokens are drawn from the smallest set whose probability reaches this value.
+        seeds: One seed per prompt row, or one for all. A row's draws depend only on its own seed, not on its batch,
             and the members of a fan-out use the same random numbers.
     """
 
@@ -28,11 +28,11 @@ class Sampler:
     """Draws the next token of every row from its logits.
 
     Args:
-        sampling: the rule.
-        stop_ids: ids that end a row.
-        min_new_tokens: number of tokens before which no stop id is drawn.
-        batch: number of prompts.
-        device: device of the logits.
+        sampling: The rule.
+        stop_ids: Ids that end a row.
+        min_new_tokens: Number of tokens before which no stop id is drawn.
+        batch: Number of prompts.
+        device: Device of the logits.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Sampler:
             return logits.argmax(-1)
         probabilities = (logits.float() / self.sampling.temperature).softmax(-1)
         ordered, index = probabilities.sort(-1, descending=True)
-        mass_before = ordered.cumsum(-1) - ordered  # of the more probable tokens; 0 for the first, which always stays
+        mass_before = ordered.cumsum(-1) - ordered  # of the more probable tokens; 0 for the first, which is always kept
         ordered = ordered.masked_fill(mass_before >= self.sampling.top_p, 0.0)
         cumulative = ordered.cumsum(-1)
         uniform = torch.stack([torch.rand(1, generator=g) for g in self._generators]).to(logits.device)  # [B, 1]

@@ -17,7 +17,7 @@ class DecodeStep(ABC):
 
     Attributes:
         mode: ``eager`` (transformers' forward), ``fused``, ``compiled`` or ``cuda graph``.
-        cache: the cache, after its prompt has been compressed.
+        cache: The cache, after its prompt has been compressed.
     """
 
     mode: ClassVar[str]

@@ -30,12 +30,12 @@ def load(source: ModelSource, device: str, dtype: torch.dtype) -> LoadedModel:
 def prepack_linear_weights(model: nn.Module) -> None:
     """Replace the linear layers of a model on the CPU by :class:`PrepackedLinear`, one (or one fused group) at a time.
 
-    At most one layer (or group) is held in both layouts at any time. Layers on other devices, or of a dtype for which
-    the machine's oneDNN has no blocked products, stay. A model that accelerate has spread over devices is not changed:
-    its hooks move the weights themselves.
+    At most one layer (or group) is stored in both layouts at any time. Layers on other devices, or of a dtype for which
+    the machine's oneDNN has no blocked products, are not replaced. A model that accelerate has spread over devices is
+    not changed, because its hooks move the weights.
 
     Args:
-        model: a model for inference; changed in place.
+        model: A model for inference; changed in place.
     """
     if getattr(model, "hf_device_map", None) is not None:
         return

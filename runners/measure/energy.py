@@ -20,8 +20,8 @@ class Energy:
     """Energy used in an interval.
 
     Attributes:
-        joules: energy.
-        seconds: length of the interval.
+        joules: Energy.
+        seconds: Length of the interval.
     """
 
     joules: float
@@ -32,12 +32,12 @@ class EnergyMeter:
     """Energy by the counter that a driver keeps.
 
     Args:
-        device: the device to measure.
-        among: CUDA devices that a model is spread over, whose counters are added up; None: ``device`` alone.
+        device: The device to measure.
+        among: CUDA devices that a model is spread over, whose counters are added up; None: only ``device``.
 
     Attributes:
-        what: name of the counter.
-        problem: why this machine has none, or None.
+        what: Name of the counter.
+        problem: Why this machine has none, or None.
     """
 
     def __init__(self, device: str, among: Sequence[str] | None = None):

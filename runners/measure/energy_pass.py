@@ -27,12 +27,12 @@ def energy_pass(job: Job) -> dict[str, Any]:
     work = loaded.batches()
     meter = EnergyMeter(job.device, devices_of(loaded.model, job.device))
 
-    def once() -> None:
+    def run_workload() -> None:
         for batch in work:
             loaded.answer(loaded.new_cache(), batch)
             gc.collect()
 
-    once()
+    run_workload()
     idle = meter.over(lambda: time.sleep(MIN_SECONDS))
     repetitions = 0
 
@@ -40,7 +40,7 @@ def energy_pass(job: Job) -> dict[str, Any]:
         nonlocal repetitions
         start = now(job.device)
         while not repetitions or now(job.device) - start < MIN_SECONDS:
-            once()
+            run_workload()
             repetitions += 1
 
     energy = meter.over(repeat)

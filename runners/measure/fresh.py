@@ -1,4 +1,4 @@
-"""Calls in a fresh Python process, so that nothing left behind by an earlier measurement counts in this one."""
+"""Calls in a fresh Python process, so that earlier measurements do not affect this one."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def in_fresh_process(function: Callable[[A], R], argument: A, environment: Mappi
     """``function(argument)`` in a new process.
 
     Args:
-        function: a function of an importable module; it, its argument and its result are pickled.
-        argument: the function's only argument.
-        environment: variables to set before the process starts.
+        function: A function of an importable module; it, its argument and its result are pickled.
+        argument: The function's only argument.
+        environment: Variables to set before the process starts.
 
     Raises:
-        Killed: the process was killed from outside.
-        Exception: the exception that the function raised, with its message.
+        Killed: The process was killed from outside.
+        Exception: The exception that the function raised, with its message.
     """
     with tempfile.TemporaryDirectory(prefix="kvbench-") as folder:
         call, answer = Path(folder, "call"), Path(folder, "answer")

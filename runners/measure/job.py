@@ -29,10 +29,10 @@ class Job:
     """Input of a measuring process.
 
     Attributes:
-        source, method, workload: what is measured; the workload is None in a search, which sets it.
-        device, dtype: device and compute dtype, resolved.
-        seed, batch_size: seed and batch size of the workload's requests.
-        chunk_size, warmups, repeats, cuda_graph, compile: the runner's settings.
+        source, method, workload: What is measured; the workload is None in a search, which sets it.
+        device, dtype: Device and compute dtype, resolved.
+        seed, batch_size: Seed and batch size of the workload's requests.
+        chunk_size, warmups, repeats, cuda_graph, compile: The runner's settings.
     """
 
     source: ModelSource
@@ -54,7 +54,7 @@ class Batch:
     """Requests that are answered together.
 
     Attributes:
-        requests: one request per row.
+        requests: One request per row.
         input_ids: [B, T] on the device, padded on the left.
         mask: [B, T], or None if all prompts are equally long.
     """
@@ -65,7 +65,7 @@ class Batch:
 
     @property
     def steps(self) -> int:
-        """Tokens to generate: the largest number that a request asks for."""
+        """Number of tokens to generate: the largest requested number."""
         return max(r.new_tokens for r in self.requests)
 
     @property
@@ -75,7 +75,7 @@ class Batch:
 
     @property
     def output_tokens(self) -> int:
-        """Tokens that the requests ask for, all rows together."""
+        """Number of requested output tokens of all rows."""
         return sum(r.new_tokens for r in self.requests)
 
 
@@ -84,9 +84,8 @@ class LoadedJob:
     """A job and its model.
 
     Attributes:
-        job: the job.
-        loaded: the model, prepared for inference.
-        compiled: the model's compiled decode steps, or None.
+        loaded: The model, prepared for inference.
+        compiled: The model's compiled decode steps, or None.
     """
 
     job: Job
@@ -103,7 +102,7 @@ class LoadedJob:
         return self.job.method.new_cache(self.model)
 
     def with_workload(self, workload: Workload, batch_size: int) -> LoadedJob:
-        """The same model with other requests."""
+        """Return the job with other requests for the same model."""
         return replace(self, job=replace(self.job, workload=workload, batch_size=batch_size))
 
     def batches(self) -> list[Batch]:
@@ -137,10 +136,10 @@ class LoadedJob:
         """Answer a batch: prefill, then greedy tokens; no step waits for a token on the host, and no token ends a row.
 
         Args:
-            cache: a fresh cache.
-            batch: the requests.
-            after_token: called when the first tokens of all rows are queued, and after each decode step.
-            after_preparation: called when the decode steps can start, after one has been compiled or captured.
+            cache: A fresh cache.
+            batch: The requests.
+            after_token: Called when the first tokens of all rows are queued, and after each decode step.
+            after_preparation: Called when the decode steps can start, after one has been compiled or captured.
 
         Returns:
             Mode of the decode steps; see :class:`..engine.step.DecodeStep`.

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def measurement_lock(device: str) -> Iterator[None]:
-    """Hold this machine's lock for measurements on ``device``: concurrent measurements would slow each other down."""
+    """Take the machine-wide lock for measurements on ``device``, because concurrent measurements distort each other."""
     kind = "cpu" if not device.startswith("cuda") else device.replace(":", "-")
     lock = filelock.FileLock(Path(tempfile.gettempdir()) / f"kvbench-{os.getuid()}-measuring-{kind}.lock")
     try:

@@ -21,7 +21,7 @@ KIB = 1024
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means out of memory: a class of its own on CUDA, the message of the CPU's allocator."""
+    """Return whether an error means out of memory: by its class on CUDA, by the allocator's message on the CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     message = str(error).lower()
@@ -40,8 +40,8 @@ class Peak:
     """Peak memory since the last reset.
 
     Attributes:
-        allocated: bytes in use: of tensors on CUDA, of the whole process (resident set) on the CPU.
-        reserved: bytes reserved by CUDA's allocator; None on the CPU.
+        allocated: Bytes in use: of tensors on CUDA, of the whole process (resident set) on the CPU.
+        reserved: Bytes reserved by CUDA's allocator; None on the CPU.
     """
 
     allocated: int
@@ -56,11 +56,11 @@ class MemoryMeter:
         meter.reset(); decode(...);  peak_decode = meter.peak()
 
     Args:
-        device: the device to measure.
-        among: CUDA devices that a model is spread over, whose peaks are added up; None: ``device`` alone.
+        device: The device to measure.
+        among: CUDA devices that a model is spread over, whose peaks are added up; None: only ``device``.
 
     Attributes:
-        problem: why this machine cannot measure it, or None. :meth:`peak` then returns None.
+        problem: Why this machine cannot measure it, or None. :meth:`peak` then returns None.
     """
 
     def __init__(self, device: str, among: Sequence[str] | None = None):
@@ -113,7 +113,7 @@ def malloc_trim_env() -> dict[str, str]:
 
 
 def available_memory() -> int:
-    """Bytes that the machine can still give to a process."""
+    """Return the bytes that the machine can still allocate to a process."""
     return _field_bytes("/proc/meminfo", "MemAvailable")
 
 

@@ -20,8 +20,8 @@ class BatchMemory:
     """Memory that answering one batch took.
 
     Attributes:
-        at_rest, peak_prefill, peak_decode: see :class:`.memory.Peak`; None if this machine cannot measure it.
-        stored, logical: bytes of the cache after the prompt was compressed, and after the last step.
+        at_rest, peak_prefill, peak_decode: See :class:`.memory.Peak`; None if this machine cannot measure it.
+        stored, logical: Bytes of the cache after the prompt was compressed, and after the last step.
     """
 
     at_rest: Peak | None

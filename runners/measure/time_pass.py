@@ -23,10 +23,10 @@ class Timed:
     """Times of one repetition of one batch, in seconds.
 
     Attributes:
-        ttft: from handing over the prompts to the first token of every row.
-        steps: time of each decode step, in order.
-        mode: mode of the decode steps; see :class:`..engine.step.DecodeStep`.
-        preparation: time to compile or capture a step before the first one; a server does this once when it starts,
+        ttft: From handing over the prompts to the first token of every row.
+        steps: Time of each decode step, in order.
+        mode: Mode of the decode steps; see :class:`..engine.step.DecodeStep`.
+        preparation: Time to compile or capture a step before the first one; a server does this once when it starts,
             so it is in no other number.
     """
 
@@ -96,8 +96,8 @@ def metrics(work: Sequence[Batch], repetitions: Sequence[Sequence[Timed]]) -> di
     """Summary of each metric over the repetitions; ``step_ms`` is over single decode steps.
 
     Args:
-        work: the batches.
-        repetitions: times of each batch, repetition by repetition.
+        work: The batches.
+        repetitions: Times of each batch, repetition by repetition.
     """
     prompt, output = sum(b.prompt_tokens for b in work), sum(b.output_tokens for b in work)
     later = sum(b.output_tokens - len(b.requests) for b in work)  # output tokens that are not a request's first

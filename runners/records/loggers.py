@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 INIT_TIMEOUT_S = 20.0
 """Longest wait for the server before the run is kept offline; wandb's own is 90 s."""
 FINISH_TIMEOUT_S = 60.0
-"""Longest wait for the upload of one run; without a limit, wandb waits for ever."""
+"""Longest wait for the upload of one run; without a limit, wandb would wait forever."""
 
 NOT_RESULTS = ("schema", "identity", "config", "data", "sessions", "provenance")
 """Parts of a record whose numbers are not results."""
@@ -37,9 +37,9 @@ class Logger(Options):
         """Mirror one finished run; a failure of the mirror raises no exception.
 
         Args:
-            record: the content of its ``record.json``.
-            samples: the rows of its ``samples.jsonl``, or none.
-            folder: the run's folder, ``<results_dir>/<task>/<model>/<method>/<hash>``.
+            record: The content of its ``record.json``.
+            samples: The rows of its ``samples.jsonl``, or none.
+            folder: The run's folder, ``<results_dir>/<task>/<model>/<method>/<hash>``.
         """
 
 
@@ -56,16 +56,16 @@ class WandbLogger(Logger):
     or system metrics are sent. wandb's own files go to ``<results_dir>/.wandb``.
 
     Attributes:
-        project: project on the server.
-        entity: user or team; None for the account's default.
+        project: Project on the server.
+        entity: User or team; None for the account's default.
         mode: ``online``, ``offline`` (send later with ``wandb sync``) or ``auto``: the variable WANDB_MODE,
             else online with an API key (WANDB_API_KEY or ``wandb login``) and offline without. A server that cannot be
             reached or refuses the key makes the rest of the process offline.
-        group: name to group runs by; None for ``<task>/<model>``.
-        samples: also send the rows of ``samples.jsonl``, predictions included, as a table.
+        group: Name to group runs by; None for ``<task>/<model>``.
+        samples: Also send the rows of ``samples.jsonl``, predictions included, as a table.
 
     Raises:
-        InputError: a key that cannot be used, or the package is missing; known before the run begins.
+        InputError: A key that cannot be used, or the package is missing; known before the run begins.
     """
 
     project: Text = "kvbench"
@@ -95,7 +95,7 @@ class WandbLogger(Logger):
                 WANDB_SILENT="true", WANDB_CACHE_DIR=str(home / "cache"), WANDB_DATA_DIR=str(home / "data")
             ):
                 self._mirror(record, samples, home)
-        except Exception as error:  # whatever it is, the run is done and its folder is written
+        except Exception as error:  # for any error, the run is done and its folder is written
             log.warning(
                 f"wandb: run {record.get('hash')} is not mirrored: {_in_short(error)}; its record is in {folder}"
             )
@@ -136,7 +136,7 @@ class WandbLogger(Logger):
                     self._offline_because = "no API key"
                 except Exception as error:  # of wandb, of the network underneath it, of the key's form
                     self._offline_because = _in_short(error)
-                    # wandb's background process still holds the run's id, and would refuse it a second time.
+                    # wandb's background process still has the run's id and would reject it a second time.
                     wandb.teardown()
         return self._init("offline", record, home)
 
@@ -168,7 +168,7 @@ class WandbLogger(Logger):
             reinit="create_new",
             mode=mode,
             dir=str(home),
-            # Versions of wandb differ in what they know, and refuse what they do not.
+            # Versions of wandb differ in their settings and reject unknown ones.
             settings=wandb.Settings(**{k: v for k, v in settings.items() if k in wandb.Settings.model_fields}),
         )
 
@@ -180,7 +180,7 @@ class WandbLogger(Logger):
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:
     """Results of a record as flat numbers: ``scores/qasper/mean``, ``bytes/kv_ratio``, ``metrics/ttft_ms``.
 
-    Of a repeated measurement (a mapping with a ``median``) the median alone; no lists, and nothing that is not finite.
+    Of a repeated measurement (a mapping with a ``median``) only the median; no lists and no infinite or NaN values.
     """
 
     def walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, float]]:
@@ -207,7 +207,7 @@ def history(record: Mapping[str, Any]) -> dict[int, dict[str, float]]:
 
 
 def _has_key() -> bool:
-    """Whether wandb finds a key where it looks for one; it does not ask for one, nor the server about it."""
+    """Return whether wandb finds an API key, without prompting for one or contacting the server."""
     import wandb
 
     try:

@@ -39,9 +39,9 @@ def folder_name(key: str, name: Any) -> str:
     """``name``, if it can be the name of one folder on any file system.
 
     Raises:
-        InputError: names the key.
+        InputError: Names the key.
     """
-    allowed = "must be a name of 1 to 100 characters that does not begin with a point and holds no / or \\"
+    allowed = "must be a name of 1 to 100 characters that does not begin with a point and contains no / or \\"
     is_text = isinstance(name, str) and name.isprintable() and not set(name) & set("/\\")
     require(is_text and bool(name.strip()) and name[0] != "." and len(name.encode()) <= 100, key, name, allowed)
     return str(name)
@@ -54,11 +54,11 @@ class RunFolder:
 
     Args:
         root: ``results_dir``.
-        task, model, method: names, as folders.
-        identity: everything that decides the run's numbers; its hash is the name of the last folder.
+        task, model, method: Names, as folders.
+        identity: Everything that decides the run's numbers; its hash is the name of the last folder.
 
     Raises:
-        InputError: a name cannot be that of a folder; the folder cannot be written; a line of ``samples.jsonl`` before
+        InputError: A name cannot be that of a folder; the folder cannot be written; a line of ``samples.jsonl`` before
             the last is damaged.
     """
 
@@ -129,7 +129,7 @@ class RunFolder:
         """The finished run's record.
 
         Raises:
-            InputError: it cannot be read, is not JSON, or of another schema.
+            InputError: It cannot be read, is not JSON, or of another schema.
         """
         try:
             return read_record(self.path / RECORD)
@@ -142,7 +142,7 @@ class RunFolder:
         A last line that a killed process left incomplete is skipped, and removed from the file if the lock is held.
 
         Raises:
-            InputError: a line is not a JSON object; names file and line.
+            InputError: A line is not a JSON object; names file and line.
         """
         return [row for _, row in self.numbered_samples()]
 
@@ -154,7 +154,7 @@ class RunFolder:
         """The sessions that were passed to :meth:`begin_session`, in order.
 
         Raises:
-            InputError: a line is not one that was written by it; names file and line.
+            InputError: A line is not one that was written by it; names file and line.
         """
         lines = self._lines(SESSIONS)
         for place, session in lines:

@@ -13,8 +13,8 @@ def closing(folders: Sequence[Path], results_dir: str) -> str:
     """The text for the terminal.
 
     Args:
-        folders: the run folders of one command, each with a record.
-        results_dir: the option as the user gave it.
+        folders: The run folders of one command, each with a record.
+        results_dir: The option as the user gave it.
     """
     parts = []
     for group in comparable(read_runs(folders)):
@@ -39,7 +39,7 @@ def _next(group: Sequence[Run], results_dir: str) -> list[str]:
     commands = []
     if not all(run.done for run in group):
         commands.append(
-            "for more room: runner.chunk_size=1024, a smaller batch_size, or 'runner.pair_with=[]' without full"
+            "to save memory: runner.chunk_size=1024, a smaller batch_size, or 'runner.pair_with=[]' without full"
         )
     if first["kind"] == "accuracy" and first["identity"]["task"].get("limit") is not None:
         commands.append("the same command without task.limit for every example; it continues if it is stopped")

@@ -34,11 +34,11 @@ def open_run(
     """The folder of one run.
 
     Args:
-        kind: kind of the run: ``accuracy``, ``efficiency`` or ``train``.
-        method, source, data: parts of the run.
-        task: identity of the task or workload.
-        settings: the top-level configuration.
-        further: everything else that decides the run's numbers.
+        kind: Kind of the run: ``accuracy``, ``efficiency`` or ``train``.
+        method, source, data: Parts of the run.
+        task: Identity of the task or workload.
+        settings: The top-level configuration.
+        further: Everything else that decides the run's numbers.
     """
     weights = {} if source.method_weights is None else {"weights": source.method_weights}
     identity = {
@@ -59,10 +59,10 @@ def record_head(status: str, folder: RunFolder, method: Method, data: Source, se
 
     Args:
         status: ``done``, or ``oom``: the run was out of memory.
-        folder: the run's folder.
-        method: the run's own method; the command's configuration may name another one.
-        data: where the task's examples or requests came from.
-        settings: the top-level configuration.
+        folder: The run's folder.
+        method: The run's own method; the command's configuration may name another one.
+        data: Where the task's examples or requests came from.
+        settings: The top-level configuration.
     """
     return {
         "status": status,
@@ -95,8 +95,8 @@ def find_reusable_runs(folder: RunFolder, chosen_by: Sequence[str]) -> list[RunF
     """Finished runs with the same rows, the newest first: they differ from ``folder`` only in the choice of examples.
 
     Args:
-        folder: a run.
-        chosen_by: keys of the task's identity that choose examples. The data's name follows from them; its sha256 must
+        folder: A run.
+        chosen_by: Keys of the task's identity that choose examples. The data's name follows from them; its sha256 must
             be the same for every data set that both runs have.
     """
 
@@ -141,8 +141,8 @@ def run_with_locks(runs: Sequence[R], work: Callable[[list[R]], None]) -> None:
     process left incomplete is done here.
 
     Args:
-        runs: all runs of a command.
-        work: completes some of the runs: those that are done (to read them) and those locked for this process.
+        runs: All runs of a command.
+        work: Completes some of the runs: those that are done (to read them) and those locked for this process.
     """
     order = {id(run): place for place, run in enumerate(runs)}
     left = sorted(runs, key=lambda run: run.folder.path)

@@ -21,13 +21,13 @@ def checked_rows(
     """Rows of a run by (data set, id), each checked to be one that this run can have written.
 
     Args:
-        folder: the run.
-        task: the task, which defines the range of a score.
-        label: the method's label.
-        examples: the run's examples; None: the run has another choice of examples, so any may occur.
+        folder: The run.
+        task: The task, which defines the range of a score.
+        label: The method's label.
+        examples: The run's examples; None: the run has another choice of examples, so any may occur.
 
     Raises:
-        InputError: a row is damaged, of another method or of no example of the run, or it contradicts an earlier row of
+        InputError: A row is damaged, of another method or of no example of the run, or it contradicts an earlier row of
             its example; names file and line.
     """
     known = None if examples is None else {(e.dataset, e.id) for e in examples}

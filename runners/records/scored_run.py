@@ -24,9 +24,9 @@ class ScoredRun(MethodRun):
     """A run and its examples so far.
 
     Attributes:
-        rows: row of ``samples.jsonl`` by (data set, id).
-        problem: why the run cannot continue (out of memory), or None.
-        cache_layers: description of the model's layers; None before the model has answered.
+        rows: Row of ``samples.jsonl`` by (data set, id).
+        problem: Why the run cannot continue (out of memory), or None.
+        cache_layers: Description of the model's layers; None before the model has answered.
     """
 
     rows: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
@@ -85,12 +85,11 @@ class ScoredRun(MethodRun):
         """Write ``record.json``.
 
         Args:
-            task: the task.
-            data: where the examples come from.
-            examples: the run's examples.
-            settings: the top-level configuration.
-            co_batched_with: labels of the methods that shared the pass over the examples.
-            circumstances: time, provenance, and ``problem`` if the run was out of memory.
+            data: Where the examples come from.
+            examples: The run's examples.
+            settings: The top-level configuration.
+            co_batched_with: Labels of the methods that shared the pass over the examples.
+            circumstances: Time, provenance, and ``problem`` if the run was out of memory.
         """
         status = "oom" if "problem" in circumstances else "done"
         record = record_head(status, self.folder, self.method, data, settings)

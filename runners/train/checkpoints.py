@@ -24,11 +24,11 @@ class TrainState:
     """Progress of a training; stored in each checkpoint.
 
     Attributes:
-        step: optimizer steps done.
-        seconds: time spent on them, without validations and checkpoints.
-        curve: points of the training curve: step, tokens, loss (mean since the last point), lr, gradient norm.
-        validations: step and result of each validation.
-        losses: losses since the last point of the curve.
+        step: Optimizer steps done.
+        seconds: Time spent on them, without validations and checkpoints.
+        curve: Points of the training curve: step, tokens, loss (mean since the last point), lr, gradient norm.
+        validations: Step and result of each validation.
+        losses: Losses since the last point of the curve.
     """
 
     step: int = 0

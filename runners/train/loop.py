@@ -49,10 +49,10 @@ class Training:
     """A training in one process of possibly several.
 
     Args:
-        options: the runner with its options.
-        source, method, task, settings: see :meth:`.runner.TrainRunner.run`.
-        folder: the run's folder.
-        accelerator: this process's part in the training.
+        options: The runner with its options.
+        source, method, task, settings: See :meth:`.runner.TrainRunner.run`.
+        folder: The run's folder.
+        accelerator: This process's part in the training.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Training:
         """Run the remaining steps, then write model and record.
 
         Raises:
-            InputError: the loss is not finite any more; the last good checkpoint is kept.
+            InputError: The loss is not finite any more; the last good checkpoint is kept.
         """
         optimizer = new_optimizer(self.options, self.model)
         self._restore(optimizer)
@@ -272,7 +272,7 @@ class Training:
 
 
 def new_accelerator(settings: Settings) -> Accelerator:
-    """This process's part in the training; computes in bfloat16 if asked for, while the weights stay float32."""
+    """Return this process's accelerator; with bfloat16 it computes in that dtype while the weights stay float32."""
     try:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState

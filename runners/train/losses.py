@@ -18,9 +18,9 @@ class Distill(Options):
     """Distillation from the model that was converted.
 
     Attributes:
-        weight: weight of the distillation loss; the plain loss has the rest. 0: no teacher.
-        temperature: temperature of the softened distributions.
-        hidden_mse: weight of the squared difference of the hidden states before the last layer (SwiftKV: 1).
+        weight: Weight of the distillation loss; that of the plain loss is 1 minus it. 0: no teacher.
+        temperature: Temperature of the softened distributions.
+        hidden_mse: Weight of the squared difference of the hidden states before the last layer (SwiftKV: 1).
     """
 
     key_prefix: ClassVar[str] = "runner.distill."
@@ -40,10 +40,10 @@ def training_loss(
     """Sum of the losses over the labels of one micro-batch.
 
     Args:
-        model: the model that is trained, as prepared by accelerate.
-        teacher: the model to learn from, or None.
-        distill: weights of the distillation losses.
-        kv_weight: weight of the loss that a model adds to its own for layers that refer up; 0: none.
+        model: The model that is trained, as prepared by accelerate.
+        teacher: The model to learn from, or None.
+        distill: Weights of the distillation losses.
+        kv_weight: Weight of the loss that a model adds for layers with a higher KV source; 0: none.
         x: [B, T] token ids.
         y: [B, T] labels.
     """
@@ -55,7 +55,7 @@ def training_loss(
     is_label = labels != IGNORED
     plain = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     kv_loss = 0.0
-    if kv_weight:  # what the model adds to its own mean loss
+    if kv_weight:  # the loss that the model adds to its mean loss
         mean = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
         kv_loss = (out.loss - mean) * is_label.sum()
     if teacher is None:

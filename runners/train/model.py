@@ -26,8 +26,8 @@ class TrainedModel:
 
     Attributes:
         model: float32, on the device, in training mode.
-        tokenizer: the model's tokenizer.
-        teacher: the model to learn from, or None.
+        tokenizer: The model's tokenizer.
+        teacher: The model to learn from, or None.
     """
 
     model: PreTrainedModel
@@ -46,12 +46,12 @@ def new_model(
     """Build a model from scratch, or convert a checkpoint.
 
     Args:
-        options: the runner with its options.
-        source: the checkpoint, or ``model=scratch``.
-        sharing: the architecture; None: that of the source.
-        task: the task, which provides the tokenizer of a model from scratch.
-        seed: seed of new weights and adapters.
-        device: device of the model.
+        options: The runner with its options.
+        source: The checkpoint, or ``model=scratch``.
+        sharing: The architecture; None: that of the source.
+        task: The task, which provides the tokenizer of a model from scratch.
+        seed: Seed of new weights and adapters.
+        device: Device of the model.
     """
     torch.manual_seed(seed)
     teacher = None
@@ -78,7 +78,7 @@ def new_model(
 
 
 def _train_kv_only(model: Any, adapter_rank: int) -> Any:
-    """Freeze everything but keys and values, and add low-rank adapters to the rest if asked for."""
+    """Freeze everything except keys and values, and add low-rank adapters to other projections if configured."""
     if adapter_rank:
         model = add_adapters(model, adapter_rank)
     for name, parameter in model.named_parameters():

@@ -22,10 +22,10 @@ def save_trained_parameters(target: Path, model: PreTrainedModel, dtype: torch.d
     """Write the trained parameters of an uptrained model, for ``model=uptrained``.
 
     Args:
-        target: the folder; replaced.
-        model: the model, of which the parameters that require gradients were trained.
-        dtype: dtype of the written weights.
-        base: the model that they are added to, and how it was converted.
+        target: The folder; replaced.
+        model: The model, of which the parameters that require gradients were trained.
+        dtype: Dtype of the written weights.
+        base: The model that they are added to, and how it was converted.
     """
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)

@@ -37,22 +37,22 @@ class TrainRunner(Options):
     """``runner=train``.
 
     Attributes:
-        steps: optimizer steps.
-        lr: peak learning rate; it rises over the share ``warmup`` of the steps and falls along a cosine to
+        steps: Optimizer steps.
+        lr: Peak learning rate; it rises over the share ``warmup`` of the steps and falls along a cosine to
             ``final_lr`` of itself.
-        batch_tokens: tokens of an optimizer step, over all processes.
-        sequence: tokens of a sequence (a task with sequences of its own length overrides it).
-        micro_batch: sequences per forward of a process; None: its whole part of the batch.
+        batch_tokens: Tokens of an optimizer step, over all processes.
+        sequence: Tokens of a sequence (a task with sequences of its own length overrides it).
+        micro_batch: Sequences per forward of a process; None: its whole part of the batch.
         weight_decay, beta1, beta2, clip: AdamW's, and the largest norm of the gradient. Norms and biases do not decay.
-        activation_checkpointing: recompute activations in the backward pass instead of keeping them.
-        init: initialization of a source's projections from those it replaces: ``copy``, ``mean`` or
+        activation_checkpointing: Recompute activations in the backward pass instead of keeping them.
+        init: Initialization of a source's projections from those it replaces: ``copy``, ``mean`` or
             ``gain_folded_mean``; for a checkpoint only.
-        distill: see :class:`Distill`; for a checkpoint only.
+        distill: See :class:`Distill`; for a checkpoint only.
         train: ``all``, or ``kv``: keys, values, their queries and the norms before them.
-        adapter_rank: rank of low-rank adapters (LoRA) on the other projections, with ``train=kv``; 0: none.
-        validate_every, validate_sequences: steps between validations, and number of held-out sequences.
-        save_every: steps between checkpoints.
-        save_dtype: dtype of the weights in ``model/``.
+        adapter_rank: Rank of low-rank adapters (LoRA) on the other projections, with ``train=kv``; 0: none.
+        validate_every, validate_sequences: Steps between validations, and number of held-out sequences.
+        save_every: Steps between checkpoints.
+        save_dtype: Dtype of the weights in ``model/``.
     """
 
     key_prefix: ClassVar[str] = "runner."
@@ -93,9 +93,9 @@ class TrainRunner(Options):
 
         Args:
             source: ``model=scratch``, or the checkpoint to start from.
-            methods: one method; its ``sharing`` is the architecture.
-            task: the data to train on.
-            settings: the top-level configuration; ``dtype=bfloat16`` computes in it while the weights stay float32.
+            methods: One method; its ``sharing`` is the architecture.
+            task: The data to train on.
+            settings: The top-level configuration; ``dtype=bfloat16`` computes in it while the weights stay float32.
         """
         method = methods[0]
         task = self._checked(source, method, task, settings)
@@ -110,12 +110,12 @@ class TrainRunner(Options):
             else:
                 Training(self, source, method, task, settings, folder, accelerator).complete()
         accelerator.wait_for_everyone()
-        return [run] if accelerator.is_main_process else []  # one process reports
+        return [run] if accelerator.is_main_process else []  # only the main process reports
 
     def _checked(self, source: ModelSource, method: Method, task: Described, settings: Settings) -> TrainingData:
         """The task, if this model and method can be trained on it; otherwise InputError."""
         if not isinstance(task, TrainingData):
-            raise InputError("task", task.name, "is nothing to train on: use task=recall or task=text")
+            raise InputError("task", task.name, "has no training data: use task=recall or task=text")
         if source.random_weights and not isinstance(source, ScratchModel):
             raise InputError("model", source.name, "cannot be trained; use model=scratch, or a checkpoint")
         if settings.torch_dtype == torch.float16:
@@ -126,7 +126,7 @@ class TrainRunner(Options):
                 allowed = "is for a checkpoint to begin with, not for model=scratch"
                 require(value == default, f"runner.{key}", value, allowed)
         if not method.policy.capabilities.keeps_everything or not method.storage.capabilities.lossless:
-            raise InputError("method", method.label, "is nothing to train for: only ways of sharing are")
+            raise InputError("method", method.label, "cannot be trained: only sharing methods can")
         return task
 
     def _identity(self, source: ModelSource) -> dict[str, Any]:

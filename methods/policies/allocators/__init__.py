@@ -1,1 +1,1 @@
-"""How a budget is shared out among layers and heads: one allocator a file."""
+"""Allocators of a budget to layers and heads, one per file."""

@@ -1,11 +1,11 @@
-"""Ada-KV's budgets (Feng et al., 2024, arXiv 2407.11550, algorithm 1): the heads of a layer share one budget.
+"""Ada-KV (Feng et al., 2024, arXiv 2407.11550, algorithm 1): the heads of a layer share one budget.
 
-Scores are ranked over all heads of a layer at once instead of head by head, so a head whose attention is spread out
-keeps more tokens than one that looks at a few. A share ``floor`` of every head's budget is safe from the others.
+Scores are ranked over all heads of a layer together, so a head with dispersed attention keeps more tokens than one with
+concentrated attention. A share ``floor`` of the mean budget is guaranteed to every head.
 
-Heads of different lengths need a storage that holds them so (``method/storage=ragged``); with ``dense`` they are
-padded, and the padding is counted. The published code rounds each head by itself, so that its total is off by a few
-tokens; here the remainders go to the heads with the largest fractions, and the total is exact.
+Use a storage for heads of different lengths (``method/storage=ragged``). With ``dense`` they are padded and the padding
+counts as stored bytes. The published code rounds each head's budget independently, so that its total is off by a few
+tokens; here the remainders go to the heads with the largest fractions, so that the total equals the budget.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ class Adaptive(Allocator):
     """One budget for all heads of a layer.
 
     Attributes:
-        floor: Share of the mean that every head keeps whatever the others score (alpha; 0.2 in the paper); 1 is
-            uniform.
-        layers: Budgets of the layers: ``uniform``, or ``pyramid`` (the paper's Ada-PyramidKV).
-        beta: Steepness of the pyramid, see :class:`.pyramid.Pyramid`.
+        floor: Share of the mean budget that every head keeps (alpha; 0.2 in the paper); 1 is uniform.
+        layers: Allocation to layers: ``uniform``, or ``pyramid`` (Ada-PyramidKV in the paper).
+        beta: Steepness of the pyramid; see :class:`.pyramid.Pyramid`.
     """
 
     id: ClassVar[str] = "adaptive"
@@ -45,26 +44,26 @@ class Adaptive(Allocator):
         return super().layer_budgets(budget, protected, prompt_length, layers)
 
     def head_budgets(self, scores: torch.Tensor, budget: int, ties: torch.Tensor | None = None) -> torch.Tensor:
-        return shares_of(scores, budget, self.floor, ties)
+        return adaptive_budgets(scores, budget, self.floor, ties)
 
 
-def shares_of(scores: torch.Tensor, budget: int, floor: float, ties: torch.Tensor | None) -> torch.Tensor:
-    """Tokens of each head when all heads are ranked together.
+def adaptive_budgets(scores: torch.Tensor, budget: int, floor: float, ties: torch.Tensor | None) -> torch.Tensor:
+    """Allocate a budget to heads by ranking the tokens of all heads together.
 
     Args:
-        scores: [R, H, N], the largest stay.
+        scores: [R, H, N]; the largest are kept.
         budget: Mean over the heads.
-        floor: Share of it that every head keeps.
-        ties: [R, H, N], second scores, or None.
+        floor: Share of the mean that every head keeps.
+        ties: [R, H, N] tie-breaking scores, or None.
 
     Returns:
-        [R, H] int64, adding up to H x ``budget``; of equal fractions the lower head's is rounded up first.
+        [R, H] int64 with a sum of H * ``budget`` per row. Of equal fractions, the lower head's is rounded up first.
     """
     _, heads, count = scores.shape
     best = keep_mask(scores.flatten(1), heads * budget, None if ties is None else ties.flatten(1))  # [R, H * N]
-    won = best.unflatten(1, (heads, count)).sum(-1).double()  # [R, H]
-    shares = (1 - floor) * won + floor * budget
+    top_counts = best.unflatten(1, (heads, count)).sum(-1).double()  # [R, H]
+    shares = (1 - floor) * top_counts + floor * budget  # [R, H]
     budgets = shares.floor()
-    missing = (heads * budget - budgets.sum(-1)).round().long()  # [R], below the number of heads
-    place = (shares - budgets).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1, stable=True)
-    return (budgets + (place < missing[:, None])).long()
+    remainder = (heads * budget - budgets.sum(-1)).round().long()  # [R], less than H
+    rank = (shares - budgets).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1, stable=True)  # [R, H]
+    return (budgets + (rank < remainder[:, None])).long()

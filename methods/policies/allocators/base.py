@@ -1,6 +1,6 @@
-"""The contract of an allocator: a budget is a mean, and an allocator says which layers and heads get more of it.
+"""Interface of allocators, which distribute a mean budget over layers and heads.
 
-Legend: R rows of one prompt length, H stored heads, N tokens that may leave.
+Legend: R rows of one prompt length, H stored heads, N candidates (unprotected tokens).
 """
 
 from __future__ import annotations
@@ -14,50 +14,50 @@ from ....conf.identity import HasIdentity
 
 
 class Allocator(HasIdentity):
-    """Shares a budget out; it works over the scores of any method that ranks a prompt's tokens."""
+    """Distributes a budget over layers and heads; works with any scorer."""
 
     key_prefix: ClassVar[str] = "method.allocator."
 
     heads_differ: ClassVar[bool] = False
-    """The heads of a layer keep different numbers of tokens, by :meth:`head_budgets`."""
+    """Whether the heads of a layer keep different numbers of tokens (:meth:`head_budgets`)."""
     spans_layers: ClassVar[bool] = False
-    """Layers are compared, by :meth:`cache_budgets`, once all of them have seen the prompt."""
+    """Whether layers share one budget (:meth:`cache_budgets`), allocated after all of them have prefilled."""
 
     def layer_budgets(self, budget: int, protected: int, prompt_length: int, layers: int) -> Sequence[int]:
-        """Tokens that each layer keeps per head (their mean over the heads).
+        """Return the number of tokens that each layer keeps per head, on average over its heads.
 
         Args:
-            budget: mean over the layers, protected tokens included; below ``prompt_length``.
-            protected: last tokens that every layer keeps, at most ``budget``.
-            prompt_length: tokens of the prompt.
-            layers: layers that the method works on.
+            budget: Mean over the layers, protected tokens included; below ``prompt_length``.
+            protected: Number of last tokens that every layer keeps, at most ``budget``.
+            prompt_length: Tokens of the prompt.
+            layers: Number of layers that the method works on.
         """
         return [budget] * layers
 
     def head_budgets(self, scores: torch.Tensor, budget: int, ties: torch.Tensor | None = None) -> torch.Tensor:
-        """Tokens that each head of a layer keeps beside the protected ones, where heads differ.
+        """Return the number of candidates that each head of a layer keeps; only if ``heads_differ``.
 
         Args:
-            scores: [R, H, N], the largest stay.
-            budget: mean over the heads.
-            ties: [R, H, N], decides between equal scores; then the lower head does, then the lower index.
+            scores: [R, H, N]; the largest are kept.
+            budget: Mean over the heads.
+            ties: [R, H, N] tie-breaking scores; then the lower head and the lower index are kept first.
 
         Returns:
-            [R, H] int64, adding up to H x ``budget``.
+            [R, H] int64 with a sum of H * ``budget`` per row.
         """
         raise NotImplementedError
 
     def cache_budgets(
         self, scores: Sequence[torch.Tensor], budget: int, ties: Sequence[torch.Tensor | None]
     ) -> list[torch.Tensor]:
-        """Tokens that each head of each layer keeps beside the protected ones, where ``spans_layers``.
+        """Return the number of candidates that each head of each layer keeps; only if ``spans_layers``.
 
         Args:
-            scores: [R, H, N] of each layer, the largest stay.
+            scores: [R, H, N] per layer; the largest are kept.
             budget: Mean over layers and heads.
-            ties: Second scores of each layer, of the same shape, or None.
+            ties: Tie-breaking scores per layer, of the same shape, or None.
 
         Returns:
-            [R, H] int64 of each layer.
+            [R, H] int64 per layer.
         """
         raise NotImplementedError

@@ -1,8 +1,8 @@
-"""One budget for all heads of all layers: scores are ranked over the whole cache at once.
+"""One budget for all heads of all layers: scores are ranked over the whole cache, as in KVzip.
 
-KVzip (Kim et al., 2025, arXiv 2505.23416) evicts so: a layer or head whose scores are low keeps less. A share ``floor``
-of every head's budget is safe from the others. Scores have to be comparable between layers; attention is, norms of keys
-are not. Nothing can leave before the last layer has seen the prompt, so the peak of memory is that of the whole prompt.
+KVzip (Kim et al., 2025, arXiv 2505.23416): layers and heads with lower scores keep fewer tokens. A share ``floor`` of
+the mean budget is guaranteed to every head. Scores must be comparable between layers: attention weights are, key norms
+are not. No token is evicted before the last layer has prefilled, so peak memory is that of the uncompressed prompt.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import ClassVar
 import torch
 
 from ....conf.options import Share
-from .adaptive import shares_of
+from .adaptive import adaptive_budgets
 from .base import Allocator
 
 
 @dataclass(frozen=True)
 class Global(Allocator):
-    """One budget for the cache.
+    """One budget for the whole cache.
 
     Attributes:
-        floor: Share of the mean that every head keeps whatever the others score.
+        floor: Share of the mean budget that every head keeps.
     """
 
     id: ClassVar[str] = "global"
@@ -35,6 +35,6 @@ class Global(Allocator):
         self, scores: Sequence[torch.Tensor], budget: int, ties: Sequence[torch.Tensor | None]
     ) -> list[torch.Tensor]:
         heads = [s.shape[1] for s in scores]
-        whole = torch.cat(list(scores), dim=1)  # [R, L * H, N]
-        second = None if ties[0] is None else torch.cat([t for t in ties if t is not None], dim=1)
-        return list(shares_of(whole, budget, self.floor, second).split(heads, dim=1))
+        all_scores = torch.cat(list(scores), dim=1)  # [R, L * H, N]
+        all_ties = None if ties[0] is None else torch.cat([t for t in ties if t is not None], dim=1)
+        return list(adaptive_budgets(all_scores, budget, self.floor, all_ties).split(heads, dim=1))

@@ -1,4 +1,4 @@
-"""Every layer and head keeps as many tokens."""
+"""Uniform allocation: every layer and head keeps the same number of tokens."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from ...cache.prompt import ALL_QUERIES, Prompt
 from ...cache.prompt_attention import attention_blocks
 from ...storage.base import LayerStorage
-from ..decoding import attend_and_weigh
+from ..decoding import attend_with_weights
 from ..policy import Kept, PolicyCapabilities, Step
 from ..ranking import keep_slots
 from ..scorers.base import ModelLayer
@@ -141,10 +141,10 @@ class PyramidInfer(PyramidLengths):
 
     def _attend_one(self, state: PyramidState, storage: LayerStorage, step: Step, number: int) -> torch.Tensor:
         """Attend with one token of each row; thin out afterwards, in a static layer between steps instead."""
-        out, weights, held = attend_and_weigh(storage, step)
+        out, weights, held = attend_with_weights(storage, step)
         record, real = state.record, None if step.valid is None else step.valid[:, 0]
         if real is not None and held is not None:  # the row of a pad stands still: put its tokens at the end again
-            moved = storage.drop(held[:, :1], at_once=True)
+            moved = storage.drop(held[:, :1], compact_now=True)
             if moved is not None:
                 weights = weights.gather(3, moved[:, :, None].expand(*weights.shape[:3], -1))
         if not state.is_static:

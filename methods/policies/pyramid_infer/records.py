@@ -95,7 +95,7 @@ class WindowSums:
             staying = held_slots(storage)
             slot = storage.end - self.waiting[rows, None] + torch.arange(window, device=rows.device)  # [R, window]
             staying[rows, 0] = staying[rows, 0].scatter(1, slot, keep_mask(score, stay))
-            storage.drop(staying, at_once=True)
+            storage.drop(staying, compact_now=True)
         for sums in (self.plain, self.by_number):
             sums[rows] = F.pad(sums[rows, window:], (0, window))
         self.waiting[rows] -= window
@@ -167,7 +167,7 @@ class AttentionRows:
                 staying[row, 0, at : at + number] = keep_mask(self._score(rule, state, row, at, number), left)
                 state.lengths[row] -= number - left
             state.settled[row] = state.lengths[row] - state.recent[row]
-        moved = None if staying is None else storage.drop(staying, at_once=True)
+        moved = None if staying is None else storage.drop(staying, compact_now=True)
         if moved is not None:
             self.rows = self.rows.gather(2, moved.expand(-1, self.rows.shape[1], -1))
 

@@ -1,1 +1,1 @@
-"""When tokens leave: one schedule a file."""
+"""Schedules of evictions, one per file."""

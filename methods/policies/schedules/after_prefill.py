@@ -10,7 +10,7 @@ from .base import Schedule
 
 @dataclass(frozen=True)
 class AfterPrefill(Schedule):
-    """One eviction, when the prompt is in."""
+    """One eviction, after the prefill."""
 
     id: ClassVar[str] = "after_prefill"
 

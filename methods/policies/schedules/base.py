@@ -1,4 +1,4 @@
-"""The contract of a schedule: after which decode steps a cache is brought back to its budget."""
+"""Interface of schedules: after which decode steps tokens are evicted."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from ....conf.identity import HasIdentity
 
 
 class Schedule(HasIdentity):
-    """Says when tokens leave after the prompt; the prompt itself is always compressed once."""
+    """Times of evictions while decoding; the prompt is always compressed once."""
 
     key_prefix: ClassVar[str] = "method.schedule."
 
     @property
     def interval(self) -> int | None:
-        """Decode steps from one eviction to the next; None: every generated token stays."""
+        """Decode steps between evictions; None: all generated tokens are kept."""
         raise NotImplementedError
 
     @property
     def label(self) -> str:
-        """Short text for tables."""
+        """Short name for tables."""
         return self.id

@@ -1,4 +1,4 @@
-"""Evict after the prompt and after every ``n`` decode steps: in between the cache grows by up to n tokens."""
+"""Evict after the prefill and after every ``n`` decode steps; in between the cache grows by up to n tokens."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .base import Schedule
 
 @dataclass(frozen=True)
 class EveryN(Schedule):
-    """Decode-time compression at intervals.
+    """Eviction at intervals while decoding.
 
     Attributes:
-        n: Decode steps from one eviction to the next.
+        n: Decode steps between evictions.
     """
 
     id: ClassVar[str] = "every_n"

@@ -1,4 +1,4 @@
-"""Evict after the prompt and after every decode step, so that the budget is never exceeded (H2O, TOVA)."""
+"""Evict after the prefill and after every decode step, so that the budget is never exceeded (H2O, TOVA)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .base import Schedule
 
 @dataclass(frozen=True)
 class EveryStep(Schedule):
-    """One token in, one token out."""
+    """Eviction of one token per decode step."""
 
     id: ClassVar[str] = "every_step"
 

@@ -1,1 +1,1 @@
-"""What a token is worth: one scorer a file."""
+"""Scorers of tokens, one per file."""

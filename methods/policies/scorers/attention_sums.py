@@ -1,12 +1,18 @@
-"""H2O (Zhang et al., 2023, arXiv 2306.14048): the heavy hitters stay, the tokens that have received most attention.
+"""H2O (Zhang et al., 2023, arXiv 2306.14048): score tokens by the sum of the attention they have received.
 
-Algorithm 1 and appendix A: every held token carries the sum of the attention that all queries up to now have paid it,
-the prompt's included. After each step the token with the smallest sum leaves, among those that are not in the recent
-half of the budget. Sums, not averages: the authors tried averages and found them worse (appendix B.2).
+Algorithm 1 and appendix A:
 
-The prompt's sums are those of the full causal attention matrix, taken in blocks of queries, so that memory grows with
-the prompt and not with its square. The published code runs on multi-head attention; with grouped queries the heads of a
-group are averaged into their KV head's sum.
+1. The score of a token is the sum of the attention weights it has received from all queries so far, starting with the
+   column sums of the prompt's causal attention matrix.
+2. Each decode step adds the new query's attention weights (:meth:`AttentionSums.update`).
+3. After each step the token with the smallest sum is evicted (:func:`..decoding.evict_one`), except for the most recent
+   tokens, which take half of the budget.
+
+The scores are sums, not averages, which the authors found to be worse (appendix B.2). The column sums are computed in
+blocks of queries, in memory linear in the prompt. The published code is for multi-head attention; with grouped queries
+the weights are averaged over the query heads of a KV head.
+
+Legend: R prompt rows, B batch rows, H or H_kv stored heads, g query heads per stored head, T prompt tokens, S slots.
 """
 
 from __future__ import annotations
@@ -25,7 +31,7 @@ from .base import Scorer
 
 @dataclass(frozen=True)
 class AttentionSums(Scorer):
-    """Attention received so far."""
+    """Accumulated attention of each token."""
 
     id: ClassVar[str] = "H2O"
     name: ClassVar[str] = "attention_sums"
@@ -44,5 +50,5 @@ class AttentionSums(Scorer):
 
     def update(self, scores: torch.Tensor | None, weights: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
         assert scores is not None
-        received = weights.mean(dim=2)  # [B, H, S]
+        received = weights.mean(dim=2)  # [B, H, g, S] -> [B, H, S]
         return scores + (received if real is None else received * real[:, None, None])

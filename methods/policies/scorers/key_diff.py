@@ -1,8 +1,8 @@
-"""KeyDiff (Park et al., 2025, arXiv 2504.15364, section 3.2): the keys that are least like the others stay.
+"""KeyDiff (Park et al., 2025, arXiv 2504.15364, section 3.2): keep the tokens whose keys differ most from the others.
 
-Keys that point in the same direction as most share their attention, so the distinctive ones are worth more. A token's
-score is minus the cosine between its key and the mean of all keys, each normalized first. No query is looked at, so the
-score does not depend on the question. The paper evicts block by block; here the prompt is evicted once.
+The score of a token is minus the cosine between its key and the mean of all normalized keys. Similar keys share their
+attention, so distinctive keys are more important. The score uses no queries, so it does not depend on the question. The
+paper evicts block by block; here the prompt is compressed once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .base import Scorer
 
 @dataclass(frozen=True)
 class KeyDiff(Scorer):
-    """Minus the cosine to the mean direction."""
+    """Negative cosine similarity to the mean key direction."""
 
     id: ClassVar[str] = "KeyDiff"
     name: ClassVar[str] = "key_diff"

@@ -1,7 +1,7 @@
-"""L2 norm of keys (Devoto et al., 2024, arXiv 2406.11430, section 3): the tokens with the shortest keys stay.
+"""L2 norm of keys (Devoto et al., 2024, arXiv 2406.11430, section 3): keep the tokens whose keys have the lowest norm.
 
-Short keys tend to draw much attention, so the norm ranks tokens without a query. The paper leaves the first two layers
-uncompressed; here all layers are compressed alike.
+Keys of low norm tend to receive much attention, so the norm ranks tokens without queries. The paper leaves the first
+two layers uncompressed; here all layers are compressed in the same way.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .base import Scorer
 
 @dataclass(frozen=True)
 class KeyNorm(Scorer):
-    """Minus the length of the key."""
+    """Negative L2 norm of the key."""
 
     id: ClassVar[str] = "KeyNorm"
     name: ClassVar[str] = "key_norm"

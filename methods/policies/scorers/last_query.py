@@ -1,8 +1,8 @@
-"""TOVA (Oren et al., 2024, arXiv 2401.06104): the tokens that the newest query attends to stay.
+"""TOVA (Oren et al., 2024, arXiv 2401.06104): score tokens by the attention of the newest query.
 
-Section 3.2: the attention of the last query, averaged over all query heads of the layer, ranks the tokens; the lowest
-leaves, from all heads alike. Nothing is protected: not the first tokens, not the newest one. A prompt is compressed
-once, by the attention of its last token.
+Section 3.2: the attention weights of the last query, averaged over all query heads of the layer, rank the tokens. After
+each step the lowest-scored token is evicted from all heads. No token is protected, neither the first nor the newest. A
+prompt is compressed once, by the attention of its last token.
 """
 
 from __future__ import annotations
@@ -38,5 +38,5 @@ class LastQuery(Scorer):
 
     def update(self, scores: torch.Tensor | None, weights: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
         new = weights.mean(dim=(1, 2))[:, None]  # [B, 1, S]
-        # A pad ranks nothing; its own slot is no token, so its row is not over the budget.
+        # The attention of a pad does not count. Its slot holds no token, so its row is not over the budget.
         return new if real is None else torch.where(real[:, None, None], new, torch.ones_like(new))

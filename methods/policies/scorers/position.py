@@ -1,6 +1,7 @@
-"""Position: the most recent tokens stay. With ``method.sinks=4`` these are StreamingLLM's tokens (arXiv 2309.17453).
+"""Score tokens by position, so that the most recent are kept.
 
-Keys keep their true positions; ``method=streaming_llm`` also re-positions them, as the paper does.
+With ``method.sinks=4`` these are the tokens of StreamingLLM (arXiv 2309.17453). Keys keep their true positions;
+``method=streaming_llm`` also re-positions them, as in the paper.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .base import Scorer
 
 @dataclass(frozen=True)
 class Position(Scorer):
-    """The index of the token."""
+    """Index of the token in the prompt."""
 
     id: ClassVar[str] = "Position"
     name: ClassVar[str] = "position"

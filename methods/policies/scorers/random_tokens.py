@@ -17,7 +17,7 @@ class RandomTokens(Scorer):
     """Uniform random numbers.
 
     Attributes:
-        seed: Of the scores. They depend on it, the layer, the head and the number of tokens alone.
+        seed: Random seed. The scores depend only on it, the layer, the head and the number of tokens.
     """
 
     id: ClassVar[str] = "RandomTokens"
@@ -27,7 +27,7 @@ class RandomTokens(Scorer):
     seed: NonNegativeInt = 0
 
     def score(self, prompt: Prompt, state: Any = None) -> torch.Tensor:
-        """The same for every row of a batch: [R, H_kv, T]."""
+        """Return random scores [R, H_kv, T], equal for all rows of a batch."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + prompt.layer_idx)
         rows, heads, length, _ = prompt.keys.shape
         candidates = max(0, length - prompt.protected)

@@ -1,12 +1,18 @@
-"""SnapKV (Li et al., 2024, arXiv 2404.14469): the attention of the prompt's last queries scores the tokens before them.
+"""SnapKV (Li et al., 2024, arXiv 2404.14469): score tokens by the attention of the prompt's last queries.
 
-Section 3 and Listing 1 of the paper. For each earlier token, the attention that the last ``window`` queries pay to it
-is summed over those queries and smoothed along the sequence by 1-D pooling, so that the neighbours of a peak stay with
-it. The best tokens of every head are kept together with the window itself. Compression happens once, after the layer's
-own attention over the whole prompt; generated tokens are all kept.
+Section 3 and Listing 1 of the paper:
 
-The published code expands the KV heads to query heads before it compresses, so its cache is H_q / H_kv times larger
-than its token count says. ``granularity=query_head`` does the same and counts those bytes.
+1. Compute the attention weights of the last ``window`` queries over the whole prompt.
+2. Sum them over the queries: one score for each earlier token and head.
+3. Pool the scores along the sequence, so that the neighbours of a peak are kept with it.
+4. Keep the top-scoring tokens of each head and the window itself (:class:`..prompt_eviction.PromptEviction`).
+
+By default the prompt is compressed once, after the layer has attended over it, and all generated tokens are kept.
+
+The published code expands KV heads to query heads before it compresses, so its cache is H_q / H_kv times larger than
+its token count suggests. ``granularity=query_head`` reproduces this and counts those bytes.
+
+Legend: R rows of one prompt length, H_q query heads, H_kv KV heads, H stored heads, w window, T prompt tokens.
 """
 
 from __future__ import annotations
@@ -29,14 +35,14 @@ class SnapKV(Scorer):
     """Pooled attention of an observation window.
 
     Attributes:
-        window: Last queries whose attention scores the tokens (32 for LongBench, 16 for needles). Their own tokens are
-            what a policy protects unless it says otherwise.
-        kernel: Width of the pooling, odd; 1 switches it off (7 for LongBench, 5 for needles).
-        pooling: ``max`` or ``avg``. Max pooling gives a peak and its neighbours one score; the peak itself stays first.
-        granularity: ``kv_head`` scores and stores per KV head; ``query_head`` is the published variant.
-        group_reduce: Reduction of the scores of a group's query heads to their KV head: ``mean``, ``max`` or ``sum``.
-        score_dtype: ``float32``; or ``model``, whose precision the published code rounds the attention to before it is
-            summed.
+        window: Number of last queries whose attention scores the tokens (paper: 32 for LongBench, 16 for needles). By
+            default the policy protects the tokens of these queries.
+        kernel: Pooling width, odd; 1 disables pooling (paper: 7 for LongBench, 5 for needles).
+        pooling: ``max`` or ``avg``.
+        granularity: ``kv_head``: one score per KV head; ``query_head``: one per query head, as in the published code.
+        group_reduce: Reduction of scores over the query heads of a KV head: ``mean``, ``max`` or ``sum``.
+        score_dtype: Precision of the attention weights before they are summed: ``float32``, or ``model`` for the
+            model's dtype, as in the published code.
     """
 
     id: ClassVar[str] = "SnapKV"
@@ -65,37 +71,38 @@ class SnapKV(Scorer):
         return self.window
 
     def score(self, prompt: Prompt, state: Any = None) -> torch.Tensor:
-        observed = prompt.query.shape[2]
-        return F.pad(pool(self._unpooled(prompt), self.kernel, self.pooling), (0, observed))  # [R, H, T]
+        pooled = pool(self._unpooled_scores(prompt), self.kernel, self.pooling)  # [R, H, T - w]
+        return F.pad(pooled, (0, prompt.query.shape[2]))  # [R, H, T]; scores of the window are not used
 
     def tie_scores(self, prompt: Prompt, state: Any = None) -> torch.Tensor | None:
-        """The scores before pooling, so that of a peak and its neighbours the peak stays."""
-        return None if self.kernel == 1 else F.pad(self._unpooled(prompt), (0, prompt.query.shape[2]))
+        """Return the scores before pooling: max pooling gives a peak and its neighbours equal scores."""
+        return None if self.kernel == 1 else F.pad(self._unpooled_scores(prompt), (0, prompt.query.shape[2]))
 
-    def _unpooled(self, prompt: Prompt) -> torch.Tensor:
-        """Attention received by the tokens before the window, reduced to the stored heads: [R, H, T - w]."""
+    def _unpooled_scores(self, prompt: Prompt) -> torch.Tensor:
+        """Return the attention that tokens before the window receive from it, per stored head: [R, H, T - w]."""
         scores = prompt.cached(f"window sums in {self.score_dtype}", self._window_sums)  # [R, H_q, T]
-        scores = scores[..., : prompt.length - prompt.query.shape[2]]
+        scores = scores[..., : prompt.length - prompt.query.shape[2]]  # [R, H_q, T - w]
         return scores if self.stores_query_heads else reduce_groups(scores, prompt.groups, self.group_reduce)
 
     def _window_sums(self, prompt: Prompt) -> torch.Tensor:
+        """Return the attention weights summed over the window's queries: [R, H_q, T]."""
         attention = prompt.cached("window_attention", window_attention)  # [R, H_q, w, T]
         if self.score_dtype == "model":
             attention = attention.to(prompt.query.dtype)
         return attention.sum(dim=2).to(torch.promote_types(attention.dtype, torch.float32))
 
 
-def reduce_groups(scores: torch.Tensor, groups: int, how: str) -> torch.Tensor:
-    """[R, H_q, N] -> [R, H_kv, N]: the query heads of a group reduced by ``mean``, ``max`` or ``sum``."""
-    grouped = scores.unflatten(1, (-1, groups))
-    if how == "max":
+def reduce_groups(scores: torch.Tensor, groups: int, reduction: str) -> torch.Tensor:
+    """Reduce scores over the query heads of each KV head, by mean, max or sum: [R, H_q, N] -> [R, H_kv, N]."""
+    grouped = scores.unflatten(1, (-1, groups))  # [R, H_kv, g, N]
+    if reduction == "max":
         return grouped.amax(dim=2)
-    return grouped.mean(dim=2) if how == "mean" else grouped.sum(dim=2)
+    return grouped.mean(dim=2) if reduction == "mean" else grouped.sum(dim=2)
 
 
-def pool(scores: torch.Tensor, kernel: int, how: str) -> torch.Tensor:
-    """1-D pooling along the last dimension, same length; ``avg`` counts the zero padding in its divisor."""
+def pool(scores: torch.Tensor, kernel: int, pooling: str) -> torch.Tensor:
+    """Pool along the last dimension (``max`` or ``avg``), keeping its length; ``avg`` includes the zero padding."""
     if kernel == 1:
         return scores
-    pooling = F.max_pool1d if how == "max" else F.avg_pool1d
-    return pooling(scores, kernel, stride=1, padding=kernel // 2)
+    pool1d = F.max_pool1d if pooling == "max" else F.avg_pool1d
+    return pool1d(scores, kernel, stride=1, padding=kernel // 2)

@@ -1,8 +1,9 @@
-"""How the vectors of two layers become one direction and two magnitudes, and which tokens must not be merged.
+"""Merging of the vectors of two layers into one direction and two magnitudes, and the choice of retained tokens.
 
-Section 4 of arXiv 2405.14366: the two directions are merged by spherical interpolation (SLERP), ``t`` of the way from
-the lower layer's to the upper layer's, and each layer keeps its own magnitude. Tokens whose directions differ most are
-retained unmerged.
+Section 4 of arXiv 2405.14366: directions are merged by spherical interpolation (SLERP) with parameter ``t`` from the
+lower to the upper layer, and each layer keeps its magnitude. Tokens whose directions differ most are retained unmerged.
+
+Legend: B batch rows, H KV heads, n tokens, D channels.
 """
 
 from __future__ import annotations
@@ -17,35 +18,35 @@ from ...policies.ranking import keep_mask
 
 RETENTIONS = ("top_ratio", "range_distinct", "range_literal")
 
-NEAR = 1e-3
-"""Radians from 0 within which directions count as one (sin is in a denominator), and from pi as opposite."""
+ANGLE_TOLERANCE = 1e-3
+"""Radians. Directions within it count as equal (SLERP divides by the sine), and within it of pi as opposite."""
 
 
 def angle_between(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Angle of directions of length one [..., D]: [...]; exact for small angles too, where an arccos is not."""
+    """Return the angle [...] between unit vectors [..., D]; unlike arccos, it is accurate for small angles."""
     return 2 * torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1))
 
 
 def slerp(lower: torch.Tensor, upper: torch.Tensor, t: float) -> torch.Tensor:
-    """The direction ``t`` of the way from ``lower`` to ``upper``, both [..., D] of length one."""
-    angle = angle_between(lower, upper)[..., None]
+    """Interpolate spherically between unit vectors [..., D], from ``lower`` (t = 0) to ``upper`` (t = 1)."""
+    angle = angle_between(lower, upper)[..., None]  # [..., 1]
     sine = angle.sin()
-    near = angle < NEAR
-    safe = torch.where(near, torch.ones_like(sine), sine)
-    first = torch.where(near, torch.full_like(angle, 1 - t), ((1 - t) * angle).sin() / safe)
-    second = torch.where(near, torch.full_like(angle, t), (t * angle).sin() / safe)
-    return F.normalize(first * lower + second * upper, dim=-1)
+    is_small = angle < ANGLE_TOLERANCE  # interpolate linearly
+    divisor = torch.where(is_small, torch.ones_like(sine), sine)
+    lower_weight = torch.where(is_small, torch.full_like(angle, 1 - t), ((1 - t) * angle).sin() / divisor)
+    upper_weight = torch.where(is_small, torch.full_like(angle, t), (t * angle).sin() / divisor)
+    return F.normalize(lower_weight * lower + upper_weight * upper, dim=-1)
 
 
 @dataclass(frozen=True)
 class MergedVectors:
-    """Vectors of two layers, merged.
+    """Merged vectors of two layers.
 
     Attributes:
-        direction: [B, H, n, D], shared.
+        direction: [B, H, n, D], shared direction.
         magnitudes: [2, B, H, n], of the lower and the upper layer.
-        angle: [B, H, n] between the two directions.
-        unmergeable: bool [B, H, n]: nothing lies between opposite directions, and a zero vector has none.
+        angle: [B, H, n], angle between the two directions.
+        unmergeable: bool [B, H, n], True where SLERP is undefined: opposite directions or a zero vector.
     """
 
     direction: torch.Tensor
@@ -56,7 +57,7 @@ class MergedVectors:
 
 @dataclass(frozen=True)
 class MergeRule:
-    """MiniCache's settings; see :class:`.storage.MiniCache`."""
+    """Options of MiniCache; see :class:`.storage.MiniCache`."""
 
     t: float
     gamma: float
@@ -64,28 +65,28 @@ class MergeRule:
 
     @property
     def has_threshold(self) -> bool:
-        """Whether an angle decides, for later tokens too, which ones are retained."""
+        """Whether a threshold on the angle decides which tokens are retained, also while decoding."""
         return self.gamma not in (0, 1) and self.retention != "top_ratio"
 
     def merge(self, lower: torch.Tensor, upper: torch.Tensor) -> MergedVectors:
         """Merge the vectors [B, H, n, D] of two layers; computed in float32 or wider."""
-        both = torch.stack([lower, upper]).to(torch.promote_types(lower.dtype, torch.float32))
+        both = torch.stack([lower, upper]).to(torch.promote_types(lower.dtype, torch.float32))  # [2, B, H, n, D]
         magnitudes = both.norm(dim=-1)  # [2, B, H, n]
         directions = F.normalize(both, dim=-1)
         angle = angle_between(directions[0], directions[1])
-        unmergeable = (angle > math.pi - NEAR) | (magnitudes.amin(0) == 0)
+        unmergeable = (angle > math.pi - ANGLE_TOLERANCE) | (magnitudes.amin(0) == 0)
         direction = slerp(directions[0], directions[1], self.t)
         return MergedVectors(direction.to(lower.dtype), magnitudes.to(lower.dtype), angle, unmergeable)
 
     def retain_first(self, merged: MergedVectors, real: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Which of the tokens that are merged first are retained, and the threshold for later ones.
+        """Choose the tokens to retain of the first merge, and the threshold for later tokens.
 
         Args:
-            merged: the tokens.
+            merged: The merged tokens.
             real: bool [B, H, n], False for pads.
 
         Returns:
-            bool [B, H, n], and the angle [B, H]; None: no later token is retained for its angle.
+            The mask of retained tokens, bool [B, H, n], and the threshold angle [B, H]; None: no threshold.
         """
         angle, unmergeable = merged.angle, merged.unmergeable & real
         if not self.gamma:
@@ -105,7 +106,7 @@ class MergeRule:
     def retain_later(
         self, merged: MergedVectors, real: torch.Tensor | None, threshold: torch.Tensor | None
     ) -> torch.Tensor:
-        """Which of later tokens are retained: bool [B, H, n]; ``real`` None: no pads; ``threshold`` [B, H] or None."""
+        """Choose the tokens to retain of a later merge, bool [B, H, n]; see :meth:`retain_first`."""
         retain = merged.unmergeable
         if self.gamma == 1:
             retain = torch.ones_like(retain)
@@ -114,6 +115,6 @@ class MergeRule:
         return retain if real is None else retain & real
 
     def _beyond(self, angle: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-        """Whether an angle [B, H, n] is on the side of the threshold [B, H] that is retained."""
-        at = threshold[..., None]
-        return angle < at if self.retention == "range_literal" else angle > at
+        """Return where the angle [B, H, n] is on the retained side of the threshold [B, H]."""
+        threshold = threshold[..., None]
+        return angle < threshold if self.retention == "range_literal" else angle > threshold

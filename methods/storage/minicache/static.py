@@ -1,10 +1,12 @@
-"""A pair of layers in tensors of fixed shape: what a decode step needs so that it can be captured and replayed.
+"""A pair of layers in tensors of fixed shape, for decode steps that are captured and replayed.
 
-    merged slots           [0, merged)        of a fixed number, which all tokens to come will fill
-    new tokens, a layer    [merged, fed)      in buffers of one block
+    merged tokens             [0, merged)        allocated for all tokens of the generation
+    new tokens per layer      [merged, fed)      in buffers of one block
 
-Rows have lengths of their own, in counters on the device. Where a block is one token each step merges it itself;
-longer blocks, and directions that are quantized, are merged between steps, when the host's count says that one is full.
+The lengths of the rows are counters on the device. A block of one token is merged within the step. Longer blocks and
+quantized directions are merged between steps, when the host's count says that a block is full.
+
+Legend: N rows of the pair, n rows of one length, H KV heads, D channels.
 """
 
 from __future__ import annotations
@@ -23,76 +25,76 @@ from .pair import Pair
 Rows = torch.Tensor | slice
 
 
-def static_pair(parts: Sequence[tuple[Rows, Pair]], count: int, steps: int) -> StaticPair:
-    """Pairs of one model layer and the next as one static pair; the same for both layers, which ask in turn.
+def static_pair(pairs: Sequence[tuple[Rows, Pair]], count: int, steps: int) -> StaticPair:
+    """Combine pairs of the same two layers into one static pair; the second layer that calls it gets the same one.
 
     Args:
-        parts: the pairs, each with the numbers of its rows; every row is in one of them.
-        count: rows of all of them.
-        steps: tokens to come, one at a time.
+        pairs: Pairs with the indices of their rows; every row is in one of them.
+        count: Total number of rows.
+        steps: Maximum number of decode steps.
     """
-    first = parts[0][1]
+    first = pairs[0][1]
     if not isinstance(first.static, StaticPair):
-        first.static = StaticPair(parts, count, steps)
+        first.static = StaticPair(pairs, count, steps)
     return first.static
 
 
 class StaticPair(Pair):
-    """See :func:`static_pair` and :class:`.pair.Pair`; ``length`` is the number of slots for merged tokens."""
+    """Pair of fixed shape; see :func:`static_pair`. ``length`` is the number of slots for merged tokens."""
 
-    def __init__(self, parts: Sequence[tuple[Rows, Pair]], count: int, steps: int):
-        like = parts[0][1]
-        super().__init__(like.rule.t, like.rule.gamma, like.rule.retention, like.block, like.new_directions)
+    def __init__(self, pairs: Sequence[tuple[Rows, Pair]], count: int, steps: int):
+        first = pairs[0][1]
+        super().__init__(first.rule.t, first.rule.gamma, first.rule.retention, first.block, first.new_directions)
         block = self.block
-        self.groups = [LengthGroup(rows, pair.length + pair.waiting) for rows, pair in parts]
+        self.groups = [LengthGroup(rows, pair.length + pair.unmerged_tokens) for rows, pair in pairs]
         self.length = max((group.length + steps) // block * block for group in self.groups)
-        keys, values = like.example()  # [B, H, any, D]
+        keys, values = first.example()  # [B, H, any, D]
         device = keys.device
-        # Tokens of each row [N]: given to either layer, and merged.
+        # Number of tokens of each row [N]: appended in the lower and in the upper layer, and merged.
         *self.fed, self.merged = (torch.zeros(count, dtype=torch.int64, device=device) for _ in range(3))
-        self.is_real: torch.Tensor | None = None  # [N, 1, length], False for the prompt's pads; None: there are none
-        self.has_lost = torch.zeros(1, dtype=torch.bool, device=device)  # a token found no place among the retained
+        self.is_real: torch.Tensor | None = None  # [N, 1, length], False for the prompt's pads; None: no pads
+        self.has_overflow = torch.zeros(1, dtype=torch.bool, device=device)  # more retained tokens than allocated
         self.new = [(self._zeros(keys, count), self._zeros(values, count)) for _ in range(2)]
-        room = self._room(parts)
+        extra = self._extra_retained(pairs)
         if self.length:
-            self.keys = self._empty([(rows, pair.keys) for rows, pair in parts], keys, count, room, True)
-            self.values = self._empty([(rows, pair.values) for rows, pair in parts], values, count, room, False)
+            self.keys = self._allocate([(rows, pair.keys) for rows, pair in pairs], keys, count, extra, True)
+            self.values = self._allocate([(rows, pair.values) for rows, pair in pairs], values, count, extra, False)
         self.merges_in_step = block == 1 and self.keys is not None and self.keys.directions.takes_tokens_at
         self.steps, self._steps = steps, 0
-        for rows, pair in parts:
+        for rows, pair in pairs:
             self._fill(rows, pair)
 
     def _zeros(self, like: torch.Tensor, count: int) -> Buffer:
-        """Buffer for the tokens of one block, all of it in use."""
+        """Return a buffer for the tokens of one block, all slots in use."""
         return Buffer(like.new_zeros(count, like.shape[1], self.block, like.shape[3]), 2)
 
-    def _room(self, parts: Sequence[tuple[Rows, Pair]]) -> int:
-        """Places for tokens that may be retained later.
+    def _extra_retained(self, pairs: Sequence[tuple[Rows, Pair]]) -> int:
+        """Return the number of entries to allocate for tokens retained while decoding.
 
-        Where a threshold decides, or where tokens that cannot be merged are seen to be no rarity, that is all of them.
+        All further tokens may be retained if a threshold decides, or if the prompt has many unmergeable tokens.
         """
-        to_come = max(self.length - pair.length for _, pair in parts)
-        room, gamma = RETAINED_GROWTH, self.rule.gamma
-        for _, pair in parts:
-            if not pair.length:  # the first tokens to be merged come yet, and the share gamma of them is retained
-                room = max(room, RETAINED_GROWTH + math.ceil(gamma * self.block))
+        remaining = max(self.length - pair.length for _, pair in pairs)
+        extra, gamma = RETAINED_GROWTH, self.rule.gamma
+        for _, pair in pairs:
+            if not pair.length:  # the first block is not merged yet and retains the share gamma
+                extra = max(extra, RETAINED_GROWTH + math.ceil(gamma * self.block))
             for merged in (pair.keys, pair.values):
                 if merged is not None and merged.used > math.ceil(gamma * pair.length):
-                    return to_come
-        return to_come if gamma == 1 or self.rule.has_threshold else min(room, to_come)
+                    return remaining
+        return remaining if gamma == 1 or self.rule.has_threshold else min(extra, remaining)
 
-    def _empty(
-        self, parts: Sequence[tuple[Rows, Merged | None]], like: torch.Tensor, count: int, room: int, is_keys: bool
+    def _allocate(
+        self, parts: Sequence[tuple[Rows, Merged | None]], like: torch.Tensor, count: int, extra: int, is_keys: bool
     ) -> Merged:
-        """Slots and places for all tokens, those of ``parts`` filled in."""
+        """Allocate merged keys or values for all tokens, and copy those of ``parts``."""
         heads, dim = like.shape[1], like.shape[3]
         directions = self.new_directions(like.new_zeros(count, heads, self.block, dim), is_keys, self.length)
         directions.fill()
         magnitudes = Buffer(like.new_zeros(2, count, heads, self.length), 3)
         used = {id(merged): 0 if merged is None else merged.used for _, merged in parts}
-        places = max(used.values()) + room + 1  # the last one takes what is not retained
-        retained = torch.full((count, heads, places), -1, dtype=torch.int32, device=like.device)
-        unmerged = like.new_zeros(2, count, heads, places, dim)
+        entries = max(used.values()) + extra + 1  # the last one is the dummy slot
+        retained = torch.full((count, heads, entries), -1, dtype=torch.int32, device=like.device)
+        unmerged = like.new_zeros(2, count, heads, entries, dim)
         threshold = None
         if self.rule.has_threshold:
             dtype = torch.promote_types(like.dtype, torch.float32)
@@ -110,14 +112,14 @@ class StaticPair(Pair):
         return Merged(directions, magnitudes, retained, unmerged, threshold)
 
     def _fill(self, rows: Rows, pair: Pair) -> None:
-        """Take over the counts, the masks and the waiting tokens of a pair."""
+        """Copy the counts, the masks and the new tokens of a pair."""
         self.merged[rows] = pair.length
-        for layer, recents in enumerate(pair.new):
-            self.fed[layer][rows] = pair.length + pair.waiting
-            for mine, theirs in zip(self.new[layer] or (), recents or (), strict=False):
-                mine.whole[rows, :, : theirs.length] = theirs.used
+        for layer, buffers in enumerate(pair.new):
+            self.fed[layer][rows] = pair.length + pair.unmerged_tokens
+            for target, source in zip(self.new[layer] or (), buffers or (), strict=False):
+                target.whole[rows, :, : source.length] = source.used
         if pair.valid is not None:
-            assert not pair.waiting, "pads among tokens that are not merged yet"
+            assert not pair.unmerged_tokens, "pads among tokens that are not merged yet"
             if self.is_real is None:
                 shape = (len(self.merged), 1, self.length)
                 self.is_real = torch.ones(shape, dtype=torch.bool, device=self.merged.device)
@@ -131,28 +133,28 @@ class StaticPair(Pair):
         self.fed[layer] += 1
 
     def visible(self, layer: int) -> torch.Tensor:
-        at = torch.arange(max(self.length, self.block), device=self.merged.device)
-        waiting = (at[: self.block] < (self.fed[layer] - self.merged)[:, None])[:, None]  # [N, 1, block]
+        slot = torch.arange(max(self.length, self.block), device=self.merged.device)
+        new = (slot[: self.block] < (self.fed[layer] - self.merged)[:, None])[:, None]  # [N, 1, block]
         if not self.length:
-            return waiting
-        merged = (at[: self.length] < self.merged[:, None])[:, None]
-        return torch.cat([merged if self.is_real is None else merged & self.is_real, waiting], dim=-1)
+            return new
+        merged = (slot[: self.length] < self.merged[:, None])[:, None]  # [N, 1, length]
+        return torch.cat([merged if self.is_real is None else merged & self.is_real, new], dim=-1)
 
     def merge(self) -> None:
-        """The part of each step: merge its token, where a block is one token."""
+        """Merge the token of a step, if a block is one token."""
         if not self.merges_in_step:
             return
         for merged, (lower, upper) in self._recent(ALL_ROWS):
             new = self.rule.merge(lower, upper)
             retain = self.rule.retain_later(new, None, merged.threshold)
             merged.directions.put_at(new.direction, self.merged)
-            at = self.merged[None, :, None, None].expand_as(new.magnitudes)
-            merged.magnitudes.whole.scatter_(3, at, new.magnitudes)
+            index = self.merged[None, :, None, None].expand_as(new.magnitudes)
+            merged.magnitudes.whole.scatter_(3, index, new.magnitudes)
             self._retain(merged, ALL_ROWS, retain, self.merged.int()[:, None, None], torch.stack([lower, upper]))
         self.merged += 1
 
     def between_steps(self) -> None:
-        """Merge blocks that are full; now and then, and after the last step of those reserved, :meth:`end_steps`."""
+        """Merge full blocks, and call :meth:`end_steps` periodically and after the last reserved step."""
         self._steps += 1
         for group in self.groups:
             group.length += 1
@@ -162,17 +164,17 @@ class StaticPair(Pair):
             self.end_steps()
 
     def end_steps(self) -> None:
-        """Look whether every retained token found a place; asks the device.
+        """Check that all retained tokens were stored; syncs with the device.
 
         Raises:
-            InputError: one did not.
+            InputError: More tokens had to be retained than were allocated.
         """
-        if bool(self.has_lost):
+        if bool(self.has_overflow):
             raise InputError(
                 "method/storage",
                 "minicache",
-                f"found more than {RETAINED_GROWTH} generated tokens that cannot be merged: their directions in two "
-                "layers are opposite, or zero; use runner.cuda_graph=false",
+                f"generated more than {RETAINED_GROWTH} tokens that cannot be merged, because their directions in two "
+                "layers are opposite or zero; use runner.cuda_graph=false",
             )
 
     def _merge_block(self, rows: Rows, end: int) -> None:
@@ -194,7 +196,7 @@ class StaticPair(Pair):
         self.merged[rows] = end
 
     def _recent(self, rows: Rows) -> list[tuple[Merged, tuple[torch.Tensor, torch.Tensor]]]:
-        """Keys and values in turn: what is merged of them, and the new tokens [n, H, block, D] of both layers."""
+        """Return, for keys and for values, the merged tokens and the new tokens [n, H, block, D] of both layers."""
         lower, upper = self.new
         assert self.keys is not None and self.values is not None and lower is not None and upper is not None
         merged = (self.keys, self.values)
@@ -203,27 +205,27 @@ class StaticPair(Pair):
     def _retain(
         self, merged: Merged, rows: Rows, retain: torch.Tensor, slots: torch.Tensor, both: torch.Tensor
     ) -> None:
-        retained, unmerged = merged.retained[rows], merged.unmerged[:, rows]  # views of all rows, or copies of some
-        free = retained.shape[2] - 1 - (retained >= 0).sum(-1)
-        self.has_lost |= (retain.sum(-1) > free).any()
+        retained, unmerged = merged.retained[rows], merged.unmerged[:, rows]  # views if a slice, else copies
+        free = retained.shape[2] - 1 - (retained >= 0).sum(-1)  # [n, H]
+        self.has_overflow |= (retain.sum(-1) > free).any()
         place_retained(retained, unmerged, retain, slots, both)
         if not isinstance(rows, slice):
             merged.retained[rows], merged.unmerged[:, rows] = retained, unmerged
 
     def static_state(self) -> list[torch.Tensor]:
-        """See :meth:`..base.LayerStorage.static_state`; of both layers."""
+        """Return the static state of both layers; see :meth:`..base.LayerStorage.static_state`."""
         retained = [merged.retained for merged in (self.keys, self.values) if merged is not None]
-        return [*self.fed, self.merged, self.has_lost, *retained]
+        return [*self.fed, self.merged, self.has_overflow, *retained]
 
     def tensors(self, layer: int) -> list[torch.Tensor]:
         own = [*super().tensors(layer), self.fed[layer]]
         if layer == 1:
             return own
-        return [*own, self.merged, self.has_lost, *([] if self.is_real is None else [self.is_real])]
+        return [*own, self.merged, self.has_overflow, *([] if self.is_real is None else [self.is_real])]
 
     def logical_bytes(self, layer: int) -> int:
-        merged_tokens, waiting = int(self.merged.sum()), int((self.fed[layer] - self.merged).sum())
-        total = sum(waiting * recent.whole[0, :, 0].nbytes for recent in self.new[layer] or ())
+        merged_tokens, new_tokens = int(self.merged.sum()), int((self.fed[layer] - self.merged).sum())
+        total = sum(new_tokens * recent.whole[0, :, 0].nbytes for recent in self.new[layer] or ())
         for merged in (self.keys, self.values):
             if layer == 1 or merged is None:
                 continue
@@ -235,4 +237,4 @@ class StaticPair(Pair):
                 retained = merged.retained[group.rows]
                 used = int((retained >= 0).sum(-1).max())
                 total += retained[..., :used].nbytes + merged.unmerged[:, group.rows, :, :used].nbytes
-        return total + (merged_tokens + waiting if layer == 0 and self.is_real is not None else 0)
+        return total + (merged_tokens + new_tokens if layer == 0 and self.is_real is not None else 0)

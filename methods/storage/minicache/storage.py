@@ -1,21 +1,18 @@
-"""MiniCache (Liu et al., 2024, arXiv 2405.14366): in the deeper half, two neighbouring layers share one cache.
+"""MiniCache (Liu et al., 2024, arXiv 2405.14366): merge the keys and values of adjacent layers in the deeper half.
 
-Section 4: from layer ``start`` on, layers are taken in pairs. For each token and head the keys of a pair (and likewise
-the values) are split into magnitude and direction. The two directions are merged into one by spherical interpolation,
-``t`` of the way from the lower layer to the upper one; both magnitudes are kept, so each layer's vector comes back with
-its own magnitude and the shared direction. Tokens whose directions differ most are retained: both layers keep them as
-they are.
+Section 4: from layer ``start``, layers are paired. For each token and head, the keys of a pair (and the values) are
+decomposed into magnitude and direction. The two directions are merged by spherical interpolation (SLERP) with parameter
+``t`` from the lower to the upper layer. Both magnitudes are stored, so each layer's vector is restored with its own
+magnitude and the shared direction. Tokens whose directions differ most are retained unmerged in both layers.
 
-The prompt's attention is computed on full keys and values, so the first token is exact. A pair is merged as soon as
-its upper layer has read the prompt, and a new token as soon as the upper layer's step is done; until then the lower
-layer reads it as it is.
+The prompt's attention uses the original keys and values, so the first generated token is that of the full cache. The
+prompt is merged after the upper layer's prefill, and a new token after the upper layer's step.
 
-No code was published, and the paper leaves choices open, which are keys here: a vector is one head of one token;
-tokens are retained head by head, keys and values by themselves; ``retention: top_ratio`` retains the share ``gamma``
-of the prompt (the share that the paper's memory formula counts), ``range_distinct`` those beyond ``d_max - gamma
-(d_max - d_min)`` of the prompt's angles (what the text describes), and ``range_literal`` those below ``d_min + gamma
-(d_max - d_min)`` (the rule as printed, which retains the tokens that are *most* alike). Merging commutes with RoPE, so
-it makes no difference that keys are merged after it.
+No code was published. Choices that the paper leaves open: a vector is one head of one token; tokens are retained per
+head, and separately for keys and values. The option ``retention`` selects the rule: ``top_ratio`` retains the share
+``gamma`` of the prompt (as in the paper's memory formula), ``range_distinct`` the tokens with an angle above ``d_max -
+gamma (d_max - d_min)`` (as described in the text), and ``range_literal`` those below ``d_min + gamma (d_max - d_min)``
+(the rule as printed, which retains the *most similar* tokens). Merging commutes with RoPE, so keys are merged after it.
 """
 
 from __future__ import annotations
@@ -41,27 +38,27 @@ from .static import StaticPair, static_pair
 
 
 class PairLayer(LayerStorage):
-    """One layer of a pair, 0 the lower and 1 the upper. What they share is counted with the lower one."""
+    """One layer of a pair, 0 for the lower and 1 for the upper. Shared bytes are counted in the lower layer."""
 
     def __init__(self, pair: Pair, layer: int):
         self.pair, self.layer = pair, layer
 
     def write(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
-        self.pair.expected = self.expected
+        self.pair.reserved = self.reserved
         self.pair.append(self.layer, keys, values, valid)
         self.flush()
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         self.count_down(keys.shape[2])
-        self.pair.growth, self.pair.expected = self.growth, self.expected
+        self.pair.growth, self.pair.reserved = self.growth, self.reserved
         self.pair.append(self.layer, keys, values, None if valid is None else valid[:, None])
 
     def attend(self, query: torch.Tensor, rule: LogitRule, valid: torch.Tensor | None) -> torch.Tensor:
         if query.shape[2] > 1 or not self.pair.length:
             return super().attend(query, rule, valid)
         heads = self.pair.head_count
-        one = query[:, :, 0].unflatten(1, (heads, -1))  # [B, H, G, D]
-        return self.pair.attend(self.layer, one, rule).flatten(1, 2)[:, :, None]
+        q = query[:, :, 0].unflatten(1, (heads, -1))  # [B, H, G, D]
+        return self.pair.attend(self.layer, q, rule).flatten(1, 2)[:, :, None]
 
     def flush(self) -> None:
         if self.layer == 1:
@@ -93,7 +90,7 @@ class PairLayer(LayerStorage):
             self.pair.end_steps()
 
     def keep(self, slots: torch.Tensor, valid: torch.Tensor | None = None) -> None:
-        raise NotImplementedError("tokens cannot leave a pair of layers")
+        raise NotImplementedError("MiniCache cannot evict tokens")
 
     def tensors(self) -> list[torch.Tensor]:
         return self.pair.tensors(self.layer)
@@ -107,20 +104,19 @@ class PairLayer(LayerStorage):
 
     @property
     def logical_bytes(self) -> int:
-        """Padding of rows of different lengths included: magnitudes and directions of a pair have one shape."""
+        """Bytes of the tokens, with the padding of shorter rows."""
         return self.pair.logical_bytes(self.layer)
 
 
 @dataclass(frozen=True)
 class MiniCache(Storage):
-    """MiniCache's storage.
+    """MiniCache storage.
 
     Attributes:
-        start: first layer of the first pair; None: the middle. With an odd number of layers from there on, the last one
-            stays as it is.
-        t: where the shared direction lies between the lower layer's (0) and the upper layer's (1); 0.6 in the paper.
-        gamma: how much is retained, 0.05 in the paper; 0 nothing, 1 everything.
-        retention: ``top_ratio``, ``range_distinct`` or ``range_literal``; see the module's docstring.
+        start: First layer of the first pair; None: the middle layer. A last layer without a partner is not merged.
+        t: SLERP parameter, 0 for the lower layer's direction and 1 for the upper layer's (0.6 in the paper).
+        gamma: Share of tokens to retain (0.05 in the paper).
+        retention: ``top_ratio``, ``range_distinct`` or ``range_literal``; see the module docstring.
     """
 
     id: ClassVar[str] = "MiniCache"
@@ -134,10 +130,10 @@ class MiniCache(Storage):
         return StorageCapabilities(requires_same_tokens_across_layers=True)
 
     def first_pair(self, num_layers: int) -> int:
-        """Number of the first merged layer.
+        """Return the index of the first merged layer.
 
         Raises:
-            InputError: the model has no such layer.
+            InputError: The model has no such layer.
         """
         start = num_layers // 2 if self.start is None else self.start
         require(start <= num_layers, "method.storage.start", start, f"must be at most the model's {num_layers} layers")
@@ -152,27 +148,27 @@ class MiniCache(Storage):
         return layers + [DenseLayer() for _ in range(num_layers - len(layers))]
 
     def bytes_formula(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int = 0) -> int:
-        """Whole layers as they are; a pair one direction, two magnitudes, and retained tokens twice, with their slots.
+        """Return the bytes of unmerged layers and of pairs: directions, two magnitudes, retained tokens with slots.
 
-        ``top_ratio`` retains a share of the prompt and no later token. The range rules retain a number of tokens that
-        depends on the data: the formula then counts none.
+        ``top_ratio`` retains a share of the prompt and no later token. For the range rules the number depends on the
+        data, and the formula counts no retained tokens.
         """
         return self._bytes(tokens, heads, shape, new_tokens, readers=1)
 
     def bytes_read_formula(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int = 0) -> int:
-        """Both layers of a pair read its directions, and where what is retained stands: merging saves no reading."""
+        """Return the bytes read per step: both layers of a pair read its directions and the retained slots."""
         return self._bytes(tokens, heads, shape, new_tokens, readers=2)
 
     def _bytes(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int, readers: int) -> int:
-        """What a pair's layers share counted ``readers`` times."""
+        """Return the bytes by the formula, with the shared bytes of a pair counted ``readers`` times."""
         size, channels = shape.element_bytes, shape.token_channels
         start = self.first_pair(len(tokens))
         pairs = (len(tokens) - start) // 2
         total = heads * channels * size * (sum(tokens[:start]) + sum(tokens[start + 2 * pairs :]))
-        for held in tokens[start : start + 2 * pairs : 2]:
-            retained = held
+        for count in tokens[start : start + 2 * pairs : 2]:
+            retained = count
             if self.gamma < 1:
-                retained = math.ceil(self.gamma * (held - new_tokens)) if self.retention == "top_ratio" else 0
-            shared = held * channels * size + 2 * retained * 4
-            total += heads * (readers * shared + 2 * held * 2 * size + retained * 2 * channels * size)
+                retained = math.ceil(self.gamma * (count - new_tokens)) if self.retention == "top_ratio" else 0
+            shared = count * channels * size + 2 * retained * 4
+            total += heads * (readers * shared + 2 * count * 2 * size + retained * 2 * channels * size)
         return total

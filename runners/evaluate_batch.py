@@ -25,10 +25,9 @@ class Item:
     """An example as token ids.
 
     Attributes:
-        example: the example.
-        prompt: tokens before the compression; with ``scored``, the longest of its contexts.
-        question: tokens between the compression and the answer.
-        scored: contexts and continuations of a task that asks for likelihoods; then ``question`` is empty.
+        prompt: Tokens before the compression; with ``scored``, the longest of its contexts.
+        question: Tokens between the compression and the answer.
+        scored: Contexts and continuations of a task that is scored by likelihoods; ``question`` is then empty.
     """
 
     example: Example
@@ -38,17 +37,17 @@ class Item:
 
     @property
     def kind(self) -> tuple[bool, int]:
-        """Items of one kind can be batched."""
+        """Key by which items are grouped into batches."""
         return bool(self.scored), len(self.question)
 
     @property
     def read_tokens(self) -> int:
-        """Number of tokens of the prefill."""
+        """Number of tokens that are prefilled."""
         return sum(len(c.context) for c in self.scored) or len(self.prompt)
 
     @property
     def compressed_lengths(self) -> list[int]:
-        """Lengths of the prompts that a method compresses; that of a text's beginning if there is no other."""
+        """Lengths of the prompts that a method compresses, or of the text's beginning if there is no other."""
         if not self.scored:
             return [len(self.prompt)]
         return [len(c.context) for c in self.scored if not c.beginning] or [len(c.context) for c in self.scored]
@@ -59,8 +58,8 @@ class Answer:
     """Answer of one cache to one example.
 
     Attributes:
-        fields: fields of ``samples.jsonl``: the prediction, generated tokens, bytes after the prompt and at the end.
-        reply: the generated reply; None if likelihoods were asked for.
+        fields: Fields of ``samples.jsonl``: the prediction, generated tokens, bytes after the prompt and at the end.
+        reply: The generated reply; None if the task is scored by likelihoods.
     """
 
     fields: dict[str, Any]
@@ -71,7 +70,7 @@ def encode(task: Task, example: Example, loaded: LoadedModel, limit: int | None,
     """An example as token ids; ``split``: the method compresses before the question.
 
     Raises:
-        InputError: it has no token, a token that the model has no embedding for, or more tokens than the model has
+        InputError: It has no token, a token that the model has no embedding for, or more tokens than the model has
             positions; or there is no question to split off.
     """
     assert loaded.tokenizer is not None
@@ -90,7 +89,7 @@ def encode(task: Task, example: Example, loaded: LoadedModel, limit: int | None,
     embedding: Any = loaded.model.get_input_embeddings()
     rows, largest = embedding.weight.shape[0], _largest_id(ids, scored)
     if largest >= rows:
-        allowed = f"its tokenizer gives {name} a token {largest}, its embedding has {rows} rows: not the model's own"
+        allowed = f"its tokenizer encodes {name} with token {largest}, but its embedding has only {rows} rows"
         raise InputError("model", loaded.name, allowed)
     if len(ids) + to_come > loaded.max_positions:
         raise InputError(
@@ -111,12 +110,12 @@ def encode(task: Task, example: Example, loaded: LoadedModel, limit: int | None,
 
 
 def _largest_id(ids: Sequence[int], scored: Sequence[Continuations]) -> int:
-    """The largest token id that the model is to look up."""
+    """Return the largest token id in the input of the model."""
     lists = [ids, *(part for c in scored for pair in c.asked for part in pair), *(c.context for c in scored)]
-    return max(max(one, default=0) for one in lists)
+    return max(max(tokens, default=0) for tokens in lists)
 
 
-def ask(
+def evaluate_batch(
     methods: Sequence[Method],
     items: Sequence[Item],
     task: Task,
@@ -125,45 +124,49 @@ def ask(
     sampling: Sampling,
     chunk_size: int | None,
 ) -> list[list[Answer]]:
-    """The answers of every method to items of one kind, in the order of the items; the methods share a prefill."""
-    where = input_device(loaded.model, device)
+    """Answer items of one kind with every method, in one shared prefill.
+
+    Returns:
+        The answers of each method, in the order of the items.
+    """
+    input_on = input_device(loaded.model, device)
     if not items[0].scored:
-        return _SharedPrefill(methods, loaded, where, chunk_size).replies(items, sampling)
-    # As many contexts per prefill as there are items: one if examples run alone, so that none is padded.
-    scores: dict[tuple[int, int], list[Scored]] = {}  # (item, context) -> of each method
+        return _SharedPrefill(methods, loaded, input_on, chunk_size).replies(items, sampling)
+    # As many contexts per prefill as items, so that a single example is not padded.
+    scores: dict[tuple[int, int], list[Scored]] = {}  # (item, context) -> scores of each method
     for beginning in (True, False):
-        parts = [(i, k, c) for i, item in enumerate(items) for k, c in enumerate(item.scored)]
-        parts = [part for part in parts if part[2].beginning == beginning]
-        for start in range(0, len(parts), len(items)):
-            some = parts[start : start + len(items)]
-            reading = _SharedPrefill([BASELINE] if beginning else methods, loaded, where, chunk_size)
-            for (i, k, _), scored in zip(some, reading.likelihoods([c for *_, c in some]), strict=True):
+        contexts = [(i, k, c) for i, item in enumerate(items) for k, c in enumerate(item.scored)]
+        contexts = [context for context in contexts if context[2].beginning == beginning]
+        for start in range(0, len(contexts), len(items)):
+            batch = contexts[start : start + len(items)]
+            shared = _SharedPrefill([BASELINE] if beginning else methods, loaded, input_on, chunk_size)
+            for (i, k, _), scored in zip(batch, shared.likelihoods([c for *_, c in batch]), strict=True):
                 scores[i, k] = scored * len(methods) if beginning else scored
     return [
-        [_judged(task, item, [scores[i, k][m] for k in range(len(item.scored))]) for i, item in enumerate(items)]
+        [_combined(task, item, [scores[i, k][m] for k in range(len(item.scored))]) for i, item in enumerate(items)]
         for m in range(len(methods))
     ]
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Likelihoods that one method gives after one context."""
+    """Likelihoods of the continuations of one context under one method."""
 
     context: Continuations
     likelihoods: list[Likelihood]
     kv_bytes: dict[str, int]
 
 
-def _judged(task: Task, item: Item, parts: Sequence[Scored]) -> Answer:
-    """Answer to an item from all of its contexts; bytes are the mean over those that were compressed, if any was."""
-    prediction = task.read_off(item.example, [one for part in parts for one in part.likelihoods])
-    stored = [part.kv_bytes for part in parts if not part.context.beginning] or [part.kv_bytes for part in parts]
-    fields = {key: sum(one[key] for one in stored) // len(stored) for key in stored[0]}
+def _combined(task: Task, item: Item, scores: Sequence[Scored]) -> Answer:
+    """Combine the scores of an item's contexts; bytes are the mean over the compressed contexts, if there are any."""
+    prediction = task.read_off(item.example, [one for score in scores for one in score.likelihoods])
+    stored = [s.kv_bytes for s in scores if not s.context.beginning] or [s.kv_bytes for s in scores]
+    fields = {key: sum(kv_bytes[key] for kv_bytes in stored) // len(stored) for key in stored[0]}
     return Answer({"prediction": prediction, "new_tokens": 0, **fields}, None)
 
 
 class _SharedPrefill:
-    """One prefill that several methods share."""
+    """Prefill of one batch, shared by several methods."""
 
     def __init__(self, methods: Sequence[Method], loaded: LoadedModel, device: torch.device, chunk_size: int | None):
         assert loaded.tokenizer is not None
@@ -174,7 +177,7 @@ class _SharedPrefill:
         self._prompt_bytes: list[tuple[int, int]] = []  # stored and logical bytes of each cache after the prompt
 
     def replies(self, items: Sequence[Item], sampling: Sampling) -> list[list[Answer]]:
-        """Replies of each method, item by item."""
+        """Generate the replies of each method, in the order of the items."""
         example = items[0].example
         input_ids, mask = self._padded([item.prompt for item in items])
         questions = [item.question for item in items]
@@ -189,7 +192,7 @@ class _SharedPrefill:
             min_new_tokens=example.min_new_tokens,
             sampling=sampling,
             chunk_size=self.chunk_size,
-            after_prefill=self._note_prompt_bytes,
+            after_prefill=self._record_prompt_bytes,
             question=torch.tensor(questions, device=self.device) if questions[0] else None,
             until=(lambda row, tokens: stops(tokens, ends[row], self.tokenizer)) if any(ends) else None,
         )
@@ -200,10 +203,10 @@ class _SharedPrefill:
         ]
 
     def likelihoods(self, contexts: Sequence[Continuations]) -> list[list[Scored]]:
-        """For each context, the likelihoods that every method gives to its continuations."""
+        """Return, for each context, the likelihoods of its continuations under every method."""
         input_ids, mask = self._padded([c.context for c in contexts])
-        how: dict[str, Any] = {"chunk_size": self.chunk_size, "after_prefill": self._note_prompt_bytes}
-        rows = score(self.loaded.model, self.cache, input_ids, mask, [c.asked for c in contexts], **how)
+        options: dict[str, Any] = {"chunk_size": self.chunk_size, "after_prefill": self._record_prompt_bytes}
+        rows = score(self.loaded.model, self.cache, input_ids, mask, [c.asked for c in contexts], **options)
         kv_bytes = [self._bytes(number, len(contexts)) for number in range(len(self.caches))]
         return [
             [Scored(c, rows[number * len(contexts) + i], kv_bytes[number]) for number in range(len(self.caches))]
@@ -221,11 +224,11 @@ class _SharedPrefill:
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)  # type: ignore[assignment]
         return text
 
-    def _note_prompt_bytes(self) -> None:
+    def _record_prompt_bytes(self) -> None:
         self._prompt_bytes = [(c.kv_bytes_stored, c.kv_bytes_logical) for c in self.caches]
 
     def _bytes(self, number: int, rows: int) -> dict[str, int]:
-        """Bytes per row of a cache, on average: after the prompt, and at the end."""
+        """Return the mean bytes per row of a cache, after the prefill and at the end."""
         stored, logical = self._prompt_bytes[number]
         return {
             "kv_bytes_stored": stored // rows,
@@ -235,7 +238,7 @@ class _SharedPrefill:
 
 
 def stops(tokens: Sequence[int], strings: Sequence[str], tokenizer: Any) -> bool:
-    """Whether the text of the tokens contains one of the strings, which the last token may complete.
+    """Return whether the text of the tokens contains one of the strings, possibly completed by the last token.
 
     The whole text is decoded only if the last few tokens contain a string. A string that ends with the last token began
     at most as many tokens before as it has bytes, because a visible token has at least one byte. If the first of these
@@ -243,22 +246,22 @@ def stops(tokens: Sequence[int], strings: Sequence[str], tokenizer: Any) -> bool
     """
     hidden = set(tokenizer.all_special_ids)
     count = 4 + max((len(string.encode()) for string in strings), default=0)
-    shown = list(itertools.islice((t for t in reversed(tokens) if t not in hidden), count))[::-1]
+    visible = list(itertools.islice((t for t in reversed(tokens) if t not in hidden), count))[::-1]
 
-    def has_one(ids: Sequence[int]) -> bool:
+    def contains_string(ids: Sequence[int]) -> bool:
         text = tokenizer.decode(ids, skip_special_tokens=True)
         return any(string in text for string in strings)
 
-    return any(has_one(shown[k:]) for k in range(4)) and has_one(tokens)
+    return any(contains_string(visible[k:]) for k in range(4)) and contains_string(tokens)
 
 
 def row_seed(seed: int, example: Example) -> int:
-    """Seed of one example's draws, which does not depend on its batch or on the methods that share it."""
+    """Return the sampling seed of an example, independent of its batch and of the methods that share the batch."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{example.dataset}/{example.id}".encode()).digest()[:6], "big")
 
 
 def stop_ids(loaded: LoadedModel, stop_tokens: Sequence[str]) -> list[int]:
-    """Ids that end a generation: the model's own end-of-sequence ids, and the last token of each of ``stop_tokens``."""
+    """Return the ids that end a generation: the model's end-of-sequence ids and the last token of each stop token."""
     assert loaded.tokenizer is not None
     own = loaded.model.generation_config.eos_token_id
     ids = set(own if isinstance(own, list) else [own]) | {loaded.tokenizer.eos_token_id}
