@@ -28,8 +28,7 @@ class Prompt:
         strictly_causal: [H_q / H_kv] bool, True for the query heads of a group that do not attend to their own token;
             None: all do.
         protected: Number of last tokens that are kept whatever their scores.
-        seen: Tokens of the text so far, if more than the T tokens in ``keys`` (while decoding, or if the layer gets
-            only some of them); None: T.
+        seen: Tokens of the text so far, if more than T (while decoding, or if the layer gets only some); None: T.
         memo: Results of :meth:`cached`, shared by the methods that share the prefill.
     """
 
@@ -49,7 +48,6 @@ class Prompt:
 
         Args:
             name: Cache key. Together with W it must identify everything that the result depends on.
-            compute: Function of the prompt.
         """
         key = (name, self.query.shape[2])
         if key not in self.memo:

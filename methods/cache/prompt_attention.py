@@ -18,8 +18,7 @@ QUERY_BLOCK = 64
 def window_attention(prompt: Prompt) -> torch.Tensor:
     """Attention weights of the last w queries over the whole prompt: [R, H_q, w, T] float32.
 
-    The softmax is over all T tokens, causal within the window. Query-key products are in the compute dtype, without
-    expanding the keys to query heads; the softmax is in float32.
+    The softmax (float32) is over all T tokens, causal within the window; products are in the compute dtype.
     """
     rows, query_heads, w, dim = prompt.query.shape
     heads, length = prompt.keys.shape[1], prompt.length
@@ -64,7 +63,7 @@ def _mask_future(logits: torch.Tensor, first: int, strictly_causal: torch.Tensor
     """Apply the causal mask in place.
 
     Args:
-        logits: [R, H_kv, g, n, columns], of the queries at positions ``first`` .. ``first + n - 1``.
+        logits: [R, H_kv, g, n, columns], of the queries from position ``first``.
         first: Position of the first query.
         strictly_causal: [g] bool, True for query heads that do not attend to their own token; None: all do.
     """

@@ -31,8 +31,7 @@ class ModelLayer:
         index: Index in the model.
         place: Index among the layers that the method works on.
         count: Number of layers that the method works on.
-        rotary: Returns the RoPE rotation of the layer's keys, measured on the first call; raises InputError if the keys
-            have none.
+        rotary: Returns the RoPE rotation of the keys, measured on the first call; raises InputError if there is none.
     """
 
     index: int
@@ -57,7 +56,6 @@ class Scorer(HasIdentity):
     recent_recorded_as: ClassVar[str] = ""
     """Key of the policy's ``recent`` in records; "": recorded only if it differs from :meth:`protected_recent`."""
     default_schedule: ClassVar[Schedule] = AfterPrefill()
-    """Default for the policy's ``schedule``."""
     tracks_attention: ClassVar[bool] = False
     """Whether scores while decoding come from the attention weights of each step (:meth:`update`)."""
     accumulates: ClassVar[bool] = False
