@@ -6,8 +6,10 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from local_model import kvbench, save_local_model, save_rows
 
 from kvbench.methods.policies.ranking import RULE
@@ -26,7 +28,7 @@ def own_folder(tmp_path, monkeypatch):
     config = tmp_path / "conf_of_mine" / "method"
     yamls = blocks("yaml")
     method = yamls.pop(1)
-    for (group, name), code, text in zip(PARTS.items(), blocks("python"), yamls, strict=True):
+    for (group, name), code, text in zip(PARTS.items(), blocks("python")[:-1], yamls, strict=True):
         (config / group).mkdir(parents=True)
         (tmp_path / f"{name}.py").write_text(code)
         (config / group / f"{name}.yaml").write_text(text)
@@ -62,6 +64,15 @@ def test_the_page_gives_parts_that_run_and_combine(own_folder):
     done = kvbench(*[a.replace("method=value_weighted", "method=full") for a in command], "method/storage=rounded")
     assert done.returncode == 0, done.stderr
     assert "Rounded" in [r["identity"]["method"]["storage"]["class"] for r in records("results")]
+
+
+def test_the_page_s_test_of_its_scorer_passes(own_folder):
+    names: dict[str, Any] = {}
+    exec(blocks("python")[-1], names)
+    (test,) = [value for name, value in names.items() if name.startswith("test_")]
+    for seed in range(3):
+        torch.manual_seed(seed)
+        test()
 
 
 def records(folder: str) -> list[dict]:
