@@ -6,7 +6,6 @@ A new method gets them for free. ``VARIANTS`` adds settings of a method that tak
 from __future__ import annotations
 
 import copy
-import re
 from dataclasses import replace
 from functools import cache as memoize
 from importlib.resources import files
@@ -14,6 +13,7 @@ from importlib.resources import files
 import hydra
 import pytest
 import torch
+from contract_settings import own_settings
 from hydra.utils import instantiate
 from sharing_models import shared_model
 from spy import watch
@@ -70,20 +70,16 @@ VARIANTS = [
     "kivi storage.residual=16 storage.group=8",
     "minicache storage=minicache_kivi4 storage.residual=16 storage.group=8",
     "snapkv storage=kivi2 storage.residual=16 storage.group=8",
+    "lagkv scorer.lag=8 schedule=every_n schedule.n=4",
+    "lagkv scorer.lag=8 scorer.cross_scoring=true allocator=adaptive storage=ragged",
+    "finch scorer.window=8 schedule=every_n schedule.n=3",
+    "chunkkv scorer@method.scorer.scorer=key_diff scorer.chunk=5 schedule=every_n schedule.n=4",
+    "chunkkv scorer@method.scorer.scorer=expected_attention scorer.chunk=5 sinks=4",
+    "chunkkv scorer.scorer.granularity=query_head scorer.chunk=5 scorer.scorer.window=8 allocator=pyramid",
 ]
 METHODS = NAMES + VARIANTS
 BUDGET = 40  # below LONG
 LONG, MIDDLE, SHORT = 70, 55, 13
-
-
-def own_settings(name: str) -> dict[str, str]:
-    """A method's settings in this suite, from the line ``# contract tests: key=value ...`` of its YAML.
-
-    Budgets here are 40 of prompts of 13 to 70 tokens, which a method's defaults may not allow.
-    """
-    text = files("kvbench.conf").joinpath("method", f"{name}.yaml").read_text()
-    found = re.search(r"^# contract tests: (.*)$", text, re.MULTILINE)
-    return {} if found is None else dict(setting.split("=") for setting in found[1].split())
 
 
 @memoize
@@ -95,7 +91,7 @@ def make(text: str, budget: float | str = BUDGET) -> Method:
         budget = own.pop("budget", BUDGET)
     overrides = [f"method={name}", f"method.budget={budget}"]
     overrides += [f"method.{key}={value}" for key, value in own.items()]
-    groups = ("scorer=", "allocator=", "schedule=", "storage=")
+    groups = ("scorer=", "scorer@", "allocator=", "schedule=", "storage=")
     overrides += [("method/" if setting.startswith(groups) else "method.") + setting for setting in settings]
     with hydra.initialize_config_module("kvbench.conf", version_base="1.3"):
         return instantiate(hydra.compose("config", overrides=overrides).method)

@@ -11,6 +11,7 @@ from importlib.resources import files
 import pytest
 import torch
 from captured_ops import CapturedOps
+from contract_settings import own_settings
 from sharing_models import shared_model
 from tiny_models import SHAPE, left_pad, prompt_ids, tiny_model
 
@@ -47,7 +48,7 @@ COMBINED = [
     f"ada_kv {SNAPKV} allocator.floor=0.0 storage={storage_settings('kivi4')}",
 ]
 PYRAMID = "policy.strategy=constant policy.prefill_decay_ratio=0.5 policy.min_context=0 policy.recent_ratio=0.1"
-METHODS = {
+OF_METHODS = {
     "ada_kv": f"ada_kv {SNAPKV}",
     "kivi": f"kivi {SMALL}",
     "minicache": "minicache",
@@ -56,9 +57,6 @@ METHODS = {
     "full": "full",
     "snapkv": f"snapkv {SNAPKV}",
     "pyramidkv": f"pyramidkv {SNAPKV}",
-    "key_diff": "key_diff budget=40",
-    "expected_attention": "expected_attention budget=40",
-    "random": "random budget=40",
     "lckv": "lckv sharing.encode=exact",
     "kvshare": "kvshare sharing.encode=exact",
     "cla": "cla",
@@ -68,7 +66,6 @@ METHODS = {
     "h2o": "h2o budget=24",
     "tova": "tova budget=24",
     "streaming_llm": "streaming_llm budget=24",
-    "key_norm": "key_norm budget=40",
     "yoco": "yoco sharing.window=8",
     "pyramid_infer": f"pyramid_infer {PYRAMID} policy.gen_window=4",
 }
@@ -80,6 +77,8 @@ WHILE_DECODING = [
     "key_diff budget=24 schedule=every_n schedule.n=5 allocator=pyramid",
     "key_norm budget=24 schedule=every_step sinks=1",
     "expected_attention budget=24 schedule=every_n schedule.n=9",
+    "lagkv budget=24 schedule=every_n schedule.n=7 scorer.lag=6",
+    "chunkkv budget=24 schedule=every_n schedule.n=5 scorer.chunk=4 scorer.scorer.window=8",
     "streaming_llm budget=40 policy.mode=prefill_evict policy.reposition=false",
     "streaming_llm budget=24 policy.mode=prefill_evict policy.prefill_only=true",
     "h2o budget=24 schedule=after_prefill",
@@ -93,7 +92,14 @@ WHILE_DECODING = [
 CHANGING = ["hf_quantized", "no_cache"]
 """Methods whose steps have other shapes; so has ``pyramid_infer`` with ``trigger=published``."""
 
-CASES = [*STORAGES, *COMBINED, *METHODS.values(), *WHILE_DECODING]
+
+def case_of(name: str) -> str:
+    """A method at settings of its own, or at a budget of 40 and those of its YAML for the contract tests."""
+    return OF_METHODS.get(name) or " ".join([name, "budget=40", *(f"{k}={v}" for k, v in own_settings(name).items())])
+
+
+METHODS = [case_of(name) for name in yamls("method") if name not in CHANGING]
+CASES = [*STORAGES, *COMBINED, *METHODS, *WHILE_DECODING]
 
 
 @pytest.fixture(autouse=True)
@@ -115,8 +121,9 @@ def model_and_cache(text: str, rows: int = len(LENGTHS)):
     return model, cache, prefill(model, cache, ids, mask if rows > 1 else None).argmax(-1)
 
 
-def test_every_method_is_in_one_of_the_lists():
-    assert sorted([*METHODS, *CHANGING]) == yamls("method")
+def test_the_lists_name_methods():
+    assert {*OF_METHODS, *CHANGING} <= {*yamls("method")}
+    assert case_of("lagkv") == "lagkv budget=40 scorer.lag=8"
 
 
 def test_the_fake_graph_replays_recorded_host_values():

@@ -264,13 +264,18 @@ class Method(Options):
         return text if self.storage.capabilities.lossless else f"{text} + {self.storage.name}"
 
     def _changed_parts(self) -> str:
-        """Return the parts of an eviction policy that differ from the method's YAML: `` + adaptive + every 128``."""
+        """Return the parts of an eviction policy that differ from the method's YAML: `` + adaptive + every 128``.
+
+        The scorer that another one builds on is always named: ``chunkkv 64 over key_diff``.
+        """
         defaults, labels = parts_of(self.name), []
         for kind, attribute in (("scorer", "name"), ("allocator", "id"), ("schedule", "id")):
             part = getattr(self.policy, kind, None)
             if part is not None and getattr(part, attribute) != defaults.get(kind, getattr(part, attribute)):
-                labels.append(part.label if kind == "schedule" else getattr(part, attribute))
-        return "".join(f" + {label}" for label in labels)
+                labels.append(f" + {part.label if kind == 'schedule' else getattr(part, attribute)}")
+            while kind == "scorer" and (part := getattr(part, "scorer", None)) is not None:
+                labels.append(f" over {part.name}")
+        return "".join(labels)
 
     @property
     def effective_budget(self) -> int | float | None:

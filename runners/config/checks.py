@@ -215,13 +215,17 @@ def _check_value(value: Any, key: str, hint: Any) -> None:
 
 def _how_to_set(key: str, value: Any) -> str:
     """How a part is chosen, where a single value was given for it."""
-    folder = files("kvbench.conf").joinpath(group := key.replace(".", "/"))
+    group, place = key.replace(".", "/"), ""
+    outer, _, name = group.rpartition("/")
+    if outer.endswith(f"/{name}"):  # a part of another one of its group: method.scorer.scorer
+        group, place = outer, f"@{key}"
+    folder = files("kvbench.conf").joinpath(group)
     if not folder.is_dir():
         return f"is a group of keys, which are set one by one: {key}.KEY=VALUE"
     options = [path.name.removesuffix(".yaml") for path in folder.iterdir()]
     if value in options:
-        return f"is a group of keys: use {group}={value}"
-    return f"is a group of keys: use {group}=NAME{near(str(value), options)}"
+        return f"is a group of keys: use {group}{place}={value}"
+    return f"is a group of keys: use {group}{place}=NAME{near(str(value), options)}"
 
 
 def _is_part(hint: Any) -> bool:

@@ -43,8 +43,9 @@ def check_choices(overrides: Sequence[str]) -> None:
     for override in overrides:
         key, _, value = override.partition("=")
         is_optional = key == "experiment" and value == "null"
-        if key in options and not is_optional and re.fullmatch(r"|null|true|false|[-+\d.][\d.e]*|\{.*", value):
-            raise InputError(key, value, one_of(value, options[key]))
+        names = options.get(key.partition("@")[0])  # group@place
+        if names and not is_optional and re.fullmatch(r"|null|true|false|[-+\d.][\d.e]*|\{.*", value):
+            raise InputError(key, value, one_of(value, names))
 
 
 def unknown_override(overrides: Sequence[str]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
@@ -74,7 +75,7 @@ def _named(text: str) -> DictConfig:
     name, *settings = text.split() or [""]
     require(bool(name), "runner.pair_with", repr(text), "must name a method")
     names = {group for group, _ in groups(files("kvbench.conf"))}
-    is_choice = {s: "method/" + s.partition("=")[0] in names for s in settings}
+    is_choice = {s: "method/" + re.split("[@=]", s)[0] in names for s in settings}  # scorer=, scorer@PLACE=
     overrides = [f"method={name}", *(f"method/{s}" if is_choice[s] else f"method.{s}" for s in settings)]
     check_choices(overrides)
     try:
@@ -123,10 +124,10 @@ def _configured(name: str, options: Mapping[str, Any]) -> DictConfig:
     choices: dict[str, Any] = {"method": name}  # by config group
     with config_loader() as loader:
         for key in list(values):
-            if loader.get_group_options(f"method/{key}"):
+            if loader.get_group_options(f"method/{key.partition('@')[0]}"):
                 choices[f"method/{key}"] = values.pop(key)
         for group, choice in choices.items():
-            names = loader.get_group_options(group)
+            names = loader.get_group_options(group.partition("@")[0])
             if choice not in names:
                 raise InputError(group, choice, one_of(str(choice), names))
         config = hydra.compose("config", overrides=[f"{group}={choice}" for group, choice in choices.items()])

@@ -1,0 +1,72 @@
+"""ChunkKV (Liu et al., 2025, arXiv 2502.00299): chunks of consecutive tokens stay or leave together.
+
+The scores of another scorer, summed over the heads of a layer and averaged over chunks of ``chunk`` tokens, rank the
+chunks; the tokens of a chunk have its score, so all heads keep the same tokens and whole chunks stay. Of the last chunk
+that a budget has room for, the first tokens stay. Tokens that the other scorer protects (an observation window) count
+with the largest score, so that the rest of their chunk stays with them.
+
+The paper's scores are the attention of the prompt's last queries (SnapKV's), and it uses the tokens that one layer
+keeps in the next layers, too (layer-wise index reuse), which is not done here. kvpress keeps a number of whole chunks,
+so that its caches have different lengths; here the budget is met exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from ....conf.options import PositiveInt
+from ...cache.prompt import Prompt
+from .base import ModelLayer, Scorer
+
+
+@dataclass(frozen=True)
+class ChunkKV(Scorer):
+    """Scores of another scorer, averaged over chunks.
+
+    Attributes:
+        scorer: The other scorer. What it observes and protects is what this one does.
+        chunk: Tokens of a chunk, counted from the first token of the prompt; the last chunk may be shorter. The tokens
+            of a prompt that is shorter than a chunk are ranked one by one.
+    """
+
+    id: ClassVar[str] = "ChunkKV"
+    name: ClassVar[str] = "chunkkv"
+    scores_heads_alike: ClassVar[bool] = True
+    scorer: Scorer
+    chunk: PositiveInt = 20
+
+    @property
+    def observation_window(self) -> int:
+        return self.scorer.observation_window
+
+    @property
+    def stores_query_heads(self) -> bool:
+        return self.scorer.stores_query_heads
+
+    def protected_recent(self) -> int | float:
+        return self.scorer.protected_recent()
+
+    def protected_sinks(self) -> int:
+        return self.scorer.protected_sinks()
+
+    def new_state(self, layer: ModelLayer) -> Any:
+        return self.scorer.new_state(layer)
+
+    def score(self, prompt: Prompt, state: Any) -> torch.Tensor:
+        scores = self.scorer.score(prompt, state).float().sum(dim=1, keepdim=True)  # [R, 1, T]
+        length, chunk = prompt.length, self.chunk if prompt.length >= self.chunk else 1
+        recent = self.protected_recent()
+        first, end = self.protected_sinks(), length - (recent if isinstance(recent, int) else 0)
+        if end <= first:  # the other scorer protects all tokens
+            return scores
+        largest = scores[..., first:end].amax(dim=-1, keepdim=True)
+        index = torch.arange(length, device=scores.device)
+        scores = torch.where((index >= first) & (index < end), scores, largest)
+        count = -(-length // chunk)
+        sums = F.pad(scores, (0, count * chunk - length)).unflatten(-1, (count, chunk)).sum(dim=-1)  # [R, 1, count]
+        sizes = (length - chunk * torch.arange(count, device=scores.device)).clamp(max=chunk)
+        return (sums / sizes).repeat_interleave(chunk, dim=-1)[..., :length]
