@@ -1,7 +1,7 @@
 # kvbench from a fresh checkout. `make` lists what there is.
 
 PYTHON ?= python3
-# Overrides passed to run.py. The default is a slice of a minute or two: 12 examples of the bundled set.
+# Overrides passed to run.py. The default is a slice of a few minutes: 12 examples of the bundled set.
 # The whole task:       make run ARGS=        (LongBench from the hub, or the bundled set where there is no hub)
 # Another setting:      make run ARGS="method.budget=256 task.datasets=[qasper] task.limit=10"
 ARGS ?= task.source=mini task.limit=3 task.datasets=[multifieldqa_en,hotpotqa,trec,lcc] method.budget=256

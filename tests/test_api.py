@@ -183,4 +183,7 @@ def test_the_snippets_of_the_readme_run(model, monkeypatch):
         names = {"model": model, "inputs": {"input_ids": ids, "attention_mask": torch.ones_like(ids)}}
         exec(compile(snippet, "README.md", "exec"), names)
         assert names["cache"].tokens_seen.tolist() == [50 + 64 - 1]
+        if "ValueNorm" in names:  # what a run needs of it
+            policy = kvbench.EvictionPolicy(names["ValueNorm"](), budget=512)
+            assert policy.identity()["class"] == "ValueNorm"
     assert snippets and model.config._attn_implementation == "sdpa"

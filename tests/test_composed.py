@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -228,3 +229,18 @@ def test_a_method_in_text_is_checked_too():
         named_method("snapkv windw=8")
     with pytest.raises(InputError, match="must name a method"):
         named_method(" ")
+
+
+@pytest.mark.parametrize(
+    ("entry", "shown", "problem"),
+    [
+        ({"method": "snapkv", "budgets": [0]}, "{method:snapkv,budgets:[0]}", "budgets=0: must be a whole number"),
+        ({"method": "snapkv", "budget": 0}, "{method:snapkv,budget:0}", "method.budget=0: must be a whole number"),
+        ("snapkv budget=0", "snapkv budget=0", "method.budget=0: must be a whole number"),
+    ],
+)
+def test_an_error_in_a_paired_method_names_its_entry(entry, shown, problem):
+    with pytest.raises(InputError, match="^" + re.escape(f"runner.pair_with={shown}: {problem}")):
+        paired_methods(entry, None)
+    with pytest.raises(InputError, match=r"^runner\.budgets=0: must be a whole number"):
+        paired_methods("snapkv", [0])

@@ -170,6 +170,18 @@ def test_keys_are_the_family_s_prefix_and_the_name_unless_the_class_says_otherwi
     assert Further(count=1).count == 2
 
 
+def test_a_part_with_options_that_is_no_dataclass_is_told_to_be_one():
+    class Plain(HasIdentity):
+        id: ClassVar[str] = "plain"
+
+    class Forgotten(HasIdentity):
+        window: int = 4
+
+    assert Plain().identity() == {"class": "plain"}
+    with pytest.raises(InputError, match=r"Forgotten: declares window: write @dataclass\(frozen=True\)"):
+        Forgotten().identity()
+
+
 def test_a_part_s_path_is_kept_as_text():
     @dataclass
     class Placed(HasIdentity):

@@ -67,7 +67,16 @@ def paired_methods(entry: str | Mapping[str, Any], budgets: Sequence[float] | No
             raise InputError("runner.pair_with", shown, str(error)) from error
     follows = budgets is not None and not has_budget and config.get("budget") is not None
     chosen = own if own is not None else budgets if follows else None
-    return [build(config, "method", Method)] if chosen is None else [with_budget(config, budget) for budget in chosen]
+    key = "runner.budgets" if own is None else "budgets"
+    try:
+        if chosen is None:
+            return [build(config, "method", Method)]
+        return [with_budget(config, budget, key) for budget in chosen]
+    except (InputError, InstantiationException) as error:
+        cause = first_input_error(error)
+        if cause is None or cause.key == "runner.budgets":
+            raise
+        raise InputError("runner.pair_with", as_typed(entry), str(cause)) from error
 
 
 def _named(text: str) -> DictConfig:
@@ -89,8 +98,8 @@ def _named(text: str) -> DictConfig:
     return node
 
 
-def with_budget(method: DictConfig, budget: float) -> Method:
-    """The method of a configuration, with one of ``runner.budgets``."""
+def with_budget(method: DictConfig, budget: float, key: str = "runner.budgets") -> Method:
+    """The method of a configuration, with a budget of the list ``key``, which an error names."""
     copy = method.copy()
     copy.budget = budget
     try:
@@ -99,7 +108,7 @@ def with_budget(method: DictConfig, budget: float) -> Method:
         cause = first_input_error(error)
         if cause is None or cause.key != "method.budget":
             raise
-        raise InputError("runner.budgets", budget, cause.allowed) from error
+        raise InputError(key, budget, cause.allowed) from error
 
 
 def configured_method(name: str, options: Mapping[str, Any]) -> Method:
