@@ -16,7 +16,7 @@ from kvbench.methods.policies.allocators.adaptive import Adaptive
 from kvbench.methods.policies.decoding import evict_one
 from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.eviction_state import EvictionState
-from kvbench.methods.policies.ranking import keep_mask, keep_slots, last_slot
+from kvbench.methods.policies.ranking import keep_mask, keep_slots, lowest_ranked_slot
 from kvbench.methods.policies.scorers.attention_sums import AttentionSums
 from kvbench.methods.policies.scorers.base import ModelLayer
 from kvbench.methods.policies.scorers.expected_attention import ExpectedAttention
@@ -87,10 +87,10 @@ def test_signed_zeros_are_equal_and_nan_ranks_highest():
 
 
 @pytest.mark.parametrize("kind", ["random", "coarse", "bfloat16", "equal"])
-def test_last_slot_is_the_token_that_keep_slots_drops(kind):
+def test_lowest_ranked_slot_is_the_token_that_keep_slots_evicts(kind):
     scores = make_scores(kind)
     kept = keep_mask(scores, N - 1)
-    assert torch.equal(~kept, torch.zeros_like(kept).scatter(-1, last_slot(scores), True))
+    assert torch.equal(~kept, torch.zeros_like(kept).scatter(-1, lowest_ranked_slot(scores), True))
 
 
 def test_ranking_does_not_sync_with_the_device(monkeypatch):
@@ -103,7 +103,7 @@ def test_ranking_does_not_sync_with_the_device(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, refuse)
     keep_slots(scores, 9, ties)
     keep_mask(scores, counts, ties)
-    last_slot(scores)
+    lowest_ranked_slot(scores)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from ..cache.prompt import Prompt
 from ..storage.base import LayerStorage
 from .eviction_state import EvictionState, slots_in_use
 from .policy import Step
-from .ranking import keep_mask, last_slot
+from .ranking import keep_mask, lowest_ranked_slot
 from .scorers.base import Scorer
 
 
@@ -86,7 +86,7 @@ def evict_one(state: EvictionState, storage: LayerStorage, scores: torch.Tensor,
     protected = slot >= storage.end - state.recent[:, :, None]  # the last slots hold the last tokens, without holes
     if sinks:
         protected = protected | (keep.cumsum(-1) <= sinks)
-    victim = last_slot(scores.masked_fill(protected | ~keep, float("inf")))  # [B, 1 or H, 1]
+    victim = lowest_ranked_slot(scores.masked_fill(protected | ~keep, float("inf")))  # [B, 1 or H, 1]
     keep = keep.scatter(-1, victim, keep.gather(-1, victim) & (count <= limit))
     state.evict(storage, keep, compact_now)
 

@@ -65,7 +65,7 @@ def keep_mask(scores: torch.Tensor, count: int | torch.Tensor, ties: torch.Tenso
     return above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= remaining))
 
 
-def last_slot(scores: torch.Tensor) -> torch.Tensor:
+def lowest_ranked_slot(scores: torch.Tensor) -> torch.Tensor:
     """Return the index of the lowest-ranked token, [..., 1] int64, which :func:`keep_slots` of N - 1 tokens evicts.
 
     Args:
