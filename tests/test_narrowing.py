@@ -16,8 +16,8 @@ from kvbench.runners.engine import decode, prefill
 
 
 @dataclass(frozen=True)
-class LastTokensGoOn(CachePolicy):
-    """The last ``count`` tokens of the prompt go on from the first layer; from the others, all that came."""
+class ForwardLastTokens(CachePolicy):
+    """The first layer forwards the last ``count`` tokens of the prompt, the others all that they receive."""
 
     count: int
 
@@ -40,10 +40,10 @@ class LastTokensGoOn(CachePolicy):
 
 
 @pytest.mark.parametrize("lengths", [[23], [23, 14, 23]], ids=str)
-def test_passing_every_token_on_is_the_full_cache(lengths):
+def test_forwarding_every_token_matches_the_full_cache(lengths):
     model = tiny_model()
     ids, mask = left_pad([prompt_ids(n, seed) for seed, n in enumerate(lengths)])
-    cache, full = Method("x", LastTokensGoOn(99)).new_cache(model), Method("full").new_cache(model)
+    cache, full = Method("x", ForwardLastTokens(99)).new_cache(model), Method("full").new_cache(model)
     assert torch.equal(prefill(model, cache, ids, mask), prefill(model, full, ids, mask))
     token = torch.arange(3, 3 + len(lengths))
     assert torch.equal(decode(model, cache, token), decode(model, full, token))
@@ -52,20 +52,20 @@ def test_passing_every_token_on_is_the_full_cache(lengths):
 def test_rows_keep_their_own_last_tokens_and_all_layers_count_the_whole_prompt():
     model = tiny_model()
     ids, mask = left_pad([prompt_ids(n, seed) for seed, n in enumerate((23, 4, 14))])
-    cache = Method("x", LastTokensGoOn(9)).new_cache(model)
+    cache = Method("x", ForwardLastTokens(9)).new_cache(model)
     prefill(model, cache, ids, mask)
     assert [held[:, 0].tolist() for held in cache.tokens_held] == [[23, 4, 14], [9, 4, 9], [9, 4, 9]]
     assert [layer.seen for layer in cache.layers] == [23] * 3
     assert cache.layers[2].state["prompts"] == [(1, 9, 23), (1, 9, 14), (1, 4, 4)]
-    alone = Method("x", LastTokensGoOn(9)).new_cache(model)
+    alone = Method("x", ForwardLastTokens(9)).new_cache(model)
     last = prefill(model, alone, ids[2:, 9:])
-    assert (last - prefill(model, Method("x", LastTokensGoOn(9)).new_cache(model), ids, mask)[2:]).abs().max() < 1e-9
+    assert (last - prefill(model, Method("x", ForwardLastTokens(9)).new_cache(model), ids, mask)[2:]).abs().max() < 1e-9
 
 
-def test_tokens_that_go_on_keep_their_positions():
+def test_forwarded_tokens_keep_their_positions():
     """The keys of the second layer are a function of the first layer's output at the true positions."""
     model, ids = tiny_model(), prompt_ids(23)
-    cache, full = Method("x", LastTokensGoOn(9)).new_cache(model), Method("full").new_cache(model)
+    cache, full = Method("x", ForwardLastTokens(9)).new_cache(model), Method("full").new_cache(model)
     for one in (cache, full):
         prefill(model, one, ids)
     kept, whole = (one.layers[1].storage.read()[0] for one in (cache, full))
@@ -74,5 +74,5 @@ def test_tokens_that_go_on_keep_their_positions():
 
 def test_a_prompt_in_chunks_is_refused_by_the_policys_name():
     model = tiny_model()
-    with pytest.raises(InputError, match=r"runner\.chunk_size=7: LastTokensGoOn narrows a prompt"):
-        prefill(model, Method("x", LastTokensGoOn(9)).new_cache(model), prompt_ids(23), chunk_size=7)
+    with pytest.raises(InputError, match=r"runner\.chunk_size=7: ForwardLastTokens narrows a prompt"):
+        prefill(model, Method("x", ForwardLastTokens(9)).new_cache(model), prompt_ids(23), chunk_size=7)

@@ -50,7 +50,7 @@ class Rows:
     Attributes:
         pads: Leading pad columns of each row.
         index: Row indices [R] int64; None: the whole batch.
-        tokens_seen: Real tokens of the text, if this layer gets only some of them; None: it gets all.
+        tokens_seen: Real tokens of the full text if earlier layers dropped some; None: nothing was dropped.
     """
 
     pads: int
@@ -70,7 +70,7 @@ class NewTokens:
         rows: Batch rows grouped by leading pads, during the prefill.
         valid: [B, n] bool, False for pads; None: no pads.
         prompt_length: Columns of the whole prompt; None: this forward is the whole prompt.
-        columns_seen: Columns of the text, if this layer gets only some of them; None: it gets all.
+        columns_seen: Length of the full text in columns if earlier layers dropped some; None: nothing was dropped.
     """
 
     rows: list[Rows]

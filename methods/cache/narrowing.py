@@ -1,11 +1,11 @@
-"""Removal of prompt tokens between layers, for policies with ``narrows_prompt``.
+"""Removal of prompt tokens between decoder layers, for policies with ``narrows_prompt``.
 
-The hidden states are the model's, so hooks on its decoder layers leave out the tokens that a policy does not pass on
-(:meth:`..policies.policy.CachePolicy.next_layer_tokens`), with their position embeddings. The hooks are set when the
-cache is made, so that ``model.generate`` runs them too, and removed when the last layer has read the prompt; a forward
-with another cache is not changed.
+A policy selects the tokens that a layer forwards (:meth:`..policies.policy.CachePolicy.next_layer_tokens`). Hooks on
+the model's decoder layers drop the hidden states and position embeddings of the others. They are registered when the
+cache is made, so that ``model.generate`` runs them too, and removed after the last layer's prefill, or by the first
+forward after the cache was deleted. Forwards with another cache are not changed.
 
-Legend: B rows of a batch, T columns that a layer is given, W columns that the next layer is given.
+Legend: B batch rows, T columns of a layer's input, W columns of the next layer's input.
 """
 
 from __future__ import annotations
@@ -25,36 +25,36 @@ from .forward import NewTokens
 
 
 def narrow_between_layers(model: PreTrainedModel, cache: KVCache, method: str) -> None:
-    """Let the prompt of a new cache lose tokens between the layers of a model, as the cache's policies say.
+    """Register hooks that drop prompt tokens between decoder layers, as selected by the cache's policies.
 
     Args:
-        model: The model, each of whose layers has a cache layer to itself.
-        cache: The cache.
-        method: Name of the method, for an error.
+        model: The model, each of whose layers has its own cache layer.
+        cache: A new cache.
+        method: Name of the method, for the error message.
 
     Raises:
-        InputError: The model has no decoder layers in a row that share one RoPE.
+        InputError: The model is not a stack of decoder layers that share one RoPE.
     """
     decoder = model.get_decoder()
     if not hasattr(decoder, "layers") or not hasattr(decoder, "rotary_emb"):
         raise InputError(
             "method",
             method,
-            f"drops tokens between decoder layers that share one RoPE, and {type(model).__name__} is not built so",
+            f"drops tokens between decoder layers that share one RoPE, which {type(model).__name__} does not have",
         )
     _Hooks(list(decoder.layers), cache)
 
 
 class _Hooks:
-    """Hooks on the decoder layers of a model for the prompt of one cache, which they do not keep alive."""
+    """Hooks on the decoder layers of a model for the prefill of one cache, which they reference weakly."""
 
     def __init__(self, layers: list[torch.nn.Module], cache: KVCache):
         self._cache = weakref.ref(cache)
-        self._columns: torch.Tensor | None = None  # [B, W] of the text, that the layer under way is given; None: all
+        self._columns: torch.Tensor | None = None  # [B, W] text columns of the current layer's input; None: all
         self._handles = [
-            layer.register_forward_pre_hook(partial(self._before, number), with_kwargs=True)
-            for number, layer in enumerate(layers)
-            if number > 0
+            layer.register_forward_pre_hook(partial(self._before, layer_idx), with_kwargs=True)
+            for layer_idx, layer in enumerate(layers)
+            if layer_idx > 0
         ]
         self._handles.append(layers[-1].register_forward_hook(self._after_last, with_kwargs=True))
 
@@ -62,31 +62,32 @@ class _Hooks:
         for handle in self._handles:
             handle.remove()
 
-    def _is_for(self, cache: KVCache | None, kwargs: dict[str, Any]) -> bool:
-        """Whether a forward is one of this cache."""
+    def _cache_of(self, kwargs: dict[str, Any]) -> KVCache | None:
+        """Return the cache if the forward uses it; if the cache was deleted, remove the hooks."""
+        cache = self._cache()
         if cache is None:
             self._remove()
-        return cache is not None and kwargs.get("past_key_values") is cache
+        return cache if kwargs.get("past_key_values") is cache else None
 
     def _before(
-        self, number: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, layer_idx: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Give a layer the tokens that the one before passes on."""
-        cache, hidden = self._cache(), args[0]  # [B, T, hidden size]
-        if cache is None or not self._is_for(cache, kwargs):
+        """Replace the inputs of a layer by those of the tokens that the previous layer forwards."""
+        cache, hidden = self._cache_of(kwargs), args[0]  # [B, T, hidden size]
+        if cache is None:
             return None
-        before, new = cache.layers[number - 1], cache.new_tokens
+        previous, new = cache.layers[layer_idx - 1], cache.new_tokens
         assert new is not None
-        if before.in_prefill:
+        if previous.in_prefill:
             raise InputError(
                 "runner.chunk_size",
                 hidden.shape[1],
-                f"{before.method_names()} narrows a prompt after a layer's whole prefill: use runner.chunk_size=null",
+                f"{previous.method_names()} narrows a prompt after a layer's whole prefill: use runner.chunk_size=null",
             )
-        going_on = before.policy.next_layer_tokens(before.state)
-        if any(tokens is not None for tokens in going_on):
-            columns, cache.new_tokens = narrowed(new.on(hidden.device), going_on, hidden.shape)
-            hidden = _take(hidden, columns)
+        forwarded = previous.policy.next_layer_tokens(previous.state)
+        if any(tokens is not None for tokens in forwarded):
+            columns, cache.new_tokens = narrowed(new.on(hidden.device), forwarded, hidden.shape)
+            hidden = _take(hidden, columns)  # [B, W, hidden size]
             self._columns = columns if self._columns is None else _take(self._columns, columns)
         if self._columns is None:
             return None
@@ -97,45 +98,45 @@ class _Hooks:
         return (hidden, *args[1:]), changed
 
     def _after_last(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """The prompt is in."""
-        if self._is_for(self._cache(), kwargs):
+        """Remove the hooks after the last layer's prefill."""
+        if self._cache_of(kwargs) is not None:
             self._columns = None
             self._remove()
 
 
-def narrowed(new: NewTokens, going_on: list[torch.Tensor | None], shape: torch.Size) -> tuple[torch.Tensor, NewTokens]:
-    """What is left of a prompt's tokens for the next layer.
+def narrowed(new: NewTokens, forwarded: list[torch.Tensor | None], shape: torch.Size) -> tuple[torch.Tensor, NewTokens]:
+    """Return the columns and token metadata that the next layer receives.
 
     Args:
-        new: What this layer was given.
-        going_on: See :meth:`..policies.policy.CachePolicy.next_layer_tokens`.
+        new: Token metadata of this layer.
+        forwarded: See :meth:`..policies.policy.CachePolicy.next_layer_tokens`.
         shape: B and T of this layer.
 
     Returns:
-        Columns [B, W] of this layer, padded on the left by any columns; and what the next layer is given.
+        (columns of this layer [B, W], padded on the left by arbitrary columns; metadata of the next layer).
     """
-    width = shape[1]
-    device = next(tokens.device for tokens in going_on if tokens is not None)
-    stay = torch.zeros(shape[0], width, dtype=torch.bool, device=device)
+    batch, length = shape[:2]
+    device = next(tokens.device for tokens in forwarded if tokens is not None)
+    keep = torch.zeros(batch, length, dtype=torch.bool, device=device)  # [B, T]
     counts = []
-    for group, tokens in zip(new.rows, going_on, strict=True):
+    for group, tokens in zip(new.rows, forwarded, strict=True):
         rows = slice(None) if group.index is None else group.index
         if tokens is None:
-            stay[rows, group.pads :] = True
+            keep[rows, group.pads :] = True
         else:
-            stay[rows] = torch.zeros_like(stay[rows]).scatter(1, tokens + group.pads, True)
-        counts.append(width - group.pads if tokens is None else tokens.shape[1])
-    columns, _ = slots_to_keep(stay)
-    longest = columns.shape[1]
-    rows_left = [
-        replace(group, pads=longest - count, tokens_seen=group.tokens_seen or width - group.pads)
+            keep[rows] = torch.zeros_like(keep[rows]).scatter(1, tokens + group.pads, True)
+        counts.append(length - group.pads if tokens is None else tokens.shape[1])
+    columns, _ = slots_to_keep(keep)  # [B, W]
+    width = columns.shape[1]
+    narrowed_rows = [
+        replace(group, pads=width - count, tokens_seen=group.tokens_seen or length - group.pads)
         for group, count in zip(new.rows, counts, strict=True)
     ]
-    return columns, NewTokens(rows_left, None, longest, new.columns_seen or width)
+    return columns, NewTokens(narrowed_rows, None, width, new.columns_seen or length)
 
 
 def _take(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Columns [B, W] of x [1 or B, T, ...], on the device of x."""
+    """Select columns [B, W] of x [1 or B, T, ...], on the device of x."""
     columns = columns.to(x.device)
     x = x.expand(columns.shape[0], *[-1] * (x.dim() - 1))
     index = columns.view(*columns.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])

@@ -165,16 +165,16 @@ class CachePolicy(HasIdentity):
         """
 
     def next_layer_tokens(self, state: Any) -> list[torch.Tensor | None]:
-        """Tokens of the prompt that go on to the next layer; with ``narrows_prompt``.
+        """Return the prompt tokens that are forwarded to the next layer; only if ``narrows_prompt``.
 
-        Called once for each layer but the last, after :meth:`after_prompt` and before the next layer begins.
+        Called once for each layer except the last, after :meth:`after_prompt` and before the next layer's forward.
 
         Args:
-            state: What :meth:`new_state` made for this layer.
+            state: State of this layer.
 
         Returns:
-            For each group of rows, as they came to :meth:`select`: int64 [R, K], tokens by their place among those of
-            this layer, increasing; None: all of them.
+            One entry per group of rows, in the order of the :meth:`select` calls: int64 [R, K], increasing indices into
+            the tokens of this layer; None: all of them.
         """
         raise NotImplementedError
 

@@ -1,1 +1,1 @@
-"""PyramidInfer (arXiv 2405.12532): fewer tokens go on from layer to layer, already while the prompt is read."""
+"""PyramidInfer (arXiv 2405.12532): each layer forwards fewer prompt tokens to the next."""

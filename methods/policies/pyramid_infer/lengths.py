@@ -1,4 +1,4 @@
-"""How many tokens each layer holds under PyramidInfer's rule, of the prompt and after any number of steps."""
+"""Token counts of each layer under PyramidInfer's rule, after the prompt and after any number of decode steps."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ...cache.kv_shape import KVShape
 from ..budget import Budget, resolve_budget
 from ..policy import CachePolicy
 
-GRID = 1024
-"""Decay ratios tried to meet a budget: 0, 1 / GRID, ..., 1."""
+DECAY_RATIO_STEPS = 1024
+"""To meet a budget, the decay ratios 0, 1 / DECAY_RATIO_STEPS, ..., 1 are tried."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where the layers of one sequence stand after a number of generated tokens.
+    """Token counts of each layer after a number of decode steps, for one sequence.
 
     Attributes:
-        lengths: tokens held by each layer.
-        pending: of them, those that wait to be thinned out.
+        lengths: Number of tokens that each layer stores.
+        pending: Number of stored tokens that may still be evicted, per layer.
         recent: R of the last step.
     """
 
@@ -36,22 +36,22 @@ class Progress:
 
 @dataclass(frozen=True)
 class PyramidLengths(CachePolicy):
-    """The settings of PyramidInfer, and the lengths that follow from them.
+    """Settings of PyramidInfer, and the token counts that follow from them.
 
     Attributes:
-        budget: prompt tokens held per layer on average, or a fraction of the prompt: sets the decay ratio; None:
-            ``prefill_decay_ratio`` does.
-        prefill_decay_ratio: p; how much of the context goes on from the deepest layer (0.9 in the paper's 7B setting).
-        strategy: how the share that goes on falls from 1 to p over the layers: ``cosine``, ``linear``; or ``constant``.
-        interval: every how many layers tokens are dropped.
-        recent_ratio: share of the prompt, at its end, that always goes on and whose attention decides.
-        min_context: context tokens below which a layer drops nothing.
-        sinks: first tokens that always go on.
-        distance_weight: weight of the last query's attention, where that of the first recent one is 1.
-        trigger: ``own_length``, ``published`` or ``never``; see the module's docstring.
-        gen_window, gen_keep_ratio, gen_decay_ratio: of ``gen_window`` generated tokens the share ``gen_keep_ratio``
-            stays in the first layer, and ``gen_decay_ratio`` of that in the last.
-        prefill_only: the same as ``trigger=never``, under the name that other methods have for it.
+        budget: Prompt tokens stored per layer on average, or a fraction of the prompt, which determines the decay
+            ratio; None: ``prefill_decay_ratio`` is used.
+        prefill_decay_ratio: p, the share of the context that the deepest layer forwards (paper: 0.9 for 7B models).
+        strategy: Decrease of the forwarded share from 1 to p over the layers: ``cosine``, ``linear``; or ``constant``.
+        interval: Every ``interval``-th layer drops tokens.
+        recent_ratio: Share of the prompt, at its end, that is always forwarded and whose attention scores the context.
+        min_context: A layer whose context would shrink to this many tokens or fewer drops none.
+        sinks: Number of first tokens that are always forwarded.
+        distance_weight: Weight of the last query's attention; that of the first recent query is 1.
+        trigger: When generated tokens are evicted: ``own_length``, ``published`` or ``never``; see :mod:`.policy`.
+        gen_window, gen_keep_ratio, gen_decay_ratio: Of ``gen_window`` generated tokens the first layer keeps the share
+            ``gen_keep_ratio``, and the last layer ``gen_decay_ratio`` of that share.
+        prefill_only: Alias of ``trigger=never``, named as in other methods.
     """
 
     budget: Budget | None = None
@@ -75,67 +75,68 @@ class PyramidLengths(CachePolicy):
         super().__post_init__()
 
     def recent(self, length: int) -> int:
-        """R: recent tokens beside the last one, of ``length``."""
+        """Return R, the number of recent tokens besides the last one, for a length."""
         return int(self.recent_ratio * length)
 
     def limit(self, prompt_length: int) -> int:
-        """Tokens up to which nothing leaves a layer: a budget that holds the whole prompt; 0: there is none."""
+        """Return the length up to which no token is evicted: the budget if it covers the prompt, else 0."""
         budget = 0 if self.budget is None else resolve_budget(self.budget, prompt_length)
         return budget if budget >= prompt_length else 0
 
     def layer_lengths(self, prompt_length: int, layers: int) -> tuple[int, ...]:
-        """Prompt tokens that each layer holds.
+        """Return the number of prompt tokens that each layer stores.
 
         Raises:
-            InputError: no decay ratio brings their mean down to the budget.
+            InputError: Their mean exceeds the budget with every decay ratio.
         """
         return _layer_lengths(self, prompt_length, layers)
 
-    def share_going_on(self, layer: int, layers: int, decay: float) -> float:
-        """Share of the context that goes on from a layer."""
+    def forwarded_share(self, layer: int, layers: int, decay: float) -> float:
+        """Return the share of the context that a layer forwards to the next."""
         if self.strategy == "constant":
             return decay
-        falling = 1 - layer / layers if self.strategy == "linear" else (math.cos(math.pi * layer / layers) + 1) / 2
-        return (1 - decay) * falling + decay
+        factor = 1 - layer / layers if self.strategy == "linear" else (math.cos(math.pi * layer / layers) + 1) / 2
+        return (1 - decay) * factor + decay
 
-    def stay_of_window(self, layer: int, layers: int) -> int:
-        """Tokens of a generated window that stay in a layer."""
-        falling = (math.cos(math.pi * layer / layers) + 1) / 2
-        share = self.gen_keep_ratio * ((1 - self.gen_decay_ratio) * falling + self.gen_decay_ratio)
+    def window_keep_count(self, layer: int, layers: int) -> int:
+        """Return the number of tokens that a layer keeps of a generated window."""
+        factor = (math.cos(math.pi * layer / layers) + 1) / 2
+        share = self.gen_keep_ratio * ((1 - self.gen_decay_ratio) * factor + self.gen_decay_ratio)
         return max(int(self.gen_window * share), 1)
 
     def progress(self, prompt_length: int, new_tokens: int, layers: int) -> Progress:
-        """Where the layers stand, step by step but without tensors."""
+        """Return the token counts after ``new_tokens`` decode steps, simulated without tensors."""
         return _progress(self, prompt_length, new_tokens, layers)
 
-    def most_during(self, prompt_length: int, new_tokens: int, steps: int, layers: int) -> Progress:
-        """The largest numbers within ``steps`` steps after ``new_tokens`` others, the token of each step included."""
-        return _most_during(self, prompt_length, new_tokens, steps, layers)
+    def max_progress(self, prompt_length: int, new_tokens: int, steps: int, layers: int) -> Progress:
+        """Return the maximum counts during ``steps`` steps after ``new_tokens`` steps, before each step's eviction."""
+        return _max_progress(self, prompt_length, new_tokens, steps, layers)
 
-    def window_to_thin(self, length: int, settled: int, seen: int, recent: int, limit: int) -> tuple[int, int]:
-        """(first slot, number) of the tokens to thin out at a layer that holds ``length``; (0, 0): none now."""
+    def window_to_evict(self, length: int, finalized: int, seen: int, recent: int, limit: int) -> tuple[int, int]:
+        """Return (first slot, size) of the window to reduce now in a layer of ``length`` tokens; (0, 0): none."""
         if self.trigger == "never" or length <= limit:
             return 0, 0
         if self.trigger == "own_length":
-            return (settled, self.gen_window) if length - max(1, recent) - settled >= self.gen_window else (0, 0)
-        if seen - recent - settled < self.gen_window:
+            is_due = length - max(1, recent) - finalized >= self.gen_window
+            return (finalized, self.gen_window) if is_due else (0, 0)
+        if seen - recent - finalized < self.gen_window:
             return 0, 0
-        number = max(0, min(self.gen_window, length - 1 - recent))
-        return length - 1 - recent - number, number
+        size = max(0, min(self.gen_window, length - 1 - recent))
+        return length - 1 - recent - size, size
 
-    def settled_after(self, length: int, settled: int, recent: int, stay: int) -> int:
-        """Tokens that need no more thinning, once ``stay`` of a window have stayed and ``length`` tokens are left."""
-        return settled + stay if self.trigger == "own_length" else length - recent
+    def finalized_after(self, length: int, finalized: int, recent: int, keep: int) -> int:
+        """Return the number of tokens exempt from further eviction, after a window is reduced to ``keep`` tokens."""
+        return finalized + keep if self.trigger == "own_length" else length - recent
 
     def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int) -> Sequence[int]:
         return self.progress(prompt_length, new_tokens, layers).lengths
 
     def state_bytes(self, shape: KVShape, heads: int, prompt_length: int, new_tokens: int) -> int:
-        """Two float32 sums for each token that waits; ``published``: a row of attention for each recent query."""
-        now = self.progress(prompt_length, new_tokens, shape.layers)
+        """Two float32 sums per pending token; ``published``: one row of attention per recent query."""
+        progress = self.progress(prompt_length, new_tokens, shape.layers)
         if self.trigger == "own_length":
-            return 8 * sum(now.pending)
-        return 4 * (1 + now.recent) * sum(now.lengths) if self.trigger == "published" else 0
+            return 8 * sum(progress.pending)
+        return 4 * (1 + progress.recent) * sum(progress.lengths) if self.trigger == "published" else 0
 
 
 @lru_cache(maxsize=4096)
@@ -145,17 +146,17 @@ def _layer_lengths(rule: PyramidLengths, prompt_length: int, layers: int) -> tup
     budget = resolve_budget(rule.budget, prompt_length)
     if prompt_length <= budget:
         return (prompt_length,) * layers
-    # A rule of the method (a layer left with min_context or less drops nothing) makes the mean rise in places as the
-    # decay ratio falls, so the ratios are tried one by one.
-    tried = [_lengths_with(rule, i / GRID, prompt_length, layers) for i in range(GRID + 1)]
+    # The mean is not monotonic in the decay ratio, because a layer that would be left with min_context tokens or fewer
+    # drops none. So all ratios are tried.
+    tried = [_lengths_with(rule, i / DECAY_RATIO_STEPS, prompt_length, layers) for i in range(DECAY_RATIO_STEPS + 1)]
     fitting = [t for t in tried if sum(t) <= budget * layers]
     if not fitting:
-        least = min(sum(t) for t in tried) / layers
+        min_mean = min(sum(t) for t in tried) / layers
         raise InputError(
             "method.budget",
             rule.budget,
             f"cannot be met on a prompt of {prompt_length} tokens: with the other settings as they are, pyramid_infer "
-            f"holds at least {math.ceil(least)} per layer on average; lower method.policy.recent_ratio or "
+            f"keeps at least {math.ceil(min_mean)} per layer on average; lower method.policy.recent_ratio or "
             "min_context, or use strategy=constant",
         )
     return max(fitting, key=sum)
@@ -163,32 +164,31 @@ def _layer_lengths(rule: PyramidLengths, prompt_length: int, layers: int) -> tup
 
 def _lengths_with(rule: PyramidLengths, decay: float, prompt_length: int, layers: int) -> tuple[int, ...]:
     recent = 1 + rule.recent(prompt_length)
-    least = min(rule.min_context, prompt_length - recent)
+    min_context = min(rule.min_context, prompt_length - recent)
     lengths = [prompt_length]
     for layer in range(layers - 1):
-        context, share = lengths[-1] - recent, rule.share_going_on(layer, layers, decay)
-        going_on = context
-        if layer % rule.interval == 0 and context > least and share < 1 and int(context * share) > least:
-            going_on = int(context * share)
-        lengths.append(going_on + recent)
+        context, share = lengths[-1] - recent, rule.forwarded_share(layer, layers, decay)
+        forwarded = context
+        if layer % rule.interval == 0 and share < 1 and int(context * share) > min_context:
+            forwarded = int(context * share)
+        lengths.append(forwarded + recent)
     return tuple(lengths)
 
 
 def _steps(rule: PyramidLengths, prompt_length: int, layers: int) -> Iterator[Progress]:
-    """Where the layers stand after the prompt, after one step, and so on without an end."""
+    """Yield the token counts after the prompt, after one step, and so on without end."""
     lengths = list(rule.layer_lengths(prompt_length, layers))
-    settled, recent = list(lengths), rule.recent(prompt_length)
-    limit = rule.limit(prompt_length)
+    finalized, recent, limit = list(lengths), rule.recent(prompt_length), rule.limit(prompt_length)
     for seen in itertools.count(prompt_length + 1):
-        yield Progress(tuple(lengths), tuple(n - s for n, s in zip(lengths, settled, strict=True)), recent)
+        yield Progress(tuple(lengths), tuple(n - f for n, f in zip(lengths, finalized, strict=True)), recent)
         recent = rule.recent(lengths[0] + 1)
         for i in range(layers):
             lengths[i] += 1
-            _, number = rule.window_to_thin(lengths[i], settled[i], seen, recent, limit)
-            if number:
-                stay = min(rule.stay_of_window(i, layers), number)
-                lengths[i] -= number - stay
-                settled[i] = rule.settled_after(lengths[i], settled[i], recent, stay)
+            _, size = rule.window_to_evict(lengths[i], finalized[i], seen, recent, limit)
+            if size:
+                keep = min(rule.window_keep_count(i, layers), size)
+                lengths[i] -= size - keep
+                finalized[i] = rule.finalized_after(lengths[i], finalized[i], recent, keep)
 
 
 @lru_cache(maxsize=4096)
@@ -197,8 +197,8 @@ def _progress(rule: PyramidLengths, prompt_length: int, new_tokens: int, layers:
 
 
 @lru_cache(maxsize=256)
-def _most_during(rule: PyramidLengths, prompt_length: int, new_tokens: int, steps: int, layers: int) -> Progress:
-    before = list(itertools.islice(_steps(rule, prompt_length, layers), new_tokens, new_tokens + max(1, steps)))
-    lengths = (1 + max(p.lengths[layer] for p in before) for layer in range(layers))
-    pending = (1 + max(p.pending[layer] for p in before) for layer in range(layers))
-    return Progress(tuple(lengths), tuple(pending), max(p.recent for p in before))
+def _max_progress(rule: PyramidLengths, prompt_length: int, new_tokens: int, steps: int, layers: int) -> Progress:
+    previous = list(itertools.islice(_steps(rule, prompt_length, layers), new_tokens, new_tokens + max(1, steps)))
+    lengths = (1 + max(p.lengths[layer] for p in previous) for layer in range(layers))
+    pending = (1 + max(p.pending[layer] for p in previous) for layer in range(layers))
+    return Progress(tuple(lengths), tuple(pending), max(p.recent for p in previous))

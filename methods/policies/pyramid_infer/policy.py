@@ -1,23 +1,25 @@
-"""PyramidInfer (Yang et al., 2024, arXiv 2405.12532): fewer tokens go on to each next layer, already in the prompt.
+"""PyramidInfer (Yang et al., 2024, arXiv 2405.12532): each layer forwards fewer prompt tokens to the next.
 
-Section 4: deeper layers need fewer tokens. A layer reads the tokens that the layer before passed on and caches all of
-them; then the attention that the prompt's last tokens pay to each, averaged over the heads and weighted towards the
-latest, decides which go on. What does not has no hidden state, no key and no value in any deeper layer, so that the
-later layers also compute less. The first tokens and the last ones always go on.
+Section 4: deeper layers need fewer tokens. A layer caches all tokens that it receives. It forwards those with the
+highest attention from the prompt's last tokens, averaged over the heads and weighted towards the latest queries; the
+first and the last tokens are always forwarded. Dropped tokens have no hidden state, key or value in deeper layers,
+which saves compute there.
 
-While tokens are generated, a window of ``gen_window`` generated tokens is thinned out once ``recent_ratio`` of the
-length has been generated after it, by the attention that those later tokens paid to it; deeper layers keep fewer.
+While decoding, a window of ``gen_window`` generated tokens is reduced once ``recent_ratio`` of the length has been
+generated after it: the tokens with the lowest attention from those later tokens are evicted, more in deeper layers.
 
-Two choices differ from the published code, which has them as options or faults. ``trigger=own_length`` counts a layer's
-own tokens: prompt tokens never leave while decoding. The published code for transformers 4.46 counts all tokens seen
-(``trigger=published``), so that the deep layers thin out at every step and eat up the prompt; and its window begins one
-token early, with the prompt's last one. Its linear schedule is constant by a fault; here it is linear.
+Two choices differ from the published code (for transformers 4.46). ``trigger=own_length`` counts a layer's own tokens,
+so that prompt tokens are never evicted while decoding. The published code counts all tokens seen
+(``trigger=published``), so deep layers evict at every step until the prompt is gone; and its window begins one token
+early, with the prompt's last one. A bug makes its linear schedule constant; here it is linear.
 
-Steps can run over tensors of fixed shape, and windows are then thinned out between steps; not with
-``trigger=published``, whose record of attention has a row for each recent query and a column for each token, so that
-both of its sizes change from step to step.
+Decode steps can run over static shapes, with evictions between the steps. ``trigger=published`` cannot: its record of
+attention has a row per recent query and a column per token, and both numbers change from step to step.
 
-The hidden states are the model's; :mod:`...cache.narrowing` leaves out those of tokens that do not go on.
+:mod:`...cache.narrowing` drops the hidden states of tokens that are not forwarded.
+
+Legend: B batch rows, R rows of one prompt length, H stored heads, g query heads per stored head, T prompt tokens of the
+layer, n queries of a block.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ from .state import PyramidState, SharedState
 
 @dataclass(frozen=True)
 class PyramidInfer(PyramidLengths):
-    """PyramidInfer's rule; its settings are those of :class:`.lengths.PyramidLengths`."""
+    """PyramidInfer's rule; see :class:`.lengths.PyramidLengths` for the attributes."""
 
     id: ClassVar[str] = "PyramidInfer"
 
@@ -60,8 +62,6 @@ class PyramidInfer(PyramidLengths):
             static_steps=self.trigger != "published",
         )
 
-    # the prompt --------------------------------------------------------------------------------------------------
-
     def new_state(self, layer: ModelLayer) -> PyramidState:
         return PyramidState(layer.place, layer.count)
 
@@ -72,7 +72,7 @@ class PyramidInfer(PyramidLengths):
         return states
 
     def select(self, prompt: Prompt, state: Any = None) -> Kept:
-        """Keep everything that came to this layer; note what goes on to the next one."""
+        """Keep all tokens that this layer received, and store in the state which are forwarded to the next layer."""
         whole, is_last = prompt.tokens_seen, prompt.layer_idx == prompt.num_layers - 1
         lengths = self.layer_lengths(whole, prompt.num_layers)
         count = prompt.length if is_last else lengths[prompt.layer_idx + 1]
@@ -91,21 +91,22 @@ class PyramidInfer(PyramidLengths):
         return Kept()
 
     def _prompt_scores(self, prompt: Prompt, recent: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Scores [R, T] of a prompt's tokens by its last ``recent`` queries; ``published``: their attention, in blocks.
+        """Score a prompt's tokens by the attention of its last ``recent`` queries.
 
-        The attention of a block is [R, n, T], averaged over the heads.
+        Returns:
+            (scores [R, T]; with ``trigger=published`` the attention in blocks [R, n, T], averaged over the heads).
         """
         weights = torch.linspace(1.0, self.distance_weight, recent, device=prompt.keys.device)
         score = torch.zeros(prompt.keys.shape[0], prompt.length, device=prompt.keys.device)
         blocks = []
         for start, block in attention_blocks(prompt, recent):
-            attention = block.mean(dim=(1, 2))  # [R, n, columns]
+            attention = block.mean(dim=(1, 2))  # [R, H, g, n, columns] -> [R, n, columns]
             n, columns = attention.shape[1:]
             score[:, :columns] += torch.einsum("q,rqt->rt", weights[start : start + n], attention)
             if self.trigger == "published":
                 blocks.append(F.pad(attention, (0, prompt.length - columns)))
         sinks = min(self.sinks, prompt.length - recent)
-        score[:, :sinks] = 1e6 - torch.arange(sinks, device=score.device)  # above any attention; the earliest first
+        score[:, :sinks] = 1e6 - torch.arange(sinks, device=score.device)  # larger than any attention, decreasing
         return score, blocks
 
     def next_layer_tokens(self, state: PyramidState) -> list[torch.Tensor | None]:
@@ -121,7 +122,7 @@ class PyramidInfer(PyramidLengths):
         queries: torch.Tensor | None = None,
     ) -> None:
         state.lengths = lengths.tolist()
-        state.settled = list(state.lengths)
+        state.finalized = list(state.lengths)
         if state.layer_idx == 0:
             state.shared.prompts = list(state.lengths)
         state.seen = list(state.shared.prompts)
@@ -132,57 +133,54 @@ class PyramidInfer(PyramidLengths):
             state.record = AttentionRows.of_prompt(state.rows, state.seen, max(state.lengths))
             state.rows = {}
 
-    # steps -------------------------------------------------------------------------------------------------------
-
     def attend(self, state: PyramidState, storage: LayerStorage, step: Step) -> torch.Tensor:
         if self.trigger == "never":
             return super().attend(state, storage, step)
         return torch.cat([self._attend_one(state, storage, token, i) for i, token in enumerate(step.tokens())], dim=2)
 
     def _attend_one(self, state: PyramidState, storage: LayerStorage, step: Step, number: int) -> torch.Tensor:
-        """Attend with one token of each row; thin out afterwards, in a static layer between steps instead."""
-        out, weights, held = attend_with_weights(storage, step)
+        """Append one token per row, attend, and evict tokens if due; a static layer evicts between steps instead."""
+        out, weights, valid = attend_with_weights(storage, step)  # weights [B, H, g, S]
         record, real = state.record, None if step.valid is None else step.valid[:, 0]
-        if real is not None and held is not None:  # the row of a pad stands still: put its tokens at the end again
-            moved = storage.drop(held[:, :1], compact_now=True)
+        # A pad adds no token to its row: compact, so that the row's tokens end at the last slot.
+        if real is not None and valid is not None:
+            moved = storage.drop(valid[:, :1], compact_now=True)
             if moved is not None:
                 weights = weights.gather(3, moved[:, :, None].expand(*weights.shape[:3], -1))
         if not state.is_static:
             state.count(self, number, None if real is None else real.tolist())
         if isinstance(record, WindowSums):
             if not state.is_static:
-                record.grow(max(map(state.waiting, range(len(state.lengths)))))
+                record.grow(max(map(state.pending, range(len(state.lengths)))))
             record.observe(self, storage, weights, real)
         else:
             assert record is not None
             record.observe(state, weights, real)
         if not state.is_static:
-            record.thin_out(self, state, storage)
+            record.evict_windows(self, state, storage)
         return out
 
     def make_static(self, state: PyramidState, storage: LayerStorage, steps: int) -> None:
         if not isinstance(state.record, WindowSums):
             super().make_static(state, storage, steps)
             return
-        held = waiting = 0
+        slots = pending = 0
         for prompt, seen in zip(state.shared.prompts, state.seen, strict=True):
-            most = self.most_during(prompt, seen - prompt, steps, state.num_layers)
-            held = max(held, most.lengths[state.layer_idx])
-            waiting = max(waiting, most.pending[state.layer_idx])
-        storage.make_static_within(held, 0)
-        state.record.make_room(waiting)
+            peak = self.max_progress(prompt, seen - prompt, steps, state.num_layers)
+            slots = max(slots, peak.lengths[state.layer_idx])
+            pending = max(pending, peak.pending[state.layer_idx])
+        storage.make_static_within(slots, 0)
+        state.record.ensure_columns(pending)
         state.is_static = True
 
     def static_state(self, state: PyramidState) -> list[torch.Tensor]:
         record = state.record
-        return [record.waiting, *record.tensors()] if isinstance(record, WindowSums) else []
+        return [record.pending, *record.tensors()] if isinstance(record, WindowSums) else []
 
     def between_steps(self, state: PyramidState, storage: LayerStorage) -> None:
         if state.record is not None:
             state.count(self, 0)
-            state.record.thin_out(self, state, storage)
-
-    # bytes -------------------------------------------------------------------------------------------------------
+            state.record.evict_windows(self, state, storage)
 
     def state_tensors(self, state: Any) -> list[torch.Tensor]:
         return [] if state.record is None else state.record.tensors()

@@ -1,7 +1,7 @@
-"""Attention that later tokens have paid to generated ones, which decides what stays of a window.
+"""Records of the attention that later tokens pay to generated ones, by which windows are reduced.
 
-Legend: B rows of a batch, R rows that are thinned out, H stored heads, g query heads a stored head, S slots, W columns
-of sums, P held queries.
+Legend: B batch rows, R rows with an eviction, H stored heads, g query heads per stored head, S slots, W columns of
+sums, P stored queries, T prompt tokens of the layer.
 """
 
 from __future__ import annotations
@@ -14,122 +14,123 @@ import torch
 import torch.nn.functional as F
 
 from ...storage.base import LayerStorage
+from ..eviction_state import slots_in_use
 from ..ranking import keep_mask
 
 if TYPE_CHECKING:
     from .lengths import PyramidLengths
     from .state import PyramidState
 
-ROOM = 256
-"""Columns added at once to the sums over generated tokens."""
+GROWTH_COLUMNS = 256
+"""Extra columns per reallocation of the sums over generated tokens."""
 
 
 @dataclass
 class WindowSums:
-    """For each generated token that waits: the sum of the attention that tokens after its window paid to it.
+    """Sums of the attention that each pending token has received from the tokens after its window.
 
-    Generated tokens are windows of ``gen_window``, one after another, so it is known beforehand after which token the
-    queries that count begin. Their weights rise evenly; so two sums are enough, one of them weighted by the query's
-    number, where the published code keeps a row of attention for each query.
+    Generated tokens form consecutive windows of ``gen_window``, so the first query that scores a window is known in
+    advance. Query weights increase linearly, so a plain sum and a sum weighted by query index suffice, where the
+    published code stores a row of attention per query.
 
     Attributes:
-        waiting: [B] int64, generated tokens that wait; on the device, so that a captured step can count.
-        plain, by_number: [B, W] float32; column i is that of the i-th token that waits, zero where there is none.
+        pending: [B] int64, number of pending tokens; on the device, so that a captured step can count.
+        plain, by_index: [B, W] float32, the two sums; column i is for the i-th pending token, zero if there is none.
     """
 
-    waiting: torch.Tensor
+    pending: torch.Tensor
     plain: torch.Tensor
-    by_number: torch.Tensor
+    by_index: torch.Tensor
 
     @staticmethod
     def empty(batch: int, device: torch.device) -> WindowSums:
-        """Sums of no tokens yet."""
-        plain, by_number = (torch.zeros(batch, 0, device=device) for _ in range(2))
-        return WindowSums(torch.zeros(batch, dtype=torch.int64, device=device), plain, by_number)
+        """Return sums without columns."""
+        plain, by_index = (torch.zeros(batch, 0, device=device) for _ in range(2))
+        return WindowSums(torch.zeros(batch, dtype=torch.int64, device=device), plain, by_index)
 
-    def make_room(self, columns: int) -> None:
-        """Have ``columns`` columns at least."""
+    def ensure_columns(self, columns: int) -> None:
+        """Reallocate with ``columns`` columns if there are fewer."""
         missing = columns - self.plain.shape[1]
         if missing > 0:
-            self.plain, self.by_number = (F.pad(x, (0, missing)) for x in (self.plain, self.by_number))
+            self.plain, self.by_index = (F.pad(x, (0, missing)) for x in (self.plain, self.by_index))
 
     def grow(self, columns: int) -> None:
-        """The same, with room for tokens to come where there is none."""
+        """Reallocate with GROWTH_COLUMNS extra columns if there are fewer than ``columns``."""
         if columns > self.plain.shape[1]:
-            self.make_room(columns + ROOM)
+            self.ensure_columns(columns + GROWTH_COLUMNS)
 
     def observe(
         self, rule: PyramidLengths, storage: LayerStorage, weights: torch.Tensor, real: torch.Tensor | None
     ) -> None:
-        """Add a step's attention, in place; there must be room for one more token.
+        """Add a step's attention in place; there must be a column for the new token.
 
         Args:
             rule: Settings.
             storage: Storage of the layer; the last token of each row is in its last slot.
             weights: [B, H, g, S].
-            real: [B] bool, False where the token is a pad, which adds nothing; None: all real.
+            real: [B] bool, False for a pad, which adds nothing; None: no pads.
         """
         window = rule.gen_window
-        self.waiting += 1 if real is None else real
+        self.pending += 1 if real is None else real
         column = torch.arange(self.plain.shape[1], device=weights.device)  # [W]
-        # Number of this query among those that count for a window; negative: the window was not complete before it.
-        number = self.waiting[:, None] - 1 - window - column // window * window  # [B, W]
-        counts = number >= 0 if real is None else (number >= 0) & real[:, None]
-        slot = (storage.end - self.waiting[:, None] + column).clamp(max=weights.shape[3] - 1)  # [B, W]
+        # Index of this query among those that score the column's window; negative if the window was not yet complete.
+        index = self.pending[:, None] - 1 - window - column // window * window  # [B, W]
+        counts = index >= 0 if real is None else (index >= 0) & real[:, None]  # [B, W]
+        slot = (storage.end - self.pending[:, None] + column).clamp(max=weights.shape[3] - 1)  # [B, W]
         paid = weights.gather(3, slot[:, None, None].expand(*weights.shape[:3], -1)).mean(dim=(1, 2))  # [B, W]
         paid = paid.masked_fill(~counts, 0.0)
         self.plain += paid
-        self.by_number += paid * number
+        self.by_index += paid * index
 
-    def thin_out(self, rule: PyramidLengths, state: PyramidState, storage: LayerStorage) -> None:
-        """Thin out a window of each row where it is time, in place; the host's counts say where."""
-        window, stay = rule.gen_window, rule.stay_of_window(state.layer_idx, state.num_layers)
-        due = [row for row in range(len(state.lengths)) if state.window_to_thin(rule, row)[1]]
+    def evict_windows(self, rule: PyramidLengths, state: PyramidState, storage: LayerStorage) -> None:
+        """Evict the lowest-scored tokens of the first window of each row that is due, by the counts on the host."""
+        window, keep_count = rule.gen_window, rule.window_keep_count(state.layer_idx, state.num_layers)
+        due = [row for row in range(len(state.lengths)) if state.window_to_evict(rule, row)[1]]
         if not due:
             return
-        rows = torch.tensor(due, device=self.waiting.device)
-        if stay < window:
-            span = [max(1, state.waiting(row) - window - 1) for row in due]
+        rows = torch.tensor(due, device=self.pending.device)
+        if keep_count < window:
+            span = [max(1, state.pending(row) - window - 1) for row in due]
             slope = (rule.distance_weight - 1) / torch.tensor(span, device=rows.device)[:, None]
-            score = self.plain[rows, :window] + slope * self.by_number[rows, :window]  # [R, window]
-            staying = held_slots(storage)
-            slot = storage.end - self.waiting[rows, None] + torch.arange(window, device=rows.device)  # [R, window]
-            staying[rows, 0] = staying[rows, 0].scatter(1, slot, keep_mask(score, stay))
-            storage.drop(staying, compact_now=True)
-        for sums in (self.plain, self.by_number):
+            score = self.plain[rows, :window] + slope * self.by_index[rows, :window]  # [R, window]
+            keep = slots_in_use(storage, 1)[:, :1].clone()  # [B, 1, S]
+            slot = storage.end - self.pending[rows, None] + torch.arange(window, device=rows.device)  # [R, window]
+            keep[rows, 0] = keep[rows, 0].scatter(1, slot, keep_mask(score, keep_count))
+            storage.drop(keep, compact_now=True)
+        for sums in (self.plain, self.by_index):
             sums[rows] = F.pad(sums[rows, window:], (0, window))
-        self.waiting[rows] -= window
+        self.pending[rows] -= window
         for row in due:
-            state.lengths[row] -= window - stay
-            state.settled[row] += stay
+            state.lengths[row] -= window - keep_count
+            state.finalized[row] += keep_count
 
     def logical_bytes(self, state: PyramidState) -> int:
-        """Bytes of the entries in use."""
-        return 8 * sum(state.waiting(row) for row in range(len(state.lengths)))
+        """Return the bytes of the entries in use."""
+        return 8 * sum(state.pending(row) for row in range(len(state.lengths)))
 
     def tensors(self) -> list[torch.Tensor]:
-        """Tensors that hold the record."""
-        return [self.plain, self.by_number]
+        """Return the tensors of the record."""
+        return [self.plain, self.by_index]
 
 
 @dataclass
 class AttentionRows:
-    """As published: the attention of the last 1 + R queries to everything held.
+    """Attention of the last queries to all stored tokens, as in the published code.
 
     Attributes:
-        rows: [B, P, S] float32, the newest query last, the newest token last.
+        rows: [B, P, S] float32, queries and tokens in the order of the text, padded at the front.
     """
 
     rows: torch.Tensor
 
     @staticmethod
     def of_prompt(attention: Mapping[int, torch.Tensor], prompts: Sequence[int], slots: int) -> AttentionRows:
-        """From the attention of a prompt.
+        """Return the record after the prefill.
 
         Args:
-            attention: [R, P, T] of the rows of each prompt length.
-            prompts: Prompt length of each row of the batch.
-            slots: S.
+            attention: Prompt length -> [R, P, T], attention of the rows of this length.
+            prompts: Prompt length of each batch row.
+            slots: S, number of slots.
         """
         queries = max(x.shape[1] for x in attention.values())
         first = next(iter(attention.values()))
@@ -140,55 +141,47 @@ class AttentionRows:
         return AttentionRows(out)
 
     def observe(self, state: PyramidState, weights: torch.Tensor, real: torch.Tensor | None) -> None:
-        """Add a step's attention [B, H, g, S]; where ``real`` [B] is False nothing is added."""
-        attention = weights.mean(dim=(1, 2))
+        """Add a step's attention [B, H, g, S], except in rows where ``real`` [B] is False (None: no pads)."""
+        attention = weights.mean(dim=(1, 2))  # [B, S]
         if real is not None:
             attention = attention * real[:, None]
         slots, queries = attention.shape[1], 1 + max(state.recent)
-        longer = slots - self.rows.shape[2]
-        new = torch.cat([F.pad(self.rows, (longer - 1, 1)), attention[:, None]], dim=1)
+        added = slots - self.rows.shape[2]
+        new = torch.cat([F.pad(self.rows, (added - 1, 1)), attention[:, None]], dim=1)  # [B, P + 1, S]
         if real is not None:
-            still = F.pad(self.rows, (longer, 0, 1, 0))
-            new = torch.where(real[:, None, None], new, still)
-        self.rows = new[:, max(0, new.shape[1] - queries) :].clone()  # a view would keep all of it
+            unchanged = F.pad(self.rows, (added, 0, 1, 0))
+            new = torch.where(real[:, None, None], new, unchanged)
+        self.rows = new[:, max(0, new.shape[1] - queries) :].clone()  # a view would keep the whole tensor in memory
 
-    def thin_out(self, rule: PyramidLengths, state: PyramidState, storage: LayerStorage) -> None:
-        """Thin out the tokens before the recent ones of each row where it is time."""
-        stay = rule.stay_of_window(state.layer_idx, state.num_layers)
-        staying, slots = None, self.rows.shape[2]
+    def evict_windows(self, rule: PyramidLengths, state: PyramidState, storage: LayerStorage) -> None:
+        """Evict the lowest-scored tokens of the window before the recent tokens, for each row that is due."""
+        max_keep = rule.window_keep_count(state.layer_idx, state.num_layers)
+        keep, slots = None, self.rows.shape[2]
         for row, length in enumerate(state.lengths):
-            first, number = state.window_to_thin(rule, row)
-            if not number:
+            first, size = state.window_to_evict(rule, row)
+            if not size:
                 continue
-            left = min(stay, number)
-            if left < number:
-                staying = held_slots(storage) if staying is None else staying
-                at = slots - length + first
-                staying[row, 0, at : at + number] = keep_mask(self._score(rule, state, row, at, number), left)
-                state.lengths[row] -= number - left
-            state.settled[row] = state.lengths[row] - state.recent[row]
-        moved = None if staying is None else storage.drop(staying, compact_now=True)
+            keep_count = min(max_keep, size)
+            if keep_count < size:
+                keep = slots_in_use(storage, 1)[:, :1].clone() if keep is None else keep  # [B, 1, S]
+                window = slice(slots - length + first, slots - length + first + size)
+                keep[row, 0, window] = keep_mask(self._score(rule, state, row, window), keep_count)
+                state.lengths[row] -= size - keep_count
+            state.finalized[row] = state.lengths[row] - state.recent[row]
+        moved = None if keep is None else storage.drop(keep, compact_now=True)
         if moved is not None:
             self.rows = self.rows.gather(2, moved.expand(-1, self.rows.shape[1], -1))
 
-    def _score(self, rule: PyramidLengths, state: PyramidState, row: int, at: int, number: int) -> torch.Tensor:
-        """Scores [number] of the tokens of a row from slot ``at`` on."""
-        last = self.rows[row, max(0, self.rows.shape[1] - 1 - state.recent[row]) :, at : at + number]
-        weights = torch.linspace(1.0, rule.distance_weight, last.shape[0], device=last.device)
-        return weights @ last
+    def _score(self, rule: PyramidLengths, state: PyramidState, row: int, window: slice) -> torch.Tensor:
+        """Return the scores [size] of the slots of a window of one row."""
+        attention = self.rows[row, max(0, self.rows.shape[1] - 1 - state.recent[row]) :, window]  # [queries, size]
+        weights = torch.linspace(1.0, rule.distance_weight, attention.shape[0], device=attention.device)
+        return weights @ attention
 
     def logical_bytes(self, state: PyramidState) -> int:
-        """Bytes of the entries in use."""
+        """Return the bytes of the entries in use."""
         return self.rows.nbytes
 
     def tensors(self) -> list[torch.Tensor]:
-        """Tensors that hold the record."""
+        """Return the tensors of the record."""
         return [self.rows]
-
-
-def held_slots(storage: LayerStorage) -> torch.Tensor:
-    """Which slots hold a token, all heads alike: [B, 1, S] bool, a copy."""
-    keys, _, held = storage.read()
-    if held is None:
-        return torch.ones(keys.shape[0], 1, keys.shape[2], dtype=torch.bool, device=keys.device)
-    return held[:, :1].clone()

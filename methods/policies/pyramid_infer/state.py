@@ -1,4 +1,7 @@
-"""State of PyramidInfer's layers: one for each layer, and what they share."""
+"""State of PyramidInfer: per layer, and shared by the layers of a cache.
+
+Legend: R rows of one prompt length, K forwarded tokens, P recent queries, T prompt tokens of the layer.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class SharedState:
-    """What the layers of one cache share.
+    """State that the layers of one cache share.
 
     Attributes:
-        prompts: Prompt tokens of each row.
-        recent: R of each row, for every token of the step under way.
+        prompts: Number of prompt tokens of each row.
+        recent: Number of recent tokens besides the last, for each token of the current step and each row.
     """
 
     prompts: list[int] = field(default_factory=list)
@@ -28,22 +31,21 @@ class SharedState:
 
 @dataclass
 class PyramidState:
-    """One layer and batch.
+    """State of one layer for one batch.
 
     Attributes:
         layer_idx: Index of the layer.
         num_layers: Number of layers.
         shared: State that all layers share.
-        chosen: int64 [R, K] for each group of rows: tokens of this layer that go on; None: all.
-        rows: With ``trigger=published``, [R, 1 + R, T] attention of the recent queries of the rows of each prompt
-            length, until the prompt is in.
-        lengths: Tokens held, of each row.
-        settled: How many of them need no more thinning, of each row.
-        limit: Tokens below which nothing leaves, of each row: a budget that holds the whole prompt.
-        seen: Tokens fed, of each row.
-        recent: R of each row at the step under way, from the first layer's length.
-        record: What is remembered of later tokens' attention.
-        is_static: The layer's tensors have their final shapes, and steps change them in place.
+        chosen: Per group of rows int64 [R, K], tokens of this layer that are forwarded to the next; None: all.
+        rows: With ``trigger=published`` in the prefill: prompt length -> attention [R, P, T] of the recent queries.
+        lengths: Number of stored tokens of each row.
+        finalized: Number of stored tokens of each row that are exempt from further eviction.
+        limit: Length of each row up to which no token is evicted.
+        seen: Number of tokens seen of each row.
+        recent: Number of recent tokens of each row in the current step, computed from the first layer's length.
+        record: Attention that later tokens have paid to the stored ones.
+        is_static: Tensors have their final shapes and are changed in place.
     """
 
     layer_idx: int
@@ -52,34 +54,34 @@ class PyramidState:
     chosen: list[torch.Tensor | None] = field(default_factory=list)
     rows: dict[int, torch.Tensor] = field(default_factory=dict)
     lengths: list[int] = field(default_factory=list)
-    settled: list[int] = field(default_factory=list)
+    finalized: list[int] = field(default_factory=list)
     limit: list[int] = field(default_factory=list)
     seen: list[int] = field(default_factory=list)
     recent: list[int] = field(default_factory=list)
     record: WindowSums | AttentionRows | None = None
     is_static: bool = False
 
-    def waiting(self, row: int) -> int:
-        """Generated tokens of a row that wait to be thinned out."""
-        return self.lengths[row] - self.settled[row]
+    def pending(self, row: int) -> int:
+        """Return the number of generated tokens of a row that may still be evicted."""
+        return self.lengths[row] - self.finalized[row]
 
-    def window_to_thin(self, rule: PyramidLengths, row: int) -> tuple[int, int]:
-        """See :meth:`.lengths.PyramidLengths.window_to_thin`."""
-        counts = (self.lengths, self.settled, self.seen, self.recent, self.limit)
-        return rule.window_to_thin(*(count[row] for count in counts))
+    def window_to_evict(self, rule: PyramidLengths, row: int) -> tuple[int, int]:
+        """See :meth:`.lengths.PyramidLengths.window_to_evict`."""
+        counts = (self.lengths, self.finalized, self.seen, self.recent, self.limit)
+        return rule.window_to_evict(*(count[row] for count in counts))
 
     def count(self, rule: PyramidLengths, number: int, real: list[bool] | None = None) -> None:
-        """Count a token of each row on the host, the first layer before the others.
+        """Count one new token per row on the host; must be called for the first layer before the others.
 
         Args:
             rule: Settings.
-            number: Number of the token in the step under way.
-            real: False where the token of a row is a pad; None: all real.
+            number: Index of the token in the current step.
+            real: False for rows whose token is a pad; None: no pads.
         """
         for row in range(len(self.lengths)):
-            more = 1 if real is None else int(real[row])
-            self.lengths[row] += more
-            self.seen[row] += more
+            added = 1 if real is None else int(real[row])
+            self.lengths[row] += added
+            self.seen[row] += added
         if self.layer_idx == 0:
             self.shared.recent[number:] = [[rule.recent(n) for n in self.lengths]]
         self.recent = self.shared.recent[number]
