@@ -1,7 +1,7 @@
-"""Identity of a run's parts: the names and values that the hash of its record comes from.
+"""Identity of a run's parts: the names and values from which the hash of its record is computed.
 
-A part (selection, storage, sharing, task, model) is recorded under its ``id`` and the keys of its parameters. Both stay
-the same when a Python class or field is renamed, so that records and their hashes stay valid.
+A part (selection, storage, sharing, task, model) is recorded under its ``id`` and the keys of its parameters. Neither
+changes when a Python class or field is renamed, so records and their hashes remain valid.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from .options import Options
 
 
 class HasIdentity(Options):
-    """A dataclass that is a part of a run."""
+    """A dataclass for one part of a run."""
 
     id: ClassVar[str]
-    """Name of the part in records. Declared by each class; one that declares none is recorded by its class name."""
+    """Name of the part in records, declared by each class; default: the class name."""
     version: ClassVar[int] = 1
-    """Raised by a change that changes numbers; above 1 it is part of the identity."""
+    """Incremented when a code change affects results; part of the identity if above 1."""
     recorded_as: ClassVar[Mapping[str, str]] = {}
-    """Field -> its key in records, for fields that were renamed since."""
+    """Field -> its key in records, for renamed fields."""
     omitted_at: ClassVar[Mapping[str, Any]] = {}
-    """Field -> the value at which it is left out, for fields that are newer than the first records."""
+    """Field -> the value at which it is not recorded, for fields added after the first records."""
     location_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields that say where data lies on this machine; they are never recorded."""
+    """Fields that locate data on this machine; never recorded."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -36,7 +36,7 @@ class HasIdentity(Options):
             cls.id = cls.__name__
 
     def __post_init__(self) -> None:
-        """Check the fields; a path becomes text."""
+        """Convert paths to text, then check the fields."""
         for name in self.location_fields:
             if isinstance(value := getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(value))
@@ -59,13 +59,13 @@ class HasIdentity(Options):
         }
 
     def identity(self) -> dict[str, Any]:
-        """What decides this part's numbers, as plain data; ``class`` is the key under which records have the ``id``."""
+        """Return all that affects the part's results, as plain data; records store the ``id`` under ``class``."""
         version = {"version": self.version} if self.version > 1 else {}
         return {"class": self.id, **self.parameters(), **version}
 
 
 def _plain(value: Any) -> Any:
-    """A field's value as recorded: a part by its identity, a tuple as a list."""
+    """Return a field's value as recorded: a part as its identity, a tuple as a list."""
     if isinstance(value, HasIdentity):
         return value.identity()
     return list(value) if isinstance(value, tuple) else value

@@ -1,8 +1,8 @@
 """Options: dataclass fields whose annotations declare the allowed values, and the function that checks them.
 
 ``window: PositiveInt = 32`` in a scorer makes ``SnapKV(window=0)`` raise ``InputError: method.scorer.window=0: must be
-a whole number >= 1``. A bool is no number, 2.0 is no whole number, and a whole number is a number. Fields of other
-types (parts, tensors) are not checked.
+a whole number >= 1``. An int is also a number; a bool is not, and 2.0 is not a whole number. Fields of other types
+(parts, tensors) are not checked.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or f
 
 
 class Constraint(ABC):
-    """Metadata of ``typing.Annotated``: what the values of a type must meet."""
+    """Metadata of ``typing.Annotated``: a condition on the values of a type."""
 
     @abstractmethod
     def holds(self, value: Any) -> bool:
-        """Whether a value of the type is allowed."""
+        """Return whether a value of the type is allowed."""
 
     @abstractmethod
     def words(self, kind: str) -> str:
-        """The allowed values for a message; ``kind`` is the type in words."""
+        """Return the allowed values in words, for a message; ``kind`` is the type in words."""
 
 
 @dataclass(frozen=True)
 class Bounds(Constraint):
-    """Bounds of a number; ``gt`` and ``lt`` are not among the allowed values."""
+    """Bounds of a number: ``ge`` and ``le`` are inclusive, ``gt`` and ``lt`` exclusive."""
 
     ge: float = -math.inf
     le: float = math.inf
@@ -56,7 +56,7 @@ class Bounds(Constraint):
 
 @dataclass(frozen=True, eq=False)
 class OneOf(Constraint):
-    """Choices that a ``Literal`` cannot list, such as the keys of a mapping."""
+    """Allowed values that a ``Literal`` cannot list, such as the keys of a mapping."""
 
     options: Iterable[Any]
 
@@ -69,7 +69,7 @@ class OneOf(Constraint):
 
 @dataclass(frozen=True)
 class Wording(Constraint):
-    """Better words for the allowed values; with ``pattern``, of texts that it matches as a whole."""
+    """Description of the allowed values, for a message; with ``pattern``, a text must match it as a whole."""
 
     text: str
     pattern: str = ""
@@ -83,7 +83,7 @@ class Wording(Constraint):
 
 @dataclass(frozen=True)
 class Entries(Constraint):
-    """A list of at least one entry; where they ``differ``, none of them twice."""
+    """A list of at least one entry; without duplicates if ``differ``."""
 
     differ: bool = False
 
@@ -103,12 +103,12 @@ Text = Annotated[str, Wording("text that is not blank", r".*\S.*")]
 
 
 class Options:
-    """A dataclass whose fields are keys of the configuration, checked when it is made."""
+    """A dataclass whose fields are keys of the configuration, checked at construction."""
 
     key_prefix: ClassVar[str] = ""
-    """What stands before the name of a field in its key (``method.scorer.``); declared by each family of parts."""
+    """Prefix of the fields' keys (``method.scorer.``); declared by each family of parts."""
     other_keys: ClassVar[Mapping[str, str]] = {}
-    """Field -> its key, where that is not the prefix and the name."""
+    """Field -> its key, if that is not the prefix and the field's name."""
 
     def __post_init__(self) -> None:
         """Raise InputError unless every field has an allowed value."""
@@ -118,17 +118,17 @@ class Options:
 
 @cache
 def field_types(cls: type, include_extras: bool = True) -> Mapping[str, Any]:
-    """The annotations of a dataclass's arguments, but for those with names that only a type checker can look up."""
-    found: dict[str, Any] = {}
+    """Return the resolved annotations of init fields; skips names that exist only under TYPE_CHECKING."""
+    types: dict[str, Any] = {}
     for field in fields(cls):
         owner = next(base for base in cls.__mro__ if field.name in inspect.get_annotations(base))
         annotation = SimpleNamespace(__annotations__={field.name: inspect.get_annotations(owner)[field.name]})
         try:
             if field.init:
-                found |= get_type_hints(annotation, vars(sys.modules[owner.__module__]), None, include_extras)
+                types |= get_type_hints(annotation, vars(sys.modules[owner.__module__]), None, include_extras)
         except NameError:
             continue
-    return found
+    return types
 
 
 def check(value: Any, key: str, hint: Any) -> None:
@@ -137,7 +137,7 @@ def check(value: Any, key: str, hint: Any) -> None:
         return
     options = _options(hint)
     unknown = [entry for entry in value if entry not in options] if is_list(value) and options else []
-    if unknown:  # in a list of choices, where the message names the one that is wrong
+    if unknown:  # in a list of choices the message names the first one that is not allowed
         value, hint = unknown[0], Annotated[Any, OneOf(options)]
     problem = f"must be {in_words(hint)}{near(value, map(str, options)) if isinstance(value, str) else ''}"
     if isinstance(value, int | float) and fits(as_typed(value), hint):
@@ -146,7 +146,7 @@ def check(value: Any, key: str, hint: Any) -> None:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value fits an annotation and what it declares; True for a type that is no option's."""
+    """Return whether a value fits an annotation and its constraints; True for types that are not checked."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return fits(value, args[0]) and all(c.holds(value) for c in args[1:])
@@ -165,12 +165,12 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def in_words(hint: Any) -> str:
-    """The values that an annotation allows: ``a whole number >= 1, or null``."""
+    """Return the values that an annotation allows, in words: ``a whole number >= 1, or null``."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return reduce(lambda words, constraint: constraint.words(words), args[1:], in_words(args[0]))
     if origin in (Union, UnionType):
-        return ", or ".join(in_words(arg) for arg in args if not (arg is int and float in args))  # which is a number
+        return ", or ".join(in_words(arg) for arg in args if not (arg is int and float in args))  # float includes int
     if origin is Literal:
         return OneOf(args).words("")
     if isinstance(origin, type) and issubclass(origin, Mapping):
@@ -181,7 +181,7 @@ def in_words(hint: Any) -> str:
 
 
 def _options(hint: Any) -> Sequence[Any]:
-    """The choices among the values that an annotation allows."""
+    """Return the values that an annotation lists."""
     if isinstance(hint, OneOf):
         return list(hint.options)
     if get_origin(hint) is Literal:

@@ -31,10 +31,10 @@ class DecodeStep(ABC):
         return self.forward(token)
 
     def finish(self) -> None:
-        """Called after the last step, outside of what is timed.
+        """Check the cache after the last step, outside the timed region.
 
         Raises:
-            InputError: a step over tensors of fixed shape could not hold a token, so what it gave is wrong.
+            InputError: A static step ran out of slots, so its logits are wrong.
         """
         self.cache.end_steps()
 
