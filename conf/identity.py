@@ -6,14 +6,11 @@ changes when a Python class or field is renamed, so records and their hashes rem
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
 from typing import Any, ClassVar
 
-from .errors import InputError
-from .options import Options
+from .options import Options, argument_names
 
 
 class HasIdentity(Options):
@@ -44,13 +41,7 @@ class HasIdentity(Options):
 
     def parameters(self) -> dict[str, Any]:
         """The fields that are arguments, as plain data, by their keys in records."""
-        cls, names = type(self), list[str]()
-        options = [n for n, hint in inspect.get_annotations(cls).items() if "ClassVar" not in str(hint)]
-        if options and "__dataclass_fields__" not in vars(cls):
-            problem = f"declares {', '.join(options)}: write @dataclass(frozen=True) above the class"
-            raise InputError(self.key_prefix.rstrip("."), cls.__name__, problem)
-        if is_dataclass(self):  # a part without options need not be one
-            names = [f.name for f in fields(self) if f.init and f.name not in self.location_fields]
+        names = [name for name in argument_names(self) if name not in self.location_fields]
         missing = object()
         return {
             self.recorded_as.get(name, name): _plain(value)

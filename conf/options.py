@@ -13,7 +13,7 @@ import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, reduce
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
@@ -114,6 +114,20 @@ class Options:
         """Raise InputError unless every field has an allowed value."""
         for name, hint in field_types(type(self)).items():  # type: ignore[arg-type]  # mypy: a class is not Hashable
             check(getattr(self, name), self.other_keys.get(name, self.key_prefix + name), hint)
+
+
+def argument_names(part: Options) -> list[str]:
+    """Return the names of a part's arguments; a part without options need not be a dataclass.
+
+    Raises:
+        InputError: The class declares options and is no dataclass.
+    """
+    cls = type(part)
+    options = [name for name, hint in inspect.get_annotations(cls).items() if "ClassVar" not in str(hint)]
+    if options and "__dataclass_fields__" not in vars(cls):
+        problem = f"declares {', '.join(options)}: write @dataclass(frozen=True) above the class"
+        raise InputError(part.key_prefix.rstrip("."), cls.__name__, problem)
+    return [field.name for field in fields(part) if field.init] if is_dataclass(part) else []
 
 
 @cache

@@ -273,8 +273,8 @@ for text in sys.argv[1:]:
 
 FEW = "snapkv budget=64"
 ALIKE = ("expected_attention", "h2o", "key_diff", "key_norm", "pyramidkv", "random", "tova")
-ALIKE += ("minicache_kivi4", "snapkv_kivi4", "lagkv", "finch", "chunkkv")
-"""They hold and read as ``snapkv``, ``streaming_llm``, ``kivi`` and ``minicache`` do."""
+ALIKE += ("minicache_kivi4", "snapkv_kivi4", "lagkv", "finch", "chunkkv", "hf_quantized")
+"""They hold and read as ``snapkv``, ``streaming_llm``, ``kivi`` and ``minicache`` do; the last one takes a minute."""
 
 
 @cache

@@ -67,6 +67,10 @@ def rebuilt(kind: type[HasIdentity], recorded: dict[str, Any]) -> HasIdentity:
     """The part of a recorded identity; what the record lacks has its default. A scorer's is its policy's."""
     names = {key: name for name, key in kind.recorded_as.items()}
     values = {names.get(k, k): v for k, v in recorded.items() if k not in ("class", "version", "ties")}
+    for name in ("allocator", "schedule"):
+        if name in values:
+            (part,) = (part for part in targets().values() if part.id == values[name]["class"])
+            values[name] = rebuilt(part, values[name])
     if not issubclass(kind, Scorer):
         return kind(**values)
     own = {f.name for f in fields(kind)}

@@ -373,5 +373,5 @@ def test_policies_that_span_layers_are_refused_for_shared_layers(method, key):
 
 
 def test_a_stream_cannot_be_encoded_in_passes():
-    with pytest.raises(InputError, match="refer up"):
+    with pytest.raises(InputError, match="attend over the keys of a higher layer"):
         Method("streaming_llm", StreamingLLM(8)).new_cache(shared_model(LCKV(2)))
