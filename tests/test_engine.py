@@ -265,7 +265,10 @@ QUESTIONS = [
 
 
 @pytest.mark.real_model
-@pytest.mark.parametrize("blocked", [True, False], ids=["as it is run", "as it is loaded"])
+@pytest.mark.parametrize(
+    "blocked",
+    [pytest.param(True, id="as it is run"), pytest.param(False, id="as it is loaded", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize(("prompts", "tokens"), [(3, 16), pytest.param(20, 64, marks=pytest.mark.slow)])
 def test_full_is_transformers_generate_token_for_token_alone_and_padded(smollm2, blocked, prompts, tokens):
     """Greedy tokens of the real model, each prompt alone and all in one left-padded batch."""

@@ -338,6 +338,7 @@ def test_joblib(world, tmp_path, monkeypatch):
     assert_again_does_nothing_twice(world, tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 @needs_cluster_extra
 def test_submitit_on_this_machine(world, tmp_path, monkeypatch):
     """What a job prints goes to a file of its own, and why it failed to the terminal."""
