@@ -299,6 +299,7 @@ def test_full_is_transformers_generate_token_for_token_alone_and_padded(smollm2,
     assert found.tokens == expected
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_a_planted_number_survives_snapkv_and_not_a_window_without_it(smollm2):
     """Quality that can be lost: SnapKV at a fifth of the bytes answers, a stream whose window has passed it cannot."""

@@ -202,6 +202,7 @@ def test_evicted_tokens_do_not_affect_a_long_stream():
         assert bool((a - b).abs().max() > 1e-6) is felt
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 @torch.inference_mode()
 def test_a_real_model_needs_the_sinks(smollm2):
