@@ -33,10 +33,10 @@ from .config.settings import Settings
 from .engine.compiled import MAX_ROWS
 from .measure.energy import EnergyMeter
 from .measure.energy_pass import energy_pass
-from .measure.fresh import NO_PROGRESS_BARS, Killed, in_fresh_process
+from .measure.fresh import Killed, in_forked_process
 from .measure.job import Job
 from .measure.lock import measurement_lock
-from .measure.memory import is_out_of_memory, malloc_trim_env
+from .measure.memory import in_memory_process, is_out_of_memory
 from .measure.memory_pass import memory_pass
 from .measure.time_pass import spread, time_pass
 from .records import provenance
@@ -202,12 +202,12 @@ class EfficiencyRunner(PairedRunner):
 
 def _passes(job: Job) -> dict[str, Any]:
     """Time, memory and energy of a workload, and the times relative to their lower bound."""
-    times = in_fresh_process(time_pass, job, NO_PROGRESS_BARS)
-    memory = in_fresh_process(memory_pass, job, NO_PROGRESS_BARS | (malloc_trim_env() if job.device == "cpu" else {}))
+    times = in_forked_process(time_pass, job)
+    memory = in_memory_process(memory_pass, job, job.device)
     # No process if it is known that there is no counter; only CUDA's counter needs the device.
     problem = EnergyMeter(job.device).problem if job.device == "cpu" else None
     try:
-        energy = {"energy": {"problem": problem}} if problem else in_fresh_process(energy_pass, job, NO_PROGRESS_BARS)
+        energy = {"energy": {"problem": problem}} if problem else in_forked_process(energy_pass, job)
     except Exception as error:  # time and memory have been measured
         if not _is_memory_failure(error):
             raise

@@ -19,14 +19,14 @@ import torch
 from ..conf.errors import InputError
 from ..models.pretrained import devices_of
 from ..tasks.workload import Search
-from .measure.fresh import NO_PROGRESS_BARS, Killed, in_fresh_process
+from .measure.fresh import Killed
 from .measure.job import Batch, Job, LoadedJob, load
 from .measure.memory import (
     MemoryMeter,
     available_memory,
     data_bytes,
+    in_memory_process,
     is_out_of_memory,
-    malloc_trim_env,
     release_memory,
 )
 from .measure.memory_pass import memory_of, warm_up
@@ -54,13 +54,12 @@ class SearchJob:
 
 def search(todo: SearchJob) -> dict[str, Any]:
     """The field ``search`` of a record: the result and every size that was tried."""
-    environment = NO_PROGRESS_BARS | (malloc_trim_env() if todo.job.device == "cpu" else {})
     known = outcomes(todo.log).values()
     todo.log.parent.mkdir(parents=True, exist_ok=True)
     todo.log.write_text("".join(json.dumps(line) + "\n" for line in known))
     while True:
         try:
-            return in_fresh_process(search_pass, todo, environment)
+            return in_memory_process(search_pass, todo, todo.job.device)
         except Killed:
             began = next((line.get("began") for line in reversed(_lines(todo.log))), None)
             if began is None:

@@ -62,8 +62,9 @@ def forked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     from kvbench.runners import efficiency, search
 
+    monkeypatch.setattr(efficiency, "in_forked_process", in_forked_process)
     for module in (efficiency, search):
-        monkeypatch.setattr(module, "in_fresh_process", in_forked_process)
+        monkeypatch.setattr(module, "in_memory_process", lambda call, job, _: in_forked_process(call, job))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where the lock for measuring lies
 
 

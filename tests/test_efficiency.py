@@ -217,7 +217,7 @@ def test_energy_is_that_of_one_workload_and_beside_it_the_idle_machine_s(tmp_pat
 
 def test_a_second_launch_measures_nothing(measured, monkeypatch):
     folder, _, _ = measured
-    monkeypatch.setattr(efficiency, "in_fresh_process", None)
+    monkeypatch.setattr(efficiency, "in_forked_process", None)
     command = ("method=snapkv", "method.budget=64", *SHAPE, "batch_size=2")
     done = kvbench("run", *command, *TINY, f"results_dir={folder}")
     assert done.returncode == 0, done.stderr
@@ -225,12 +225,12 @@ def test_a_second_launch_measures_nothing(measured, monkeypatch):
 
 
 def test_running_out_of_memory_is_a_result_and_the_next_method_runs(tmp_path, monkeypatch):
-    def measure(function, job, environment=None):
+    def measure(function, job):
         if job.method.name == "full":
             raise Killed("the measuring process was killed, as happens when the machine runs out of memory")
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nmore")
 
-    monkeypatch.setattr(efficiency, "in_fresh_process", measure)
+    monkeypatch.setattr(efficiency, "in_forked_process", measure)
     done = kvbench("run", "method=snapkv", "workload.prompt_tokens=300", *TINY, f"results_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     records = {r["method"]: r for r in map(json.loads, (p.read_text() for p in tmp_path.rglob("record.json")))}
@@ -240,10 +240,10 @@ def test_running_out_of_memory_is_a_result_and_the_next_method_runs(tmp_path, mo
 
 
 def test_any_other_error_is_not_hidden_as_out_of_memory(tmp_path, monkeypatch):
-    def broken(function, job, environment=None):
+    def broken(function, job):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(efficiency, "in_fresh_process", broken)
+    monkeypatch.setattr(efficiency, "in_forked_process", broken)
     with pytest.raises(ZeroDivisionError):
         kvbench("run", "method=snapkv", *TINY, f"results_dir={tmp_path}")
     assert not list(tmp_path.rglob("record.json"))
@@ -272,9 +272,19 @@ for text in sys.argv[1:]:
 
 
 FEW = "snapkv budget=64"
-ALIKE = ("expected_attention", "h2o", "key_diff", "key_norm", "pyramidkv", "random", "tova")
+ALIKE = (
+    "expected_attention",
+    "h2o",
+    "key_diff",
+    "key_norm",
+    "pyramid_infer",
+    "pyramidkv",
+    "random",
+    "streaming_llm",
+    "tova",
+)
 ALIKE += ("minicache_kivi4", "snapkv_kivi4", "lagkv", "finch", "chunkkv", "hf_quantized")
-"""They hold and read as ``snapkv``, ``streaming_llm``, ``kivi`` and ``minicache`` do; the last one takes a minute."""
+"""They hold and read as ``snapkv``, ``ada_kv``, ``kivi`` and ``minicache`` do, or take long."""
 
 
 @cache

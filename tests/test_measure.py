@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from kvbench.runners.measure import bandwidth, energy, memory
 from kvbench.runners.measure.bandwidth import copy_bandwidth, read_bandwidth
 from kvbench.runners.measure.clock import Stopwatch, now
 from kvbench.runners.measure.energy import EnergyMeter
-from kvbench.runners.measure.fresh import Killed, in_fresh_process
+from kvbench.runners.measure.fresh import Killed, in_forked_process, in_fresh_process
 from kvbench.runners.measure.memory import MemoryMeter, is_out_of_memory, malloc_trim_env
 from kvbench.runners.records import provenance
 
@@ -258,15 +259,75 @@ def test_a_fresh_process_is_another_one_with_its_own_environment():
     assert os.getenv("KVBENCH_TEST") is None
 
 
-def test_an_error_in_a_fresh_process_comes_back_as_it_was():
+def leave_traces(name: str) -> tuple[int, bool, int, bool, float]:
+    """Change what a later measurement could see; return what this process saw before: its id, state and memory."""
+    seen = os.getpid(), name in os.environ, torch.get_num_threads(), torch.cuda.is_initialized(), float(torch.rand(1))
+    os.environ[name] = "1"
+    torch.set_num_threads(7)
+    torch.manual_seed(5)
+    return seen
+
+
+SLOW = """
+import os, time
+from pathlib import Path
+
+def write_pid_and_sleep(path):
+    Path(path).write_text(str(os.getpid()))
+    time.sleep(60)
+"""
+
+
+def imported_of(modules: set[str]) -> set[str]:
+    return modules & sys.modules.keys()
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_forked_process_does_not_affect_the_next(monkeypatch):
+    """Each starts from the same state, with this process's environment of the moment."""
+    first, second = (in_forked_process(leave_traces, "KVBENCH_TRACE") for _ in range(2))
+    assert first[0] != second[0] != os.getpid()
+    assert first[1:] == second[1:] and not first[1] and not first[3]
+    monkeypatch.setenv("KVBENCH_TRACE", "1")
+    assert in_forked_process(leave_traces, "KVBENCH_TRACE")[1]
+
+
+def test_a_forked_process_has_imported_the_measuring_code():
+    modules = {"torch", "kvbench.runners.measure.time_pass", "transformers.models.llama.modeling_llama"}
+    assert in_forked_process(imported_of, modules) == modules
+
+
+def test_a_forked_process_ends_with_its_caller(tmp_path):
+    """A job that Slurm ends must not leave a measurement on the device."""
+    started = tmp_path / "started"
+    (tmp_path / "slow.py").write_text(SLOW)
+    text = "import slow; from kvbench.runners.measure import fresh; fresh.PRELOADED = ()"
+    text += f"; fresh.in_forked_process(slow.write_pid_and_sleep, {str(started)!r})"
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    caller = subprocess.Popen([sys.executable, "-c", text], env=os.environ | {"PYTHONPATH": path})
+    wait_until(lambda: started.exists() and started.read_text())
+    caller.kill()
+    caller.wait()
+    wait_until(lambda: not Path("/proc", started.read_text()).exists())
+
+
+@pytest.mark.parametrize("call", [in_fresh_process, in_forked_process])
+def test_an_error_in_a_measuring_process_comes_back_as_it_was(call):
     with pytest.raises(FileNotFoundError, match="no-such-file"):
-        in_fresh_process(os.stat, "no-such-file")
+        call(os.stat, "no-such-file")
     with pytest.raises(InputError, match=r"device=cuda:99: .*CUDA devices are visible"):
-        in_fresh_process(functools.partial(Settings, 0, 1), "cuda:99")  # the error of a key, with key and value
+        call(functools.partial(Settings, 0, 1), "cuda:99")  # the error of a key, with key and value
 
 
-def test_a_killed_process_is_told_from_a_broken_one():
+@pytest.mark.parametrize("call", [in_fresh_process, in_forked_process])
+def test_a_killed_process_is_told_from_a_broken_one(call):
     with pytest.raises(Killed):
-        in_fresh_process(signal.raise_signal, signal.SIGKILL)
+        call(signal.raise_signal, signal.SIGKILL)
     with pytest.raises(RuntimeError, match="status -15"):
-        in_fresh_process(signal.raise_signal, signal.SIGTERM)
+        call(signal.raise_signal, signal.SIGTERM)

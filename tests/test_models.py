@@ -905,7 +905,7 @@ def test_a_spread_model_runs_from_the_command_line(tmp_path, runner):
     spread = "{" + ",".join(f"{k}:{v}" for k, v in SPREAD.items()) + "}"
     how = {
         "accuracy": ["task.source=mini", "task.limit=1", "task.datasets=[trec]"],
-        "efficiency": ["workload.prompt_tokens=50", "workload.new_tokens=3"],
+        "efficiency": ["workload.prompt_tokens=50", "workload.new_tokens=3", "runner.repeats=1", "runner.warmups=1"],
     }
     arguments = [f"model.path={folder}", "model=local", "model.max_prompt_tokens=200", f"model.device_map={spread}"]
     rest = [f"runner={runner}", "method=snapkv", "device=cpu", f"results_dir={tmp_path / 'r'}"]

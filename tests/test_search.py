@@ -6,7 +6,6 @@ import json
 import os
 import signal
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -85,12 +84,9 @@ def test_the_search_survives_what_ends_a_process(tmp_path, kills):
     assert ("killed" in problems[12]) == kills and ("CUDA out of memory" in problems[16]) != kills
 
 
-def test_a_search_that_was_cut_off_goes_on_and_asks_again_what_it_was_asking(tmp_path, monkeypatch):
-    """Sizes that are known are not tried again; the one under way when the machine went away says nothing.
-
-    In a process that is started, not forked.
-    """
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+@pytest.mark.usefixtures("forked")
+def test_a_search_that_was_cut_off_goes_on_and_asks_again_what_it_was_asking(tmp_path):
+    """Sizes that are known are not tried again; the one under way when the machine went away says nothing."""
     log = tmp_path / "tried"
     known = {"value": 4, "fits": True, "peak_bytes": 1, "problem": None}
     log.write_text(json.dumps({"began": 4}) + "\n" + json.dumps(known) + "\n" + '{"began": 8}\n{"val')
@@ -104,6 +100,7 @@ def test_a_search_that_was_cut_off_goes_on_and_asks_again_what_it_was_asking(tmp
     assert "began" not in log.read_text().splitlines()[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forked")
 def test_the_largest_batch_is_what_the_bytes_say(tmp_path):
     """A limit on the whole process: what the cache of one sequence takes decides how many there are.

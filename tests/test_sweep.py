@@ -331,6 +331,7 @@ def test_one_after_another(world, tmp_path, monkeypatch):
     assert_again_does_nothing_twice(world, tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 @needs_cluster_extra
 def test_joblib(world, tmp_path, monkeypatch):
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]

@@ -478,6 +478,7 @@ def test_labels_are_weighed_alike_whatever_the_part_they_stand_in():
     assert all(torch.allclose(a, p.grad, atol=1e-6) for a, p in zip(ours, model.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     """On the CPU, started as on GPUs: the same loss at every step."""
     command = "runner=train method=cla task=recall model=scratch model.layers=2 runner.steps=4 runner.batch_tokens=256"

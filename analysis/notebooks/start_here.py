@@ -30,7 +30,7 @@ from kvbench.analysis.plots import figure, plots
 from kvbench.analysis.stats import paired_difference
 from kvbench.analysis.tables import markdown, tables
 
-RESULTS = Path("../../results/reference")
+RESULTS = Path("../../results/reference/pareto_quick")
 runs, problems = load(RESULTS)
 print(f"{len(runs)} runs, {len(problems)} records that cannot be read", *problems, sep="\n")
 

@@ -1,26 +1,53 @@
-"""Calls in a fresh Python process, so that earlier measurements do not affect this one."""
+"""Calls in a process of their own, so that earlier measurements do not affect this one.
+
+:func:`in_forked_process` is the usual one: its processes are forks of a server that has imported torch, transformers
+and the measuring code, has run nothing and has not touched CUDA, so that seconds of imports are paid once and not per
+method and pass. :func:`in_fresh_process` starts Python anew, for an environment that acts when a process starts.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TypeVar
+from types import ModuleType
+from typing import NoReturn, TypeVar
 
 from ..terminal import lasting_streams
 
 A = TypeVar("A")
 R = TypeVar("R")
+V = TypeVar("V")
 
 
 NO_PROGRESS_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 """Environment of a measuring process: each one loads the model, and a progress bar for each would hide other output."""
+
+CAN_FORK = sys.platform == "linux"
+"""Elsewhere the system's own libraries may not survive a fork without ``exec``."""
+
+SERVER_ENVIRONMENT = NO_PROGRESS_BARS | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+"""Environment of the fork server; with the second, asking whether there is a CUDA device does not initialize CUDA."""
+
+PRELOADED = (
+    "kvbench.runners.cli",
+    "kvbench.runners.accuracy",
+    "kvbench.runners.efficiency",
+    "kvbench.models.local",
+    "transformers.models.llama.modeling_llama",
+)
+"""Modules that the fork server imports."""
 
 
 class Killed(RuntimeError):
@@ -43,23 +70,85 @@ def in_fresh_process(function: Callable[[A], R], argument: A, environment: Mappi
         call, answer = Path(folder, "call"), Path(folder, "answer")
         call.write_bytes(pickle.dumps((function, argument)))
         command = [sys.executable, "-m", __name__, str(call), str(answer)]
-        status = subprocess.run(command, env={**os.environ, **(environment or {})}).returncode
-        if status == -signal.SIGKILL:
-            raise Killed("the measuring process was killed, as happens when the machine runs out of memory")
+        status = subprocess.run(command, env={**os.environ, **NO_PROGRESS_BARS, **(environment or {})}).returncode
         if not answer.exists():
-            raise RuntimeError(f"the measuring process ended with status {status} and no result")
+            _raise_for_status(status)
         failed, value = pickle.loads(answer.read_bytes())
     if failed:
         raise value
     return value
 
 
-def main(call: str, answer: str) -> None:
-    """Run the pickled call in the new process, and pickle its result or exception."""
-    function, argument = pickle.loads(Path(call).read_bytes())
+def in_forked_process(function: Callable[[A], R], argument: A) -> R:
+    """``function(argument)`` in a new process that has everything imported; see :func:`in_fresh_process`."""
+    if not CAN_FORK:
+        return in_fresh_process(function, argument)
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(list(PRELOADED))
+    with _temporarily(os.environ, SERVER_ENVIRONMENT):
+        forkserver.ensure_running()
+    receiver, sender = server.Pipe(duplex=False)
+    call = pickle.dumps((function, argument))
+    process = server.Process(target=_answer_call, args=(sender, call, {**os.environ, **SERVER_ENVIRONMENT}))
+    with _temporarily(sys.modules, {"__main__": ModuleType("__main__")}):  # else the child runs the caller's script
+        process.start()
+    sender.close()
+    try:
+        answer = receiver.recv_bytes()
+    except EOFError:
+        process.join()
+        _raise_for_status(process.exitcode)
+    process.join()
+    failed, value = pickle.loads(answer)
+    if failed:
+        raise value
+    return value
+
+
+@contextmanager
+def _temporarily(mapping: MutableMapping[str, V], values: Mapping[str, V]) -> Iterator[None]:
+    """Set values of a mapping within the block."""
+    before = {key: mapping[key] for key in values if key in mapping}
+    mapping.update(values)
+    try:
+        yield
+    finally:
+        for key in values:
+            del mapping[key]
+        mapping.update(before)
+
+
+def _answer_call(sender: Connection, call: bytes, environment: Mapping[str, str]) -> None:
+    """Run a pickled call in a fork, and send its pickled result or exception; end when the caller ends."""
+    os.environ.clear()
+    os.environ.update(environment)
+    threading.Thread(target=_end_with_caller, daemon=True).start()
+    try:
+        sender.send_bytes(_pickled_result(call))
+    except KeyboardInterrupt:  # the caller has it too, and reports it
+        os._exit(128 + signal.SIGINT)
+
+
+def _end_with_caller() -> None:
+    caller = multiprocessing.parent_process()
+    if caller is not None:
+        wait([caller.sentinel])
+        os._exit(1)
+
+
+def _raise_for_status(status: int | None) -> NoReturn:
+    """Raise the error for a measuring process that ended without a result."""
+    if status == -signal.SIGKILL:
+        raise Killed("the measuring process was killed, as happens when the machine runs out of memory")
+    raise RuntimeError(f"the measuring process ended with status {status} and no result")
+
+
+def _pickled_result(call: bytes) -> bytes:
+    """Run a pickled (function, argument); return (whether it failed, its result or exception), pickled."""
     try:
         with lasting_streams():
-            result = (False, function(argument))
+            function, argument = pickle.loads(call)
+            return pickle.dumps((False, function(argument)))
     except Exception as error:
         error.add_note(f"in the measuring process: {traceback.format_exc()}")
         try:
@@ -67,9 +156,12 @@ def main(call: str, answer: str) -> None:
             pickle.loads(text)  # some exceptions pickle and cannot be read back
         except Exception:
             text = pickle.dumps((True, RuntimeError(f"{type(error).__name__}: {error}")))
-        Path(answer).write_bytes(text)
-        return
-    Path(answer).write_bytes(pickle.dumps(result))
+        return text
+
+
+def main(call: str, answer: str) -> None:
+    """Run the pickled call of one file in this new process, and write its pickled result to the other."""
+    Path(answer).write_bytes(_pickled_result(Path(call).read_bytes()))
 
 
 if __name__ == "__main__":

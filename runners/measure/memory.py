@@ -9,13 +9,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from ..records.provenance import preloaded
+from .fresh import in_forked_process, in_fresh_process
+
+A = TypeVar("A")
+R = TypeVar("R")
 
 KIB = 1024
 
@@ -110,6 +115,16 @@ def malloc_trim_env() -> dict[str, str]:
         "MALLOC_MMAP_MAX_": "1000000",
         "LD_PRELOAD": ":".join(path for path in preloaded() if "malloc" not in Path(path).name),
     }
+
+
+def in_memory_process(function: Callable[[A], R], argument: A, device: str) -> R:
+    """``function(argument)`` in a process in which memory can be measured, as :func:`.fresh.in_forked_process` does.
+
+    On the CPU that is one whose allocator returns what is freed, which it must be told when the process starts.
+    """
+    if device == "cpu":
+        return in_fresh_process(function, argument, malloc_trim_env())
+    return in_forked_process(function, argument)
 
 
 def available_memory() -> int:
