@@ -164,7 +164,7 @@ if not TYPE_CHECKING:  # a type checker would take any name for a public one
         if name == "__version__":
             value = _version()
         elif name in _MODULES:
-            value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), _DEFINED_AS.get(name, name))
+            value = getattr(_imported(name), _DEFINED_AS.get(name, name))
         else:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         globals()[name] = value
@@ -173,6 +173,19 @@ if not TYPE_CHECKING:  # a type checker would take any name for a public one
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def _imported(name: str) -> Any:
+    """The module of a public name; where it needs a package that is missing, the error names the extra to install."""
+    from .conf.extras import extra_of, install
+
+    try:
+        return import_module(f"{__name__}.{_MODULES[name]}")
+    except ModuleNotFoundError as error:
+        extra = extra_of(error.name)
+        if extra is None:
+            raise
+        raise ImportError(f"kvbench.{name} needs the package {error.name}: {install(extra)}") from error
 
 
 def _version() -> str:

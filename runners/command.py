@@ -6,6 +6,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from ..conf.errors import InputError
+from ..conf.extras import extra_of, install
 from .terminal import CLOSED, lasting_streams
 
 COMMANDS = {
@@ -43,7 +45,15 @@ def _dispatch(name: str, args: list[str]) -> int | None:
     if name not in COMMANDS:
         print(f"error: kvbench {name}: no such command; one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    status: int | None = importlib.import_module(COMMANDS[name][0]).main(args)
+    try:
+        status: int | None = importlib.import_module(COMMANDS[name][0]).main(args)
+    except ModuleNotFoundError as error:
+        extra = extra_of(error.name)
+        if extra is None:
+            raise
+        needed = f"is not installed, and kvbench {name} needs it: {install(extra)}"
+        print(f"error: {InputError('package', str(error.name), needed)}", file=sys.stderr)
+        return 2
     return status
 
 
