@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from kvbench.methods.storage.minicache.storage import MiniCache
     from kvbench.methods.storage.minicache_kivi import MiniCacheKivi
     from kvbench.methods.storage.ragged import Ragged
-    from kvbench.runners.api import compress, method
+    from kvbench.runners.api import cache, compress, method
     from kvbench.runners.engine import Generation, Sampling, decode, generate, prefill
 
     __version__: str
@@ -99,6 +99,7 @@ __all__ = [
     "StreamingLLM",
     "Uniform",
     "__version__",
+    "cache",
     "compress",
     "decode",
     "generate",
@@ -147,7 +148,7 @@ _NAMES_BY_MODULE = {
     "methods.storage.minicache.storage": ("MiniCache",),
     "methods.storage.minicache_kivi": ("MiniCacheKivi",),
     "methods.storage.ragged": ("Ragged",),
-    "runners.api": ("compress", "method"),
+    "runners.api": ("cache", "compress", "method"),
     "runners.engine": ("Generation", "Sampling", "decode", "generate", "prefill"),
 }
 _MODULES = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}

@@ -16,6 +16,7 @@ COMMANDS = {
     "plot": ("kvbench.analysis.plots", "figures of finished runs: Pareto plots, time over length"),
     "kv-size": ("kvbench.analysis.kv_size", "bytes of a KV cache, from the formula"),
     "score": ("kvbench.runners.score", "score LongBench prediction files"),
+    "completion": ("kvbench.runners.completion", "Tab completion for bash, zsh and fish"),
 }
 
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 def _dispatch(name: str, args: list[str]) -> int | None:
     if name in ("-h", "--help"):
         print("usage: kvbench COMMAND ...\n")
-        print("\n".join(f"  {command:<8} {what}" for command, (_, what) in COMMANDS.items()))
+        print("\n".join(f"  {command:<10} {what}" for command, (_, what) in COMMANDS.items()))
         print("\nkvbench COMMAND --help says more.")
         return 0
     if name not in COMMANDS:

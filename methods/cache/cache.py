@@ -284,6 +284,11 @@ class KVCache(TransformersCache):
         return stored_bytes(itertools.chain(states, *(layer.tensors() for layer in self.layers)))
 
     @property
+    def kv_bytes(self) -> int:
+        """Bytes of the tokens held, without room to grow: ``kv_bytes_logical`` by a shorter name."""
+        return self.kv_bytes_logical
+
+    @property
     def kv_bytes_logical(self) -> int:
         """Bytes of the real tokens stored, without padding and unused slots."""
         states = 0 if self.states is None else self.states.nbytes
