@@ -178,7 +178,7 @@ def __dir__() -> list[str]:
 
 def _imported(name: str) -> Any:
     """The module of a public name; where it needs a package that is missing, the error names the extra to install."""
-    from .conf.extras import extra_of, install
+    from kvbench.conf.extras import extra_of, install
 
     try:
         return import_module(f"{__name__}.{_MODULES[name]}")
@@ -190,12 +190,11 @@ def _imported(name: str) -> Any:
 
 
 def _version() -> str:
-    """Version of the installed distribution, or of the checkout's ``pyproject.toml`` where none is installed."""
+    """Version in the checkout's ``pyproject.toml``, or of the installed distribution where this is no checkout."""
     import tomllib
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib.metadata import version
 
-    try:
+    project = Path(__file__).resolve().parents[1] / "pyproject.toml"
+    if (Path(__file__).parent / "methods").is_dir() or not project.is_file():
         return version("kvbench")
-    except PackageNotFoundError:
-        project = Path(__file__).resolve().parents[1] / "pyproject.toml"
-        return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])
+    return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])

@@ -284,16 +284,11 @@ class KVCache(TransformersCache):
         return stored_bytes(itertools.chain(states, *(layer.tensors() for layer in self.layers)))
 
     @property
-    def kv_bytes(self) -> int:
-        """Bytes of the tokens held, without room to grow: ``kv_bytes_logical`` by a shorter name."""
-        return self.kv_bytes_logical
-
-    @property
     def kv_bytes_logical(self) -> int:
-        """Bytes of the real tokens stored, without padding and unused slots."""
-        states = 0 if self.states is None else self.states.nbytes
-        return states + sum(layer.logical_bytes for layer in self.layers)
+        """Bytes of the real tokens stored, without padding and unused slots; also named ``kv_bytes``."""
+        return sum((layer.logical_bytes for layer in self.layers), self.states.nbytes if self.states else 0)
 
+    kv_bytes = kv_bytes_logical
     @property
     def tokens_held(self) -> list[torch.Tensor]:
         """Number of real tokens stored, one int64 tensor [B, 1 or H] per layer."""
