@@ -403,6 +403,7 @@ def slurm_partition() -> Iterator[str]:
             subprocess.run([str(ONE_NODE_SLURM), "stop"], capture_output=True, timeout=90, check=True)
 
 
+@pytest.mark.slurm
 @needs_cluster_extra
 def test_slurm(slurm_partition, world, tmp_path, monkeypatch):
     name = f"kvbench-test-{os.getpid()}"

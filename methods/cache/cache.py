@@ -289,6 +289,7 @@ class KVCache(TransformersCache):
         return sum((layer.logical_bytes for layer in self.layers), self.states.nbytes if self.states else 0)
 
     kv_bytes = kv_bytes_logical
+
     @property
     def tokens_held(self) -> list[torch.Tensor]:
         """Number of real tokens stored, one int64 tensor [B, 1 or H] per layer."""
