@@ -16,9 +16,9 @@ from typing import ClassVar
 import torch
 
 from ..conf.errors import InputError, one_of, require
+from ..conf.user_cache import cache_dir
 from ..methods.sharing.base import Sharing
 from .base import LoadedModel, ModelSource
-from .embedded import cache_dir
 from .local import LocalModel
 
 

@@ -33,6 +33,7 @@ from .config.errors import USER_ERRORS, input_error_line
 from .config.help import help_text
 from .config.loader import CONF, plain_data
 from .config.parts import build, recorded
+from .finished import FinishedCommand
 from .sweep import LOG, SweepLog, describe, end_of_sweep
 from .terminal import lasting_streams, terminal_logging
 
@@ -229,6 +230,10 @@ def run(config: DictConfig) -> list[Path]:
 
 
 def _run(config: DictConfig) -> list[Path]:
+    finished = FinishedCommand.of({str(key): plain_data(config, str(key)) for key in config})
+    if (kept := finished.read()) is not None:
+        print(kept[1])
+        return kept[0]
     from ..models.base import ModelSource  # imports torch, so not before the configuration is composed
     from ..tasks.base import Described
     from .config.methods import methods_of
@@ -257,7 +262,10 @@ def _run(config: DictConfig) -> list[Path]:
         logger.log(run.folder.record(), run.folder.samples(), run.folder.path)
     print()
     folders = [r.folder.path for r in runs]
-    print(closing(folders))
+    end = closing(folders)
+    print(end)
+    already_done = [f"{r.method.label}: already done, in {r.folder.path}" for r in runs]
+    finished.write(folders, "\n".join([*already_done, "", end]))
     return folders
 
 

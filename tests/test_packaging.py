@@ -123,3 +123,20 @@ def test_the_wheel_is_small_and_has_every_module(tmp_path: Path) -> None:
         folder = source / tops[top] / Path(*package.split(".")[2:])
         assert {f"{package.replace('.', '/')}/{path.name}" for path in folder.glob("*.py")} <= names, package
     assert {"kvbench/conf/config.yaml", "kvbench/py.typed", "kvbench/models/shapes/llama2-7b.json"} <= names
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docker").glob("*.Dockerfile")), ids=lambda p: p.name)
+def test_a_dockerfile_copies_what_is_there_and_runs_the_command(path: Path) -> None:
+    """Building one takes a daemon and minutes: a workflow does it every night."""
+    text = path.read_text(encoding="utf-8")
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+    for source in re.findall(r"^COPY (\S+) ", text, re.M):
+        assert (ROOT / source).exists() and source not in ignored, source
+    needed = {".git", "requirements.lock", "pyproject.toml", *PROJECT["tool"]["setuptools"]["package-dir"].values()}
+    assert not needed & set(ignored)
+    (entry,) = re.findall(r'^ENTRYPOINT \["(.*)"\]$', text, re.M)
+    assert entry in PROJECT["project"]["scripts"]
+    build = {re.split("[>=]", name)[0] for name in PROJECT["build-system"]["requires"]}
+    locked = {line.split("==")[0] for line in (ROOT / "requirements.lock").read_text().splitlines()}
+    assert build <= locked, "--no-build-isolation needs them"
+    assert f"-f docker/{path.name}" in text, "the first lines say how it is built"
