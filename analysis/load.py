@@ -24,6 +24,8 @@ SCHEMA = 1
 """Version of record.json and samples.jsonl; a record of another version is reported, not guessed at."""
 
 RECORD, SAMPLES = "record.json", "samples.jsonl"
+REFERENCE = "reference"
+"""Folder of the committed runs below the results folder."""
 HEADLINES = ("score", "kv_bytes_stored", "kv_ratio", "ttft_ms", "tpot_ms", "decode_tokens_per_s", "peak_decode_bytes")
 """Columns that :func:`frame` has whatever kinds of runs there are."""
 
@@ -104,13 +106,15 @@ def read_record(path: Path) -> dict[str, Any]:
 def load(folder: Path) -> tuple[list[Run], list[str]]:
     """Every finished run under ``folder``, by method and budget, and a line for each record that cannot be read.
 
+    The committed runs, in ``reference`` directly below a results folder, are read only if that folder is named.
+
     Runs of one table whose labels would be the same (``snapkv 512`` with two windows) are told apart by the settings
     in which they differ.
 
     Raises:
         InputError: no record there at all.
     """
-    paths = sorted(folder.rglob(RECORD))
+    paths = [path for path in sorted(folder.rglob(RECORD)) if path.relative_to(folder).parts[0] != REFERENCE]
     if not paths:
         raise InputError(
             "RESULTS", folder, f"holds no finished run ({RECORD}); `kvbench run results_dir={folder}` makes some"

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from kvbench.methods.storage.minicache.storage import MiniCache
     from kvbench.methods.storage.minicache_kivi import MiniCacheKivi
     from kvbench.methods.storage.ragged import Ragged
-    from kvbench.runners.api import compress, method
+    from kvbench.runners.api import cache, compress, method
     from kvbench.runners.engine import Generation, Sampling, decode, generate, prefill
 
     __version__: str
@@ -99,6 +99,7 @@ __all__ = [
     "StreamingLLM",
     "Uniform",
     "__version__",
+    "cache",
     "compress",
     "decode",
     "generate",
@@ -147,7 +148,7 @@ _NAMES_BY_MODULE = {
     "methods.storage.minicache.storage": ("MiniCache",),
     "methods.storage.minicache_kivi": ("MiniCacheKivi",),
     "methods.storage.ragged": ("Ragged",),
-    "runners.api": ("compress", "method"),
+    "runners.api": ("cache", "compress", "method"),
     "runners.engine": ("Generation", "Sampling", "decode", "generate", "prefill"),
 }
 _MODULES = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
@@ -164,7 +165,7 @@ if not TYPE_CHECKING:  # a type checker would take any name for a public one
         if name == "__version__":
             value = _version()
         elif name in _MODULES:
-            value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), _DEFINED_AS.get(name, name))
+            value = getattr(_imported(name), _DEFINED_AS.get(name, name))
         else:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         globals()[name] = value
@@ -175,13 +176,25 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _version() -> str:
-    """Version of the installed distribution, or of the checkout's ``pyproject.toml`` where none is installed."""
-    import tomllib
-    from importlib.metadata import PackageNotFoundError, version
+def _imported(name: str) -> Any:
+    """The module of a public name; where it needs a package that is missing, the error names the extra to install."""
+    from kvbench.conf.extras import extra_of, install
 
     try:
+        return import_module(f"{__name__}.{_MODULES[name]}")
+    except ModuleNotFoundError as error:
+        extra = extra_of(error.name)
+        if extra is None:
+            raise
+        raise ImportError(f"kvbench.{name} needs the package {error.name}: {install(extra)}") from error
+
+
+def _version() -> str:
+    """Version in the checkout's ``pyproject.toml``, or of the installed distribution where this is no checkout."""
+    import tomllib
+    from importlib.metadata import version
+
+    project = Path(__file__).resolve().parents[1] / "pyproject.toml"
+    if (Path(__file__).parent / "methods").is_dir() or not project.is_file():
         return version("kvbench")
-    except PackageNotFoundError:
-        project = Path(__file__).resolve().parents[1] / "pyproject.toml"
-        return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])
+    return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])

@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..conf.errors import InputError
 from ..conf.options import PositiveInt
+from ..conf.user_cache import cache_dir
 from .base import LoadedModel, ModelSource, file_sha256
 from .embedded_files import CONVERSION, WHEEL, from_hub, from_wheel, is_disk_full
 from .hub import SourceUnavailable
@@ -41,15 +42,6 @@ log = logging.getLogger(__name__)
 
 SOURCE_FILE = "kvbench_source.json"
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)  # ENOENT: HOME=/proc
-
-
-def cache_dir() -> Path:
-    """``$KVBENCH_CACHE``, else ``$XDG_CACHE_HOME/kvbench``, else ``~/.cache/kvbench``."""
-    if chosen := os.environ.get("KVBENCH_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "kvbench"
-    return Path.home() / ".cache" / "kvbench"
 
 
 @dataclass

@@ -32,7 +32,7 @@ class LocalModel(ModelSource):
 
     Attributes:
         path: The folder.
-        name: Name shown in tables.
+        name: Name shown in tables and used in result paths; empty: the name of the folder.
         max_prompt_tokens: Prompts are truncated to this many tokens; None: the model's positions less 768 for the chat
             template and the answer.
         chat_template: Jinja text that replaces the tokenizer's own chat template.
@@ -44,7 +44,7 @@ class LocalModel(ModelSource):
     location_fields: ClassVar[tuple[str, ...]] = ("path",)
 
     path: str
-    name: str = "local"
+    name: str = ""
     max_prompt_tokens: PositiveInt | None = None
     chat_template: str | None = None
     max_positions: PositiveInt | None = None
@@ -54,6 +54,7 @@ class LocalModel(ModelSource):
         self.device_map = plain_device_map(self.device_map)
         super().__post_init__()
         folder = self.folder
+        self.name = self.name or folder.name
         require(folder.is_dir(), "model.path", self.path, "is not a folder")
         require((folder / "config.json").is_file(), "model.path", self.path, "has no config.json: not a model folder")
         if not any(folder.glob("*.safetensors")):

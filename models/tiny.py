@@ -2,7 +2,8 @@
 
 The members of a family have equal data, equal training tokens and (nearly) equal parameters.
 ``models/tiny/<training task>/<label>`` holds the files of ``save_pretrained`` and the record of the training
-(``training.json``); ``scripts/train_family.py`` trains them again.
+(``training.json``); ``scripts/train_family.py`` trains them again. An installed package does not hold their 37 MB of
+weights: there they are read from ``tiny`` in the user's cache.
 """
 
 from __future__ import annotations
@@ -15,11 +16,18 @@ from typing import ClassVar
 import torch
 
 from ..conf.errors import InputError, one_of, require
+from ..conf.user_cache import cache_dir
 from ..methods.sharing.base import Sharing
 from .base import LoadedModel, ModelSource
 from .local import LocalModel
 
-FAMILY = Path(str(resources.files("kvbench.models"))) / "tiny"
+
+def family_folder(package: Path) -> Path:
+    """The folder of the families: ``tiny`` of a checkout, else of the user's cache."""
+    return package / "tiny" if (package / "tiny").is_dir() else cache_dir() / "tiny"
+
+
+FAMILY = family_folder(Path(str(resources.files("kvbench.models"))))
 PLAIN = "mha"
 """The member whose layers all have keys and values of their own, for methods without a sharing architecture."""
 
@@ -45,7 +53,15 @@ class TinyModel(ModelSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        kinds = sorted(f.name for f in FAMILY.iterdir() if f.is_dir()) if FAMILY.is_dir() else []
+        if not FAMILY.is_dir():
+            raise InputError(
+                "model",
+                self.name,
+                "the small models are not in an installed package: "
+                f"copy models/tiny of a checkout to {FAMILY}, or train one: "
+                "kvbench run runner=train method=cla task=recall model=scratch",
+            )
+        kinds = sorted(f.name for f in FAMILY.iterdir() if f.is_dir())
         require(self.trained_on in kinds, "model.trained_on", self.trained_on, one_of(self.trained_on, kinds))
         if self.member is not None:
             require(self.member in self.members, "model.member", self.member, one_of(self.member, self.members))

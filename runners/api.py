@@ -1,6 +1,6 @@
 """The functions of the public API: a method by its name, and its cache for one batch of a transformers model.
 
-``kvbench.method`` and ``kvbench.compress``; :mod:`kvbench` re-exports them.
+``kvbench.method``, ``kvbench.compress`` and ``kvbench.cache``; :mod:`kvbench` re-exports them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..conf.errors import InputError
-from ..methods.cache.attention import kvbench_attention
+from ..methods.cache.attention import kvbench_attention, use_kvbench_attention
 from ..methods.cache.cache import KVCache
 from ..methods.cache.method import Method
 from .config.methods import configured_method
@@ -53,12 +53,39 @@ def compress(model: PreTrainedModel, method: str | Method, /, **options: Any) ->
     Raises:
         InputError: The method or an option cannot be used, or the model cannot be served.
     """
-    if isinstance(method, str):
-        chosen: Method = configured_method(method, options)
-    elif not options:
-        chosen = method
-    else:
-        key, value = next(iter(options.items()))
-        raise InputError(f"method.{key}", value, "goes with a method's name; a Method has its own settings")
+    chosen = _chosen(method, options)
     with kvbench_attention(model):
         yield chosen.new_cache(model)
+
+
+def cache(method: str | Method, model: PreTrainedModel, /, **options: Any) -> KVCache:
+    """A fresh KV cache for one batch of ``model``, without a block around it.
+
+        cache = kvbench.cache("snapkv", model, budget=512)
+        output = model.generate(**inputs, past_key_values=cache, max_new_tokens=64)
+
+    The model keeps kvbench's attention function, which gives what its own gives where there is no such cache, until
+    ``model.set_attn_implementation("sdpa")``. :func:`compress` restores it by itself.
+
+    Args:
+        method: A name, as for :func:`method`, or a method.
+        model: A causal language model of transformers.
+        options: See :func:`method`; only with a name.
+
+    Raises:
+        InputError: As :func:`compress`; the model is then as it was.
+    """
+    chosen = _chosen(method, options)
+    with kvbench_attention(model):
+        made = chosen.new_cache(model)
+    use_kvbench_attention(model)
+    return made
+
+
+def _chosen(method: str | Method, options: dict[str, Any]) -> Method:
+    if isinstance(method, str):
+        return configured_method(method, options)
+    if options:
+        key, value = next(iter(options.items()))
+        raise InputError(f"method.{key}", value, "goes with a method's name; a Method has its own settings")
+    return method

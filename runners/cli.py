@@ -25,6 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ..conf.errors import InputError, as_typed, require
+from ..conf.extras import install, missing_module
 from ..conf.options import check
 from .config.checks import Folder, check_logging, check_targets, check_values, target_class, unknown_key
 from .config.choices import check_choices, quote_texts
@@ -32,6 +33,7 @@ from .config.errors import USER_ERRORS, input_error_line
 from .config.help import help_text
 from .config.loader import CONF, plain_data
 from .config.parts import build, recorded
+from .finished import FinishedCommand
 from .sweep import LOG, SweepLog, describe, end_of_sweep
 from .terminal import lasting_streams, terminal_logging
 
@@ -73,6 +75,8 @@ def _main() -> None:
     sys.argv[1:] = quote_texts(sys.argv[1:])
     try:
         check_choices(sys.argv[1:])
+        if (module := missing_module("run")) is not None:
+            raise InputError("package", module, f"is not installed, and a run needs it: {install('run')}")
         _hydra_main()
     except KeyboardInterrupt:
         print("\nstopped; every complete example is kept: run the same command again to continue", file=sys.stderr)
@@ -202,7 +206,7 @@ def _sweep_job(config: DictConfig) -> None:
     log.started(job, overrides)
     try:
         with lasting_streams():  # in a launcher's own process, which has the streams of the first one
-            run(config)
+            folders = run(config)
     except Exception as error:
         cause = input_error_line(error) if isinstance(error, USER_ERRORS) else None
         if cause is None:
@@ -212,16 +216,24 @@ def _sweep_job(config: DictConfig) -> None:
             print(f"error: {cause} (in the job {' '.join(overrides)})", file=sys.stderr)
             log.failed(job, cause)
     else:
-        log.done(job)
+        log.done(job, folders)
 
 
-def run(config: DictConfig) -> None:
-    """Build the parts that the configuration names, and run the runner with its messages on the terminal."""
+def run(config: DictConfig) -> list[Path]:
+    """Build the parts that the configuration names, and run the runner with its messages on the terminal.
+
+    Returns:
+        The run folders.
+    """
     with terminal_logging():
-        _run(config)
+        return _run(config)
 
 
-def _run(config: DictConfig) -> None:
+def _run(config: DictConfig) -> list[Path]:
+    finished = FinishedCommand.of({str(key): plain_data(config, str(key)) for key in config})
+    if (kept := finished.read()) is not None:
+        print(kept[1])
+        return kept[0]
     from ..models.base import ModelSource  # imports torch, so not before the configuration is composed
     from ..tasks.base import Described
     from .config.methods import methods_of
@@ -249,7 +261,12 @@ def _run(config: DictConfig) -> None:
     for run in runs:
         logger.log(run.folder.record(), run.folder.samples(), run.folder.path)
     print()
-    print(closing([r.folder.path for r in runs], settings.results_dir))
+    folders = [r.folder.path for r in runs]
+    end = closing(folders)
+    print(end)
+    already_done = [f"{r.method.label}: already done, in {r.folder.path}" for r in runs]
+    finished.write(folders, "\n".join([*already_done, "", end]))
+    return folders
 
 
 def _check_data_groups(plain: Mapping[str, Any], group: str) -> None:

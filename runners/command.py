@@ -6,6 +6,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from ..conf.errors import InputError
+from ..conf.extras import extra_of, install
 from .terminal import CLOSED, lasting_streams
 
 COMMANDS = {
@@ -14,6 +16,7 @@ COMMANDS = {
     "plot": ("kvbench.analysis.plots", "figures of finished runs: Pareto plots, time over length"),
     "kv-size": ("kvbench.analysis.kv_size", "bytes of a KV cache, from the formula"),
     "score": ("kvbench.runners.score", "score LongBench prediction files"),
+    "completion": ("kvbench.runners.completion", "Tab completion for bash, zsh and fish"),
 }
 
 
@@ -37,13 +40,21 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 def _dispatch(name: str, args: list[str]) -> int | None:
     if name in ("-h", "--help"):
         print("usage: kvbench COMMAND ...\n")
-        print("\n".join(f"  {command:<8} {what}" for command, (_, what) in COMMANDS.items()))
+        print("\n".join(f"  {command:<10} {what}" for command, (_, what) in COMMANDS.items()))
         print("\nkvbench COMMAND --help says more.")
         return 0
     if name not in COMMANDS:
         print(f"error: kvbench {name}: no such command; one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    status: int | None = importlib.import_module(COMMANDS[name][0]).main(args)
+    try:
+        status: int | None = importlib.import_module(COMMANDS[name][0]).main(args)
+    except ModuleNotFoundError as error:
+        extra = extra_of(error.name)
+        if extra is None:
+            raise
+        needed = f"is not installed, and kvbench {name} needs it: {install(extra)}"
+        print(f"error: {InputError('package', str(error.name), needed)}", file=sys.stderr)
+        return 2
     return status
 
 

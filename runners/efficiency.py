@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from .measure.lock import measurement_lock
 from .measure.memory import in_memory_process, is_out_of_memory
 from .measure.memory_pass import memory_pass
 from .measure.time_pass import spread, time_pass
+from .progress import elapsed_since, status_line
 from .records import provenance
 from .records.runs import MethodRun, finished_baseline, open_run, record_head, run_with_locks
 from .runner import PairedRunner
@@ -110,7 +113,9 @@ class EfficiencyRunner(PairedRunner):
                 with measurement_lock(settings.torch_device):
                     log.info(f"{run.method.label}: {self.warmups} + {self.repeats} timed repetitions, then memory")
                     load = os.getloadavg()[0]
-                    status, results = self._measure(run, task, settings)
+                    show = partial(elapsed_since, time.monotonic(), f"measuring {run.method.label}")
+                    with status_line(show):
+                        status, results = self._measure(run, task, settings)
                 head = record_head(status, run.folder, run.method, data, settings)
                 run.folder.finish({**head, "provenance": made_by, "load_average_before": load, **results})
 

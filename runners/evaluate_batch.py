@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,15 +123,20 @@ def evaluate_batch(
     device: str,
     sampling: Sampling,
     chunk_size: int | None,
+    advance: Callable[[int], None] = lambda step: None,
 ) -> list[list[Answer]]:
     """Answer items of one kind with every method, in one shared prefill.
+
+    Args:
+        methods, items, task, loaded, device, sampling, chunk_size: The batch, and the options of the runner.
+        advance: Called with 0 when a prompt has been compressed, then with the number of tokens after each decode step.
 
     Returns:
         The answers of each method, in the order of the items.
     """
     input_on = input_device(loaded.model, device)
     if not items[0].scored:
-        return _SharedPrefill(methods, loaded, input_on, chunk_size).replies(items, sampling)
+        return _SharedPrefill(methods, loaded, input_on, chunk_size, advance).replies(items, sampling)
     # As many contexts per prefill as items, so that a single example is not padded.
     scores: dict[tuple[int, int], list[Scored]] = {}  # (item, context) -> scores of each method
     for beginning in (True, False):
@@ -139,7 +144,7 @@ def evaluate_batch(
         contexts = [context for context in contexts if context[2].beginning == beginning]
         for start in range(0, len(contexts), len(items)):
             batch = contexts[start : start + len(items)]
-            shared = _SharedPrefill([BASELINE] if beginning else methods, loaded, input_on, chunk_size)
+            shared = _SharedPrefill([BASELINE] if beginning else methods, loaded, input_on, chunk_size, advance)
             for (i, k, _), scored in zip(batch, shared.likelihoods([c for *_, c in batch]), strict=True):
                 scores[i, k] = scored * len(methods) if beginning else scored
     return [
@@ -168,8 +173,16 @@ def _combined(task: Task, item: Item, scores: Sequence[Scored]) -> Answer:
 class _SharedPrefill:
     """Prefill of one batch, shared by several methods."""
 
-    def __init__(self, methods: Sequence[Method], loaded: LoadedModel, device: torch.device, chunk_size: int | None):
+    def __init__(
+        self,
+        methods: Sequence[Method],
+        loaded: LoadedModel,
+        device: torch.device,
+        chunk_size: int | None,
+        advance: Callable[[int], None],
+    ):
         assert loaded.tokenizer is not None
+        self._advance = advance
         self.loaded, self.device, self.chunk_size = loaded, device, chunk_size
         self.tokenizer = loaded.tokenizer
         self.caches = [method.new_cache(loaded.model) for method in methods]
@@ -195,6 +208,7 @@ class _SharedPrefill:
             after_prefill=self._record_prompt_bytes,
             question=torch.tensor(questions, device=self.device) if questions[0] else None,
             until=(lambda row, tokens: stops(tokens, ends[row], self.tokenizer)) if any(ends) else None,
+            after_step=self._advance,
         )
         rows = iter(result.tokens)
         return [
@@ -226,6 +240,7 @@ class _SharedPrefill:
 
     def _record_prompt_bytes(self) -> None:
         self._prompt_bytes = [(c.kv_bytes_stored, c.kv_bytes_logical) for c in self.caches]
+        self._advance(0)
 
     def _bytes(self, number: int, rows: int) -> dict[str, int]:
         """Return the mean bytes per row of a cache, after the prefill and at the end."""

@@ -6,13 +6,10 @@ Methods that run the whole prompt share one prefill and decode as one batch (``m
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
-
-from tqdm import tqdm
 
 from ..methods.cache.layout import describe_layers, full_shape, model_shape
 from ..models.base import LoadedModel, ModelSource
@@ -22,6 +19,8 @@ from .engine import Sampling
 from .engine.weights import load
 from .evaluate_batch import Answer, Item, encode, evaluate_batch, row_seed
 from .measure.memory import is_out_of_memory, release_memory
+from .progress import Progress, status_line
+from .progress import Work as BatchWork
 from .records.runs import BASELINE
 from .records.scored_run import ScoredRun
 
@@ -75,12 +74,11 @@ class Scoring:
             session = {"after_examples": len(run.rows), "git": self.made_by["git"]}
             session |= {"packages": self.made_by["packages"], "chunk_size": self.chunk_size}
             run.folder.begin_session(session | {"hardware": self.made_by["hardware"]})
-        total = sum(item.read_tokens for batch, _ in work for item in batch)
-        with tqdm(total=total, unit="tok", unit_scale=True, file=sys.stderr, smoothing=0.1) as bar:
+        progress = Progress([_size(batch) for batch, _ in work])
+        with status_line(progress.text):
             for batch, lacking in work:
-                bar.set_description(batch[0].example.dataset)
-                self._run_batch(batch, lacking, loaded)
-                bar.update(sum(item.read_tokens for item in batch))
+                progress.begin_batch(", ".join(run.method.label for run in lacking))
+                self._run_batch(batch, lacking, loaded, progress)
 
     def _announce(self, run: ScoredRun, is_unfinished: bool, count: int) -> None:
         if not is_unfinished:
@@ -106,7 +104,7 @@ class Scoring:
             batches += [(items[i : i + size], lacking) for i in range(0, len(items), size)]
         return batches
 
-    def _run_batch(self, batch: list[Item], lacking: list[ScoredRun], loaded: LoadedModel) -> None:
+    def _run_batch(self, batch: list[Item], lacking: list[ScoredRun], loaded: LoadedModel, progress: Progress) -> None:
         """Run one batch with every method that lacks it, and append the rows.
 
         If several caches at once do not fit into memory they are tried in smaller groups, at last one by one, so that
@@ -119,7 +117,7 @@ class Scoring:
             groups.insert(0, [])
         while groups:
             runs = groups.pop(0)
-            answers, problem = self._answers(runs, needs_reference, batch, loaded)
+            answers, problem = self._answers(runs, needs_reference, batch, loaded, progress)
             if problem is not None:
                 release_memory(self.settings.torch_device)
                 if len(runs) + needs_reference > 1:
@@ -138,7 +136,12 @@ class Scoring:
                     run.add_row(self._row(run, item, answer, reference, loaded))
 
     def _answers(
-        self, runs: list[ScoredRun], needs_reference: bool, batch: list[Item], loaded: LoadedModel
+        self,
+        runs: list[ScoredRun],
+        needs_reference: bool,
+        batch: list[Item],
+        loaded: LoadedModel,
+        progress: Progress,
     ) -> tuple[list[list[Answer]], str | None]:
         """(answers of each run and then of the reference, None), or ([], message) if they were out of memory.
 
@@ -148,8 +151,9 @@ class Scoring:
         sampling = Sampling(self.temperature, self.top_p, seeds)
         methods = [run.method for run in runs] + [BASELINE] * needs_reference
         try:
-            device = self.settings.torch_device
-            return evaluate_batch(methods, batch, self.task, loaded, device, sampling, self.chunk_size), None
+            device, task = self.settings.torch_device, self.task
+            answers = evaluate_batch(methods, batch, task, loaded, device, sampling, self.chunk_size, progress.advance)
+            return answers, None
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -176,6 +180,13 @@ class Scoring:
             "kv_bytes_full": round(fmean(BASELINE.bytes_formula(full, n) for n in lengths)),
             **{k: example.meta[k] for k in ("length", "row", "depth") if k in example.meta},
         }
+
+
+def _size(batch: Sequence[Item]) -> BatchWork:
+    """A batch as the progress line counts it."""
+    example = batch[0].example
+    steps = 0 if batch[0].scored else example.max_new_tokens
+    return BatchWork(example.dataset, len(batch), sum(item.read_tokens for item in batch), steps)
 
 
 def _shares_plain_prefill(runs: Sequence[ScoredRun]) -> bool:

@@ -7,7 +7,8 @@ is still running. The submitting process reads the file when the launcher return
 
 Lines, each with ``event`` and ``time`` (UTC):
 ``sweep`` (``launcher``; ``jobs``: each one's overrides, null if the sweeper chooses them from earlier results),
-``started`` (``job``: its number; ``overrides``; repeated after each time limit), ``done`` (``job``), ``failed``
+``started`` (``job``: its number; ``overrides``; repeated after each time limit), ``done`` (``job``; ``runs``: the
+folders of its runs, relative to ``results_dir``), ``failed``
 (``job``, ``reason``, ``traceback`` or null), ``launcher`` (``reason``, ``traceback``: the error that ended it).
 """
 
@@ -28,6 +29,7 @@ from typing import Any
 import filelock
 
 from ..conf.errors import InputError
+from .terminal import shown_path
 
 LOG = "KVBENCH_SWEEP_LOG"
 """Environment variable with the absolute path of the log of the sweep that this process belongs to."""
@@ -43,11 +45,13 @@ class Job:
         overrides: Overrides of the job.
         state: ``waiting`` (never started), ``started`` (and not ended), ``done`` or ``failed``.
         reason: Why it failed, in one line; empty otherwise.
+        runs: Folders of its runs, once it is done.
     """
 
     overrides: list[str]
     state: str = "waiting"
     reason: str = ""
+    runs: list[Path] = field(default_factory=list)
 
 
 @dataclass
@@ -146,9 +150,10 @@ class SweepLog:
         """Log the start of a job, the first or a repeated one."""
         self._append("started", job=job, overrides=list(overrides))
 
-    def done(self, job: int) -> None:
-        """Log that a job has all of its results."""
-        self._append("done", job=job)
+    def done(self, job: int, runs: Sequence[Path] = ()) -> None:
+        """Log that a job has all of its results, in these run folders below ``results_dir``."""
+        results = self.path.parents[1]
+        self._append("done", job=job, runs=[os.path.relpath(folder, results) for folder in runs])
 
     def failed(self, job: int, reason: str, error: BaseException | None = None) -> None:
         """Log why a job failed, with the traceback of ``error`` if there is one."""
@@ -180,6 +185,7 @@ class SweepLog:
             elif "job" in event:
                 job = outcome.jobs.setdefault(event["job"], Job(event.get("overrides", [])))
                 job.state, job.reason = event["event"], event.get("reason", "")
+                job.runs = [self.path.parents[1] / folder for folder in event.get("runs", [])]
         return outcome
 
     def _append(self, event: str, **fields: Any) -> None:
@@ -209,11 +215,6 @@ def _traceback(error: BaseException) -> str:
     return "".join(format_exception(error))
 
 
-def shown(path: Path) -> str:
-    """A path, relative to the working directory if it is below it."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
 def end_of_sweep(status: int) -> int:
     """Print the summary of the sweep of this process, if it is in one.
 
@@ -229,6 +230,11 @@ def end_of_sweep(status: int) -> int:
     outcome = log.read()
     if status == 2 and not outcome.any_started:  # the error has been printed
         return status
+    folders = [folder for job in outcome.jobs.values() for folder in job.runs]
+    if folders and outcome.count("done") > 1:
+        from .records.report import joint_table  # imports what analysis needs
+
+        print("", joint_table(folders), sep="\n", flush=True)
     where = sys.stdout if outcome.complete else sys.stderr
-    print("", *outcome.lines(), f"sweep log: {shown(log.path)}", sep="\n", file=where, flush=True)
+    print("", *outcome.lines(), f"sweep log: {shown_path(log.path)}", sep="\n", file=where, flush=True)
     return status or (0 if outcome.complete else 2)

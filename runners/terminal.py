@@ -10,7 +10,10 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TextIO, cast
+
+from .progress import erase_status_line
 
 CLOSED = (errno.EPIPE, errno.EIO)
 """Errors of a closed pipe (``| head``) and of a closed terminal."""
@@ -100,11 +103,17 @@ def lasting_streams() -> Iterator[LastingStream]:
             signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+def shown_path(path: Path) -> str:
+    """A path as messages show it: relative to the working directory if it is below it."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
 class TerminalHandler(logging.Handler):
     """Prints messages as plain lines: information on standard output, warnings on standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message on the stream that is current."""
+        erase_status_line()
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
         print(self.format(record), file=stream, flush=True)
 

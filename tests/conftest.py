@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from kvbench.models.base import LoadedModel
 
 
+GOLDEN = Path(__file__).resolve().parent / "golden"
 LONGEST_FIRST = (
     "test_efficiency.py",
     "test_engine.py",
@@ -36,23 +37,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test that is marked ``gpu`` where there is no CUDA device."""
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of the real public data that the tests compare with; it is not part of the repository."""
+    """Folder of the public data sets that some tests read; they are not part of the repository."""
     default = Path(__file__).resolve().parents[1].parent / "shared" / "data"
     folder = Path(os.environ.get("KVBENCH_TEST_DATA", default))
     if not folder.is_dir():
-        pytest.skip(f"the shared test data is not at {folder}; set KVBENCH_TEST_DATA to its folder")
+        pytest.skip(f"the data sets are not at {folder}; set KVBENCH_TEST_DATA to their folder")
     return folder
 
 
 @pytest.fixture(scope="session")
-def golden(shared_data: Path) -> dict[str, Any]:
-    """Kept-index sets made by the published implementations."""
-    path = shared_data.parent / "methods" / "golden.json"
-    if not path.exists():
-        pytest.skip(f"no golden sets at {path}")
-    return json.loads(path.read_text())
+def golden() -> dict[str, Any]:
+    """Kept-index sets made by the published implementations (``tests/golden/README.md``)."""
+    values: dict[str, Any] = json.loads((GOLDEN / "golden.json").read_text(encoding="utf-8"))
+    return values
 
 
 @pytest.fixture

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from local_model import save_local_model
 from tiny_models import SHAPE, prompt_ids, tiny_model
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 import kvbench
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON_PAGE = ROOT / "docs" / "how-to" / "use_in_python.md"
 
 
 @pytest.mark.parametrize("name", sorted(set(kvbench.__all__) - {"__version__"}))
@@ -168,12 +170,51 @@ def test_compress_restores_the_attention_of_a_model_that_is_refused():
     assert model.config._attn_implementation == before
 
 
+def test_cache_gives_what_compress_gives_and_leaves_the_attention_switched(model):
+    ids = prompt_ids(50)
+    options = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
+    plain = model.generate(**options)
+    with kvbench.compress(model, "snapkv", budget=20, scorer={"window": 4}) as cache:
+        expected = model.generate(**options, past_key_values=cache)
+    cache = kvbench.cache("snapkv", model, budget=20, scorer={"window": 4})
+    assert torch.equal(model.generate(**options, past_key_values=cache), expected)
+    assert cache.kv_bytes == 3 * 2 * 2 * 16 * 4 * (20 + 5) < cache.kv_bytes_stored  # 4 bytes; the slots for more
+    assert model.config._attn_implementation == "kvbench"
+    assert torch.equal(model.generate(**options), plain)
+
+
+@pytest.mark.parametrize("method", ["snapkv", kvbench.Method("full")])
+def test_cache_is_never_a_full_cache_under_another_name(model, method):
+    with pytest.raises(kvbench.InputError):
+        kvbench.cache(method, model, budget=-1)
+    assert model.config._attn_implementation == "sdpa"
+    cache = kvbench.cache("snapkv", model, budget=40)
+    kvbench.prefill(model, cache, prompt_ids(100))
+    assert [held.max().item() for held in cache.tokens_held] == [40] * 3
+
+
 def test_compress_inside_compress_keeps_the_outer_attention(model):
     with kvbench.compress(model, "full"):
         with kvbench.compress(model, "full"):
             pass
         assert model.config._attn_implementation == "kvbench"
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_page_on_python_runs(tmp_path, capsys):
+    """docs/how-to/use_in_python.md, block by block, as a reader would paste them."""
+    made = AutoModelForCausalLM.from_pretrained(save_local_model(tmp_path))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    names = {"model": made, "tokenizer": tokenizer}
+    blocks = re.findall(r"```python\n(.*?)```", PYTHON_PAGE.read_text(encoding="utf-8"), re.S)
+    for block in blocks:
+        exec(compile(block, PYTHON_PAGE.name, "exec"), names)
+    assert len(blocks) == 7 and made.config._attn_implementation == "sdpa"
+    assert names["held"] <= names["allocated"]
+    prompt, turns = names["inputs"].input_ids.shape[1], names["text"].shape[1]
+    assert prompt < turns <= prompt + 20 + 11 + 16, "the prompt, two questions in bytes and two replies"
+    assert names["cache"].tokens_seen.tolist() == [prompt + 4]
+    assert "bytes of tokens" in capsys.readouterr().out
 
 
 def test_the_snippets_of_the_readme_run(model, monkeypatch):

@@ -25,7 +25,7 @@ from kvbench.runners.engine.step import CUDA_GRAPH, DecodeStep
 
 DEVICE = os.environ.get("KVBENCH_CUDA_TEST_DEVICE", "cuda")
 IS_CUDA = DEVICE.startswith("cuda")
-pytestmark = pytest.mark.skipif(IS_CUDA and not torch.cuda.is_available(), reason="needs CUDA")
+pytestmark = [pytest.mark.gpu] if IS_CUDA else []
 
 METHODS = [
     *CONTRACT,

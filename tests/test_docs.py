@@ -227,6 +227,14 @@ def test_every_page_is_in_the_navigation() -> None:
     assert sorted(listed) == sorted(str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md"))
 
 
+def test_design_notes_are_short_and_their_numbers_stay() -> None:
+    """Notes 1 to N each once, so that a number cites a note; none of them is a page."""
+    text = (ROOT / "docs" / "explanation" / "decisions.md").read_text(encoding="utf-8")
+    notes = re.split(r"^\*\*(\d+)\.\*\* ", text, flags=re.M)
+    assert sorted(map(int, notes[1::2])) == list(range(1, len(notes) // 2 + 1))
+    assert [number for number, note in zip(notes[1::2], notes[2::2], strict=True) if len(note) > 900] == []
+
+
 def test_the_quick_tests_are_files_that_there_are() -> None:
     (names,) = re.findall(r"^QUICK := ((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(), re.M)
     files = names.replace("\\\n", " ").split()

@@ -174,7 +174,7 @@ def test_a_cpu_step_is_fused_and_not_captured():
     assert step(token).shape == (1, 101)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [(60,), (60, 45, 60)])
 @pytest.mark.parametrize("text", STATIC)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMON = ("kvbench.conf.errors", "kvbench.conf.identity", "kvbench.conf.options")
+COMMON = tuple(f"kvbench.conf.{name}" for name in ("errors", "identity", "options", "user_cache"))
 
 
 @dataclass(frozen=True)

@@ -218,6 +218,7 @@ def test_lcc_is_what_the_script_builds(script: ModuleType) -> None:
     assert (DATA_DIR / "lcc.jsonl").read_text(encoding="utf-8") == text
 
 
+@pytest.mark.network
 def test_all_files_are_what_the_script_builds(script: ModuleType, tmp_path: Path) -> None:
     if chosen := os.environ.get("KVBENCH_KJV_WHEEL"):
         wheel = Path(chosen)

@@ -181,10 +181,7 @@ def test_read_bandwidth_is_that_of_the_faster_way(monkeypatch, slower):
     assert read_bandwidth("cpu", size=4 << 20, repeats=1) == pytest.approx((4 << 20) / 0.02)
 
 
-on_a_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-@on_a_device
+@pytest.mark.gpu
 def test_the_clocks_wait_for_what_is_queued_on_the_device():
     """The device spins for so many cycles, then for twice as many: by events as by the host's clock that waits."""
     cycles = 200_000_000  # a tenth of a second or so
@@ -206,7 +203,7 @@ def test_the_clocks_wait_for_what_is_queued_on_the_device():
     assert by_events == pytest.approx(by_host, rel=0.1)
 
 
-@on_a_device
+@pytest.mark.gpu
 def test_the_meter_sees_what_the_device_s_allocator_gave():
     meter = MemoryMeter("cuda")
     meter.reset()
@@ -222,7 +219,7 @@ def test_the_meter_sees_what_the_device_s_allocator_gave():
     assert peak_first.reserved >= peak_first.allocated and peak_second.reserved < peak_first.reserved
 
 
-@on_a_device
+@pytest.mark.gpu
 @pytest.mark.parametrize(("measured", "moved"), [(copy_bandwidth, 2), (read_bandwidth, 1)])
 def test_the_device_s_bandwidth_is_that_of_a_copy_timed_by_hand(measured, moved):
     """Many copies (or products) at a time by the host's clock; reading is compared with a sum, which reads as much."""

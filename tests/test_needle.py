@@ -534,6 +534,7 @@ def test_the_script_joins_verses_to_paragraphs(script: ModuleType, tmp_path: Pat
     assert script.check(bible, file) is None
 
 
+@pytest.mark.network
 def test_the_bundled_text_is_what_the_script_builds(script: ModuleType) -> None:
     chosen = os.environ.get("KVBENCH_KJV_WHEEL")
     if not chosen and os.environ.get("HF_HUB_OFFLINE") == "1":

@@ -1,4 +1,4 @@
-"""The notebook runs on the committed records, and its two forms say the same."""
+"""The notebooks run, and both forms of each say the same."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import jupytext
 import nbformat
 import pytest
+from local_model import save_local_model
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).resolve().parents[1] / "analysis" / "notebooks"
@@ -16,15 +17,35 @@ def cells(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
     return [(cell.cell_type, cell.source) for cell in notebook.cells]
 
 
-def test_it_runs_and_shows_tables_and_figures() -> None:
-    notebook = jupytext.read(FOLDER / "start_here.py")
+def executed(name: str) -> tuple[str, set[str]]:
+    """(what a notebook prints, the kinds of what it shows)."""
+    notebook = jupytext.read(FOLDER / f"{name}.py")
     NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": FOLDER}}).execute()
     outputs = [out for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs]
-    kinds = {kind for out in outputs for kind in out.get("data", {})}
+    return "".join(out.get("text", "") for out in outputs), {kind for out in outputs for kind in out.get("data", {})}
+
+
+def test_the_records_give_tables_and_figures() -> None:
+    text, kinds = executed("start_here")
     assert {"text/markdown", "image/png"} <= kinds
-    text = "".join(out.get("text", "") for out in outputs)
     assert "- full:" in text
     assert "0 records that cannot be read" in text
+
+
+def test_a_model_is_compressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVBENCH_NOTEBOOK_MODEL", str(save_local_model(tmp_path)))
+    text, _ = executed("compress_a_model")
+    assert text.count(" MiB  ") == 6 and "snapkv budget=128 storage=kivi4" in text
+
+
+def test_a_method_is_added() -> None:
+    assert "as expected" in executed("add_a_method")[0]
+
+
+def test_bytes_and_steps_are_measured() -> None:
+    text, _ = executed("speed_and_memory")
+    assert text.count(" ms a step") == 5
+    assert "100.0% of the full cache" in text and "12.8% of the full cache" in text
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda p: p.name)

@@ -157,7 +157,8 @@ def test_kernels_match_pytorch():
         assert error < {"torch.float32": 2e-5, "torch.float16": 2e-3}[dtype]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or not has_kernels(), reason="needs CUDA and Triton")
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_kernels(), reason="needs Triton")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("segments", [1, 8, 64])
 @pytest.mark.parametrize("bits", [2, 4])

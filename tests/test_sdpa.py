@@ -56,7 +56,7 @@ def test_steps_over_a_growing_cache_take_that_call(monkeypatch, name):
         assert len(calls) >= len(cache.layers)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 def test_a_growing_cache_never_asks_for_a_plan():
     from torch.profiler import ProfilerActivity, profile
 

@@ -144,10 +144,11 @@ def jobs(tmp_path, monkeypatch) -> list[str]:
     """The names of the methods that were run in place of a real run; the one called no_cache raises."""
     seen: list[str] = []
 
-    def run(config) -> None:
+    def run(config) -> list[Path]:
         seen.append(config.method.name)
         if config.method.name == "no_cache":
             raise RuntimeError("a bug\nin two lines")
+        return []
 
     monkeypatch.setattr(cli, "run", run)
     monkeypatch.chdir(tmp_path)
@@ -163,6 +164,30 @@ def test_a_bug_in_one_job_is_a_traceback_and_the_others_go_on(jobs, tmp_path):
     assert "1 of 2 jobs done; 1 failed\n  failed: method=no_cache: RuntimeError: a bug in two lines" in done.stderr
     (log,) = (tmp_path / "results" / ".sweeps").glob("*.jsonl")
     assert 'raise RuntimeError("a bug' in json.loads(log.read_text().splitlines()[2])["traceback"]
+
+
+def test_a_sweep_ends_with_one_table_of_all_its_runs(jobs, tmp_path, monkeypatch):
+    """A table for each job would leave the comparison to the reader."""
+    source = ROOT / "results" / "reference" / "make_run"
+    runs = {path.parts[-3]: path.parent for path in source.rglob("record.json")}
+    for path in runs.values():
+        shutil.copytree(path, tmp_path / "results" / path.relative_to(source))
+
+    def run(config) -> list[Path]:
+        return [tmp_path / "results" / runs[config.method.name].relative_to(source)]
+
+    monkeypatch.setattr(cli, "run", run)
+    done = kvbench("run", "-m", "method=full,snapkv")
+    assert done.returncode == 0
+    table, end = done.stdout.split("next:")
+    assert [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")] == [
+        "method",
+        "full",
+        "snapkv 256",
+    ]
+    (common,) = {path.parents[1].relative_to(source) for path in runs.values()}
+    assert end.startswith(f"   kvbench table results/{common}; kvbench plot results/{common}\n")
+    assert "2 of 2 jobs done" in end
 
 
 def test_a_single_run_is_not_a_sweep(jobs, tmp_path):
@@ -187,9 +212,10 @@ def test_a_sweep_that_a_yaml_file_asks_for(where, jobs, tmp_path):
 
 
 def test_ctrl_c_says_what_is_left(jobs, monkeypatch):
-    def run(config) -> None:
+    def run(config) -> list[Path]:
         if config.method.name == "snapkv":
             raise KeyboardInterrupt
+        return []
 
     monkeypatch.setattr(cli, "run", run)
     done = kvbench("run", "-m", "method=full,snapkv,streaming_llm")
@@ -378,6 +404,7 @@ def slurm_partition() -> Iterator[str]:
             subprocess.run([str(ONE_NODE_SLURM), "stop"], capture_output=True, timeout=90, check=True)
 
 
+@pytest.mark.slurm
 @needs_cluster_extra
 def test_slurm(slurm_partition, world, tmp_path, monkeypatch):
     name = f"kvbench-test-{os.getpid()}"

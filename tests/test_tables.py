@@ -400,3 +400,12 @@ def test_samples_are_split_at_line_feeds_alone(tmp_path):
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (tmp_path / "samples.jsonl").write_bytes(text.encode())
     assert Run(tmp_path, {}, "full").samples() == rows
+
+
+def test_a_results_folder_holds_the_user_s_own_runs_and_the_committed_ones_have_to_be_named(tmp_path, capsys):
+    save(tmp_path / "reference" / "make_run", accuracy("full", None, 22.0))
+    assert main([str(tmp_path)]) == 2
+    assert "holds no finished run" in capsys.readouterr().err
+    save(tmp_path / "longbench-mini", accuracy("full", None, 23.0))
+    for folder, mean in ((tmp_path, 23.0), (tmp_path / "reference", 22.0)):
+        assert [run.record["average"]["mean"] for run in load(folder)[0]] == [mean]

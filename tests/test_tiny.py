@@ -45,6 +45,15 @@ def source(family, monkeypatch):
     return TinyModel()
 
 
+def test_an_installed_package_reads_the_family_from_the_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("KVBENCH_CACHE", str(tmp_path / "cache"))
+    folder = tiny.family_folder(tmp_path / "site-packages")
+    assert folder == tmp_path / "cache" / "tiny"
+    monkeypatch.setattr(tiny, "FAMILY", folder)
+    with pytest.raises(InputError, match=f"model=tiny: .*copy models/tiny of a checkout to {folder}, or train one"):
+        TinyModel()
+
+
 def test_a_method_takes_its_own_member(source):
     assert source.for_sharing(CLA(2), "cla").member == "cla2"
     assert source.for_sharing(None, "snapkv").member == "mha"

@@ -174,7 +174,7 @@ def test_a_model_trained_on_copying_is_asked_through_a_compressed_cache(tmp_path
     model = ["model=local", f"model.path={record.parent / 'model'}", "task.sequences=24"]
     done = kvbench("run", *small, *model, "method=random", "method.budget=4", "method.recent=1")
     assert done.returncode == 0, done.stderr
-    found = [json.loads(p.read_text()) for p in tmp_path.glob("copying/local/*/*/record.json")]
+    found = [json.loads(p.read_text()) for p in tmp_path.glob("copying/model/*/*/record.json")]
     scores = {r["method"]: r["average"]["mean"] for r in found}
     assert scores["full"] > 90
     assert scores["random"] < scores["full"] - 30
@@ -736,7 +736,8 @@ def test_every_recipe_is_rehearsed(tmp_path, monkeypatch):
     scratch = {"full", "cla2", "cla3", "yoco", "lckv-w2", "pizza-bottom-4", "sandwich-middle-3"}
     assert {label for model, label in runs if model == "llama-50m"} == scratch
     assert {label for model, label in runs if model == "llama-110m"} == {"full", "lckv-w2"}
-    uptrained = {label: r.record["identity"]["train"] for (model, label), r in runs.items() if model == "local"}
+    (toy,) = {model for model, _ in runs} - {"llama-50m", "llama-110m"}  # the folder of the checkpoint
+    uptrained = {label: r.record["identity"]["train"] for (model, label), r in runs.items() if model == toy}
     assert set(uptrained) == {"cla2", "cla3", "yoco-full", "yoco", "lckv-w2", "lckv-w10"}
     assert all(r.done and (r.path / "model" / "config.json").is_file() for r in runs.values())
     assert all(t["distill"]["weight"] == 1 and t["init"] == "mean" for t in uptrained.values())

@@ -285,9 +285,10 @@ class KVCache(TransformersCache):
 
     @property
     def kv_bytes_logical(self) -> int:
-        """Bytes of the real tokens stored, without padding and unused slots."""
-        states = 0 if self.states is None else self.states.nbytes
-        return states + sum(layer.logical_bytes for layer in self.layers)
+        """Bytes of the real tokens stored, without padding and unused slots; also named ``kv_bytes``."""
+        return sum((layer.logical_bytes for layer in self.layers), self.states.nbytes if self.states else 0)
+
+    kv_bytes = kv_bytes_logical
 
     @property
     def tokens_held(self) -> list[torch.Tensor]:

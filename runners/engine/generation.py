@@ -43,6 +43,7 @@ def generate(
     after_prefill: Callable[[], None] | None = None,
     question: torch.Tensor | None = None,
     until: Callable[[int, list[int]], bool] | None = None,
+    after_step: Callable[[int], None] | None = None,
 ) -> Generation:
     """Prefill, then decode until every row has ended.
 
@@ -56,6 +57,7 @@ def generate(
         after_prefill: Called once the prompt is compressed, before anything else is fed.
         question: [B, q] further tokens of the prompts, fed after the compression.
         until: A row also ends, after a token that is kept, if ``until(prompt row, its tokens)`` is true.
+        after_step: Called with the number of tokens so far, after each one.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
@@ -73,6 +75,8 @@ def generate(
         token = sampler(logits, steps)
         rows.append(token)
         steps += 1
+        if after_step is not None:
+            after_step(steps)
         if steps >= max_new_tokens or all(rows.ended):
             return Generation(rows.tokens, steps - 1)
         token = rows.drop_ended_members(cache, token)
