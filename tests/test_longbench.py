@@ -23,7 +23,6 @@ from kvbench.tasks.longbench import LongBench, truncate_middle
 from kvbench.tasks.longbench_spec import CATEGORIES, E_DATASETS, ENGLISH_16, SPECS, bucket
 
 YAML = Path(__file__).parents[1] / "conf" / "task" / "longbench.yaml"
-GOLDEN = Path(__file__).parent / "golden" / "longbench"
 
 CLASSES = {"trec": ["Food", "Other", "Other entity"], "lsht": ["军事", "体育"]}
 ANSWERS = {"passage_retrieval_en": ["Paragraph 7"], "passage_retrieval_zh": ["段落7"], "passage_count": ["7"]}
@@ -69,10 +68,10 @@ def one_line(error: pytest.ExceptionInfo[InputError]) -> str:
 # --- the data sets ----------------------------------------------------------------------------------------------------
 
 
-def test_prompts_and_limits_are_the_official_ones_byte_for_byte() -> None:
+def test_prompts_and_limits_are_the_official_ones_byte_for_byte(shared_data: Path) -> None:
     """A "corrected" typo or a lost blank changes the tokens of every prompt, and no score can be compared any more."""
-    prompts = json.loads((GOLDEN / "dataset2prompt.json").read_text(encoding="utf-8"))
-    limits = json.loads((GOLDEN / "dataset2maxlen.json").read_text(encoding="utf-8"))
+    prompts = json.loads((shared_data / "longbench/dataset2prompt.json").read_text(encoding="utf-8"))
+    limits = json.loads((shared_data / "longbench/dataset2maxlen.json").read_text(encoding="utf-8"))
     assert {name: spec.prompt for name, spec in SPECS.items()} == prompts
     assert {name: spec.max_new_tokens for name, spec in SPECS.items()} == limits
 
@@ -135,7 +134,7 @@ def test_gold_files_have_the_official_number_of_rows(shared_data: Path) -> None:
 
 def test_real_rows_become_the_official_prompts(shared_data: Path) -> None:
     """All real rows at hand, rendered as the official code renders them."""
-    templates = json.loads((GOLDEN / "dataset2prompt.json").read_text(encoding="utf-8"))
+    templates = json.loads((shared_data / "longbench/dataset2prompt.json").read_text(encoding="utf-8"))
     task = LongBench(data_dir=str(shared_data / "longbench"))
     examples = task.examples()
     assert list(dict.fromkeys(example.dataset for example in examples)) == list(SPECS)
