@@ -178,15 +178,14 @@ def __dir__() -> list[str]:
 
 def _imported(name: str) -> Any:
     """The module of a public name; where it needs a package that is missing, the error names the extra to install."""
-    from kvbench.conf.extras import extra_of, install
-
     try:
         return import_module(f"{__name__}.{_MODULES[name]}")
     except ModuleNotFoundError as error:
-        extra = extra_of(error.name)
+        extras = import_module(f"{__name__}.conf.extras")
+        extra = extras.extra_of(error.name)
         if extra is None:
             raise
-        raise ImportError(f"kvbench.{name} needs the package {error.name}: {install(extra)}") from error
+        raise ImportError(f"kvbench.{name} needs the package {error.name}: {extras.install(extra)}") from error
 
 
 def _version() -> str:

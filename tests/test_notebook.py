@@ -10,7 +10,9 @@ import pytest
 from local_model import save_local_model
 from nbclient import NotebookClient
 
-FOLDER = Path(__file__).resolve().parents[1] / "analysis" / "notebooks"
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = (ROOT / "analysis" / "notebooks", ROOT / "docs" / "notebooks")
+NOTEBOOKS = {path.stem: path for folder in FOLDERS for path in sorted(folder.glob("*.py"))}
 
 
 def cells(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
@@ -19,8 +21,10 @@ def cells(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
 
 def executed(name: str) -> tuple[str, set[str]]:
     """(what a notebook prints, the kinds of what it shows)."""
-    notebook = jupytext.read(FOLDER / f"{name}.py")
-    NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": FOLDER}}).execute()
+    path = NOTEBOOKS[name]
+    notebook = jupytext.read(path)
+    place = {"metadata": {"path": path.parent}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=place).execute()
     outputs = [out for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs]
     return "".join(out.get("text", "") for out in outputs), {kind for out in outputs for kind in out.get("data", {})}
 
@@ -48,9 +52,9 @@ def test_bytes_and_steps_are_measured() -> None:
     assert "100.0% of the full cache" in text and "12.8% of the full cache" in text
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", NOTEBOOKS.values(), ids=lambda p: p.name)
 def test_both_forms_of_a_notebook_say_the_same(path: Path) -> None:
-    """``jupytext --sync analysis/notebooks/*.py`` makes them so."""
+    """``jupytext --sync analysis/notebooks/*.py docs/notebooks/*.py`` makes them so."""
     pair = jupytext.read(path.with_suffix(".ipynb"))
     assert cells(jupytext.read(path)) == cells(pair)
     assert not any(cell.get("outputs") for cell in pair.cells), "outputs are made, not kept"

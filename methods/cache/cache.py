@@ -280,8 +280,7 @@ class KVCache(TransformersCache):
     @property
     def kv_bytes_stored(self) -> int:
         """Allocated bytes: each storage counted once, with scales, masks, padding and unused slots."""
-        states = [] if self.states is None else self.states.tensors()
-        return stored_bytes(itertools.chain(states, *(layer.tensors() for layer in self.layers)))
+        return stored_bytes(t for part in (*self.layers, self.states) if part is not None for t in part.tensors())
 
     @property
     def kv_bytes_logical(self) -> int:

@@ -86,5 +86,5 @@ assert smallest < compressed < full
 #
 #     kvbench run method=snapkv method.budget=128 task.source=mini task.limit=3
 #
-# `start_here.ipynb` reads the records of such runs, `add_a_method.ipynb` writes a method, `speed_and_memory.ipynb`
-# measures one.
+# `analysis/notebooks/start_here.ipynb` reads the records of such runs, `add_a_method.ipynb` writes a method,
+# `speed_and_memory.ipynb` measures one.

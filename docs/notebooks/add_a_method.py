@@ -78,7 +78,7 @@ adaptive = kvbench.EvictionPolicy(ValueNorm(), budget=64, sinks=4, recent=16, al
 per_head, adaptive_bytes = held(kvbench.Method("value_norm", adaptive))
 print(per_head)
 _, plain_bytes = held(uniform)
-_, quantized_bytes = held(kvbench.Method("value_norm", uniform.policy, kvbench.Kivi(bits=4, group=16, residual=16)))
+_, quantized_bytes = held(kvbench.Method("value_norm", uniform.policy, kvbench.Kivi(bits=4, residual=16, group=16)))
 print(plain_bytes, "bytes,", quantized_bytes, "in 4 bits")
 assert quantized_bytes < plain_bytes
 
