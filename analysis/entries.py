@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..conf.errors import InputError
+from .checks import problem_of
 from .examples import Contradiction, Examples, read_examples
 from .index import MIN_RECORDS, Entry, Index
-from .schema import FIELDS, RECORD, RESULTS, SAMPLES, SCHEMA, problem_of
+from .schema import FIELDS, RECORD, RESULTS, SAMPLES, SCHEMA
 
 REFERENCE = "reference"
 """Folder of the committed runs below the results folder."""
