@@ -1,46 +1,58 @@
-"""Finished runs read back from a results folder: their records, and which of them may stand in one table.
+"""Finished runs read back from results folders: their records, and which of them may stand in one table.
 
     runs, problems = load(Path("results/reference"))
     for group in comparable(runs): ...
 
-The format of ``record.json`` is fixed here, by its reader; ``kvbench.runners.records.record`` writes it.
+A record that is damaged, or whose numbers contradict each other, is left out and named in ``problems``; see
+:mod:`.schema` for the rules.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from ..conf.errors import InputError
+from .describe import by_compressed_layers, compressed_layers, longbench_rows, setting, tie_rule
+from .entries import NOT_LOADED, examples_of, read_entries, read_record
+from .examples import Examples
+from .schema import FIELDS, RECORD, RESULTS, SAMPLES, SCHEMA
 
-SCHEMA = 1
-"""Version of record.json and samples.jsonl; a record of another version is reported, not guessed at."""
+if TYPE_CHECKING:
+    import pandas as pd
 
-RECORD, SAMPLES = "record.json", "samples.jsonl"
-REFERENCE = "reference"
-"""Folder of the committed runs below the results folder."""
+__all__ = [
+    "FIELDS",
+    "NOT_LOADED",
+    "RECORD",
+    "RESULTS",
+    "SAMPLES",
+    "SCHEMA",
+    "Run",
+    "average",
+    "by_budget",
+    "by_compressed_layers",
+    "comparable",
+    "compressed_layers",
+    "fewer_is_better",
+    "flat",
+    "frame",
+    "load",
+    "longbench_rows",
+    "read_record",
+    "read_runs",
+    "setting",
+    "settings_key",
+    "tie_rule",
+]
+
 HEADLINES = ("score", "kv_bytes_stored", "kv_ratio", "ttft_ms", "tpot_ms", "decode_tokens_per_s", "peak_decode_bytes")
 """Columns that :func:`frame` has whatever kinds of runs there are."""
-
-FIELDS = ("status", "kind", "hash", "identity", "task", "model", "method", "method_label", "budget", "data")
-
-
-RESULTS = {
-    "accuracy": ("scores", "average", "bytes"),
-    "train": ("training", "curve", "validation", "bytes", "weights"),
-    "efficiency": ("metrics", "bytes", "memory", "limit", "bandwidth", "workload"),
-}
-"""Fields of a finished run by its kind."""
-
-UNRANKED = ("Selection", "StreamingLLM")
-"""Selections that rank no tokens. Records of the others name their rule, but for those from before there was one."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +61,15 @@ class Run:
 
     Attributes:
         path: its folder.
-        record: ``record.json`` as it is.
+        record: ``record.json``; :func:`load` leaves out :data:`NOT_LOADED`, which :meth:`whole_record` has.
         label: name for tables; see :func:`load`.
+        examples: score of each example, for tests between runs; None if ``samples.jsonl`` does not fit the record.
     """
 
     path: Path
     record: Mapping[str, Any]
     label: str
+    examples: Examples | None = None
 
     @property
     def is_full_cache(self) -> bool:
@@ -73,38 +87,28 @@ class Run:
     @property
     def done(self) -> bool:
         """False for a run that was out of memory: it has no numbers."""
-        return self.record["status"] == "done"
+        return bool(self.record["status"] == "done")
+
+    @cached_property
+    def group_key(self) -> str:
+        """:func:`settings_key` of the record."""
+        return settings_key(self.record)
 
     def samples(self) -> list[dict[str, Any]]:
         """Rows of ``samples.jsonl``, one per example."""
-        with (self.path / SAMPLES).open(
-            encoding="utf-8"
-        ) as file:  # str.splitlines would also split at U+2028 in a text
+        with (self.path / SAMPLES).open(encoding="utf-8") as file:  # str.splitlines would also split at U+2028
             return [json.loads(line) for line in file]
 
-
-def read_record(path: Path) -> dict[str, Any]:
-    """One ``record.json``.
-
-    Raises:
-        InputError: it is not JSON, or of another schema, or lacks a field that every record has.
-    """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise InputError("results_dir", path, "is not JSON; delete the folder to run it again") from None
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        found = record.get("schema") if isinstance(record, dict) else None
-        raise InputError("results_dir", path, f"has schema {found}; this version reads {SCHEMA}")
-    wanted = FIELDS + (RESULTS.get(str(record.get("kind")), ()) if record.get("status") == "done" else ())
-    missing = [field for field in wanted if field not in record]
-    if missing:
-        raise InputError("results_dir", path, f"lacks {', '.join(missing)}; delete the folder to run it again")
-    return record
+    def whole_record(self) -> dict[str, Any]:
+        """``record.json`` with all its fields, read again."""
+        return read_record(self.path / RECORD)
 
 
-def load(folder: Path) -> tuple[list[Run], list[str]]:
-    """Every finished run under ``folder``, by method and budget, and a line for each record that cannot be read.
+def load(folder: Path, *more: Path) -> tuple[list[Run], list[str]]:
+    """Every finished run under the folders, by method and budget, and a line for each record that is not shown.
+
+    A record is not shown if it cannot be read, breaks a rule of :mod:`.schema`, contradicts its samples, or is a copy
+    of another one. One whose samples are missing or damaged is shown, and a line says so.
 
     The committed runs, in ``reference`` directly below a results folder, are read only if that folder is named.
 
@@ -112,22 +116,21 @@ def load(folder: Path) -> tuple[list[Run], list[str]]:
     in which they differ.
 
     Raises:
-        InputError: no record there at all.
+        InputError: no record in one of the folders.
     """
-    paths = [path for path in sorted(folder.rglob(RECORD)) if path.relative_to(folder).parts[0] != REFERENCE]
-    if not paths:
-        raise InputError(
-            "RESULTS", folder, f"holds no finished run ({RECORD}); `kvbench run results_dir={folder}` makes some"
-        )
     runs, problems = [], []
-    for path in paths:
-        try:
-            record = read_record(path)
-        except InputError as error:
-            problems.append(f"skipped: {error}")
-        else:
-            runs.append(Run(path.parent, record, record["method_label"]))
-    return _sorted(runs), problems
+    for results in dict.fromkeys((folder, *more)):
+        for path, entry in read_entries(results).items():
+            place = path.parent / RECORD
+            if entry.skipped is not None:
+                problems.append(f"skipped: {InputError('results_dir', place, entry.skipped)}")
+            if entry.note is not None:
+                text = f"{entry.note}; the run is shown, without tests of significance"
+                problems.append(f"note: {InputError('results_dir', path.parent / SAMPLES, text)}")
+            if entry.record is not None:
+                runs.append(Run(path.parent, entry.record, entry.record["method_label"], entry.examples))
+    runs, copies = _without_copies(runs)
+    return _sorted(runs), problems + copies
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:
@@ -137,7 +140,30 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
         InputError: one of them has no record that can be read.
     """
     records = [(folder, read_record(folder / RECORD)) for folder in folders]
-    return _sorted([Run(folder, record, record["method_label"]) for folder, record in records])
+    return _sorted([Run(folder, r, r["method_label"], examples_of(folder, r)) for folder, r in records])
+
+
+def _without_copies(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
+    """One run of each hash, the one that finished last; and a line for each other one."""
+    chosen: dict[str, Run] = {}
+    for run in runs:
+        other = chosen.get(run.record["hash"])
+        if other is None or _freshness(run) > _freshness(other):
+            chosen[run.record["hash"]] = run
+    copies = []
+    for run in runs:
+        kept = chosen[run.record["hash"]]
+        if kept is not run:
+            problem = f"is the same run as {kept.path}, which finished last and is shown"
+            copies.append(f"skipped: {InputError('results_dir', run.path / RECORD, problem)}")
+    return [run for run in runs if chosen[run.record["hash"]] is run], copies
+
+
+def _freshness(run: Run) -> tuple[bool, str]:
+    return run.done, run.record.get("finished", "")
+
+
+# order and groups -----------------------------------------------------------------------------------------------------
 
 
 def _sorted(runs: list[Run]) -> list[Run]:
@@ -154,7 +180,7 @@ def comparable(runs: Iterable[Run]) -> list[list[Run]]:
     """Runs that differ in their method alone, group by group: what may stand in one table."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(settings_key(run.record), []).append(run)
+        groups.setdefault(run.group_key, []).append(run)
     return [groups[key] for key in sorted(groups)]
 
 
@@ -177,68 +203,6 @@ def settings_key(record: Mapping[str, Any]) -> str:
     return "\x00".join([record["kind"], record["task"], record["model"], json.dumps(rest, sort_keys=True)])
 
 
-def tie_rule(record: Mapping[str, Any]) -> str | None:
-    """What ranked a run's tokens, down to equal scores; None: its method ranks none."""
-    selection = record["identity"]["method"]["selection"]
-    if selection["class"] in UNRANKED:
-        return None
-    return str(selection.get("ties", "score, then as the device sorts"))
-
-
-def compressed_layers(record: Mapping[str, Any]) -> str | None:
-    """How many attention layers a method works on, and what the other layers hold; None: the record does not say."""
-    found = record.get("cache_layers")
-    if found is None:
-        return None
-    spans: Counter[tuple[str, int]] = Counter()
-    for local in found.get("local", ()):
-        spans[local["kind"], local["tokens"]] += local["layers"]
-    borrowing = found.get("reading_others", 0)
-    held = [
-        f"{'chunk' if kind == 'chunked_attention' else 'window'} of {tokens} tokens in {_layers(count)}"
-        for (kind, tokens), count in sorted(spans.items())
-    ]
-    if borrowing:
-        held.append(f"keys and values of another layer in {_layers(borrowing)}")
-    if "recurrent" in found:
-        held.append(f"recurrent state in {_layers(found['recurrent'])}")
-    if "latents" in found:
-        latents = found["latents"]
-        held.append(f"{latents['held']} instead of {latents['latent_numbers_a_token']} latent numbers a token")
-    attending = found["full_attention"] + spans.total() + borrowing
-    share = f"{found['full_attention']} of {_layers(attending)} with attention"
-    return f"{share} ({', '.join(held)})" if held else share
-
-
-def _layers(count: int) -> str:
-    return "1 layer" if count == 1 else f"{count} layers"
-
-
-def by_compressed_layers(runs: Iterable[Run]) -> dict[str, list[str]]:
-    """Labels of the runs by :func:`compressed_layers`, without those whose records do not say.
-
-    A method with an architecture of its own (``method.sharing``) differs in its layers by definition, and is left out.
-    """
-    found: dict[str, list[str]] = {}
-    for run in runs:
-        if run.record["identity"]["method"].get("sharing") is not None:
-            continue
-        layers = compressed_layers(run.record)
-        if layers is not None:
-            found.setdefault(layers, []).append(run.label)
-    return found
-
-
-def longbench_rows(record: Mapping[str, Any]) -> str | None:
-    """``mini`` for the bundled set, ``subset`` for a part of LongBench's rows, None for all of them and for other data.
-
-    Told by the class of the task, because the name of a user's own data may hold the same words.
-    """
-    if record["identity"]["task"].get("class") not in ("LongBench", "LongBenchV2"):
-        return None
-    return next((part for part in ("mini", "subset") if f"-{part}" in record["task"]), None)
-
-
 def fewer_is_better(record: Mapping[str, Any]) -> bool:
     """Whether a run's scores are losses, in nats per token; they are shown as perplexity."""
     return record.get("unit") == "nats per token"
@@ -254,16 +218,23 @@ def average(record: Mapping[str, Any], name: str | None = None) -> dict[str, Any
 
 def _distinct(group: Sequence[Run]) -> list[Run]:
     """Labels that tell a method's settings wherever the group has it with more than one."""
-    settings: dict[str, list[dict[str, Any]]] = {}  # of each curve
-    for run in group:
-        settings.setdefault(run.curve, []).append(_settings(run.record))
+    settings = [{key: str(value) for key, value in _settings(run.record).items()} for run in group]
+    by_curve: dict[str, list[dict[str, str]]] = {}
+    for run, own in zip(group, settings, strict=True):
+        by_curve.setdefault(run.curve, []).append(own)
+    varying = {curve: _varying(of_curve) for curve, of_curve in by_curve.items()}
     out = []
-    for run in group:
-        same, mine = settings[run.curve], _settings(run.record)
-        keys = sorted({k for s in same for k in s if len({str(other.get(k)) for other in same}) > 1})
-        told = ", ".join(f"{k.rpartition('.')[2]}={mine[k]}" for k in keys if k in mine)
-        out.append(Run(run.path, run.record, f"{run.label} ({told})" if told else run.label))
+    for run, own in zip(group, settings, strict=True):
+        told = ", ".join(f"{key.rpartition('.')[2]}={own[key]}" for key in varying[run.curve] if key in own)
+        out.append(replace(run, label=f"{run.label} ({told})") if told else run)
     return out
+
+
+def _varying(settings: Sequence[Mapping[str, str]]) -> list[str]:
+    """Keys that do not have the same value in all settings, or that some of them lack."""
+    first = settings[0]
+    keys = {key for own in settings for key in own}
+    return sorted(key for key in keys if any(own.get(key, "None") != first.get(key, "None") for own in settings))
 
 
 def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,42 +251,14 @@ def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def setting(record: Mapping[str, Any], runs: Iterable[Run]) -> str:
-    """The settings of a group in words: dtype, device, batch size and the like.
-
-    Args:
-        record: of one run of the group.
-        runs: those shown. The layers that methods work on are named where those are not simply all layers of the model.
-    """
-    identity = record["identity"]
-    words = [identity["dtype"], f"on {identity['device']}"]
-    hardware = identity.get("hardware")
-    if hardware:
-        words.append(f"({hardware['gpu'] or hardware['cpu']}, {hardware['torch_threads']} threads)")
-    if identity.get("batch_size", 1) is not None:  # None: what was searched for
-        words.append(f"batch {identity.get('batch_size', 1)}")
-    if identity.get("runner", {}).get("compile"):
-        words.append("compiled steps")
-    limit = identity["task"].get("limit")
-    if limit is not None:
-        words.append(f"first {limit} of each set" if record["kind"] == "accuracy" else f"{limit} requests")
-    words += [f"{key} {value}" for key, value in record.get("shown", {}).items() if value is not None]
-    if identity["seed"]:
-        words.append(f"seed {identity['seed']}")
-    layers = by_compressed_layers(runs)
-    if len(layers) > 1:
-        words.append("methods work on different layers")
-    elif any("(" in text for text in layers):  # some layer holds something else
-        words.append(f"methods work on {next(iter(layers))}")
-    return ", ".join(words).replace(", (", " (").replace(f"{identity['dtype']}, on", f"{identity['dtype']} on")
-
-
 def frame(runs: Sequence[Run]) -> pd.DataFrame:
     """Runs as a table for one's own analysis: a row a run, with what identifies it and its headline numbers.
 
     Columns that a kind of run has no number for are NaN there: ``score`` for an efficiency run, ``tpot_ms`` for an
     accuracy run.
     """
+    import pandas as pd  # here, because its import takes longer than most tables
+
     rows = []
     for run in runs:
         record = run.record

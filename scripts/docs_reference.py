@@ -24,7 +24,7 @@ from unittest.mock import patch
 import yaml
 
 import kvbench
-from kvbench.analysis.load import FIELDS, RECORD, RESULTS, SAMPLES, SCHEMA
+from kvbench.analysis.schema import FIELDS, RECORD, RESULTS, SAMPLES, SCHEMA
 from kvbench.runners.command import COMMANDS
 from kvbench.runners.config.help import documented_keys
 from kvbench.runners.config.loader import groups

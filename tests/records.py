@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
+
+from kvbench.analysis.schema import identity_hash
 
 
 def estimate(mean: float, n: int = 20, half: float | None = 1.0) -> dict[str, Any]:
@@ -84,10 +87,29 @@ def efficiency(method: str, budget: int | None, tpot_ms: float, prompt_tokens: i
 
 
 def save(folder: Path, *records: dict[str, Any]) -> Path:
-    """Write each into a run folder of its own below ``folder``; returns ``folder``."""
+    """Write each into a run folder of its own below ``folder``, with samples that give its scores; returns ``folder``.
+
+    The hash is that of the identity; a record that must have another one is written by hand.
+    """
     for record in records:
-        identity = json.dumps(record["identity"], sort_keys=True)
-        path = folder / record["task"] / record["method"] / f"{record['hash']}-{abs(hash(identity))}"
+        record["hash"] = identity_hash(record["identity"])
+        path = folder / record["task"] / record["method"] / record["hash"]
         path.mkdir(parents=True)
         (path / "record.json").write_text(json.dumps(record))
+        if record["kind"] == "accuracy" and record["status"] == "done":
+            (path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples(record)))
     return folder
+
+
+def samples(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows whose means are the record's scores: the same spread for every method, and a small one of its own."""
+    noise = random.Random(record["hash"])
+    rows = []
+    for dataset, n in record["data"]["examples"].items():
+        scale = 1.0 if "unit" in record else 100.0
+        offsets = [10 * ((i % 5) - 2) + noise.uniform(-3, 3) for i in range(n)]
+        middle = sum(offsets) / n
+        for i, offset in enumerate(offsets):
+            score = (record["scores"][dataset]["mean"] + offset - middle) / scale
+            rows.append({"dataset": dataset, "id": f"{i:03}", "score": score, "new_tokens": 8 + i % 3})
+    return rows

@@ -9,7 +9,6 @@ after the last complete line; a folder with a ``record.json`` is done. Both file
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 from collections import Counter
@@ -21,18 +20,13 @@ from typing import Any
 
 import filelock
 
-from ...analysis.load import RECORD, SAMPLES, SCHEMA, read_record
+from ...analysis.entries import read_record
+from ...analysis.schema import RECORD, SAMPLES, SCHEMA, identity_hash
 from ...conf.errors import InputError, require
 from ...conf.options import NonNegativeInt, fits
 
 SESSIONS = "sessions.jsonl"
 START_OVER = "delete the line to have its example run again, or the folder to start over"
-
-
-def identity_hash(identity: Mapping[str, Any]) -> str:
-    """12 hexadecimal digits of the sha256 of ``identity`` as canonical JSON."""
-    text = json.dumps({"schema": SCHEMA, **identity}, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def folder_name(key: str, name: Any) -> str:

@@ -1,0 +1,105 @@
+"""What a table's title and notes say of runs: settings, compressed layers, and the order of equal scores."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .load import Run
+
+UNRANKED = ("Selection", "StreamingLLM")
+"""Selections that rank no tokens. Records of the others name their rule, but for those from before there was one."""
+
+
+def tie_rule(record: Mapping[str, Any]) -> str | None:
+    """What ranked a run's tokens, down to equal scores; None: its method ranks none."""
+    selection = record["identity"]["method"]["selection"]
+    if selection["class"] in UNRANKED:
+        return None
+    return str(selection.get("ties", "score, then as the device sorts"))
+
+
+def compressed_layers(record: Mapping[str, Any]) -> str | None:
+    """How many attention layers a method works on, and what the other layers hold; None: the record does not say."""
+    found = record.get("cache_layers")
+    if found is None:
+        return None
+    spans: Counter[tuple[str, int]] = Counter()
+    for local in found.get("local", ()):
+        spans[local["kind"], local["tokens"]] += local["layers"]
+    borrowing = found.get("reading_others", 0)
+    held = [
+        f"{'chunk' if kind == 'chunked_attention' else 'window'} of {tokens} tokens in {_layers(count)}"
+        for (kind, tokens), count in sorted(spans.items())
+    ]
+    if borrowing:
+        held.append(f"keys and values of another layer in {_layers(borrowing)}")
+    if "recurrent" in found:
+        held.append(f"recurrent state in {_layers(found['recurrent'])}")
+    if "latents" in found:
+        latents = found["latents"]
+        held.append(f"{latents['held']} instead of {latents['latent_numbers_a_token']} latent numbers a token")
+    attending = found["full_attention"] + spans.total() + borrowing
+    share = f"{found['full_attention']} of {_layers(attending)} with attention"
+    return f"{share} ({', '.join(held)})" if held else share
+
+
+def _layers(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count} layers"
+
+
+def by_compressed_layers(runs: Iterable[Run]) -> dict[str, list[str]]:
+    """Labels of the runs by :func:`compressed_layers`, without those whose records do not say.
+
+    A method with an architecture of its own (``method.sharing``) differs in its layers by definition, and is left out.
+    """
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        if run.record["identity"]["method"].get("sharing") is not None:
+            continue
+        layers = compressed_layers(run.record)
+        if layers is not None:
+            found.setdefault(layers, []).append(run.label)
+    return found
+
+
+def longbench_rows(record: Mapping[str, Any]) -> str | None:
+    """``mini`` for the bundled set, ``subset`` for a part of LongBench's rows, None for all of them and for other data.
+
+    Told by the class of the task, because the name of a user's own data may hold the same words.
+    """
+    if record["identity"]["task"].get("class") not in ("LongBench", "LongBenchV2"):
+        return None
+    return next((part for part in ("mini", "subset") if f"-{part}" in record["task"]), None)
+
+
+def setting(record: Mapping[str, Any], runs: Iterable[Run]) -> str:
+    """The settings of a group in words: dtype, device, batch size and the like.
+
+    Args:
+        record: of one run of the group.
+        runs: those shown. The layers that methods work on are named where those are not simply all layers of the model.
+    """
+    identity = record["identity"]
+    words = [identity["dtype"], f"on {identity['device']}"]
+    hardware = identity.get("hardware")
+    if hardware:
+        words.append(f"({hardware['gpu'] or hardware['cpu']}, {hardware['torch_threads']} threads)")
+    if identity.get("batch_size", 1) is not None:  # None: what was searched for
+        words.append(f"batch {identity.get('batch_size', 1)}")
+    if identity.get("runner", {}).get("compile"):
+        words.append("compiled steps")
+    limit = identity["task"].get("limit")
+    if limit is not None:
+        words.append(f"first {limit} of each set" if record["kind"] == "accuracy" else f"{limit} requests")
+    words += [f"{key} {value}" for key, value in record.get("shown", {}).items() if value is not None]
+    if identity["seed"]:
+        words.append(f"seed {identity['seed']}")
+    layers = by_compressed_layers(runs)
+    if len(layers) > 1:
+        words.append("methods work on different layers")
+    elif any("(" in text for text in layers):  # some layer holds something else
+        words.append(f"methods work on {next(iter(layers))}")
+    return ", ".join(words).replace(", (", " (").replace(f"{identity['dtype']}, on", f"{identity['dtype']} on")

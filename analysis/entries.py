@@ -1,0 +1,111 @@
+"""Records of a results folder, read and checked one by one, with the scores of their examples."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..conf.errors import InputError
+from .examples import Contradiction, Examples, read_examples
+from .index import MIN_RECORDS, Entry, Index
+from .schema import FIELDS, RECORD, RESULTS, SAMPLES, SCHEMA, problem_of
+
+NOT_LOADED = ("config", "curve", "repetitions", "validations")
+"""Fields that :func:`read_entries` leaves out, because no table needs them and they are most of a record's size."""
+
+REFERENCE = "reference"
+"""Folder of the committed runs below the results folder."""
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """One ``record.json``; its numbers are not checked.
+
+    Raises:
+        InputError: it cannot be read, is not JSON, or of another schema, or lacks a field that every record has.
+    """
+    try:
+        record = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError("results_dir", path, f"cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        problem = "is not JSON; remove this file and run the command again: it continues from the rows that are there"
+        raise InputError("results_dir", path, problem) from None
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        found = record.get("schema") if isinstance(record, dict) else None
+        raise InputError("results_dir", path, f"has schema {found}; this version reads {SCHEMA}")
+    wanted = FIELDS + (RESULTS.get(str(record.get("kind")), ()) if record.get("status") == "done" else ())
+    missing = [field for field in wanted if field not in record]
+    if missing:
+        problem = f"lacks {', '.join(missing)}; remove this file and run the command again"
+        raise InputError("results_dir", path, problem)
+    return record
+
+
+def read_entries(folder: Path) -> dict[Path, Entry]:
+    """What each ``record.json`` under a folder holds, by path.
+
+    Raises:
+        InputError: there is none.
+    """
+    stamps = dict(sorted(_stamps(folder)))
+    if not stamps:
+        raise InputError(
+            "RESULTS", folder, f"holds no finished run ({RECORD}); `kvbench run results_dir={folder}` makes some"
+        )
+    if len(stamps) < MIN_RECORDS:
+        return {path: _entry(path) for path in stamps}
+    index = Index(folder)
+    below = {path.relative_to(folder).as_posix(): stamp for path, stamp in stamps.items()}
+    found = index.read(below)
+    new = {name: _entry(folder / name) for name in below if name not in found}
+    if new or len(found) < index.size:
+        index.write(new, below)
+    return {path: new.get(name) or found[name] for path, name in zip(stamps, below, strict=True)}
+
+
+def _stamps(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Path of each record below a folder, with times and sizes of its files.
+
+    The committed runs, in ``reference`` directly below a results folder, are read only if that folder is named.
+    """
+    for root, folders, names in os.walk(folder):
+        if Path(root) == folder and REFERENCE in folders:
+            folders.remove(REFERENCE)
+        if RECORD in names:
+            files = [os.stat(os.path.join(root, name)) for name in (RECORD, SAMPLES) if name in names]
+            yield Path(root, RECORD), " ".join(f"{file.st_mtime_ns}:{file.st_size}" for file in files)
+
+
+def _entry(path: Path) -> Entry:
+    """One record with its samples, checked."""
+    try:
+        record = read_record(path)
+    except InputError as error:
+        return Entry(None, skipped=error.allowed)
+    problem = problem_of(record)
+    if problem is not None:
+        return Entry(None, skipped=problem)
+    examples = note = None
+    if _is_scored(record):
+        try:
+            examples, note = read_examples(path.parent, record)
+        except Contradiction as error:
+            return Entry(None, skipped=str(error))
+    for field in NOT_LOADED:
+        record.pop(field, None)
+    return Entry(record, examples, note=note)
+
+
+def examples_of(folder: Path, record: Mapping[str, Any]) -> Examples | None:
+    """The examples of a run; None where it has none, or none that fit its record."""
+    try:
+        return read_examples(folder, record)[0] if _is_scored(record) else None
+    except Contradiction:
+        return None
+
+
+def _is_scored(record: Mapping[str, Any]) -> bool:
+    return bool(record["kind"] == "accuracy" and record["status"] == "done")

@@ -1,0 +1,102 @@
+"""Scores of a run's examples, read from ``samples.jsonl`` and compared with what its record says."""
+
+from __future__ import annotations
+
+import json
+import math
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from .schema import SAMPLES, agree
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """Score and output length of each example of a run.
+
+    Attributes:
+        keys: (data set, id) of each example, sorted; runs on the same data share the tuple.
+        scores: In the unit of the record: percent, or nats per token.
+        new_tokens: Number of output tokens; empty if a row lacks it.
+    """
+
+    keys: tuple[tuple[str, str], ...]
+    scores: array[float]
+    new_tokens: array[int]
+
+    def by_data_set(self) -> dict[str, dict[str, float]]:
+        """``{data set: {id: score}}``."""
+        out: dict[str, dict[str, float]] = {}
+        for (dataset, name), score in zip(self.keys, self.scores, strict=True):
+            out.setdefault(dataset, {})[name] = score
+        return out
+
+    def lengths(self) -> dict[tuple[str, str], int]:
+        """Number of output tokens by (data set, id)."""
+        return dict(zip(self.keys, self.new_tokens, strict=False))
+
+
+class Contradiction(ValueError):
+    """Samples that give other numbers than their record has."""
+
+
+def read_examples(folder: Path, record: Mapping[str, Any]) -> tuple[Examples | None, str | None]:
+    """The examples of a finished accuracy run, or what makes them unfit for tests between runs.
+
+    Raises:
+        Contradiction: The rows are complete, and their means are not those of the record.
+    """
+    try:
+        found = _parse(folder / SAMPLES, 1.0 if "unit" in record else 100.0)
+    except OSError as error:
+        return None, "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+    except ValueError as error:
+        return None, str(error)
+    expected = record["data"]["examples"]
+    counts = Counter(dataset for dataset, _ in found.keys)
+    for dataset in sorted(expected.keys() | counts.keys()):
+        if counts[dataset] != expected.get(dataset, 0):
+            return None, f"has {counts[dataset]} rows of {dataset}; the record counts {expected.get(dataset, 0)}"
+    if record["scores"].keys() == expected.keys():  # else the task splits its data sets further
+        for dataset, rows in found.by_data_set().items():
+            mean, recorded = fmean(rows.values()), record["scores"][dataset]["mean"]
+            if not agree(mean, recorded):
+                raise Contradiction(f"scores.{dataset}.mean is {recorded:g}: {SAMPLES} gives {mean:g}")
+    return found, None
+
+
+def _parse(path: Path, factor: float) -> Examples:
+    """Raises ValueError for a row that is damaged or repeated."""
+    rows: dict[tuple[str, str], tuple[float, int | None]] = {}
+    for number, line in _lines(path):
+        try:
+            row = json.loads(line)
+            key = (row["dataset"], row["id"])
+            score, length = row["score"], row.get("new_tokens")
+            if not all(isinstance(part, str) for part in key) or not _is_number(score):
+                raise TypeError
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise ValueError(f"line {number} is no row of an example") from None
+        if key in rows:
+            raise ValueError(f"line {number} repeats the example {'/'.join(key)}")
+        rows[key] = (factor * score, length if isinstance(length, int) and 0 <= length < 2**31 else None)
+    keys = tuple(sorted(rows))
+    lengths = [rows[key][1] for key in keys]
+    known = [length for length in lengths if length is not None]
+    return Examples(
+        keys, array("d", (rows[key][0] for key in keys)), array("l", known if len(known) == len(keys) else ())
+    )
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    with path.open("rb") as file:  # bytes: str.splitlines would also split at U+2028 in a text
+        yield from enumerate(file, start=1)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

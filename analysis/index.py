@@ -1,0 +1,158 @@
+"""Index of a large results folder: what its files held when they were last read, so that they are not read again.
+
+Reading 100,000 records and their samples takes minutes. The index is an SQLite file in the user's cache folder
+(``$XDG_CACHE_HOME/kvbench`` or ``~/.cache/kvbench``), never in the results folder. An entry counts while modification
+time and size of ``record.json`` and ``samples.jsonl`` are unchanged. Folders of fewer than :data:`MIN_RECORDS` records
+have none, and where it cannot be read or written the records are read as if there were none.
+
+Parts that many records have in common (settings of the task, provenance) are stored once and are one object in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+from array import array
+from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .examples import Examples
+
+MIN_RECORDS = 500
+"""Number of records from which on a folder has an index."""
+BATCH = 2000
+"""Entries that are parsed together: the parser keeps each name of a field once per call."""
+
+SHARED = ("data", "sessions", "provenance", "cache_layers", "shown")
+"""Fields of a record that many records have in common; so has each field of ``identity`` that is a mapping."""
+
+TABLES = (
+    "CREATE TABLE IF NOT EXISTS parts (digest TEXT PRIMARY KEY, content TEXT)",
+    "CREATE TABLE IF NOT EXISTS entries (path TEXT PRIMARY KEY, stamp TEXT, skipped TEXT, note TEXT, record TEXT,"
+    " keys TEXT, scores BLOB, new_tokens BLOB)",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What one run folder holds.
+
+    Attributes:
+        record: The record without what tables and figures do not need; None if it is skipped.
+        examples: Scores of the examples; None if there are none that fit the record.
+        skipped: Why the record is not shown.
+        note: What is wrong with the samples.
+    """
+
+    record: dict[str, Any] | None
+    examples: Examples | None = None
+    skipped: str | None = None
+    note: str | None = None
+
+
+def cache_folder() -> Path:
+    """Folder of the user's indexes."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "kvbench"
+
+
+class Index:
+    """Entries by path, in a file of the cache folder.
+
+    Args:
+        results: The results folder; each has a file of its own.
+    """
+
+    def __init__(self, results: Path) -> None:
+        # Entries made by other code are not used: the file's name has the digest of what made them.
+        modules = ("schema", "examples", "entries", "index")
+        code = hashlib.sha256(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in modules))
+        name = hashlib.sha256(f"{results.resolve()}\0{code.hexdigest()}".encode()).hexdigest()[:16]
+        self._path = cache_folder() / f"index-{name}.sqlite"
+        self._parts: dict[str, Any] = {}
+        self.size = 0  # entries in the file, those of changed and removed records included
+
+    def read(self, stamps: Mapping[str, str]) -> dict[str, Entry]:
+        """The entries that are up to date; none if the file cannot be read.
+
+        Args:
+            stamps: Path of each record below the folder -> times and sizes of its files.
+        """
+        found: dict[str, Entry] = {}
+        try:
+            if not self._path.is_file():
+                return {}
+            with closing(sqlite3.connect(f"{self._path.as_uri()}?mode=ro", uri=True)) as base:
+                self._parts = {digest: json.loads(text) for digest, text in base.execute("SELECT * FROM parts")}
+                cursor = base.execute("SELECT * FROM entries")
+                while rows := cursor.fetchmany(BATCH):
+                    self.size += len(rows)
+                    found |= self._decoded([row for row in rows if stamps.get(row[0]) == row[1]])
+        except (sqlite3.Error, OSError, ValueError, KeyError, TypeError):  # damaged, locked, or of someone else
+            return {}
+        return found
+
+    def write(self, entries: Mapping[str, Entry], stamps: Mapping[str, str]) -> None:
+        """Add entries, and remove those of records that are gone; without effect if the file cannot be written."""
+        parts: dict[str, str] = {}
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with closing(sqlite3.connect(self._path, timeout=1)) as base, base:
+                for statement in TABLES:
+                    base.execute(statement)
+                gone = [(path,) for (path,) in base.execute("SELECT path FROM entries") if path not in stamps]
+                base.executemany("DELETE FROM entries WHERE path = ?", gone)
+                rows = (self._encoded(path, stamps[path], entry, parts) for path, entry in entries.items())
+                base.executemany("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+                base.executemany("INSERT OR IGNORE INTO parts VALUES (?, ?)", parts.items())
+        except (sqlite3.OperationalError, OSError):  # read-only, locked, or the disk is full
+            return
+        except sqlite3.DatabaseError:  # not SQLite's, or damaged
+            with suppress(OSError):
+                self._path.unlink()
+
+    # one entry ------------------------------------------------------------------------------------------------------
+
+    def _encoded(self, path: str, stamp: str, entry: Entry, parts: dict[str, str]) -> tuple[Any, ...]:
+        def refer(value: Any) -> str:
+            text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+            digest = hashlib.sha256(text.encode()).hexdigest()[:24]
+            parts[digest] = text
+            return digest
+
+        record = None
+        if entry.record is not None:
+            lean = {key: refer(value) if key in SHARED else value for key, value in entry.record.items()}
+            identity = {k: [refer(v)] if isinstance(v, dict) else v for k, v in entry.record["identity"].items()}
+            record = json.dumps({**lean, "identity": identity}, ensure_ascii=False, separators=(",", ":"))
+        examples = entry.examples
+        keys = None if examples is None else refer(examples.keys)
+        blobs = (None, None) if examples is None else (examples.scores.tobytes(), examples.new_tokens.tobytes())
+        return path, stamp, entry.skipped, entry.note, record, keys, *blobs
+
+    def _decoded(self, rows: Sequence[tuple[Any, ...]]) -> dict[str, Entry]:
+        records = json.loads("[" + ",".join(row[4] or "null" for row in rows) + "]")
+        entries = {}
+        for row, record in zip(rows, records, strict=True):
+            if record is not None:
+                for key in SHARED:
+                    if key in record:
+                        record[key] = self._parts[record[key]]
+                for key, value in record["identity"].items():
+                    if isinstance(value, list) and len(value) == 1 and value[0] in self._parts:
+                        record["identity"][key] = self._parts[value[0]]
+            entries[row[0]] = Entry(record, self._examples(row), skipped=row[2], note=row[3])
+        return entries
+
+    def _examples(self, row: tuple[Any, ...]) -> Examples | None:
+        if row[5] is None:
+            return None
+        keys = self._parts[row[5]]
+        if isinstance(keys, list):  # JSON has no tuples
+            keys = self._parts[row[5]] = tuple((dataset, name) for dataset, name in keys)
+        return Examples(keys, array("d", row[6]), array("l", row[7]))

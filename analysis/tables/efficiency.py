@@ -1,0 +1,130 @@
+"""Tables of timed runs: times, throughput and memory, or the largest size that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..describe import setting
+from ..load import Run
+from .cells import GIB, MIB, MISSING, Cell, Table, metric, number, out_of_memory_row, peak, run_hash
+from .marks import emphasized
+from .notes import made_by, not_measured, ways_of_decoding
+
+
+def efficiency_table(runs: Sequence[Run]) -> Table:
+    """Times, throughput, bytes, peaks, and the speed-up against what the bytes allow."""
+    if any("search" in run.record for run in runs):
+        return search_table(runs)
+    columns = [
+        *("method", "TTFT ms", "TPOT ms", "min - max", "p90", "p99", "prefill tok/s", "decode tok/s", "KV MiB, batch"),
+        *("peak prefill MiB", "peak decode MiB", "MBU", "speed-up", "by bytes"),
+    ]
+    metered = any((run.record.get("energy") or {}).get("joules") for run in runs)
+    columns += ["J/token", "run"] if metered else ["run"]
+    rows = []
+    for run in runs:
+        record = run.record
+        if not run.done:
+            rows.append(out_of_memory_row(run, len(columns)))
+            continue
+        paired = record.get("paired", {})
+        tpot, steps = record["metrics"]["tpot_ms"], record["metrics"].get("step_ms")
+        mbu = record["limit"]["mbu"]
+        rows.append(
+            [
+                Cell(run.label),
+                metric(record, "ttft_ms", 1, -1),
+                metric(record, "tpot_ms", 2, -1),
+                Cell(f"{tpot['min']:.2f} - {tpot['max']:.2f}"),
+                *(MISSING if steps is None else number(steps[p], 2) for p in ("p90", "p99")),
+                metric(record, "prefill_tokens_per_s", 0, 1),
+                metric(record, "decode_tokens_per_s", 1, 1),
+                number(record["bytes"]["kv_bytes_stored"] / MIB, 2),
+                peak(record, "peak_prefill"),
+                peak(record, "peak_decode"),
+                MISSING if mbu is None else number(mbu["median"], 2),
+                *(_ratio(paired, key) for key in ("decode_speed_up", "decode_speed_up_by_bytes")),
+                *([_energy(record)] if metered else []),
+                run_hash(run),
+            ]
+        )
+    first = runs[0].record
+    table = Table(_title(runs), columns, rows, list(runs))
+    repeats = first["identity"]["runner"]["repeats"]
+    table.notes.append(f"Medians of {repeats} repetitions" + ("." if repeats >= 5 else ", which is few."))
+    if any("step_ms" in run.record.get("metrics", {}) for run in runs):
+        table.notes.append("p90, p99: of single decode steps, ms.")
+    table.notes.append(
+        "speed-up: TPOT of full / TPOT; by bytes: the same if a step took as long as reading the weights and the cache "
+        "once; MBU: how near it came to that, at the bandwidth of a copy."
+    )
+    if first["identity"]["device"] == "cpu":
+        table.notes.append("Peaks are of the whole process (resident set).")
+    table.notes += ways_of_decoding(runs) + made_by(runs) + not_measured(runs)
+    return emphasized(table)
+
+
+def _energy(record: Mapping[str, Any]) -> Cell:
+    """Joules per output token, what the idle device takes included."""
+    joules = record.get("energy", {}).get("joules_per_output_token")
+    return MISSING if joules is None else number(joules, 3)
+
+
+def search_table(runs: Sequence[Run]) -> Table:
+    """The largest size of each method that fits into memory, and how fast it is there."""
+    what = next(run.record["search"]["what"] for run in runs if "search" in run.record)
+    name = {"batch_size": "largest batch", "prompt_tokens": "longest prompt"}[what]
+    columns = [
+        *("method", name, "/ full", "ended by", "output tok/s", "/ full", "total tok/s", "TTFT ms", "TPOT ms"),
+        *("KV MiB, batch", "peak prefill MiB", "peak decode MiB", "run"),
+    ]
+    rows = []
+    for run in runs:
+        record = run.record
+        if not run.done:
+            rows.append(out_of_memory_row(run, len(columns)))
+            continue
+        paired, found = record.get("paired", {}), record.get("search")
+        if found is None:  # not a search, so of another table
+            rows.append([Cell(run.label), *([MISSING] * (len(columns) - 2)), run_hash(run)])
+            continue
+        ratios = [_ratio(paired, key) for key in ("largest_ratio", "output_tokens_per_s_ratio")]
+        size = found["measured_at"]
+        rows.append(
+            [
+                Cell(run.label),
+                Cell(f"{size:,}", size, better=1),
+                ratios[0],
+                Cell(found["stopped_by"]),
+                metric(record, "output_tokens_per_s", 1, 1),
+                ratios[1],
+                metric(record, "total_tokens_per_s", 1, 1),
+                metric(record, "ttft_ms", 1, -1),
+                metric(record, "tpot_ms", 2, -1),
+                number(record["bytes"]["kv_bytes_stored"] / MIB, 2),
+                peak(record, "peak_prefill"),
+                peak(record, "peak_decode"),
+                run_hash(run),
+            ]
+        )
+    first = runs[0].record
+    table = Table(_title(runs), columns, rows, list(runs))
+    limits = {run.record["search"]["limit_bytes"] for run in runs if "search" in run.record}
+    given = ["what the device has" if limit is None else f"{limit / GIB:.4g} GiB" for limit in limits]
+    table.notes.append(f"Memory: {', '.join(sorted(given))}. Times and bytes are those at the largest size.")
+    tolerance = first["identity"]["task"].get("tolerance")
+    if tolerance:
+        table.notes.append(f"Sizes are found to within {100 * tolerance:g} %.")
+    table.notes += ways_of_decoding(runs) + made_by(runs) + not_measured(runs)
+    return table
+
+
+def _ratio(paired: Mapping[str, Any], name: str) -> Cell:
+    """A ratio to the full cache; a dash where there is no run of it."""
+    return number(paired[name], 2, " x") if name in paired else MISSING
+
+
+def _title(runs: Sequence[Run]) -> str:
+    first = runs[0].record
+    return f"{first['task']} / {first['model']}: {setting(first, runs)}"

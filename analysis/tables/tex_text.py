@@ -1,0 +1,77 @@
+"""Text in LaTeX: escaped characters, numbers as they are printed, and the width that they take."""
+
+from __future__ import annotations
+
+import re
+
+ESCAPES = {
+    **{character: f"\\{character}" for character in "%&_#${}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\char34{}",  # \textquotedbl is not in the default encoding
+    "`": r"\textasciigrave{}",
+    "†": r"$\dagger$",
+    "‡": r"$\ddagger$",
+    "×": r"$\times$",
+    "−": r"$-$",
+    "±": r"$\pm$",
+    "≤": r"$\leq$",
+    "≥": r"$\geq$",
+    "–": "--",
+    "—": "---",
+    "…": r"\dots{}",
+}
+
+
+def escape(text: str) -> str:
+    """Text as LaTeX prints it, on one line."""
+    return "".join(ESCAPES.get(c, c) for c in " ".join(text.split()) if c.isprintable())
+
+
+def breakable(text: str) -> str:
+    """Text that may be broken into lines after characters that join words."""
+    return re.sub(r"(\\_|[=/])", r"\1\\allowbreak{}", escape(text))
+
+
+def number_text(text: str) -> str:
+    """A cell with a number: minus signs, ranges and the sign of a ratio as they are printed."""
+    if text == "-":
+        return "--"
+    text = re.sub(r"(?<=[\d%]) - (?=[\d+-])", "–", text)
+    text = re.sub(r"(?<![\w.])-(?=\d)", "−", text)
+    return escape(re.sub(r"(?<=\d) x$", "×", text))
+
+
+def has_other_script(text: str) -> bool:
+    """Whether a text has characters that pdflatex cannot print with its own fonts."""
+    return any(ord(c) > 0xFF for c in text)
+
+
+WIDTHS = {
+    **dict.fromkeys("0123456789", 0.5),
+    **dict.fromkeys(".,:;|!'il", 0.28),
+    **dict.fromkeys("[]jft()-", 0.39),
+    **dict.fromkeys("mw%", 0.84),
+    **dict.fromkeys("MW", 1.03),
+    **dict.fromkeys("abcdeghknopqrsuvxyz", 0.556),
+    **dict.fromkeys("ABCDEFGHIJKLNOPQRSTUVXYZ", 0.785),
+    **dict.fromkeys("+=−×<>~^†±", 0.78),
+    " ": 0.334,
+}
+"""Widths of Computer Modern's characters in units of the type size at 10 points, rounded up."""
+SMALL_TYPE = {9.0: 1.03, 8.0: 1.065, 7.0: 1.14}
+"""Its designs for small sizes are wider."""
+BOLD = 1.16
+
+
+def text_width(text: str, size: float, bold: bool = False) -> float:
+    """Points that LaTeX takes for an escaped text, or a little less than that."""
+    plain = text
+    for character, escaped in ESCAPES.items():
+        plain = plain.replace(escaped, character)
+    width = sum(WIDTHS.get(c, 1.0) for c in plain)
+    return width * size * SMALL_TYPE.get(size, 1.0) * (BOLD if bold else 1.0)

@@ -1,0 +1,139 @@
+"""Tables as Markdown, HTML and CSV. What stands in a record is text in each of them, never markup."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from unicodedata import east_asian_width
+
+from ..describe import setting
+from ..load import Run
+from .cells import Table
+from .notes import guards
+
+# Markdown -------------------------------------------------------------------------------------------------------------
+
+
+def markdown(table: Table) -> str:
+    """A table that reads well as text too."""
+    body = [[f"**{_md(c.text)}**" if c.bold else _md(c.text) for c in row] for row in table.rows]
+    head = [_md(column) for column in table.columns]
+    widths = [max(_width(row[i]) for row in [head, *body]) for i in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [" " * (width - _width(cell)) for cell, width in zip(cells, widths, strict=True)]
+        rest = [pad + cell for pad, cell in zip(padded[1:], cells[1:], strict=True)]
+        return "| " + " | ".join([cells[0] + padded[0], *rest]) + " |"
+
+    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
+    notes = [f"\n{_md(' '.join(table.notes))}"] if table.notes else []
+    return "\n".join([f"**{_md(table.title)}**", "", line(head), rule, *map(line, body), *notes])
+
+
+MARKUP = re.compile(r"[\\`*|$<~]|&(?=[#\w]+;)|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])")
+"""What Markdown takes for markup: `_` only at the edge of a word, `]` only before a link's target, `&` of an entity."""
+
+
+def _md(text: str) -> str:
+    return MARKUP.sub(lambda found: "\\" + found[0], " ".join(text.split()))
+
+
+def _width(text: str) -> int:
+    """Columns that a text takes on a terminal: two for a Chinese character."""
+    return sum(2 if east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def markdown_page(made: Iterable[Table]) -> Iterator[str]:
+    """The tables below one another."""
+    for number, table in enumerate(made):
+        yield ("\n\n" if number else "") + markdown(table)
+
+
+# HTML -----------------------------------------------------------------------------------------------------------------
+
+STYLE = (
+    "body{font:14px/1.4 system-ui,sans-serif;margin:2em}table{border-collapse:collapse;margin-top:2em}"
+    "caption{text-align:left;font-weight:bold;padding-bottom:.4em}th,td{padding:.15em .6em;text-align:right;"
+    "white-space:nowrap}th:first-child,td:first-child{text-align:left}thead tr:last-child th{border-bottom:1px solid}"
+    "th[colspan]{text-align:center}tr.block td{border-top:1px solid #bbb}"
+)
+
+
+def html_page(made: Iterable[Table]) -> Iterator[str]:
+    """A page of its own with all tables."""
+    yield '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>kvbench tables</title>'
+    yield f"\n<style>{STYLE}</style>"
+    for table in made:
+        yield "\n" + html_table(table)
+    yield "\n</html>"
+
+
+def html_table(table: Table) -> str:
+    """One ``<table>``, with its notes in a paragraph below it."""
+    lines = [f'<table id="{html.escape(table.name)}">', f"<caption>{_html(table.title)}</caption>", "<thead>"]
+    if table.families:
+        spans = "".join(f'<th colspan="{count}">{_html(family)}</th>' for family, count in table.family_spans())
+        lines.append(f"<tr>{spans}</tr>")
+    lines += [
+        "<tr>" + "".join(f"<th>{_html(column)}</th>" for column in table.columns) + "</tr>",
+        "</thead>",
+        "<tbody>",
+    ]
+    for place, row in enumerate(table.rows):
+        starts = bool(table.blocks) and place > 0 and table.blocks[place] != table.blocks[place - 1]
+        cells = "".join(f"<td><b>{_html(c.text)}</b></td>" if c.bold else f"<td>{_html(c.text)}</td>" for c in row)
+        lines.append(f'<tr class="block">{cells}</tr>' if starts else f"<tr>{cells}</tr>")
+    lines += ["</tbody>", "</table>"]
+    if table.notes:
+        lines.append(f"<p>{_html(' '.join(table.notes))}</p>")
+    return "\n".join(lines)
+
+
+def _html(text: str) -> str:
+    return html.escape(" ".join(text.split()))
+
+
+# CSV ------------------------------------------------------------------------------------------------------------------
+
+CSV_COLUMNS = (
+    *("task", "model", "setting", "method", "budget", "column", "value", "low", "high", "spread", "n", "bold"),
+    *("warning", "dtype", "device", "commit", "finished", "hash", "run"),
+)
+
+
+def csv_page(made: Iterable[Table]) -> Iterator[str]:
+    """Long form: one row for each number of each table, with its interval and its run."""
+    yield _csv_line(CSV_COLUMNS)
+    for table in made:
+        for run, row in zip(table.runs, table.rows, strict=True):
+            head, tail = _csv_head(run, table), _csv_tail(run)
+            for column, cell in zip(table.columns, row, strict=True):
+                if cell.value is not None:
+                    spread = (cell.low, cell.high, cell.spread, cell.n, "yes" if cell.bold else "")
+                    yield "\n" + _csv_line([*head, column, cell.value, *spread, *tail])
+            if not run.done:
+                yield "\n" + _csv_line([*head, "status", run.record["status"], "", "", "", "", "", *tail])
+
+
+def _csv_head(run: Run, table: Table) -> list[object]:
+    record = run.record
+    return [record["task"], record["model"], table.setting or setting(record, [run]), run.label, record["budget"]]
+
+
+def _csv_tail(run: Run) -> list[object]:
+    record = run.record
+    identity, made = record["identity"], record.get("provenance", {})
+    commit = made.get("git", {}).get("sha") or ""
+    where = os.path.relpath(run.path)
+    origin = [identity["dtype"], identity["device"], commit, record.get("finished", ""), record["hash"], where]
+    return [" ".join(guards(record)), *origin]
+
+
+def _csv_line(cells: Sequence[object]) -> str:
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\r\n").writerow(cells)  # what is in it is quoted: both ends of a line
+    return out.getvalue().removesuffix("\r\n")
