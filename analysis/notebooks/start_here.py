@@ -21,6 +21,7 @@
 
 # %%
 # %matplotlib inline
+from itertools import islice
 from pathlib import Path
 
 from IPython.display import Markdown, display
@@ -57,7 +58,7 @@ for table in tables(runs):
 # ## The figures
 
 # %%
-for plot in plots(runs)[:3]:  # all of them take minutes; `kvbench plot` writes them to files
+for plot in islice(plots(runs), 3):  # all of them take minutes; `kvbench plot` writes them to files
     print(plot.name)
     display(figure(plot))
 
