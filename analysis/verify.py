@@ -22,7 +22,7 @@ from typing import Any
 
 from ..conf.errors import InputError
 from .entries import read_record
-from .schema import RECORD, SAMPLES, identity_hash
+from .schema import RECORD, SAMPLES, identity_hash, problem_of
 from .stats import ratio
 from .summaries import is_current, with_current_statistics
 
@@ -79,7 +79,7 @@ def verify(folder: Path) -> Verification:
         except InputError as error:
             problems.append(f"{error.value} {error.allowed}".removeprefix(f"{place}/"))
         except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-            problems.append(f"is damaged: {type(error).__name__} {error}")
+            problems.append(problem_of(record) or f"is damaged: {type(error).__name__} {error}")
         found.differing += [f"{place / RECORD}: {problem}" for problem in problems]
     return found
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from kvbench.analysis.schema import identity_hash
 from kvbench.analysis.summaries import is_current, with_current_statistics
 from kvbench.analysis.verify import main, read_rows, scores_of, verify
-from kvbench.analysis.schema import identity_hash
 
 REFERENCE = Path(__file__).resolve().parents[1] / "results/reference"
 SCORED = "longbench-mini/smollm2-135m"
@@ -129,7 +129,7 @@ def with_field(line: str, **fields: Any) -> str:
         (edited("bytes", value={}), "bytes.kv_bytes_stored is missing: the samples give"),
         (edited("average", "high", value=1.0), "average has its mean"),
         (edited("data", "examples", value={"trec": 8}), "rows of"),
-        (edited("data", value=None), "is damaged"),
+        (edited("data", value=None), "mapping"),
         (edited("schema", value=2), "has schema 2"),
         (rows_edited(lambda lines: lines[:-1]), "the record counts"),
         (rows_edited(lambda lines: [*lines, lines[0]]), "a second time"),
@@ -169,7 +169,7 @@ def test_a_baseline_that_is_elsewhere_is_a_note(scored, tmp_path, capsys) -> Non
         (edited("metrics", "tpot_ms", "median", value=1.0), "metrics.tpot_ms.median is 1: the repetitions give"),
         (edited("limit", "mbu", "max", value=1.0), "limit.mbu.max is 1: the repetitions give"),
         (edited("paired", "decode_speed_up", value=9.0), "paired.decode_speed_up is 9: the repetitions give"),
-        (edited("metrics", value={}), "is damaged: KeyError 'tpot_ms'"),
+        (edited("metrics", value={}), "metrics.ttft_ms is missing"),
     ],
 )
 def test_damaged_times_are_named(edit, said, timed, tmp_path, capsys) -> None:
