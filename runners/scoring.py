@@ -167,10 +167,11 @@ class Scoring:
         if run.cache_layers is None:
             run.cache_layers = describe_layers(loaded.model)
         shape, full = model_shape(loaded.model), full_shape(loaded.model, run.method.sharing)
-        lengths = item.compressed_lengths
+        lengths, group = item.compressed_lengths, self.task.group(example)
         return {
             "dataset": example.dataset,
             "id": example.id,
+            **({} if group == example.dataset else {"group": group}),
             "method": run.method.label,
             **answer.fields,
             **self.task.judge(example, answer.fields["prediction"], answer.reply, reference),

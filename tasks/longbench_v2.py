@@ -299,15 +299,12 @@ def _filled(prompt: str, row: Mapping[str, str]) -> str:
 
 
 def _share(scores: Sequence[float]) -> dict[str, Any]:
-    """Mean of scores of 0 or 1, in percent, with its 95 % percentile-bootstrap interval.
+    """Mean of scores of 0 or 1, in percent, with its 95 % Wilson interval."""
+    from scipy.stats import binomtest  # slow to import
 
-    Resampled sums of n such scores are binomial, so no resampling is needed. One question has no interval.
-    """
-    from scipy.stats import binom  # slow to import
-
-    n, mean = len(scores), sum(scores) / len(scores)
-    low, high = (float(100 * binom.ppf(q, n, mean) / n) if n > 1 else None for q in (0.025, 0.975))
-    return {"mean": 100 * mean, "low": low, "high": high, "n": n}
+    right, n = round(sum(scores)), len(scores)
+    interval = binomtest(right, n).proportion_ci(0.95, method="wilson")
+    return {"mean": 100 * right / n, "low": 100 * interval.low, "high": 100 * interval.high, "n": n, "method": "wilson"}
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------

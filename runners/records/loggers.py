@@ -24,7 +24,7 @@ INIT_TIMEOUT_S = 20.0
 FINISH_TIMEOUT_S = 60.0
 """Longest wait for the upload of one run; without a limit, wandb would wait forever."""
 
-NOT_RESULTS = ("schema", "identity", "config", "data", "sessions", "provenance")
+NOT_RESULTS = ("schema", "identity", "config", "data", "sessions", "provenance", "interval")
 """Parts of a record whose numbers are not results."""
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
 from ...analysis.load import SAMPLES
-from ...analysis.stats import macro_mean, paired_difference
+from ...analysis.stats import PERCENT_BOUNDS
+from ...analysis.summaries import difference, summarize
 from ...tasks.base import PERCENT, Example, Source, Task
 from ..config.settings import Settings
 from .runs import MethodRun, find_reusable_runs, finished_baseline, record_head
@@ -111,16 +112,11 @@ class ScoredRun(MethodRun):
         """Scores, confidence intervals and bytes of a complete run."""
         rows = [self.rows[(e.dataset, e.id)] for e in examples]
         scores = self.scores(task, examples)
-        by_group = {group: list(by_id.values()) for group, by_id in scores.items()}
+        bounds = PERCENT_BOUNDS if task.unit == PERCENT else None
         return {
             **({} if task.unit == PERCENT else {"unit": task.unit}),
             **({"shown": {key: getattr(task, key) for key in task.shown}} if task.shown else {}),
-            "scores": {group: asdict(macro_mean({group: values})) for group, values in by_group.items()},
-            "average": asdict(macro_mean(by_group)),
-            "averages": {
-                name: asdict(macro_mean({group: by_group[group] for group in members}))
-                for name, members in task.averages(list(by_group)).items()
-            },
+            **summarize(scores, bounds, task.averages(list(scores))),
             "bytes": {
                 **{key: fmean(r[key] for r in rows) for key in KV_BYTES},
                 "kv_ratio": sum(r["kv_bytes_stored"] for r in rows) / sum(r["kv_bytes_full"] for r in rows),
@@ -137,7 +133,8 @@ def add_paired_differences(runs: Sequence[ScoredRun], task: Task, examples: Sequ
     for run in runs:
         if run is baseline or not run.folder.done or "paired" in run.folder.record():
             continue
-        difference = paired_difference(run.scores(task, examples), baseline.scores(task, examples))
-        paired = {"with": baseline.method.label, "hash": baseline.folder.hash, "difference": asdict(difference)}
+        bounds = PERCENT_BOUNDS if task.unit == PERCENT else None
+        estimate = difference(run.scores(task, examples), baseline.scores(task, examples), bounds)
+        paired = {"with": baseline.method.label, "hash": baseline.folder.hash, "difference": estimate}
         with run.folder:
             run.folder.amend("paired", paired)
