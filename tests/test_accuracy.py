@@ -152,7 +152,7 @@ def test_a_finished_run_is_not_run_again(finished, world):
     before = {p: p.stat().st_mtime_ns for p in results.rglob("*.json*")}
     out = run(world, results).stdout
     assert out.count("already done") == 2
-    assert "model:" not in out
+    assert "\nmodel: " not in out
     assert {p: p.stat().st_mtime_ns for p in results.rglob("*.json*")} == before
 
 
@@ -640,7 +640,7 @@ def test_a_token_without_an_embedding_is_one_line(world, tmp_path, monkeypatch):
     monkeypatch.setattr(LongBench, "encode", lambda *_: [5, 400, 7])
     said = run(world, tmp_path, "task.datasets=[hotpotqa]", status=2).stderr
     error = "its tokenizer encodes hotpotqa/hotpotqa-0 with token 400, but its embedding has only 258 rows"
-    assert f"error: model=local: {error}" in said
+    assert f"error: model=model: {error}" in said, "named by its folder"
 
 
 BAD_TEMPLATES = {
