@@ -431,6 +431,24 @@ def test_a_scorer_is_read_without_the_rest_of_the_project() -> None:
             assert lines <= 600, (name, lines)
 
 
+def names_in(tree: ast.AST) -> set[str]:
+    """Every identifier of a module: names, attributes, keywords, arguments and what is imported."""
+    fields = ("id", "attr", "arg", "name", "asname")
+    found = {getattr(node, field, None) for node in ast.walk(tree) for field in fields}
+    return {part for name in found if isinstance(name, str) for part in name.split(".")}
+
+
+def test_policies_and_storages_do_not_see_which_layers_share_keys_and_values() -> None:
+    """The cache layer does: a policy attends when it is called, and evicts when it is called."""
+    plan = ast.parse((ROOT / "methods/sharing/plan.py").read_text(encoding="utf-8"))
+    (access,) = (n for n in plan.body if isinstance(n, ast.ClassDef) and n.name == "KVAccess")
+    fields = {n.target.id for n in access.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+    assert {"is_owner", "strictly_causal", "is_last_reader"} <= fields
+    assert names_in(ast.parse("from a import b as c\nd.e(f=g)")) >= set("bcdefg")
+    for path in [p for top in ("policies", "storage") for p in (ROOT / "methods" / top).rglob("*.py")]:
+        assert not names_in(ast.parse(path.read_text(encoding="utf-8"))) & {"KVAccess", *fields}, path
+
+
 @pytest.mark.parametrize("path", [p for top in SMALL_FOLDERS for p in sorted((ROOT / top).rglob("*.py"))], ids=str)
 def test_files_and_functions_are_short(path: Path) -> None:
     text = path.read_text(encoding="utf-8")

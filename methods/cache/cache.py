@@ -244,8 +244,8 @@ class KVCache(TransformersCache):
             if layer.in_prefill:
                 continue
             uses = [u for u, c in zip(self.plan.uses, self.plan.cache_layer, strict=True) if c == number]
-            if len(uses) > 1 and layer.capabilities.evicts_while_decoding and layer.span is None:
-                limits.append(layer.capabilities.prefill_block)
+            if len(uses) > 1 and layer.capabilities.max_step_tokens is not None:
+                limits.append(layer.capabilities.max_step_tokens)
             if any(use.strictly_causal for use in uses):
                 limits.append(1)
         return min(limits, default=None)
