@@ -267,7 +267,9 @@ def _gains(full: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     return {
         "decode_speed_up_by_bytes": full["limit"]["bytes_read_per_step"] / record["limit"]["bytes_read_per_step"],
         "decode_speed_up": full["metrics"]["tpot_ms"]["median"] / record["metrics"]["tpot_ms"]["median"],
-        "decode_speed_up_interval": asdict(ratio(*(_repetitions(r, "tpot_ms") for r in (full, record)), paired=False)),
+        "decode_speed_up_interval": asdict(
+            ratio(_repetitions(full, "tpot_ms"), _repetitions(record, "tpot_ms"), paired=False)
+        ),
         "prefill_slow_down": record["metrics"]["ttft_ms"]["median"] / full["metrics"]["ttft_ms"]["median"],
         "kv_bytes_saved_end": full["bytes"]["kv_bytes_stored_end"] - record["bytes"]["kv_bytes_stored_end"],
         "peak_decode_bytes_saved": _peak_saved(full, record, "peak_decode"),

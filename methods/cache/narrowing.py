@@ -50,7 +50,7 @@ def narrow_between_layers(model: PreTrainedModel, cache: KVCache, method: str) -
 def _register(decoder: weakref.ref[torch.nn.Module], cache: KVCache) -> None:
     """Register the hooks on a decoder, whose first layer is running."""
     model = decoder()
-    assert model is not None
+    assert model is not None and isinstance(model.layers, torch.nn.ModuleList)
     _Hooks(list(model.layers), cache)
 
 

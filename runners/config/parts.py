@@ -59,7 +59,7 @@ def _innermost_first(node: DictConfig, key: str) -> Iterator[tuple[str, DictConf
     for name in node:
         child = node._get_node(name)
         if isinstance(child, DictConfig) and "_target_" in child:
-            yield from _innermost_first(child, f"{key}.{name}")
+            yield from _innermost_first(child, f"{key}.{name!s}")
     yield key, node
 
 
