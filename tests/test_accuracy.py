@@ -18,6 +18,7 @@ import torch
 from local_model import Done, kvbench, save_local_model, save_rows
 from processes import start as start_process
 
+from kvbench.analysis.verify import verify
 from kvbench.runners.command import main
 from kvbench.runners.records import record
 from kvbench.runners.records.record import RunFolder
@@ -128,6 +129,18 @@ def test_the_record_says_what_ran(finished):
     assert set(record["scores"]) == {"hotpotqa", "lcc"}
     mean = sum(s["mean"] for s in record["scores"].values()) / 2
     assert record["average"]["mean"] == pytest.approx(mean)
+
+
+def test_intervals_are_those_of_the_samples_to_the_bit(finished):
+    results, _ = finished
+    found = verify(results)
+    assert found.differing == [] and found.notes == []
+    assert found.counts == {"samples": 2}, "no interval is of an older rule"
+    record = json.loads((folders(results)["snapkv 40"] / "record.json").read_text())
+    assert record["interval"] == {"method": record["average"]["method"], "level": 0.95, "resamples": None}
+    for name, estimate in (*record["scores"].items(), ("paired", record["paired"]["difference"])):
+        assert estimate["low"] < estimate["high"], name
+        assert estimate["method"] in ("t", "midp", "bounds")
 
 
 def test_no_path_of_this_machine_is_recorded(finished, world):
