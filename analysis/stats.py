@@ -3,7 +3,7 @@
 A run's average is the macro average: the mean over data sets of the mean over examples. An interval says how far the
 number would move with other examples of the same data sets; it says nothing of other seeds or other models. Every
 function depends on the values alone and not on their order, so an interval is computed again from ``samples.jsonl`` to
-the last bit. No interval is drawn by resampling: docs/explanation/decisions.md has the coverage of each construction.
+the last bit. No interval is drawn by resampling: docs/explanation/statistics.md has the coverage of each construction.
 
 Three constructions (``Estimate.method``):
 
@@ -25,15 +25,19 @@ from typing import TypeVar
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.special import betainc, stdtrit
+from scipy.special import betainc, ndtri, stdtrit
 
 LEVEL = 0.95
 TAIL = (1 - LEVEL) / 2
+NORMAL_QUANTILE = float(ndtri(1 - TAIL))
 PERCENT_BOUNDS = (0.0, 100.0)
 FLIPS = 19_999
 """Random sign flips of a test, beside the observed signs."""
 EXACT_FLIPS_LIMIT = 14
 """Largest number of differing examples for which all patterns of signs are enumerated."""
+EDGEWORTH = (2 * NORMAL_QUANTILE**2 + 1) / (6 * NORMAL_QUANTILE)
+"""Share of its half-width by which an end moves for each unit of the mean's skewness: the first Edgeworth term of a
+studentized mean at the normal quantile."""
 RATE_PRIOR = 2.0
 """Examples with the overall rate that are added to each data set when the spread between data sets is estimated."""
 
@@ -164,11 +168,9 @@ def _t_interval(strata: Sequence[_Stratum], mean: float) -> tuple[float, float]:
     # A set without spread borrows variance; the degrees of freedom stay those of the sets that have their own.
     pooled = math.fsum(s.variance for s in varied) / len(varied)
     total = math.fsum(own) + math.fsum(pooled / s.n**2 for s in strata if s.variance == 0)
-    q = float(stdtrit(degrees, 1 - TAIL))
+    half = float(stdtrit(degrees, 1 - TAIL)) * math.sqrt(total) / len(strata)
     skewness = math.fsum(s.third / s.n**2 for s in strata) / total**1.5
-    shift = skewness * (2 * q * q + 1) / 6
-    error = math.sqrt(total) / len(strata)
-    return mean - error * (q + max(-shift, 0.0)), mean + error * (q + max(shift, 0.0))
+    return mean - half * (1 + max(-EDGEWORTH * skewness, 0.0)), mean + half * (1 + max(EDGEWORTH * skewness, 0.0))
 
 
 def _rate_interval(strata: Sequence[_Stratum], mean: float, n: int, bounds: Bounds) -> Estimate:

@@ -264,8 +264,9 @@ def _run(config: DictConfig) -> list[Path]:
     folders = [r.folder.path for r in runs]
     end = closing(folders)
     print(end)
-    already_done = [f"{r.method.label}: already done, in {r.folder.path}" for r in runs]
-    finished.write(folders, "\n".join([*already_done, "", end]))
+    if finished.path is not None and all(run.folder.done for run in runs):  # one that was out of memory is tried again
+        already_done = [f"{r.method.label}: already done, in {r.folder.path}" for r in runs]
+        finished.write(folders, "\n".join([*already_done, "", end]))
     return folders
 
 

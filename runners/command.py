@@ -15,6 +15,7 @@ COMMANDS = {
     "table": ("kvbench.analysis.tables", "tables of finished runs: Markdown, CSV, LaTeX"),
     "plot": ("kvbench.analysis.plots", "figures of finished runs: Pareto plots, time over length"),
     "kv-size": ("kvbench.analysis.kv_size", "bytes of a KV cache, from the formula"),
+    "verify": ("kvbench.analysis.verify", "compute the numbers of every record again and say what differs"),
     "score": ("kvbench.runners.score", "score LongBench prediction files"),
     "completion": ("kvbench.runners.completion", "Tab completion for bash, zsh and fish"),
 }

@@ -20,11 +20,12 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..analysis.stats import ratio
 from ..conf.errors import InputError
 from ..conf.options import NonNegativeInt, PositiveFloat, PositiveInt
 from ..methods.cache.method import Method
@@ -266,11 +267,19 @@ def _gains(full: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     return {
         "decode_speed_up_by_bytes": full["limit"]["bytes_read_per_step"] / record["limit"]["bytes_read_per_step"],
         "decode_speed_up": full["metrics"]["tpot_ms"]["median"] / record["metrics"]["tpot_ms"]["median"],
+        "decode_speed_up_interval": asdict(
+            ratio(_repetitions(full, "tpot_ms"), _repetitions(record, "tpot_ms"), paired=False)
+        ),
         "prefill_slow_down": record["metrics"]["ttft_ms"]["median"] / full["metrics"]["ttft_ms"]["median"],
         "kv_bytes_saved_end": full["bytes"]["kv_bytes_stored_end"] - record["bytes"]["kv_bytes_stored_end"],
         "peak_decode_bytes_saved": _peak_saved(full, record, "peak_decode"),
         "peak_prefill_bytes_saved": _peak_saved(full, record, "peak_prefill"),
     }
+
+
+def _repetitions(record: dict[str, Any], name: str) -> list[float]:
+    values: list[float] = record["metrics"][name]["repetitions"]
+    return values
 
 
 def _peak_saved(full: dict[str, Any], record: dict[str, Any], phase: str) -> int | None:

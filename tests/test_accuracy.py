@@ -18,6 +18,7 @@ import torch
 from local_model import Done, kvbench, save_local_model, save_rows
 from processes import start as start_process
 
+from kvbench.analysis.verify import verify
 from kvbench.runners.command import main
 from kvbench.runners.records import record
 from kvbench.runners.records.record import RunFolder
@@ -130,6 +131,18 @@ def test_the_record_says_what_ran(finished):
     assert record["average"]["mean"] == pytest.approx(mean)
 
 
+def test_intervals_are_those_of_the_samples_to_the_bit(finished):
+    results, _ = finished
+    found = verify(results)
+    assert found.differing == [] and found.notes == []
+    assert found.counts == {"samples": 2}, "no interval is of an older rule"
+    record = json.loads((folders(results)["snapkv 40"] / "record.json").read_text())
+    assert record["interval"] == {"method": record["average"]["method"], "level": 0.95, "resamples": None}
+    for name, estimate in (*record["scores"].items(), ("paired", record["paired"]["difference"])):
+        assert estimate["low"] < estimate["high"], name
+        assert estimate["method"] in ("t", "midp", "bounds")
+
+
 def test_no_path_of_this_machine_is_recorded(finished, world):
     results, _ = finished
     for folder in folders(results).values():
@@ -152,7 +165,7 @@ def test_a_finished_run_is_not_run_again(finished, world):
     before = {p: p.stat().st_mtime_ns for p in results.rglob("*.json*")}
     out = run(world, results).stdout
     assert out.count("already done") == 2
-    assert "model:" not in out
+    assert "\nmodel: " not in out
     assert {p: p.stat().st_mtime_ns for p in results.rglob("*.json*")} == before
 
 
@@ -640,7 +653,7 @@ def test_a_token_without_an_embedding_is_one_line(world, tmp_path, monkeypatch):
     monkeypatch.setattr(LongBench, "encode", lambda *_: [5, 400, 7])
     said = run(world, tmp_path, "task.datasets=[hotpotqa]", status=2).stderr
     error = "its tokenizer encodes hotpotqa/hotpotqa-0 with token 400, but its embedding has only 258 rows"
-    assert f"error: model=local: {error}" in said
+    assert f"error: model=model: {error}" in said, "named by its folder"
 
 
 BAD_TEMPLATES = {

@@ -16,8 +16,9 @@ from omegaconf import OmegaConf
 
 from kvbench.conf.errors import InputError
 from kvbench.runners.cli import PARTS
+from kvbench.runners.config import loader
 from kvbench.runners.config.checks import check_targets, check_values, target_class
-from kvbench.runners.config.loader import compose, groups, plain_data
+from kvbench.runners.config.loader import compose, groups, packaged_choices, plain_data
 from kvbench.runners.config.methods import named_method, paired_methods
 from kvbench.runners.records.record import folder_name
 
@@ -224,6 +225,16 @@ def test_every_entry_of_all_methods_is_a_method_of_its_own():
     assert len({str(method.identity()) for method in methods}) == len(methods) == 63
 
 
+def test_the_folder_of_the_configuration_is_listed_once_for_all_entries(monkeypatch):
+    listed = []
+    monkeypatch.setattr(loader, "groups", lambda root, prefix="": listed.append(prefix) or groups(root, prefix))
+    packaged_choices.cache_clear()
+    for entry in ("full", "snapkv budget=64 storage=kivi4", {"method": "h2o"}):
+        paired_methods(entry, None)
+    assert listed.count("") == 1
+    assert dict(packaged_choices()) == {group: [n for g, n in choices() if g == group] for group, _ in choices()}
+
+
 def test_a_method_in_text_is_checked_too():
     with pytest.raises(InputError, match=r"^runner\.pair_with=snapkv windw=8: method\.windw: method has no key windw"):
         named_method("snapkv windw=8")
@@ -237,6 +248,10 @@ def test_a_method_in_text_is_checked_too():
         ({"method": "snapkv", "budgets": [0]}, "{method:snapkv,budgets:[0]}", "budgets=0: must be a whole number"),
         ({"method": "snapkv", "budget": 0}, "{method:snapkv,budget:0}", "method.budget=0: must be a whole number"),
         ("snapkv budget=0", "snapkv budget=0", "method.budget=0: must be a whole number"),
+        ({"method": "fulll"}, "{method:fulll}", "method=fulll: must be one of"),
+        ("fulll budget=4", "fulll budget=4", "method=fulll: must be one of"),
+        ("5", "5", "method=5: must be one of"),
+        ("snapkv budget={a", "snapkv budget={a", "method.budget={a: cannot be read"),
     ],
 )
 def test_an_error_in_a_paired_method_names_its_entry(entry, shown, problem):

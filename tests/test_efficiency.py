@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from local_model import kvbench, save_local_model
 from tiny_models import prompt_ids, tiny_model
 
+from kvbench.analysis.stats import ratio
 from kvbench.methods.cache.cache import KVCache
 from kvbench.methods.cache.method import Method
 from kvbench.methods.policies.eviction import EvictionPolicy
@@ -195,6 +197,10 @@ def test_bytes_and_the_predicted_speed_up_are_the_formula(measured):
     paired = records["snapkv 64"]["paired"]
     assert paired["decode_speed_up_by_bytes"] == read["full"] / read["snapkv 64"]
     assert paired["hash"] == records["full"]["hash"]
+    interval = paired["decode_speed_up_interval"]
+    times = [records[label]["metrics"]["tpot_ms"]["repetitions"] for label in ("full", "snapkv 64")]
+    assert interval == asdict(ratio(*times, paired=False))
+    assert interval["n"] == len(times[0])
 
 
 def test_energy_is_recorded_or_the_reason_why_not(measured):

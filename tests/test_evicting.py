@@ -101,7 +101,10 @@ def stream(selection, prompt: Prompt, steps: int, query_heads: int, kv_heads: in
     for _ in range(steps):
         q, k, v = (torch.randn(1, h, 1, D, generator=g, dtype=torch.float64) for h in (query_heads, kv_heads, kv_heads))
         q = 3 * q
-        out = selection.attend(state, storage, Step(q, k, v, LogitRule(D**-0.5), None))
+        storage.append(k, v)
+        step = Step(q, LogitRule(D**-0.5))
+        out = selection.attend(state, storage, step)
+        selection.after_attention(state, storage, step)
         keys, _, valid = storage.read()
         real = torch.ones(1, 1, keys.shape[2], dtype=torch.bool) if valid is None else valid
         real = real.expand(1, kv_heads, -1)[0]

@@ -274,40 +274,31 @@ def test_a_yaml_without_a_description_would_be_noticed() -> None:
 SOURCE = re.compile(r" # .+ \((paper|authors|library|ours): .+\)$")
 
 
-def without_source(text: str, parts: tuple[str, ...] = ("selection", "sharing")) -> list[str]:
-    """Lines of a method's YAML that set a default and do not say whose it is.
+def without_source(text: str) -> list[str]:
+    """Lines of a YAML file of a method or of its parts that set a default and do not say whose it is.
 
-    A default is a key of a method's ``parts``, or its budget; in a storage's file (no ``parts``) it is any key. What
-    refers to another key has its source there, and a budget of null is none.
+    What refers to another key has its source there, and a budget of null is none.
     """
-    found, part = [], ""
+    found = []
     for line in text.splitlines():
-        if not re.match(r" *\w+:", line):
-            continue
-        key, value = line.strip().split(":", 1)
-        if not line.startswith(" "):
-            part = key
-        is_default = (part in parts and line.startswith(" ")) or part == "budget" or not parts
-        if not is_default or key in ("_target_", "defaults") or value.strip().startswith(("${", "null # accepted")):
-            continue
-        if key in ("selection", "storage", "sharing") or SOURCE.search(line):
-            continue
-        found.append(line.strip())
+        key, _, value = line.strip().partition(":")
+        is_default = re.match(r" *\w+:", line) and value.strip() and key not in ("_target_", "name")
+        if is_default and not value.strip().startswith(("${", "null # accepted")) and not SOURCE.search(line):
+            found.append(line.strip())
     return found
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf/method").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_default_of_a_method_says_whose_it_is(path: Path) -> None:
     """A reader must not take our choice for the paper's: ``(paper: ...)``, ``(authors: ...)``, ``(ours: why)``."""
-    parts = ("selection", "sharing") if path.parent.name == "method" else ()
-    assert without_source(path.read_text(encoding="utf-8"), parts) == []
+    assert without_source(path.read_text(encoding="utf-8")) == []
 
 
 def test_a_default_without_a_source_would_be_noticed() -> None:
-    text = "name: x\nbudget: 64 # tokens\nselection:\n  _target_: a.B\n  budget: ${..budget}\n  sinks: 4 # first tokens"
+    text = "name: x\nbudget: 64 # tokens\npolicy:\n  _target_: a.B\n  budget: ${..budget}\n  sinks: 4 # first tokens"
     assert without_source(text) == ["budget: 64 # tokens", "sinks: 4 # first tokens"]
     assert without_source(text.replace("tokens", "tokens (paper: section 3)")) == []
-    assert without_source("_target_: a.B\nbits: 4 # of a code\n", ()) == ["bits: 4 # of a code"]
+    assert without_source("_target_: a.B\nbits: 4 # of a code\nrecent: 0\n") == ["bits: 4 # of a code", "recent: 0"]
 
 
 # docstrings -------------------------------------------------------------------------------------------------------
@@ -429,6 +420,24 @@ def test_a_scorer_is_read_without_the_rest_of_the_project() -> None:
             names = closure(name, graph) - {"conf.options"}
             lines = sum(len(modules[m].read_text(encoding="utf-8").splitlines()) for m in names)
             assert lines <= 600, (name, lines)
+
+
+def names_in(tree: ast.AST) -> set[str]:
+    """Every identifier of a module: names, attributes, keywords, arguments and what is imported."""
+    fields = ("id", "attr", "arg", "name", "asname")
+    found = {getattr(node, field, None) for node in ast.walk(tree) for field in fields}
+    return {part for name in found if isinstance(name, str) for part in name.split(".")}
+
+
+def test_policies_and_storages_do_not_see_which_layers_share_keys_and_values() -> None:
+    """The cache layer does: a policy attends when it is called, and evicts when it is called."""
+    plan = ast.parse((ROOT / "methods/sharing/plan.py").read_text(encoding="utf-8"))
+    (access,) = (n for n in plan.body if isinstance(n, ast.ClassDef) and n.name == "KVAccess")
+    fields = {n.target.id for n in access.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+    assert {"is_owner", "strictly_causal", "is_last_reader"} <= fields
+    assert names_in(ast.parse("from a import b as c\nd.e(f=g)")) >= set("bcdefg")
+    for path in [p for top in ("policies", "storage") for p in (ROOT / "methods" / top).rglob("*.py")]:
+        assert not names_in(ast.parse(path.read_text(encoding="utf-8"))) & {"KVAccess", *fields}, path
 
 
 @pytest.mark.parametrize("path", [p for top in SMALL_FOLDERS for p in sorted((ROOT / top).rglob("*.py"))], ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -76,3 +77,26 @@ def test_a_prompt_in_chunks_is_refused_by_the_policys_name():
     model = tiny_model()
     with pytest.raises(InputError, match=r"runner\.chunk_size=7: ForwardLastTokens narrows a prompt"):
         prefill(model, Method("x", ForwardLastTokens(9)).new_cache(model), prompt_ids(23), chunk_size=7)
+
+
+def hooks(model) -> int:
+    return sum(len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in model.get_decoder().layers)
+
+
+def test_the_model_has_hooks_only_while_a_cache_is_in_use():
+    gc.collect()  # caches of tests before this one
+    model, ids = tiny_model(), prompt_ids(23)
+    unused = Method("x", ForwardLastTokens(9)).new_cache(model)
+    copied = unused.fork()
+    assert hooks(model) == 0
+    seen = []
+    watch = model.get_decoder().layers[-1].register_forward_pre_hook(lambda *_: seen.append(hooks(model)))
+    for cache in (Method("x", ForwardLastTokens(9)).new_cache(model), copied):
+        prefill(model, cache, ids)
+        decode(model, cache, torch.tensor([3]))
+        assert [held[0, 0].item() for held in cache.tokens_held] == [24, 10, 10]
+    prefill(model, Method("full").new_cache(model), ids)
+    watch.remove()
+    count = len(model.get_decoder().layers)
+    assert seen == [count + 1, 1, count + 1, 1, 1]  # with the one that counts
+    assert hooks(model) == 0 and unused.on_first_forward is not None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from tiny_models import prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
@@ -307,6 +309,38 @@ def test_a_chunk_settings_change_the_identity():
 def test_bad_settings(make, key):
     with pytest.raises(InputError, match=rf"method[./]{key}"):
         make()
+
+
+def test_the_authors_setting_of_lagkv_is_typed_as_the_page_says():
+    page = (Path(__file__).parents[1] / "docs" / "explanation" / "methods.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"kvbench run method=(lagkv [^`]*)`", page)
+    scorer = named_method(command.replace("method.", "")).policy.scorer
+    assert (scorer.sinks, scorer.lag) == (16, 1024)
+    assert (LagKV().sinks, LagKV().lag) == (4, 128)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("chunkkv scorer.scorer.window=0", "method.scorer.scorer.window=0: must be a whole number >= 1"),
+        ("chunkkv scorer.scorer.kernel=6", "method.scorer.scorer.kernel=6: must be an odd number"),
+        (
+            "chunkkv scorer@method.scorer.scorer=chunkkv scorer.scorer.scorer.window=0",
+            "method.scorer.scorer.scorer.window=0: must be a whole number >= 1",
+        ),
+        ("chunkkv scorer@method.scorer.scorer=chunkkv scorer.scorer.chunk=0", "method.scorer.scorer.chunk=0: must be"),
+        ("chunkkv scorer.chunk=0", "method.scorer.chunk=0: must be a whole number >= 1"),
+        ("chunkkv budget=0", "method.budget=0: must be a whole number of tokens >= 1"),
+    ],
+)
+def test_an_error_of_a_nested_part_names_its_whole_key(text, message):
+    name, *options = text.split()
+    with pytest.raises(InputError) as error:
+        named_method(text)
+    assert str(error.value).startswith(message)
+    with pytest.raises(InputError) as error:
+        configured_method(name, dict(yaml.safe_load(option.replace("=", ": ", 1)).popitem() for option in options))
+    assert str(error.value).startswith(message)
 
 
 def test_a_name_in_place_of_the_inner_scorer_says_how_to_choose_one():

@@ -36,6 +36,7 @@ def test_the_records_give_tables_and_figures() -> None:
     assert "0 records that cannot be read" in text
 
 
+@pytest.mark.slow
 def test_a_model_is_compressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVBENCH_NOTEBOOK_MODEL", str(save_local_model(tmp_path)))
     text, _ = executed("compress_a_model")
@@ -46,6 +47,7 @@ def test_a_method_is_added() -> None:
     assert "as expected" in executed("add_a_method")[0]
 
 
+@pytest.mark.slow
 def test_bytes_and_steps_are_measured() -> None:
     text, _ = executed("speed_and_memory")
     assert text.count(" ms a step") == 5

@@ -259,21 +259,26 @@ def test_hooks_are_gone_after_the_prompt_and_leave_other_caches_alone():
     def hooks() -> int:
         return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.model.layers)
 
-    gc.collect()  # caches of tests before this one, whose hooks go with the next forward
+    gc.collect()  # caches of tests before this one
     before = prefill(model, Method("full").new_cache(model), ids)
-    cache, unused = (Method("x", rule).new_cache(model) for _ in range(2))
-    assert hooks() == 6
+    cache, interrupted = (Method("x", rule).new_cache(model) for _ in range(2))
+    assert hooks() == 0
+    counts = []
+    counter = model.model.layers[1].register_forward_hook(lambda *_: counts.append(hooks() - 1))
     assert torch.equal(prefill(model, Method("full").new_cache(model), ids), before)
     assert cache.get_seq_length() == 0
     prefill(model, cache, ids)
-    assert hooks() == 3
-    del unused
+    assert hooks() == 1
+    with pytest.raises(InputError, match=r"runner\.chunk_size"):
+        prefill(model, interrupted, ids, chunk_size=7)
+    assert hooks() == 4
+    del interrupted
     gc.collect()
-    counts = []
-    model.model.layers[1].register_forward_hook(lambda *_: counts.append(hooks()))
+    assert hooks() == 1
     prefill(model, Method("full").new_cache(model), ids)
-    assert counts == [1]  # the counting hook alone, already at the second layer
+    assert counts == [0, 3, 0]  # without the counting hook
     decode(model, cache, torch.tensor([7]))
+    counter.remove()
 
 
 @pytest.mark.parametrize("budget", [0.5, 0.4, 150])

@@ -104,7 +104,10 @@ def test_every_n_matches_the_naive_simulator(scorer, rule, window, interval, sin
     policy.after_prompt(state, storage, torch.tensor([LENGTH]), kept.scores, prompt.query if window else None)
     for i in range(STEPS):
         new_q, new_k, new_v = (torch.randn(1, 2, 1, D, generator=g, dtype=torch.float64) for _ in range(3))
-        policy.attend(state, storage, Step(3 * new_q, new_k, new_v, LogitRule(SCALE), None))
+        storage.append(new_k, new_v)
+        step = Step(3 * new_q, LogitRule(SCALE))
+        policy.attend(state, storage, step)
+        policy.after_attention(state, storage, step)
         keys, _, valid = storage.read()
         for h, head in enumerate(heads):
             head.step(LENGTH + i, 3 * new_q[0, h, 0], new_k[0, h, 0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from kvbench.methods.cache.prompt_attention import window_attention
 from kvbench.methods.policies.budget import resolve_budget
 from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.scorers import snapkv
-from kvbench.methods.policies.scorers.snapkv import SnapKV, reduce_groups
+from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.storage.ragged import Ragged
 from kvbench.runners.engine import decode, generate, prefill
 
@@ -139,9 +140,16 @@ def test_equal_query_heads_score_as_one_head():
 
 
 def test_reduce_groups_takes_neighbouring_query_heads():
-    votes = torch.tensor([[[1.0], [3.0], [10.0], [20.0]]])
-    assert reduce_groups(votes, 2, "mean").flatten().tolist() == [2.0, 15.0]
-    assert reduce_groups(votes, 2, "max").flatten().tolist() == [3.0, 20.0]
+    scores = torch.tensor([[[1.0], [3.0], [10.0], [20.0]]])
+    prompt = random_prompt(query_heads=4, kv_heads=2)
+    assert prompt.reduce_groups(scores).flatten().tolist() == [2.0, 15.0]
+    assert prompt.reduce_groups(scores, "max").flatten().tolist() == [3.0, 20.0]
+    assert prompt.reduce_groups(scores, "sum").flatten().tolist() == [4.0, 30.0]
+
+
+@pytest.mark.parametrize("path", sorted(Path(snapkv.__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+def test_scorers_reduce_over_a_group_by_the_prompt_s_function(path):
+    assert "prompt.groups" not in path.read_text(encoding="utf-8").replace("repeat_interleave(prompt.groups", "")
 
 
 def test_a_budget_of_the_whole_prompt_is_bit_identical_to_full():

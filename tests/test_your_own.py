@@ -66,7 +66,7 @@ def test_a_command_of_the_page_runs(
     monkeypatch.chdir(world)
     task = next((word.removeprefix("task=") for word in words if word.startswith("task=")), "longbench")
     small = [*SMALL[task], f"results_dir={tmp_path}"] if words[1] == "run" else []
-    small += ["model.max_prompt_tokens=900"] if "model=local" in words else []
+    small += ["model.max_prompt_tokens=850"] if "model=local" in words else []
     done = kvbench(*words[1:], *small)
     assert done.returncode == 0, done.stderr
     if words[1] != "run":

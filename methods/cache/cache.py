@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -45,9 +45,11 @@ class KVCache(TransformersCache):
         recomputes: Whether every step recomputes the whole sequence (``no_cache.py``).
         separate_prefills: Caches that prefill one after another in place of this one (``fan_out.py``).
         states: States of the model's recurrent layers, or None.
+        on_first_forward: Called with the cache in the first forward, or None (``narrowing.py``).
     """
 
     recomputes, copies = False, 1
+    on_first_forward: Callable[[KVCache], None] | None = None
 
     def __init__(self, layers: Sequence[Any], plan: Plan, passes: int | None = None):
         super().__init__(layers=list(layers))
@@ -96,6 +98,9 @@ class KVCache(TransformersCache):
     def _begin(self, key: torch.Tensor, padding_mask: torch.Tensor | None) -> NewTokens:
         """Check the input of a forward and derive its token metadata, once for all layers."""
         batch, n = key.shape[0], key.shape[2]
+        if self.on_first_forward is not None:
+            self.on_first_forward(self)
+            self.on_first_forward = None
         in_prefill = any(layer.in_prefill for layer in self.layers)
         if padding_mask is not None and padding_mask.shape[1] != self.get_seq_length() + n:
             raise InputError(
@@ -111,18 +116,14 @@ class KVCache(TransformersCache):
             raise InputError(
                 "model",
                 f"RoPE of other frequencies beyond {switch} tokens (longrope)",
-                f"a text of {seen} tokens cannot grow past that length, because the cached keys have the frequencies "
-                "of shorter texts; use prompts that are longer, or that stay below it with their new tokens "
-                "(task.max_length), or method=no_cache",
+                f"a text of {seen} tokens cannot grow past that length with keys of the other frequencies; use prompts "
+                "that are longer, or that stay below it with their new tokens (task.max_length), or method=no_cache",
             )
-        valid = None
-        rows = [Rows(0, None)]
+        valid, rows = None, [Rows(0, None)]
         in_prompt = in_prefill or (self.prompt_length is not None and self.get_seq_length() < self.prompt_length)
         if padding_mask is not None and (in_prompt or n > 1):  # a single token after the prompt is never a pad
             mask = padding_mask.bool()
-            valid = mask[:, -n:]
-            if bool(valid.all()):
-                valid = None
+            valid = None if bool(mask[:, -n:].all()) else mask[:, -n:]
             if in_prefill:
                 rows = rows_by_padding(mask)
         if self.is_warmup_pass:
@@ -145,11 +146,9 @@ class KVCache(TransformersCache):
         """
         self._checked = True
         flagged = [layer for layer in self.layers if getattr(layer, "is_finite", None) is not None]
-        if not flagged:
-            return
-        flags = torch.stack([layer.is_finite.to(flagged[0].is_finite.device) for layer in flagged])
-        if not bool(flags.all()):
-            layer = flagged[flags.tolist().index(False)]
+        flags = [layer.is_finite.to(flagged[0].is_finite.device) for layer in flagged]
+        if flags and not bool(torch.stack(flags).all()):
+            layer = flagged[torch.stack(flags).tolist().index(False)]
             raise InputError(
                 "model",
                 f"layer {layer.model_layer}",
@@ -244,8 +243,8 @@ class KVCache(TransformersCache):
             if layer.in_prefill:
                 continue
             uses = [u for u, c in zip(self.plan.uses, self.plan.cache_layer, strict=True) if c == number]
-            if len(uses) > 1 and layer.capabilities.evicts_while_decoding and layer.span is None:
-                limits.append(layer.capabilities.prefill_block)
+            if len(uses) > 1 and layer.capabilities.max_step_tokens is not None:
+                limits.append(layer.capabilities.max_step_tokens)
             if any(use.strictly_causal for use in uses):
                 limits.append(1)
         return min(limits, default=None)

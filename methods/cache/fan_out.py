@@ -72,7 +72,7 @@ class FanOutLayer(PrefillLayer):
             prefills_by_steps=all(c.prefills_by_steps for c in each),
             attends_whole_prompt=all(c.attends_whole_prompt for c in each),
             spans_layers=any(c.spans_layers for c in each),
-            prefill_block=min(c.prefill_block for c in each),
+            max_step_tokens=min((c.max_step_tokens for c in each if c.max_step_tokens is not None), default=None),
         )
 
     def get_seq_length(self) -> int:

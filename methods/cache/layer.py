@@ -128,12 +128,44 @@ class CacheLayer(PrefillLayer):
         if self.policy.capabilities.stores_query_heads:
             groups = call.query.shape[1] // key.shape[1]
             key, value = repeat_heads(key, groups), repeat_heads(value, groups)
-        out = self.policy.attend(self.state, self.storage, Step(call.query, key, value, call.rule, new.valid, use))
+        n = key.shape[2]
+        size = self.policy.capabilities.max_step_tokens or n
+        if n <= size:
+            out = self._step(Step(call.query, call.rule, new.valid), key, value, use)
+        else:
+            outputs = []
+            for start in range(0, n, size):
+                query, k, v = (x[:, :, start : start + size] for x in (call.query, key, value))
+                valid = None if new.valid is None else new.valid[:, start : start + size]
+                outputs.append(self._step(Step(query, call.rule, valid, start), k, v, use))
+            out = torch.cat(outputs, dim=2)
         if use.is_last_reader:
             self.seen += key.shape[2]
             self.storage.flush()
             if self.seen == new.prompt_length:
                 self.storage.shrink_to_fit()
+        return out
+
+    def _step(self, step: Step, key: torch.Tensor, value: torch.Tensor, use: KVAccess) -> torch.Tensor:
+        """Append the new tokens and attend; the policy does not see which layers of the model share this cache layer.
+
+        The owner's keys and values are stored before its attention, or after it if no token attends to itself.
+
+        Args:
+            step: Queries of the new tokens.
+            key, value: [B, H, n, D], to be stored.
+            use: How the layer of the model uses this cache layer.
+
+        Returns:
+            [B, H_q, n, D].
+        """
+        if use.is_owner and not use.strictly_causal:
+            self.storage.append(key, value, step.valid)
+        out = self.policy.attend(self.state, self.storage, step)
+        if use.is_owner and use.strictly_causal:
+            self.storage.append(key, value, step.valid)
+        if use.is_last_reader:
+            self.policy.after_attention(self.state, self.storage, step)
         return out
 
     def get_seq_length(self) -> int:

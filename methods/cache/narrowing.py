@@ -1,9 +1,10 @@
 """Removal of prompt tokens between decoder layers, for policies with ``narrows_prompt``.
 
 A policy selects the tokens that a layer forwards (:meth:`..policies.policy.CachePolicy.next_layer_tokens`). Hooks on
-the model's decoder layers drop the hidden states and position embeddings of the others. They are registered when the
-cache is made, so that ``model.generate`` runs them too, and removed after the last layer's prefill, or by the first
-forward after the cache was deleted. Forwards with another cache are not changed.
+the model's decoder layers drop the hidden states and position embeddings of the others. They are registered in the
+first forward with the cache, by its first layer, so that ``model.generate`` runs them too and a cache that is not used
+leaves the model as it is. They are removed after the last layer's prefill, or when the cache is deleted. Forwards with
+another cache are not changed.
 
 Legend: B batch rows, T columns of a layer's input, W columns of the next layer's input.
 """
@@ -25,7 +26,7 @@ from .forward import NewTokens
 
 
 def narrow_between_layers(model: PreTrainedModel, cache: KVCache, method: str) -> None:
-    """Register hooks that drop prompt tokens between decoder layers, as selected by the cache's policies.
+    """Drop prompt tokens between decoder layers in the prefill of a cache, as selected by its policies.
 
     Args:
         model: The model, each of whose layers has its own cache layer.
@@ -42,14 +43,22 @@ def narrow_between_layers(model: PreTrainedModel, cache: KVCache, method: str) -
             method,
             f"drops tokens between decoder layers that share one RoPE, which {type(model).__name__} does not have",
         )
-    _Hooks(list(decoder.layers), cache)
+    if len(decoder.layers) > 1:
+        cache.on_first_forward = partial(_register, weakref.ref(decoder))
+
+
+def _register(decoder: weakref.ref[torch.nn.Module], cache: KVCache) -> None:
+    """Register the hooks on a decoder, whose first layer is running."""
+    model = decoder()
+    assert model is not None and isinstance(model.layers, torch.nn.ModuleList)
+    _Hooks(list(model.layers), cache)
 
 
 class _Hooks:
     """Hooks on the decoder layers of a model for the prefill of one cache, which they reference weakly."""
 
     def __init__(self, layers: list[torch.nn.Module], cache: KVCache):
-        self._cache = weakref.ref(cache)
+        self._cache = weakref.ref(cache, lambda _: self._remove())
         self._columns: torch.Tensor | None = None  # [B, W] text columns of the current layer's input; None: all
         self._handles = [
             layer.register_forward_pre_hook(partial(self._before, layer_idx), with_kwargs=True)
@@ -63,10 +72,8 @@ class _Hooks:
             handle.remove()
 
     def _cache_of(self, kwargs: dict[str, Any]) -> KVCache | None:
-        """Return the cache if the forward uses it; if the cache was deleted, remove the hooks."""
+        """Return the cache if the forward uses it."""
         cache = self._cache()
-        if cache is None:
-            self._remove()
         return cache if kwargs.get("past_key_values") is cache else None
 
     def _before(

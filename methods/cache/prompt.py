@@ -59,6 +59,13 @@ class Prompt:
         query = self.query[:, :, max(0, self.query.shape[2] - window) :]
         return replace(self, query=query)
 
+    def reduce_groups(self, scores: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        """Reduce scores over the query heads of each KV head, by mean, max or sum: [R, H_q, N] -> [R, H_kv, N]."""
+        grouped = scores.unflatten(1, (-1, self.groups))  # [R, H_kv, g, N]
+        if reduction == "max":
+            return grouped.amax(dim=2)
+        return grouped.mean(dim=2) if reduction == "mean" else grouped.sum(dim=2)
+
     @property
     def length(self) -> int:
         """T, the number of tokens."""

@@ -18,13 +18,12 @@ from .scorers.base import Scorer
 
 
 def attend_with_weights(storage: LayerStorage, step: Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Append one token per row and attend, returning the attention weights.
+    """Attend with one token per row, returning the attention weights.
 
     Returns:
-        (output [B, H_q, 1, D]; weights [B, H, g, S] float32, whose last slot is the new token unless it is strictly
-        causal; valid [B, 1 or H, S] bool, True where a slot holds a real token, or None: everywhere).
+        (output [B, H_q, 1, D]; weights [B, H, g, S] float32; valid [B, 1 or H, S] bool, True where a slot holds a real
+        token, or None: everywhere).
     """
-    step.append_to(storage, before_attention=True)
     keys, values, valid = storage.read()  # [B, H, S, D]
     batch, query_heads, _, dim = step.query.shape
     grouped = step.query.reshape(batch, keys.shape[1], -1, dim)  # [B, H, g, D]
@@ -37,31 +36,18 @@ def attend_with_weights(storage: LayerStorage, step: Step) -> tuple[torch.Tensor
         logits = logits.masked_fill(~visible[:, :, None], float("-inf"))
     weights = step.rule.weights(logits, head_dims=2)
     out = (weights.to(values.dtype) @ values).reshape(batch, query_heads, 1, -1)  # [B, H_q, 1, D]
-    step.append_to(storage, before_attention=False)
     return out, weights.float(), valid
 
 
-def collect_reader_weights(
-    state: EvictionState, storage: LayerStorage, step: Step, weights: torch.Tensor
-) -> torch.Tensor | None:
-    """Collect the attention weights of all layers of the model that attend over one cache layer in a step.
+def step_weights(state: EvictionState, storage: LayerStorage) -> torch.Tensor:
+    """Return the attention weights of all :meth:`.policy.CachePolicy.attend` calls of a step: [B, H, g of all, S].
 
-    Args:
-        state: State of the cache layer, which stores the weights of the earlier layers.
-        storage: Storage of the cache layer.
-        step: The step of the current layer.
-        weights: [B, H, g, S]; one slot fewer for a layer that attends before the new token is written.
-
-    Returns:
-        [B, H, g of all layers, S]; None before the last layer.
+    Weights with fewer than S slots are of a call before the new token was stored; the others get a zero for it.
     """
-    if step.use.is_last_reader and not step.use.strictly_causal and not state.reader_weights:
-        return weights
-    state.reader_weights.append(weights)
-    if not step.use.is_last_reader:
-        return None
-    collected, state.reader_weights = state.reader_weights, []
+    collected, state.weights = state.weights, []
     slots = storage.read()[0].shape[2]
+    if len(collected) == 1 and collected[0].shape[3] == slots:
+        return collected[0]
     return torch.cat([F.pad(x, (0, slots - x.shape[3])) for x in collected], dim=2)
 
 

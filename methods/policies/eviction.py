@@ -27,10 +27,10 @@ from ..storage.dense import COMPACTION_INTERVAL_STEPS
 from .across_layers import compress_across_layers
 from .decoding import (
     attend_with_weights,
-    collect_reader_weights,
     evict_one,
     evict_to_limit,
     rescore,
+    step_weights,
 )
 from .eviction_state import EvictionState, StoredPrompt
 from .policy import PolicyCapabilities, Step
@@ -53,6 +53,7 @@ class EvictionPolicy(PromptEviction):
             drops_stored=interval is not None or self.allocator.spans_layers,
             stores_query_heads=self.scorer.stores_query_heads,
             stored_queries=self._queries_held,
+            max_step_tokens=None if interval is None else 1,
             static_steps=True,
         )
 
@@ -103,21 +104,21 @@ class EvictionPolicy(PromptEviction):
         state.queries, state.seen = state.prompt.queries, lengths.tolist()
 
     def attend(self, state: EvictionState, storage: LayerStorage, step: Step) -> torch.Tensor:
-        if self.schedule.interval is None:
-            return super().attend(state, storage, step)
-        return torch.cat([self._attend_token(state, storage, token) for token in step.tokens()], dim=2)
-
-    def _attend_token(self, state: EvictionState, storage: LayerStorage, step: Step) -> torch.Tensor:
-        """Append one token per row, attend, and evict tokens if the schedule says so."""
-        real = None if step.valid is None else step.valid[:, 0]  # [B]
         state.rule = step.rule
+        if self.schedule.interval is None or not self.scorer.tracks_attention:
+            return super().attend(state, storage, step)
+        out, weights, _ = attend_with_weights(storage, step)
+        state.weights.append(weights)
+        return out
+
+    def after_attention(self, state: EvictionState, storage: LayerStorage, step: Step) -> None:
+        """Evict tokens if the schedule says so, after a step of one token per row."""
+        if self.schedule.interval is None:
+            return
+        real = None if step.valid is None else step.valid[:, 0]  # [B]
         if self.scorer.tracks_attention:
             # Score by the attention weights of this step: the running scores get an entry for the new token.
-            out, layer_weights, _ = attend_with_weights(storage, step)
-            weights = collect_reader_weights(state, storage, step, layer_weights)  # [B, H, g, S]
-            if weights is None:  # more layers of the model attend over these keys in this step
-                return out
-            previous = state.scores
+            weights, previous = step_weights(state, storage), state.scores  # weights [B, H, g, S]
             if previous is not None:
                 previous = F.pad(previous, (0, weights.shape[3] - previous.shape[2]))  # [B, H, S]
             scores = self.scorer.update(previous, weights, real)
@@ -127,15 +128,10 @@ class EvictionPolicy(PromptEviction):
                 evict_one(state, storage, scores, self.sinks, compact_now=step.valid is not None)
             else:
                 state.store_scores(scores)
-        else:
-            out = super().attend(state, storage, step)
-            if not step.use.is_last_reader:
-                return out
-            if state.queries is not None:
-                state.store_queries(step.query, real)
+        elif state.queries is not None:
+            state.store_queries(step.query, real)
         if not state.is_static:
             self._after_token(state, storage, real)
-        return out
 
     @property
     def _evicts_in_step(self) -> bool:

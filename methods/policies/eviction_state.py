@@ -66,7 +66,7 @@ class EvictionState:
         layers: States of all layers that share one budget, including this one.
         prompt: The stored prompt, until all of those layers have prefilled.
         candidates: Candidates of this layer, for each prompt length of the batch.
-        reader_weights: Attention weights of the current step, of the layers of the model that share this cache layer.
+        weights: Attention weights of the current step, one tensor [B, H, g, S] per layer of the model that attends.
     """
 
     layer: ModelLayer
@@ -83,7 +83,7 @@ class EvictionState:
     layers: list[EvictionState] = field(default_factory=list, repr=False)
     prompt: StoredPrompt | None = None
     candidates: list[Candidates] = field(default_factory=list)
-    reader_weights: list[torch.Tensor] = field(default_factory=list)
+    weights: list[torch.Tensor] = field(default_factory=list)
 
     def store_scores(self, scores: torch.Tensor) -> None:
         """Store the scores [B, 1 or H, S] of a step, in place if static."""

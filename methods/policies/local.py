@@ -79,19 +79,19 @@ class LocalAttention(CachePolicy):
     def attend(self, state: LocalState, storage: LayerStorage, step: Step) -> torch.Tensor:
         assert state.seen is not None
         n = step.query.shape[2]
-        step.append_to(storage, before_attention=True)
         if n == 1 and step.valid is None:  # a single token attends to all stored tokens
-            out = storage.attend(step.query, step.rule, None)
+            return storage.attend(step.query, step.rule, None)
+        return self._attend_tokens(state.seen, storage, step)
+
+    def after_attention(self, state: LocalState, storage: LayerStorage, step: Step) -> None:
+        assert state.seen is not None
+        n = step.query.shape[2]
+        if state.is_static:
+            state.seen += 1
         else:
-            out = self._attend_tokens(state.seen, storage, step)
-        if step.use.is_last_reader:
-            if state.is_static:
-                state.seen += 1
-            else:
-                state.seen = state.seen + (n if step.valid is None else step.valid.sum(1))
-                state.max_seen += n
-            self._drop(state, storage, compact_now=n > 1 or step.valid is not None)
-        return out
+            state.seen = state.seen + (n if step.valid is None else step.valid.sum(1))
+            state.max_seen += n
+        self._drop(state, storage, compact_now=n > 1 or step.valid is not None)
 
     def _attend_tokens(self, seen: torch.Tensor, storage: LayerStorage, step: Step) -> torch.Tensor:
         """Attend with n new tokens, each over its own span."""

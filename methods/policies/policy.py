@@ -1,7 +1,8 @@
 """Interface of cache policies, which decide the tokens that a layer keeps of the prompt and while decoding.
 
 Most methods are an :class:`.eviction.EvictionPolicy` (scorer x allocator x schedule). Other methods subclass
-:class:`CachePolicy`: ``select`` returns the prompt tokens to keep, and ``attend`` attends and evicts in a decode step.
+:class:`CachePolicy`: ``select`` returns the prompt tokens to keep; in a decode step ``attend`` attends over the stored
+tokens and ``after_attention`` evicts.
 
 Legend: R rows of one prompt length, B batch rows, H_q query heads, H stored heads, n new tokens, C kept tokens,
 S slots, w queries, D channels.
@@ -10,7 +11,7 @@ S slots, w queries, D channels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -20,7 +21,6 @@ from ...conf.identity import HasIdentity
 from ..cache.kv_shape import KVShape
 from ..cache.logits import LogitRule
 from ..cache.prompt import Prompt
-from ..sharing.plan import KVAccess
 from ..storage.base import LayerStorage
 from . import ranking
 from .scorers.base import ModelLayer
@@ -33,8 +33,7 @@ class PolicyCapabilities:
     Attributes:
         keeps_everything: Every layer and head stores all tokens.
         observation_window: Number of last prompt queries that :meth:`CachePolicy.select` needs.
-        evicts_while_decoding: Tokens may be evicted after a step, so several tokens fed at once are processed one after
-            another.
+        evicts_while_decoding: Tokens may be evicted after a step.
         prefills_by_steps: The prompt is processed with the result of token-by-token steps, not as a whole.
         attends_whole_prompt: Every layer attends over the complete prompt, so the first generated token is the full
             cache's and other methods can share the prefill.
@@ -46,7 +45,8 @@ class PolicyCapabilities:
         spans_layers: A layer's tokens depend on another layer, so every layer must own keys and values.
         stores_query_heads: Keys and values are stored per query head instead of per KV head.
         stored_queries: Number of last queries that are stored while decoding.
-        prefill_block: Maximum columns per forward if several layers of the model share a cache layer.
+        max_step_tokens: Maximum new tokens of a step, because tokens may be evicted after it; None: any number. More
+            tokens fed at once are processed in several steps.
         static_steps: A decode step can run over fixed shapes (if the storage supports it).
     """
 
@@ -63,43 +63,25 @@ class PolicyCapabilities:
     spans_layers: bool = False
     stores_query_heads: bool = False
     stored_queries: int = 0
-    prefill_block: int = 1
+    max_step_tokens: int | None = None
     static_steps: bool = False
 
 
 @dataclass(frozen=True)
 class Step:
-    """New tokens at one layer, after the prompt.
+    """Queries of the new tokens of one layer, after the prompt; the cache layer stores their keys and values.
 
     Attributes:
         query: [B, H_q, n, D], after RoPE.
-        key, value: [B, H, n, D], keys after RoPE.
         rule: How logits are computed.
         valid: [B, n] bool, False for pads among the new tokens; None: no pads.
-        use: How the layer of the model uses the cache layer. If several layers share it, each of them attends with its
-            own queries, one of them writes keys and values, and tokens are evicted after the last one.
+        first: Index of the first of these tokens in the forward.
     """
 
     query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
     rule: LogitRule
-    valid: torch.Tensor | None
-    use: KVAccess = field(default_factory=KVAccess)
-
-    def append_to(self, storage: LayerStorage, *, before_attention: bool) -> None:
-        """Append the new tokens if the layer owns them: before its attention, or after it if strictly causal."""
-        if self.use.is_owner and before_attention != self.use.strictly_causal:
-            storage.append(self.key, self.value, self.valid)
-
-    def select_columns(self, columns: slice) -> Step:
-        """Return the step of some of the new tokens."""
-        q, k, v = (x[:, :, columns] for x in (self.query, self.key, self.value))
-        return Step(q, k, v, self.rule, None if self.valid is None else self.valid[:, columns], self.use)
-
-    def tokens(self) -> list[Step]:
-        """Return one step per new token."""
-        return [self.select_columns(slice(i, i + 1)) for i in range(self.query.shape[2])]
+    valid: torch.Tensor | None = None
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -179,20 +161,29 @@ class CachePolicy(HasIdentity):
         raise NotImplementedError
 
     def attend(self, state: Any, storage: LayerStorage, step: Step) -> torch.Tensor:
-        """Append the new tokens, attend over all stored tokens, and evict tokens if needed.
+        """Attend over all stored tokens, which usually include the new ones.
+
+        Called once for each layer of the model that attends over this cache layer. A layer whose tokens do not attend
+        to themselves is called before the new token is stored.
 
         Args:
             state: State of this layer.
             storage: Storage of the layer.
-            step: The new tokens.
+            step: Queries of the new tokens.
 
         Returns:
             [B, H_q, n, D].
         """
-        step.append_to(storage, before_attention=True)
-        out = storage.attend(step.query, step.rule, step.valid)
-        step.append_to(storage, before_attention=False)
-        return out
+        return storage.attend(step.query, step.rule, step.valid)
+
+    def after_attention(self, state: Any, storage: LayerStorage, step: Step) -> None:
+        """Evict tokens if needed; called once per step, after every :meth:`attend` of it.
+
+        Args:
+            state: State of this layer.
+            storage: Storage of the layer, with the new tokens.
+            step: The step of the last :meth:`attend`.
+        """
 
     def make_static(self, state: Any, storage: LayerStorage, steps: int) -> None:
         """Give every tensor of a layer its final shape; see :meth:`.storage.base.LayerStorage.make_static`."""

@@ -54,9 +54,10 @@ class StreamState:
         rotary: RoPE rotation of the queries; None: no re-positioning.
         seen: [B] int64, real tokens seen so far; None before the first.
         limit: [B, 1] int64, tokens that a row may store between steps; None before the first step.
+        sinks, recent: [B, 1] int64, first and last tokens that a row keeps, ``limit`` together.
+        evicted: [B, 1] int64, tokens of the prompt that were evicted.
         fed: Upper bound of ``seen`` on the host.
         padded: Whether rows may differ in length, so that their sinks are in different slots.
-        evicted: [B, 1] int64, real tokens evicted before the current step; None between steps.
         steps: Static steps so far.
         is_static: Whether the layer's tensors have their final shapes and are modified in place.
     """
@@ -64,11 +65,18 @@ class StreamState:
     rotary: Rotary | None
     seen: torch.Tensor | None = None
     limit: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+    recent: torch.Tensor | None = None
+    evicted: torch.Tensor | None = None
     fed: int = 0
     padded: bool = False
-    evicted: torch.Tensor | None = None
     steps: int = 0
     is_static: bool = False
+
+    def set_limit(self, limit: torch.Tensor, sinks: int) -> None:
+        """Set the tokens [B, 1] that each row may store, of which at most ``sinks`` are first tokens."""
+        self.limit, self.sinks = limit, (limit - 1).clamp(max=sinks)
+        self.recent = limit - self.sinks
 
 
 @dataclass(frozen=True)
@@ -123,9 +131,14 @@ class StreamingLLM(CachePolicy):
             prefills_by_steps=is_stream,
             attends_whole_prompt=not is_stream,
             keeps_positions=not self.reposition,
-            prefill_block=BLOCK if is_stream else 1,
+            max_step_tokens=BLOCK if self._masks else None,
             static_steps=True,
         )
+
+    @property
+    def _masks(self) -> bool:
+        """Whether a step needs the mask and the positions of this module, and not plain attention."""
+        return self.reposition or not self.prefill_only
 
     def new_state(self, layer: ModelLayer) -> StreamState:
         return StreamState(layer.rotary() if self.reposition else None)
@@ -149,61 +162,40 @@ class StreamingLLM(CachePolicy):
         state.seen = lengths.clone()
         state.fed = int(lengths.max())
         state.padded = bool((lengths != state.fed).any())
-        state.limit = torch.tensor([[resolve_budget(self.budget, n)] for n in lengths.tolist()], device=lengths.device)
+        limit = torch.tensor([[resolve_budget(self.budget, n)] for n in lengths.tolist()], device=lengths.device)
+        state.set_limit(limit, self.sinks)
+        state.evicted = (lengths[:, None] - limit).clamp(min=0)
 
     def attend(self, state: StreamState, storage: LayerStorage, step: Step) -> torch.Tensor:
-        if self.prefill_only and not self.reposition:
+        if not self._masks:
             return super().attend(state, storage, step)
-        batch, n = step.query.shape[0], step.query.shape[2]
-        if state.seen is None:
-            state.seen = torch.zeros(batch, dtype=torch.int64, device=step.query.device)
-        if state.limit is None:
-            state.limit = torch.full((batch, 1), int(self.budget), device=step.query.device)
-        blocks = [slice(start, min(n, start + BLOCK)) for start in range(0, n, BLOCK)]
-        if len(blocks) == 1:
-            return self._attend_block(state, storage, step)
-        return torch.cat([self._attend_block(state, storage, step.select_columns(block)) for block in blocks], dim=2)
-
-    def _attend_block(self, state: StreamState, storage: LayerStorage, step: Step) -> torch.Tensor:
-        """Append one block, attend, and evict down to the limit."""
-        assert state.seen is not None and state.limit is not None
         query, n = step.query, step.query.shape[2]
-        if state.evicted is None:  # difference between position and rank of the recent tokens
-            state.evicted = state.seen[:, None] - (storage.tokens[:, :1] if state.fed else 0)
-        evicted, seen, fed = state.evicted, state.seen, state.fed + n
+        if state.seen is None:
+            state.seen = torch.zeros(query.shape[0], dtype=torch.int64, device=query.device)
+        if state.limit is None:
+            state.set_limit(torch.full((query.shape[0], 1), int(self.budget), device=query.device), self.sinks)
+        assert state.limit is not None and state.sinks is not None and state.recent is not None
         state.padded |= step.valid is not None
-        step.append_to(storage, before_attention=True)
         keys, values, valid = storage.read()
         valid = None if valid is None else valid[:, :1]  # [B, 1, S], equal for all heads
-        if step.use.is_last_reader:
-            if state.is_static:
-                seen = seen.clone()
-                state.seen += 1
-            else:
-                state.seen = state.seen + (n if step.valid is None else step.valid.sum(1))
-                state.fed = fed
-            state.evicted = None
-        if isinstance(self.budget, int) and fed <= self.budget and not state.is_static:  # no token is evicted yet
-            out = cached_attention(query, keys, values, step.rule, valid)
-            step.append_to(storage, before_attention=False)
-            return out
+        if not self._may_evict(state, state.fed + n):
+            return cached_attention(query, keys, values, step.rule, valid)
 
         # Positions of the keys and of the queries.
         slots = keys.shape[2]
-        all_slots = torch.arange(slots, device=query.device)[None]  # [1, S]
-        rank = all_slots if valid is None else valid[:, 0].long().cumsum(1) - 1  # [B, S]
-        sinks = (state.limit - 1).clamp(max=self.sinks)  # [B, 1]
-        recent = state.limit - sinks  # [B, 1]
-        is_sink = rank < sinks  # [B, S]
+        rank = ranks(valid, slots, query.device)  # [1 or B, S]
+        is_sink = rank < state.sinks  # [B, S]
+        # Tokens evicted before this step: the difference between position and rank of the recent tokens.
+        evicted = state.evicted if self.prefill_only else (state.seen[:, None] - state.limit).clamp(min=0)  # [B, 1]
+        assert evicted is not None
         position = torch.where(is_sink, rank, rank + evicted)  # [B, S]
-        is_next = step.use.strictly_causal or state.is_static  # the new token is not in the last slot
-        query_position = seen[:, None] if is_next else position[:, -n:]  # [B, n]
+        query_position = state.seen[:, None] + new_ranks(step)  # [B, n]
 
         # Banded mask: each query attends to the sinks and to the recent tokens.
         distance = query_position[:, :, None] - position[:, None, :]  # [B, n, S]
         visible = distance >= 0
         if not self.prefill_only:
-            visible = visible & (is_sink[:, None, :] | (distance <= recent[:, :, None]))
+            visible = visible & (is_sink[:, None, :] | (distance <= state.recent[:, :, None]))
         if valid is not None:
             visible = visible & valid
             if step.valid is not None:  # a pad attends to itself, because the softmax of a fully masked row is NaN
@@ -214,14 +206,33 @@ class StreamingLLM(CachePolicy):
         logits = self._logits(state.rotary, query, keys, is_sink, shift.clamp(min=0), state.padded)
         logits = step.rule.logits(logits).masked_fill(~visible[:, None, None], float("-inf"))
         weights = step.rule.weights(logits, head_dims=2).to(values.dtype).flatten(2, 3)  # [B, H, g * n, S]
-        out = (weights @ values).reshape(*query.shape[:3], -1)  # [B, H_q, n, D]
-        step.append_to(storage, before_attention=False)
-        if step.use.is_last_reader and not self.prefill_only:
-            if step.use.strictly_causal:  # the new token was appended after the attention
-                rank = F.pad(rank, (0, 1), value=slots)
-                valid = None if valid is None else F.pad(valid, (0, 1), value=True)
-            self._evict(storage, valid, rank, sinks, recent, compact_now=n > 1 or step.valid is not None)
-        return out
+        return (weights @ values).reshape(*query.shape[:3], -1)  # [B, H_q, n, D]
+
+    def _may_evict(self, state: StreamState, fed: int) -> bool:
+        """Whether a token may have been evicted once ``fed`` tokens have been seen."""
+        return state.is_static or not isinstance(self.budget, int) or fed > self.budget
+
+    def after_attention(self, state: StreamState, storage: LayerStorage, step: Step) -> None:
+        """Evict the tokens that are neither sinks nor recent."""
+        if not self._masks:
+            return
+        assert state.seen is not None and state.sinks is not None and state.recent is not None
+        n = step.query.shape[2]
+        if state.is_static:
+            state.seen += 1
+        else:
+            state.seen = state.seen + (n if step.valid is None else step.valid.sum(1))
+            state.fed += n
+        if self.prefill_only or not self._may_evict(state, state.fed):
+            return
+        keys, _, valid = storage.read()
+        batch, _, slots, _ = keys.shape
+        if valid is None:
+            valid = torch.ones(batch, 1, slots, dtype=torch.bool, device=keys.device)
+        real = valid[:, 0]  # [B, S]
+        rank = ranks(valid, slots, keys.device)  # [B, S]
+        keep = real & ((rank < state.sinks) | (rank > rank[:, -1:] - state.recent))  # [B, S]
+        storage.drop(keep[:, None], compact_now=n > 1 or step.valid is not None)
 
     def _logits(
         self,
@@ -249,23 +260,6 @@ class StreamingLLM(CachePolicy):
             logits[..., :count] = torch.where(sink, rotated, logits[..., :count])
         return logits
 
-    def _evict(
-        self,
-        storage: LayerStorage,
-        valid: torch.Tensor | None,
-        rank: torch.Tensor,
-        sinks: torch.Tensor,
-        recent: torch.Tensor,
-        compact_now: bool,
-    ) -> None:
-        """Evict the tokens that are neither sinks nor recent."""
-        batch, slots = recent.shape[0], rank.shape[1]
-        if valid is None:
-            valid = torch.ones(batch, 1, slots, dtype=torch.bool, device=rank.device)
-        count = valid[:, 0].sum(1, keepdim=True)  # [B, 1]
-        keep = (valid[:, 0] & ((rank < sinks) | (rank >= count - recent)))[:, None]  # [B, 1, S]
-        storage.drop(keep, compact_now)
-
     def make_static(self, state: StreamState, storage: LayerStorage, steps: int) -> None:
         if self.prefill_only:
             storage.make_static(steps)
@@ -289,3 +283,17 @@ class StreamingLLM(CachePolicy):
         if self.prefill_only:
             return [min(prompt_length, budget) + new_tokens] * layers
         return [min(prompt_length + new_tokens, budget)] * layers
+
+
+def ranks(valid: torch.Tensor | None, slots: int, device: torch.device) -> torch.Tensor:
+    """Return the index of each stored token among those of its row: [1 or B, S]; ``valid`` [B, 1, S]."""
+    if valid is None:
+        return torch.arange(slots, device=device)[None]
+    return valid[:, 0].long().cumsum(1) - 1
+
+
+def new_ranks(step: Step) -> torch.Tensor:
+    """Return the index of each new token among the new tokens of its row: [1 or B, n]."""
+    if step.valid is None:
+        return torch.arange(step.query.shape[2], device=step.query.device)[None]
+    return step.valid.long().cumsum(1) - 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from importlib.resources import files
 from typing import Any
 
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -13,7 +12,7 @@ from omegaconf import DictConfig
 
 from ...conf.errors import InputError, one_of
 from .checks import renamed_key, unknown_key
-from .loader import compose, groups
+from .loader import compose, packaged_choices
 
 TEXT_KEYS = ("task.prompt",)
 """Keys of texts with braces and commas, which Hydra's grammar would take for mappings and for choices of a sweep."""
@@ -37,9 +36,7 @@ def quote_texts(arguments: Sequence[str]) -> list[str]:
 
 def check_choices(overrides: Sequence[str]) -> None:
     """Refuse values that cannot name a file of a group (``method=null``), on which Hydra's message is not useful."""
-    options = {
-        group: [path.name.removesuffix(".yaml") for path in paths] for group, paths in groups(files("kvbench.conf"))
-    }
+    options = packaged_choices()
     for override in overrides:
         key, _, value = override.partition("=")
         is_optional = key == "experiment" and value == "null"
@@ -48,13 +45,19 @@ def check_choices(overrides: Sequence[str]) -> None:
             raise InputError(key, value, one_of(value, names))
 
 
+def group_choices(overrides: Sequence[str]) -> list[str]:
+    """The overrides that choose a file of a group; of a sweep's choices the first."""
+    names = packaged_choices().keys()
+    keys = [override.partition("=")[0].lstrip("+~").partition("@")[0] for override in overrides]
+    chosen = [o for key, o in zip(keys, overrides, strict=True) if key in names and not o.startswith("-")]
+    return [o.split(",")[0] for o in chosen if "(" not in o]
+
+
 def unknown_override(overrides: Sequence[str]) -> str | None:
     """The message for the first override of a key that does not exist; None if all exist."""
-    names = {name for name, _ in groups(files("kvbench.conf"))}
-    chosen = [o for o in overrides if o.split("=", 1)[0].lstrip("+~") in names and not o.startswith("-")]
-    chosen = [o.split(",")[0] for o in chosen if "(" not in o]  # of a sweep's choices, the first will do
+    names = packaged_choices().keys()
     try:
-        config = compose(chosen)
+        config = compose(group_choices(overrides))
     except HydraException:  # the choices themselves are wrong; Hydra's message names them
         return None
     for override in overrides:

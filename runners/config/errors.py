@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from importlib.resources import files
 
 from hydra.errors import (
     ConfigCompositionException,
@@ -17,7 +16,7 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
 from ...conf.errors import InputError, one_of
 from .choices import unknown_override
-from .loader import groups
+from .loader import packaged_choices
 
 USER_ERRORS = (InputError, HydraException, OmegaConfBaseException)
 
@@ -54,7 +53,7 @@ def input_error_line(error: BaseException) -> str | None:
                 return (
                     f"--config-name={name}: must be config; an experiment of yours is experiment=NAME, see --config-dir"
                 )
-            if group == "task" and files("kvbench.conf").joinpath("workload", f"{name}.yaml").is_file():
+            if group == "task" and name in packaged_choices()["workload"]:
                 return str(InputError(group, name, f"is a workload now: use runner=efficiency workload={name}"))
             return str(InputError(group, name, one_of(name, link.options or [])))
         if isinstance(link, InterpolationResolutionError):
@@ -74,7 +73,7 @@ def _composition_error(error: ConfigCompositionException) -> str:
     swept = re.match("(?:Ambiguous value for argument|Sweep parameters) '(.*?)=(.*)'", line)
     if swept is not None:
         key, value = swept.groups()
-        if key in {group for group, _ in groups(files("kvbench.conf"))} or "(" in value:
+        if key in packaged_choices() or "(" in value:
             return f"{key}={value}: one run has one choice; add -m for a sweep over them"
         listed = "runner.budgets" if key == "method.budget" else key
         return f"{key}={value}: write '{listed}=[{value}]' for a list, or add -m for a sweep"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
+from importlib.resources import files
 from importlib.resources.abc import Traversable
 from typing import Any
 
@@ -47,6 +49,13 @@ def groups(root: Traversable, prefix: str = "") -> Iterator[tuple[str, list[Trav
         if options:
             yield prefix + folder.name, options
         yield from groups(folder, f"{prefix}{folder.name}/")
+
+
+@cache
+def packaged_choices() -> Mapping[str, Sequence[str]]:
+    """The choices of every group of ``kvbench.conf``, by group."""
+    found = groups(files("kvbench.conf"))
+    return {group: [path.name.removesuffix(".yaml") for path in paths] for group, paths in found}
 
 
 def plain_data(config: Any, key: str | None = None) -> Any:

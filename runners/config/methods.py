@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.resources import files
 from typing import Any
 
 import hydra
-from hydra.errors import ConfigCompositionException, InstantiationException, MissingConfigException
+from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -16,8 +15,8 @@ from ...conf.errors import InputError, as_typed, one_of, require
 from ...methods.cache.method import Method
 from ..runner import PairedRunner, Runner
 from .choices import check_choices, missing_key, unknown_override
-from .errors import causes, first_input_error
-from .loader import compose, config_loader, groups, plain_data
+from .errors import USER_ERRORS, causes, first_input_error, input_error_line
+from .loader import compose, config_loader, packaged_choices, plain_data
 from .parts import build
 
 
@@ -50,40 +49,42 @@ def paired_methods(entry: str | Mapping[str, Any], budgets: Sequence[float] | No
             the options of :func:`configured_method`.
         budgets: ``runner.budgets``, for a method that has a budget and whose entry names none.
     """
-    own: list[float] | None = None
-    if isinstance(entry, str):
-        config, has_budget = _named(entry), any(setting.startswith("budget=") for setting in entry.split())
-    else:
-        options, shown = dict(entry), as_typed(entry)
-        name, own = options.pop("method", None), options.pop("budgets", None)
-        has_budget = "budget" in options
-        require(isinstance(name, str), "runner.pair_with", shown, "must name a method: {method: snapkv, budget: 128}")
-        require(own is None or not has_budget, "runner.pair_with", shown, "has both budget and budgets: give one")
-        is_list = own is None or (isinstance(own, list) and bool(own))
-        require(is_list, "runner.pair_with", shown, "budgets must be a list: {method: snapkv, budgets: [128, 256]}")
-        try:
-            config = _configured(name, options)
-        except InputError as error:
-            raise InputError("runner.pair_with", shown, str(error)) from error
-    follows = budgets is not None and not has_budget and config.get("budget") is not None
-    chosen = own if own is not None else budgets if follows else None
-    key = "runner.budgets" if own is None else "budgets"
     try:
-        if chosen is None:
-            return [build(config, "method", Method)]
-        return [with_budget(config, budget, key) for budget in chosen]
-    except (InputError, InstantiationException) as error:
-        cause = first_input_error(error)
-        if cause is None or cause.key == "runner.budgets":
+        if isinstance(entry, str):
+            config, own = _named(entry), None
+            has_budget = any(setting.startswith("budget=") for setting in entry.split())
+        else:
+            config, own = _mapped(entry)
+            has_budget = "budget" in entry
+        if own is not None:
+            return [with_budget(config, budget, "budgets") for budget in own]
+        if budgets is not None and not has_budget and config.get("budget") is not None:
+            return [with_budget(config, budget) for budget in budgets]
+        return [build(config, "method", Method)]
+    except USER_ERRORS as error:
+        cause, line = first_input_error(error), input_error_line(error)
+        if line is None or (cause is not None and cause.key in ("runner.budgets", "runner.pair_with")):
             raise
-        raise InputError("runner.pair_with", as_typed(entry), str(cause)) from error
+        raise InputError("runner.pair_with", as_typed(entry), line) from error
+
+
+def _mapped(entry: Mapping[str, Any]) -> tuple[DictConfig, list[float] | None]:
+    """The configuration of a method that is given as a mapping, and its own budgets."""
+    options, shown = dict(entry), as_typed(entry)
+    name, budgets = options.pop("method", None), options.pop("budgets", None)
+    require(isinstance(name, str), "runner.pair_with", shown, "must name a method: {method: snapkv, budget: 128}")
+    is_one = budgets is None or "budget" not in options
+    require(is_one, "runner.pair_with", shown, "has both budget and budgets: give one")
+    is_list = budgets is None or (isinstance(budgets, list) and bool(budgets))
+    require(is_list, "runner.pair_with", shown, "budgets must be a list: {method: snapkv, budgets: [128, 256]}")
+    return _configured(name, options), budgets
 
 
 def _named(text: str) -> DictConfig:
     """The configuration of a method that is given as text."""
     name, *settings = text.split() or [""]
     require(bool(name), "runner.pair_with", repr(text), "must name a method")
-    names = {group for group, _ in groups(files("kvbench.conf"))}
+    names = packaged_choices()
     is_choice = {s: "method/" + re.split("[@=]", s)[0] in names for s in settings}  # scorer=, scorer@PLACE=
     overrides = [f"method={name}", *(f"method/{s}" if is_choice[s] else f"method.{s}" for s in settings)]
     check_choices(overrides)
@@ -104,11 +105,10 @@ def with_budget(method: DictConfig, budget: float, key: str = "runner.budgets") 
     copy.budget = budget
     try:
         return build(copy, "method", Method)
-    except (InputError, InstantiationException) as error:
-        cause = first_input_error(error)
-        if cause is None or cause.key != "method.budget":
+    except InputError as error:
+        if error.key != "method.budget":
             raise
-        raise InputError(key, budget, cause.allowed) from error
+        raise InputError(key, budget, error.allowed) from error
 
 
 def configured_method(name: str, options: Mapping[str, Any]) -> Method:
@@ -120,8 +120,6 @@ def configured_method(name: str, options: Mapping[str, Any]) -> Method:
     config = _configured(name, options)
     try:
         method: Method = build(config, "method", Method)
-    except InstantiationException as error:
-        raise first_input_error(error) or error from None
     except OmegaConfBaseException as error:
         raise InputError("method", name, str(error).split("\n")[0]) from None
     return method

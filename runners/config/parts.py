@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ...conf.errors import InputError
 from .checks import check_targets, check_values, target_class
-from .errors import input_error_line
+from .errors import first_input_error, input_error_line
 from .loader import plain_data
 
 
@@ -34,11 +35,40 @@ def build(node: DictConfig, key: str, kind: type[Any]) -> Any:
     try:
         part = instantiate(node)
     except InstantiationException as error:
+        if (cause := first_input_error(error)) is not None:
+            raise _with_whole_key(cause, node, key) from error
         if input_error_line(error) is None:
             check_values(plain, key, cls)
         raise
     check_values(plain, key, cls)
     return part
+
+
+def _with_whole_key(error: InputError, node: DictConfig, key: str) -> InputError:
+    """The error of a part's constructor, which knows the keys of its family and not where the part is nested."""
+    place, part = next((place, part) for place, part in _innermost_first(node, key) if not _can_be_built(part))
+    prefix = getattr(target_class(part["_target_"], f"{place}._target_"), "key_prefix", "")
+    if prefix == f"{place}." or not error.key.startswith(prefix):
+        return error
+    whole = f"{place}.{error.key.removeprefix(prefix)}"
+    return InputError(whole, error.value, error.allowed.replace(error.key, whole))
+
+
+def _innermost_first(node: DictConfig, key: str) -> Iterator[tuple[str, DictConfig]]:
+    """The parts of a configuration with their keys, in the order in which they are built."""
+    for name in node:
+        child = node._get_node(name)
+        if isinstance(child, DictConfig) and "_target_" in child:
+            yield from _innermost_first(child, f"{key}.{name!s}")
+    yield key, node
+
+
+def _can_be_built(node: DictConfig) -> bool:
+    try:
+        instantiate(node)
+    except InstantiationException:
+        return False
+    return True
 
 
 def recorded(config: DictConfig) -> dict[str, Any]:

@@ -60,6 +60,7 @@ class PyramidInfer(PyramidLengths):
             ranks_tokens=True,
             spans_layers=True,
             static_steps=self.trigger != "published",
+            max_step_tokens=None if self.trigger == "never" else 1,
         )
 
     def new_state(self, layer: ModelLayer) -> PyramidState:
@@ -136,10 +137,6 @@ class PyramidInfer(PyramidLengths):
     def attend(self, state: PyramidState, storage: LayerStorage, step: Step) -> torch.Tensor:
         if self.trigger == "never":
             return super().attend(state, storage, step)
-        return torch.cat([self._attend_one(state, storage, token, i) for i, token in enumerate(step.tokens())], dim=2)
-
-    def _attend_one(self, state: PyramidState, storage: LayerStorage, step: Step, number: int) -> torch.Tensor:
-        """Append one token per row, attend, and evict tokens if due; a static layer evicts between steps instead."""
         out, weights, valid = attend_with_weights(storage, step)  # weights [B, H, g, S]
         record, real = state.record, None if step.valid is None else step.valid[:, 0]
         # A pad adds no token to its row: compact, so that the row's tokens end at the last slot.
@@ -148,7 +145,7 @@ class PyramidInfer(PyramidLengths):
             if moved is not None:
                 weights = weights.gather(3, moved[:, :, None].expand(*weights.shape[:3], -1))
         if not state.is_static:
-            state.count(self, number, None if real is None else real.tolist())
+            state.count(self, step.first, None if real is None else real.tolist())
         if isinstance(record, WindowSums):
             if not state.is_static:
                 record.grow(max(map(state.pending, range(len(state.lengths)))))
@@ -156,9 +153,12 @@ class PyramidInfer(PyramidLengths):
         else:
             assert record is not None
             record.observe(state, weights, real)
-        if not state.is_static:
-            record.evict_windows(self, state, storage)
         return out
+
+    def after_attention(self, state: PyramidState, storage: LayerStorage, step: Step) -> None:
+        """Evict tokens if due; a static layer evicts between steps instead."""
+        if state.record is not None and not state.is_static:
+            state.record.evict_windows(self, state, storage)
 
     def make_static(self, state: PyramidState, storage: LayerStorage, steps: int) -> None:
         if not isinstance(state.record, WindowSums):

@@ -22,7 +22,7 @@ class SharedState:
 
     Attributes:
         prompts: Number of prompt tokens of each row.
-        recent: Number of recent tokens besides the last, for each token of the current step and each row.
+        recent: Number of recent tokens besides the last, for each token of the current forward and each row.
     """
 
     prompts: list[int] = field(default_factory=list)
@@ -75,7 +75,7 @@ class PyramidState:
 
         Args:
             rule: Settings.
-            number: Index of the token in the current step.
+            number: Index of the token in the current forward.
             real: False for rows whose token is a pad; None: no pads.
         """
         for row in range(len(self.lengths)):

@@ -78,7 +78,7 @@ class ExpectedAttention(Scorer):
         logits = (keys @ mean[..., None])[..., 0] * prompt.rule.scaling  # [R, H_q, T]
         logits = logits + (keys @ covariance * keys).sum(-1) * prompt.rule.scaling**2 / 2
         logits[..., :sinks] = float("-inf")
-        attention = logits.softmax(dim=-1).unflatten(1, (-1, prompt.groups)).mean(dim=2)  # [R, H_kv, T]
+        attention = prompt.reduce_groups(logits.softmax(dim=-1))  # [R, H_kv, T]
         return (attention + self.epsilon) * prompt.values.float().norm(dim=-1)
 
     def _mean_rotation(self, rotary: Rotary, start: int, dim: int, device: torch.device) -> torch.Tensor:

@@ -52,4 +52,4 @@ class FINCH(Scorer):
             position = torch.arange(first, prompt.length, device=attention.device)  # [w]
             attention = attention * position[:, None]
         scores = attention.mean(dim=2)  # [R, H_q, T]
-        return scores.unflatten(1, (-1, prompt.groups)).mean(dim=2)  # [R, H_kv, T]
+        return prompt.reduce_groups(scores)  # [R, H_kv, T]

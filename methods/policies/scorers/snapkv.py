@@ -80,7 +80,7 @@ class SnapKV(Scorer):
         """Return the attention that tokens before the window receive from it, per stored head: [R, H, T - w]."""
         scores = prompt.cached(f"window sums in {self.score_dtype}", self._window_sums)  # [R, H_q, T]
         scores = scores[..., : prompt.length - prompt.query.shape[2]]  # [R, H_q, T - w]
-        return scores if self.stores_query_heads else reduce_groups(scores, prompt.groups, self.group_reduce)
+        return scores if self.stores_query_heads else prompt.reduce_groups(scores, self.group_reduce)
 
     def _window_sums(self, prompt: Prompt) -> torch.Tensor:
         """Return the attention weights summed over the window's queries: [R, H_q, T]."""
@@ -88,14 +88,6 @@ class SnapKV(Scorer):
         if self.score_dtype == "model":
             attention = attention.to(prompt.query.dtype)
         return attention.sum(dim=2).to(torch.promote_types(attention.dtype, torch.float32))
-
-
-def reduce_groups(scores: torch.Tensor, groups: int, reduction: str) -> torch.Tensor:
-    """Reduce scores over the query heads of each KV head, by mean, max or sum: [R, H_q, N] -> [R, H_kv, N]."""
-    grouped = scores.unflatten(1, (-1, groups))  # [R, H_kv, g, N]
-    if reduction == "max":
-        return grouped.amax(dim=2)
-    return grouped.mean(dim=2) if reduction == "mean" else grouped.sum(dim=2)
 
 
 def pool(scores: torch.Tensor, kernel: int, pooling: str) -> torch.Tensor:

@@ -60,7 +60,7 @@ class StaticPair(Pair):
             self.keys = self._allocate([(rows, pair.keys) for rows, pair in pairs], keys, count, extra, True)
             self.values = self._allocate([(rows, pair.values) for rows, pair in pairs], values, count, extra, False)
         self.merges_in_step = block == 1 and self.keys is not None and self.keys.directions.takes_tokens_at
-        self.steps, self._steps = steps, 0
+        self._steps = 0
         for rows, pair in pairs:
             self._fill(rows, pair)
 
@@ -154,13 +154,13 @@ class StaticPair(Pair):
         self.merged += 1
 
     def between_steps(self) -> None:
-        """Merge full blocks, and call :meth:`end_steps` periodically and after the last reserved step."""
+        """Merge full blocks, and call :meth:`end_steps` periodically."""
         self._steps += 1
         for group in self.groups:
             group.length += 1
             if not self.merges_in_step and group.length % self.block == 0:
                 self._merge_block(group.rows, group.length)
-        if self._steps % RETAINED_GROWTH == 0 or self._steps == self.steps:
+        if self._steps % RETAINED_GROWTH == 0:
             self.end_steps()
 
     def end_steps(self) -> None:
