@@ -20,6 +20,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -27,8 +28,9 @@ from omegaconf import DictConfig, OmegaConf
 from ..conf.errors import InputError, as_typed, require
 from ..conf.extras import install, missing_module
 from ..conf.options import check
+from .config.arguments import quote_texts, split_arguments
 from .config.checks import Folder, check_logging, check_targets, check_values, target_class, unknown_key
-from .config.choices import check_choices, quote_texts
+from .config.choices import check_choices
 from .config.errors import USER_ERRORS, input_error_line
 from .config.help import help_text
 from .config.loader import CONF, plain_data
@@ -61,9 +63,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _main() -> None:
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(help_text())
-        return
     try:
         Path.cwd()
     except OSError:
@@ -72,12 +71,16 @@ def _main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     os.environ.pop(LOG, None)  # a sweep started from within a job of another one has its own log
     status = 0
-    sys.argv[1:] = quote_texts(sys.argv[1:])
     try:
-        check_choices(sys.argv[1:])
+        options, overrides = split_arguments(quote_texts(sys.argv[1:]))
+        check_choices(overrides)
+        sys.argv[1:] = [*options, *overrides]
+        if {"-h", "--help"} & set(options):
+            print(help_text(sys.argv[1:]))
+            return
         if (module := missing_module("run")) is not None:
             raise InputError("package", module, f"is not installed, and a run needs it: {install('run')}")
-        _hydra_main()
+        _start()
     except KeyboardInterrupt:
         print("\nstopped; every complete example is kept: run the same command again to continue", file=sys.stderr)
         status = STOPPED
@@ -101,6 +104,17 @@ def _main() -> None:
     status = end_of_sweep(status)
     if status:
         sys.exit(status)
+
+
+def _start() -> None:
+    """Start Hydra, which raises ValueError for some options that do not go together."""
+    try:
+        _hydra_main()
+    except ValueError as error:
+        frames = list(traceback.walk_tb(error.__traceback__))
+        if frames[-1][0].f_globals["__name__"].startswith("hydra."):
+            raise HydraException(str(error)) from error
+        raise
 
 
 class CheckedCallbacks(Callbacks):

@@ -26,7 +26,7 @@ import yaml
 import kvbench
 from kvbench.analysis.schema import FIELDS, RECORD, RESULTS, SAMPLES, SCHEMA
 from kvbench.runners.command import COMMANDS
-from kvbench.runners.config.help import documented_keys
+from kvbench.runners.config.help import documented_keys, value_and_allowed
 from kvbench.runners.config.loader import groups
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -209,13 +209,12 @@ def config_page() -> str:
 
 
 def _key_table(text: str, prefix: str) -> str:
-    rows = []
-    for key, comment in documented_keys(text, prefix):
-        if key.endswith("._target_"):
-            continue
-        value, _, meaning = comment[1:].partition("] ")
-        rows.append([f"`{key}`", f"`{value}`" if value else "", meaning])
-    return table(("key", "default", "meaning"), rows) if rows else ""
+    rows, plain = [], yaml.safe_load(text)
+    for key, value, meaning in documented_keys(text, ""):
+        if not key.endswith("_target_"):
+            _, allowed = value_and_allowed(plain, key)
+            rows.append([f"`{prefix}{key}`", f"`{value}`" if value else "", allowed, meaning])
+    return table(("key", "default", "allowed", "meaning"), rows) if rows else ""
 
 
 def methods_page() -> str:

@@ -56,6 +56,8 @@ def input_error_line(error: BaseException) -> str | None:
             if group == "task" and name in packaged_choices()["workload"]:
                 return str(InputError(group, name, f"is a workload now: use runner=efficiency workload={name}"))
             return str(InputError(group, name, one_of(name, link.options or [])))
+        if isinstance(link, MissingConfigException) and str(link).startswith("Primary config module"):
+            return "--config-path: must be left out; YAML files of yours are found with --config-dir=FOLDER"
         if isinstance(link, InterpolationResolutionError):
             return (
                 f"{link.full_key}: {_first_line(link).removeprefix('KeyError raised while resolving interpolation: ')}"
@@ -80,6 +82,8 @@ def _composition_error(error: ConfigCompositionException) -> str:
     unknown = unknown_override(sys.argv[1:])
     if unknown is not None:
         return unknown
+    if line.startswith("Could not override ") and len(lines := str(error).splitlines()) > 1:
+        return f"{line.removesuffix('.')}; {lines[1].strip()[0].lower()}{lines[1].strip()[1:]}"
     if line.startswith("Error merging override ") and error.__cause__ is not None:
         reason = _first_line(error.__cause__).replace("Cannot merge DictConfig with ListConfig", "must be a list")
         return f"{line.removeprefix('Error merging override ')}: {reason}"
