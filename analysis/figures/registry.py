@@ -179,8 +179,8 @@ def display_name(curve: str) -> str:
     """Return a run's label as figures write it: ``SnapKV + KIVI-4``, ``KIVI-2 (residual=32)``."""
     head, _, settings = curve.partition(" (")
     for pattern, name in SETTING_NAMES:
-        head = re.sub(pattern, name, head)  # type: ignore[arg-type]
-        settings = re.sub(pattern, name, settings)  # type: ignore[arg-type]
+        head = re.sub(pattern, name, head)
+        settings = re.sub(pattern, name, settings)
     for key in sorted(METHODS, key=len, reverse=True):
         head = re.sub(rf"(?<![\w-]){key}(?![\w-])", METHODS[key].name, head)
     return f"{head} ({settings.replace('_', ' ')}" if settings else head
