@@ -13,7 +13,7 @@ from .terminal import CLOSED, lasting_streams
 COMMANDS = {
     "run": ("kvbench.runners.cli", "run a method on a task and record it"),
     "table": ("kvbench.analysis.tables", "tables of finished runs: Markdown, CSV, LaTeX"),
-    "plot": ("kvbench.analysis.plots", "figures of finished runs: Pareto plots, time over length"),
+    "plot": ("kvbench.analysis.figures.cli", "figures of finished runs: quality against memory and speed, and more"),
     "kv-size": ("kvbench.analysis.kv_size", "bytes of a KV cache, from the formula"),
     "verify": ("kvbench.analysis.verify", "compute the numbers of every record again and say what differs"),
     "score": ("kvbench.runners.score", "score LongBench prediction files"),

@@ -49,7 +49,7 @@ def _options_of(module: str, name: str) -> Mapping[str, Any]:
     found = None if source is None else source.find_definition(name)
     if found is None or not isinstance(found[1], ast.ClassDef):
         return {}
-    source, node = found
+    source, node = found[0], found[1]
     hints: dict[str, Any] = {}
     for base in reversed(node.bases):
         if isinstance(base, ast.Name):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 from omegaconf import OmegaConf
@@ -125,7 +125,7 @@ def documented_choices(choices: Sequence[str], own_folder: Path | None = None) -
         package = group.partition("@")[2] or group.replace("/", ".")
         prefix = f"{package}." if package not in ("", "experiment") else ""
         for key, _, meaning in documented_keys(_text(name, roots), prefix):
-            value, allowed = value_and_allowed(plain, key)
+            value, allowed = value_and_allowed(cast(Mapping[str, Any], plain), key)
             rows.pop(key, None)
             rows[key] = (name, Key(key, as_typed(value), allowed, meaning))
     for name in names:
