@@ -1,7 +1,8 @@
-"""What a table's title and notes say of runs: settings, compressed layers, and the order of equal scores."""
+"""What is said of runs: settings in words, compressed layers, the rule for equal scores, and scores as shown."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,19 @@ if TYPE_CHECKING:
 
 UNRANKED = ("Selection", "StreamingLLM")
 """Selections that rank no tokens. Records of the others name their rule, but for those from before there was one."""
+
+
+def fewer_is_better(record: Mapping[str, Any]) -> bool:
+    """Whether a run's scores are losses, in nats per token; they are shown as perplexity."""
+    return record.get("unit") == "nats per token"
+
+
+def average(record: Mapping[str, Any], name: str | None = None) -> dict[str, Any]:
+    """A run's mean score with its interval as it is shown, or that of the data set ``name``."""
+    found: dict[str, Any] = dict(record["average"] if name is None else record["scores"][name])
+    if fewer_is_better(record):
+        found |= {k: None if found[k] is None else math.exp(found[k]) for k in ("mean", "low", "high")}
+    return found
 
 
 def tie_rule(record: Mapping[str, Any]) -> str | None:

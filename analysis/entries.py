@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ..conf.errors import InputError
+from .checks import problem_of
 from .examples import Contradiction, Examples, read_examples
 from .index import MIN_RECORDS, Entry, Index
-from .schema import FIELDS, RECORD, RESULTS, SAMPLES, SCHEMA, problem_of
-
-NOT_LOADED = ("config", "curve", "repetitions", "validations")
-"""Fields that :func:`read_entries` leaves out, because no table needs them and they are most of a record's size."""
+from .schema import FIELDS, RECORD, RESULTS, SAMPLES, SCHEMA
 
 REFERENCE = "reference"
 """Folder of the committed runs below the results folder."""
+NOT_LOADED = ("config", "curve", "repetitions", "validations")
+"""Fields that :func:`read_entries` leaves out, because no table needs them and they are most of a record's size."""
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -67,16 +67,20 @@ def read_entries(folder: Path) -> dict[Path, Entry]:
 
 
 def _stamps(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Path of each record below a folder, with times and sizes of its files.
-
-    The committed runs, in ``reference`` directly below a results folder, are read only if that folder is named.
-    """
+    """Path of each record below a folder, with times and sizes of its files."""
     for root, folders, names in os.walk(folder):
         if Path(root) == folder and REFERENCE in folders:
             folders.remove(REFERENCE)
         if RECORD in names:
-            files = [os.stat(os.path.join(root, name)) for name in (RECORD, SAMPLES) if name in names]
-            yield Path(root, RECORD), " ".join(f"{file.st_mtime_ns}:{file.st_size}" for file in files)
+            yield Path(root, RECORD), " ".join(_stamp(os.path.join(root, name)) for name in (RECORD, SAMPLES))
+
+
+def _stamp(path: str) -> str:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return "-"
+    return f"{status.st_mtime_ns}:{status.st_size}"
 
 
 def _entry(path: Path) -> Entry:

@@ -12,7 +12,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from .schema import SAMPLES, agree
+from .checks import agree
+from .schema import SAMPLES
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ def _parse(path: Path, factor: float) -> Examples:
     lengths = [rows[key][1] for key in keys]
     known = [length for length in lengths if length is not None]
     return Examples(
-        keys, array("d", (rows[key][0] for key in keys)), array("l", known if len(known) == len(keys) else ())
+        keys, array("d", (rows[key][0] for key in keys)), array("i", known if len(known) == len(keys) else ())
     )
 
 

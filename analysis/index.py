@@ -70,7 +70,7 @@ class Index:
 
     def __init__(self, results: Path) -> None:
         # Entries made by other code are not used: the file's name has the digest of what made them.
-        modules = ("schema", "examples", "entries", "index")
+        modules = ("schema", "checks", "examples", "entries", "index")
         code = hashlib.sha256(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in modules))
         name = hashlib.sha256(f"{results.resolve()}\0{code.hexdigest()}".encode()).hexdigest()[:16]
         self._path = cache_folder() / f"index-{name}.sqlite"
@@ -155,4 +155,4 @@ class Index:
         keys = self._parts[row[5]]
         if isinstance(keys, list):  # JSON has no tuples
             keys = self._parts[row[5]] = tuple((dataset, name) for dataset, name in keys)
-        return Examples(keys, array("d", row[6]), array("l", row[7]))
+        return Examples(keys, array("d", row[6]), array("i", row[7]))

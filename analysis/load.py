@@ -10,7 +10,6 @@ A record that is damaged, or whose numbers contradict each other, is left out an
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..conf.errors import InputError
-from .describe import by_compressed_layers, compressed_layers, longbench_rows, setting, tie_rule
+from .describe import (
+    average,
+    by_compressed_layers,
+    compressed_layers,
+    fewer_is_better,
+    longbench_rows,
+    setting,
+    tie_rule,
+)
 from .entries import NOT_LOADED, examples_of, read_entries, read_record
 from .examples import Examples
 from .schema import FIELDS, RECORD, RESULTS, SAMPLES, SCHEMA
@@ -110,10 +117,10 @@ def load(folder: Path, *more: Path) -> tuple[list[Run], list[str]]:
     A record is not shown if it cannot be read, breaks a rule of :mod:`.schema`, contradicts its samples, or is a copy
     of another one. One whose samples are missing or damaged is shown, and a line says so.
 
-    The committed runs, in ``reference`` directly below a results folder, are read only if that folder is named.
-
     Runs of one table whose labels would be the same (``snapkv 512`` with two windows) are told apart by the settings
     in which they differ.
+
+    The committed runs, in ``reference`` directly below a results folder, are read only if that folder is named.
 
     Raises:
         InputError: no record in one of the folders.
@@ -130,7 +137,7 @@ def load(folder: Path, *more: Path) -> tuple[list[Run], list[str]]:
             if entry.record is not None:
                 runs.append(Run(path.parent, entry.record, entry.record["method_label"], entry.examples))
     runs, copies = _without_copies(runs)
-    return _sorted(runs), problems + copies
+    return _sorted(_with_current_statistics(runs)), problems + copies
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:
@@ -140,7 +147,8 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
         InputError: one of them has no record that can be read.
     """
     records = [(folder, read_record(folder / RECORD)) for folder in folders]
-    return _sorted([Run(folder, r, r["method_label"], examples_of(folder, r)) for folder, r in records])
+    runs = [Run(folder, r, r["method_label"], examples_of(folder, r)) for folder, r in records]
+    return _sorted(_with_current_statistics(runs))
 
 
 def _without_copies(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
@@ -161,6 +169,32 @@ def _without_copies(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
 
 def _freshness(run: Run) -> tuple[bool, str]:
     return run.done, run.record.get("finished", "")
+
+
+def _with_current_statistics(runs: Sequence[Run]) -> list[Run]:
+    """The runs with intervals made by today's rules, where records are older and their examples are there."""
+    by_hash = {run.record["hash"]: run for run in runs}
+    return [_with_current_intervals(run, by_hash) if _has_older_intervals(run) else run for run in runs]
+
+
+def _has_older_intervals(run: Run) -> bool:
+    if run.record["kind"] != "accuracy" or not run.done or run.examples is None:
+        return False
+    from .summaries import is_current  # here, because it imports scipy
+
+    return not is_current(run.record)
+
+
+def _with_current_intervals(run: Run, by_hash: Mapping[str, Run]) -> Run:
+    from .summaries import with_current_statistics
+
+    assert run.examples is not None
+    scores = run.examples.by_data_set()
+    if scores.keys() != run.record["scores"].keys():  # the task splits its data sets, and the rows do not say how
+        return run
+    full = by_hash.get(run.record.get("paired", {}).get("hash", ""))
+    baseline = None if full is None or full.examples is None else full.examples.by_data_set()
+    return replace(run, record=with_current_statistics(run.record, scores, baseline))
 
 
 # order and groups -----------------------------------------------------------------------------------------------------
@@ -201,19 +235,6 @@ def settings_key(record: Mapping[str, Any]) -> str:
         rest = {k: v for k, v in rest.items() if k != "seed"}
         rest["train"] = {k: v for k, v in rest["train"].items() if k != "lr"}
     return "\x00".join([record["kind"], record["task"], record["model"], json.dumps(rest, sort_keys=True)])
-
-
-def fewer_is_better(record: Mapping[str, Any]) -> bool:
-    """Whether a run's scores are losses, in nats per token; they are shown as perplexity."""
-    return record.get("unit") == "nats per token"
-
-
-def average(record: Mapping[str, Any], name: str | None = None) -> dict[str, Any]:
-    """A run's mean score with its interval as it is shown, or that of the data set ``name``."""
-    found: dict[str, Any] = dict(record["average"] if name is None else record["scores"][name])
-    if fewer_is_better(record):
-        found |= {k: None if found[k] is None else math.exp(found[k]) for k in ("mean", "low", "high")}
-    return found
 
 
 def _distinct(group: Sequence[Run]) -> list[Run]:

@@ -13,7 +13,7 @@ from kvbench.analysis.schema import identity_hash
 def estimate(mean: float, n: int = 20, half: float | None = 1.0) -> dict[str, Any]:
     """A mean with its interval."""
     low, high = (None, None) if half is None else (mean - half, mean + half)
-    return {"mean": mean, "low": low, "high": high, "n": n}
+    return {"mean": mean, "low": low, "high": high, "n": n, "method": "t", "reason": ""}
 
 
 def head(kind: str, method: str, budget: int | None, task: str, further: dict[str, Any]) -> dict[str, Any]:

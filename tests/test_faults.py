@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from records import accuracy, efficiency, estimate, save
 
+from kvbench.analysis.checks import problem_of
 from kvbench.analysis.load import load
-from kvbench.analysis.schema import problem_of
 from kvbench.analysis.tables import main
 from kvbench.analysis.tables.groups import each_table
 from kvbench.analysis.tables.text import csv_page, markdown_page

@@ -97,7 +97,9 @@ def test_every_committed_table_fits(tmp_path, columns, by_budget):
 """
     (tmp_path / "page.tex").write_text(page)
     command = [str(PDFLATEX), "-interaction=nonstopmode", "-halt-on-error", "page.tex"]
-    log = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace", timeout=300).stdout
+    for _ in range(2):  # a longtable takes the widths of its columns from the run before
+        made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace", timeout=300)
+        log = made.stdout
     assert (tmp_path / "page.pdf").is_file(), log[-2000:]
     assert re.findall(r"Overfull \\hbox.*", log) == []
     assert body.count(r"\begin{table") + body.count(r"\begin{longtable") >= 20

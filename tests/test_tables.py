@@ -150,8 +150,10 @@ def test_a_row_holds_scores_interval_difference_and_bytes(tmp_path):
     (table,) = made(tmp_path, accuracy("snapkv", 128, 20.0), accuracy("full", None, 22.0))
     assert [row[0].text for row in table.rows] == ["full", "snapkv 128"]  # the baseline first
     row = [c.text for c in table.rows[1]]
-    assert row[:6] == ["snapkv 128", "19.00", "21.00", "20.00", "[19.00, 21.00]", "-2.00"]
-    assert row[6:] == ["[-3.00, -1.00]", "2.00", "3.1 %", table.runs[1].record["hash"]]
+    assert row[:6] == ["snapkv 128", "19.00", "21.00", "20.00", "[19.00, 21.00]", "-2.00†"]
+    assert row[6] == "[-3.00, -1.00]"
+    assert sum(map(int, row[7].split("/"))) == 40  # won, tied and lost
+    assert row[8:] == ["0.0", "2.00", "3.1 %", table.runs[1].record["hash"]]
     assert table.columns[1:3] == ["Qasper", "Lcc"]  # the paper's order and names
 
 
@@ -181,28 +183,112 @@ def test_names_say_what_kind_of_score_it_is(tmp_path):
     assert "LongBench" not in notes["longbench"]
 
 
-def test_bold_is_the_best_of_one_budget_and_never_the_full_cache(tmp_path):
+def test_bold_is_the_best_at_equal_bytes_and_never_the_full_cache(tmp_path):
     (table,) = made(
         tmp_path,
         accuracy("full", None, 30.0),
-        accuracy("snapkv", 128, 20.0),
+        accuracy("snapkv", 128, 15.0),
         accuracy("h2o", 128, 21.0),
         accuracy("snapkv", 256, 25.0),
-        accuracy("h2o", 256, 24.0),
+        accuracy("h2o", 256, 19.0),
+        accuracy("tova", 512, 29.0),
     )
     bold = {row[0].text for row in table.rows if row[table.columns.index("mean")].bold}
     assert bold == {"h2o 128", "snapkv 256"}
+    assert table.blocks == [0, 1, 1, 2, 2, 3]
 
 
-def test_bold_over_all_rows_where_each_budget_has_one_and_nowhere_when_all_are_alike(tmp_path):
-    one, two = accuracy("snapkv", 128, 20.0), accuracy("snapkv", 256, 25.0)
-    for record in (one, two):
+def test_methods_of_one_budget_are_compared_only_if_they_keep_the_same_bytes(tmp_path):
+    """The same budget with 4 bits a number takes a quarter of the bytes."""
+    small = accuracy("kivi", 256, 15.0)
+    small["bytes"] = {"kv_bytes_stored": 2**20, "kv_ratio": 2**-6}
+    (table,) = made(tmp_path, small, accuracy("snapkv", 256, 25.0), accuracy("h2o", 64, 10.0))
+    assert [row[0].text for row in table.rows] == ["h2o 64", "kivi 256", "snapkv 256"]
+    assert table.blocks == [1, 1, 2]
+    assert cell(table, "kivi 256", "mean").bold
+    assert not cell(table, "snapkv 256", "mean").bold
+
+
+def test_the_mean_bytes_over_the_steps_decide_where_they_are_known(tmp_path):
+    """Two methods with equal bytes after the prompt, one of which grows."""
+    growing, steady = accuracy("snapkv", 256, 25.0), accuracy("h2o", 256, 15.0)
+    growing["bytes"]["kv_bytes_mean"] = 2 * growing["bytes"]["kv_bytes_stored"]
+    steady["bytes"]["kv_bytes_mean"] = steady["bytes"]["kv_bytes_stored"]
+    (table,) = made(tmp_path, growing, steady)
+    assert table.blocks == [1, 2]
+    assert texts(table, "snapkv 256")["mean KV MiB"] == "8.00"
+    assert texts(table, "h2o 256")["mean KV MiB"] == "4.00"
+
+
+def test_what_cannot_be_told_from_the_best_is_bold_with_it(tmp_path):
+    """Two methods that differ by chance, and one that is worse beyond doubt."""
+    (table,) = made(
+        tmp_path, *(accuracy(*run) for run in (("snapkv", 128, 25.0), ("h2o", 128, 25.1), ("tova", 128, 9.0)))
+    )
+    assert {row[0].text for row in table.rows if row[table.columns.index("mean")].bold} == {"snapkv 128", "h2o 128"}
+
+
+def test_nothing_is_bold_where_nothing_can_be_told_apart(tmp_path):
+    (table,) = made(tmp_path, accuracy("snapkv", 128, 25.0), accuracy("h2o", 128, 25.1), accuracy("tova", 512, 30.0))
+    assert not any(cell.bold for row in table.rows for cell in row)
+
+
+def test_a_difference_from_the_full_cache_is_marked_after_holm_s_rule(tmp_path):
+    runs = [accuracy("full", None, 22.0), accuracy("snapkv", 128, 10.0), accuracy("h2o", 128, 22.05)]
+    (table,) = made(tmp_path, *runs)
+    assert cell(table, "snapkv 128", "vs full").text == "-12.00†"
+    assert cell(table, "h2o 128", "vs full").text == "+0.05"
+    assert cell(table, "snapkv 128", "vs full").p < 0.05 < cell(table, "h2o 128", "vs full").p
+    assert any("Holm" in note for note in table.notes)
+
+
+def test_a_data_set_on_which_the_full_cache_fails_is_marked(tmp_path):
+    """A score that is 0 cannot fall."""
+    runs = [accuracy("full", None, 22.0), accuracy("snapkv", 128, 20.0)]
+    for record in runs:
         record["scores"]["lcc"] = estimate(0.0)
         record["scores"]["qasper"] = estimate(2 * record["average"]["mean"])
-    (table,) = made(tmp_path, one, two)
-    assert cell(table, "snapkv 256", "mean").bold
-    assert not cell(table, "snapkv 128", "mean").bold
-    assert not cell(table, "snapkv 128", "Lcc").bold
+    save(tmp_path, *runs)
+    for path in tmp_path.rglob("samples.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [row | {"score": 0.0} if row["dataset"] == "lcc" else row for row in rows]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (table,) = tables(load(tmp_path)[0])
+    assert (cell(table, "full", "Lcc").text, cell(table, "full", "Qasper").text) == ("0.00°", "44.00")
+    assert cell(table, "snapkv 128", "Lcc").text == "0.00"
+    assert any("no method can lose there" in note for note in table.notes)
+
+
+def test_output_that_grows_is_told(tmp_path):
+    save(tmp_path, accuracy("full", None, 22.0), accuracy("snapkv", 128, 20.0))
+    (path,) = tmp_path.glob("*/snapkv/*/samples.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row | {"new_tokens": row["new_tokens"] + 5}) + "\n" for row in rows))
+    (table,) = tables(load(tmp_path)[0])
+    assert cell(table, "snapkv 128", "tokens vs full").text == "+5.0"
+
+
+def test_tables_of_one_output_say_every_setting_in_which_they_differ(tmp_path):
+    runs = [accuracy("full", None, 22.0), accuracy("full", None, 21.0)]
+    runs[0]["identity"]["task"] = {**runs[0]["identity"]["task"], "max_length": 4000}
+    runs[1]["identity"]["task"] = {**runs[1]["identity"]["task"], "max_length": None}
+    titles = sorted(table.title for table in made(tmp_path, *runs))
+    assert [title.endswith(end) for title, end in zip(titles, ("max_length 4000", "max_length null"), strict=True)] == [
+        True
+    ] * 2
+    (alone,) = made(tmp_path / "alone", runs[0])
+    assert "max_length" not in alone.title
+
+
+@pytest.mark.parametrize("task", ["longbench-mini", "longbench-subset"])
+@pytest.mark.parametrize(
+    "form", [["--by-budget"], [], ["--format", "csv"], ["--format", "latex"], ["--format", "html"]]
+)
+def test_every_form_says_what_scores_are_not(tmp_path, capsys, task, form):
+    save(tmp_path, accuracy("full", None, 22.0, task=task), accuracy("snapkv", 128, 20.0, task=task))
+    assert main([str(tmp_path), *form]) == 0
+    said = {"longbench-mini": "not LongBench scores", "longbench-subset": "published LongBench scores"}[task]
+    assert said in capsys.readouterr().out
 
 
 def test_less_time_and_memory_is_better_more_speed_is_better(tmp_path):
@@ -394,8 +480,8 @@ def test_by_budget_is_a_row_a_method_and_a_column_a_budget(tmp_path, capsys):
     out = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|")]
     assert ["method / budget", "128", "256"] in rows
-    assert ["snapkv", "10.0 [9, 11]", "20.0 [19, 21]"] in rows
-    assert ["h2o", "", "15.0 [14, 16]"] in rows
+    assert ["snapkv", "10.0 [9, 11]†", "**20.0 [19, 21]†**"] in rows
+    assert ["h2o", "", "15.0 [14, 16]†"] in rows
     assert ["full", "22.0 [21, 23]", "100.0 %"] in rows
     assert "128: 3.1 %, 256: 6.2 %" in out
     assert main([str(tmp_path), "--by-budget", "-o", str(tmp_path / "x.csv")]) == 2

@@ -10,7 +10,8 @@ Runs stand in one table only when nothing but the method differs: same model, sa
 device and seed. So a score on the bundled set, on a subset and on all of LongBench can never meet.
 """
 
-from .accuracy import accuracy_table, budget_tables
+from .accuracy import accuracy_table
+from .budgets import budget_tables
 from .cells import GIB, MIB, Cell, Table
 from .command import main, write
 from .efficiency import efficiency_table, search_table

@@ -1,42 +1,161 @@
-"""Tables of scored runs: by data set, or by budget."""
+"""Tables of scored runs: a row a run, with its scores by data set."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..describe import setting
-from ..load import Run, average, comparable, fewer_is_better
-from .cells import MIB, MISSING, Cell, Table, fixed, interval, number, out_of_memory_row, run_hash, score
+from ..load import Run, average, fewer_is_better
+from ..stats import LEVEL, Comparison
+from .cells import MIB, MISSING, Cell, Table, interval, number, out_of_memory_row, run_hash, score
 from .longbench import family, paper_order, short_name
-from .marks import emphasized
-from .notes import different_layers, guards, made_by, narrow_storage, tie_rules, ways_of_reading
+from .marks import (
+    BEST,
+    BLOCKS,
+    DAGGER,
+    FLOOR_MARK,
+    SIGNIFICANT,
+    Tests,
+    at_the_floor,
+    bold,
+    in_blocks,
+    members_of,
+    tests_of,
+)
+from .notes import guards, made_by, narrow_storage, ways_of_reading
 
 
-def accuracy_table(runs: Sequence[Run], by_set: bool = True) -> Table:
+def accuracy_table(runs: Sequence[Run], by_set: bool = True, tested: bool = True) -> Table:
     """Scores by data set, their mean with its interval, the paired difference to the full cache, and bytes.
 
     Args:
         runs: one group of comparable runs, at least one.
-        by_set: a column for each data set; without them the table fits a terminal.
+        by_set: a column for each data set, examples won and lost, and output length; without them the table fits a
+            terminal.
+        tested: whether differences are tested, and the best are bold.
     """
+    runs, blocks = in_blocks(runs)
     done = [run for run in runs if run.done]
-    names = sorted(_keys(done, "scores"), key=paper_order) if by_set else []
-    further = _keys(done, "averages")
-    loss = bool(done) and fewer_is_better(done[0].record)
-    if loss and len(names) == 1:
-        names = []
-    mean, against = ("perplexity", "nats vs full") if loss else ("mean", "vs full")
-    ends = [mean, "95 % interval", against, "95 % interval", "KV MiB", "KV kept", "run"]
-    columns = ["method", *map(short_name, names), *further, *ends]
-    rows = [
-        _accuracy_row(run, names, further, loss) if run.done else out_of_memory_row(run, len(columns)) for run in runs
-    ]
-    families = ["", *map(family, names), *("" for _ in (*further, *ends))]
-    table = Table(title(runs), columns, rows, list(runs), families=families if any(families) else [])
-    table.notes += guards(runs[0].record) + _missing_sets(runs) + narrow_storage(runs)
+    columns = _Columns.of(done, by_set, tests_of(done) if tested else Tests())
+    rows = [columns.row(run) if run.done else out_of_memory_row(run, len(columns.heads)) for run in runs]
+    families = ["", *map(family, columns.names), *("" for _ in columns.heads[1 + len(columns.names) :])]
+    table = Table(title(runs), columns.heads, rows, runs, families=families if any(families) else [], blocks=blocks)
+    marks = _mark_the_best(table, columns) if tested else []
+    table.notes += guards(runs[0].record) + _missing_sets(runs) + marks + columns.notes() + narrow_storage(runs)
     table.notes += ways_of_reading(runs) + made_by(runs)
-    return emphasized(table)
+    return table
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Columns of a table of scores.
+
+    Attributes:
+        names: Data sets with a column of their own.
+        further: Averages beside the one over all data sets.
+        loss: Whether scores are losses, shown as perplexity.
+        is_whole: Whether there are columns for examples won and lost, and for output length.
+        has_mean_bytes: Whether records have the mean bytes over the decode steps.
+        floor: Data sets on which the full cache scores nothing.
+        tests: Comparisons of the runs.
+    """
+
+    names: list[str]
+    further: list[str]
+    loss: bool
+    is_whole: bool
+    has_mean_bytes: bool
+    floor: set[str]
+    tests: Tests
+
+    @classmethod
+    def of(cls, done: Sequence[Run], by_set: bool, tests: Tests) -> _Columns:
+        names = sorted(_keys(done, "scores"), key=paper_order) if by_set else []
+        loss = bool(done) and fewer_is_better(done[0].record)
+        if loss and len(names) == 1:
+            names = []
+        has_mean = any(run.record["bytes"].get("kv_bytes_mean") is not None for run in done)
+        full = next((run for run in done if run.is_full_cache), None)
+        return cls(names, _keys(done, "averages"), loss, by_set, has_mean, at_the_floor(full), tests)
+
+    @property
+    def heads(self) -> list[str]:
+        mean, against = ("perplexity", "nats vs full") if self.loss else ("mean", "vs full")
+        heads = ["method", *map(short_name, self.names), *self.further, mean, "95 % interval", against, "95 % interval"]
+        heads += ["won/tied/lost"] if self.is_whole and self.tests.full else []
+        heads += ["tokens vs full"] if self.is_whole and self.tests.drift else []
+        heads += ["KV MiB", "mean KV MiB"] if self.has_mean_bytes else ["KV MiB"]
+        return [*heads, "KV kept", "run"]
+
+    def row(self, run: Run) -> list[Cell]:
+        record = run.record
+        better, digits = (-1, 3) if self.loss else (1, 2)
+        averages, held = record.get("averages", {}), record["bytes"]
+        return [
+            Cell(run.label),
+            *(self._data_set(run, name, better) for name in self.names),
+            *(score(averages[n]) if n in averages else MISSING for n in self.further),
+            score(average(record), better=better),
+            interval(average(record)),
+            *self._against_full(run, f"+.{digits}f"),
+            *self._examples(run),
+            number(held["kv_bytes_stored"] / MIB, 2),
+            *([_mean_bytes(held)] if self.has_mean_bytes else []),
+            number(100 * held["kv_ratio"], 1, " %"),
+            run_hash(run),
+        ]
+
+    def _data_set(self, run: Run, name: str, better: int) -> Cell:
+        if name not in run.record["scores"]:
+            return MISSING
+        cell = score(average(run.record, name), better=better)
+        return replace(cell, text=cell.text + FLOOR_MARK) if run.is_full_cache and name in self.floor else cell
+
+    def _against_full(self, run: Run, form: str) -> list[Cell]:
+        """The paired difference, with a mark if it is significant, and its interval."""
+        difference = run.record.get("paired", {}).get("difference")
+        if difference is None:
+            return [MISSING, MISSING]
+        cell = score(difference, form)
+        found = self.tests.full.get(run.record["hash"])
+        if found is not None:
+            cell = replace(cell, p=found[1], text=cell.text + (DAGGER if self.tests.is_significant(run) else ""))
+        return [cell, interval(difference, form)]
+
+    def _examples(self, run: Run) -> list[Cell]:
+        """Examples won, tied and lost, and the change of the output's length."""
+        if not self.is_whole:
+            return []
+        cells = []
+        if self.tests.full:
+            found = self.tests.full.get(run.record["hash"])
+            cells.append(MISSING if found is None else self._flips(found[0]))
+        if self.tests.drift:
+            drift = self.tests.drift.get(run.record["hash"])
+            cells.append(MISSING if drift is None else score(asdict(drift), "+.1f"))
+        return cells
+
+    def _flips(self, found: Comparison) -> Cell:
+        won, lost = (found.lost, found.won) if self.loss else (found.won, found.lost)  # a larger loss is lost
+        return Cell(f"{won}/{found.tied}/{lost}")
+
+    def notes(self) -> list[str]:
+        """What the marks and the further columns are."""
+        notes = []
+        if any(p < 1 - LEVEL for _, p in self.tests.full.values()):
+            notes.append(SIGNIFICANT)
+        floor = [short_name(name) for name in self.names if name in self.floor]
+        if floor:
+            notes.append(f"{FLOOR_MARK}: the full cache scores 0 on nearly all examples, so no method can lose there.")
+        if self.is_whole and self.tests.full:
+            notes.append("won/tied/lost: examples that score more, the same and less than with the full cache.")
+        if self.is_whole and self.tests.drift:
+            notes.append("tokens vs full: change of the output's length.")
+        if self.has_mean_bytes:
+            notes.append("mean KV MiB: over the decode steps; KV MiB: after the prompt.")
+        return notes
 
 
 def _keys(done: Sequence[Run], field: str) -> list[str]:
@@ -44,22 +163,24 @@ def _keys(done: Sequence[Run], field: str) -> list[str]:
     return list(dict.fromkeys(name for run in done for name in run.record.get(field, {})))
 
 
-def _accuracy_row(run: Run, names: Sequence[str], further: Sequence[str], loss: bool) -> list[Cell]:
-    record = run.record
-    better, digits = (-1, 3) if loss else (1, 2)
-    difference, averages, held = record.get("paired", {}).get("difference"), record.get("averages", {}), record["bytes"]
-    return [
-        Cell(run.label),
-        *(score(average(record, n), better=better) if n in record["scores"] else MISSING for n in names),
-        *(score(averages[n]) if n in averages else MISSING for n in further),
-        score(average(record), better=better),
-        interval(average(record)),
-        MISSING if difference is None else score(difference, f"+.{digits}f", better),
-        MISSING if difference is None else interval(difference, f"+.{digits}f"),
-        number(held["kv_bytes_stored"] / MIB, 2),
-        number(100 * held["kv_ratio"], 1, " %"),
-        run_hash(run),
-    ]
+def _mean_bytes(held: Mapping[str, Any]) -> Cell:
+    mean = held.get("kv_bytes_mean")
+    return MISSING if mean is None else number(mean / MIB, 2)
+
+
+def _mark_the_best(table: Table, columns: _Columns) -> list[str]:
+    """Set the best cells of each block in bold; the notes that say so."""
+    members = members_of(table.runs, table.blocks)
+    places = {name: 1 + i for i, name in enumerate(columns.names)}
+    mean = 1 + len(columns.names) + len(columns.further)
+    for rows in members:
+        runs = [table.runs[i] for i in rows]
+        for name, column in [*places.items(), (None, mean)]:
+            best = columns.tests.best(runs, name)
+            for i in rows:
+                if table.runs[i].record["hash"] in best:
+                    table.rows[i][column] = bold(table.rows[i][column])
+    return [BLOCKS, BEST] if members else []
 
 
 def _missing_sets(runs: Sequence[Run]) -> list[str]:
@@ -76,91 +197,3 @@ def title(runs: Sequence[Run]) -> str:
     examples = record["data"].get("examples", {})
     count = f"{sum(examples.values())} examples of {len(examples)} data set{'s' if len(examples) != 1 else ''}"
     return f"{record['task']} / {record['model']}: {count}, {setting(record, runs)}"
-
-
-# by budget ------------------------------------------------------------------------------------------------------------
-
-
-def budget_tables(runs: Sequence[Run]) -> list[Table]:
-    """Scores of each group of comparable runs: a row a method and a column a budget, and the runs that have none.
-
-    Budgets are those in tokens; a fraction of the prompt stands with the runs that have no budget.
-    """
-    made = []
-    for group in comparable([r for r in runs if r.record["kind"] == "accuracy" and r.done]):
-        by_curve: dict[str, dict[int, Run]] = {}
-        others = []
-        for run in group:
-            budget = run.record["budget"]
-            if isinstance(budget, int) and not run.is_full_cache:
-                by_curve.setdefault(run.curve, {})[budget] = run
-            else:
-                others.append(run)
-        if by_curve:
-            made.append(_by_budget(group, dict(sorted(by_curve.items())), is_alone=not others))
-        if others:
-            made.append(_without_budget(group, others))
-    return made
-
-
-def _by_budget(group: Sequence[Run], by_curve: Mapping[str, Mapping[int, Run]], is_alone: bool) -> Table:
-    budgets = sorted({b for row in by_curve.values() for b in row})
-    rows = [
-        [Cell(curve), *(_with_interval(row[b]) if b in row else Cell("") for b in budgets)]
-        for curve, row in by_curve.items()
-    ]
-    shown = [run for row in by_curve.values() for run in row.values()]
-    what = "Perplexity" if fewer_is_better(group[0].record) else "Mean score"
-    notes = [*guards(group[0].record), f"{what} and its 95 % interval. {_bytes_kept(by_curve, budgets)}"]
-    notes += tie_rules(shown) + different_layers(group)
-    if is_alone:
-        notes += ways_of_reading(group)
-    notes += [note for note in made_by(shown) if note not in notes]
-    first = [next(iter(row.values())) for row in by_curve.values()]
-    return Table(title(group), ["method / budget", *map(str, budgets)], rows, first, notes)
-
-
-def _bytes_kept(by_curve: Mapping[str, Mapping[int, Run]], budgets: Sequence[int]) -> str:
-    """Share of the full cache's bytes at each budget: of most methods, and of those that keep another share."""
-    parts = []
-    for budget in budgets:
-        shares = {
-            curve: 100 * row[budget].record["bytes"]["kv_ratio"] for curve, row in by_curve.items() if budget in row
-        }
-        middle = sorted(shares.values())[len(shares) // 2]
-        usual = [share for share in shares.values() if _is_near(share, middle)]
-        text = f"{budget}: {_range(min(usual), max(usual))} %"
-        odd = [f"{curve} {share:.1f} %" for curve, share in shares.items() if not _is_near(share, middle)]
-        parts.append(f"{text} ({', '.join(odd)})" if odd else text)
-    return f"Bytes kept of the full cache: {', '.join(parts)}."
-
-
-EQUAL_BYTES = 0.05
-"""Largest relative difference of the bytes of methods that are compared as if they kept the same."""
-
-
-def _is_near(share: float, middle: float) -> bool:
-    return abs(share - middle) <= EQUAL_BYTES * middle
-
-
-def _range(low: float, high: float) -> str:
-    texts = f"{low:.1f}", f"{high:.1f}"
-    return texts[0] if texts[0] == texts[1] else f"{texts[0]} to {texts[1]}"
-
-
-def _without_budget(group: Sequence[Run], others: list[Run]) -> Table:
-    column = "perplexity" if fewer_is_better(group[0].record) else "score"
-    rows = [
-        [Cell(run.label), _with_interval(run), number(100 * run.record["bytes"]["kv_ratio"], 1, " %")] for run in others
-    ]
-    notes = guards(group[0].record) + ways_of_reading(group) + made_by(group)
-    return Table(title(group), ["method", column, "KV kept"], rows, others, notes)
-
-
-def _with_interval(run: Run) -> Cell:
-    estimate: Mapping[str, Any] = average(run.record)
-    mean, ends = (".2f", ".1f") if fewer_is_better(run.record) else (".1f", ".0f")
-    text = fixed(estimate["mean"], mean)
-    if estimate["low"] is not None:
-        text += f" [{fixed(estimate['low'], ends)}, {fixed(estimate['high'], ends)}]"
-    return Cell(text, estimate["mean"], estimate["low"], estimate["high"], estimate["n"])

@@ -24,6 +24,7 @@ class Cell:
         better: +1 where larger is better, -1 where smaller is, 0 where neither is a merit.
         bold: the best of its column.
         measured: low and high are the least and greatest of repeated measurements, not an interval of a mean.
+        p: p-value against the full cache after Holm's rule within the table.
     """
 
     text: str
@@ -34,6 +35,7 @@ class Cell:
     better: int = 0
     bold: bool = False
     measured: bool = False
+    p: float | None = None
 
     @property
     def spread(self) -> str:
@@ -104,9 +106,9 @@ def score(estimate: Mapping[str, Any], form: str = ".2f", better: int = 1) -> Ce
 
 
 def interval(estimate: Mapping[str, Any], form: str = ".2f") -> Cell:
-    """The interval of a mean; words where every data set has one example."""
+    """The interval of a mean; a dash where there is none."""
     if estimate["low"] is None:
-        return Cell("one a set")
+        return MISSING
     return Cell(f"[{fixed(estimate['low'], form)}, {fixed(estimate['high'], form)}]")
 
 

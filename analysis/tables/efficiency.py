@@ -8,7 +8,7 @@ from typing import Any
 from ..describe import setting
 from ..load import Run
 from .cells import GIB, MIB, MISSING, Cell, Table, metric, number, out_of_memory_row, peak, run_hash
-from .marks import emphasized
+from .marks import BLOCKS, emphasized, in_blocks, members_of
 from .notes import made_by, not_measured, ways_of_decoding
 
 
@@ -16,6 +16,7 @@ def efficiency_table(runs: Sequence[Run]) -> Table:
     """Times, throughput, bytes, peaks, and the speed-up against what the bytes allow."""
     if any("search" in run.record for run in runs):
         return search_table(runs)
+    runs, blocks = in_blocks(runs)
     columns = [
         *("method", "TTFT ms", "TPOT ms", "min - max", "p90", "p99", "prefill tok/s", "decode tok/s", "KV MiB, batch"),
         *("peak prefill MiB", "peak decode MiB", "MBU", "speed-up", "by bytes"),
@@ -50,7 +51,7 @@ def efficiency_table(runs: Sequence[Run]) -> Table:
             ]
         )
     first = runs[0].record
-    table = Table(_title(runs), columns, rows, list(runs))
+    table = Table(_title(runs), columns, rows, runs, blocks=blocks)
     repeats = first["identity"]["runner"]["repeats"]
     table.notes.append(f"Medians of {repeats} repetitions" + ("." if repeats >= 5 else ", which is few."))
     if any("step_ms" in run.record.get("metrics", {}) for run in runs):
@@ -59,6 +60,8 @@ def efficiency_table(runs: Sequence[Run]) -> Table:
         "speed-up: TPOT of full / TPOT; by bytes: the same if a step took as long as reading the weights and the cache "
         "once; MBU: how near it came to that, at the bandwidth of a copy."
     )
+    if members_of(runs, blocks):
+        table.notes.append(f"{BLOCKS} Bold: the best of them, if its range is clear of the others'.")
     if first["identity"]["device"] == "cpu":
         table.notes.append("Peaks are of the whole process (resident set).")
     table.notes += ways_of_decoding(runs) + made_by(runs) + not_measured(runs)

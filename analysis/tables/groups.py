@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ..describe import setting
 from ..load import Run, comparable, flat
-from .accuracy import accuracy_table, budget_tables
+from .accuracy import accuracy_table
+from .budgets import budget_tables
 from .cells import Table
 from .efficiency import efficiency_table
+from .marks import MAX_TESTED
 from .training import train_table
 
 KINDS: Mapping[str, Callable[[Sequence[Run]], Table]] = {
@@ -39,14 +41,19 @@ def each_table(runs: Sequence[Run], by_budget: bool = False) -> Iterator[Table]:
     groups = [group for group in comparable(runs) if group[0].record["kind"] in KINDS]
     differences = _differences(groups)
     used: Counter[str] = Counter()
+    tested = len(runs) <= MAX_TESTED
     for group in groups:
         if by_budget:
-            made = budget_tables(group)
+            made = budget_tables(group, tested)
+        elif group[0].record["kind"] == "accuracy":
+            made = [accuracy_table(group, tested=tested)]
         else:
             made = [KINDS[group[0].record["kind"]](group)]
         common = ", ".join([setting(group[0].record, group), *differences[group[0].group_key]])
         for table in made:
             table.setting = common
+            if not tested and group[0].record["kind"] == "accuracy":
+                table.notes.append(f"Differences are not tested among more than {MAX_TESTED} runs: choose some.")
             table.title = ", ".join([table.title, *differences[group[0].group_key]])
             table.name = _name(group[0], used)
             yield table
@@ -89,8 +96,3 @@ def _name(run: Run, used: Counter[str]) -> str:
     name = re.sub(r"[^a-z0-9]+", "-", text).strip("-") or "table"
     used[name] += 1
     return name if used[name] == 1 else f"{name}-{used[name]}"
-
-
-def names_of_columns(made: Iterable[Table]) -> list[str]:
-    """Headings of some tables, each once."""
-    return list(dict.fromkeys(column for table in made for column in table.columns))

@@ -1,30 +1,174 @@
-"""Which cells of a table are bold."""
+"""What can be told apart in a table: blocks of rows at equal bytes, the best of each, differences from the full cache.
+
+Two scores are compared on the same examples, by flipping the signs of their differences; Holm's rule corrects for the
+number of comparisons in a block or table (see :mod:`..stats`). Two times are told apart if their ranges do not overlap.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..load import Run, fewer_is_better
+from ..stats import LEVEL, Comparison, Estimate, Groups, not_worse_than_best, paired_difference
+from ..summaries import against_full, score_bounds
 from .cells import Cell, Table
+
+EQUAL_BYTES = 0.05
+"""Largest relative difference of the bytes of methods that are compared as if they kept the same."""
+DAGGER = "†"
+FLOOR_MARK = "°"
+FLOOR_SHARE = 0.1
+"""Largest share of examples with a score at which a data set says little about losses."""
+MAX_TESTED = 2000
+"""Runs of a page up to which differences are tested: a test takes about 10 ms."""
+
+BLOCKS = f"Rows between two rules keep equal bytes, to within {100 * EQUAL_BYTES:g} %."
+BEST = "Bold: the best of them and all that cannot be told from it, where any can."
+SIGNIFICANT = f"{DAGGER}: differs from the full cache (sign flips of paired scores, Holm's rule, 5 %)."
+
+
+# blocks ---------------------------------------------------------------------------------------------------------------
+
+
+def in_blocks(runs: Sequence[Run]) -> tuple[list[Run], list[int]]:
+    """Runs in the order of a table, and the number of each one's block.
+
+    The full cache is first, then come the methods by their bytes; one begins a block if it takes more than the first
+    of the block and :data:`EQUAL_BYTES` of that. Runs without numbers are last.
+    """
+    full = [run for run in runs if run.done and run.is_full_cache]
+    lost = [run for run in runs if not run.done]
+    others = sorted((run for run in runs if run.done and not run.is_full_cache), key=held_bytes)
+    blocks: list[list[Run]] = []
+    for run in others:
+        if blocks and held_bytes(run) <= (1 + EQUAL_BYTES) * held_bytes(blocks[-1][0]):
+            blocks[-1].append(run)
+        else:
+            blocks.append([run])
+    ordered = [full, *(sorted(block, key=lambda run: run.label) for block in blocks), lost]
+    numbered = [(run, number) for number, block in enumerate(ordered) for run in block]
+    return [run for run, _ in numbered], [number for _, number in numbered]
+
+
+def held_bytes(run: Run) -> float:
+    """Bytes that a method's cache takes: their mean over the decode steps, or after the prompt in older records."""
+    held = run.record["bytes"]
+    mean = held.get("kv_bytes_mean")
+    return float(held["kv_bytes_stored"] if mean is None else mean)
+
+
+def members_of(runs: Sequence[Run], blocks: Sequence[int]) -> list[list[int]]:
+    """Places of the rows of each block that has at least two methods."""
+    members: dict[int, list[int]] = {}
+    for place, (run, block) in enumerate(zip(runs, blocks, strict=True)):
+        if run.done and not run.is_full_cache:
+            members.setdefault(block, []).append(place)
+    return [places for places in members.values() if len(places) > 1]
+
+
+# scores ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tests:
+    """Comparisons of the scores of one table.
+
+    Attributes:
+        full: Of each run by hash, the comparison with the full cache and its p-value after Holm's rule.
+        drift: Of each run by hash, the paired difference of its output tokens to the full cache's.
+        scores: Scores of each run by hash that can be compared.
+    """
+
+    full: Mapping[str, tuple[Comparison, float]] = field(default_factory=dict)
+    drift: Mapping[str, Estimate] = field(default_factory=dict)
+    scores: Mapping[str, Groups] = field(default_factory=dict)
+
+    def is_significant(self, run: Run) -> bool:
+        """Whether a run's mean score differs from the full cache's."""
+        found = self.full.get(run.record["hash"])
+        return found is not None and found[1] < 1 - LEVEL
+
+    def best(self, runs: Sequence[Run], name: str | None = None) -> set[str]:
+        """Hashes of the best of some runs and of all that cannot be told from it; empty where none can be.
+
+        Args:
+            runs: Runs at equal bytes.
+            name: Of a data set; default: the mean over all.
+        """
+        scores = {
+            run.record["hash"]: self.scores[run.record["hash"]] for run in runs if run.record["hash"] in self.scores
+        }
+        if name is not None:
+            scores = {key: {name: groups[name]} for key, groups in scores.items() if name in groups}
+        if len(scores) < 2:
+            return set()
+        best = not_worse_than_best(scores, fewer_is_better(runs[0].record))
+        return set() if len(best) == len(scores) else best
+
+
+def tests_of(runs: Sequence[Run]) -> Tests:
+    """Compare the scores of a group of comparable runs; those without examples take no part."""
+    compared = [run for run in runs if run.done and run.examples is not None]
+    scores = {run.record["hash"]: run.examples.by_data_set() for run in compared if run.examples is not None}
+    full = next((run for run in compared if run.is_full_cache), None)
+    others = {run.record["hash"]: scores[run.record["hash"]] for run in compared if not run.is_full_cache}
+    if full is None or not others:
+        return Tests(scores=others)
+    return Tests(
+        against_full(others, scores[full.record["hash"]], score_bounds(full.record)),
+        {run.record["hash"]: drift for run in compared if (drift := length_drift(run, full)) is not None},
+        others,
+    )
+
+
+def length_drift(run: Run, full: Run) -> Estimate | None:
+    """Paired difference of the number of output tokens; None for the full cache and for tasks without output."""
+    if run is full or run.examples is None or full.examples is None:
+        return None
+    lengths, of_full = run.examples.lengths(), full.examples.lengths()
+    if not any(lengths.values()) or not any(of_full.values()):
+        return None
+    return paired_difference(_by_data_set(lengths), _by_data_set(of_full), None)
+
+
+def _by_data_set(lengths: Mapping[tuple[str, str], int]) -> dict[str, dict[str, float]]:
+    out: dict[str, dict[str, float]] = {}
+    for (dataset, name), length in lengths.items():
+        out.setdefault(dataset, {})[name] = float(length)
+    return out
+
+
+def at_the_floor(full: Run | None) -> set[str]:
+    """Data sets on which the full cache has no score, or nearly none: no method can lose there."""
+    if full is None or full.examples is None or fewer_is_better(full.record):
+        return set()
+    shares = {
+        name: sum(score > 0 for score in rows.values()) / len(rows)
+        for name, rows in full.examples.by_data_set().items()
+    }
+    return {name for name, share in shares.items() if share <= FLOOR_SHARE}
+
+
+def bold(cell: Cell) -> Cell:
+    """The cell in bold."""
+    return replace(cell, bold=True)
+
+
+# times ----------------------------------------------------------------------------------------------------------------
 
 
 def emphasized(table: Table) -> Table:
-    """The best of every column in bold, among the rows of one budget; among all rows where no budget has two.
+    """The best of every column in bold, among the rows of one block.
 
     The full cache is what the others are measured against and takes no part.
     """
-    blocks: dict[Any, list[int]] = {}
-    for i, run in enumerate(table.runs):
-        if run.done and not run.is_full_cache and (run.examples is not None or run.record["kind"] != "accuracy"):
-            blocks.setdefault(run.record["budget"], []).append(i)
-    if all(len(block) < 2 for block in blocks.values()):
-        blocks = {None: [i for block in blocks.values() for i in block]}
-    for block in blocks.values():
+    for places in members_of(table.runs, table.blocks):
         for column in range(len(table.columns)):
-            cells = {i: table.rows[i][column] for i in block if table.rows[i][column].better}
+            cells = {i: table.rows[i][column] for i in places if table.rows[i][column].better}
             for i in _best(cells):
-                table.rows[i][column] = replace(table.rows[i][column], bold=True)
+                table.rows[i][column] = bold(table.rows[i][column])
     return table
 
 

@@ -19,6 +19,7 @@ ESCAPES = {
     "×": r"$\times$",
     "−": r"$-$",
     "±": r"$\pm$",
+    "°": r"$^\circ$",
     "≤": r"$\leq$",
     "≥": r"$\geq$",
     "–": "--",
@@ -59,7 +60,7 @@ WIDTHS = {
     **dict.fromkeys("MW", 1.03),
     **dict.fromkeys("abcdeghknopqrsuvxyz", 0.556),
     **dict.fromkeys("ABCDEFGHIJKLNOPQRSTUVXYZ", 0.785),
-    **dict.fromkeys("+=−×<>~^†±", 0.78),
+    **dict.fromkeys("+=−×<>~^†±°", 0.78),
     " ": 0.334,
 }
 """Widths of Computer Modern's characters in units of the type size at 10 points, rounded up."""

@@ -100,7 +100,21 @@ def _html(text: str) -> str:
 # CSV ------------------------------------------------------------------------------------------------------------------
 
 CSV_COLUMNS = (
-    *("task", "model", "setting", "method", "budget", "column", "value", "low", "high", "spread", "n", "bold"),
+    *(
+        "task",
+        "model",
+        "setting",
+        "method",
+        "budget",
+        "column",
+        "value",
+        "low",
+        "high",
+        "spread",
+        "n",
+        "p_holm",
+        "bold",
+    ),
     *("warning", "dtype", "device", "commit", "finished", "hash", "run"),
 )
 
@@ -113,10 +127,10 @@ def csv_page(made: Iterable[Table]) -> Iterator[str]:
             head, tail = _csv_head(run, table), _csv_tail(run)
             for column, cell in zip(table.columns, row, strict=True):
                 if cell.value is not None:
-                    spread = (cell.low, cell.high, cell.spread, cell.n, "yes" if cell.bold else "")
+                    spread = (cell.low, cell.high, cell.spread, cell.n, cell.p, "yes" if cell.bold else "")
                     yield "\n" + _csv_line([*head, column, cell.value, *spread, *tail])
             if not run.done:
-                yield "\n" + _csv_line([*head, "status", run.record["status"], "", "", "", "", "", *tail])
+                yield "\n" + _csv_line([*head, "status", run.record["status"], "", "", "", "", "", "", *tail])
 
 
 def _csv_head(run: Run, table: Table) -> list[object]:

@@ -1,0 +1,119 @@
+"""Tables of scores alone: a row a method, a column a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..load import Run, average, comparable, fewer_is_better
+from .accuracy import title
+from .cells import Cell, Table, fixed, number
+from .marks import BEST, BLOCKS, DAGGER, EQUAL_BYTES, SIGNIFICANT, Tests, in_blocks, members_of, tests_of
+from .notes import different_layers, guards, made_by, tie_rules, ways_of_reading
+
+
+def budget_tables(runs: Sequence[Run], tested: bool = True) -> list[Table]:
+    """Scores of each group of comparable runs: a row a method and a column a budget, and the runs that have none.
+
+    Budgets are those in tokens; a fraction of the prompt stands with the runs that have no budget.
+
+    Args:
+        runs: of any kind.
+        tested: whether differences are tested, and the best are bold.
+    """
+    made = []
+    for group in comparable([r for r in runs if r.record["kind"] == "accuracy" and r.done]):
+        by_curve: dict[str, dict[int, Run]] = {}
+        others = []
+        for run in group:
+            budget = run.record["budget"]
+            if isinstance(budget, int) and not run.is_full_cache:
+                by_curve.setdefault(run.curve, {})[budget] = run
+            else:
+                others.append(run)
+        tests = tests_of(group) if tested else Tests()
+        if by_curve:
+            made.append(_by_budget(group, dict(sorted(by_curve.items())), tests, is_alone=not others))
+        if others:
+            made.append(_without_budget(group, others, tests))
+    return made
+
+
+def _by_budget(group: Sequence[Run], by_curve: Mapping[str, Mapping[int, Run]], tests: Tests, is_alone: bool) -> Table:
+    budgets = sorted({b for row in by_curve.values() for b in row})
+    best = {
+        hash_
+        for budget in budgets
+        for block in _equal_bytes([row[budget] for row in by_curve.values() if budget in row])
+        for hash_ in tests.best(block)
+    }
+    rows = [
+        [Cell(curve), *(_with_interval(row[b], tests, best) if b in row else Cell("") for b in budgets)]
+        for curve, row in by_curve.items()
+    ]
+    shown = [run for row in by_curve.values() for run in row.values()]
+    what = "Perplexity" if fewer_is_better(group[0].record) else "Mean score"
+    notes = [*guards(group[0].record), f"{what} and its 95 % interval. {_bytes_kept(by_curve, budgets)}"]
+    if best:
+        notes.append("Bold: the best of a column and all that cannot be told from it, among those at equal bytes.")
+    notes += [SIGNIFICANT] if any(map(tests.is_significant, shown)) else []
+    notes += tie_rules(shown) + different_layers(group)
+    if is_alone:
+        notes += ways_of_reading(group)
+    notes += [note for note in made_by(shown) if note not in notes]
+    first = [next(iter(row.values())) for row in by_curve.values()]
+    return Table(title(group), ["method / budget", *map(str, budgets)], rows, first, notes)
+
+
+def _equal_bytes(runs: Sequence[Run]) -> list[list[Run]]:
+    ordered, blocks = in_blocks(runs)
+    return [[ordered[i] for i in places] for places in members_of(ordered, blocks)]
+
+
+def _bytes_kept(by_curve: Mapping[str, Mapping[int, Run]], budgets: Sequence[int]) -> str:
+    """Share of the full cache's bytes at each budget: of most methods, and of those that keep another share."""
+    parts = []
+    for budget in budgets:
+        shares = {
+            curve: 100 * row[budget].record["bytes"]["kv_ratio"] for curve, row in by_curve.items() if budget in row
+        }
+        middle = sorted(shares.values())[len(shares) // 2]
+        usual = [share for share in shares.values() if _is_near(share, middle)]
+        text = f"{budget}: {_range(min(usual), max(usual))} %"
+        odd = [f"{curve} {share:.1f} %" for curve, share in shares.items() if not _is_near(share, middle)]
+        parts.append(f"{text} ({', '.join(odd)})" if odd else text)
+    return f"Bytes kept of the full cache: {', '.join(parts)}."
+
+
+def _is_near(share: float, middle: float) -> bool:
+    return abs(share - middle) <= EQUAL_BYTES * middle
+
+
+def _range(low: float, high: float) -> str:
+    texts = f"{low:.1f}", f"{high:.1f}"
+    return texts[0] if texts[0] == texts[1] else f"{texts[0]} to {texts[1]}"
+
+
+def _without_budget(group: Sequence[Run], others: Sequence[Run], tests: Tests) -> Table:
+    column = "perplexity" if fewer_is_better(group[0].record) else "score"
+    others, blocks = in_blocks(others)
+    best = {hash_ for block in _equal_bytes(others) for hash_ in tests.best(block)}
+    rows = [
+        [Cell(run.label), _with_interval(run, tests, best), number(100 * run.record["bytes"]["kv_ratio"], 1, " %")]
+        for run in others
+    ]
+    notes = guards(group[0].record) + ([BLOCKS, BEST] if best else [])
+    notes += [SIGNIFICANT] if any(map(tests.is_significant, others)) else []
+    notes += ways_of_reading(group) + made_by(group)
+    return Table(title(group), ["method", column, "KV kept"], rows, others, notes, blocks=blocks)
+
+
+def _with_interval(run: Run, tests: Tests, best: set[str]) -> Cell:
+    estimate: Mapping[str, Any] = average(run.record)
+    mean, ends = (".2f", ".1f") if fewer_is_better(run.record) else (".1f", ".0f")
+    text = fixed(estimate["mean"], mean)
+    if estimate["low"] is not None:
+        text += f" [{fixed(estimate['low'], ends)}, {fixed(estimate['high'], ends)}]"
+    text += DAGGER if tests.is_significant(run) else ""
+    is_best = run.record["hash"] in best
+    return Cell(text, estimate["mean"], estimate["low"], estimate["high"], estimate["n"], bold=is_best)
