@@ -20,7 +20,6 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -31,7 +30,7 @@ from ..conf.options import check
 from .config.arguments import quote_texts, split_arguments
 from .config.checks import Folder, check_logging, check_targets, check_values, target_class, unknown_key
 from .config.choices import check_choices
-from .config.errors import USER_ERRORS, input_error_line
+from .config.errors import USER_ERRORS, input_error_line, value_errors_of_hydra
 from .config.help import help_text
 from .config.loader import CONF, plain_data
 from .config.parts import build, recorded
@@ -78,7 +77,8 @@ def _main() -> None:
             return
         if (module := missing_module("run")) is not None:
             raise InputError("package", module, f"is not installed, and a run needs it: {install('run')}")
-        _start()
+        with value_errors_of_hydra():
+            _hydra_main()
     except KeyboardInterrupt:
         print("\nstopped; every complete example is kept: run the same command again to continue", file=sys.stderr)
         status = STOPPED
@@ -101,17 +101,6 @@ def _main() -> None:
     status = end_of_sweep(status)
     if status:
         sys.exit(status)
-
-
-def _start() -> None:
-    """Start Hydra, which raises ValueError for some options that do not go together."""
-    try:
-        _hydra_main()
-    except ValueError as error:
-        frames = list(traceback.walk_tb(error.__traceback__))
-        if frames[-1][0].f_globals["__name__"].startswith("hydra."):
-            raise HydraException(str(error)) from error
-        raise
 
 
 class CheckedCallbacks(Callbacks):

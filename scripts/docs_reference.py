@@ -194,7 +194,8 @@ def config_page() -> str:
     root = files("kvbench.conf")
     parts = [
         f"# Configuration\n\n{WRITTEN}\n\nA command is `kvbench run GROUP=CHOICE ... KEY=VALUE ...`; `python run.py` "
-        "takes the same. `kvbench run ... --cfg job` prints the configuration of a command without running it.",
+        "takes the same. `kvbench run GROUP=CHOICE --help` prints the keys of a choice as below, and "
+        "`kvbench run ... --cfg job` the configuration of a command without running it.",
         "## Top level\n\n" + _key_table(root.joinpath("config.yaml").read_text(encoding="utf-8"), ""),
     ]
     for group, options in sorted(groups(root), key=lambda item: item[0].startswith("hydra/")):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import builtins
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -95,7 +95,9 @@ class _Source:
     @cache
     def find(name: str) -> _Source | None:
         """Return the source of a module by its full name; None: there is none."""
-        spec, path, parts = None, None, name.split(".")
+        spec: ModuleSpec | None = None
+        path: Sequence[str] | None = None
+        parts = name.split(".")
         for end in range(1, len(parts) + 1):
             if parts[:end] == ["kvbench"]:  # in a checkout its folders are beside the package
                 path = list(importlib.import_module("kvbench").__path__)
@@ -127,16 +129,16 @@ class _Source:
             UnknownNameError: It has other names or operations.
         """
         match node:
-            case ast.Constant(value):
-                return value
+            case ast.Constant(constant):
+                return constant
             case ast.Name(name):
                 return self._value_of(name)
             case ast.Tuple(elements) | ast.List(elements) | ast.Set(elements):
                 return tuple(map(self.evaluate, elements))
             case ast.Dict(keys):
                 return tuple(self.evaluate(key) for key in keys if key is not None)
-            case ast.Subscript(value, index):
-                return self.evaluate(value)[self.evaluate(index)]
+            case ast.Subscript(base, index):
+                return self.evaluate(base)[self.evaluate(index)]
             case ast.BinOp(left, ast.BitOr(), right):
                 return self.evaluate(left) | self.evaluate(right)
             case ast.UnaryOp(ast.USub(), operand):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from hydra.errors import (
     ConfigCompositionException,
@@ -19,6 +22,18 @@ from .choices import unknown_override
 from .loader import packaged_choices
 
 USER_ERRORS = (InputError, HydraException, OmegaConfBaseException)
+
+
+@contextmanager
+def value_errors_of_hydra() -> Iterator[None]:
+    """Turn a ValueError of Hydra, for arguments that do not go together, into a HydraException."""
+    try:
+        yield
+    except ValueError as error:
+        frames = list(traceback.walk_tb(error.__traceback__))
+        if not frames[-1][0].f_globals["__name__"].startswith("hydra."):
+            raise
+        raise HydraException(str(error)) from error
 
 
 def causes(error: BaseException) -> list[BaseException]:

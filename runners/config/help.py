@@ -111,8 +111,7 @@ def documented_choices(choices: Sequence[str], own_folder: Path | None = None) -
     with config_loader():
         config = hydra.compose("config", overrides=[*choices, *search], return_hydra_config=True)
     chosen = {str(group): choice for group, choice in config.hydra.runtime.choices.items() if choice is not None}
-    plain = OmegaConf.to_container(config, resolve=False)
-    assert isinstance(plain, dict)
+    plain: Any = OmegaConf.to_container(config, resolve=False)
     roots: list[Traversable] = [*([] if own_folder is None else [own_folder]), files("kvbench.conf")]
     rows: dict[str, tuple[str, Key]] = {}
     names = ["config.yaml"]
