@@ -3,7 +3,7 @@
 A run's average is the macro average: the mean over data sets of the mean over examples. An interval says how far the
 number would move with other examples of the same data sets; it says nothing of other seeds or other models. Every
 function depends on the values alone and not on their order, so an interval is computed again from ``samples.jsonl`` to
-the last bit. No interval is drawn by resampling: docs/explanation/decisions.md has the coverage of each construction.
+the last bit. No interval is drawn by resampling: docs/explanation/statistics.md has the coverage of each construction.
 
 Three constructions (``Estimate.method``):
 

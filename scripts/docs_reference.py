@@ -75,6 +75,10 @@ RECORD_FIELDS = {
     "average.high": "upper end of the 95 % interval",
     "average.n": "number of examples",
     "averages": "further averages that the task defines",
+    "interval": "how the interval of `average` was made; older records have none: [statistics](../explanation/statistics.md)",
+    "interval.method": "its construction; each estimate names its own",
+    "interval.level": "share of intervals that hold the mean",
+    "interval.resamples": "null: nothing is resampled",
     "by_distance": "loss by distance from the compressed context (`task=perplexity`)",
     "by_distance.up_to_tokens": "upper ends of the ranges of distance",
     "by_distance.nats": "mean loss in each range",
@@ -84,6 +88,7 @@ RECORD_FIELDS = {
     "paired.hash": "hash of that run",
     "paired.difference": "mean difference of the scores and its 95 % interval",
     "paired.decode_speed_up": "TPOT of full / TPOT",
+    "paired.decode_speed_up_interval": "geometric mean of the ratio over the repetitions and its 95 % interval",
     "paired.decode_speed_up_by_bytes": "the same if a step took as long as reading its bytes",
     "paired.prefill_slow_down": "TTFT / TTFT of full",
     "paired.kv_bytes_saved_end": "bytes of the cache after the last step, full less this run",
@@ -155,6 +160,11 @@ RECORD_FIELDS = {
     "weights": "sha256 of each file of the trained model",
 }
 """What each field of a record is; fields of fields are listed where their names are fixed."""
+NEWER_FIELDS = {
+    **dict.fromkeys(("interval", "interval.method", "interval.level", "interval.resamples"), "accuracy"),
+    "paired.decode_speed_up_interval": "efficiency",
+}
+"""Fields that the committed records are too old to have, with the kind of runs that has them."""
 OPEN_FIELDS = ("identity", "config", "scores", "averages", "weights", "accuracy_by_distance", "cache_layers")
 """Fields whose keys follow from the run."""
 
@@ -308,6 +318,8 @@ def record_page() -> str:
     if unknown := sorted(kinds.keys() - RECORD_FIELDS.keys()):
         raise LookupError(f"scripts/docs_reference.py: RECORD_FIELDS lacks {', '.join(unknown)}")
     rows = []
+    for field, kind in NEWER_FIELDS.items():
+        kinds[field].add(kind)
     for field, meaning in RECORD_FIELDS.items():
         if field in kinds:
             of = ", ".join(kind for kind in RESULTS if kind in kinds[field])

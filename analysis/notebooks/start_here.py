@@ -85,7 +85,7 @@ for key in losses[:3]:
 # ## The paired difference, by hand
 #
 # The interval of a difference is that of the examples' own differences, which is why it is narrower than two intervals
-# side by side. This is the number of the record, from the rows.
+# side by side. The record's own difference comes from the same rows; `kvbench verify` computes all of them again.
 
 
 # %%
