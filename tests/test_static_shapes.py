@@ -253,7 +253,7 @@ def test_every_product_of_parts_has_static_steps(text):
 def check_replayed_steps(model, grows, static, token):
     """Captured and replayed steps of ``static`` against steps of ``grows``, and a copy of each on its way."""
     assert static.static_problem is None
-    static.make_static(14)
+    static.make_static(11)
     shapes, stored = addresses(static), static.kv_bytes_stored
     held, captured = token.clone(), CapturedOps()
     before = [t.clone() for t in static.static_state()]
@@ -261,8 +261,8 @@ def check_replayed_steps(model, grows, static, token):
         logits = decode(model, static, held)
     for tensor, value in zip(static.static_state(), before, strict=True):
         tensor.copy_(value)
-    for step in range(14):
-        if step == 10:
+    for step in range(11):
+        if step == 9:
             forks = grows.fork(), static.fork()
             for other in ((token + 1) % 90, (token + 2) % 90):
                 expected, found = (decode(model, fork, other) for fork in forks)

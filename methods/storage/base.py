@@ -49,7 +49,18 @@ def previous_slots(tokens: torch.Tensor, width: int, first: torch.Tensor, slots:
     return torch.where(is_old, width - tokens[..., None] + number, -1)
 
 
-IN_PLACE = ("write", "append", "keep", "drop", "make_static", "compact", "flush", "between_steps", "shrink_to_fit")
+IN_PLACE = (
+    "write",
+    "append",
+    "keep",
+    "drop",
+    "make_static",
+    "make_static_within",
+    "compact",
+    "flush",
+    "between_steps",
+    "shrink_to_fit",
+)
 """Methods of a storage that modify its contents."""
 
 
