@@ -118,7 +118,7 @@ RECORD_FIELDS = {
     "metrics.total_tokens_per_s": "prompt and output tokens / latency",
     "metrics.step_ms": "percentiles of single decode steps",
     "repetitions": "times of every repetition",
-    "decode": "how the steps ran: eager, compiled, cuda graph",
+    "decode": "how the steps ran: eager, compiled, cuda graph; on CUDA `eager: ` and why a step cannot be captured",
     "workload": "the requests",
     "workload.batches": "shapes of the batches",
     "workload.prompt_tokens": "of all requests",
