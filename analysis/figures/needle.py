@@ -13,6 +13,7 @@ from statistics import fmean
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 
+from ..describe import is_needle
 from ..load import Run
 from .layout import EDGE_EMS, Sheet
 from .registry import FAMILIES, Look
@@ -51,11 +52,6 @@ class HeatMap:
     def mean(self) -> float:
         """Mean over the cells that have examples."""
         return fmean(score for row in self.scores for score in row if not math.isnan(score))
-
-
-def is_needle(run: Run) -> bool:
-    """Whether a run has prompts of several lengths or depths to draw."""
-    return bool(run.done and run.record["identity"]["task"].get("class") == "Needle")
 
 
 def heat_map(run: Run, look: Look) -> HeatMap:

@@ -11,35 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..heat_maps import is_needle
+from ..describe import is_needle
+from ..figures.registry import looks_of
 from ..load import Run, average, comparable, fewer_is_better, flat, setting
-from ..plots import look
 from ..summaries import against_full, score_bounds
 from ..tables.groups import differences_of
 from .examples import Examples, needle_map, number
 
 TIMES = ("ttft_ms", "tpot_ms", "prefill_tokens_per_s", "decode_tokens_per_s", "output_tokens_per_s")
-SYMBOLS = {
-    "o": "circle",
-    "s": "square",
-    "^": "triangle-up",
-    "v": "triangle-down",
-    "D": "diamond",
-    "P": "cross",
-    "*": "star",
-    "X": "x",
-    "<": "triangle-left",
-    ">": "triangle-right",
-    "h": "hexagon",
-    "p": "pentagon",
-    "d": "diamond-tall",
-    "8": "octagon",
-    "H": "hexagon2",
-}
-"""Plotly's names of matplotlib's markers."""
-
-VARIANTS = (("", "solid"), ("-open", "dash"), ("-dot", "dot"), ("-open-dot", "dashdot"))
-"""Filling of the mark and line of the settings of one method."""
 
 
 @dataclass
@@ -131,17 +110,12 @@ def spread(found: Any) -> list[float | int | None] | None:
 
 
 def _looks(runs: Iterable[Run]) -> dict[str, dict[str, str]]:
-    """Colour, mark and line of each curve; the settings of one method share its colour."""
-    curves: dict[str, list[str]] = {}
-    for method, curve in dict.fromkeys((run.record["method"], run.curve) for run in runs):
-        curves.setdefault(method, []).append(curve)
-    made = {}
-    for method, names in sorted(curves.items()):
-        one = look(method)
-        for number_of, curve in enumerate(sorted(names)):
-            fill, dash = VARIANTS[number_of % len(VARIANTS)]
-            made[curve] = {"color": one.color, "symbol": SYMBOLS.get(one.marker, "circle") + fill, "dash": dash}
-    return made
+    """Colour, mark and line of each curve, in Plotly's names."""
+    looks = looks_of((run.record["method"], run.curve) for run in runs)
+    return {
+        curve: {"color": look.color, "symbol": look.plotly_symbol, "dash": look.plotly_dash}
+        for curve, look in looks.items()
+    }
 
 
 class _Numbered:
