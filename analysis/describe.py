@@ -117,3 +117,8 @@ def setting(record: Mapping[str, Any], runs: Iterable[Run]) -> str:
     elif any("(" in text for text in layers):  # some layer holds something else
         words.append(f"methods work on {next(iter(layers))}")
     return ", ".join(words).replace(", (", " (").replace(f"{identity['dtype']}, on", f"{identity['dtype']} on")
+
+
+def is_needle(run: Run) -> bool:
+    """Whether a run has prompts of several lengths or depths to draw."""
+    return bool(run.done and run.record["identity"]["task"].get("class") == "Needle")

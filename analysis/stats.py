@@ -25,19 +25,15 @@ from typing import TypeVar
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.special import betainc, ndtri, stdtrit
+from scipy.special import betainc, stdtrit
 
 LEVEL = 0.95
 TAIL = (1 - LEVEL) / 2
-NORMAL_QUANTILE = float(ndtri(1 - TAIL))
 PERCENT_BOUNDS = (0.0, 100.0)
 FLIPS = 19_999
 """Random sign flips of a test, beside the observed signs."""
 EXACT_FLIPS_LIMIT = 14
 """Largest number of differing examples for which all patterns of signs are enumerated."""
-EDGEWORTH = (2 * NORMAL_QUANTILE**2 + 1) / (6 * NORMAL_QUANTILE)
-"""Share of its half-width by which an end moves for each unit of the mean's skewness: the first Edgeworth term of a
-studentized mean at the normal quantile."""
 RATE_PRIOR = 2.0
 """Examples with the overall rate that are added to each data set when the spread between data sets is estimated."""
 
@@ -168,9 +164,11 @@ def _t_interval(strata: Sequence[_Stratum], mean: float) -> tuple[float, float]:
     # A set without spread borrows variance; the degrees of freedom stay those of the sets that have their own.
     pooled = math.fsum(s.variance for s in varied) / len(varied)
     total = math.fsum(own) + math.fsum(pooled / s.n**2 for s in strata if s.variance == 0)
-    half = float(stdtrit(degrees, 1 - TAIL)) * math.sqrt(total) / len(strata)
+    q = float(stdtrit(degrees, 1 - TAIL))
     skewness = math.fsum(s.third / s.n**2 for s in strata) / total**1.5
-    return mean - half * (1 + max(-EDGEWORTH * skewness, 0.0)), mean + half * (1 + max(EDGEWORTH * skewness, 0.0))
+    shift = skewness * (2 * q * q + 1) / 6
+    error = math.sqrt(total) / len(strata)
+    return mean - error * (q + max(-shift, 0.0)), mean + error * (q + max(shift, 0.0))
 
 
 def _rate_interval(strata: Sequence[_Stratum], mean: float, n: int, bounds: Bounds) -> Estimate:

@@ -21,8 +21,9 @@ from statistics import fmean, median
 from typing import Any
 
 from ..conf.errors import InputError
+from .checks import problem_of
 from .entries import read_record
-from .schema import RECORD, SAMPLES, identity_hash, problem_of
+from .schema import RECORD, SAMPLES, identity_hash
 from .stats import ratio
 from .summaries import is_current, with_current_statistics
 

@@ -27,9 +27,10 @@ from omegaconf import DictConfig, OmegaConf
 from ..conf.errors import InputError, as_typed, require
 from ..conf.extras import install, missing_module
 from ..conf.options import check
+from .config.arguments import quote_texts, split_arguments
 from .config.checks import Folder, check_logging, check_targets, check_values, target_class, unknown_key
-from .config.choices import check_choices, quote_texts
-from .config.errors import USER_ERRORS, input_error_line
+from .config.choices import check_choices
+from .config.errors import USER_ERRORS, input_error_line, value_errors_of_hydra
 from .config.help import help_text
 from .config.loader import CONF, plain_data
 from .config.parts import build, recorded
@@ -37,9 +38,8 @@ from .finished import FinishedCommand
 from .sweep import LOG, SweepLog, describe, end_of_sweep
 from .terminal import lasting_streams, terminal_logging
 
-# kvbench's launcher files have the names of Hydra's plugins, so Hydra validates their types against the plugins' schema
-# and warns about it. Filtered here and not in `main`, because the processes of the launchers compose the configuration
-# too.
+# kvbench's launcher files have the names of Hydra's plugins, which makes Hydra warn. Filtered here and not in `main`,
+# because the processes of the launchers compose the configuration too.
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
 PARTS = ("model", "method", "runner", "logger")
 DATA_GROUPS = ("task", "workload")
@@ -51,8 +51,8 @@ STOPPED = 130  # exit status of a run that was interrupted, as the shell has it 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the configuration named on the command line.
 
-    Exit status: 0 done; 2 an input that cannot be used (named in one line), or a sweep with jobs that are not done
-    (named in its last lines); 130 interrupted (nothing is lost). A closed pipe or terminal does not change it.
+    Exit status: 0 done; 2 an input that cannot be used, or a sweep with jobs that are not done; 130 interrupted
+    (nothing is lost). A closed pipe or terminal does not change it.
     """
     if argv is not None:
         sys.argv = ["kvbench run", *argv]
@@ -61,23 +61,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _main() -> None:
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(help_text())
-        return
     try:
         Path.cwd()
     except OSError:
         _exit_with(InputError("current folder", os.environ.get("PWD", "?"), "has been deleted: cd to one that exists"))
-    # Hydra's own handler prints several lines and exits 1; with this set it lets the exception through to us.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own handler would print several lines and exit 1
     os.environ.pop(LOG, None)  # a sweep started from within a job of another one has its own log
     status = 0
-    sys.argv[1:] = quote_texts(sys.argv[1:])
     try:
-        check_choices(sys.argv[1:])
+        options, overrides = split_arguments(quote_texts(sys.argv[1:]))
+        check_choices(overrides)
+        sys.argv[1:] = [*options, *overrides]
+        if {"-h", "--help"} & set(options):
+            print(help_text(sys.argv[1:]))
+            return
         if (module := missing_module("run")) is not None:
             raise InputError("package", module, f"is not installed, and a run needs it: {install('run')}")
-        _hydra_main()
+        with value_errors_of_hydra():
+            _hydra_main()
     except KeyboardInterrupt:
         print("\nstopped; every complete example is kept: run the same command again to continue", file=sys.stderr)
         status = STOPPED
@@ -93,8 +94,7 @@ def _main() -> None:
         log = SweepLog.current()
         if log is None:
             raise
-        # The jobs keep their exceptions to themselves (_sweep_job), so this is the launcher: no Slurm here, a partition
-        # that does not exist, a killed worker. Its traceback is long and not helpful: it goes to the log.
+        # The jobs keep their exceptions to themselves (_sweep_job), so this is the launcher's. Its traceback is long.
         log.launcher_failed(error)
         print(f"error: hydra/launcher={log.read().launcher}: {describe(error)}", file=sys.stderr)
         status = 2

@@ -13,7 +13,9 @@ from .terminal import CLOSED, lasting_streams
 COMMANDS = {
     "run": ("kvbench.runners.cli", "run a method on a task and record it"),
     "table": ("kvbench.analysis.tables", "tables of finished runs: Markdown, CSV, LaTeX"),
-    "plot": ("kvbench.analysis.plots", "figures of finished runs: Pareto plots, time over length"),
+    "plot": ("kvbench.analysis.figures.cli", "figures of finished runs: quality against memory and speed, and more"),
+    "report": ("kvbench.analysis.report.cli", "one HTML page of finished runs, to open in a browser"),
+    "paper": ("kvbench.analysis.papers.cli", "a paper's published numbers beside ours, with a verdict"),
     "kv-size": ("kvbench.analysis.kv_size", "bytes of a KV cache, from the formula"),
     "verify": ("kvbench.analysis.verify", "compute the numbers of every record again and say what differs"),
     "score": ("kvbench.runners.score", "score LongBench prediction files"),

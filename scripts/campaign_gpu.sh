@@ -9,7 +9,7 @@
 # A run that is done is not done again, so the command can be given again after it was cut off; a search goes on, a run
 # of one shape begins anew. A part stops after MINUTES (25 unless set). Searches for the largest batch or prompt take
 # CARD GiB (80 unless set), as the papers' cards had.
-# Then: kvbench table RESULTS; kvbench table RESULTS --published; kvbench plot RESULTS -o FOLDER
+# Then: kvbench table RESULTS; kvbench paper all RESULTS; kvbench plot RESULTS -o FOLDER
 # PYTHON names the interpreter; by default .venv's, or python3. Exit status: 0 done, 1 some run failed or was cut off, 2 usage.
 set -uo pipefail
 cd "$(dirname "$0")/.."

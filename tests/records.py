@@ -113,3 +113,21 @@ def samples(record: dict[str, Any]) -> list[dict[str, Any]]:
             score = (record["scores"][dataset]["mean"] + offset - middle) / scale
             rows.append({"dataset": dataset, "id": f"{i:03}", "score": score, "new_tokens": 8 + i % 3})
     return rows
+
+
+def with_samples(record: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The accuracy record with the scores of these rows, which are for :func:`save_samples`."""
+    scale = 1.0 if "unit" in record else 100.0
+    by_set: dict[str, list[float]] = {}
+    for row in rows:
+        by_set.setdefault(row["dataset"], []).append(scale * row["score"])
+    record["scores"] = {name: estimate(sum(scores) / len(scores), len(scores)) for name, scores in by_set.items()}
+    record["average"] = estimate(sum(one["mean"] for one in record["scores"].values()) / len(by_set), len(rows))
+    record["data"] = record["data"] | {"examples": {name: len(scores) for name, scores in by_set.items()}}
+    return record
+
+
+def save_samples(folder: Path, record: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write the rows into ``samples.jsonl`` beside this record, which :func:`save` wrote below ``folder``."""
+    path = folder / record["task"] / record["method"] / record["hash"] / "samples.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

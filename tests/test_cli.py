@@ -18,6 +18,7 @@ from local_model import kvbench, save_local_model, save_rows
 from processes import start
 
 from kvbench.runners.command import main
+from kvbench.runners.config.arguments import split_arguments
 from kvbench.runners.terminal import lasting_streams
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,6 +109,19 @@ BAD_INPUT = [
     (["~method"], ["method=(nothing)", "leave ~method out"]),
     (["~seed"], ["seed=(nothing)", "leave ~seed out"]),
     (["~method.name"], ["method.name=(nothing)", "must be given"]),
+    (["~method.scorer"], ["method.scorer=(nothing)", "must be given"]),
+    (["method/scorer@foo=snapkv"], ["method/scorer@foo", "did you mean to override method/scorer?"]),
+    (["=5"], ["=5: must be KEY=VALUE"]),
+    # options
+    (["--method", "snapkv"], ["--method", "is no option", "KEY=VALUE"]),
+    (["--limit=5"], ["--limit=5", "is no option", "KEY=VALUE"]),
+    (["-x"], ["-x", "is no option"]),
+    (["--cfg", "foo"], ["--cfg/-c: invalid choice: 'foo'", "job"]),
+    (["--resolve"], ["--resolve", "--cfg"]),
+    (["--shell-completion"], ["install", "query"]),
+    (["--config-path=x"], ["--config-path", "--config-dir"]),
+    (["--cfg", "job", "method=snapvk"], ["method=snapvk", "did you mean snapkv"]),
+    (["seed=1", "-m", "method=snapvk"], ["method=snapvk", "did you mean snapkv"]),
     # keys that are not there
     (["+foo=1"], ["foo=1", "the configuration has no key foo", "seed"]),
     (["+method.foo=1"], ["method.foo=1", "method has no key foo", "budget"]),
@@ -235,6 +249,18 @@ def test_bad_input_is_one_line(world, tmp_path, monkeypatch, overrides, said):
         assert words in lines[0]
     assert not list(tmp_path.rglob("record.json"))
     assert not list(tmp_path.rglob("samples.jsonl"))
+
+
+def test_overrides_and_options_may_come_in_any_order():
+    for arguments in (
+        ["seed=3", "--cfg", "job", "-p", "method", "method=kivi"],
+        ["-c", "job", "method=kivi", "-p", "task"],
+    ):
+        options, overrides = split_arguments(arguments)
+        assert sorted([*options, *overrides]) == sorted(arguments) and overrides == [a for a in arguments if "=" in a]
+        done = kvbench("run", *arguments)
+        assert done.returncode == 0, done.stderr
+        assert ("name: kivi" in done.stdout) == ("method" in options)
 
 
 def test_help_lists_every_group_choice_and_key():

@@ -109,7 +109,7 @@ def plain_t(samples: np.ndarray, pooled_degrees: float = 0.0) -> Ends:
     return mean - half, mean + half
 
 
-def bootstraps(samples: np.ndarray, resamples: int = 400) -> tuple[Ends, Ends]:
+def bootstraps(samples: np.ndarray, resamples: int = 500) -> tuple[Ends, Ends]:
     """Percentile and studentized bootstrap, stratified by set."""
     rng = np.random.default_rng(0)
     count, sets, n = samples.shape
@@ -165,9 +165,11 @@ def pooled(method: str) -> Callable[[np.ndarray], Ends]:
     """Interval of scipy for one binomial count of all examples."""
 
     def ends(samples: np.ndarray) -> Ends:
-        totals = [round(sample.sum() / 100) for sample in samples]
-        intervals = {k: binomtest(k, samples[0].size).proportion_ci(0.95, method=method) for k in set(totals)}
-        low, high = 100 * np.array([(intervals[k].low, intervals[k].high) for k in totals]).T
+        found = []
+        for sample in samples:
+            interval = binomtest(round(sample.sum() / 100), sample.size).proportion_ci(0.95, method=method)
+            found.append((100 * interval.low, 100 * interval.high))
+        low, high = np.array(found).T
         return low, high
 
     return ends
@@ -220,8 +222,8 @@ def means_table() -> list[str]:
     for name, (population, bounds) in populations().items():
         truth = truth_of(population)
         for n in SIZES:
-            samples = drawn(population, n, 2000)
-            ends = [*bootstraps(samples[:400]), plain_t(samples), plain_t(samples, 1.0), ours(samples, bounds)]
+            samples = drawn(population, n, 4000)
+            ends = [*bootstraps(samples[:1000]), plain_t(samples), plain_t(samples, 1.0), ours(samples, bounds)]
             lines.append(f"| {name} | {n} | " + " | ".join(f"{covered(e, truth):.1f}" for e in ends) + " |")
     return lines
 
@@ -236,12 +238,11 @@ def rates_table() -> list[str]:
             "ours": None,
         }
         for label, ends in rows.items():
-            count = 400 if label == "percentile" else 2000
-            found = [rate_coverage([rate] * sets, n, count, ends) for rate in RATES]
+            found = [rate_coverage([rate] * sets, n, 4000, ends) for rate in RATES]
             lines.append(f"| {sets} x {n} | {label} | " + " | ".join(f"{c:.1f}" for c in found) + " |")
     lines += ["", "| sets x examples | Wilson | exact | ours |", "|---|---:|---:|---:|"]
     for name, (n, rates) in UNEQUAL.items():
-        found = [rate_coverage(rates, n, 2000, ends) for ends in (pooled("wilson"), pooled("exact"), None)]
+        found = [rate_coverage(rates, n, 4000, ends) for ends in (pooled("wilson"), pooled("exact"), None)]
         lines.append(f"| {name} | " + " | ".join(f"{c:.1f}" for c in found) + " |")
     return lines
 
@@ -249,6 +250,6 @@ def rates_table() -> list[str]:
 @pytest.mark.slow
 def test_the_page_has_the_coverage_of_every_construction() -> None:
     made = "\n".join(means_table()), "\n".join(rates_table())
-    print("\n", "\n\n".join(made), sep="")  # to paste
+    print("\n\n".join(made))
     page = PAGE.read_text(encoding="utf-8")
     assert all(table in page for table in made)

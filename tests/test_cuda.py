@@ -132,7 +132,7 @@ def run(text: str, where: str, dtype: torch.dtype, capture: bool) -> Outcome:
     cache.reserve(STEPS)
     logits = [prefill(model, cache, ids, mask)]
     prompt_keys, before = held(cache), cache.kv_bytes_logical
-    captured = capture and cache.supports_static
+    captured = capture and cache.static_problem is None
     if IS_CUDA and where == "device":
         step = decode_step(model, cache, forced[0], STEPS, capture=capture)
         assert (step.mode == CUDA_GRAPH) == captured

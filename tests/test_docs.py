@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from kvbench.analysis import tables
 from kvbench.analysis.load import comparable, load
 from kvbench.runners.command import COMMANDS
-from kvbench.runners.config.choices import quote_texts
+from kvbench.runners.config.arguments import quote_texts
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [

@@ -10,15 +10,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 from captured_ops import CapturedOps
-from sharing_models import shared_model
+from test_static_shapes import CHANGING
 from tiny_models import left_pad, prompt_ids, tiny_model
 
 from kvbench.methods.cache.fan_out import FanOutCache
 from kvbench.methods.cache.method import Method
 from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.scorers.snapkv import SnapKV
-from kvbench.methods.sharing.cla import CLA
-from kvbench.methods.sharing.lckv import LCKV
 from kvbench.runners.config.methods import named_method
 from kvbench.runners.engine import captured, decode, decode_step, prefill
 from kvbench.runners.engine.step import CUDA_GRAPH, EAGER, FUSED
@@ -34,42 +32,23 @@ STATIC = [
     "minicache_kivi4 storage.residual=8 storage.group=8",
     "pyramid_infer policy.min_context=0 policy.recent_ratio=0.05 policy.gen_window=2",  # thins out at step 5
 ]
-CHANGING = [
-    "no_cache",
-    "pyramid_infer policy.trigger=published",
-]
 
 
 def prompts(padded: bool):
     return left_pad([prompt_ids(60, 1), prompt_ids(33, 2)]) if padded else (prompt_ids(60), None)
 
 
-@pytest.mark.parametrize("sharing", [CLA(2), LCKV(encode="exact")], ids=lambda s: s.label)
-def test_models_that_share_freeze_too(sharing):
-    ids = prompt_ids(30) % 40
-    model, method = shared_model(sharing), Method("m", sharing=sharing)
-    grows, frozen = method.new_cache(model), method.new_cache(model)
-    token = prefill(model, grows, ids).argmax(-1)
-    prefill(model, frozen, ids)
-    frozen.make_static(5)
-    for _ in range(5):
-        expected = decode(model, grows, token)
-        torch.testing.assert_close(decode(model, frozen, token), expected, rtol=0, atol=1e-10)
-        token = expected.argmax(-1)
-
-
 @pytest.mark.parametrize("text", CHANGING)
-def test_caches_whose_shapes_change_are_left_alone(text):
+def test_steps_of_changing_shapes_are_left_alone_and_a_record_says_why(text):
+    if text == "hf_quantized":
+        pytest.importorskip("optimum.quanto")
     model, method = tiny_model(), named_method(text)
     cache = method.new_cache(model)
-    prefill(model, cache, prompt_ids(60))
-    assert not cache.supports_static
-
-
-def test_a_fan_out_is_left_alone():
-    cache = FanOutCache([Method("full").new_cache(tiny_model())])
-    prefill(tiny_model(), cache, prompt_ids(30))
-    assert not cache.supports_static
+    token = prefill(model, cache, prompt_ids(60)).argmax(-1)
+    assert cache.static_problem == CHANGING[text]
+    assert decode_step(OnCuda(model), cache, token, 4).recorded_mode == f"eager: {CHANGING[text]}"
+    assert decode_step(OnCuda(model), cache, token, 4, capture=False).recorded_mode == "eager"
+    assert decode_step(model, cache, token, 4).recorded_mode == "eager"
 
 
 class FakeGraph:
@@ -134,6 +113,43 @@ def test_replayed_steps_are_counted_and_fed_as_eager_ones(monkeypatch, text):
     assert torch.equal(cache.tokens_seen, plain.tokens_seen)
     assert [layer.seen for layer in cache.layers] == [layer.seen for layer in plain.layers]
     assert cache.kv_bytes_logical == plain.kv_bytes_logical
+
+
+FANS = {
+    "full snapkv": ["full", STATIC[1]],
+    "eviction": [
+        "h2o budget=24",
+        "snapkv budget=20 scorer.window=4 allocator=adaptive storage=ragged schedule=every_n",
+    ],
+    "separate prefills": ["streaming_llm budget=24", "full", "kivi storage.residual=8 storage.group=8"],
+}
+
+
+@pytest.mark.parametrize("texts", FANS.values(), ids=FANS)
+@torch.inference_mode()
+def test_the_steps_of_a_fan_out_are_captured(monkeypatch, texts):
+    """Each member's rows are what the method gives alone."""
+    model, methods = tiny_model(), [named_method(text) for text in texts]
+    ids, mask = prompts(True)
+    alone, token = [], []
+    for method in methods:
+        alone.append(method.new_cache(model))
+        token.append(prefill(model, alone[-1], ids, mask).argmax(-1))
+    fan_out = FanOutCache([method.new_cache(model) for method in methods])
+    prefill(model, fan_out, ids, mask)
+    made = stand_in(monkeypatch, fan_out)
+    step = decode_step(OnCuda(model), fan_out, torch.cat(token), 9)
+    made.step = weakref.ref(step)
+    assert step.recorded_mode == CUDA_GRAPH
+    for _ in range(9):
+        expected = [decode(model, cache, t) for cache, t in zip(alone, token, strict=True)]
+        torch.testing.assert_close(step(torch.cat(token)), torch.cat(expected), rtol=0, atol=1e-10)
+        token = [logits.argmax(-1) for logits in expected]
+    step.finish()
+    assert [layer.seen for layer in fan_out.layers] == [layer.seen for layer in alone[0].layers]
+    assert fan_out.kv_bytes_logical == sum(cache.kv_bytes_logical for cache in alone)
+    with pytest.raises(ValueError, match="cannot be dropped"):
+        fan_out.drop(0)
 
 
 @torch.inference_mode()

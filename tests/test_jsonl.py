@@ -17,7 +17,7 @@ from records import accuracy
 
 from kvbench.analysis.load import longbench_rows
 from kvbench.conf.errors import InputError
-from kvbench.runners.config.choices import quote_texts
+from kvbench.runners.config.arguments import quote_texts
 from kvbench.tasks.base import question_tokens
 from kvbench.tasks.jsonl import JsonlTask, choice_of, exact_match
 

@@ -16,7 +16,8 @@ from local_model import kvbench
 from records import efficiency, save
 
 from kvbench.analysis.load import Run, load
-from kvbench.analysis.published import claims, number, published_table
+from kvbench.analysis.papers.claims import claims, number
+from kvbench.analysis.published import published_table
 from kvbench.analysis.tables import main
 from kvbench.models.random import SHAPES
 from kvbench.runners.config.methods import methods_of
@@ -29,6 +30,7 @@ def record(method, budget, claim, tpot_ms=10.0, **more):
     made["model"], made["task"] = claim.model, claim.task
     made["identity"] = copy.deepcopy(made["identity"]) | {"batch_size": claim.batch_size}
     made["identity"]["runner"] = {"repeats": 5, "memory_limit_gib": claim.memory_limit_gib}
+    made["identity"]["hardware"] = {"cpu": None, "gpu": "NVIDIA A100-SXM4-80GB", "torch_threads": 1}
     made["hash"] += f"{method}{budget}"
     return made | more
 
@@ -55,8 +57,36 @@ def test_a_speed_up_is_the_full_cache_s_time_over_the_method_s(tmp_path):
     claim = claim_of("SnapKV", "speed-up")
     folder = save(tmp_path, record("full", None, claim, 40.0), record("snapkv", 2048, claim, 10.0))
     ((paper, _, published, _, ours, device, share, verdict),) = row_of(published_table(load(folder)[0]), "speed-up")
-    assert (paper, published, ours, device) == ("SnapKV", "3.6 x", "4 x", "a cpu")
-    assert (share, verdict) == ("1.11", "reached")
+    assert (paper, published, ours, device) == ("SnapKV", "3.6 x", "4 x", "NVIDIA A100-SXM4-80GB")
+    assert (share, verdict) == ("1.11", "not reproduced (above: look again)")  # 0.9 to 1.1 is reproduced
+
+
+@pytest.mark.parametrize(
+    ("speed_up", "verdict"),
+    [
+        (3.2, "not reproduced (below)"),
+        (3.3, "reproduced"),
+        (3.9, "reproduced"),
+        (10, "not reproduced (above: look again)"),
+    ],
+)
+def test_a_verdict_has_two_sides(tmp_path, speed_up, verdict):
+    claim = claim_of("SnapKV", "speed-up")
+    folder = save(tmp_path, record("full", None, claim, 10.0 * speed_up), record("snapkv", 2048, claim, 10.0))
+    assert [row[-1] for row in row_of(published_table(load(folder)[0]), "speed-up")] == [verdict]
+
+
+@pytest.mark.parametrize("hardware", [{"cpu": "a cpu", "gpu": None}, {"cpu": None, "gpu": "NVIDIA H100 PCIe"}])
+def test_a_time_of_another_card_is_not_compared(tmp_path, hardware):
+    """Bytes are compared on any device, what fits into a limit on any GPU."""
+    speed, batch, size = (
+        claim_of(*c) for c in (("KIVI", "residual 128"), ("KIVI", "largest"), ("MiniCache", "merging"))
+    )
+    made = record("full", None, speed)
+    made["identity"]["hardware"] = {**hardware, "torch_threads": 1}
+    assert [found.partition(":")[0] for found in speed.differences(made)] == ["hardware"]
+    assert bool(batch.differences(made)) == (hardware["gpu"] is None)
+    assert size.differences(made) == []
 
 
 def test_figures_from_other_layers_are_told(tmp_path):
@@ -75,7 +105,7 @@ def test_what_falls_short_is_said_so_and_what_was_not_run_too(tmp_path):
     claim = claim_of("SnapKV", "speed-up")
     folder = save(tmp_path, record("full", None, claim, 12.0), record("snapkv", 2048, claim, 10.0))
     table = published_table(load(folder)[0])
-    assert [r[-1] for r in row_of(table, "speed-up")] == ["not reached"]
+    assert [r[-1] for r in row_of(table, "speed-up")] == ["not reproduced (below)"]
     assert {r[-1] for r in row_of(table, "longest input")} == {"not run"}
     assert len(table.rows) == len(claims())
 
@@ -162,6 +192,17 @@ def campaign() -> list[dict]:
             }
             made.append({**head, **numbers, "identity": identity, "method_label": one.label, "budget": None})
     return made
+
+
+def test_each_claim_names_the_part_of_the_campaign_that_makes_its_runs():
+    shown = {}
+    for part in {claim.part for claim in claims()}:
+        command = [str(CAMPAIGN), "results", "--show", part]
+        shown[part] = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for claim in claims():
+        model, method = claim.model.removeprefix("random-"), claim.method.split()[0].split("-")[0].rstrip("0123456789")
+        lines = [line for line in shown[claim.part].splitlines() if f"model.shape={model}" in line]
+        assert any(method in line for line in lines), (claim.paper, claim.claim)
 
 
 def test_the_campaign_runs_what_answers_each_claim():

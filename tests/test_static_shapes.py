@@ -6,7 +6,12 @@ in a batch whose rows have different lengths.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from importlib.resources import files
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -17,7 +22,13 @@ from tiny_models import SHAPE, left_pad, prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
 from kvbench.methods.cache.logits import LogitRule
+from kvbench.methods.cache.method import Method
 from kvbench.methods.policies import eviction, local, streaming_llm
+from kvbench.methods.policies.eviction_method import EvictionMethod
+from kvbench.methods.sharing.cla import CLA
+from kvbench.methods.sharing.framework import KVShare
+from kvbench.methods.sharing.lckv import LCKV
+from kvbench.methods.sharing.yoco import YOCO
 from kvbench.methods.storage import dense
 from kvbench.methods.storage.base import LayerStorage
 from kvbench.methods.storage.kivi import Kivi
@@ -30,6 +41,11 @@ from kvbench.runners.engine import decode, prefill
 STEPS = 40
 SMALL = "storage.residual=16 storage.group=8"  # several blocks within the steps
 LENGTHS = (60, 33, 20)
+
+
+@functools.cache
+def method_of(text: str) -> Method:
+    return named_method(text)
 
 
 def yamls(folder: str) -> list[str]:
@@ -89,8 +105,14 @@ WHILE_DECODING = [
     f"pyramid_infer {PYRAMID} policy.trigger=never storage=kivi8 {SMALL}",
 ]
 """Tokens leave while decoding; between two moves of the others together their slots are empty."""
-CHANGING = ["hf_quantized", "no_cache"]
-"""Methods whose steps have other shapes; so has ``pyramid_infer`` with ``trigger=published``."""
+CHANGING = {
+    "no_cache": "every step runs the whole sequence again, which is one token longer each time",
+    "hf_quantized": "transformers' quantized cache makes new, longer tensors at every step",
+    "pyramid_infer policy.trigger=published": (
+        "policy.trigger=published keeps a record of attention whose two sizes change from step to step"
+    ),
+}
+"""The methods, storages and settings without static steps, and the reason that a record gives; there are no others."""
 
 
 def case_of(name: str) -> str:
@@ -101,6 +123,35 @@ def case_of(name: str) -> str:
 METHODS = [case_of(name) for name in yamls("method") if name not in CHANGING]
 CASES = [*STORAGES, *COMBINED, *METHODS, *WHILE_DECODING]
 
+SCORERS = {  # at windows that the prompts have
+    name: {"snapkv": " scorer.window=6", "finch": " scorer.window=6", "lagkv": " scorer.lag=6"}.get(name, "")
+    for name in yamls("method/scorer")
+}
+SCORERS["chunkkv"] = " scorer.chunk=4 scorer.scorer.window=6"
+
+
+def products() -> list[str]:
+    """Every scorer x allocator x schedule while decoding, per head where the heads' lengths differ."""
+    allocators = {name: name for name in yamls("method/allocator")}
+    allocators["pyramid of heads"] = "adaptive allocator.layers=pyramid allocator.floor=0.0"
+    schedules = {name: name for name in yamls("method/schedule")} | {"every_n": "every_n schedule.n=5"}
+    del schedules["after_prefill"]  # no token leaves while decoding
+    out = []
+    for scorer, settings in SCORERS.items():
+        heads_alike = method_of(f"snapkv scorer={scorer}{settings}").policy.scorer.scores_heads_alike
+        for allocator in allocators.values():
+            differ = allocator.startswith(("adaptive", "global"))
+            if differ and heads_alike:  # refused: there are no heads to compare
+                continue
+            parts = f"scorer={scorer}{settings} allocator={allocator} recent=6 sinks=1"
+            storage = "ragged" if differ or heads_alike else "dense"
+            out += [f"snapkv budget=22 storage={storage} schedule={s} {parts}" for s in schedules.values()]
+    return out
+
+
+PRODUCTS = [*products(), "key_norm budget=2 allocator=global allocator.floor=0.0 storage=ragged schedule=every_step"]
+"""The last one leaves a layer without tokens after a prompt."""
+
 
 @pytest.fixture(autouse=True)
 def short_interval(monkeypatch):
@@ -109,20 +160,23 @@ def short_interval(monkeypatch):
         monkeypatch.setattr(module, "COMPACTION_INTERVAL_STEPS", 9)
 
 
+def model_of(method: Method):
+    if method.sharing is None:
+        return tiny_model()
+    return shared_model(method.sharing, "sdpa", torch.float64, std=0.07, **SHAPE | {"num_hidden_layers": 4})
+
+
 def model_and_cache(text: str, rows: int = len(LENGTHS)):
     """The model, the cache behind prompts of different lengths, and the first token."""
-    method = named_method(text)
-    if method.sharing is None:
-        model = tiny_model()
-    else:
-        model = shared_model(method.sharing, "sdpa", torch.float64, std=0.07, **SHAPE | {"num_hidden_layers": 4})
+    method = method_of(text)
+    model = model_of(method)
     cache = method.new_cache(model)
     ids, mask = left_pad([prompt_ids(n, seed) for seed, n in enumerate(LENGTHS[:rows])])
     return model, cache, prefill(model, cache, ids, mask if rows > 1 else None).argmax(-1)
 
 
 def test_the_lists_name_methods():
-    assert {*OF_METHODS, *CHANGING} <= {*yamls("method")}
+    assert {*OF_METHODS, *(text.split()[0] for text in CHANGING)} <= {*yamls("method")}
     assert case_of("lagkv") == "lagkv budget=40 scorer.lag=8"
 
 
@@ -150,7 +204,7 @@ def test_static_steps_match_dynamic_steps(text, rows):
     """Logits, tokens and bytes; and no tensor is replaced, changes its shape or is added."""
     model, grows, token = model_and_cache(text, rows)
     _, static, _ = model_and_cache(text, rows)
-    assert static.supports_static
+    assert static.static_problem is None
     static.make_static(STEPS)
     before, stored = addresses(static), static.kv_bytes_stored
     for _ in range(STEPS):
@@ -187,8 +241,105 @@ def test_replayed_steps_match_static_steps(text):
     assert static.kv_bytes_logical == grows.kv_bytes_logical
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("text", PRODUCTS)
+def test_every_product_of_parts_has_static_steps(text):
+    """Replayed, with tensors that stay as they are; and a copy of the cache goes on with other tokens."""
+    model, grows, token = model_and_cache(text)
+    _, static, _ = model_and_cache(text)
+    check_replayed_steps(model, grows, static, token)
+
+
+def check_replayed_steps(model, grows, static, token):
+    """Captured and replayed steps of ``static`` against steps of ``grows``, and a copy of each on its way."""
+    assert static.static_problem is None
+    static.make_static(11)
+    shapes, stored = addresses(static), static.kv_bytes_stored
+    held, captured = token.clone(), CapturedOps()
+    before = [t.clone() for t in static.static_state()]
+    with captured:
+        logits = decode(model, static, held)
+    for tensor, value in zip(static.static_state(), before, strict=True):
+        tensor.copy_(value)
+    for step in range(11):
+        if step == 9:
+            forks = grows.fork(), static.fork()
+            for other in ((token + 1) % 90, (token + 2) % 90):
+                expected, found = (decode(model, fork, other) for fork in forks)
+                torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+                forks[1].between_steps()
+        expected = decode(model, grows, token)
+        held.copy_(token)
+        captured.replay()
+        static.between_steps()
+        torch.testing.assert_close(captured.now(logits), expected, rtol=0, atol=1e-9)
+        assert all(bool((a == b).all()) for a, b in zip(static.tokens_held, grows.tokens_held, strict=True))
+        assert static.kv_bytes_logical == grows.kv_bytes_logical
+        token = expected.argmax(-1)
+    assert addresses(static) == shapes and static.kv_bytes_stored == stored
+
+
+SHARING = [
+    CLA(2),
+    LCKV(encode="exact"),
+    KVShare(3, "sandwich", "middle", encode="exact"),
+    YOCO(mixer="gated_retention"),
+    YOCO(window=8),
+]
+ON_SHARED_LAYERS = [
+    "full",
+    "h2o budget=20",
+    "h2o budget=20 allocator=adaptive storage=ragged",
+    "tova budget=20 storage=ragged schedule=every_n schedule.n=3",
+    "key_norm budget=20 schedule=every_n schedule.n=3 allocator=global storage=ragged",
+    "streaming_llm budget=20 policy.mode=prefill_evict",
+    "streaming_llm budget=20 policy.mode=prefill_evict policy.reposition=false storage=ragged",
+]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("text", ON_SHARED_LAYERS)
+@pytest.mark.parametrize("sharing", SHARING, ids=lambda s: s.label)
+def test_models_that_share_layers_have_static_steps(sharing, text):
+    """References to lower and to higher layers, windows, and the states of gated retention."""
+    method = replace(method_of(text), sharing=sharing)
+    model = model_of(method)
+    ids, mask = left_pad([prompt_ids(n, seed) % 90 for seed, n in enumerate(LENGTHS)])
+    grows, static = method.new_cache(model), method.new_cache(model)
+    token = prefill(model, grows, ids, mask).argmax(-1)
+    prefill(model, static, ids, mask)
+    check_replayed_steps(model, grows, static, token)
+
+
+def offered(name: str) -> Iterator[tuple[str, Method]]:
+    """A method with every storage, and every schedule where it has one; without what is refused."""
+    method = method_of(case_of(name))
+    policies: list[Method] = [method]
+    if isinstance(method, EvictionMethod):
+        for schedule in yamls("method/schedule"):
+            with suppress(InputError):
+                policies.append(replace(method, schedule=method_of(f"key_norm schedule={schedule}").schedule))
+    for storage in yamls("method/storage"):
+        if storage == "hf_quantized" and find_spec("optimum") is None:
+            continue
+        part = method_of(f"full storage={storage_settings(storage)}").storage
+        for made in policies:
+            with suppress(InputError):
+                yield storage, replace(made, storage=part)
+
+
+@pytest.mark.parametrize("name", yamls("method"))
+def test_only_the_named_methods_have_no_static_steps(name):
+    """Every YAML with every storage and schedule that it can be used with; the reason is the listed one."""
+    for storage, method in offered(name):
+        model = model_of(method)
+        cache = method.new_cache(model)
+        prefill(model, cache, prompt_ids(44) % 90)
+        assert cache.static_problem == CHANGING.get("no_cache" if name == "no_cache" else storage), method.label
+
+
 SETTINGS = [
-    *(named_method(text).storage for text in STORAGES),
+    *(method_of(text).storage for text in STORAGES),
     Kivi(8, group=1, residual=1),
     Kivi(4, group=8, residual=80),  # the first block is full after 30 steps, or never
     MiniCacheKivi(start=1, gamma=0.3, bits=8, group=1, residual=1),

@@ -56,12 +56,11 @@ def test_skewness_moves_one_end_outwards():
     plain = scipy_stats.ttest_1samp(values, 0).confidence_interval(0.95)
     estimate = macro_mean({"a": values}, None)
     assert estimate.low == pytest.approx(plain.low)
-    n = len(values)
-    skewness = scipy_stats.skew(values, bias=True) * n * n / (n - 1) / (n - 2) / math.sqrt(n)
-    skewness *= ((n - 1) / n) ** 1.5  # by the unbiased variance
-    z = 1.959964
-    widened = (plain.high - np.mean(values)) * (1 + skewness * (2 * z * z + 1) / (6 * z))
-    assert estimate.high == pytest.approx(np.mean(values) + widened, rel=1e-6)
+    n, q = len(values), scipy_stats.t.ppf(0.975, len(values) - 1)
+    error = np.std(values, ddof=1) / math.sqrt(n)
+    skewness = scipy_stats.skew(values, bias=True) * n / (n - 1) / (n - 2) * n / math.sqrt(n)
+    skewness *= (math.sqrt(n - 1) / math.sqrt(n)) ** 3  # by the unbiased variance
+    assert estimate.high == pytest.approx(plain.high + error * skewness * (2 * q * q + 1) / 6)
     mirrored = macro_mean({"a": [-x for x in values]}, None)
     assert (mirrored.low, mirrored.high) == pytest.approx((-estimate.high, -estimate.low))
 

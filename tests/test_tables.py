@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from records import accuracy, efficiency, estimate, save
 
+from kvbench.analysis.figures import figures
 from kvbench.analysis.load import Run, compressed_layers, load
-from kvbench.analysis.plots import plots
 from kvbench.analysis.tables import budget_tables, efficiency_table, main, tables
 
 
@@ -119,7 +119,7 @@ def test_titles_say_which_layers_methods_work_on(tmp_path, capsys, make, form):
         out = capsys.readouterr().out
         assert (said in out) == ("local" in (layers or {}))
         assert ("work on" in out) == (said in out)
-        titles = [plot.title for plot in plots(load(tmp_path / str(layers))[0])]
+        titles = [" ".join(spec.caption) for spec in figures(load(tmp_path / str(layers))[0], ["pareto"])]
         assert all((said in title) == (said in out) for title in titles)
         assert titles or make is efficiency
 
@@ -141,7 +141,9 @@ def test_rows_whose_methods_work_on_other_layers_are_told(tmp_path, capsys, make
         windowed = "2 of 4 layers with attention (window of 4096 tokens in 2 layers): h2o 128"
         plain = "4 of 4 layers with attention: full, snapkv 128"
         assert f"Methods did not work on the same layers. {windowed}; {plain}. A part of a difference is that." in out
-    assert all("methods work on different layers" in plot.title for plot in plots(load(tmp_path)[0]))
+    assert all(
+        "methods work on different layers" in " ".join(s.caption) for s in figures(load(tmp_path)[0], ["pareto"])
+    )
 
 
 def test_a_row_holds_scores_interval_difference_and_bytes(tmp_path):

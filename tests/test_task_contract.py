@@ -18,8 +18,8 @@ import pytest
 from byte_tokenizer import byte_tokenizer, with_chat_template
 from hydra.utils import instantiate
 
+from kvbench.runners.config.arguments import quote_texts
 from kvbench.runners.config.checks import target_class
-from kvbench.runners.config.choices import quote_texts
 from kvbench.tasks.base import Continuations, Example, Task, question_tokens
 
 ROOT = Path(__file__).resolve().parents[1]

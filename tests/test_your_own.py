@@ -22,7 +22,7 @@ SMALL = {
     "jsonl": ["task.max_new_tokens=4"],
     "perplexity": ["task.context=128", "task.chunk=32", "task.stretches=2"],
     "needle": ["task.lengths=[600]", "task.depths=2", "task.max_new_tokens=4"],
-    "ruler": ["task.lengths=[1000]", "task.limit=1"],
+    "ruler": ["task.lengths=[900]", "task.limit=1"],
     "sharegpt": ["task.limit=2", "task.max_new_tokens=4"],
     "text": ["model.layers=2", "model.hidden_size=32", "model.heads=2", "model.head_dim=16", "runner.steps=2"],
 }

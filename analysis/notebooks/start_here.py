@@ -21,13 +21,12 @@
 
 # %%
 # %matplotlib inline
-from itertools import islice
 from pathlib import Path
 
 from IPython.display import Markdown, display
 
+from kvbench.analysis.figures import draw, figures
 from kvbench.analysis.load import comparable, frame, load
-from kvbench.analysis.plots import figure, plots
 from kvbench.analysis.stats import paired_difference
 from kvbench.analysis.tables import markdown, tables
 
@@ -56,11 +55,13 @@ for table in tables(runs):
 
 # %% [markdown]
 # ## The figures
+#
+# `kvbench plot` writes these and others as files; `kvbench plot --help` lists the kinds.
 
 # %%
-for plot in islice(plots(runs), 3):  # all of them take minutes; `kvbench plot` writes them to files
-    print(plot.name)
-    display(figure(plot))
+for spec in figures(runs, ["pareto", "speed", "length", "trained"]):
+    print(spec.title, *spec.caption, sep="\n")
+    display(draw(spec))
 
 # %% [markdown]
 # ## Where a method loses

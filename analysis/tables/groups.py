@@ -39,7 +39,7 @@ def tables(runs: Sequence[Run]) -> list[Table]:
 def each_table(runs: Sequence[Run], by_budget: bool = False) -> Iterator[Table]:
     """The tables one by one, so that those of a large folder need not be in memory together."""
     groups = [group for group in comparable(runs) if group[0].record["kind"] in KINDS]
-    differences = _differences(groups)
+    differences = differences_of(groups)
     used: Counter[str] = Counter()
     tested = len(runs) <= MAX_TESTED
     for group in groups:
@@ -59,7 +59,7 @@ def each_table(runs: Sequence[Run], by_budget: bool = False) -> Iterator[Table]:
             yield table
 
 
-def _differences(groups: Sequence[Sequence[Run]]) -> dict[str, list[str]]:
+def differences_of(groups: Sequence[Sequence[Run]]) -> dict[str, list[str]]:
     """Of each group, the settings in which it differs from others of its task and model, unless titles have them."""
     alike: dict[tuple[str, ...], list[Run]] = {}
     for first, *_ in groups:

@@ -169,42 +169,37 @@ class KVCache(TransformersCache):
                 layer.storage.reserved = min(new_tokens, layer.storage.growth) if evicts else new_tokens
 
     @property
-    def supports_static(self) -> bool:
-        """Whether all further decode steps can run over fixed shapes, so that one can be captured and replayed."""
-        return not self.recomputes and all(
-            isinstance(layer, CacheLayer) and layer.supports_static(self.plan.has_upward_kv_refs)
-            for layer in self.layers
-        )
+    def static_problem(self) -> str | None:
+        """Why further decode steps cannot run over fixed shapes, as a captured one has to; None: they can."""
+        return next((layer.static_problem for layer in self.layers if layer.static_problem is not None), None)
 
     @under_inference_mode
     def make_static(self, steps: int) -> None:
         """Give all tensors their final shapes; see :meth:`.storage.base.LayerStorage.make_static`."""
         self.is_static = True
         for layer in self.layers:
-            layer.policy.make_static(layer.state, layer.storage, steps)
+            layer.make_static(steps)
 
     def static_state(self) -> list[torch.Tensor]:
         """Return the tensors that a static step changes; see :meth:`.storage.base.LayerStorage.static_state`."""
         assert self.is_static and self.tokens_seen is not None
-        layers = (layer.storage.static_state() + layer.policy.static_state(layer.state) for layer in self.layers)
-        return [self.tokens_seen, *itertools.chain(*layers)]
+        return [self.tokens_seen, *itertools.chain(*(layer.static_state() for layer in self.layers))]
 
     @under_inference_mode
     def between_steps(self) -> None:
         """Do the uncaptured work after a static step; see :meth:`.storage.base.LayerStorage.between_steps`."""
         for layer in self.layers:
-            layer.storage.between_steps()
-            layer.policy.between_steps(layer.state, layer.storage)
+            layer.between_steps()
 
     def end_steps(self) -> None:
         """End the steps of a static cache; see :meth:`.storage.base.LayerStorage.end_steps`."""
         for layer in self.layers if self.is_static else []:
-            layer.storage.end_steps()
+            layer.end_steps()
 
     def skip(self, steps: int) -> None:
         """Advance the sequence length by ``steps`` that were replayed as a graph."""
         for layer in self.layers:
-            layer.seen += steps
+            layer.skip(steps)
 
     def next_positions(self) -> torch.Tensor:
         """Return the position of the next token of every decode row, [copies * B] int64."""

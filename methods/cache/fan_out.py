@@ -64,6 +64,30 @@ class FanOutLayer(PrefillLayer):
         self.seen, self.in_prefill = self.members[0].seen, False
 
     @property
+    def static_problem(self) -> str | None:
+        return next((m.static_problem for m in self.members if m.static_problem is not None), None)
+
+    def make_static(self, steps: int) -> None:
+        for member in self.members:
+            member.make_static(steps)
+
+    def static_state(self) -> list[torch.Tensor]:
+        return [t for member in self.members for t in member.static_state()]
+
+    def between_steps(self) -> None:
+        for member in self.members:
+            member.between_steps()
+
+    def end_steps(self) -> None:
+        for member in self.members:
+            member.end_steps()
+
+    def skip(self, steps: int) -> None:
+        super().skip(steps)
+        for member in self.members:
+            member.skip(steps)
+
+    @property
     def capabilities(self) -> PolicyCapabilities:
         """Combined capabilities of the members."""
         each = [member.capabilities for member in self.members]
@@ -162,7 +186,13 @@ class FanOutCache(KVCache):
             self.states.apply(lambda t: t.repeat(self.copies, *[1] * (t.dim() - 1)))
 
     def drop(self, member: int) -> None:
-        """Remove a member whose rows have all finished; later steps have B rows fewer."""
+        """Remove a member whose rows have all finished; later steps have B rows fewer.
+
+        Raises:
+            ValueError: The cache is static: its captured step has the rows of all members.
+        """
+        if self.is_static:
+            raise ValueError("a member of a static fan-out cannot be dropped")
         if self.states is not None:
             rows, count = self.batch_size, self.copies
             keep = [row for row in range(rows * count) if row // rows != member]

@@ -58,12 +58,27 @@ class CacheLayer(PrefillLayer):
         """Capabilities of the policy."""
         return self.policy.capabilities
 
-    def supports_static(self, has_upward_kv_refs: bool) -> bool:
-        """Whether all further decode steps can run over tensors of fixed shape."""
-        capabilities = self.capabilities
-        if self.in_prefill or not (capabilities.static_steps and self.storage.supports_static):
-            return False
-        return not capabilities.evicts_while_decoding or (self.storage.supports_static_drop and not has_upward_kv_refs)
+    @property
+    def static_problem(self) -> str | None:
+        if self.in_prefill:
+            return "the prompt is not complete"
+        problem = self.capabilities.static_problem or self.storage.static_problem
+        if problem is None and self.capabilities.evicts_while_decoding and not self.storage.supports_static_drop:
+            return "tokens leave while decoding, and the storage cannot drop them in place"
+        return problem
+
+    def make_static(self, steps: int) -> None:
+        self.policy.make_static(self.state, self.storage, steps)
+
+    def static_state(self) -> list[torch.Tensor]:
+        return self.storage.static_state() + self.policy.static_state(self.state)
+
+    def between_steps(self) -> None:
+        self.storage.between_steps()
+        self.policy.between_steps(self.state, self.storage)
+
+    def end_steps(self) -> None:
+        self.storage.end_steps()
 
     def method_names(self) -> str:
         return type(self.policy).__name__
@@ -160,7 +175,9 @@ class CacheLayer(PrefillLayer):
             [B, H_q, n, D].
         """
         if use.is_owner and not use.strictly_causal:
-            self.storage.append(key, value, step.valid)
+            moved = self.storage.append(key, value, step.valid)
+            if moved is not None:
+                self.policy.after_append(self.state, moved)
         out = self.policy.attend(self.state, self.storage, step)
         if use.is_owner and use.strictly_causal:
             self.storage.append(key, value, step.valid)

@@ -47,7 +47,7 @@ def narrow_between_layers(model: PreTrainedModel, cache: KVCache, method: str) -
         cache.on_first_forward = partial(_register, weakref.ref(decoder))
 
 
-def _register(decoder: weakref.ref[torch.nn.Module], cache: KVCache) -> None:
+def _register(decoder: weakref.ref[Any], cache: KVCache) -> None:
     """Register the hooks on a decoder, whose first layer is running."""
     model = decoder()
     assert model is not None and isinstance(model.layers, torch.nn.ModuleList)

@@ -21,9 +21,10 @@ from .forward import LayerCall, NewTokens, Rows
 from .logits import LogitRule
 from .products import causal_attention
 from .prompt import Prompt
+from .static_steps import StaticSteps
 
 
-class PrefillLayer(ABC):
+class PrefillLayer(StaticSteps, ABC):
     """Cache layer during the prefill.
 
     Args:

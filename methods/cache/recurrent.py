@@ -20,11 +20,12 @@ from transformers.cache_utils import (
 )
 
 from ..policies.policy import PolicyCapabilities
+from .static_steps import StaticSteps
 
 STATES = ("conv_states", "recurrent_states")
 
 
-class StateLayer(LinearAttentionLayer):
+class StateLayer(StaticSteps, LinearAttentionLayer):
     """transformers' state of one recurrent layer as a cache layer; :class:`RecurrentStates` counts its bytes."""
 
     is_sliding = is_compileable = False  # read by transformers
@@ -42,6 +43,10 @@ class StateLayer(LinearAttentionLayer):
         return []
 
     logical_bytes = 0
+
+    @property
+    def static_problem(self) -> str | None:
+        return "the model's recurrent layers run transformers' own code, which may wait for the device"
 
 
 class RecurrentStates:

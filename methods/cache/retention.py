@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from ..policies.policy import PolicyCapabilities
+from .static_steps import StaticSteps
 
 
-class RecurrentLayer:
-    """Recurrent state of one retention layer, replaced after each forward."""
+class RecurrentLayer(StaticSteps):
+    """Recurrent state of one retention layer, replaced after each forward, in place once static."""
 
     is_sliding = False  # read by transformers
     is_compileable = record_past = False
@@ -18,10 +19,20 @@ class RecurrentLayer:
 
     def __init__(self) -> None:
         self.recurrent_states: list[torch.Tensor | None] = [None]
+        self._is_static = False
 
     def update(self, state: torch.Tensor) -> None:
         """Replace the state by ``state`` [B, H, D, D]."""
-        self.recurrent_states[0] = state.detach()
+        if self._is_static:
+            self.tensors()[0].copy_(state)
+        else:
+            self.recurrent_states[0] = state.detach()
+
+    def make_static(self, steps: int) -> None:
+        self._is_static = True
+
+    def static_state(self) -> list[torch.Tensor]:
+        return self.tensors()
 
     @property
     def tokens(self) -> torch.Tensor:

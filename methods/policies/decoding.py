@@ -45,7 +45,7 @@ def step_weights(state: EvictionState, storage: LayerStorage) -> torch.Tensor:
     Weights with fewer than S slots are of a call before the new token was stored; the others get a zero for it.
     """
     collected, state.weights = state.weights, []
-    slots = storage.read()[0].shape[2]
+    slots = storage.slots
     if len(collected) == 1 and collected[0].shape[3] == slots:
         return collected[0]
     return torch.cat([F.pad(x, (0, slots - x.shape[3])) for x in collected], dim=2)
@@ -62,14 +62,17 @@ def evict_one(state: EvictionState, storage: LayerStorage, scores: torch.Tensor,
         compact_now: Compact immediately, because a pad was appended and the last slots must hold the last tokens.
     """
     assert state.limit is not None and state.recent is not None
-    slots, valid = scores.shape[-1], storage.read()[2]
+    slots, valid = scores.shape[-1], storage.valid
     if slots <= state.max_limit and valid is None:  # with padding there are more slots than tokens, never fewer
         return
+    if valid is not None and valid.shape[1] > scores.shape[1]:  # scores of all heads alike, masks of each head
+        scores = scores.expand_as(valid)
     limit = state.limit[:, :, None]  # [B, 1 or H, 1]
     count = torch.full_like(limit, slots) if valid is None else valid.sum(-1, keepdim=True)  # [B, 1 or H, 1]
     keep = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid.expand_as(scores)  # [B, 1 or H, S]
     slot = torch.arange(slots, device=scores.device)
-    protected = slot >= storage.end - state.recent[:, :, None]  # the last slots hold the last tokens, without holes
+    # The last slots hold the last tokens, without holes.
+    protected = slot >= (storage.end - state.recent)[..., None]  # [B, 1 or H, S]
     if sinks:
         protected = protected | (keep.cumsum(-1) <= sinks)
     victim = lowest_ranked_slot(scores.masked_fill(protected | ~keep, float("inf")))  # [B, 1 or H, 1]

@@ -54,7 +54,7 @@ class EvictionPolicy(PromptEviction):
             stores_query_heads=self.scorer.stores_query_heads,
             stored_queries=self._queries_held,
             max_step_tokens=None if interval is None else 1,
-            static_steps=True,
+            static_problem=None,
         )
 
     @property
@@ -102,6 +102,9 @@ class EvictionPolicy(PromptEviction):
             state.limit = torch.where(lengths[:, None] > state.limit, tokens, state.limit)
         state.max_limit = max(limits) if not self.allocator.heads_differ else int(state.limit.max())
         state.queries, state.seen = state.prompt.queries, lengths.tolist()
+
+    def after_append(self, state: EvictionState, slots: torch.Tensor) -> None:
+        state.move_scores(slots)
 
     def attend(self, state: EvictionState, storage: LayerStorage, step: Step) -> torch.Tensor:
         state.rule = step.rule
@@ -163,11 +166,10 @@ class EvictionPolicy(PromptEviction):
         batch, heads = state.limit.shape[0], storage.read()[0].shape[1]
         mask_heads = 1 if self.scorer.scores_heads_alike else heads
         extra_slots = COMPACTION_INTERVAL_STEPS if self._evicts_in_step else interval
-        state.move_scores(storage.make_static_within(state.max_limit, extra_slots, mask_heads))
+        state.move_scores(storage.make_static_within(state.limit, extra_slots, mask_heads))
         state.is_static = True
-        keys = storage.read()[0]
         if self.scorer.tracks_attention and (self.scorer.accumulates or not self._evicts_in_step):
-            scores = keys.new_zeros(batch, mask_heads, keys.shape[2], dtype=torch.float32)
+            scores = torch.zeros(batch, mask_heads, storage.slots, device=state.limit.device)
             if state.scores is not None:
                 scores[..., : state.scores.shape[2]] = state.scores
             state.scores = scores

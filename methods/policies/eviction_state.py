@@ -117,7 +117,9 @@ class EvictionState:
         """Move running scores with their tokens, given the result of :meth:`LayerStorage.drop`."""
         if slots is None or self.scores is None:
             return
-        scores = self.scores.gather(-1, slots.expand(*self.scores.shape[:2], -1))
+        heads = self.scores.shape[1]  # 1 if all heads have the same scores, and so the same tokens
+        slots = slots[:, :heads].expand(-1, heads, -1)
+        scores = self.scores.gather(-1, slots.clamp(min=0)).masked_fill(slots < 0, 0.0)
         if self.is_static:
             self.scores.zero_()
             self.scores[..., : scores.shape[-1]] = scores
@@ -127,7 +129,8 @@ class EvictionState:
 
 def slots_in_use(storage: LayerStorage, heads: int) -> torch.Tensor:
     """Return the mask of slots that hold a token, bool [B, H, S]; H is ``heads``, or the mask's heads if more."""
-    keys, _, valid = storage.read()
+    valid = storage.valid
     if valid is None:
+        keys, _, _ = storage.read()
         return torch.ones(keys.shape[0], heads, keys.shape[2], dtype=torch.bool, device=keys.device)
     return valid.expand(-1, max(heads, valid.shape[1]), -1)

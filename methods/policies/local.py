@@ -54,7 +54,7 @@ class LocalAttention(CachePolicy):
 
     @cached_property
     def capabilities(self) -> PolicyCapabilities:
-        return PolicyCapabilities(evicts_while_decoding=True, static_steps=True)
+        return PolicyCapabilities(evicts_while_decoding=True, static_problem=None)
 
     def new_state(self, layer: ModelLayer) -> LocalState:
         return LocalState()

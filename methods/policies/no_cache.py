@@ -25,6 +25,7 @@ class NoCacheState(KVCache):
     """
 
     recomputes = True
+    static_problem = "every step runs the whole sequence again, which is one token longer each time"
 
     def __init__(self, plan: Plan) -> None:
         super().__init__([], plan)

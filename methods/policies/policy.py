@@ -47,7 +47,7 @@ class PolicyCapabilities:
         stored_queries: Number of last queries that are stored while decoding.
         max_step_tokens: Maximum new tokens of a step, because tokens may be evicted after it; None: any number. More
             tokens fed at once are processed in several steps.
-        static_steps: A decode step can run over fixed shapes (if the storage supports it).
+        static_problem: Why a decode step cannot run over fixed shapes; None: it can, if the storage supports it.
     """
 
     keeps_everything: bool = False
@@ -64,7 +64,7 @@ class PolicyCapabilities:
     stores_query_heads: bool = False
     stored_queries: int = 0
     max_step_tokens: int | None = None
-    static_steps: bool = False
+    static_problem: str | None = "the policy has no steps of fixed shapes"
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class CachePolicy(HasIdentity):
     @cached_property
     def capabilities(self) -> PolicyCapabilities:
         """Properties of the policy."""
-        return PolicyCapabilities(static_steps=True)
+        return PolicyCapabilities(static_problem=None)
 
     def identity(self) -> dict[str, Any]:
         """Return the identity of the policy, with the tie-breaking rule if it ranks tokens."""
@@ -159,6 +159,14 @@ class CachePolicy(HasIdentity):
             the tokens of this layer; None: all of them.
         """
         raise NotImplementedError
+
+    def after_append(self, state: Any, slots: torch.Tensor) -> None:
+        """Move what the state keeps for each slot, if stored tokens have moved when the new ones were appended.
+
+        Args:
+            state: State of this layer.
+            slots: See :meth:`.storage.base.LayerStorage.append`.
+        """
 
     def attend(self, state: Any, storage: LayerStorage, step: Step) -> torch.Tensor:
         """Attend over all stored tokens, which usually include the new ones.
@@ -222,4 +230,4 @@ class KeepEverything(CachePolicy):
 
     @cached_property
     def capabilities(self) -> PolicyCapabilities:
-        return PolicyCapabilities(keeps_everything=True, static_steps=True)
+        return PolicyCapabilities(keeps_everything=True, static_problem=None)

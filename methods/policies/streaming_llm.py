@@ -132,7 +132,7 @@ class StreamingLLM(CachePolicy):
             attends_whole_prompt=not is_stream,
             keeps_positions=not self.reposition,
             max_step_tokens=BLOCK if self._masks else None,
-            static_steps=True,
+            static_problem=None,
         )
 
     @property
@@ -225,12 +225,11 @@ class StreamingLLM(CachePolicy):
             state.fed += n
         if self.prefill_only or not self._may_evict(state, state.fed):
             return
-        keys, _, valid = storage.read()
-        batch, _, slots, _ = keys.shape
+        valid, slots, device = storage.valid, storage.slots, state.seen.device
         if valid is None:
-            valid = torch.ones(batch, 1, slots, dtype=torch.bool, device=keys.device)
+            valid = torch.ones(len(state.seen), 1, slots, dtype=torch.bool, device=device)
         real = valid[:, 0]  # [B, S]
-        rank = ranks(valid, slots, keys.device)  # [B, S]
+        rank = ranks(valid, slots, device)  # [B, S]
         keep = real & ((rank < state.sinks) | (rank > rank[:, -1:] - state.recent))  # [B, S]
         storage.drop(keep[:, None], compact_now=n > 1 or step.valid is not None)
 
@@ -266,7 +265,7 @@ class StreamingLLM(CachePolicy):
             state.is_static = self.reposition
             return
         assert state.limit is not None
-        storage.make_static_within(int(state.limit.max()), COMPACTION_INTERVAL_STEPS)
+        storage.make_static_within(state.limit, COMPACTION_INTERVAL_STEPS)
         state.is_static = True
 
     def static_state(self, state: StreamState) -> list[torch.Tensor]:

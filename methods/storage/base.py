@@ -36,7 +36,31 @@ def slots_to_keep(keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None
     return slots, None if bool(valid.all()) else valid
 
 
-IN_PLACE = ("write", "append", "keep", "drop", "make_static", "compact", "flush", "between_steps", "shrink_to_fit")
+def previous_slots(tokens: torch.Tensor, width: int, first: torch.Tensor, slots: int) -> torch.Tensor:
+    """Return the slots [B, H, slots] that ``tokens`` [B, H] had, padded on the left to ``width``; -1: none.
+
+    Args:
+        tokens, width: Before the move.
+        first: [B, H], the slot of the first of them now.
+        slots: Number of slots now.
+    """
+    number = torch.arange(slots, device=tokens.device) - first[..., None]  # [B, H, slots], of the token in each slot
+    is_old = (number >= 0) & (number < tokens[..., None])
+    return torch.where(is_old, width - tokens[..., None] + number, -1)
+
+
+IN_PLACE = (
+    "write",
+    "append",
+    "keep",
+    "drop",
+    "make_static",
+    "make_static_within",
+    "compact",
+    "flush",
+    "between_steps",
+    "shrink_to_fit",
+)
 """Methods of a storage that modify its contents."""
 
 
@@ -59,8 +83,14 @@ class LayerStorage(Growing, ABC):
         """Replace the contents by copies of ``keys`` and ``values`` [B, H, S, D]."""
 
     @abstractmethod
-    def append(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
-        """Append n tokens [B, H, n, D] after the last slot; ``valid`` [B, n] or None."""
+    def append(
+        self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """Append n tokens [B, H, n, D] after the last slot; ``valid`` [B, n] or None.
+
+        Returns:
+            The previous slots of all tokens if some have moved, as :meth:`drop` returns them, negative for new tokens.
+        """
 
     @abstractmethod
     def read(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -78,7 +108,8 @@ class LayerStorage(Growing, ABC):
             compact_now: Compact the kept tokens immediately; otherwise a storage may leave holes for some steps.
 
         Returns:
-            After a compaction the previous slots of the kept tokens, int64 [B, 1 or H, C]; None: no token has moved.
+            After a compaction the previous slots of the kept tokens, int64 [B, 1 or H, C], or a negative number for an
+            empty slot; None: no token has moved.
         """
         slots, valid = slots_to_keep(keep)
         if valid is None and slots.shape[-1] == keep.shape[-1]:
@@ -103,9 +134,9 @@ class LayerStorage(Growing, ABC):
         return cached_attention(query, keys, values, rule, stored)
 
     @property
-    def supports_static(self) -> bool:
-        """Whether :meth:`make_static` is implemented."""
-        return False
+    def static_problem(self) -> str | None:
+        """Why :meth:`make_static` is not possible; None: it is."""
+        return "the storage has no tensors of fixed shape"
 
     supports_static_drop = False
     """Whether static steps can :meth:`drop` tokens (by the validity mask) and :meth:`compact` is implemented."""
@@ -119,25 +150,39 @@ class LayerStorage(Growing, ABC):
         """
         raise NotImplementedError
 
-    def make_static_within(self, limit: int, extra_slots: int, mask_heads: int = 1) -> torch.Tensor | None:
+    def make_static_within(
+        self, limit: int | torch.Tensor, extra_slots: int, mask_heads: int = 1
+    ) -> torch.Tensor | None:
         """Make a layer static under a policy that evicts tokens; see :meth:`make_static`.
 
         Args:
-            limit: Maximum number of tokens after an eviction.
+            limit: Maximum number of tokens after an eviction, or int64 [B, 1 or H]: of each row or head.
             extra_slots: Maximum number of tokens until the next eviction or :meth:`compact`.
             mask_heads: See :meth:`make_static`.
 
         Returns:
-            The result of :meth:`close_gaps`, which is called first.
+            The previous slots of the tokens if some have moved, as :meth:`drop` returns them.
         """
         moved = self.close_gaps()
-        self.make_static(max(0, limit - self.read()[0].shape[2]) + extra_slots, mask_heads)
+        self.make_static(
+            max(0, int(limit if isinstance(limit, int) else limit.max()) - self.slots) + extra_slots, mask_heads
+        )
         return moved
 
     @property
-    def end(self) -> int | torch.Tensor:
-        """One past the last slot that may hold a token; for a static layer [1] int64 on the device."""
+    def slots(self) -> int:
+        """S, the number of slots that :meth:`read` returns."""
         return self.read()[0].shape[2]
+
+    @property
+    def valid(self) -> torch.Tensor | None:
+        """The mask of :meth:`read`, without its keys and values."""
+        return self.read()[2]
+
+    @property
+    def end(self) -> int | torch.Tensor:
+        """One past the last slot that may hold a token; for a static layer int64 [1 or B, 1 or H] on the device."""
+        return self.slots
 
     def close_gaps(self) -> torch.Tensor | None:
         """Compact the tokens if there are holes; returns their previous slots, as :meth:`drop` does."""

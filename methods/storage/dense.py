@@ -112,8 +112,8 @@ class DenseLayer(LayerStorage):
     supports_static_drop = True
 
     @property
-    def supports_static(self) -> bool:
-        return True
+    def static_problem(self) -> str | None:
+        return None
 
     def make_static(self, steps: int, mask_heads: int = 1) -> None:
         keys, values, valid = self.read()
@@ -131,7 +131,7 @@ class DenseLayer(LayerStorage):
 
     @property
     def end(self) -> int | torch.Tensor:
-        return self.length if self._next is None else self._next
+        return self.length if self._next is None else self._next[None]
 
     def close_gaps(self) -> torch.Tensor | None:
         _, _, valid = self.read()

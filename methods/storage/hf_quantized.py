@@ -28,7 +28,8 @@ from ...conf.options import OneOf, PositiveInt
 from ..cache.kv_shape import KVShape
 from .base import Storage, StorageCapabilities
 from .packed import value_group_size
-from .segments import SegmentedLayer, Segments
+from .segmented import SegmentedLayer
+from .segments import Segments
 
 BUILD_TIMEOUT_S = 1800.0
 """Maximum time to wait for another process that compiles optimum-quanto's extension."""
@@ -70,6 +71,8 @@ def build_extension(device_type: str) -> None:
 
 class HFSegments(Segments):
     """Segments of equal length in a layer of transformers, [N, 1, S, D]."""
+
+    static_problem = "transformers' quantized cache makes new, longer tensors at every step"
 
     def __init__(self, bits: int, group: int, residual: int):
         self.bits, self.group, self.residual = bits, group, residual

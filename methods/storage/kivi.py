@@ -37,7 +37,8 @@ from .packed import (
     value_group_size,
     weights_times_values,
 )
-from .segments import Groups, SegmentedLayer, Segments
+from .segmented import SegmentedLayer
+from .segments import Groups, Segments
 from .static import StaticSegments
 from .static_kivi import KiviHeads, StaticKivi
 
@@ -45,7 +46,7 @@ from .static_kivi import KiviHeads, StaticKivi
 class KiviSegments(Segments):
     """Segments of equal length: quantized blocks of keys, quantized values, and unquantized recent tokens."""
 
-    supports_static = True
+    static_problem = None
 
     def __init__(self, bits: int, group: int, residual: int):
         self.bits, self.group, self.residual = bits, group, residual
@@ -130,7 +131,10 @@ class KiviSegments(Segments):
             buffer.shrink_to_fit()
 
     @classmethod
-    def static(cls, groups: Groups, shape: tuple[int, int], steps: int) -> StaticSegments:
+    def static(
+        cls, groups: Groups, shape: tuple[int, int], steps: int, limits: torch.Tensor | None = None
+    ) -> StaticSegments:
+        assert limits is None, "quantized tokens are never dropped"
         kivi = [(index, segments) for index, segments in groups if isinstance(segments, KiviSegments)]
         longest = max((segments for _, segments in kivi), key=lambda segments: segments.length)
         heads = [segments._heads(index, longest) for index, segments in kivi]

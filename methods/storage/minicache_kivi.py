@@ -37,7 +37,8 @@ from .packed import (
     value_group_size,
     weights_times_values,
 )
-from .segments import Groups, SegmentedLayer, Segments
+from .segmented import SegmentedLayer
+from .segments import Groups, Segments
 from .static import ALL_ROWS, StaticSegments
 
 
@@ -151,7 +152,7 @@ class StaticPairSegments(StaticSegments):
 class PairSegments(Segments):
     """One layer of a pair whose rows are segments: [N, 1, S, D] in the pair."""
 
-    supports_static = True
+    static_problem = None
 
     def __init__(self, pair: Pair, layer: int):
         self.pair, self.layer = pair, layer
@@ -177,7 +178,10 @@ class PairSegments(Segments):
             self.pair.merge()
 
     @classmethod
-    def static(cls, groups: Groups, shape: tuple[int, int], steps: int) -> StaticSegments:
+    def static(
+        cls, groups: Groups, shape: tuple[int, int], steps: int, limits: torch.Tensor | None = None
+    ) -> StaticSegments:
+        assert limits is None, "quantized tokens are never dropped"
         members = [(index, segments) for index, segments in groups if isinstance(segments, PairSegments)]
         pairs: list[tuple[torch.Tensor | slice, Pair]] = [(index, segments.pair) for index, segments in members]
         if len(pairs) == 1:

@@ -8,8 +8,6 @@ Legend: N segments (heads of all rows), H_q query heads, D channels.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,56 +19,93 @@ from ..cache.kv_shape import KVShape
 from ..cache.logits import LogitRule
 from .base import Storage, StorageCapabilities
 from .buffer import Buffer
-from .segments import Groups, SegmentedLayer, Segments
+from .segmented import SegmentedLayer
+from .segments import Groups, Segments, segment_lengths
 from .static import StaticSegments, static_attention
 
 
 class StaticRagged(StaticSegments):
-    """All segments one after another in one buffer, each with free slots for ``steps`` more tokens."""
+    """All segments one after another in one buffer, each with its own number of slots.
 
-    def __init__(self, groups: Groups, shape: tuple[int, int], steps: int):
+    Tokens are appended at a segment's end. A dropped token leaves a hole until :meth:`compact`, which moves the tokens
+    of every segment to its first slots.
+
+    Args:
+        groups, shape: See :meth:`.segments.Segments.static`.
+        capacities: [N] int64, slots of each segment.
+        drops: Whether :meth:`drop` will be called.
+    """
+
+    def __init__(self, groups: Groups, shape: tuple[int, int], capacities: torch.Tensor, drops: bool = False):
         self.shape = shape
-        stored = [(index, *segments.read()) for index, segments in groups if segments.length]
+        stored = [(index, *segments.read()) for index, segments in groups]
         device = stored[0][0].device
-        capacities = [steps] * math.prod(shape)
-        for index, keys, _ in stored:
-            for segment in index.tolist():
-                capacities[segment] += keys.shape[1]
-        self._width, total = max(capacities), sum(capacities)
+        self._width, total = int(capacities.max()), int(capacities.sum())
         self._is_uniform = self._width * len(capacities) == total
-        self._starts = torch.tensor([0, *itertools.accumulate(capacities[:-1])], device=device)  # [N]
-        self.length = torch.tensor(capacities, device=device) - steps
+        self._starts = capacities.cumsum(0) - capacities  # [N]
+        self.length = torch.zeros_like(capacities)
         # Zeros, because uninitialized memory may contain NaN, and a zero weight times NaN is NaN.
         self._keys, self._values = (x.new_zeros(total, x.shape[2]) for x in stored[0][1:])  # [total, D]
         for index, keys, values in stored:
             slots = self._starts[index][:, None] + torch.arange(keys.shape[1], device=device)  # [segments, tokens]
             self._keys[slots], self._values[slots] = keys, values
+            self.length[index] = keys.shape[1]
+        # Without drops every slot before the end holds a token.
+        self._offset = torch.arange(self._width, device=device)
+        self._valid = self._offset < self.length[:, None] if drops else None  # [N, width]
+        self.end = self.length.clone() if drops else self.length  # [N], offset of the next token
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        slots = self._starts + self.length
+        slots = self._starts + self.end
         self._keys.index_copy_(0, slots, keys)
         self._values.index_copy_(0, slots, values)
-        self.length += 1
+        self.end += 1
+        if self._valid is not None:
+            self._valid.scatter_(1, self.end[:, None] - 1, True)
+            self.length += 1
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        offset = torch.arange(self._width, device=self.length.device)
-        valid = offset < self.length[:, None]  # [N, width]
         if self._is_uniform:
             keys, values = (x.unflatten(0, (-1, self._width)) for x in (self._keys, self._values))
-            return keys, values, valid
+            return keys, values, self.valid
         # Slots beyond the capacity of a segment belong to the next one and are masked.
-        slots = (self._starts[:, None] + offset).clamp_(max=len(self._keys) - 1)  # [N, width]
-        return self._keys[slots], self._values[slots], valid
+        slots = (self._starts[:, None] + self._offset).clamp_(max=len(self._keys) - 1)  # [N, width]
+        return self._keys[slots], self._values[slots], self.valid
+
+    @property
+    def valid(self) -> torch.Tensor:
+        return self._offset < self.end[:, None] if self._valid is None else self._valid  # [N, width]
+
+    @property
+    def slots(self) -> int:
+        return self._width
+
+    def drop(self, keep: torch.Tensor) -> None:
+        assert self._valid is not None, "made static without drops"
+        self._valid.copy_(keep)
+        torch.sum(keep, dim=1, out=self.length)
+
+    def compact(self) -> torch.Tensor:
+        assert self._valid is not None, "made static without drops"
+        offsets = self._valid.int().sort(dim=1, descending=True, stable=True).indices  # [N, width], tokens first
+        is_kept = self._offset < self.length[:, None]  # [N, width]
+        starts = self._starts[:, None]
+        source, target = (starts + offsets)[is_kept], (starts + self._offset)[is_kept]
+        for x in (self._keys, self._values):
+            x[target] = x[source]
+        self._valid.copy_(is_kept)
+        self.end.copy_(self.length)
+        return offsets.masked_fill(~is_kept, -1)
 
     def attend(self, query: torch.Tensor, rule: LogitRule) -> torch.Tensor:
         keys, values, valid = (x.unflatten(0, self.shape) for x in self.read())
-        return static_attention(query, keys, values, valid, self.length.amax().view(1), rule)
+        return static_attention(query, keys, values, valid, self.end.amax().view(1), rule)
 
     def static_state(self) -> list[torch.Tensor]:
-        return [self.length]
+        return [self.length] if self._valid is None else [self.length, self.end, self._valid]
 
     def tensors(self) -> list[torch.Tensor]:
-        return [self._keys, self._values, self._starts, self.length]
+        return [self._keys, self._values, self._starts, self._offset, *self.static_state()]
 
     @property
     def logical_bytes(self) -> int:
@@ -80,7 +115,8 @@ class StaticRagged(StaticSegments):
 class DenseSegments(Segments):
     """Segments of equal length in buffers [N, capacity, D]."""
 
-    supports_static = True
+    static_problem = None
+    supports_static_drop = appends_nothing = True
 
     def __init__(self) -> None:
         self._keys: Buffer | None = None
@@ -109,8 +145,13 @@ class DenseSegments(Segments):
             x.shrink_to_fit()
 
     @classmethod
-    def static(cls, groups: Groups, shape: tuple[int, int], steps: int) -> StaticSegments:
-        return StaticRagged(groups, shape, steps)
+    def static(
+        cls, groups: Groups, shape: tuple[int, int], steps: int, limits: torch.Tensor | None = None
+    ) -> StaticSegments:
+        tokens = segment_lengths(groups)
+        if limits is None:
+            return StaticRagged(groups, shape, tokens + steps)
+        return StaticRagged(groups, shape, torch.maximum(tokens, limits) + steps, drops=True)
 
     @property
     def length(self) -> int:

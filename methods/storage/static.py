@@ -37,10 +37,12 @@ class StaticSegments(ABC):
     Attributes:
         shape: B rows and H heads; N = B * H segments.
         length: [N] int64, tokens of each segment.
+        end: [N] int64, one past the last slot of each segment that may hold a token; only if tokens can be dropped.
     """
 
     shape: tuple[int, int]
     length: torch.Tensor
+    end: torch.Tensor
 
     @abstractmethod
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -53,6 +55,24 @@ class StaticSegments(ABC):
     @abstractmethod
     def read(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return keys and values [N, S, D] in the compute dtype and the mask of used slots [N, S], padded right."""
+
+    @property
+    def slots(self) -> int:
+        """S, the number of slots that :meth:`read` returns."""
+        return self.read()[0].shape[1]
+
+    @property
+    def valid(self) -> torch.Tensor:
+        """The mask of :meth:`read`, without its keys and values."""
+        return self.read()[2]
+
+    def drop(self, keep: torch.Tensor) -> None:
+        """Evict the tokens that are False in ``keep`` [N, S]; only if the segments ``supports_static_drop``."""
+        raise NotImplementedError
+
+    def compact(self) -> torch.Tensor:
+        """Compact every segment in place; returns the previous slots [N, S], see :meth:`.base.LayerStorage.drop`."""
+        raise NotImplementedError
 
     def flush(self) -> None:
         """See :meth:`.base.LayerStorage.flush`."""

@@ -166,7 +166,8 @@ def check_values(values: Mapping[str, Any], key: str, cls: type, ignored: Iterab
         else:
             _check_value(value, at, hint)
     for name, parameter in parameters.items():
-        is_needed = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        is_named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        is_needed = is_named and parameter.default is parameter.empty
         require(not is_needed or name in values, f"{prefix}{name}", "(nothing)", "must be given")
 
 

@@ -6,32 +6,12 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from ...conf.errors import InputError, one_of
+from ...conf.errors import InputError, one_of, require
 from .checks import renamed_key, unknown_key
 from .loader import compose, packaged_choices
-
-TEXT_KEYS = ("task.prompt",)
-"""Keys of texts with braces and commas, which Hydra's grammar would take for mappings and for choices of a sweep."""
-
-
-def quote_texts(arguments: Sequence[str]) -> list[str]:
-    r"""The arguments of a command with the values of :data:`TEXT_KEYS` in quotes, where they have none yet.
-
-    ``\n`` in such a value is a newline, which is hard to type in a shell.
-    """
-    out = []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key.lstrip("+") in TEXT_KEYS:
-            value = value.replace("\\n", "\n")
-            is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
-            argument = f"{key}={value if is_quoted else QuotedString(value, Quote.double).with_quotes()}"
-        out.append(argument)
-    return out
 
 
 def check_choices(overrides: Sequence[str]) -> None:
@@ -39,6 +19,7 @@ def check_choices(overrides: Sequence[str]) -> None:
     options = packaged_choices()
     for override in overrides:
         key, _, value = override.partition("=")
+        require(bool(key), key, value, "must be KEY=VALUE")
         is_optional = key == "experiment" and value == "null"
         names = options.get(key.partition("@")[0])  # group@place
         if names and not is_optional and re.fullmatch(r"|null|true|false|[-+\d.][\d.e]*|\{.*", value):

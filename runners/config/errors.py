@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from hydra.errors import (
     ConfigCompositionException,
@@ -19,6 +22,18 @@ from .choices import unknown_override
 from .loader import packaged_choices
 
 USER_ERRORS = (InputError, HydraException, OmegaConfBaseException)
+
+
+@contextmanager
+def value_errors_of_hydra() -> Iterator[None]:
+    """Turn a ValueError of Hydra, for arguments that do not go together, into a HydraException."""
+    try:
+        yield
+    except ValueError as error:
+        frames = list(traceback.walk_tb(error.__traceback__))
+        if not frames[-1][0].f_globals["__name__"].startswith("hydra."):
+            raise
+        raise HydraException(str(error)) from error
 
 
 def causes(error: BaseException) -> list[BaseException]:
@@ -56,6 +71,8 @@ def input_error_line(error: BaseException) -> str | None:
             if group == "task" and name in packaged_choices()["workload"]:
                 return str(InputError(group, name, f"is a workload now: use runner=efficiency workload={name}"))
             return str(InputError(group, name, one_of(name, link.options or [])))
+        if isinstance(link, MissingConfigException) and str(link).startswith("Primary config module"):
+            return "--config-path: must be left out; YAML files of yours are found with --config-dir=FOLDER"
         if isinstance(link, InterpolationResolutionError):
             return (
                 f"{link.full_key}: {_first_line(link).removeprefix('KeyError raised while resolving interpolation: ')}"
@@ -80,6 +97,8 @@ def _composition_error(error: ConfigCompositionException) -> str:
     unknown = unknown_override(sys.argv[1:])
     if unknown is not None:
         return unknown
+    if line.startswith("Could not override ") and len(lines := str(error).splitlines()) > 1:
+        return f"{line.removesuffix('.')}; {lines[1].strip()[0].lower()}{lines[1].strip()[1:]}"
     if line.startswith("Error merging override ") and error.__cause__ is not None:
         reason = _first_line(error.__cause__).replace("Cannot merge DictConfig with ListConfig", "must be a list")
         return f"{line.removeprefix('Error merging override ')}: {reason}"

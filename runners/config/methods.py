@@ -49,9 +49,10 @@ def paired_methods(entry: str | Mapping[str, Any], budgets: Sequence[float] | No
             the options of :func:`configured_method`.
         budgets: ``runner.budgets``, for a method that has a budget and whose entry names none.
     """
+    own: list[float] | None = None
     try:
         if isinstance(entry, str):
-            config, own = _named(entry), None
+            config = _named(entry)
             has_budget = any(setting.startswith("budget=") for setting in entry.split())
         else:
             config, own = _mapped(entry)

@@ -1,7 +1,7 @@
 """Decode steps captured once as a CUDA graph and replayed.
 
 On CUDA a decode step of a model is hundreds of small kernels. Launching them one by one from Python takes longer than
-running them, which hides the gain of a method. If all shapes of a step are static (``KVCache.supports_static``), it is
+running them, which hides the gain of a method. If all shapes of a step are static (``KVCache.static_problem``), it is
 captured after the prefill, and every token is a replay over buffers of fixed size. Periodic work
 (``KVCache.between_steps``) follows the replay.
 """
@@ -57,11 +57,13 @@ class CapturedStep(DecodeStep):
         return self._logits
 
 
-def can_capture(model: PreTrainedModel, cache: KVCache) -> bool:
-    """Whether a decode step can be captured: on one CUDA device, with static shapes and no host synchronization."""
-    # RoPE that depends on the length compares it with a limit on the host, at every step.
-    is_static = cache.supports_static and not has_dynamic_rope(model)
-    return model.device.type == "cuda" and not is_spread(model) and is_static
+def capture_problem(model: PreTrainedModel, cache: KVCache) -> str | None:
+    """Why a decode step on CUDA cannot be captured; None: it has static shapes and does not wait for the device."""
+    if is_spread(model):
+        return "the model is spread over several devices"
+    if has_dynamic_rope(model):
+        return "the model's RoPE depends on the length, which the host compares with a limit at every step"
+    return cache.static_problem
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...methods.cache.cache import KVCache
-from .captured import CapturedStep, can_capture
+from .captured import CapturedStep, capture_problem
 from .compiled import MAX_ROWS, CompiledDecoder, CompiledStep, can_compile
 from .eager import EagerStep, RecomputeStep, forward_without_cache
 from .fused_decode import FusedStep, supports_fused_decode
@@ -43,7 +43,10 @@ def decode_step(
     if compiled is not None and rows <= MAX_ROWS and can_compile(model) and not cache.recomputes:
         return CompiledStep(compiled, cache, rows)
     step = uncaptured_step(model, cache)
-    return CapturedStep(step, token, steps) if capture and can_capture(model, cache) else step
+    if not capture or model.device.type != "cuda":
+        return step
+    step.capture_problem = capture_problem(model, cache)
+    return CapturedStep(step, token, steps) if step.capture_problem is None else step
 
 
 def uncaptured_step(model: PreTrainedModel, cache: KVCache) -> DecodeStep:

@@ -18,12 +18,20 @@ class DecodeStep(ABC):
     Attributes:
         mode: ``eager`` (transformers' forward), ``fused``, ``compiled`` or ``cuda graph``.
         cache: The cache, after its prompt has been compressed.
+        capture_problem: Why a step on CUDA is not captured; None: it is, or it was not tried.
     """
 
     mode: ClassVar[str]
+    capture_problem: str | None = None
 
     def __init__(self, cache: KVCache):
         self.cache = cache
+
+    @property
+    def recorded_mode(self) -> str:
+        """Mode for records, with the reason if a step could not be captured; a fused step is eager without wrappers."""
+        mode = EAGER if self.mode == FUSED else self.mode
+        return mode if self.capture_problem is None else f"{mode}: {self.capture_problem}"
 
     @torch.inference_mode()
     def __call__(self, token: torch.Tensor) -> torch.Tensor:

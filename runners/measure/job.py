@@ -142,7 +142,7 @@ class LoadedJob:
             after_preparation: Called when the decode steps can start, after one has been compiled or captured.
 
         Returns:
-            Mode of the decode steps; see :class:`..engine.step.DecodeStep`.
+            Mode of the decode steps, as records name it; see :class:`..engine.step.DecodeStep`.
         """
         steps = batch.steps - 1
         cache.reserve(steps)
@@ -154,7 +154,7 @@ class LoadedJob:
             token = step(token).argmax(-1)
             after_token()
         step.finish()
-        return step.mode
+        return step.recorded_mode
 
 
 def load(job: Job) -> LoadedJob:

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...methods.cache.method import Method
-from ..engine.step import EAGER, FUSED
+from ..engine.step import EAGER
 from .bandwidth import copy_bandwidth
 from .clock import Stopwatch
 from .job import Batch, Job, LoadedJob, load
@@ -25,7 +25,7 @@ class Timed:
     Attributes:
         ttft: From handing over the prompts to the first token of every row.
         steps: Time of each decode step, in order.
-        mode: Mode of the decode steps; see :class:`..engine.step.DecodeStep`.
+        mode: Mode of the decode steps, as records name it; see :class:`..engine.step.DecodeStep`.
         preparation: Time to compile or capture a step before the first one; a server does this once when it starts,
             so it is in no other number.
     """
@@ -64,7 +64,7 @@ def time_pass(job: Job) -> dict[str, Any]:
             [{"ttft_s": t.ttft, "decode_s": t.decoding, "recording_s": t.preparation} for t in timed]
             for timed in repetitions
         ],
-        "decode": " and ".join(sorted({recorded_mode(t.mode) for timed in repetitions for t in timed})),
+        "decode": " and ".join(sorted({t.mode for timed in repetitions for t in timed})),
         "workload": _shape_of(work),
         "bytes_read_per_step": bytes_read_per_step(work, loaded.model, job.method),
         "bandwidth": {
@@ -85,11 +85,6 @@ def time_batch(loaded: LoadedJob, batch: Batch) -> Timed:
     mode = loaded.answer(cache, batch, watch.mark, watch.mark)
     ttft, preparation, *steps = watch.seconds()
     return Timed(ttft, steps, mode, preparation)
-
-
-def recorded_mode(mode: str) -> str:
-    """Mode of the decode steps as records name it: a fused step is an eager one without wrappers."""
-    return EAGER if mode == FUSED else mode
 
 
 def metrics(work: Sequence[Batch], repetitions: Sequence[Sequence[Timed]]) -> dict[str, dict[str, Any]]:

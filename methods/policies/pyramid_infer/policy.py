@@ -43,6 +43,9 @@ from .lengths import PyramidLengths
 from .records import AttentionRows, WindowSums
 from .state import PyramidState, SharedState
 
+CHANGING_RECORD = "policy.trigger=published keeps a record of attention whose two sizes change from step to step"
+"""Why steps with ``trigger=published`` have no fixed shapes."""
+
 
 @dataclass(frozen=True)
 class PyramidInfer(PyramidLengths):
@@ -59,7 +62,7 @@ class PyramidInfer(PyramidLengths):
             narrows_prompt=True,
             ranks_tokens=True,
             spans_layers=True,
-            static_steps=self.trigger != "published",
+            static_problem=CHANGING_RECORD if self.trigger == "published" else None,
             max_step_tokens=None if self.trigger == "never" else 1,
         )
 

@@ -76,7 +76,8 @@ class WindowSums:
         # Index of this query among those that score the column's window; negative if the window was not yet complete.
         index = self.pending[:, None] - 1 - window - column // window * window  # [B, W]
         counts = index >= 0 if real is None else (index >= 0) & real[:, None]  # [B, W]
-        slot = (storage.end - self.pending[:, None] + column).clamp(max=weights.shape[3] - 1)  # [B, W]
+        first = (storage.end - self.pending[:, None])[:, :1]  # [B, 1], slot of the first pending token
+        slot = (first + column).clamp(max=weights.shape[3] - 1)  # [B, W]
         paid = weights.gather(3, slot[:, None, None].expand(*weights.shape[:3], -1)).mean(dim=(1, 2))  # [B, W]
         paid = paid.masked_fill(~counts, 0.0)
         self.plain += paid
@@ -94,7 +95,8 @@ class WindowSums:
             slope = (rule.distance_weight - 1) / torch.tensor(span, device=rows.device)[:, None]
             score = self.plain[rows, :window] + slope * self.by_index[rows, :window]  # [R, window]
             keep = slots_in_use(storage, 1)[:, :1].clone()  # [B, 1, S]
-            slot = storage.end - self.pending[rows, None] + torch.arange(window, device=rows.device)  # [R, window]
+            first = (storage.end - self.pending[:, None])[rows, :1]  # [R, 1]
+            slot = first + torch.arange(window, device=rows.device)  # [R, window]
             keep[rows, 0] = keep[rows, 0].scatter(1, slot, keep_mask(score, keep_count))
             storage.drop(keep, compact_now=True)
         for sums in (self.plain, self.by_index):

@@ -68,8 +68,8 @@ class PairLayer(LayerStorage):
         return *self.pair.read(self.layer), self.pair.visible(self.layer)
 
     @property
-    def supports_static(self) -> bool:
-        return True
+    def static_problem(self) -> str | None:
+        return None
 
     def make_static(self, steps: int, mask_heads: int = 1) -> None:
         rows = len(self.pair.example()[0])

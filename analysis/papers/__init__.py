@@ -1,0 +1,1 @@
+"""Published numbers of each paper beside ours: see :mod:`.cli` for the command."""

@@ -1,0 +1,36 @@
+"""What a published number and ours say of each other: one of four verdicts, with two sides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+REPRODUCED = "reproduced"
+NOT_REPRODUCED = "not reproduced"
+NOT_COMPARABLE = "not comparable"
+NOT_RUN = "not run"
+VERDICTS = (REPRODUCED, NOT_REPRODUCED, NOT_COMPARABLE, NOT_RUN)
+
+LOW, HIGH = 0.9, 1.1
+"""Ours divided by the published number, where ours counts as the same."""
+
+
+def verdict(
+    published: float, ours: float | None, low: float | None, high: float | None, differs: Sequence[str]
+) -> tuple[str, str]:
+    """The verdict, and a remark where the number lies above: then something else was measured, or better.
+
+    Args:
+        published: the paper's number.
+        ours: ours, or None where there is no run.
+        low, high: 95 % interval of ours, where it has one.
+        differs: what differs between the two beside chance; anything makes them not comparable.
+    """
+    if ours is None:
+        return NOT_RUN, ""
+    if differs:
+        return NOT_COMPARABLE, ""
+    inside = low is not None and high is not None and low <= published <= high
+    near = published != 0 and LOW <= ours / published <= HIGH
+    if inside or near:
+        return REPRODUCED, ""
+    return NOT_REPRODUCED, "above: look again" if ours > published else "below"

@@ -1,0 +1,1 @@
+"""One self-contained HTML page of finished runs: see :mod:`.cli` for the command."""

@@ -1,0 +1,120 @@
+"""``kvbench run --help``: every option with its type, its bounds and its default, in a second and without torch."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from importlib.resources import files
+from typing import Any
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from local_model import kvbench
+
+from kvbench.conf.errors import as_typed
+from kvbench.conf.options import field_types, fits, in_words
+from kvbench.runners.config.checks import target_class
+from kvbench.runners.config.declared import allowed_values
+from kvbench.runners.config.help import help_text
+from kvbench.runners.config.loader import compose, groups, packaged_choices, plain_data
+
+NO_TORCH = """
+import sys
+sys.modules["torch"] = sys.modules["transformers"] = None
+from kvbench.runners.cli import main
+main(sys.argv[1:])
+"""
+
+
+def parts(values: dict[str, Any], key: str) -> Iterator[tuple[type, str, dict[str, Any]]]:
+    """(class, key, unresolved values) of a part of a configuration and of the parts in it."""
+    yield target_class(values["_target_"], key), key, values
+    for name, value in values.items():
+        if isinstance(value, dict) and "_target_" in value:
+            yield from parts(value, f"{key}.{name}")
+
+
+def raw(config: Any) -> Any:
+    return {str(k): raw(config._get_node(k)) for k in config} if hasattr(config, "keys") else config._value()
+
+
+@pytest.mark.parametrize("name", packaged_choices()["method"])
+def test_help_of_a_method_names_every_option_with_its_values_and_its_default(name):
+    GlobalHydra.instance().clear()
+    lines = {line.split()[0]: line for line in help_text([f"method={name}"]).splitlines() if line.startswith("  ")}
+    for cls, key, values in parts(raw(compose([f"method={name}"]).method), "method"):
+        types = field_types(cls) if is_dataclass(cls) else {}
+        types = types | {"prefill_only": bool}  # PyramidInfer's is an argument and no field
+        for option, value in values.items():
+            if option not in ("_target_", "name") and not isinstance(value, dict):
+                assert f"[{as_typed(value)}, {in_words(types[option])}] " in lines[f"{key}.{option}"]
+
+
+def test_options_are_read_from_the_source_as_from_the_classes():
+    """But for choices that a module computes: their comments name them."""
+    checked, unread = 0, set()
+    for group, paths in groups(files("kvbench.conf")):
+        for path in paths if not group.startswith("hydra") and group != "experiment" else []:
+            config = plain_data(compose([f"{group}={path.name.removesuffix('.yaml')}"]))
+            for key in group.split("/"):
+                config = config[key]
+            for cls, _, values in parts(config, group):
+                found, types = allowed_values(values["_target_"]), field_types(cls) if is_dataclass(cls) else {}
+                for option in values.keys() & types.keys():
+                    if not fits(object(), types[option]):
+                        checked += 1
+                        if option in found:
+                            assert found[option] == in_words(types[option]), (cls, option)
+                        else:
+                            unread.add((cls.__name__, option))
+    assert checked > 200
+    assert unread <= {("LongBench", "datasets"), ("RandomModel", "shape")}
+
+
+def test_help_of_choices_is_about_them():
+    text = help_text(["method=h2o,tova", "task=needle", "-m", "method/scorer=key_diff", "seed=3"])
+    assert "method.recent  [0.5, a whole number of tokens >= 0, or a share" in text
+    assert "task.depths" in text and "(method/scorer/key_diff.yaml)" not in text  # it has no keys
+    assert "runner.budgets" not in text and "logger=" not in text
+    assert "method.policy.mode" not in help_text() and "logger=" in help_text()
+
+
+def test_help_of_a_wrong_choice_says_so():
+    done = kvbench("run", "method=snapvk", "--help")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: method=snapvk: must be one of") and "did you mean snapkv" in done.stderr
+
+
+@pytest.mark.parametrize("form", ["--config-dir={}", "--config-dir {}"])
+def test_help_of_a_choice_of_ones_own(form, tmp_path):
+    (tmp_path / "method").mkdir()
+    (tmp_path / "own.py").write_text(
+        "from dataclasses import dataclass\nimport torch\nfrom kvbench.conf.options import PositiveInt\n"
+        "@dataclass\nclass Own:\n    width: PositiveInt = 3\n    part: torch.Tensor = None\n"
+    )
+    (tmp_path / "method" / "mine.yaml").write_text(
+        "# Mine\n_target_: own.Own\nwidth: 3 # of it\npart: null # unknown\n"
+    )
+    sys.path.insert(0, str(tmp_path))
+    try:
+        text = help_text(["method=mine", *form.format(tmp_path).split()])
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert "method.width  [3, a whole number >= 1] of it" in text
+    assert "method.part   [null] unknown" in text
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["method=chunkkv", "task=ruler", "--help"]])
+def test_help_takes_a_second_and_no_torch(arguments):
+    """CPU seconds of the fastest of three processes, so that a busy machine does not count."""
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-c", NO_TORCH, *arguments], capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0 and "a whole number >= 1" in done.stdout, done.stderr
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 2  # 0.6 on an idle machine; importing torch and transformers alone takes more than 2
