@@ -119,6 +119,7 @@ RECORD_FIELDS = {
     "metrics.step_ms": "percentiles of single decode steps",
     "repetitions": "times of every repetition",
     "decode": "how the steps ran: eager, compiled, cuda graph; on CUDA `eager: ` and why a step cannot be captured",
+    "attention": "what computed their attention: triton, or pytorch with the reason if no kernel supports a CUDA call",
     "workload": "the requests",
     "workload.batches": "shapes of the batches",
     "workload.prompt_tokens": "of all requests",
