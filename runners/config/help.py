@@ -90,7 +90,7 @@ def _catalogue() -> list[str]:
 
 def _own_folder(arguments: Sequence[str]) -> Path | None:
     """Return the folder of ``--config-dir``."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in itertools.pairwise([*arguments, ""]):
         name, eq, value = argument.partition("=")
         if name == FOLDER:
             return Path(value if eq else following).absolute()
