@@ -75,7 +75,7 @@ RECORD_FIELDS = {
     "average.high": "upper end of the 95 % interval",
     "average.n": "number of examples",
     "averages": "further averages that the task defines",
-    "interval": "how the interval of `average` was made; older records have none: [statistics](../explanation/statistics.md)",
+    "interval": "how the interval of `average` was made: [statistics](../explanation/statistics.md)",
     "interval.method": "its construction; each estimate names its own",
     "interval.level": "share of intervals that hold the mean",
     "interval.resamples": "null: nothing is resampled",
