@@ -11,35 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..heat_maps import is_needle
+from ..figures.registry import looks_of
 from ..load import Run, average, comparable, fewer_is_better, flat, setting
-from ..plots import look
 from ..summaries import against_full, score_bounds
 from ..tables.groups import differences_of
 from .examples import Examples, needle_map, number
 
 TIMES = ("ttft_ms", "tpot_ms", "prefill_tokens_per_s", "decode_tokens_per_s", "output_tokens_per_s")
-SYMBOLS = {
-    "o": "circle",
-    "s": "square",
-    "^": "triangle-up",
-    "v": "triangle-down",
-    "D": "diamond",
-    "P": "cross",
-    "*": "star",
-    "X": "x",
-    "<": "triangle-left",
-    ">": "triangle-right",
-    "h": "hexagon",
-    "p": "pentagon",
-    "d": "diamond-tall",
-    "8": "octagon",
-    "H": "hexagon2",
-}
-"""Plotly's names of matplotlib's markers."""
-
-VARIANTS = (("", "solid"), ("-open", "dash"), ("-dot", "dot"), ("-open-dot", "dashdot"))
-"""Filling of the mark and line of the settings of one method."""
 
 
 @dataclass
@@ -90,7 +68,7 @@ def report_data(
                 rows = run.samples()
                 examples.add(entry["id"], rows, percent=not fewer_is_better(run.record))
                 entry["examples"] = len(rows)
-                if is_needle(run):
+                if _is_needle(run):
                     entry["map"] = needle_map(rows, described)
             entries.append(entry)
         if examples.runs:
@@ -131,17 +109,12 @@ def spread(found: Any) -> list[float | int | None] | None:
 
 
 def _looks(runs: Iterable[Run]) -> dict[str, dict[str, str]]:
-    """Colour, mark and line of each curve; the settings of one method share its colour."""
-    curves: dict[str, list[str]] = {}
-    for method, curve in dict.fromkeys((run.record["method"], run.curve) for run in runs):
-        curves.setdefault(method, []).append(curve)
-    made = {}
-    for method, names in sorted(curves.items()):
-        one = look(method)
-        for number_of, curve in enumerate(sorted(names)):
-            fill, dash = VARIANTS[number_of % len(VARIANTS)]
-            made[curve] = {"color": one.color, "symbol": SYMBOLS.get(one.marker, "circle") + fill, "dash": dash}
-    return made
+    """Colour, mark and line of each curve, in Plotly's words."""
+    looks = looks_of((run.record["method"], run.curve) for run in runs)
+    return {
+        curve: {"color": look.color, "symbol": look.plotly_symbol, "dash": look.plotly_dash}
+        for curve, look in looks.items()
+    }
 
 
 class _Numbered:
@@ -174,7 +147,7 @@ def _group(group: Sequence[Run]) -> dict[str, Any]:
         "sets": list(sets),
         "identity": flat({k: v for k, v in first["identity"].items() if k not in ("method", "kind")}),
     }
-    if is_needle(group[0]):
+    if _is_needle(group[0]):
         described |= {"lengths": [], "depths": []}
     return described
 
@@ -250,6 +223,10 @@ def _train(record: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any
         "training": {key: number(at(record, f"training.{key}")) for key in ("lr", "tokens", "parameters", "seconds")},
         "validation": {key: number(at(record, f"validation.{key}")) for key in ("loss", "perplexity", "accuracy")},
     }
+
+
+def _is_needle(run: Run) -> bool:
+    return bool(run.record["identity"]["task"].get("class") == "Needle")
 
 
 def _device(record: Mapping[str, Any]) -> str:
