@@ -26,7 +26,7 @@ import yaml
 import kvbench
 from kvbench.analysis.schema import FIELDS, RECORD, RESULTS, SAMPLES, SCHEMA
 from kvbench.runners.command import COMMANDS
-from kvbench.runners.config.help import documented_keys
+from kvbench.runners.config.help import documented_keys, value_and_allowed
 from kvbench.runners.config.loader import groups
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,7 +118,8 @@ RECORD_FIELDS = {
     "metrics.total_tokens_per_s": "prompt and output tokens / latency",
     "metrics.step_ms": "percentiles of single decode steps",
     "repetitions": "times of every repetition",
-    "decode": "how the steps ran: eager, compiled, cuda graph",
+    "decode": "how the steps ran: eager, compiled, cuda graph; on CUDA `eager: ` and why a step cannot be captured",
+    "attention": "what computed their attention: triton, or pytorch with the reason if no kernel supports a CUDA call",
     "workload": "the requests",
     "workload.batches": "shapes of the batches",
     "workload.prompt_tokens": "of all requests",
@@ -204,7 +205,8 @@ def config_page() -> str:
     root = files("kvbench.conf")
     parts = [
         f"# Configuration\n\n{WRITTEN}\n\nA command is `kvbench run GROUP=CHOICE ... KEY=VALUE ...`; `python run.py` "
-        "takes the same. `kvbench run ... --cfg job` prints the configuration of a command without running it.",
+        "takes the same. `kvbench run GROUP=CHOICE --help` prints the keys of a choice as below, and "
+        "`kvbench run ... --cfg job` the configuration of a command without running it.",
         "## Top level\n\n" + _key_table(root.joinpath("config.yaml").read_text(encoding="utf-8"), ""),
     ]
     for group, options in sorted(groups(root), key=lambda item: item[0].startswith("hydra/")):
@@ -219,13 +221,12 @@ def config_page() -> str:
 
 
 def _key_table(text: str, prefix: str) -> str:
-    rows = []
-    for key, comment in documented_keys(text, prefix):
-        if key.endswith("._target_"):
-            continue
-        value, _, meaning = comment[1:].partition("] ")
-        rows.append([f"`{key}`", f"`{value}`" if value else "", meaning])
-    return table(("key", "default", "meaning"), rows) if rows else ""
+    rows, plain = [], yaml.safe_load(text)
+    for key, value, meaning in documented_keys(text, ""):
+        if not key.endswith("_target_"):
+            _, allowed = value_and_allowed(plain, key)
+            rows.append([f"`{prefix}{key}`", f"`{value}`" if value else "", allowed, meaning])
+    return table(("key", "default", "allowed", "meaning"), rows) if rows else ""
 
 
 def methods_page() -> str:
