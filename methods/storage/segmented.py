@@ -152,6 +152,7 @@ class SegmentedLayer(LayerStorage):
 
     @property
     def supports_static_drop(self) -> bool:  # type: ignore[override]
+        """Whether tokens can leave between static steps: whether those of every group of heads can."""
         return all(segments.supports_static_drop for _, segments in self._groups)
 
     def make_static_within(
