@@ -23,6 +23,7 @@ from .output import FORMATS, plan, update_manifest, write_all
 from .spec import Context, FigureSpec, Options, context_of
 from .style import WIDTH_INCHES, Style
 
+OPTIONAL = [kind for kind in KINDS if kind not in MAIN_KINDS]
 EPILOG = "figures:\n" + "\n".join(
     f"{'  ' if kind in MAIN_KINDS else '* '}{kind:<10} {meaning}" for kind, meaning in KINDS.items()
 )
@@ -44,7 +45,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("results", type=Path, help="a results folder, or any folder below it")
     add("-o", "--output", type=Path, default=Path("figures"), help="folder for the files (./figures)")
-    add("--figure", metavar="KIND,...", default="", help="kinds of figures, listed below, or all (those without *)")
+    add(
+        "--figure",
+        metavar="KIND,...",
+        default="",
+        help=f"kinds of figures: {', '.join(KINDS)}; or all (all but {', '.join(OPTIONAL)})",
+    )
     add_selection(parser)
     add(
         "--x",

@@ -162,7 +162,7 @@ def log_axis(ax: Axes, which: str, style: Style, inches: float) -> None:
     """Make an axis logarithmic, with as many powers of two as there is room for; its limits must be set."""
     axis = ax.xaxis if which == "x" else ax.yaxis
     getattr(ax, f"set_{which}scale")("log", base=2)
-    room = 4.0 if which == "x" else 2.0
+    room = 2.8 if which == "x" else 2.0
     ticks = max(2, int(inches / (room * style.em)))
     low, high = axis.get_view_interval()
     few = high / low < NARROW_RANGE  # powers of two are too far apart

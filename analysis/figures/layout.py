@@ -234,7 +234,7 @@ class Sheet:
                 )
             )
             if number in self._legend:
-                cell_left = x0[c] - left[c]
+                cell_left = min(x0[c] - left[c], width - edge - self._extent(self._legend[number])[0])
                 self._move(self._legend[number], cell_left, below[row] + 0.4 * em, height)
         if None in self._legend:
             self._move(

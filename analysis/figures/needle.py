@@ -185,7 +185,7 @@ def _draw_mosaic(sheet: Sheet, rows: Sequence[Sequence[Cell]], names: Sequence[s
     height = min(depths * CELL_EMS * em, max(room, 2.5 * em))
     labels = [wrapped(name, height + 2.0 * em, style.text_pt) for name in names]
     name_width = 1.3 * em * max(label.count("\n") + 1 for label in labels) if any(labels) else 1.6 * em
-    total = sum(heads) + len(rows) * (height + 0.8 * em) + 2.8 * em
+    total = sum(heads) + len(rows) * (height + 0.8 * em) + 2.2 * em
     (ax,) = sheet.grid(1, 1, total)
     ax.set_axis_off()
     right, left = style.inches - 2 * EDGE_EMS * em, 0.4 * em + name_width + 3.6 * em

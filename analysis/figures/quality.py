@@ -42,7 +42,7 @@ def pareto(group: Sequence[Run], context: Context) -> Iterator[FigureSpec]:
         *settings_of(group),
         _what_bars_are(y),
         "Grey: the Pareto front; a point with a grey disc cannot be told from it (its interval reaches the line).",
-        "Points of methods with the same memory stand side by side.",
+        "Memory is that of one sequence; points of methods with the same memory stand side by side.",
         *_left_out(left_out),
     ]
     yield _spec(
@@ -154,7 +154,8 @@ def _scores(group: Sequence[Run], context: Context) -> tuple[str, list[Point | N
 def _memory(group: Sequence[Run], context: Context) -> tuple[str, list[float | None], list[tuple[str, str]]]:
     """Return the label of the x axis, a place on it for each run, and what has none."""
     has_mean = all(run.record["bytes"].get("kv_bytes_mean") is not None for run in group)
-    key, when = ("kv_bytes_mean", "mean over the run") if has_mean else ("kv_bytes_stored", "after the prompt")
+    key = "kv_bytes_mean" if has_mean else "kv_bytes_stored"
+    what = "mean KV cache over the run" if has_mean else "KV cache after the prompt"
     held = [run.record["bytes"][key] for run in group]
     full = next((size for run, size in zip(group, held, strict=True) if run.is_full_cache), None)
     if context.options.x == "budget":
@@ -170,11 +171,11 @@ def _memory(group: Sequence[Run], context: Context) -> tuple[str, list[float | N
             for ratio, size in zip(ratios, held, strict=True)
         ]
         reason = "holds no cache, which has no place on a logarithmic axis"
-        label = f"KV cache, % of the full one ({when})"
+        label = f"{what}, % of the full one"
     else:
         xs = [size / MIB or None for size in held]
         reason = "holds no cache, which has no place on a logarithmic axis"
-        label = f"KV cache, MiB per sequence ({when})"
+        label = f"{what}, MiB"
     dropped = [(f"{run.label} ({_result(run)})", reason) for run, x in zip(group, xs, strict=True) if x is None]
     return label, xs, dropped
 
