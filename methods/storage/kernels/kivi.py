@@ -73,9 +73,10 @@ def key_products(q, codes, scales, zeros, start, code_b, code_d, D: tl.constexpr
     WORDS: tl.constexpr = TOKENS * BITS // 32
     d, w, j = tl.arange(0, WIDE), tl.arange(0, WORDS), tl.arange(0, GROUPS)
     b, first = start // BLOCK, start % BLOCK
-    place = codes + b * code_b + d[:, None] * code_d + (first // (32 // BITS) + w)[None]
+    word, group = tl.multiple_of(first // (32 // BITS), WORDS), tl.multiple_of(first // GROUP, GROUPS)
+    place = codes + b * code_b + d[:, None] * code_d + (word + w)[None]
     words = tl.load(place, mask=d[:, None] < D, other=0)  # [WIDE, WORDS]
-    place = (b * D + d[None]) * (BLOCK // GROUP) + (first // GROUP + j)[:, None]
+    place = (b * D + d[None]) * (BLOCK // GROUP) + (group + j)[:, None]
     scale = tl.load(scales + place, mask=d[None] < D, other=0.0).to(tl.float32)  # [GROUPS, WIDE]
     zero = tl.load(zeros + place, mask=d[None] < D, other=0.0).to(tl.float32)
     wide_q = q.to(tl.float32)[None]
