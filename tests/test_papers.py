@@ -117,8 +117,8 @@ def test_the_same_model_and_data_get_a_verdict(tmp_path):
     assert one.published == pytest.approx(41.45, abs=0.005) and one.published_difference == pytest.approx(
         -1.11, abs=0.01
     )
-    cell = found(folder, "snapkv", SNAPKV, "qasper")  # 29.51 in the paper
-    assert (cell.verdict, cell.remark) == ("not reproduced", "above: look again")
+    cell = found(folder, "snapkv", SNAPKV, "qasper")  # 29.51 in the paper, which the interval of five examples holds
+    assert (cell.verdict, cell.remark) == ("reproduced", "")
 
 
 @pytest.mark.parametrize(
