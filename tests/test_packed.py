@@ -1,16 +1,12 @@
 """Attention over packed numbers: against the expanded ones in float64, in PyTorch and by the Triton kernels.
 
-The kernels run on a CUDA device where there is one, and otherwise in Triton's interpreter; both in another process, for
-the interpreter is asked for by the environment. Triton 3.6's cannot run them with NumPy 2.5 or later.
+The kernels run on a CUDA device where there is one, and otherwise in Triton's interpreter (see conftest.py). Triton
+3.6's cannot run them with NumPy 2.5 or later.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 
 import pytest
@@ -25,7 +21,6 @@ from kvbench.methods.storage.minicache_kivi import QuantizedDirections
 from kvbench.methods.storage.packed import (
     Quantized,
     dequantize_into,
-    has_kernels,
     quantize,
     query_times_keys,
     weights_times_values,
@@ -71,100 +66,44 @@ def test_packed_products_match_dequantized_products(case, bits, piece, monkeypat
     )
 
 
-ONE_TOKEN = """
-import json, torch
-from kvbench.methods.cache.products import cached_attention
-from kvbench.methods.cache.logits import LogitRule
-from kvbench.methods.storage import kernels
-
-device = "cuda" if torch.cuda.is_available() else "cpu"
-torch.manual_seed(0)
-worst = []
-for case in ((2, 2, 3, 64, 300, 250), (1, 4, 1, 96, 70, 70), (1, 1, 8, 32, 5000, 4097)):
-    batch, heads, groups, dim, capacity, used = case
-    for marked_heads in {1, heads}:
-        for dtype in (torch.float32, torch.float16):
-            keys, values = (torch.randn(batch, heads, capacity, dim).to(dtype) for _ in range(2))
-            there = torch.rand(batch, marked_heads, capacity) > 0.3
-            there[..., used:] = False
-            keys[:, :, used:] = float("nan")            # room that nothing was written to is not looked at
-            query = torch.randn(batch, heads * groups, 1, dim).to(dtype)
-            arguments = (x.to(device) for x in (query, keys, values, there, torch.tensor([used])))
-            found = kernels.attention_of_one_token(*arguments, 0.2).cpu()
-            part = (x[:, :, :used].double() for x in (keys, values))
-            expected = cached_attention(query.double(), *part, LogitRule(0.2), there[..., :used])
-            worst.append([str(dtype), float((found.double() - expected).abs().max())])
-print(json.dumps(worst))
-"""
-
-
-def test_one_token_s_attention_over_fixed_buffers():
-    """Against float64: rows and heads with holes, room at the end, many parts."""
-    pytest.importorskip("triton")
-    for dtype, error in run_kernels(ONE_TOKEN):
-        assert error < {"torch.float32": 1e-5, "torch.float16": 5e-3}[dtype]
-
-
-def run_kernels(script: str, *arguments: str) -> list:
-    """What ``script`` prints in a process of its own, as JSON."""
-    interpret = "0" if torch.cuda.is_available() else "1"
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        env={**os.environ, "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
-
-
-KERNELS = """
-import json, sys, torch
-from kvbench.methods.storage import kernels, packed
-
-device = "cuda" if torch.cuda.is_available() else "cpu"
-torch.manual_seed(0)
-worst = []
-for case in json.loads(sys.argv[1]):
-    segments, rows, dim, blocks, block, tokens, channels = case
-    for bits in (2, 4, 8):
-        for dtype in (torch.float32, torch.float16):
-            keys = packed.quantize(torch.randn(segments, blocks, dim, block), bits, tokens)
-            stored = packed.quantize(torch.randn(segments, 200, dim), bits, channels)
-            query = torch.randn(segments, rows, dim).to(dtype)
-            weights = torch.rand(segments, rows, 200).to(dtype)
-            for kernel, plain, left, right, tokens_read, tokens_held in (
-                (kernels.query_times_keys, packed.query_times_keys, query, keys, dim, blocks),
-                (kernels.weights_times_values, packed.weights_times_values, weights, stored, 150, 180),
-            ):
-                outs = []
-                for where, product in (("cpu", plain), (device, kernel)):
-                    # Views of buffers with room; cut on the device, for a copy of a view has no room.
-                    part = (t.to(where)[:, :tokens_held] for t in right.tensors())
-                    outs.append(product(left.to(where)[..., :tokens_read], packed.Quantized(*part), bits).cpu())
-                error = (outs[1] - outs[0]).abs().max() / outs[0].abs().max()
-                worst.append([str(dtype), float(error)])
-print(json.dumps(worst))
-"""
-
-
-def test_kernels_match_pytorch():
+@pytest.mark.parametrize(
+    ("bits", "dtype"), [(2, torch.float32), (4, torch.float32), (4, torch.float16), (8, torch.float32)]
+)
+@pytest.mark.parametrize("case", [(2, 3, 96, 1, 160, 32, 32), CASES[3]], ids=str)
+def test_kernels_match_pytorch(case, bits, dtype):
     """Half precision rounds the dequantized numbers, as with a dequantized cache."""
     pytest.importorskip("triton")
-    errors = run_kernels(KERNELS, json.dumps(CASES))
-    assert len(errors) == len(CASES) * 3 * 2 * 2
-    for dtype, error in errors:
-        assert error < {"torch.float32": 2e-5, "torch.float16": 2e-3}[dtype]
+    from kvbench.methods.storage.kernels import products
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    segments, rows, dim, blocks, block, tokens, channels = case
+    keys = quantize(numbers(segments, blocks, dim, block), bits, tokens)
+    stored = quantize(numbers(segments, 200, dim, seed=1), bits, channels)
+    query, weights = (
+        numbers(segments, rows, dim, seed=2).to(dtype),
+        numbers(segments, rows, 200, seed=3).abs().to(dtype),
+    )
+    for kernel, plain, left, right, tokens_held in (
+        (products.query_times_keys, query_times_keys, query, keys, blocks),
+        (products.weights_times_values, weights_times_values, weights[..., :150], stored, 180),
+    ):
+        outs = []
+        for where, product in (("cpu", plain), (device, kernel)):
+            # Views of buffers with room; cut on the device, for a copy of a view has no room.
+            part = (t.to(where)[:, :tokens_held] for t in right.tensors())
+            outs.append(product(left.to(where), Quantized(*part), bits).cpu())
+        error = (outs[1] - outs[0]).abs().max() / outs[0].abs().max()
+        assert error < {torch.float32: 2e-5, torch.float16: 2e-3}[dtype]
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not has_kernels(), reason="needs Triton")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("segments", [1, 8, 64])
 @pytest.mark.parametrize("bits", [2, 4])
 def test_the_kernels_on_the_device(bits, segments, dtype):
     """Against PyTorch on the CPU, which computes in float32; half precision rounds the expanded numbers."""
-    from kvbench.methods.storage import kernels
+    pytest.importorskip("triton")
+    from kvbench.methods.storage.kernels import products as kernels
 
     shapes = ((16, 128, 128), (2048, 128), (4, 128), (4, 2000))
     x = [numbers(segments, *shape, seed=i).to(dtype).cuda() for i, shape in enumerate(shapes)]

@@ -202,7 +202,7 @@ def test_p_values_are_adjusted_over_the_group_and_fewer_nats_win(tmp_path, unit,
     """Six of seven differences of one sign: p = 2 / 2^6; Holm doubles the smaller of two."""
 
     def rows(shift, sign=1):
-        return [sample("lcc", f"{i}", "x", (i + (shift if i else 0) * (sign if i % 2 else 1)) / 10) for i in range(7)]
+        return [sample("lcc", f"{i}", "x", (i + (shift if i else 0) * (sign if i % 2 else 1)) / 8) for i in range(7)]
 
     made_of = {("full", None): rows(0), ("snapkv", 64): rows(1), ("h2o", 64): rows(1, -1)}
     for (method, budget), of_method in made_of.items():

@@ -4,8 +4,8 @@
     kvbench plot results/reference --figure pareto,forest --style paper --width single
     kvbench plot results/reference --methods snapkv,h2o --tasks longbench-subset --budgets 256,512 --x share
 
-Runs stand in one figure only when nothing but the method differs. Titles and captions are in index.md and
-manifest.json beside the figures. A method looks the same in every figure.
+Runs stand in one figure only when nothing but the method differs; the full cache is in all of them, whatever is chosen.
+Titles and captions are in index.md and manifest.json beside the figures. A method looks the same in every figure.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ...conf.errors import InputError, one_of
 from ..load import Run, load
-from ..select import add_selection_flags, selected
+from ..selection import add_selection, select
 from .catalog import KINDS, MAIN_KINDS, builders
 from .output import FORMATS, plan, update_manifest, write_all
 from .spec import Context, FigureSpec, Options, context_of
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     add("results", type=Path, help="a results folder, or any folder below it")
     add("-o", "--output", type=Path, default=Path("figures"), help="folder for the files (./figures)")
     add("--figure", metavar="KIND,...", default="", help="kinds of figures, listed below, or all (those without *)")
-    add_selection_flags(parser)
+    add_selection(parser)
     add(
         "--x",
         choices=("bytes", "share", "budget"),
@@ -83,9 +83,9 @@ def _plot(args: argparse.Namespace) -> int:
     formats = _choices("--format", args.format, FORMATS, style.formats)
     runs, problems = load(args.results)
     context = context_of(runs, Options(args.x, args.y, bool(args.budgets)))
-    specs, failures = _specs(selected(runs, args), context, kinds)
-    flags = [f"{flag}={getattr(args, flag)}" for flag in ("methods", "tasks", "models", "budgets", "x", "y")]
-    source = " ".join([str(args.results), *(flag for flag in flags if flag[-1] != "=")])
+    specs, failures = _specs(_with_full_cache(runs, select(runs, args)), context, kinds)
+    named = {flag: getattr(args, flag) for flag in ("methods", "tasks", "models", "budgets", "x", "y")}
+    source = " ".join([str(args.results), *(f"{flag}={value}" for flag, value in named.items() if value)])
     jobs = plan(specs, args.output, source, style, formats)
     done = []
     for job, (status, failure) in zip(jobs, write_all(jobs, args.output, style), strict=True):
@@ -102,7 +102,13 @@ def _plot(args: argparse.Namespace) -> int:
         print(" ".join(line.split()), file=sys.stderr)
     if not specs and not failures:
         print(f"nothing to plot in {args.results}: a figure needs two comparable runs", file=sys.stderr)
-    return 1 if failures else 0
+    return 1 if failures or (problems and not runs) else 0
+
+
+def _with_full_cache(runs: Sequence[Run], chosen: Sequence[Run]) -> list[Run]:
+    """Return the chosen runs with the full cache of each group, which figures compare with."""
+    ids, groups = {id(run) for run in chosen}, {run.group_key for run in chosen}
+    return [run for run in runs if id(run) in ids or (run.is_full_cache and run.group_key in groups)]
 
 
 def _specs(runs: Sequence[Run], context: Context, kinds: Sequence[str]) -> tuple[list[FigureSpec], list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from statistics import fmean
+from typing import Any
 
 from ..load import Run
 from ..tables import at_best_rate
@@ -98,14 +99,11 @@ def trained(group: Sequence[Run], context: Context) -> Iterator[FigureSpec]:
     for runs in at_best_rate(group).values():
         found = [run.record["validation"]["perplexity"] for run in runs]
         record = runs[0].record
-        x = (
-            record["bytes"]["kv_bytes_per_token"]
-            + record["bytes"].get("kv_bytes_fixed", 0) / record["training"]["sequence"]
-        )
+        x = record["bytes"]["kv_bytes_per_token"] + record["bytes"]["kv_bytes_fixed"] / _sequence(record)
         paths = tuple(run.path for run in runs)
         points.append(Point(runs[0].curve, None, x, fmean(found), min(found), max(found), runs=paths))
     record = group[0].record
-    sequence = record["training"]["sequence"]
+    sequence = _sequence(record)
     caption = [
         *settings_of(group),
         f"{record['training']['tokens']:,} tokens of training; each architecture at its best learning rate, chosen "
@@ -117,6 +115,12 @@ def trained(group: Sequence[Run], context: Context) -> Iterator[FigureSpec]:
     title = f"Architectures trained alike: {subject(record)}"
     labels = tuple(context.looks[p.curve].name for p in points)
     yield FigureSpec("trained", (group,), title, tuple(caption), *axes, tuple(points), labels, draw)
+
+
+def _sequence(record: Mapping[str, Any]) -> int:
+    """Return the number of tokens of a training sequence."""
+    length: int = record["training"].get("sequence") or record["identity"]["train"].get("sequence") or 1
+    return length
 
 
 def _draw_trained(sheet: Sheet, points: Sequence[Point], looks: Mapping[str, Look], axes: tuple[str, str]) -> None:

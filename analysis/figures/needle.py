@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -55,17 +54,17 @@ class HeatMap:
 
 
 def heat_map(run: Run, look: Look) -> HeatMap:
-    """Return a run's map, from the rows of its samples.
+    """Return a run's map, from the scores of its examples.
 
     Raises:
-        OSError, ValueError, KeyError: The samples are missing or damaged.
+        ValueError: The samples are missing, damaged or not those of needles.
     """
+    if run.examples is None:
+        raise ValueError("its samples are missing or do not fit its record")
     cells: dict[tuple[float, int], list[float]] = {}
-    for row in run.samples():  # an example is named by its depth, its data set by its length
-        depth, length = float(row["id"].split("-")[1]), int(row["dataset"].rpartition("-")[2])
-        cells.setdefault((depth, length), []).append(100 * float(row["score"]))
-    if not cells:
-        raise ValueError("no rows")
+    for (dataset, name), score in zip(run.examples.keys, run.examples.scores, strict=True):
+        depth, length = name.split("-")[1:2], dataset.rpartition("-")[2]  # as the task names examples and data sets
+        cells.setdefault((float("".join(depth)), int(length)), []).append(score)
     depths, lengths = sorted({d for d, _ in cells}), sorted({n for _, n in cells})
     scores = [[fmean(cells[d, n]) if (d, n) in cells else math.nan for n in lengths] for d in depths]
     counts = [[len(cells.get((d, n), ())) for n in lengths] for d in depths]
@@ -80,8 +79,8 @@ def heatmaps(group: Sequence[Run], context: Context) -> Iterator[FigureSpec]:
     for run in group:
         try:
             maps.append(heat_map(run, context.looks[run.curve]))
-        except (OSError, ValueError, KeyError, IndexError, TypeError, json.JSONDecodeError) as error:
-            context.problems.append(f"no needle map of {run.label} ({run.path}): {type(error).__name__}: {error}")
+        except ValueError as error:
+            context.problems.append(f"no needle map of {run.label} ({run.path}): {error}")
     families = list(FAMILIES)
     maps.sort(key=lambda m: (families.index(m.look.family), m.look.name.lower(), m.budget or 0))
     budgets = sorted({m.budget for m in maps if isinstance(m.budget, int)})

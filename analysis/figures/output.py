@@ -120,7 +120,7 @@ def _write(job: Job, folder: Path, style: Style) -> str:
         with mpl.rc_context(style.rc()):
             for name in job.entry["files"]:
                 ending = name.rpartition(".")[2]
-                files[name] = _points_csv(job.spec) if ending == "csv" else _image(made, ending, job, style)
+                files[name] = points_csv(job.spec) if ending == "csv" else _image(made, ending, job, style)
         for name, content in files.items():
             (folder / name).write_bytes(content)
     except OSError as error:
@@ -143,7 +143,7 @@ def _image(figure: Figure, ending: str, job: Job, style: Style) -> bytes:
     return file.getvalue()
 
 
-def _points_csv(spec: FigureSpec) -> bytes:
+def points_csv(spec: FigureSpec) -> bytes:
     """Return the points, with the runs behind each."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")

@@ -107,9 +107,10 @@ def claims() -> list[Claim]:
 
 
 def has_settings(record: Mapping[str, Any], settings: str) -> bool:
-    """Whether a run's method has these ``part.key=value`` in its identity."""
-    have = {key: str(value) for key, value in flat(record["identity"]["method"]).items()}
-    return all(have.get(key) == value for key, _, value in (s.partition("=") for s in settings.split()))
+    """Whether a run's method has these ``part.key=value``, or ``key=value`` of any part, in its identity."""
+    have = {(f".{key}", str(value)) for key, value in flat(record["identity"]["method"]).items()}
+    wanted = [setting.partition("=") for setting in settings.split()]
+    return all(any(key.endswith(f".{name}") and own == value for key, own in have) for name, _, value in wanted)
 
 
 def number(record: Mapping[str, Any], path: str) -> float | None:

@@ -8,35 +8,36 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..cache.products import query_key_products
 from ..cache.prompt import Prompt
 from ..storage.base import LayerStorage
+from ..storage.step_attention import step_attention_with_weights
 from .eviction_state import EvictionState, slots_in_use
 from .policy import Step
 from .ranking import keep_mask, lowest_ranked_slot
 from .scorers.base import Scorer
 
 
-def attend_with_weights(storage: LayerStorage, step: Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def attend_with_weights(
+    storage: LayerStorage, step: Step, may_average: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Attend with one token per row, returning the attention weights.
 
+    Args:
+        storage: Storage of the layer.
+        step: The step.
+        may_average: See :func:`..storage.step_attention.step_attention_with_weights`.
+
     Returns:
-        (output [B, H_q, 1, D]; weights [B, H, g, S] float32; valid [B, 1 or H, S] bool, True where a slot holds a real
-        token, or None: everywhere).
+        (output [B, H_q, 1, D]; weights [B, H, g or 1, S] float32; valid [B, 1 or H, S] bool, True where a slot holds a
+        real token, or None: everywhere).
     """
     keys, values, valid = storage.read()  # [B, H, S, D]
-    batch, query_heads, _, dim = step.query.shape
-    grouped = step.query.reshape(batch, keys.shape[1], -1, dim)  # [B, H, g, D]
-    logits = step.rule.logits(query_key_products(grouped, keys))  # [B, H, g, S]
-    if valid is not None:
-        visible = valid
-        if step.valid is not None:
-            visible = valid.clone()
-            visible[..., -1] = True  # a pad attends to itself, because the softmax of a fully masked row is NaN
-        logits = logits.masked_fill(~visible[:, :, None], float("-inf"))
-    weights = step.rule.weights(logits, head_dims=2)
-    out = (weights.to(values.dtype) @ values).reshape(batch, query_heads, 1, -1)  # [B, H_q, 1, D]
-    return out, weights.float(), valid
+    visible = valid
+    if valid is not None and step.valid is not None:
+        visible = valid.clone()
+        visible[..., -1] = True  # a pad attends to itself, because the softmax of a fully masked row is NaN
+    out, weights = step_attention_with_weights(step.query, keys, values, step.rule, visible, may_average)
+    return out, weights, valid
 
 
 def step_weights(state: EvictionState, storage: LayerStorage) -> torch.Tensor:

@@ -110,7 +110,7 @@ class EvictionPolicy(PromptEviction):
         state.rule = step.rule
         if self.schedule.interval is None or not self.scorer.tracks_attention:
             return super().attend(state, storage, step)
-        out, weights, _ = attend_with_weights(storage, step)
+        out, weights, _ = attend_with_weights(storage, step, self.scorer.averages_query_heads)
         state.weights.append(weights)
         return out
 

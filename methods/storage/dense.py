@@ -13,7 +13,7 @@ from ..cache.kv_shape import KVShape
 from ..cache.logits import LogitRule
 from .base import LayerStorage, Storage, StorageCapabilities, slots_to_keep
 from .buffer import grown
-from .static import static_attention
+from .step_attention import step_attention
 
 COMPACTION_INTERVAL_STEPS = 64
 """Decode steps with evictions between two compactions; in between evicted tokens leave holes."""
@@ -158,11 +158,10 @@ class DenseLayer(LayerStorage):
         return [self._next, self._valid]
 
     def attend(self, query: torch.Tensor, rule: LogitRule, valid: torch.Tensor | None) -> torch.Tensor:
-        if self._next is None:
+        if query.shape[2] > 1:
             return super().attend(query, rule, valid)
         keys, values, stored = self.read()
-        assert stored is not None
-        return static_attention(query, keys, values, stored, self._next, rule)
+        return step_attention(query, keys, values, rule, stored, self._next)
 
     def shrink_to_fit(self) -> None:
         keys, values, valid = self.read()

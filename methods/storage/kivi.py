@@ -41,6 +41,7 @@ from .segmented import SegmentedLayer
 from .segments import Groups, Segments
 from .static import StaticSegments
 from .static_kivi import KiviHeads, StaticKivi
+from .step_attention import packed_problem, uses_kernel
 
 
 class KiviSegments(Segments):
@@ -110,6 +111,14 @@ class KiviSegments(Segments):
         if query.shape[2] > 1 or self._blocks is None or self._old is None:
             return super().attend(query, rule)
         assert self._keys is not None and self._values is not None
+        segments, widths = len(query), (query.shape[3], self._values.used.shape[2])
+        groups = self.residual, self.group, value_group_size(self.group, widths[1], self.bits)
+        if uses_kernel(query, 1, *widths, layout_problem=packed_problem(self.bits, *groups)):
+            from .kernels.kivi import PackedSegments, kivi_attention
+
+            tensors = self._blocks.used, self._old.used, self._keys.used, self._values.used
+            counts = self.length - self._keys.length, self._old.tokens, self.length
+            return kivi_attention(query, PackedSegments(*tensors, *counts, (segments, 1), self.bits), rule)
         q = query[:, :, 0]  # [N, g, D]
         old = query_times_keys(q, self._blocks.used, self.bits)  # [N, g, quantized keys]
         recent = query_key_products(q, self._keys.used)  # [N, g, recent keys]

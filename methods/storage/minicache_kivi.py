@@ -53,6 +53,7 @@ class QuantizedDirections(Directions):
     """
 
     takes_tokens_at = False
+    kernel_problem = "quantized shared directions"
 
     def __init__(self, x: torch.Tensor, bits: int, group: int, is_keys: bool, capacity: int = 0):
         self.bits, self.group, self.is_keys = bits, group, is_keys

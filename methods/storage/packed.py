@@ -1,7 +1,7 @@
 """Groupwise quantization to packed codes, and the two attention products over them.
 
 The attention of a decode step needs ``query x keys`` and ``weights x values``. Both are computed from the packed codes,
-one chunk at a time, so that the dequantized cache is never in memory: by a Triton kernel on CUDA (``kernels.py``), in
+one chunk at a time, so that the dequantized cache is never in memory: by a Triton kernel on CUDA (``kernels/``), in
 PyTorch on other devices.
 
 Legend: N segments (heads of all rows), G queries of a segment, D channels.
@@ -10,7 +10,6 @@ Legend: N segments (heads of all rows), G queries of a segment, D channels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import product
 
 import torch
@@ -18,6 +17,7 @@ import torch
 from ...conf.errors import InputError
 from ..cache.products import CHUNK_ELEMENTS
 from .buffer import Buffer
+from .step_attention import runs_kernels
 
 GROUP_CHUNK_ELEMENTS = 2 * CHUNK_ELEMENTS
 """Elements per chunk of a block's groups; larger, because splitting the rows of a block costs time."""
@@ -173,8 +173,8 @@ def query_times_keys(query: torch.Tensor, keys: Quantized, bits: int) -> torch.T
     Returns:
         [N, G, blocks * n], float32 or wider.
     """
-    if query.is_cuda and has_kernels():
-        from .kernels import query_times_keys as kernel
+    if query.is_cuda and runs_kernels(query.device):
+        from .kernels.products import query_times_keys as kernel
 
         return kernel(query, keys, bits)
     acc_dtype = torch.promote_types(query.dtype, torch.float32)
@@ -209,8 +209,8 @@ def weights_times_values(weights: torch.Tensor, values: Quantized, bits: int) ->
     Returns:
         [N, G, D], float32 or wider.
     """
-    if weights.is_cuda and has_kernels():
-        from .kernels import weights_times_values as kernel
+    if weights.is_cuda and runs_kernels(weights.device):
+        from .kernels.products import weights_times_values as kernel
 
         return kernel(weights, values, bits)
     acc_dtype = torch.promote_types(weights.dtype, torch.float32)
@@ -242,8 +242,3 @@ def _chunks(count: int, elements_each: int, max_elements: int) -> list[slice]:
     """Divide ``count`` items of ``elements_each`` elements into slices of at most ``max_elements``, or of one item."""
     step = max(1, max_elements // elements_each)
     return [slice(start, min(count, start + step)) for start in range(0, count, step)]
-
-
-def has_kernels() -> bool:
-    """Return whether Triton is installed, which CUDA builds of torch depend on."""
-    return find_spec("triton") is not None

@@ -17,11 +17,13 @@ import torch
 
 from ..cache.kv_shape import KVShape
 from ..cache.logits import LogitRule
+from ..cache.products import cached_attention
 from .base import Storage, StorageCapabilities
 from .buffer import Buffer
 from .segmented import SegmentedLayer
 from .segments import Groups, Segments, segment_lengths
-from .static import StaticSegments, static_attention
+from .static import StaticSegments
+from .step_attention import ragged_step_attention
 
 
 class StaticRagged(StaticSegments):
@@ -98,8 +100,12 @@ class StaticRagged(StaticSegments):
         return offsets.masked_fill(~is_kept, -1)
 
     def attend(self, query: torch.Tensor, rule: LogitRule) -> torch.Tensor:
+        places = self._starts, self.end, None if self._valid is None else self._valid.unflatten(0, self.shape)
+        out = ragged_step_attention(query, self._keys, self._values, *places, self.shape, self._width, rule)
+        if out is not None:
+            return out
         keys, values, valid = (x.unflatten(0, self.shape) for x in self.read())
-        return static_attention(query, keys, values, valid, self.end.amax().view(1), rule)
+        return cached_attention(query, keys, values, rule, valid)
 
     def static_state(self) -> list[torch.Tensor]:
         return [self.length] if self._valid is None else [self.length, self.end, self._valid]

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch
 
 from ..cache.logits import LogitRule
-from ..cache.products import cached_attention
-from .packed import has_kernels
 
 
 @dataclass
@@ -98,32 +96,3 @@ class StaticSegments(ABC):
     @abstractmethod
     def logical_bytes(self) -> int:
         """Bytes of the tokens without unused slots; syncs with the device."""
-
-
-def static_attention(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    valid: torch.Tensor,
-    end: torch.Tensor,
-    rule: LogitRule,
-) -> torch.Tensor:
-    """Attention of one token per row over buffers of fixed size.
-
-    Args:
-        query: [B, H_q, 1, D].
-        keys: [B, H, capacity, D], contiguous.
-        values: [B, H, capacity, D_v], contiguous.
-        valid: [B, 1 or H, capacity] bool, True where a slot holds a token.
-        end: [1] int64 on the device, one past the last slot that may hold a token.
-        rule: How logits are computed.
-
-    Returns:
-        [B, H_q, 1, D_v].
-    """
-    same_widths = keys.shape[3] == values.shape[3]
-    if not (rule.is_plain and same_widths and query.is_cuda and has_kernels()):
-        return cached_attention(query, keys, values, rule, valid)
-    from .kernels import attention_of_one_token
-
-    return attention_of_one_token(query, keys, values, valid, end, rule.scaling)

@@ -22,6 +22,7 @@ from ..cache.logits import LogitRule
 from ..cache.products import query_key_products
 from .packed import Quantized, dequantize_into, quantize, query_times_keys, value_group_size, weights_times_values
 from .static import ALL_ROWS, LengthGroup, StaticSegments
+from .step_attention import packed_problem, uses_kernel
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,14 @@ class StaticKivi(StaticSegments):
         self._packed[rows] = end
 
     def attend(self, query: torch.Tensor, rule: LogitRule) -> torch.Tensor:
+        widths = self._keys.shape[2], self._values.shape[2]
+        problem = packed_problem(self.bits, self.residual, self.group, self._channels)
+        if uses_kernel(query, self.shape[1], *widths, layout_problem=problem):
+            from .kernels.kivi import PackedSegments, kivi_attention
+
+            counts = self._packed, self._rounded, self.length
+            tensors = self._blocks, self._old, self._keys, self._values
+            return kivi_attention(query, PackedSegments(*tensors, *counts, self.shape, self.bits), rule)
         q = query.reshape(len(self.length), -1, query.shape[3])  # [N, g, D]
         slot = torch.arange(max(self._capacity, self.residual + 1), device=query.device)[None]
         capacity = self._capacity

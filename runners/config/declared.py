@@ -47,9 +47,11 @@ def _options_of(module: str, name: str) -> Mapping[str, Any]:
     """Return the annotations of a class's options by name, those of its bases first."""
     source = _Source.find(module)
     found = None if source is None else source.find_definition(name)
-    if found is None or not isinstance(found[1], ast.ClassDef):
+    if found is None:
         return {}
-    source, node = found[0], found[1]
+    source, node = found
+    if not isinstance(node, ast.ClassDef):
+        return {}
     hints: dict[str, Any] = {}
     for base in reversed(node.bases):
         if isinstance(base, ast.Name):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import hydra
 from omegaconf import OmegaConf
@@ -90,7 +90,7 @@ def _catalogue() -> list[str]:
 
 def _own_folder(arguments: Sequence[str]) -> Path | None:
     """Return the folder of ``--config-dir``."""
-    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+    for argument, following in itertools.pairwise([*arguments, ""]):
         name, eq, value = argument.partition("=")
         if name == FOLDER:
             return Path(value if eq else following).absolute()
@@ -124,7 +124,7 @@ def documented_choices(choices: Sequence[str], own_folder: Path | None = None) -
         package = group.partition("@")[2] or group.replace("/", ".")
         prefix = f"{package}." if package not in ("", "experiment") else ""
         for key, _, meaning in documented_keys(_text(name, roots), prefix):
-            value, allowed = value_and_allowed(cast(Mapping[str, Any], plain), key)
+            value, allowed = value_and_allowed(plain, key)
             rows.pop(key, None)
             rows[key] = (name, Key(key, as_typed(value), allowed, meaning))
     for name in names:

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...methods.cache.method import Method
+from ...methods.storage.step_attention import PYTORCH, forget_implementations, implementations_used
 from ..engine.step import EAGER
 from .bandwidth import copy_bandwidth
 from .clock import Stopwatch
@@ -28,12 +29,14 @@ class Timed:
         mode: Mode of the decode steps, as records name it; see :class:`..engine.step.DecodeStep`.
         preparation: Time to compile or capture a step before the first one; a server does this once when it starts,
             so it is in no other number.
+        attention: Implementations of the steps' attention; see :mod:`...methods.storage.step_attention`.
     """
 
     ttft: float
     steps: Sequence[float]
     mode: str = EAGER
     preparation: float = 0.0
+    attention: str = PYTORCH
 
     @property
     def decoding(self) -> float:
@@ -65,6 +68,7 @@ def time_pass(job: Job) -> dict[str, Any]:
             for timed in repetitions
         ],
         "decode": " and ".join(sorted({t.mode for timed in repetitions for t in timed})),
+        "attention": " and ".join(sorted({timed.attention for repetition in repetitions for timed in repetition})),
         "workload": _shape_of(work),
         "bytes_read_per_step": bytes_read_per_step(work, loaded.model, job.method),
         "bandwidth": {
@@ -81,10 +85,11 @@ def time_batch(loaded: LoadedJob, batch: Batch) -> Timed:
     gc.collect()  # free the previous batch's cache before the clock starts
     cache = loaded.new_cache()
     watch = Stopwatch(loaded.job.device)
+    forget_implementations()
     watch.mark()
     mode = loaded.answer(cache, batch, watch.mark, watch.mark)
     ttft, preparation, *steps = watch.seconds()
-    return Timed(ttft, steps, mode, preparation)
+    return Timed(ttft, steps, mode, preparation, implementations_used())
 
 
 def metrics(work: Sequence[Batch], repetitions: Sequence[Sequence[Timed]]) -> dict[str, dict[str, Any]]:

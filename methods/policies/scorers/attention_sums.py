@@ -39,6 +39,7 @@ class AttentionSums(Scorer):
     default_recent: ClassVar[int | float] = 0.5
     default_schedule: ClassVar[Schedule] = EveryStep()
     tracks_attention: ClassVar[bool] = True
+    averages_query_heads: ClassVar[bool] = True
     accumulates: ClassVar[bool] = True
 
     @property

@@ -60,6 +60,8 @@ class Scorer(HasIdentity):
     """Whether scores while decoding come from the attention weights of each step (:meth:`update`)."""
     accumulates: ClassVar[bool] = False
     """Whether :meth:`update` adds to the scores of earlier steps, which are then stored (float32) for each token."""
+    averages_query_heads: ClassVar[bool] = False
+    """Whether :meth:`update` needs only the mean of the weights over the query heads of a KV head (g = 1)."""
     scores_heads_alike: ClassVar[bool] = False
     """Whether all heads of a layer have the same scores, which then have H = 1."""
 

@@ -27,6 +27,7 @@ class LastQuery(Scorer):
     name: ClassVar[str] = "last_query"
     default_schedule: ClassVar[Schedule] = EveryStep()
     tracks_attention: ClassVar[bool] = True
+    averages_query_heads: ClassVar[bool] = True
     scores_heads_alike: ClassVar[bool] = True
 
     @property

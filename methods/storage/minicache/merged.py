@@ -23,6 +23,8 @@ class Directions:
 
     takes_tokens_at: ClassVar[bool] = True
     """Whether :meth:`put_at` is implemented."""
+    kernel_problem: ClassVar[str | None] = None
+    """Why the kernel for merged tokens does not read these directions; None: it does."""
 
     def __init__(self, x: torch.Tensor, capacity: int = 0):
         self._x = Buffer(x, 2, capacity)

@@ -15,6 +15,7 @@ from ....conf.errors import InputError
 from ...cache.logits import LogitRule
 from ...cache.products import query_key_products
 from ..buffer import Buffer, Growing
+from ..step_attention import uses_kernel
 from .geometry import MergeRule
 from .merged import Directions, Merged, first_slots, retained_slots
 
@@ -106,6 +107,9 @@ class Pair(Growing):
         """
         keys, values, new, visible = self.keys, self.values, self.new[layer], self.visible(layer)
         assert keys is not None and values is not None
+        kernel = self._attend_by_kernel(layer, query, rule)
+        if kernel is not None:
+            return kernel
         n = self.length
         acc_dtype = torch.promote_types(query.dtype, torch.float32)
         # The extra last slot is a dummy target for unused entries (-1) of `retained`.
@@ -130,6 +134,26 @@ class Pair(Growing):
         if new is not None:
             out += torch.matmul(weights[..., n:].to(query.dtype), new[1].used)
         return out.to(query.dtype)
+
+    def _attend_by_kernel(self, layer: int, query: torch.Tensor, rule: LogitRule) -> torch.Tensor | None:
+        """Compute :meth:`attend` by one kernel; None: no kernel supports it."""
+        keys, values, new = self.keys, self.values, self.new[layer]
+        assert keys is not None and values is not None
+        widths = keys.unmerged.shape[4], values.unmerged.shape[4]
+        flat = query.flatten(1, 2)[:, :, None]  # [B, H * G, 1, D]
+        if not uses_kernel(flat, query.shape[1], *widths, layout_problem=keys.directions.kernel_problem):
+            return None
+        from ..kernels.merged import MergedVectors, merged_attention
+
+        stored = [
+            MergedVectors(
+                m.directions.tensors()[0][:, :, : self.length], m.magnitudes.used[layer], m.retained, m.unmerged[layer]
+            )
+            for m in (keys, values)
+        ]
+        recent = None if new is None else (new[0].used, new[1].used)
+        out = merged_attention(flat, stored[0], stored[1], recent, self.visible(layer), rule)
+        return out[:, :, 0].unflatten(1, query.shape[1:3])
 
     def merge(self) -> None:
         """Merge the new tokens of both layers, in full blocks, after the upper layer's attention."""

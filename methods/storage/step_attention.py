@@ -1,0 +1,203 @@
+"""Attention of a decode step: by a Triton kernel on CUDA if it supports the call, otherwise by PyTorch.
+
+Both compute the same. Which one was used is recorded (:func:`implementations_used`), with the reason if no kernel
+supports a call on CUDA.
+
+Legend: B batch rows, H stored heads, H_q query heads, S slots, D or D_v channels.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from importlib.util import find_spec
+
+import torch
+
+from ..cache.logits import LogitRule
+from ..cache.products import cached_attention, query_key_products
+
+TRITON, PYTORCH = "triton", "pytorch"
+
+MAX_KERNEL_CHANNELS = 256
+"""Largest head dimension that the kernels support."""
+MAX_KERNEL_GROUP = 64
+"""Largest number of query heads per KV head that the kernels support."""
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MIN_COMPUTE_CAPABILITY = (8, 0)
+
+_used: set[str] = set()
+
+
+def forget_implementations() -> None:
+    """Forget which implementations were used so far."""
+    _used.clear()
+
+
+def implementations_used() -> str:
+    """Return ``triton``, ``pytorch`` or ``pytorch (reason)``, or several joined by ``and``, since the last forget."""
+    return " and ".join(sorted(_used)) or PYTORCH
+
+
+def uses_kernel(query: torch.Tensor, heads: int, *widths: int, layout_problem: str | None = None) -> bool:
+    """Return whether a kernel supports a call, and record it.
+
+    Args:
+        query: [B, H_q, 1, D].
+        heads: Number of KV heads H.
+        widths: Channels of keys and values.
+        layout_problem: Why no kernel reads the tensors, or None.
+    """
+    if not query.is_cuda:
+        _used.add(PYTORCH)
+        return False
+    problem = layout_problem or kernel_problem(query, heads, *widths)
+    used = TRITON if problem is None else f"{PYTORCH} ({problem})"
+    if problem is not None and used not in _used:
+        logging.getLogger(__name__).warning("attention of decode steps runs in PyTorch: %s", problem)
+    _used.add(used)
+    return problem is None
+
+
+def kernel_problem(query: torch.Tensor, heads: int, *widths: int) -> str | None:
+    """Return why no kernel supports a call on CUDA; None: it is supported."""
+    if query.dtype not in KERNEL_DTYPES:
+        return f"{str(query.dtype).removeprefix('torch.')} tensors"
+    if max(widths) > MAX_KERNEL_CHANNELS:
+        return f"head_dim {max(widths)} > {MAX_KERNEL_CHANNELS}"
+    if query.shape[1] // heads > MAX_KERNEL_GROUP:
+        return f"{query.shape[1] // heads} > {MAX_KERNEL_GROUP} query heads per KV head"
+    return _device_problem(query.device)
+
+
+@functools.cache
+def _device_problem(device: torch.device) -> str | None:
+    """Return why a CUDA device runs no kernels; found out once per process by running a small one."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if torch.cuda.get_device_capability(device) < MIN_COMPUTE_CAPABILITY:
+        return "compute capability below 8.0"
+    from .kernels.dense import attention, rectangular
+
+    x = torch.zeros(1, 1, 1, 64, dtype=torch.float16, device=device)
+    try:
+        attention(x, rectangular(x, x), LogitRule(1.0))
+    except Exception as error:  # no C compiler, an old driver: Triton raises many types
+        return f"Triton fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return None
+
+
+def runs_kernels(device: torch.device) -> bool:
+    """Return whether a CUDA device runs Triton kernels."""
+    return _device_problem(device) is None
+
+
+def step_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rule: LogitRule,
+    valid: torch.Tensor | None = None,
+    end: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of one token per row over stored keys and values.
+
+    Args:
+        query: [B, H_q, 1, D].
+        keys: [B, H, S, D].
+        values: [B, H, S, D_v].
+        rule: How logits are computed.
+        valid: [B, 1 or H, S] bool, True where a slot holds a token; None: everywhere.
+        end: [1] int64 on the device, one past the last slot that may hold a token; None: S.
+
+    Returns:
+        [B, H_q, 1, D_v].
+    """
+    if not uses_kernel(query, keys.shape[1], keys.shape[3], values.shape[3]):
+        return cached_attention(query, keys, values, rule, valid)
+    from .kernels.dense import attention, rectangular
+
+    return attention(query, rectangular(keys, values, valid, end), rule)[0]
+
+
+def step_attention_with_weights(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rule: LogitRule,
+    visible: torch.Tensor | None = None,
+    may_average: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute :func:`step_attention` and return the attention weights as well.
+
+    Args:
+        query, keys, values, rule: See :func:`step_attention`.
+        visible: [B, 1 or H, S] bool, True where the query attends to a slot; None: everywhere.
+        may_average: Only the mean of the weights over the query heads of a KV head is needed.
+
+    Returns:
+        (output [B, H_q, 1, D_v]; weights [B, H, g, S] in float32 with g = H_q / H, or their mean [B, H, 1, S] if a
+        kernel averages them).
+    """
+    if uses_kernel(query, keys.shape[1], keys.shape[3], values.shape[3]):
+        from .kernels.dense import attention, rectangular
+
+        kind = "mean" if may_average else "heads"
+        out, slot_weights = attention(query, rectangular(keys, values, visible), rule, weights=kind)
+        assert slot_weights is not None
+        return out, slot_weights
+    batch, query_heads, _, dim = query.shape
+    grouped = query.reshape(batch, keys.shape[1], -1, dim)  # [B, H, g, D]
+    logits = rule.logits(query_key_products(grouped, keys))  # [B, H, g, S]
+    if visible is not None:
+        logits = logits.masked_fill(~visible[:, :, None], float("-inf"))
+    weights = rule.weights(logits, head_dims=2)
+    out = (weights.to(values.dtype) @ values).reshape(batch, query_heads, 1, -1)  # [B, H_q, 1, D_v]
+    return out, weights.float()
+
+
+def packed_problem(bits: int, *groups: int) -> str | None:
+    """Return why the kernel for packed codes does not support a layout; None: it does.
+
+    Args:
+        bits: Bits per code.
+        groups: Sizes that are divided into tiles: tokens per block, tokens and channels per group.
+    """
+    for size in groups:
+        if size & (size - 1) or size * bits % 32:
+            return f"groups of {size} codes of {bits} bits"
+    return None
+
+
+def ragged_step_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    starts: torch.Tensor,
+    ends: torch.Tensor,
+    valid: torch.Tensor | None,
+    shape: tuple[int, int],
+    longest: int,
+    rule: LogitRule,
+) -> torch.Tensor | None:
+    """Attention of one token per row over heads of different lengths, by one kernel call.
+
+    Args:
+        query: [B, H_q, 1, D].
+        keys: [slots, D], the slots of all heads of all rows one after another.
+        values: [slots, D_v].
+        starts: [B * H] int64, first slot of each head.
+        ends: [B * H] int64, one past the last token of each head, counted from its first slot.
+        valid: [B, H, longest] bool, True where a slot of a head holds a token; None: in all slots before the end.
+        shape: Rows B and heads H.
+        longest: Largest number of slots of a head.
+        rule: How logits are computed.
+
+    Returns:
+        [B, H_q, 1, D_v]; None: no kernel supports the call.
+    """
+    if not uses_kernel(query, shape[1], keys.shape[1], values.shape[1]):
+        return None
+    from .kernels.dense import attention, ragged
+
+    return attention(query, ragged(keys, values, shape, longest, starts, ends, valid), rule)[0]
