@@ -107,7 +107,9 @@ def setting(record: Mapping[str, Any], runs: Iterable[Run]) -> str:
         words.append("compiled steps")
     limit = identity["task"].get("limit")
     if limit is not None:
-        words.append(f"first {limit} of each set" if record["kind"] == "accuracy" else f"{limit} requests")
+        fewest = min([limit, *record["data"].get("examples", {}).values()])  # a data set may have fewer rows
+        of_each = f"first {limit if fewest == limit else f'{fewest} to {limit}'} of each set"
+        words.append(of_each if record["kind"] == "accuracy" else f"{limit} requests")
     words += [f"{key} {value}" for key, value in record.get("shown", {}).items() if value is not None]
     if identity["seed"]:
         words.append(f"seed {identity['seed']}")

@@ -1,0 +1,133 @@
+"""The index of a large results folder: the same runs as without it, and never an old or a foreign entry."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+from records import accuracy, efficiency, save
+
+from kvbench.analysis import entries
+from kvbench.analysis.load import Run, _distinct, load
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache folder, and an index for any number of records."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    monkeypatch.setattr(entries, "MIN_RECORDS", 1)
+    return folder
+
+
+@pytest.fixture
+def results(tmp_path):
+    runs = [accuracy("full", None, 22.0), accuracy("snapkv", 128, 20.0), efficiency("full", None, 9.0)]
+    return save(tmp_path / "results", *runs)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Names of the folders whose record was read from its file."""
+    found = []
+    read = entries.read_record
+    monkeypatch.setattr(entries, "read_record", lambda path: found.append(path.parent.parent.name) or read(path))
+    return found
+
+
+def as_data(found):
+    runs, problems = found
+    return [(run.path, run.label, run.record, run.examples) for run in runs], problems
+
+
+def test_a_second_reading_gives_the_same_and_reads_no_record(cache, results, reads, monkeypatch):
+    monkeypatch.setattr(entries, "MIN_RECORDS", 10)
+    plain = as_data(load(results))
+    assert not cache.exists()
+    monkeypatch.setattr(entries, "MIN_RECORDS", 1)
+    first = as_data(load(results))
+    reads.clear()
+    assert as_data(load(results)) == first == plain
+    assert reads == []
+
+
+def test_what_changed_is_read_again_and_what_is_gone_is_forgotten(cache, results, reads):
+    load(results)
+    (path,) = results.glob("*/snapkv/*/record.json")
+    record = json.loads(path.read_text())
+    record["average"] = {**record["average"], "low": 18.5}
+    path.write_text(json.dumps(record))
+    reads.clear()
+    runs, _ = load(results)
+    assert reads == ["snapkv"]
+    assert next(run for run in runs if run.label == "snapkv 128").record["average"]["low"] == 18.5
+    for name in ("record.json", "samples.jsonl"):
+        (path.parent / name).unlink()
+    assert len(load(results)[0]) == 2
+    reads.clear()
+    assert len(load(results)[0]) == 2
+    assert reads == []
+
+
+def test_samples_that_change_are_checked_again(cache, results):
+    assert load(results)[1] == []
+    (path,) = results.glob("*/snapkv/*/samples.jsonl")
+    path.write_text(path.read_text() + "x\n")
+    for _ in range(2):  # from the file, and from the index
+        ((note,), runs) = (load(results)[1], load(results)[0])
+        assert "line 41 is no row of an example" in note
+        assert next(run for run in runs if run.label == "snapkv 128").examples is None
+
+
+def test_skipped_records_are_named_again(cache, results):
+    (path,) = results.glob("*/snapkv/*/record.json")
+    path.write_text("{")
+    first, second = load(results), load(results)
+    assert first[1] == second[1] and "is not JSON" in first[1][0]
+    assert len(first[0]) == len(second[0]) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"no database", b"SQLite format 3\0" + bytes(200)])
+def test_a_damaged_index_is_made_again(cache, results, reads, content):
+    expected = as_data(load(results))
+    (path,) = (cache / "kvbench").glob("index-*.sqlite")
+    path.write_bytes(content)
+    assert as_data(load(results)) == expected
+    load(results)
+    reads.clear()
+    assert as_data(load(results)) == expected
+    assert reads == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_cache_that_cannot_be_written_is_no_error(cache, results):
+    cache.mkdir()
+    cache.chmod(0o500)
+    assert len(load(results)[0]) == 3
+
+
+def test_a_cache_that_is_a_file_is_no_error(cache, results):
+    cache.write_text("")
+    assert len(load(results)[0]) == 3
+
+
+def test_nothing_is_written_into_the_results(cache, results):
+    before = sorted(results.rglob("*"))
+    load(results)
+    assert sorted(results.rglob("*")) == before
+
+
+def test_labels_of_many_runs_of_one_method_take_linear_time():
+    """4,000 runs of one curve, with seven settings."""
+    runs = []
+    for number in range(4000):
+        record = efficiency("snapkv", 1 + number, 5.0)
+        record["identity"]["method"]["selection"]["window"] = number % 7
+        runs.append(Run(Path(str(number)), record, record["method_label"]))
+    start = time.process_time()
+    labelled = _distinct(runs)
+    assert time.process_time() - start < 2.0
+    assert len({run.label for run in labelled}) == 4000 and "(window=6)" in labelled[6].label
