@@ -47,7 +47,7 @@ otherwise. The time is bytes / {BYTES_PER_S / 1e12:g} TB/s: a lower bound, not a
 """
 FOOTER = """
 
-Keys, values and codes are loaded 16 bytes at a time. The other loads are scales (8 bytes are those of four groups),
+Keys, values and codes are loaded 16 bytes at a time. The other loads are scales (4 bytes are those of two groups),
 masks, counters and the query. A load stands once for each copy of a loop that the compiler makes to load tiles ahead.
 """
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -207,3 +211,11 @@ def test_a_split_is_a_multiple_of_a_tile_and_fills_the_device():
     assert Tiling(64).chunk(32, 16384, 16384, device) == 2048  # 8 splits of 32 heads: 256 programs
     assert Tiling(64).chunk(1000, 100, 100, device) == 128
     assert Tiling(64).chunk(1, 1 << 20, 1 << 20, device) == 1 << 13  # at most 128 splits
+
+
+@pytest.mark.slow
+def test_the_page_of_compiled_kernels_is_current():
+    """Compiles every kernel for an H100, which the interpreter does not: it accepts what the compiler refuses."""
+    script = Path(__file__).resolve().parents[1] / "scripts" / "kernel_report.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
