@@ -160,7 +160,11 @@ def _tests(group: Sequence[Run]) -> dict[str, list[float | int | None]]:
     if full is None:
         return {}
     baseline = scores.pop(full.record["hash"])
-    shared = {key: found for key, found in scores.items() if any(name in baseline for name in found)}
+    shared = {
+        key: found
+        for key, found in scores.items()
+        if any(rows.keys() & baseline.get(name, {}).keys() for name, rows in found.items())
+    }
     made = against_full(shared, baseline, score_bounds(full.record))
     sign = -1 if fewer_is_better(full.record) else 1
     return {key: [number(p), *((one.won, one.tied, one.lost)[::sign])] for key, (one, p) in made.items()}
