@@ -256,11 +256,15 @@ def test_hooks_are_gone_after_the_prompt_and_leave_other_caches_alone():
     model, ids = tiny_model(), prompt_ids(40)
     rule = PyramidInfer(prefill_decay_ratio=0.5, strategy="constant", min_context=0)
 
-    def hooks() -> int:
+    def all_hooks() -> int:
         return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.model.layers)
+
+    def hooks() -> int:
+        return all_hooks() - others
 
     gc.collect()  # caches of tests before this one
     before = prefill(model, Method("full").new_cache(model), ids)
+    others = all_hooks()  # transformers leaves some where hidden states were asked for
     cache, interrupted = (Method("x", rule).new_cache(model) for _ in range(2))
     assert hooks() == 0
     counts = []
