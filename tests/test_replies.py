@@ -209,13 +209,18 @@ def test_needles_leave_a_heat_map_in_both_modes(world, tmp_path, question):
     assert name.endswith("-agnostic") == (question == "after_compression")
     done = kvbench("plot", str(tmp_path / "results"), "-o", str(tmp_path / "figures"))
     assert done.returncode == 0, done.stderr
-    (table,) = (tmp_path / "figures").glob("heat-budget-40-*.csv")
-    cells = pd.read_csv(table)
-    assert len(cells) == 3 * 2 * 3
-    assert set(cells["family"]) == {"full", "kivi4", "snapkv 40"}
+    made = {name: next((tmp_path / "figures").glob(f"heatmap-*-{name}.csv")) for name in ("by-budget", "others")}
+    tables = {name: pd.read_csv(table) for name, table in made.items()}
+    assert {name: set(table["curve"]) for name, table in tables.items()} == {
+        "by-budget": {"full", "snapkv"},
+        "others": {"full", "kivi4"},
+    }
+    cells = pd.concat(tables.values())
+    assert len(cells) == 3 * 2 * 4
+    cells["depth"] = cells["place"].str.removeprefix("depth ").astype(float)
     assert set(cells["depth"]) == {0.0, 0.5, 1.0}
     for _, cell in cells.iterrows():
-        method = cell["family"].split()[0].removesuffix("4")
+        method = cell["curve"].removesuffix("4")
         (path,) = (tmp_path / "results").glob(f"*/*/{method}/*/samples.jsonl")
         row = next(
             r
@@ -223,4 +228,4 @@ def test_needles_leave_a_heat_map_in_both_modes(world, tmp_path, question):
             if r["dataset"] == f"needle-{cell['prompt length, tokens']}" and r["depth"] == cell["depth"]
         )
         assert cell["score"] == 100 * row["score"]
-    assert table.with_suffix(".png").stat().st_size > 10_000
+    assert all(table.with_suffix(".png").stat().st_size > 10_000 for table in made.values())

@@ -584,7 +584,7 @@ def test_what_was_trained_needs_the_checkpoint_it_was_trained_on(tmp_path, corpu
         source.load("cpu", torch.float32)
     how = folder.path / "model" / "uptrained.json"
     how.write_text(how.read_text().replace("sha256:", "sha256:0"))
-    with pytest.raises(InputError, match=r"^model\.base=local: has other weights"):
+    with pytest.raises(InputError, match=r"^model\.base=plain: has other weights"):
         UptrainedModel(str(folder.path / "model"), checkpoint).fingerprint()
     how.unlink()
     with pytest.raises(InputError, match=r"^model\.path=.*has no uptrained.json"):

@@ -45,12 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("results", type=Path, help="a results folder, or any folder below it")
     add("-o", "--output", type=Path, default=Path("figures"), help="folder for the files (./figures)")
-    add(
-        "--figure",
-        metavar="KIND,...",
-        default="",
-        help=f"kinds of figures: {', '.join(KINDS)}; or all (all but {', '.join(OPTIONAL)})",
-    )
+    kinds = f"kinds of figures: {', '.join(KINDS)}; or all (default: all but {', '.join(OPTIONAL)})"
+    add("--figure", metavar="KIND,...", default="", help=kinds)
     add_selection(parser)
     add(
         "--x",

@@ -147,7 +147,8 @@ def points_csv(spec: FigureSpec) -> bytes:
     """Return the points, with the runs behind each."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*COLUMNS[:4], spec.x_label, *COLUMNS[4:6], spec.y_label, *COLUMNS[6:]])
+    value = "score" if spec.kind == "heatmap" else spec.y_label  # the vertical axis of a heat map is a point's place
+    writer.writerow([*COLUMNS[:4], spec.x_label, *COLUMNS[4:6], value, *COLUMNS[6:]])
     for p in spec.points:
         ends = (p.x, p.x_low, p.x_high, p.y, p.low, p.high, int(p.on_front))
         writer.writerow([p.curve, p.budget, p.panel.replace("\n", ": "), p.place, *ends, " ".join(map(str, p.runs))])
