@@ -65,14 +65,20 @@ def golden() -> dict[str, Any]:
     return values
 
 
+@pytest.fixture(scope="session")
+def fork_server() -> None:
+    """The server of measuring processes, started for the memory passes too before a test starts it without them."""
+    from processes import start_server
+
+    start_server()
+
+
 @pytest.fixture
-def forked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Measuring processes are forks that wait for no other one: for tests of anything but the times measured."""
-    from processes import in_forked_process
-
+def forked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fork_server: None) -> None:
+    """Memory is measured in forks, and no process waits for another: for tests of anything but the times."""
     from kvbench.runners import efficiency, search
+    from kvbench.runners.measure.fresh import in_forked_process
 
-    monkeypatch.setattr(efficiency, "in_forked_process", in_forked_process)
     for module in (efficiency, search):
         monkeypatch.setattr(module, "in_memory_process", lambda call, job, _: in_forked_process(call, job))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where the lock for measuring lies

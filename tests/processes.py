@@ -13,61 +13,28 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing import forkserver
-from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import TypeVar
 from unittest.mock import patch
 
-from kvbench.runners.measure.fresh import Killed
+from kvbench.runners.measure.fresh import PRELOADED, SERVER_ENVIRONMENT
 from kvbench.runners.measure.memory import malloc_trim_env
 
-A = TypeVar("A")
-R = TypeVar("R")
-
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    [
-        "kvbench.runners.cli",
-        "kvbench.runners.accuracy",
-        "kvbench.runners.efficiency",
-        "kvbench.models.local",
-        "transformers.models.llama.modeling_llama",
-    ]
-)
+
+
+def start_server() -> None:
+    """Start the server of :func:`kvbench.runners.measure.fresh.in_forked_process`, whose forks can measure memory."""
+    SERVER.set_forkserver_preload(list(PRELOADED))
+    with patch.dict(os.environ, SERVER_ENVIRONMENT | malloc_trim_env()):
+        forkserver.ensure_running()
 
 
 def _started(target: Callable[..., None], *arguments: object) -> ForkServerProcess:
-    with patch.dict(os.environ, malloc_trim_env()):  # for those whose memory is measured
-        forkserver.ensure_running()
+    start_server()
     process = SERVER.Process(target=target, args=arguments)
     process.start()
     return process
-
-
-def in_forked_process(function: Callable[[A], R], argument: A, environment: Mapping[str, str] | None = None) -> R:
-    """``runners.fresh.in_fresh_process`` with a fork, in which an environment that acts when Python starts does not."""
-    receiver, sender = SERVER.Pipe(duplex=False)
-    process = _started(_answer, sender, function, argument, {**os.environ, **(environment or {})})
-    sender.close()
-    try:
-        failed, value = receiver.recv()
-    except EOFError:
-        process.join()
-        raise Killed(f"the process ended with status {process.exitcode} and no result") from None
-    process.join()
-    if failed:
-        raise value
-    return value
-
-
-def _answer(sender: Connection, function: Callable[[A], R], argument: A, environment: Mapping[str, str]) -> None:
-    _take(environment)
-    try:
-        result: tuple[bool, R | Exception] = (False, function(argument))
-    except Exception as error:
-        result = (True, error)
-    sender.send(result)
 
 
 def start(function: Callable[..., int | None], *arguments: object, output: Path | None) -> ForkServerProcess:

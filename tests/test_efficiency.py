@@ -141,7 +141,7 @@ def test_the_tokens_that_are_timed_are_the_tokens_that_generate_gives(monkeypatc
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory) -> tuple[Path, dict[str, dict], str]:
+def measured(tmp_path_factory, fork_server) -> tuple[Path, dict[str, dict], str]:
     """(results folder, records by label, output) of a small real run."""
     folder = tmp_path_factory.mktemp("efficiency")
     command = ("method=snapkv", "method.budget=64", *SHAPE, "batch_size=2")

@@ -26,6 +26,7 @@ from kvbench.runners.measure.memory import MemoryMeter, is_out_of_memory, malloc
 from kvbench.runners.records import provenance
 
 MIB = 2**20
+pytestmark = pytest.mark.usefixtures("fork_server")
 
 PHASES = """
 import json, torch
