@@ -90,14 +90,21 @@ def _without_interval(estimate: Mapping[str, Any]) -> dict[str, Any]:
     return {**estimate, "low": None, "high": None, "method": "", "reason": "made by an older rule"}
 
 
+def shares_examples(scores: Groups, baseline: Groups) -> bool:
+    """Whether two runs have an example in common."""
+    return any(rows.keys() & baseline.get(name, {}).keys() for name, rows in scores.items())
+
+
 def against_full(methods: Mapping[K, Groups], full: Groups, bounds: Bounds | None) -> dict[K, tuple[Comparison, float]]:
     """Comparison of each method of a table with its full cache, and its p-value after Holm's rule over the table.
 
+    Methods that share no example with the full cache are left out.
+
     Args:
         methods: Scores of each method, the full cache not among them.
-        full: Scores of the full cache on the same examples.
+        full: Scores of the full cache.
         bounds: Bounds of a score; None where there are none.
     """
-    compared = {key: compare(scores, full, bounds) for key, scores in methods.items()}
+    compared = {key: compare(scores, full, bounds) for key, scores in methods.items() if shares_examples(scores, full)}
     adjusted = holm({key: comparison.p for key, comparison in compared.items()})
     return {key: (comparison, adjusted[key]) for key, comparison in compared.items()}

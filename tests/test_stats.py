@@ -12,6 +12,7 @@ from scipy import stats as scipy_stats
 
 from kvbench.analysis import stats
 from kvbench.analysis.stats import Estimate, compare, holm, macro_mean, paired_difference, ratio, sign_flip_p
+from kvbench.analysis.summaries import against_full
 
 
 def rows(*groups: list[float]) -> dict[str, dict[str, float]]:
@@ -293,3 +294,9 @@ def test_an_unpaired_ratio_is_welch_on_logarithms() -> None:
 
 def test_one_repetition_has_no_interval() -> None:
     assert ratio([2.0], [1.0], paired=True) == Estimate(pytest.approx(2.0), None, None, 1, reason="one repetition")
+
+
+def test_a_method_that_shares_no_example_with_the_full_cache_is_not_compared_with_it() -> None:
+    full = {"qasper": {"0": 10.0, "1": 30.0}}
+    methods = {"same": {"qasper": {"0": 10.0, "1": 20.0}}, "rows": {"qasper": {"7": 5.0}}, "set": {"trec": {"0": 5.0}}}
+    assert set(against_full(methods, full, stats.PERCENT_BOUNDS)) == {"same"}

@@ -14,8 +14,8 @@ from typing import Any
 from ..describe import is_needle
 from ..figures.registry import looks_of
 from ..load import Run, average, comparable, fewer_is_better, flat, setting
-from ..summaries import against_full, score_bounds
 from ..tables.groups import differences_of
+from ..tables.marks import tests_of
 from .examples import Examples, needle_map, number
 
 TIMES = ("ttft_ms", "tpot_ms", "prefill_tokens_per_s", "decode_tokens_per_s", "output_tokens_per_s")
@@ -155,18 +155,8 @@ def _group(group: Sequence[Run]) -> dict[str, Any]:
 
 def _tests(group: Sequence[Run]) -> dict[str, list[float | int | None]]:
     """``[p, won, tied, lost]`` against the full cache by hash: p-values after Holm's rule over the group."""
-    scores = {run.record["hash"]: run.examples.by_data_set() for run in group if run.examples is not None}
-    full = next((run for run in group if run.is_full_cache and run.record["hash"] in scores), None)
-    if full is None:
-        return {}
-    baseline = scores.pop(full.record["hash"])
-    shared = {
-        key: found
-        for key, found in scores.items()
-        if any(rows.keys() & baseline.get(name, {}).keys() for name, rows in found.items())
-    }
-    made = against_full(shared, baseline, score_bounds(full.record))
-    sign = -1 if fewer_is_better(full.record) else 1
+    sign = -1 if fewer_is_better(group[0].record) else 1
+    made = tests_of(group).full
     return {key: [number(p), *((one.won, one.tied, one.lost)[::sign])] for key, (one, p) in made.items()}
 
 

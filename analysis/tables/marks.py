@@ -12,7 +12,7 @@ from typing import Any
 
 from ..load import Run, fewer_is_better
 from ..stats import LEVEL, Comparison, Estimate, Groups, not_worse_than_best, paired_difference
-from ..summaries import against_full, score_bounds
+from ..summaries import against_full, score_bounds, shares_examples
 from .cells import Cell, Table
 
 EQUAL_BYTES = 0.05
@@ -130,7 +130,8 @@ def length_drift(run: Run, full: Run) -> Estimate | None:
     lengths, of_full = run.examples.lengths(), full.examples.lengths()
     if not any(lengths.values()) or not any(of_full.values()):
         return None
-    return paired_difference(_by_data_set(lengths), _by_data_set(of_full), None)
+    groups, baseline = _by_data_set(lengths), _by_data_set(of_full)
+    return paired_difference(groups, baseline, None) if shares_examples(groups, baseline) else None
 
 
 def _by_data_set(lengths: Mapping[tuple[str, str], int]) -> dict[str, dict[str, float]]:
