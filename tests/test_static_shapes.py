@@ -218,6 +218,17 @@ def test_static_steps_match_dynamic_steps(text, rows):
     assert static.kv_bytes_stored == stored >= static.kv_bytes_logical
 
 
+def capture_step(model, static, token) -> tuple[torch.Tensor, CapturedOps, torch.Tensor]:
+    """(input of the step, its captured operations, its logits); the cache's state is as before."""
+    held, captured = token.clone(), CapturedOps()
+    before = [t.clone() for t in static.static_state()]
+    with captured:
+        logits = decode(model, static, held)
+    for tensor, value in zip(static.static_state(), before, strict=True):
+        tensor.copy_(value)
+    return held, captured, logits
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("text", CASES)
 def test_replayed_steps_match_static_steps(text):
@@ -225,12 +236,7 @@ def test_replayed_steps_match_static_steps(text):
     model, grows, token = model_and_cache(text)
     _, static, _ = model_and_cache(text)
     static.make_static(STEPS)
-    held, captured = token.clone(), CapturedOps()
-    before = [t.clone() for t in static.static_state()]
-    with captured:
-        logits = decode(model, static, held)
-    for tensor, value in zip(static.static_state(), before, strict=True):
-        tensor.copy_(value)
+    held, captured, logits = capture_step(model, static, token)
     for _ in range(STEPS):
         expected = decode(model, grows, token)
         held.copy_(token)
@@ -255,12 +261,7 @@ def check_replayed_steps(model, grows, static, token):
     assert static.static_problem is None
     static.make_static(11)
     shapes, stored = addresses(static), static.kv_bytes_stored
-    held, captured = token.clone(), CapturedOps()
-    before = [t.clone() for t in static.static_state()]
-    with captured:
-        logits = decode(model, static, held)
-    for tensor, value in zip(static.static_state(), before, strict=True):
-        tensor.copy_(value)
+    held, captured, logits = capture_step(model, static, token)
     for step in range(11):
         if step == 9:
             forks = grows.fork(), static.fork()
