@@ -210,7 +210,7 @@ def test_a_script_in_a_label_or_a_prediction_stays_text(view, small):
     tab = view(small, "view=quality")
     tab.wait_for_selector(".chart[data-ready]")
     assert EVIL in column(tab, "quality", 1)
-    assert tab.locator(".legend text", has_text="<b>b</b></script>").count() == 1  # the figure shows tags as they are
+    assert tab.locator(".legend text", has_text="<b>b</b></script>").count() == 1  # the figure shows tags as text
     show_run(tab, EVIL)
     assert tab.locator(".example pre").first.inner_text().startswith(EVIL)
     assert tab.title() == "kvbench report" and tab.locator("img").count() == 0

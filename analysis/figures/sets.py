@@ -50,7 +50,11 @@ def _spec(group: Sequence[Run], shown: Sequence[Run], sets: Sequence[str], conte
     many = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]}" if sizes else "few"
     caption = [
         *settings_of(group),
-        *([f"Budget {budget_words(budget)}; methods without a budget as they are."] if budget is not None else []),
+        *(
+            [f"Budget {budget_words(budget)}; methods without a budget are shown at their own size."]
+            if budget is not None
+            else []
+        ),
         f"Vertical strokes: the full cache. {many} examples a data set, so a single dot says little.",
         *([f"Not drawn (other budgets; choose with --budgets): {', '.join(others)}."] if others else []),
     ]

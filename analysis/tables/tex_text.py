@@ -1,4 +1,4 @@
-"""Text in LaTeX: escaped characters, numbers as they are printed, and the width that they take."""
+"""Text in LaTeX: escaped characters, typeset numbers, and the width of both."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def breakable(text: str) -> str:
 
 
 def number_text(text: str) -> str:
-    """A cell with a number: minus signs, ranges and the sign of a ratio as they are printed."""
+    """Typeset a number's cell: a minus sign for the hyphen, a dash for a range, a multiplication sign for a ratio."""
     if text == "-":
         return "--"
     text = re.sub(r"(?<=[\d%]) - (?=[\d+-])", "–", text)

@@ -1,7 +1,7 @@
 """Attention of one token per row over KIVI's packed keys and values and its unquantized recent tokens, in one launch.
 
 A scale belongs to a group: of keys, the tokens of a group in one channel, and of values, the channels of a group in one
-token. The codes are operands of the matrix products as they are, and the scales are multiplied into the other operand:
+token. The matrix products take codes that are not dequantized; the scales are multiplied into the other operand:
 into a copy of the query for each group of tokens, and into a copy of the weights for each group of channels. Products
 of a copy with codes of other groups are discarded; the copies fill rows of the matrix units that would be padding.
 
