@@ -37,7 +37,7 @@ PYTEST = HF_HUB_OFFLINE=1 WANDB_MODE=disabled OMP_NUM_THREADS=1 $(BIN)/python -m
 	--numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 quick: install ## a selection of the tests: two minutes on two cores
-	$(PYTEST) $(QUICK:%=tests/test_%.py)
+	$(PYTEST) $(foreach name,$(QUICK),$(wildcard tests/*/test_$(name).py))
 
 test: install ## the test suite, which never uses the network (up to four processes; WORKERS=0 for one)
 	$(PYTEST)

@@ -3,7 +3,7 @@
     python scripts/docs_reference.py            # list the pages that differ from the code
     python scripts/docs_reference.py --write    # write them into docs/reference
 
-It takes seconds and imports no torch. tests/test_docs.py checks that the pages are current.
+It takes seconds and imports no torch. tests/integration/test_docs.py checks that the pages are current.
 """
 
 from __future__ import annotations

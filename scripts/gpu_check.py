@@ -3,7 +3,8 @@
     python scripts/gpu_check.py correct|sdpa|speed [--seconds 120] [--match minicache]
     python scripts/gpu_check.py table speed.json...     a Markdown table of such files; later rows replace earlier ones
 
-``correct``: errors of logits against the CPU for each method, eager and captured, as tests/test_cuda.py runs them.
+``correct``: errors of logits against the CPU for each method, eager and captured, as
+tests/integration/test_cuda.py runs them.
 ``sdpa``: host and device time of attention by cuDNN and without it, at shapes that are new and at the same ones again.
 ``speed``: TTFT, TPOT and MBU of each method on random weights of a 7B shape, one sequence.
 
@@ -67,7 +68,7 @@ def synchronize() -> None:
 def correct() -> Iterator[Task]:
     """Errors as shares of the largest logit; float32 and bfloat16, eager and captured."""
     os.environ["KVBENCH_CUDA_TEST_DEVICE"] = DEVICE
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+    sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("tests", "tests/integration")]
     import test_cuda as tests
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

@@ -39,7 +39,7 @@ for name in ${*:-tests correct sdpa speed}; do
             # In one process: 8 workers on 16 cores and one GPU did a third of the tests in twice the time.
             part tests 200 "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider --junitxml="$OUT/tests.xml" \
                 --durations=5 \
-                tests/test_cuda.py tests/test_graph.py tests/test_sdpa.py tests/test_packed.py ;;
+                tests/integration/test_cuda.py tests/integration/test_graph.py tests/unit/test_sdpa.py tests/unit/test_packed.py ;;
         correct) part correct 100 "$PYTHON" scripts/gpu_check.py correct --seconds 80 ;;
         sdpa) part sdpa 40 "$PYTHON" scripts/gpu_check.py sdpa --seconds 25 ;;
         speed) part speed 130 "$PYTHON" scripts/gpu_check.py speed --seconds 105 ;;

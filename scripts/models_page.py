@@ -4,7 +4,8 @@
     python scripts/models_page.py            # the page
     python scripts/models_page.py --write    # the page, into docs/reference/models.md
 
-It takes some minutes on one core. tests/test_architectures.py compares the page with the installed transformers.
+It takes some minutes on one core. tests/integration/test_architectures.py compares the page with the installed
+transformers.
 """
 
 from __future__ import annotations
