@@ -70,7 +70,7 @@ are to the full cache of the same model: they can be compared where the scores t
 rows = []
 for cell in cells:
     row = {{key: value for key, value in vars(cell).items() if key not in ("run", "ours", "our_difference")}}
-    row |= dict(zip(("ours", "low", "high", "n"), cell.ours or [None] * 4))
+    row |= dict(zip(("ours", "low", "high", "n"), cell.ours or [None] * 4, strict=True))
     row["our_difference"] = None if cell.our_difference is None else cell.our_difference[0]
     rows.append(row)
 frame = pd.DataFrame(rows, columns=[*SHOWN, "published_difference", "our_difference", "differs", "device"])

@@ -115,12 +115,15 @@ def _statuses(jobs: Sequence[Job], todo: Sequence[Job], failures: Iterable[str])
 def _write(job: Job, folder: Path, style: Style) -> str:
     """Draw a figure and write its files; returns why it failed, or nothing."""
     try:
-        made = draw(job.spec, style)
-        files = {}
+        files, made = {}, None
         with mpl.rc_context(style.rc()):
             for name in job.entry["files"]:
                 ending = name.rpartition(".")[2]
-                files[name] = points_csv(job.spec) if ending == "csv" else _image(made, ending, job, style)
+                if ending == "csv":
+                    files[name] = points_csv(job.spec)
+                    continue
+                made = made or draw(job.spec, style)
+                files[name] = _image(made, ending, job, style)
         for name, content in files.items():
             (folder / name).write_bytes(content)
     except OSError as error:
