@@ -19,10 +19,9 @@ Three constructions (``Estimate.method``):
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy.optimize import brentq
 from scipy.special import betainc, stdtrit
 
 LEVEL = 0.95
@@ -152,9 +151,17 @@ def _mid_p(rate: float, size: float) -> tuple[float, float]:
         before = 0.0 if count <= 0 else 1.0 - float(betainc(count, size - count + 1, p))
         return (upto + before) / 2
 
-    low = 0.0 if rate <= 0 else float(brentq(lambda p: below(p) - (1 - TAIL), 0.0, 1.0))
-    high = 1.0 if rate >= 1 else float(brentq(lambda p: below(p) - TAIL, 0.0, 1.0))
+    low = 0.0 if rate <= 0 else _falling_root(lambda p: below(p) - (1 - TAIL))
+    high = 1.0 if rate >= 1 else _falling_root(lambda p: below(p) - TAIL)
     return low, high
+
+
+def _falling_root(function: Callable[[float], float]) -> float:
+    """Where a falling function of [0, 1] is zero, to the last bit; importing scipy.optimize would take longer."""
+    low, high = 0.0, 1.0
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if function(middle) > 0 else (low, middle)
+    return middle
 
 
 def _equal_scores(strata: Sequence[_Stratum], mean: float, n: int, bounds: Bounds | None) -> Estimate:

@@ -356,9 +356,16 @@ def test_the_figures_of_the_docs_have_the_points_that_the_records_have(monkeypat
 # the command ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_screen_gets_one_picture_and_its_points_and_a_paper_a_pdf(tmp_path: Path) -> None:
+    save(tmp_path / "r", *SWEEP)
+    for style, endings in (("screen", {".svg", ".csv"}), ("paper", {".pdf", ".csv"})):
+        assert main([str(tmp_path / "r"), "-o", str(tmp_path / style), "--figure", "pareto", "--style", style]) == 0
+        assert {path.suffix for path in (tmp_path / style).glob("pareto*")} == endings
+
+
 def test_the_command_writes_all_formats_and_the_same_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(tmp_path / "r", *SWEEP)
-    flags = ["--figure", "pareto", "--style", "paper", "--width", "single"]
+    flags = ["--figure", "pareto", "--style", "paper", "--width", "single", "--format", "pdf,svg,png,csv"]
     for name in ("a", "b"):
         assert main([str(tmp_path / "r"), "-o", str(tmp_path / name), *flags]) == 0
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
