@@ -34,7 +34,7 @@ README_LINES = 140
 GENERATED = "docs/reference/"
 """Pages that scripts write whole, tested by :func:`test_the_reference_pages_are_current` and beside their scripts."""
 PRINTED_BY_TESTS = "docs/explanation/statistics.md"
-"""Its tables are the output of tests/test_coverage.py, which takes minutes."""
+"""Its tables are the output of tests/integration/test_coverage.py, which takes minutes."""
 TIMED_ON_A_GPU = "docs/results/gpu.md"
 """Its table is printed by ``scripts/gpu_check.py``, which imports torch: a test of its own."""
 OWN_CHOICES = {"value_weighted", "value_norm", "last_word", "animals"}

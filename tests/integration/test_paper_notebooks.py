@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 
 from kvbench.analysis.papers.paper import names, paper
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 QUICK = "cla"
 """The notebook that runs with every test run; the others are slow."""
 
