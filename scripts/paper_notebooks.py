@@ -2,7 +2,8 @@
 
     python scripts/paper_notebooks.py --write     # after a paper or the template has changed
 
-``tests/integration/test_paper_notebooks.py`` checks that the files are of the template, and runs them on the committed records.
+``tests/integration/test_paper_notebooks.py`` checks that the files are of the template, and runs them on the committed
+records.
 """
 
 from __future__ import annotations
