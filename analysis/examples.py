@@ -21,7 +21,8 @@ class Examples:
     """Score and output length of each example of a run.
 
     Attributes:
-        keys: (data set, id) of each example, sorted; runs on the same data share the tuple.
+        keys: (data set, id) of each example, sorted; runs on the same data share the tuple. A data set that the task
+            splits (LongBench-E by length) is that of its part: ``qasper/0-4k``.
         scores: In the unit of the record: percent, or nats per token.
         new_tokens: Number of output tokens; empty if a row lacks it.
     """
@@ -53,45 +54,51 @@ def read_examples(folder: Path, record: Mapping[str, Any]) -> tuple[Examples | N
         Contradiction: The rows are complete, and their means are not those of the record.
     """
     try:
-        found = _parse(folder / SAMPLES, 1.0 if "unit" in record else 100.0)
+        found, counts = _parse(folder / SAMPLES, 1.0 if "unit" in record else 100.0)
     except OSError as error:
         return None, "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
     except ValueError as error:
         return None, str(error)
     expected = record["data"]["examples"]
-    counts = Counter(dataset for dataset, _ in found.keys)
     for dataset in sorted(expected.keys() | counts.keys()):
         if counts[dataset] != expected.get(dataset, 0):
             return None, f"has {counts[dataset]} rows of {dataset}; the record counts {expected.get(dataset, 0)}"
-    if record["scores"].keys() == expected.keys():  # else the task splits its data sets further
-        for dataset, rows in found.by_data_set().items():
+    by_set = found.by_data_set()
+    if record["scores"].keys() == by_set.keys():  # else these are rows of before they named their part of a data set
+        for dataset, rows in by_set.items():
             mean, recorded = fmean(rows.values()), record["scores"][dataset]["mean"]
             if not agree(mean, recorded):
                 raise Contradiction(f"scores.{dataset}.mean is {recorded:g}: {SAMPLES} gives {mean:g}")
     return found, None
 
 
-def _parse(path: Path, factor: float) -> Examples:
-    """Raises ValueError for a row that is damaged or repeated."""
+def _parse(path: Path, factor: float) -> tuple[Examples, Counter[str]]:
+    """The examples, and the number of rows of each data set.
+
+    Raises:
+        ValueError: A row is damaged or repeated.
+    """
     rows: dict[tuple[str, str], tuple[float, int | None]] = {}
+    counts: Counter[str] = Counter()
     for number, line in _lines(path):
         try:
             row = json.loads(line)
-            key = (row["dataset"], row["id"])
+            dataset = row["dataset"]
+            key = (row.get("group", dataset), row["id"])
             score, length = row["score"], row.get("new_tokens")
-            if not all(isinstance(part, str) for part in key) or not _is_number(score):
+            if not all(isinstance(part, str) for part in (dataset, *key)) or not _is_number(score):
                 raise TypeError
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise ValueError(f"line {number} is no row of an example") from None
         if key in rows:
             raise ValueError(f"line {number} repeats the example {'/'.join(key)}")
+        counts[dataset] += 1
         rows[key] = (factor * score, length if isinstance(length, int) and 0 <= length < 2**31 else None)
     keys = tuple(sorted(rows))
     lengths = [rows[key][1] for key in keys]
     known = [length for length in lengths if length is not None]
-    return Examples(
-        keys, array("d", (rows[key][0] for key in keys)), array("i", known if len(known) == len(keys) else ())
-    )
+    scores = array("d", (rows[key][0] for key in keys))
+    return Examples(keys, scores, array("i", known if len(known) == len(keys) else ())), counts
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -190,7 +190,7 @@ def _with_current_intervals(run: Run, by_hash: Mapping[str, Run]) -> Run:
 
     assert run.examples is not None
     scores = run.examples.by_data_set()
-    if scores.keys() != run.record["scores"].keys():  # the task splits its data sets, and the rows do not say how
+    if scores.keys() != run.record["scores"].keys():  # rows of before they named their part of a data set
         return run
     full = by_hash.get(run.record.get("paired", {}).get("hash", ""))
     baseline = None if full is None or full.examples is None else full.examples.by_data_set()

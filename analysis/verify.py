@@ -15,16 +15,16 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 from ..conf.errors import InputError
 from .checks import problem_of
 from .entries import read_record
+from .repetitions import of_repetitions
 from .schema import RECORD, SAMPLES, identity_hash
-from .stats import ratio
 from .summaries import is_current, with_current_statistics
 
 TOLERANCE = 1e-9
@@ -105,7 +105,7 @@ def _compare(
         problems += _of_samples(record, rows, reference, "the samples give")
         return "samples" if is_current(record) else "samples, without the intervals, which are of an older rule"
     if kind == "efficiency":
-        expected = _of_repetitions(record, None if baseline is None else baseline[1])
+        expected = of_repetitions(record, None if baseline is None else baseline[1])
         problems += differences(record, expected, "the repetitions give")
         return "repetitions"
     expected = {"validation": {"perplexity": math.exp(record["validation"]["loss"])}}
@@ -229,49 +229,6 @@ def _estimates(value: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, A
             for key in value:
                 if path or key in ("scores", "average", "averages", "paired"):
                     yield from _estimates(value[key], f"{path}.{key}" if path else str(key))
-
-
-# repetitions ----------------------------------------------------------------------------------------------------------
-
-
-def _of_repetitions(record: Mapping[str, Any], full: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Fields of an efficiency record that follow from others, and gains over the full cache that it is paired with."""
-    metrics = {key: _spread(m["repetitions"]) for key, m in record["metrics"].items() if "repetitions" in m}
-    bandwidth, read = record["bandwidth"]["copy_bytes_per_s"], record["limit"]["bytes_read_per_step"]
-    floor = None if bandwidth is None else 1e3 * read / bandwidth
-    tpots = record["metrics"]["tpot_ms"]["repetitions"]
-    mbu = None if floor is None else _spread([floor / tpot for tpot in tpots])
-    expected: dict[str, Any] = {"metrics": metrics, "limit": {"tpot_ms_floor": floor, "mbu": mbu}}
-    if full is not None:
-        expected["paired"] = _gains(full, record)
-    return expected
-
-
-def _gains(full: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
-    def of_medians(name: str) -> tuple[float, float]:
-        baseline, own = (median(one["metrics"][name]["repetitions"]) for one in (full, record))
-        return baseline, own
-
-    if "search" in record:
-        names = ("output_tokens_per_s", "total_tokens_per_s")
-        return {
-            "largest_ratio": record["search"]["measured_at"] / full["search"]["measured_at"],
-            **{f"{name}_ratio": own / theirs for name in names for theirs, own in [of_medians(name)]},
-        }
-    (tpot_full, tpot), (ttft_full, ttft) = of_medians("tpot_ms"), of_medians("ttft_ms")
-    name = "decode_speed_up_interval"
-    baseline, own = (one["metrics"]["tpot_ms"]["repetitions"] for one in (full, record))
-    return {
-        "decode_speed_up_by_bytes": full["limit"]["bytes_read_per_step"] / record["limit"]["bytes_read_per_step"],
-        "decode_speed_up": tpot_full / tpot,
-        **({name: asdict(ratio(baseline, own, paired=False))} if name in record["paired"] else {}),
-        "prefill_slow_down": ttft / ttft_full,
-        "kv_bytes_saved_end": full["bytes"]["kv_bytes_stored_end"] - record["bytes"]["kv_bytes_stored_end"],
-    }
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": median(values), "min": min(values), "max": max(values)}
 
 
 # command --------------------------------------------------------------------------------------------------------------

@@ -8,17 +8,18 @@ Every member is timed in turn with the plain one, so that a slow minute falls on
 
     python scripts/bench_family.py [--task text] [--length 1024] [--repeats 7] [-o FILE]
 
-The last line of the output is the result as JSON; it also goes to FILE. ``--table FILE`` prints such a file as a table.
+The last line of the output is the result as JSON; it also goes to FILE. ``result_tables.py family FILE`` prints
+such a file as a table.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import result_tables
 import torch
 import torch.nn.functional as F
 from bench_engine import DEVICE, alternating, decode_seconds, finish, prefill_seconds, seconds
@@ -82,14 +83,6 @@ def method_of(arm: str, task: str) -> Method:
     return method
 
 
-def table(result: dict[str, Any]) -> str:
-    """The result as markdown."""
-    lines = ["| sharing | training step / plain | prefill / plain | decode / plain |", "|---" + "|---:" * 3 + "|"]
-    for label, row in result["members"].items():
-        lines.append(f"| {label} | {row['train']:.2f} | {row['prefill']:.2f} | {row['decode']:.2f} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     """Measure, and print or write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -97,12 +90,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024, help="prompt tokens")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("-o", "--output", type=Path)
-    parser.add_argument("--table", type=Path, metavar="FILE", help="print a result as a table and stop")
     args = parser.parse_args()
-    if args.table:
-        print(table(json.loads(args.table.read_text())))
-        return
-
     data: Any = Text() if args.task == "text" else Recall()
     plain = Member(method_of("mha", args.task), args.task, data, args.length)
     there = TinyModel(trained_on=args.task).members
@@ -120,9 +108,9 @@ def main() -> None:
             row[what] = median(ours) / median(theirs)
             row[f"{what}_ms"] = {"plain": [1000 * s for s in theirs], "ours": [1000 * s for s in ours]}
         print(f"{method.sharing.label:<20} " + "  ".join(f"{k} {row[k]:.2f}" for k in ("train", "prefill", "decode")))
-    settings = vars(args) | {"output": None, "table": None, "steps": STEPS}
+    settings = vars(args) | {"output": None, "steps": STEPS}
     result = {"members": members, "settings": settings, "provenance": provenance.collect(DEVICE)}
-    print(table(result))
+    print(result_tables.markdown(result_tables.family({"": result})))
     finish(result, args.output)
 
 

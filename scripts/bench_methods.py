@@ -14,19 +14,20 @@ For every method in ``conf/method`` that holds a cache, at its default settings 
 
     python scripts/bench_methods.py [--lengths 4096,8000] [--budget 1024] [--repeats 2] [--dtype float32] [-o FILE]
 
-The last line of the output is the result as JSON; it also goes to FILE. ``--table FILE`` prints such a file as a table.
+The last line of the output is the result as JSON; it also goes to FILE. ``result_tables.py methods FILE`` prints
+such a file as a table.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import result_tables
 import torch
 from bench_engine import DEVICE, finish, prefill_seconds, seconds
 
@@ -107,24 +108,6 @@ def bytes_held(model: Any, made: dict[str, Method], ids: torch.Tensor) -> dict[s
     }
 
 
-def table(result: dict[str, Any]) -> str:
-    """The result as markdown."""
-    rows = result["methods"]
-    lengths = list(next(iter(rows.values()))["compression_over_prefill"])
-    head = [*(f"compression, {n}" for n in lengths), *(f"prefill / full, {n}" for n in lengths), "decode / full"]
-    head += [f"MiB, batch {b}" for b in BATCHES] + ["room to grow", "logical - formula"]
-    lines = ["| method | " + " | ".join(head) + " |", "|---" + "|---:" * len(head) + "|"]
-    for label, row in rows.items():
-        cells = [f"{row['compression_over_prefill'][n]:.3f}" for n in lengths]
-        cells += [f"{row['prefill_over_full'][n]:.2f}" for n in lengths] + [f"{row['decode_over_full']:.2f}"]
-        cells += [f"{row['bytes'][str(b)]['stored'] / 2**20:.2f}" for b in BATCHES]
-        one, four = (row["bytes"][str(b)] for b in BATCHES)
-        cells += [f"{(one['stored'] - one['logical']) / 2**20:.2f}"]
-        cells += [f"{one['logical'] - one['formula']} and {four['logical'] - four['formula']}"]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     """Measure, and print or write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -133,12 +116,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("-o", "--output", type=Path)
-    parser.add_argument("--table", type=Path, metavar="FILE", help="print a result as a table and stop")
     args = parser.parse_args()
-    if args.table:
-        print(table(json.loads(args.table.read_text())))
-        return
-
     model = load(Embedded(), DEVICE, getattr(torch, args.dtype)).model
     lengths = [int(n) for n in args.lengths.split(",")]
     generator = torch.Generator().manual_seed(0)
@@ -174,9 +152,9 @@ def main() -> None:
     for batch in BATCHES:
         for label, held in bytes_held(model, made, ids[:batch, : lengths[-1]]).items():
             rows[label]["bytes"][str(batch)] = held
-    settings = vars(args) | {"output": None, "table": None, "steps": STEPS, "new_tokens": NEW_TOKENS}
+    settings = vars(args) | {"output": None, "steps": STEPS, "new_tokens": NEW_TOKENS}
     result = {"methods": rows, "settings": settings, "provenance": provenance.collect(DEVICE)}
-    print(table(result))
+    print(result_tables.markdown(result_tables.methods({"": result})))
     finish(result, args.output)
 
 

@@ -10,17 +10,17 @@ each:
 
     python scripts/bench_sharing.py [--length 8000] [--shape smollm2-135m] [--dtype float32] [-o FILE]
 
-The last line of the output is the result as JSON; it also goes to FILE. ``--table FILE`` prints such a file as a
-table.
+The last line of the output is the result as JSON; it also goes to FILE. ``result_tables.py sharing FILE`` prints
+such a file as a table.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+import result_tables
 import torch
 from bench_engine import DEVICE, finish, prefill_seconds, seconds
 from bench_methods import steps
@@ -57,17 +57,6 @@ def measured(model: Any, method: Method, ids: torch.Tensor) -> tuple[float, floa
     return whole, seconds(lambda: steps(model, cache, STEPS - 1)), cache
 
 
-def table(result: dict[str, Any]) -> str:
-    """The result as markdown."""
-    head = ["prefill / plain", "decode / plain", "KV layers", "bytes/token", "MiB stored", "MiB by formula", "of plain"]
-    lines = ["| sharing | " + " | ".join(head) + " |", "|---" + "|---:" * len(head) + "|"]
-    for label, row in result["sharing"].items():
-        cells = [f"{row['prefill_over_plain']:.2f}", f"{row['decode_over_plain']:.2f}", str(row["kv_layers"])]
-        cells += [str(row["bytes_per_token"]), f"{row['stored'] / 2**20:.2f}", f"{row['formula'] / 2**20:.2f}"]
-        lines.append(f"| {label} | " + " | ".join([*cells, f"{row['formula'] / row['plain']:.3f}"]) + " |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     """Measure, and print or write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -75,12 +64,7 @@ def main() -> None:
     parser.add_argument("--shape", default="smollm2-135m", choices=sorted(SHAPES))
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("-o", "--output", type=Path)
-    parser.add_argument("--table", type=Path, metavar="FILE", help="print a result as a table and stop")
     args = parser.parse_args()
-    if args.table:
-        print(table(json.loads(args.table.read_text())))
-        return
-
     dtype = getattr(torch, args.dtype)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(100, 30000, (1, args.length), generator=generator).to(DEVICE)
@@ -109,9 +93,9 @@ def main() -> None:
             f"{method.label:<20} prefill {row['prefill_over_plain']:.2f}  decode {row['decode_over_plain']:.2f}",
             flush=True,
         )
-    settings = vars(args) | {"output": None, "table": None, "steps": STEPS}
+    settings = vars(args) | {"output": None, "steps": STEPS}
     result = {"sharing": rows, "settings": settings, "provenance": provenance.collect(DEVICE)}
-    print(table(result))
+    print(result_tables.markdown(result_tables.sharing({"": result})))
     finish(result, args.output)
 
 

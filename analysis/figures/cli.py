@@ -1,11 +1,12 @@
-"""Figures of finished runs, from their records alone: PDF, SVG, PNG, and the points behind each as CSV.
+"""Figures of finished runs, from their records alone: SVG, PDF or PNG, and the points behind each as CSV.
 
     kvbench plot results/reference -o figures
     kvbench plot results/reference --figure pareto,forest --style paper --width single
     kvbench plot results/reference --methods snapkv,h2o --tasks longbench-subset --budgets 256,512 --x share
 
 Runs stand in one figure only when nothing but the method differs; the full cache is in all of them, whatever is chosen.
-Titles and captions are in index.md and manifest.json beside the figures. A method looks the same in every figure.
+Titles and captions are in index.md and manifest.json beside the figures. A method looks the same in every figure. One
+whose numbers and style did not change is not drawn again.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         default="double",
         help="3.25 or 6.75 inches in a paper (double)",
     )
-    add("--format", metavar="ENDING,...", default="", help="files: pdf,svg,png,csv (without pdf on a screen)")
+    add("--format", metavar="ENDING,...", default="", help="files: pdf,svg,png,csv (svg,csv on a screen, else pdf,csv)")
     return parser
 
 

@@ -206,7 +206,7 @@ def label_top(sheet: Sheet, ax: Axes, places: Sequence[tuple[float, str]], name:
     ]
     ax.text(0.0, 1.0, name, transform=ax.transAxes, ha="right", va="bottom", color="#555555").set_visible(bool(name))
 
-    def spread() -> None:
+    def spread() -> bool:
         ends: list[float] = []
         for text in texts:
             center = ax.transData.transform((text.get_position()[0], 0))[0] / sheet.figure.dpi
@@ -214,6 +214,7 @@ def label_top(sheet: Sheet, ax: Axes, places: Sequence[tuple[float, str]], name:
             line = next((n for n, end in enumerate(ends) if center - half > end + 0.3 * style.em), len(ends))
             ends[line : line + 1] = [center + half]
             text.set_y(1.0 + line * 1.15 * style.em / (ax.get_position().height * sheet.figure.get_figheight()))
+        return len(ends) > 1
 
     sheet.hooks.append(spread)
 
@@ -225,7 +226,7 @@ def label_points(sheet: Sheet, ax: Axes, points: Sequence[tuple[float, float, st
     """
     style = sheet.style
 
-    def place() -> None:
+    def place() -> bool:
         unit = sheet.figure.dpi / POINTS_PER_INCH
         spots = [ax.transData.transform((x, y)) for x, y, _, _ in points]
         taken = [Bbox.from_bounds(x - 3 * unit, y - 3 * unit, 6 * unit, 6 * unit) for x, y in spots]
@@ -256,6 +257,7 @@ def label_points(sheet: Sheet, ax: Axes, points: Sequence[tuple[float, float, st
                 color=color,
                 arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.4 * style.scale} if far else None,
             )
+        return True
 
     sheet.hooks.append(place)
 

@@ -37,13 +37,14 @@ class Sheet:
     Attributes:
         style: Size of the text and width of the figure.
         figure: The figure; its height is set by :meth:`finish`.
-        hooks: Called when the sizes of the panels are known, before they are measured for the last time.
+        hooks: Called when the sizes of the panels are known; each says whether it changed what stands around a panel,
+            which is then measured again.
     """
 
     def __init__(self, style: Style):
         self.style = style
         self.figure = Figure(figsize=(style.inches, style.inches), dpi=MEASURE_DPI)
-        self.hooks: list[Callable[[], None]] = []
+        self.hooks: list[Callable[[], bool]] = []
         self._canvas = FigureCanvasAgg(self.figure)
         self._axes: list[Axes] = []
         self._columns = 1
@@ -51,6 +52,7 @@ class Sheet:
         self._shared_y = True
         self._legends: dict[int | None, tuple[Sequence[Artist], Sequence[str]]] = {}
         self._legend: dict[int | None, Legend] = {}
+        self._legend_sizes: dict[Legend, tuple[float, float]] = {}
         self._bar: tuple[Any, str] | None = None
         self._shared_labels = ("", "")
 
@@ -115,11 +117,13 @@ class Sheet:
         """Set all positions and the height; returns the figure."""
         self._label_outer_panels()
         self._make_legends()
+        margins = self._margins()
         if self.hooks:
-            self._place("", False)
-        for hook in self.hooks:
-            hook()
-        self._place(title, True)
+            self._place(margins, "", False)
+            changed = [hook() for hook in self.hooks]
+            if any(changed):
+                margins = self._margins()
+        self._place(margins, title, True)
         return self.figure
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -175,9 +179,11 @@ class Sheet:
         return legend
 
     def _extent(self, legend: Legend) -> tuple[float, float]:
-        """Return width and height of a legend in inches."""
-        box = legend.get_window_extent(self._canvas.get_renderer())
-        return box.width / MEASURE_DPI, box.height / MEASURE_DPI
+        """Return width and height of a legend in inches; measured once, because its place does not change them."""
+        if legend not in self._legend_sizes:
+            box = legend.get_window_extent(self._canvas.get_renderer())
+            self._legend_sizes[legend] = box.width / MEASURE_DPI, box.height / MEASURE_DPI
+        return self._legend_sizes[legend]
 
     def _margins(self) -> list[tuple[float, ...]]:
         """Return what stands left, right, below and above each pair of axes, in inches."""
@@ -190,9 +196,9 @@ class Sheet:
             found.append(tuple(max(0.0, side) / MEASURE_DPI for side in sides))
         return found
 
-    def _place(self, title: str, last: bool) -> None:
-        """Set the height of the figure and the positions of everything in it."""
-        margins, em, width = self._margins(), self.style.em, self.style.inches
+    def _place(self, margins: Sequence[tuple[float, ...]], title: str, last: bool) -> None:
+        """Set the height of the figure and the positions of everything in it; ``margins`` of each pair of axes."""
+        em, width = self.style.em, self.style.inches
         columns, rows = self._columns, len(self._heights)
         edge, gap = EDGE_EMS * em, 1.0 * em
         side = edge + (1.7 * em if self._shared_labels[1] else 0.0)

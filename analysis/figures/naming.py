@@ -74,4 +74,4 @@ def _settings(spec: FigureSpec) -> dict[str, str]:
 
 def _safe(text: str) -> str:
     """Return the text with the characters that are awkward in file names and in LaTeX replaced."""
-    return re.sub(r"[^A-Za-z0-9-]+", "-", text.replace("+", "-").replace("_", "-")).strip("-")
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")

@@ -66,12 +66,15 @@ def plan(specs: Sequence[FigureSpec], folder: Path, source: str, style: Style, f
     return jobs
 
 
-def is_current(job: Job, folder: Path) -> bool:
-    """Whether the files of a figure are there, from the same numbers and the same code."""
-    old = read_manifest(folder).get(job.name, {})
-    return old.get("content_hash") == job.entry["content_hash"] and all(
-        (folder / f).is_file() for f in job.entry["files"]
-    )
+def out_of_date(jobs: Sequence[Job], folder: Path) -> list[Job]:
+    """Return the figures whose files are missing, or made from other numbers or by other code."""
+    old = read_manifest(folder)
+    return [
+        job
+        for job in jobs
+        if old.get(job.name, {}).get("content_hash") != job.entry["content_hash"]
+        or not all((folder / file).is_file() for file in job.entry["files"])
+    ]
 
 
 def write_all(jobs: Sequence[Job], folder: Path, style: Style) -> Iterator[tuple[str, str]]:
@@ -87,15 +90,17 @@ def write_all(jobs: Sequence[Job], folder: Path, style: Style) -> Iterator[tuple
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError("-o", folder, f"cannot be written: {error.strerror}") from error
-    todo = [job for job in jobs if not is_current(job, folder)]
+    todo = out_of_date(jobs, folder)
     workers = min(os.cpu_count() or 1, len(todo) // MIN_JOBS_A_PROCESS)
     if workers < 2 or "fork" not in multiprocessing.get_all_start_methods():
         failures: Iterable[str] = (_write(job, folder, style) for job in todo)
         yield from _statuses(jobs, todo, failures)
         return
     _SHARED[:] = [(job, folder, style) for job in todo]  # forked processes have it without pickling
+    largest_first = sorted(range(len(todo)), key=lambda number: -len(todo[number].spec.points))
     with multiprocessing.get_context("fork").Pool(workers) as pool:
-        yield from _statuses(jobs, todo, pool.imap(_write_shared, range(len(todo))))
+        made = dict(zip(largest_first, pool.imap(_write_shared, largest_first), strict=True))
+    yield from _statuses(jobs, todo, (made[number] for number in range(len(todo))))
 
 
 _SHARED: list[tuple[Job, Path, Style]] = []
@@ -115,12 +120,15 @@ def _statuses(jobs: Sequence[Job], todo: Sequence[Job], failures: Iterable[str])
 def _write(job: Job, folder: Path, style: Style) -> str:
     """Draw a figure and write its files; returns why it failed, or nothing."""
     try:
-        made = draw(job.spec, style)
-        files = {}
+        files, made = {}, None
         with mpl.rc_context(style.rc()):
             for name in job.entry["files"]:
                 ending = name.rpartition(".")[2]
-                files[name] = points_csv(job.spec) if ending == "csv" else _image(made, ending, job, style)
+                if ending == "csv":
+                    files[name] = points_csv(job.spec)
+                    continue
+                made = made or draw(job.spec, style)
+                files[name] = _image(made, ending, job, style)
         for name, content in files.items():
             (folder / name).write_bytes(content)
     except OSError as error:

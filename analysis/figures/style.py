@@ -69,8 +69,8 @@ class Style:
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """Files of each figure unless others are asked for."""
-        return ("svg", "png", "csv") if self.name == "screen" else ("pdf", "svg", "png", "csv")
+        """Files of each figure unless others are asked for: one picture, and its points."""
+        return ("svg", "csv") if self.name == "screen" else ("pdf", "csv")
 
     @property
     def has_title(self) -> bool:

@@ -112,7 +112,7 @@ def _table(table: PaperTable, runs: Sequence[Run]) -> list[Comparison]:
             if answer is not None and column == AVERAGE:
                 differs += _missing_sets(table, answer)
             mean, low, high, _ = ours or (None, None, None, None)
-            said, remark = verdict(published, mean, low, high, differs)
+            said, remark = verdict(published, mean, low, high, differs, is_sample=True)
             baseline = full.get(row.model)
             of_full = None if baseline is None or baseline is row else baseline.values.get(column)
             out.append(

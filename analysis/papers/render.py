@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..load import Run, average, fewer_is_better
 from .compare import Comparison, Numbers, commands, numbers
 from .paper import AVERAGE, Paper
-from .verdict import HIGH, LOW, VERDICTS
+from .verdict import HIGH, LOW, TOO_FEW, VERDICTS, WIDEST
 
 HEADS = ("published row", "published", "vs full", "ours", "ours vs full", "ours / published", "verdict", "ours on")
 STYLE = """body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; }
@@ -94,7 +94,8 @@ def _shown(group: Sequence[Comparison]) -> list[Comparison]:
 def _legend(paper: Paper) -> str:
     text = (
         f"reproduced: ours is {LOW:g} to {HIGH:g} of the published number, or its 95 % interval holds it. "
-        "not comparable: something differs beside chance (numbers in brackets, listed below). "
+        "not comparable: something differs beside chance (numbers in brackets, listed below), or there are "
+        f"{TOO_FEW}: the interval reaches more than {100 * WIDEST:g} % of the published number away from our mean. "
         "vs full: difference to the full cache of the same model, ours paired by example."
     )
     if any(table.kind == "train" for table in paper.tables):

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..describe import setting
 from ..load import Run, average, fewer_is_better
-from ..stats import LEVEL, Comparison
+from ..stats import LEVEL, Comparison, Estimate, non_inferior
 from .cells import MIB, MISSING, Cell, Table, interval, number, out_of_memory_row, run_hash, score
 from .longbench import family, paper_order, short_name
 from .marks import (
@@ -26,8 +26,11 @@ from .marks import (
 )
 from .notes import guards, made_by, narrow_storage, ways_of_reading
 
+WITHIN = {True: "yes", False: "no", None: "undecided"}
+"""Answers of :func:`.stats.non_inferior` in words."""
 
-def accuracy_table(runs: Sequence[Run], by_set: bool = True, tested: bool = True) -> Table:
+
+def accuracy_table(runs: Sequence[Run], by_set: bool = True, tested: bool = True, margin: float | None = None) -> Table:
     """Scores by data set, their mean with its interval, the paired difference to the full cache, and bytes.
 
     Args:
@@ -35,10 +38,12 @@ def accuracy_table(runs: Sequence[Run], by_set: bool = True, tested: bool = True
         by_set: a column for each data set, examples won and lost, and output length; without them the table fits a
             terminal.
         tested: whether differences are tested, and the best are bold.
+        margin: largest loss against the full cache that counts as none, in the unit of the difference: a column says
+            which methods are within it; default: no such column.
     """
     runs, blocks = in_blocks(runs)
     done = [run for run in runs if run.done]
-    columns = _Columns.of(done, by_set, tests_of(done) if tested else Tests())
+    columns = _Columns.of(done, by_set, tests_of(done) if tested else Tests(), margin)
     rows = [columns.row(run) if run.done else out_of_memory_row(run, len(columns.heads)) for run in runs]
     families = ["", *map(family, columns.names), *("" for _ in columns.heads[1 + len(columns.names) :])]
     table = Table(title(runs), columns.heads, rows, runs, families=families if any(families) else [], blocks=blocks)
@@ -60,6 +65,7 @@ class _Columns:
         has_mean_bytes: Whether records have the mean bytes over the decode steps.
         floor: Data sets on which the full cache scores nothing.
         tests: Comparisons of the runs.
+        margin: Loss against the full cache that counts as none; None: there is no such column.
     """
 
     names: list[str]
@@ -69,21 +75,23 @@ class _Columns:
     has_mean_bytes: bool
     floor: set[str]
     tests: Tests
+    margin: float | None
 
     @classmethod
-    def of(cls, done: Sequence[Run], by_set: bool, tests: Tests) -> _Columns:
+    def of(cls, done: Sequence[Run], by_set: bool, tests: Tests, margin: float | None) -> _Columns:
         names = sorted(_keys(done, "scores"), key=paper_order) if by_set else []
         loss = bool(done) and fewer_is_better(done[0].record)
         if loss and len(names) == 1:
             names = []
         has_mean = any(run.record["bytes"].get("kv_bytes_mean") is not None for run in done)
         full = next((run for run in done if run.is_full_cache), None)
-        return cls(names, _keys(done, "averages"), loss, by_set, has_mean, at_the_floor(full), tests)
+        return cls(names, _keys(done, "averages"), loss, by_set, has_mean, at_the_floor(full), tests, margin)
 
     @property
     def heads(self) -> list[str]:
         mean, against = ("perplexity", "nats vs full") if self.loss else ("mean", "vs full")
         heads = ["method", *map(short_name, self.names), *self.further, mean, "95 % interval", against, "95 % interval"]
+        heads += [f"within {self.margin:g}"] if self.margin is not None else []
         heads += ["won/tied/lost"] if self.is_whole and self.tests.full else []
         heads += ["tokens vs full"] if self.is_whole and self.tests.drift else []
         heads += ["KV MiB", "mean KV MiB"] if self.has_mean_bytes else ["KV MiB"]
@@ -100,6 +108,7 @@ class _Columns:
             score(average(record), better=better),
             interval(average(record)),
             *self._against_full(run, f"+.{digits}f"),
+            *([self._within(run, self.margin)] if self.margin is not None else []),
             *self._examples(run),
             number(held["kv_bytes_stored"] / MIB, 2),
             *([_mean_bytes(held)] if self.has_mean_bytes else []),
@@ -124,6 +133,14 @@ class _Columns:
             cell = replace(cell, p=found[1], text=cell.text + (DAGGER if self.tests.is_significant(run) else ""))
         return [cell, interval(difference, form)]
 
+    def _within(self, run: Run, margin: float) -> Cell:
+        """Whether a run loses less than the margin against the full cache."""
+        difference = run.record.get("paired", {}).get("difference")
+        if difference is None or difference["low"] is None:
+            return MISSING
+        ends = (difference["mean"], difference["low"], difference["high"], difference["n"])
+        return Cell(WITHIN[non_inferior(Estimate(*ends), margin, self.loss)])
+
     def _examples(self, run: Run) -> list[Cell]:
         """Examples won, tied and lost, and the change of the output's length."""
         if not self.is_whole:
@@ -146,6 +163,12 @@ class _Columns:
         notes = []
         if any(p < 1 - LEVEL for _, p in self.tests.full.values()):
             notes.append(SIGNIFICANT)
+        if self.margin is not None:
+            unit = "nats" if self.loss else "points"
+            notes.append(
+                f"within {self.margin:g}: whether the whole interval of the difference is above a loss of "
+                f"{self.margin:g} {unit} (yes), below it (no) or neither (undecided); one-sided, 2.5 %."
+            )
         floor = [short_name(name) for name in self.names if name in self.floor]
         if floor:
             notes.append(f"{FLOOR_MARK}: the full cache scores 0 on nearly all examples, so no method can lose there.")

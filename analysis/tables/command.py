@@ -67,6 +67,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="POINTS",
         help="LaTeX: width of the text (default: %(default)s)",
     )
+    parser.add_argument(
+        "--margin",
+        type=float,
+        metavar="POINTS",
+        help="a column that says which methods lose less than this against the full cache (nats for perplexities)",
+    )
     parser.add_argument("--by-budget", action="store_true", help="scores alone, a row a method and a column a budget")
     parser.add_argument(
         "--published", action="store_true", help="papers' figures of speed and memory beside the runs that answer them"
@@ -84,6 +90,10 @@ def _format(args: argparse.Namespace) -> Callable[[Iterable[Table]], Iterator[st
         raise InputError("--published", "csv", "mixes runs and claims: use markdown, latex or html")
     if name == "csv" and args.by_budget:
         raise InputError("--by-budget", "csv", "has a run in each cell: leave it out, the csv names every number")
+    if args.margin is not None and not 0 < args.margin < float("inf"):
+        raise InputError("--margin", f"{args.margin:g}", "must be a number of points above 0")
+    if args.margin is not None and (args.by_budget or args.published):
+        raise InputError("--margin", f"{args.margin:g}", "needs a row a run: leave out --by-budget and --published")
     if args.width < MIN_WIDTH:
         raise InputError("--width", f"{args.width:g}", f"must be at least {MIN_WIDTH:g} points")
     return (lambda made: latex_page(made, args.width)) if name == "latex" else FORMATS[name]
@@ -99,7 +109,7 @@ def _wanted(args: argparse.Namespace, runs: Sequence[Run]) -> Iterator[Table]:
 
         made: Iterator[Table] = iter([published_table(runs)])
     else:
-        made = each_table(runs, args.by_budget)
+        made = each_table(runs, args.by_budget, args.margin)
     return made if args.columns is None else _with_columns(args.columns, list(made))
 
 

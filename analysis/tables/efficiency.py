@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..describe import setting
@@ -23,33 +23,7 @@ def efficiency_table(runs: Sequence[Run]) -> Table:
     ]
     metered = any((run.record.get("energy") or {}).get("joules") for run in runs)
     columns += ["J/token", "run"] if metered else ["run"]
-    rows = []
-    for run in runs:
-        record = run.record
-        if not run.done:
-            rows.append(out_of_memory_row(run, len(columns)))
-            continue
-        paired = record.get("paired", {})
-        tpot, steps = record["metrics"]["tpot_ms"], record["metrics"].get("step_ms")
-        mbu = record["limit"]["mbu"]
-        rows.append(
-            [
-                Cell(run.label),
-                metric(record, "ttft_ms", 1, -1),
-                metric(record, "tpot_ms", 2, -1),
-                Cell(f"{tpot['min']:.2f} - {tpot['max']:.2f}"),
-                *(MISSING if steps is None else number(steps[p], 2) for p in ("p90", "p99")),
-                metric(record, "prefill_tokens_per_s", 0, 1),
-                metric(record, "decode_tokens_per_s", 1, 1),
-                number(record["bytes"]["kv_bytes_stored"] / MIB, 2),
-                peak(record, "peak_prefill"),
-                peak(record, "peak_decode"),
-                MISSING if mbu is None else number(mbu["median"], 2),
-                *(_ratio(paired, key) for key in ("decode_speed_up", "decode_speed_up_by_bytes")),
-                *([_energy(record)] if metered else []),
-                run_hash(run),
-            ]
-        )
+    rows = _rows(runs, columns, lambda run: _times(run.record, metered))
     first = runs[0].record
     table = Table(_title(runs), columns, rows, runs, blocks=blocks)
     repeats = first["identity"]["runner"]["repeats"]
@@ -68,6 +42,44 @@ def efficiency_table(runs: Sequence[Run]) -> Table:
     return emphasized(table)
 
 
+def _rows(
+    runs: Sequence[Run], columns: Sequence[str], numbers: Callable[[Run], Sequence[Cell] | None]
+) -> list[list[Cell]]:
+    """A row a run: its label, its numbers and its hash; ``numbers`` gives None for a run that has none."""
+    rows = []
+    for run in runs:
+        if not run.done:
+            rows.append(out_of_memory_row(run, len(columns)))
+            continue
+        found = numbers(run)
+        rows.append([Cell(run.label), *([MISSING] * (len(columns) - 2) if found is None else found), run_hash(run)])
+    return rows
+
+
+def _times(record: Mapping[str, Any], metered: bool) -> list[Cell]:
+    """Numbers of a run of one workload."""
+    tpot, steps = record["metrics"]["tpot_ms"], record["metrics"].get("step_ms")
+    mbu, paired = record["limit"]["mbu"], record.get("paired", {})
+    return [
+        metric(record, "ttft_ms", 1, -1),
+        metric(record, "tpot_ms", 2, -1),
+        Cell(f"{tpot['min']:.2f} - {tpot['max']:.2f}"),
+        *(MISSING if steps is None else number(steps[p], 2) for p in ("p90", "p99")),
+        metric(record, "prefill_tokens_per_s", 0, 1),
+        metric(record, "decode_tokens_per_s", 1, 1),
+        *_memory(record),
+        MISSING if mbu is None else number(mbu["median"], 2),
+        *(_ratio(paired, key) for key in ("decode_speed_up", "decode_speed_up_by_bytes")),
+        *([_energy(record)] if metered else []),
+    ]
+
+
+def _memory(record: Mapping[str, Any]) -> list[Cell]:
+    """Bytes of the cache and both phases' peaks."""
+    stored = number(record["bytes"]["kv_bytes_stored"] / MIB, 2)
+    return [stored, peak(record, "peak_prefill"), peak(record, "peak_decode")]
+
+
 def _energy(record: Mapping[str, Any]) -> Cell:
     """Joules per output token, what the idle device takes included."""
     joules = record.get("energy", {}).get("joules_per_output_token")
@@ -82,37 +94,8 @@ def search_table(runs: Sequence[Run]) -> Table:
         *("method", name, "/ full", "ended by", "output tok/s", "/ full", "total tok/s", "TTFT ms", "TPOT ms"),
         *("KV MiB, batch", "peak prefill MiB", "peak decode MiB", "run"),
     ]
-    rows = []
-    for run in runs:
-        record = run.record
-        if not run.done:
-            rows.append(out_of_memory_row(run, len(columns)))
-            continue
-        paired, found = record.get("paired", {}), record.get("search")
-        if found is None:  # not a search, so of another table
-            rows.append([Cell(run.label), *([MISSING] * (len(columns) - 2)), run_hash(run)])
-            continue
-        ratios = [_ratio(paired, key) for key in ("largest_ratio", "output_tokens_per_s_ratio")]
-        size = found["measured_at"]
-        rows.append(
-            [
-                Cell(run.label),
-                Cell(f"{size:,}", size, better=1),
-                ratios[0],
-                Cell(found["stopped_by"]),
-                metric(record, "output_tokens_per_s", 1, 1),
-                ratios[1],
-                metric(record, "total_tokens_per_s", 1, 1),
-                metric(record, "ttft_ms", 1, -1),
-                metric(record, "tpot_ms", 2, -1),
-                number(record["bytes"]["kv_bytes_stored"] / MIB, 2),
-                peak(record, "peak_prefill"),
-                peak(record, "peak_decode"),
-                run_hash(run),
-            ]
-        )
     first = runs[0].record
-    table = Table(_title(runs), columns, rows, list(runs))
+    table = Table(_title(runs), columns, _rows(runs, columns, lambda run: _largest(run.record)), list(runs))
     limits = {run.record["search"]["limit_bytes"] for run in runs if "search" in run.record}
     given = ["what the device has" if limit is None else f"{limit / GIB:.4g} GiB" for limit in limits]
     table.notes.append(f"Memory: {', '.join(sorted(given))}. Times and bytes are those at the largest size.")
@@ -121,6 +104,25 @@ def search_table(runs: Sequence[Run]) -> Table:
         table.notes.append(f"Sizes are found to within {100 * tolerance:g} %.")
     table.notes += ways_of_decoding(runs) + made_by(runs) + not_measured(runs)
     return table
+
+
+def _largest(record: Mapping[str, Any]) -> list[Cell] | None:
+    """Numbers of a search; None for a run that is none, of another table."""
+    paired, found = record.get("paired", {}), record.get("search")
+    if found is None:
+        return None
+    size = found["measured_at"]
+    return [
+        Cell(f"{size:,}", size, better=1),
+        _ratio(paired, "largest_ratio"),
+        Cell(found["stopped_by"]),
+        metric(record, "output_tokens_per_s", 1, 1),
+        _ratio(paired, "output_tokens_per_s_ratio"),
+        metric(record, "total_tokens_per_s", 1, 1),
+        metric(record, "ttft_ms", 1, -1),
+        metric(record, "tpot_ms", 2, -1),
+        *_memory(record),
+    ]
 
 
 def _ratio(paired: Mapping[str, Any], name: str) -> Cell:

@@ -36,8 +36,14 @@ def tables(runs: Sequence[Run]) -> list[Table]:
     return list(each_table(runs))
 
 
-def each_table(runs: Sequence[Run], by_budget: bool = False) -> Iterator[Table]:
-    """The tables one by one, so that those of a large folder need not be in memory together."""
+def each_table(runs: Sequence[Run], by_budget: bool = False, margin: float | None = None) -> Iterator[Table]:
+    """The tables one by one, so that those of a large folder need not be in memory together.
+
+    Args:
+        runs: All runs.
+        by_budget: A row a method and a column a budget.
+        margin: See :func:`.accuracy.accuracy_table`.
+    """
     groups = [group for group in comparable(runs) if group[0].record["kind"] in KINDS]
     differences = differences_of(groups)
     used: Counter[str] = Counter()
@@ -46,7 +52,7 @@ def each_table(runs: Sequence[Run], by_budget: bool = False) -> Iterator[Table]:
         if by_budget:
             made = budget_tables(group, tested)
         elif group[0].record["kind"] == "accuracy":
-            made = [accuracy_table(group, tested=tested)]
+            made = [accuracy_table(group, tested=tested, margin=margin)]
         else:
             made = [KINDS[group[0].record["kind"]](group)]
         common = ", ".join([setting(group[0].record, group), *differences[group[0].group_key]])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -29,7 +31,12 @@ PAGES = [
 ]
 README = ROOT / "README.md"
 README_LINES = 140
-RUN_HASH = re.compile(r"\b[0-9a-f]{12} \|$")
+GENERATED = "docs/reference/"
+"""Pages that scripts write whole, tested by :func:`test_the_reference_pages_are_current` and beside their scripts."""
+PRINTED_BY_TESTS = "docs/explanation/statistics.md"
+"""Its tables are the output of tests/integration/test_coverage.py, which takes minutes."""
+TIMED_ON_A_GPU = "docs/results/gpu.md"
+"""Its table is printed by ``scripts/gpu_check.py``, which imports torch: a test of its own."""
 OWN_CHOICES = {"value_weighted", "value_norm", "last_word", "animals"}
 """Choices that a page tells the reader to write; tests of those pages compose them."""
 
@@ -39,9 +46,9 @@ def page_id(path: Path) -> str:
 
 
 @cache
-def script() -> ModuleType:
-    """``scripts/docs_reference.py``, which is no part of the package."""
-    spec = importlib.util.spec_from_file_location("docs_reference", ROOT / "scripts" / "docs_reference.py")
+def script(name: str = "docs_reference") -> ModuleType:
+    """A script of ``scripts``, which is no part of the package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -197,22 +204,48 @@ def test_every_task_is_on_the_page_of_tasks() -> None:
         assert f"`{path.stem}`" in text or f"={path.stem}`" in text, path.stem
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if "kvbench table results/" in p.read_text()], ids=page_id)
-def test_every_row_with_a_run_is_printed_by_a_command_of_the_page(page: Path, monkeypatch, capsys) -> None:
+def number_rows(text: str) -> list[str]:
+    """Rows of the tables of a page most of whose cells are numbers, but for their heads."""
+    rows = []
+    for table in re.findall(r"(?:^\|.*\n)+", text + "\n", re.M):
+        body = table.splitlines()[2:]
+        cells = [cell.strip() for row in body for cell in row.split("|")[2:-1]]
+        numbers = sum(re.match(r"[*`\[]*[+-]?\d", cell) is not None for cell in cells)
+        if numbers > sum(map(bool, cells)) / 2:
+            rows += body
+    return rows
+
+
+def test_number_tables_are_found() -> None:
+    table = "| a | b | c |\n|---|---|---:|\n| x | **1.5** | |\n| y | [2, 3] | word |\n"
+    assert number_rows(f"text\n\n{table}\nmore") == table.splitlines()[2:]
+    assert number_rows("| a | b |\n|---|---|\n| 1 | word |\n") == []
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if number_rows(p.read_text(encoding="utf-8"))], ids=page_id)
+def test_every_row_of_numbers_is_printed_by_a_command_of_the_page(page: Path, monkeypatch, capsys) -> None:
+    if page_id(page).startswith(GENERATED) or page_id(page) in (PRINTED_BY_TESTS, TIMED_ON_A_GPU):
+        pytest.skip("tested elsewhere")
     monkeypatch.chdir(ROOT)
     text = page.read_text(encoding="utf-8")
     for words in commands(text):
         if words[:2] == ["kvbench", "table"] and "results/reference" in " ".join(words[2:3]):
             assert tables.main(words[2:]) == 0
+        elif words[:2] == ["python", "scripts/result_tables.py"]:
+            assert script("result_tables").main(words[2:]) == 0
     printed = capsys.readouterr().out.splitlines()
     if page == README:
         for group in comparable(load(ROOT / "results/reference/make_run")[0]):
             printed += tables.markdown(tables.accuracy_table(group, by_set=False)).splitlines()
-    rows = [line for line in text.splitlines() if RUN_HASH.search(line)]
-    if page == README:
-        rows += re.findall(r"^\| \w+ +\| +\**[\d.]+ \[.*$", text, re.M)
-        assert len(rows) > 5
-    assert [row for row in rows if row not in printed] == []
+    assert [row for row in number_rows(text) if row not in printed] == []
+
+
+@pytest.mark.slow
+def test_the_gpu_s_table_is_printed_by_its_command() -> None:
+    text = (ROOT / TIMED_ON_A_GPU).read_text(encoding="utf-8")
+    (words,) = (words for words in commands(text) if words[:2] == ["python", "scripts/gpu_check.py"])
+    made = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert number_rows(text) and [row for row in number_rows(text) if row not in made.stdout.splitlines()] == []
 
 
 def test_the_reference_pages_are_current() -> None:

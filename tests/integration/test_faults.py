@@ -300,6 +300,32 @@ def test_samples_that_do_not_fit_are_named_and_the_run_is_not_the_best(tmp_path,
     )
 
 
+def test_rows_of_a_part_of_a_data_set_are_compared_with_the_score_of_the_part(tmp_path):
+    """LongBench-E splits its data sets by length: ``group`` names the part that a row counts in."""
+    parts = {"lcc/0-4k": (0.3, 0.1), "lcc/4-8k": (0.5, 0.7), "qasper": (0.2, 0.4)}
+    record = accuracy("h2o", 128, 31.0)
+    path = path_of(save(tmp_path, record), "h2o")
+    record["scores"] = {name: estimate(50 * sum(scores), 2) for name, scores in parts.items()}
+    record["average"], record["data"]["examples"] = estimate(110 / 3, 6), {"lcc": 4, "qasper": 2}
+    path.write_text(json.dumps(record))
+    rows = [
+        {"dataset": name.partition("/")[0], "id": f"{name}-{i}", "score": score, "group": name}
+        for name, scores in parts.items()
+        for i, score in enumerate(scores)
+    ]
+    del rows[-1]["group"], rows[-2]["group"]  # a data set that is not split
+    samples = path.with_name("samples.jsonl")
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run,), problems = load(tmp_path)
+    assert problems == [] and run.examples is not None
+    found = run.examples.by_data_set()
+    assert {name: list(scores.values()) for name, scores in found.items()} == {
+        name: pytest.approx([100 * score for score in scores]) for name, scores in parts.items()
+    }
+    samples.write_text(samples.read_text().replace("0.7", "0.9"))
+    assert "scores.lcc/4-8k.mean is 60: samples.jsonl gives 70" in load(tmp_path)[1][0]
+
+
 # copies ---------------------------------------------------------------------------------------------------------------
 
 

@@ -93,10 +93,19 @@ def test_a_sum_in_the_paper_s_words_is_our_budget():
         (44.1, None, None, [], ("not reproduced", "above: look again")),
         (35.0, 29.0, 40.5, [], ("reproduced", "")),  # the interval holds 40
         (35.0, 29.0, 39.9, [], ("not reproduced", "below")),
+        (40.0, 32.0, 48.0, [], ("reproduced", "")),  # a fifth of the published number to each side
+        (40.0, 31.9, 48.1, [], ("not comparable", "too few examples")),
+        (32.0, 20.0, 41.0, [], ("not comparable", "too few examples")),  # holds 40, and 20 too
+        (70.0, 50.0, 90.0, [], ("not reproduced", "above: look again")),  # a wide interval can contradict
     ],
 )
 def test_verdicts(ours, low, high, differs, said):
     assert verdict(40.0, ours, low, high, differs) == said
+
+
+def test_a_mean_without_an_interval_agrees_with_nothing():
+    assert verdict(40.0, 40.0, None, None, [], is_sample=True) == ("not comparable", "too few examples")
+    assert verdict(40.0, 20.0, None, None, [], is_sample=True) == ("not reproduced", "below")
 
 
 def test_the_same_model_and_data_get_a_verdict(tmp_path):
@@ -118,7 +127,9 @@ def test_the_same_model_and_data_get_a_verdict(tmp_path):
         -1.11, abs=0.01
     )
     cell = found(folder, "snapkv", SNAPKV, "qasper")  # 29.51 in the paper, which the interval of five examples holds
-    assert (cell.verdict, cell.remark) == ("reproduced", "")
+    assert (cell.verdict, cell.remark) == ("not comparable", "too few examples")
+    lines = commands(paper("snapkv"), [cell], "mine")
+    assert any("method=snapkv" in line for line in lines)  # so its run is still missing
     cell = found(folder, "snapkv", SNAPKV, "passage_count")  # 2.98 in the paper
     assert (cell.verdict, cell.remark) == ("not reproduced", "above: look again")
 

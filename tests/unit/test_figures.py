@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -355,9 +356,16 @@ def test_the_figures_of_the_docs_have_the_points_that_the_records_have(monkeypat
 # the command ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_screen_gets_one_picture_and_its_points_and_a_paper_a_pdf(tmp_path: Path) -> None:
+    save(tmp_path / "r", *SWEEP)
+    for style, endings in (("screen", {".svg", ".csv"}), ("paper", {".pdf", ".csv"})):
+        assert main([str(tmp_path / "r"), "-o", str(tmp_path / style), "--figure", "pareto", "--style", style]) == 0
+        assert {path.suffix for path in (tmp_path / style).glob("pareto*")} == endings
+
+
 def test_the_command_writes_all_formats_and_the_same_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(tmp_path / "r", *SWEEP)
-    flags = ["--figure", "pareto", "--style", "paper", "--width", "single"]
+    flags = ["--figure", "pareto", "--style", "paper", "--width", "single", "--format", "pdf,svg,png,csv"]
     for name in ("a", "b"):
         assert main([str(tmp_path / "r"), "-o", str(tmp_path / name), *flags]) == 0
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
@@ -480,6 +488,36 @@ def test_labels_of_any_kind_are_drawn_as_they_are(tmp_path: Path, label: str) ->
     svg = (tmp_path / "f" / "pareto-longbench-m.svg").read_text()
     assert "<script>" not in svg
     assert "<script>" not in (tmp_path / "f" / "index.md").read_text()
+
+
+def test_the_name_of_a_task_cannot_leave_the_folder_or_break_a_line(tmp_path: Path) -> None:
+    runs = [accuracy(method, budget, 9.0) for method, budget in (("full", None), ("snapkv", 64))]
+    save(tmp_path / "r", *runs)
+    for path in (tmp_path / "r").rglob("record.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"task": "../../evil\n## name"}))
+    assert main([str(tmp_path / "r"), "-o", str(tmp_path / "f"), "--figure", "pareto", "--format", "csv"]) == 0
+    assert sorted(path.name for path in (tmp_path / "f").iterdir()) == [
+        "index.md",
+        "manifest.json",
+        "pareto-evil-name-m.csv",
+    ]
+    assert "\n## name" not in (tmp_path / "f" / "index.md").read_text()
+    assert not list(tmp_path.parent.glob("*evil*"))
+
+
+@pytest.mark.parametrize("mean", [math.nan, math.inf, None, "20"])
+def test_an_unsound_record_is_named_and_the_others_are_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mean: object
+) -> None:
+    save(tmp_path / "r", *SWEEP, accuracy("h2o", 128, 31.0))
+    (path,) = (tmp_path / "r").glob("*/h2o/*/record.json")
+    record = json.loads(path.read_text())
+    record["average"]["mean"] = mean
+    path.write_text(json.dumps(record))
+    assert main([str(tmp_path / "r"), "-o", str(tmp_path / "f"), "--figure", "pareto", "--format", "csv"]) == 0
+    assert "average.mean is" in capsys.readouterr().err
+    rows = (tmp_path / "f" / "pareto-longbench-m.csv").read_text()
+    assert "h2o" not in rows and "snapkv" in rows and "nan" not in rows
 
 
 @pytest.mark.parametrize(

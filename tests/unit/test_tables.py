@@ -13,6 +13,7 @@ from records import accuracy, efficiency, estimate, save
 from kvbench.analysis.figures import figures
 from kvbench.analysis.load import Run, compressed_layers, load
 from kvbench.analysis.tables import budget_tables, efficiency_table, main, tables
+from kvbench.analysis.tables.groups import each_table
 
 
 def made(folder, *records):
@@ -240,6 +241,31 @@ def test_a_difference_from_the_full_cache_is_marked_after_holm_s_rule(tmp_path):
     assert cell(table, "h2o 128", "vs full").text == "+0.05"
     assert cell(table, "snapkv 128", "vs full").p < 0.05 < cell(table, "h2o 128", "vs full").p
     assert any("Holm" in note for note in table.notes)
+
+
+def test_a_margin_says_which_methods_are_within_it(tmp_path, capsys):
+    """Losses of 1, 6 and 3 points whose intervals are about a point to each side, against a margin of 3."""
+    runs = [("full", None, 22.0), ("snapkv", 128, 21.0), ("h2o", 128, 16.0), ("tova", 128, 19.0)]
+    save(tmp_path, *(accuracy(*run) for run in runs))
+    (table,) = each_table(load(tmp_path)[0], margin=3.0)
+    found = {label: texts(table, label)["within 3"] for label in ("full", "snapkv 128", "h2o 128", "tova 128")}
+    assert found == {"full": "-", "snapkv 128": "yes", "h2o 128": "no", "tova 128": "undecided"}
+    assert any("above a loss of 3 points (yes)" in note for note in table.notes)
+    assert main([str(tmp_path), "--margin", "3", "--columns", "mean,within*"]) == 0
+    assert "|  within 3 |" in capsys.readouterr().out
+    for wrong in (["--margin", "0"], ["--margin", "nan"], ["--margin", "1", "--by-budget"]):
+        assert main([str(tmp_path), *wrong]) == 2
+        assert capsys.readouterr().err.startswith("error: --margin=")
+
+
+def test_a_margin_of_losses_is_in_nats_and_a_smaller_loss_is_better(tmp_path):
+    records = [accuracy("full", None, 3.0), accuracy("snapkv", 128, 2.0), accuracy("h2o", 128, 4.0)]
+    for record in records:
+        record["unit"] = "nats per token"
+        if "paired" in record:
+            record["paired"]["difference"] = estimate(record["average"]["mean"] - 3.0, half=0.5)
+    (table,) = each_table(load(save(tmp_path, *records))[0], margin=0.1)
+    assert [texts(table, label)["within 0.1"] for label in ("snapkv 128", "h2o 128")] == ["yes", "no"]
 
 
 def test_a_data_set_on_which_the_full_cache_fails_is_marked(tmp_path):
