@@ -36,6 +36,6 @@ def published_table(runs: Sequence[Run]) -> Table:
     table.notes.append("not comparable: another card than the paper's, where the figure depends on it.")
     table.notes += different_layers(used)
     if not used:
-        table.notes.append("None of these runs is here: scripts/campaign_gpu.sh makes them.")
+        table.notes.append("None of these runs is here: kvbench run experiment=gpu_campaign makes them.")
     table.notes.append("`kvbench paper NAME` has each paper's numbers of quality as well.")
     return table

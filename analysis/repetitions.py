@@ -34,14 +34,20 @@ def _gains(full: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]
             "largest_ratio": record["search"]["measured_at"] / full["search"]["measured_at"],
             **{f"{name}_ratio": own / theirs for name in names for theirs, own in [of_medians(name)]},
         }
-    (tpot_full, tpot), (ttft_full, ttft) = of_medians("tpot_ms"), of_medians("ttft_ms")
+    in_turn = record.get("interleaved")  # repetitions of the full cache that were measured in turn with these
+
+    def repetitions(name: str) -> tuple[Sequence[float], Sequence[float]]:
+        baseline = full["metrics"][name]["repetitions"] if in_turn is None else in_turn[name]
+        return baseline, record["metrics"][name]["repetitions"]
+
+    (tpots_full, tpots), (ttfts_full, ttfts) = repetitions("tpot_ms"), repetitions("ttft_ms")
     name = "decode_speed_up_interval"
-    baseline, own = (one["metrics"]["tpot_ms"]["repetitions"] for one in (full, record))
+    interval = ratio(tpots_full, tpots, paired=in_turn is not None)
     return {
         "decode_speed_up_by_bytes": full["limit"]["bytes_read_per_step"] / record["limit"]["bytes_read_per_step"],
-        "decode_speed_up": tpot_full / tpot,
-        **({name: asdict(ratio(baseline, own, paired=False))} if name in record["paired"] else {}),
-        "prefill_slow_down": ttft / ttft_full,
+        "decode_speed_up": median(tpots_full) / median(tpots),
+        **({name: asdict(interval)} if name in record["paired"] else {}),
+        "prefill_slow_down": median(ttfts) / median(ttfts_full),
         "kv_bytes_saved_end": full["bytes"]["kv_bytes_stored_end"] - record["bytes"]["kv_bytes_stored_end"],
     }
 

@@ -124,6 +124,7 @@ DONE: Mapping[str, Mapping[str, Any]] = {
         "bandwidth": {"problem?": str | None},
         "decode?": Text,
         "limit": {"mbu": (SPREAD, None)},
+        "interleaved?": {"with": Text, "ttft_ms": ListOf(float), "tpot_ms": ListOf(float)},
         "paired?": {
             "decode_speed_up?": float,
             "decode_speed_up_by_bytes?": float,

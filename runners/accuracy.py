@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from ..conf.errors import InputError, require
 from ..conf.options import Bounds, NonNegativeFloat
 from ..methods.cache.method import Method
+from ..methods.policies.transformers_generate import TransformersGenerate
 from ..models.base import ModelSource
 from ..tasks.base import Described, Example, Source, Task, is_text
 from .config.settings import Settings
@@ -70,6 +71,9 @@ class AccuracyRunner(PairedRunner):
             The runs, in the order of ``methods``, all complete.
         """
         task = self._checked(source, task, settings)
+        for method in methods:
+            is_scored = not isinstance(method, TransformersGenerate)
+            require(is_scored, "method", method.name, "is timed, not scored: its answers are those of method=full")
         examples = task.examples()
         for e in examples:
             name = f"{e.dataset}/{e.id}"

@@ -9,7 +9,7 @@ Definitions (vLLM's and MLPerf's, so that numbers can be compared):
 * step: time of one decode step; its percentiles are over all steps of all repetitions.
 * MBU: lower bound of a decode step's time, (weights + KV) / copy bandwidth, divided by its measured time.
 
-Time, memory and energy are measured in separate passes (``measure/``), each in its own process.
+Time, memory and energy are measured in separate passes (:mod:`.measure.passes`), time in turn with the full cache.
 
 A search (``workload=max_batch`` or ``max_context``) first finds the largest size that fits and is then measured at it.
 """
@@ -20,12 +20,11 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..analysis.stats import ratio
 from ..conf.errors import InputError
 from ..conf.options import NonNegativeInt, PositiveFloat, PositiveInt
 from ..methods.cache.method import Method
@@ -34,17 +33,13 @@ from ..tasks.base import Described
 from ..tasks.workload import Search, Workload
 from .config.settings import Settings
 from .engine.compiled import MAX_ROWS
-from .measure.energy import EnergyMeter
-from .measure.energy_pass import energy_pass
-from .measure.fresh import Killed, in_forked_process
+from .measure.gains import add_gains
 from .measure.job import Job
 from .measure.lock import measurement_lock
-from .measure.memory import in_memory_process, is_out_of_memory
-from .measure.memory_pass import memory_pass
-from .measure.time_pass import spread, time_pass
+from .measure.passes import Passes, is_memory_failure
 from .progress import elapsed_since, status_line
 from .records import provenance
-from .records.runs import MethodRun, finished_baseline, open_run, record_head, run_with_locks
+from .records.runs import BASELINE, MethodRun, open_run, record_head, run_with_locks
 from .runner import PairedRunner
 from .search import SearchJob, search
 
@@ -55,12 +50,11 @@ TRIED_SIZES = "tried.jsonl"
 """File of the sizes that a search has tried, in its run's folder until it is done."""
 SIZE_REDUCTION = 0.02
 """Share by which a size is reduced that fitted in the search and then does not fit when it is measured."""
-THROUGHPUT = ("output_tokens_per_s", "total_tokens_per_s")
 
 
 @dataclass
 class EfficiencyRunner(PairedRunner):
-    """``runner=efficiency``; every method and budget is measured in its own processes, one after another.
+    """``runner=efficiency``; methods and budgets are measured one after another, each beside the full cache.
 
     Attributes:
         warmups: Number of repetitions that are not recorded.
@@ -106,22 +100,27 @@ class EfficiencyRunner(PairedRunner):
             for m, s in zip(methods, sources, strict=True)
         ]
 
+        baseline = next((run for run in runs if run.method.identity() == BASELINE.identity()), None)
+        in_turn = None if baseline is None or isinstance(task, Search) else self._job(baseline, task, settings)
+
         def work(locked: list[MethodRun]) -> None:
-            for run in locked:
-                if run.folder.done:
-                    log.info(f"{run.method.label}: already done, in {run.folder.path}")
-                    continue
-                with measurement_lock(settings.torch_device):
+            for run in [run for run in locked if run.folder.done]:
+                log.info(f"{run.method.label}: already done, in {run.folder.path}")
+            left = [run for run in locked if not run.folder.done]
+            if not left:
+                return
+            with measurement_lock(settings.torch_device), Passes(in_turn) as passes:
+                for run in left:
                     log.info(f"{run.method.label}: {self.warmups} + {self.repeats} timed repetitions, then memory")
                     load = os.getloadavg()[0]
                     show = partial(elapsed_since, time.monotonic(), f"measuring {run.method.label}")
                     with status_line(show):
-                        status, results = self._measure(run, task, settings)
-                head = record_head(status, run.folder, run.method, data, settings)
-                run.folder.finish({**head, "provenance": made_by, "load_average_before": load, **results})
+                        status, results = self._measure(run, task, settings, passes)
+                    head = record_head(status, run.folder, run.method, data, settings)
+                    run.folder.finish({**head, "provenance": made_by, "load_average_before": load, **results})
 
         run_with_locks(runs, work)
-        _pair(runs)
+        add_gains(runs)
         return runs
 
     def _checked(self, task: Described, settings: Settings) -> Workload | Search:
@@ -156,9 +155,8 @@ class EfficiencyRunner(PairedRunner):
             "torch": made_by["packages"].get("torch"),
         }
 
-    def _measure(self, run: MethodRun, task: Workload | Search, settings: Settings) -> tuple[str, dict[str, Any]]:
-        """(status, fields of the record)."""
-        job = Job(
+    def _job(self, run: MethodRun, task: Workload | Search, settings: Settings) -> Job:
+        return Job(
             run.source,
             run.method,
             task if isinstance(task, Workload) else None,
@@ -172,18 +170,25 @@ class EfficiencyRunner(PairedRunner):
             self.cuda_graph,
             self.compile,
         )
+
+    def _measure(
+        self, run: MethodRun, task: Workload | Search, settings: Settings, passes: Passes
+    ) -> tuple[str, dict[str, Any]]:
+        """(status, fields of the record)."""
+        job = self._job(run, task, settings)
         try:
             if isinstance(task, Search):
-                return self._measure_largest(job, task, run.folder.path / TRIED_SIZES)
-            return "done", _passes(job)
+                return self._measure_largest(job, task, run.folder.path / TRIED_SIZES, passes)
+            return "done", passes.measure(job)
         except Exception as error:
-            if not _is_memory_failure(error):
+            if not is_memory_failure(error):
                 raise
             problem = str(error).splitlines()[0]
             log.warning(f"{run.method.label}: out of memory: {problem}")
             return "oom", {"problem": problem}
 
-    def _measure_largest(self, job: Job, task: Search, log: Path) -> tuple[str, dict[str, Any]]:
+    def _measure_largest(self, job: Job, task: Search, log: Path, passes: Passes) -> tuple[str, dict[str, Any]]:
+        passes.release()  # a search may take all the memory that there is
         limit = None if self.memory_limit_gib is None else int(self.memory_limit_gib * GIB)
         result = search(SearchJob(job, task, limit, log))
         if result["largest"] is None:
@@ -194,96 +199,13 @@ class EfficiencyRunner(PairedRunner):
         while True:  # a size that just fits when memory is measured may not fit when time is measured
             workload, batch_size = task.at(value, job.batch_size)
             try:
-                results = _passes(replace(job, workload=workload, batch_size=batch_size))
+                results = passes.measure(replace(job, workload=workload, batch_size=batch_size))
             except Exception as error:
                 smaller = (value - max(task.step, int(SIZE_REDUCTION * value))) // task.step * task.step
-                if not _is_memory_failure(error) or smaller < 0.8 * result["largest"] or smaller < task.step:
+                if not is_memory_failure(error) or smaller < 0.8 * result["largest"] or smaller < task.step:
                     raise
                 value = smaller
             else:
                 break
         log.unlink()
         return "done", {**results, "batch_size": batch_size, "search": {**result, "measured_at": value}}
-
-
-def _passes(job: Job) -> dict[str, Any]:
-    """Time, memory and energy of a workload, and the times relative to their lower bound."""
-    times = in_forked_process(time_pass, job)
-    memory = in_memory_process(memory_pass, job, job.device)
-    # No process if it is known that there is no counter; only CUDA's counter needs the device.
-    problem = EnergyMeter(job.device).problem if job.device == "cpu" else None
-    try:
-        energy = {"energy": {"problem": problem}} if problem else in_forked_process(energy_pass, job)
-    except Exception as error:  # time and memory have been measured
-        if not _is_memory_failure(error):
-            raise
-        energy = {"energy": {"problem": "out of memory when energy was measured"}}
-    return {**times, **memory, **energy, **_limit(times)}
-
-
-def _is_memory_failure(error: Exception) -> bool:
-    return isinstance(error, Killed) or is_out_of_memory(error)
-
-
-def _limit(times: dict[str, Any]) -> dict[str, Any]:
-    """Lower bound of a decode step's time (reading the weights and the cache once), and how close the steps are."""
-    bytes_read = times["bytes_read_per_step"]
-    bandwidth = times["bandwidth"]["copy_bytes_per_s"]
-    floor_ms = None if bandwidth is None else 1e3 * bytes_read / bandwidth
-    tpots = times["metrics"]["tpot_ms"]["repetitions"]
-    return {
-        "limit": {
-            "bytes_read_per_step": bytes_read,
-            "tpot_ms_floor": floor_ms,
-            "mbu": None if floor_ms is None else spread([floor_ms / t for t in tpots]),
-        }
-    }
-
-
-def _pair(runs: Sequence[MethodRun]) -> None:
-    """Add the gains over the full cache to every record: by bytes read, and as measured."""
-    baseline = finished_baseline(runs)
-    if baseline is None:
-        return
-    full = baseline.folder.record()
-    for run in runs:
-        if run is baseline or not run.folder.done or "paired" in (record := run.folder.record()):
-            continue
-        paired = {"with": baseline.method.label, "hash": baseline.folder.hash, **_gains(full, record)}
-        with run.folder:
-            run.folder.amend("paired", paired)
-
-
-def _gains(full: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """Gains in time and bytes at equal requests; for a search, whose requests differ, ratios of size and throughput."""
-    if "search" in record:
-        return {
-            "largest_ratio": record["search"]["measured_at"] / full["search"]["measured_at"],
-            **{
-                f"{name}_ratio": record["metrics"][name]["median"] / full["metrics"][name]["median"]
-                for name in THROUGHPUT
-            },
-        }
-    return {
-        "decode_speed_up_by_bytes": full["limit"]["bytes_read_per_step"] / record["limit"]["bytes_read_per_step"],
-        "decode_speed_up": full["metrics"]["tpot_ms"]["median"] / record["metrics"]["tpot_ms"]["median"],
-        "decode_speed_up_interval": asdict(
-            ratio(_repetitions(full, "tpot_ms"), _repetitions(record, "tpot_ms"), paired=False)
-        ),
-        "prefill_slow_down": record["metrics"]["ttft_ms"]["median"] / full["metrics"]["ttft_ms"]["median"],
-        "kv_bytes_saved_end": full["bytes"]["kv_bytes_stored_end"] - record["bytes"]["kv_bytes_stored_end"],
-        "peak_decode_bytes_saved": _peak_saved(full, record, "peak_decode"),
-        "peak_prefill_bytes_saved": _peak_saved(full, record, "peak_prefill"),
-    }
-
-
-def _repetitions(record: dict[str, Any], name: str) -> list[float]:
-    values: list[float] = record["metrics"][name]["repetitions"]
-    return values
-
-
-def _peak_saved(full: dict[str, Any], record: dict[str, Any], phase: str) -> int | None:
-    """Bytes saved in the peak of one phase; None if the machine cannot measure the peak."""
-    if full["memory"][phase] is None or record["memory"][phase] is None:
-        return None
-    return full["memory"][phase]["allocated"] - record["memory"][phase]["allocated"]

@@ -20,7 +20,7 @@ from ..conf.errors import InputError
 from ..models.pretrained import devices_of
 from ..tasks.workload import Search
 from .measure.fresh import Killed
-from .measure.job import Batch, Job, LoadedJob, load
+from .measure.job import Batch, Job, LoadedJob
 from .measure.memory import (
     MemoryMeter,
     available_memory,
@@ -30,6 +30,7 @@ from .measure.memory import (
     release_memory,
 )
 from .measure.memory_pass import memory_of, warm_up
+from .measure.session import load
 
 USABLE_MEMORY = 0.95
 """Share of the free memory that a search on a CPU may use; the rest keeps the machine responsive."""

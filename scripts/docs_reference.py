@@ -27,7 +27,7 @@ import kvbench
 from kvbench.analysis.schema import FIELDS, RECORD, RESULTS, SAMPLES, SCHEMA
 from kvbench.runners.command import COMMANDS
 from kvbench.runners.config.help import documented_keys, value_and_allowed
-from kvbench.runners.config.loader import groups
+from kvbench.runners.config.loader import OF_ANY_KEY, groups
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs" / "reference"
@@ -118,6 +118,10 @@ RECORD_FIELDS = {
     "metrics.total_tokens_per_s": "prompt and output tokens / latency",
     "metrics.step_ms": "percentiles of single decode steps",
     "repetitions": "times of every repetition",
+    "interleaved": "repetitions of the full cache measured in turn with the run's own, if one process measured both",
+    "interleaved.with": "label of the full cache",
+    "interleaved.ttft_ms": "TTFT of each repetition",
+    "interleaved.tpot_ms": "TPOT of each repetition",
     "decode": "how the steps ran: eager, compiled, cuda graph; on CUDA `eager: ` and why a step cannot be captured",
     "attention": "what computed their attention: triton, or pytorch with the reason if no kernel supports a CUDA call",
     "workload": "the requests",
@@ -210,7 +214,7 @@ def config_page() -> str:
         "## Top level\n\n" + _key_table(root.joinpath("config.yaml").read_text(encoding="utf-8"), ""),
     ]
     for group, options in sorted(groups(root), key=lambda item: item[0].startswith("hydra/")):
-        prefix = "" if group == "experiment" else group.replace("/", ".") + "."
+        prefix = "" if group in OF_ANY_KEY else group.replace("/", ".") + "."
         parts.append(f"## `{group}=`")
         for option in options:
             text = option.read_text(encoding="utf-8")

@@ -1,14 +1,16 @@
 """Correctness and speed of every method on one CUDA device, written down as they come; see gpu_check.sh.
 
-    python scripts/gpu_check.py correct|sdpa|speed [--seconds 120] [--match minicache]
+    python scripts/gpu_check.py smoke [KEY=VALUE...]
+    python scripts/gpu_check.py correct|sdpa [--seconds 120] [--match minicache]
     python scripts/gpu_check.py table speed.json...     a Markdown table of such files; later rows replace earlier ones
 
 ``correct``: errors of logits against the CPU for each method, eager and captured, as
 tests/integration/test_cuda.py runs them.
 ``sdpa``: host and device time of attention by cuDNN and without it, at shapes that are new and at the same ones again.
-``speed``: TTFT, TPOT and MBU of each method on random weights of a 7B shape, one sequence.
+``smoke``: ``experiment=gpu_smoke``, every method on random weights of a 7B shape, with records in ``$RESULTS``.
 
-Each writes ``$OUT/<part>.json`` (``gpu_check/`` by default) after every row, and begins no row after ``--seconds``.
+The first two write ``$OUT/<part>.json`` (``gpu_check/`` by default) after every row, and begin no row after
+``--seconds``; the last repeats nothing that has a record.
 ``DEV=cpu`` rehearses it at toy size on any machine. Exit status: 0 done, 1 a row failed or there was no time for it.
 """
 
@@ -31,28 +33,7 @@ import torch.nn.functional as F
 DEVICE = os.environ.get("DEV", "cuda")
 IS_CUDA = DEVICE.startswith("cuda")
 OUT = Path(os.environ.get("OUT") or "gpu_check")
-PROMPT_TOKENS, NEW_TOKENS, BUDGET = (4096, 24, 1024) if IS_CUDA else (200, 4, 100)
-SHAPE = "llama2-7b" if IS_CUDA else "tiny"
-
-SPEED = [
-    "full",
-    f"snapkv budget={BUDGET}",
-    f"h2o budget={BUDGET}",
-    "kivi storage=kivi4",
-    "kivi storage=kivi2",
-    f"tova budget={BUDGET}",
-    f"streaming_llm budget={BUDGET} policy.mode=prefill_evict",
-    f"streaming_llm budget={BUDGET}",
-    f"snapkv_kivi4 budget={BUDGET}",
-    "minicache",
-    "minicache_kivi4",
-    f"pyramidkv budget={BUDGET}",
-    f"key_diff budget={BUDGET}",
-    f"expected_attention budget={BUDGET}",
-    "pyramid_infer",
-    f"ada_kv budget={BUDGET}",
-]
-"""Those of most interest first, the slowest one last."""
+PROMPT_TOKENS = 4096 if IS_CUDA else 200
 
 Row = dict[str, Any]
 Task = tuple[Row, Callable[[], Row]]
@@ -124,48 +105,30 @@ def sdpa() -> Iterator[Task]:
                 yield about, functools.partial(measure, call, length if kind == "prefill" else 1, length)
 
 
-def speed() -> Iterator[Task]:
-    """One process and one model for all methods; two prompts each, of which the second one counts."""
-    from kvbench.models.random import RandomModel
-    from kvbench.runners.config.methods import named_method
-    from kvbench.runners.measure.bandwidth import copy_bandwidth
-    from kvbench.runners.measure.job import Job, LoadedJob
-    from kvbench.runners.measure.time_pass import bytes_read_per_step, time_batch
-    from kvbench.tasks.shape import Shape
+def smoke(overrides: list[str]) -> int:
+    """``experiment=gpu_smoke``, and the table of its records, also if it is cut off.
 
-    dtype = torch.bfloat16 if IS_CUDA else torch.float32
-    source = RandomModel(shape=SHAPE, max_positions=1 << 20)
-    loaded = source.load(DEVICE, dtype)
-    bandwidth = copy_bandwidth(DEVICE)
-    assert bandwidth is not None
+    Not by the command, which asks for packages that only other tasks and models use.
+    """
+    import hydra
 
-    def measure(text: str) -> Row:
-        method, workload = named_method(text), Shape(prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS)
-        job = Job(source, method, workload, DEVICE, dtype, 0, 1, None, 1, 1)
-        loaded_job = LoadedJob(job, loaded)
-        work = loaded_job.batches()
-        if IS_CUDA:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        time_batch(loaded_job, work[0])
-        timed = time_batch(loaded_job, work[0])
-        tpot_s = timed.decoding / len(timed.steps)
-        return {
-            "ttft_ms": 1e3 * timed.ttft,
-            "tpot_ms": 1e3 * tpot_s,
-            "step_median_ms": 1e3 * sorted(timed.steps)[len(timed.steps) // 2],
-            "decode": timed.mode,
-            "recording_s": timed.preparation,
-            "mbu": bytes_read_per_step(work, loaded.model, method) / bandwidth / tpot_s,
-            "peak_bytes": torch.cuda.max_memory_allocated() if IS_CUDA else None,
-        }
+    from kvbench.analysis.tables import main as table
+    from kvbench.runners.cli import run
 
-    for text in SPEED:
-        about = {"method": text, "shape": SHAPE, "prompt_tokens": PROMPT_TOKENS, "copy_bytes_per_s": bandwidth}
-        yield about, functools.partial(measure, text)
+    results = os.environ.get("RESULTS") or str(OUT / "results")
+    toy = [] if IS_CUDA else ["model.shape=tiny", "workload.prompt_tokens=200", "workload.new_tokens=4"]
+    toy += [] if IS_CUDA else ["dtype=float32", "runner.budgets=[100]", "runner.warmups=0", "runner.repeats=1"]
+    with hydra.initialize_config_module("kvbench.conf", version_base="1.3"):
+        given = ["experiment=gpu_smoke", f"device={DEVICE}", f"results_dir={results}", *toy, *overrides]
+        config = hydra.compose("config", overrides=given)
+    try:
+        run(config)
+    finally:
+        table([results])
+    return 0
 
 
-PARTS = {"correct": correct, "sdpa": sdpa, "speed": speed}
+PARTS = {"correct": correct, "sdpa": sdpa}
 
 
 def print_table(paths: list[str]) -> None:
@@ -185,14 +148,16 @@ def print_table(paths: list[str]) -> None:
 def main() -> int:
     """Run one part or print the table, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=[*PARTS, "table"])
-    parser.add_argument("files", nargs="*", help="for the table")
+    parser.add_argument("part", choices=[*PARTS, "smoke", "table"])
+    parser.add_argument("words", nargs="*", help="files of the table, or overrides of the smoke run")
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--match", default="", help="only rows whose method contains this text")
     asked = parser.parse_args()
     if asked.part == "table":
-        print_table(asked.files)
+        print_table(asked.words)
         return 0
+    if asked.part == "smoke":
+        return smoke(asked.words)
     OUT.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     name = torch.cuda.get_device_name() if IS_CUDA else "cpu"

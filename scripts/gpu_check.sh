@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# Correctness and a short measurement of speed on one CUDA GPU, within 8 minutes, on a machine that has PyTorch,
-# transformers, Triton, pytest and pandas but not kvbench. Nothing is fetched: what else is needed is in .whl/ as wheels.
+# Tests and a short measurement of every method on one CUDA GPU, within 9 minutes, on a machine that has PyTorch,
+# transformers, Triton, pytest, scipy and pandas but not kvbench. Nothing is fetched: what else is needed is in .whl/ as
+# wheels (hydra-core, omegaconf, antlr4-python3-runtime).
 #
-#   scripts/gpu_check.sh [PART...]            all parts, or some: tests correct sdpa speed
+#   scripts/gpu_check.sh [PART...]            tests measure smoke, or some of these and of: correct sdpa
 #   DEV=cpu scripts/gpu_check.sh [PART...]    the same at toy size, on any machine
 #
-# Results go to $OUT (gpu_check/ by default): tests.log, tests.xml, and a JSON and a log for each other part, complete up
-# to where it was cut off. Each part has a time limit of its own, at which it is interrupted and writes what it has.
+# Results go to $OUT (gpu_check/ by default): a log of each part, tests.xml, results.tar.gz with the records of the smoke
+# run. Each part has a time limit of its own, at which it is interrupted and writes what it has; records are kept in
+# $RESULTS (gpu_check/results) too, and a method that has one is not measured again.
 # PYTHON names the interpreter, python3 by default.
 # Exit status: 0 all done, 1 something failed or was cut off.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-export OUT="${OUT:-$PWD/gpu_check}" DEV="${DEV:-cuda}" PYTHON="${PYTHON:-python3}"
+export OUT="${OUT:-$PWD/gpu_check}" RESULTS="${RESULTS:-$PWD/gpu_check/results}" DEV="${DEV:-cuda}" PYTHON="${PYTHON:-python3}"
 mkdir -p "$OUT"
 site="$(mktemp -d)"
 trap 'rm -rf "$site"' EXIT
@@ -33,18 +35,24 @@ part() { # name, seconds, command...
     echo "== $name: exit status $left after $((SECONDS - begin)) s"
 }
 
-for name in ${*:-tests correct sdpa speed}; do
+for name in ${*:-tests measure smoke}; do
     case $name in
         tests)
             # In one process: 8 workers on 16 cores and one GPU did a third of the tests in twice the time.
-            part tests 200 "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider --junitxml="$OUT/tests.xml" \
+            part tests 250 "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider --junitxml="$OUT/tests.xml" \
                 --durations=5 \
-                tests/integration/test_cuda.py tests/integration/test_graph.py tests/unit/test_sdpa.py tests/unit/test_packed.py ;;
+                tests/integration/test_cuda.py tests/integration/test_graph.py \
+                tests/unit/test_kernels.py tests/unit/test_packed.py tests/unit/test_sdpa.py ;;
+        measure)
+            part measure 40 "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider -m gpu \
+                tests/integration/test_measure.py ;;
+        smoke)
+            part smoke 235 "$PYTHON" scripts/gpu_check.py smoke
+            tar czf "$OUT/results.tar.gz" -C "$RESULTS" . ;;
         correct) part correct 100 "$PYTHON" scripts/gpu_check.py correct --seconds 80 ;;
         sdpa) part sdpa 40 "$PYTHON" scripts/gpu_check.py sdpa --seconds 25 ;;
-        speed) part speed 130 "$PYTHON" scripts/gpu_check.py speed --seconds 105 ;;
         *)
-            echo "no part $name: tests, correct, sdpa or speed" >&2
+            echo "no part $name: tests, measure, smoke, correct or sdpa" >&2
             exit 1 ;;
     esac
 done

@@ -76,10 +76,11 @@ def fork_server() -> None:
 @pytest.fixture
 def forked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fork_server: None) -> None:
     """Memory is measured in forks, and no process waits for another: for tests of anything but the times."""
-    from kvbench.runners import efficiency, search
+    from kvbench.runners import search
+    from kvbench.runners.measure import passes
     from kvbench.runners.measure.fresh import in_forked_process
 
-    for module in (efficiency, search):
+    for module in (passes, search):
         monkeypatch.setattr(module, "in_memory_process", lambda call, job, _: in_forked_process(call, job))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where the lock for measuring lies
 

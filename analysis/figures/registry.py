@@ -87,6 +87,7 @@ def _family(family: str, line: str, **methods: tuple[str, str, str]) -> dict[str
 METHODS: dict[str, Look] = {
     "full": Look("Full cache", BLACK, "*", "solid", "baseline"),
     "no_cache": Look("No cache", BLACK, "X", "dotted", "baseline"),
+    "transformers": Look("transformers generate", BLACK, "h", "dashed", "baseline"),
     **_family(
         "attention",
         "solid",

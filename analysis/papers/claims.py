@@ -29,7 +29,7 @@ class Claim:
         metric: path into a record; ``a / b`` divides two.
         compare: ``method``, ``method / against``, ``against / method`` or ``percent less``.
         differs: in which our runs differ from the paper's on any machine.
-        part: of ``scripts/campaign_gpu.sh``, which makes the runs.
+        part: of ``experiment=gpu_campaign``, which makes the runs: those of ``campaign=PART-...``.
     """
 
     paper: str

@@ -258,5 +258,6 @@ def commands(paper: Paper, found: Sequence[Comparison], results: str) -> list[st
         out.append(" ".join(["kvbench run", f"results_dir={results}", *filter(None, words)]))
     parts = dict.fromkeys(c.part for c in paper.claims if (SPEED, _claim_row(c)) not in done)
     if parts:
-        out.append(f"scripts/campaign_gpu.sh {results} {' '.join(parts)}")
+        chosen = ",".join(f"{part}-*" for part in parts)
+        out.append(f"kvbench run results_dir={results} experiment=gpu_campaign 'campaign=glob([{chosen}])'")
     return out

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from ...conf.errors import InputError, one_of, require
 from .checks import renamed_key, unknown_key
-from .loader import compose, packaged_choices
+from .loader import OF_ANY_KEY, compose, packaged_choices
 
 
 def check_choices(overrides: Sequence[str]) -> None:
@@ -20,7 +20,7 @@ def check_choices(overrides: Sequence[str]) -> None:
     for override in overrides:
         key, _, value = override.partition("=")
         require(bool(key), key, value, "must be KEY=VALUE")
-        is_optional = key == "experiment" and value == "null"
+        is_optional = key in OF_ANY_KEY and value == "null"
         names = options.get(key.partition("@")[0])  # group@place
         if names and not is_optional and re.fullmatch(r"|null|true|false|[-+\d.][\d.e]*|\{.*", value):
             raise InputError(key, value, one_of(value, names))

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from ...conf.errors import as_typed
 from .choices import group_choices
 from .declared import allowed_values
-from .loader import config_loader, groups
+from .loader import OF_ANY_KEY, config_loader, groups
 
 SETTINGS = "kvbench.runners.config.settings.Settings"
 """Class of the top-level keys."""
@@ -115,14 +115,14 @@ def documented_choices(choices: Sequence[str], own_folder: Path | None = None) -
     roots: list[Traversable] = [*([] if own_folder is None else [own_folder]), files("kvbench.conf")]
     rows: dict[str, tuple[str, Key]] = {}
     names = ["config.yaml"]
-    # The file of a group comes after those of the groups below it, whose keys it may set; an experiment's is the last.
-    for group in sorted(chosen, key=lambda name: (name == "experiment", -name.count("/"))):
+    # The file of a group comes after those of the groups below it, whose keys it may set, and those of any key at last.
+    for group in sorted(chosen, key=lambda name: (name in OF_ANY_KEY, -name.count("/"))):
         if not group.startswith("hydra"):
             names += _with_bases(f"{group.partition('@')[0]}/{chosen[group]}.yaml", roots)
     for name in names:
         group = next((g for g in chosen if name == f"{g.partition('@')[0]}/{chosen[g]}.yaml"), name.rpartition("/")[0])
         package = group.partition("@")[2] or group.replace("/", ".")
-        prefix = f"{package}." if package not in ("", "experiment") else ""
+        prefix = f"{package}." if package not in ("", *OF_ANY_KEY) else ""
         for key, _, meaning in documented_keys(_text(name, roots), prefix):
             value, allowed = value_and_allowed(plain, key)
             rows.pop(key, None)

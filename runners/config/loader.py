@@ -15,6 +15,8 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 CONF = "pkg://kvbench.conf"
+OF_ANY_KEY = ("experiment", "campaign")
+"""Groups whose files set keys of any part."""
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:

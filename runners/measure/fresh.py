@@ -1,12 +1,14 @@
 """Calls in a process of their own, so that earlier measurements do not affect this one.
 
-:func:`in_forked_process` is the usual one: its processes are forks of a server that has imported torch, transformers
-and the measuring code, has run nothing and has not touched CUDA, so that seconds of imports are paid once and not per
-method and pass. :func:`in_fresh_process` starts Python anew, for an environment that acts when a process starts.
+A :class:`MeasuringProcess` is the usual one: a fork of a server that has imported torch, transformers and the measuring
+code, has run nothing and has not touched CUDA, so that seconds of imports are paid once and not per method and pass. It
+answers one call or several. :func:`in_fresh_process` starts Python anew, for an environment that acts when a process
+starts.
 """
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import pickle
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn, TypeVar
@@ -36,6 +39,9 @@ NO_PROGRESS_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 CAN_FORK = sys.platform == "linux"
 """Elsewhere the system's own libraries may not survive a fork without ``exec``."""
+
+GRACE_S = 5.0
+"""Time in which a process may end by itself after an error of its caller, such as Ctrl-C."""
 
 SERVER_ENVIRONMENT = NO_PROGRESS_BARS | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 """Environment of the fork server; with the second, asking whether there is a CUDA device does not initialize CUDA."""
@@ -79,30 +85,73 @@ def in_fresh_process(function: Callable[[A], R], argument: A, environment: Mappi
     return value
 
 
+class MeasuringProcess:
+    """A process that has everything imported and answers calls, one after another; a context manager.
+
+    What one call leaves in memory, such as a model, the next one finds. Where the system cannot fork, each call has a
+    process of its own.
+
+    Attributes:
+        has_answered: Whether a call has been made, so that the process is no longer as it started.
+    """
+
+    def __init__(self) -> None:
+        self.has_answered = False
+        self._process: ForkServerProcess | None = None
+
+    def __enter__(self) -> MeasuringProcess:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None and self._process is not None:  # it may be busy
+            self._connection.close()
+            self._process.join(GRACE_S)
+            self._process.terminate()
+        self.close()
+
+    def call(self, function: Callable[[A], R], argument: A) -> R:
+        """``function(argument)`` in the process, which starts with the first call; see :func:`in_fresh_process`."""
+        if not CAN_FORK:
+            return in_fresh_process(function, argument)
+        call = pickle.dumps((function, argument))
+        if self._process is None:
+            self._start()
+        assert self._process is not None
+        self.has_answered = True
+        try:
+            self._connection.send_bytes(call)
+            answer = self._connection.recv_bytes()
+        except (EOFError, OSError):
+            self._process.join()
+            _raise_for_status(self._process.exitcode)
+        failed, value = pickle.loads(answer)
+        if failed:
+            raise value
+        return value
+
+    def close(self) -> None:
+        """End the process; the next call starts another one."""
+        if self._process is not None:
+            self._connection.close()
+            self._process.join()
+        self._process, self.has_answered = None, False
+
+    def _start(self) -> None:
+        server = multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload(list(PRELOADED))
+        with _temporarily(os.environ, SERVER_ENVIRONMENT):
+            forkserver.ensure_running()
+        self._connection, theirs = server.Pipe()
+        self._process = server.Process(target=_answer_calls, args=(theirs, {**os.environ, **SERVER_ENVIRONMENT}))
+        with _temporarily(sys.modules, {"__main__": ModuleType("__main__")}):  # else it runs the caller's script
+            self._process.start()
+        theirs.close()
+
+
 def in_forked_process(function: Callable[[A], R], argument: A) -> R:
-    """``function(argument)`` in a new process that has everything imported; see :func:`in_fresh_process`."""
-    if not CAN_FORK:
-        return in_fresh_process(function, argument)
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(list(PRELOADED))
-    with _temporarily(os.environ, SERVER_ENVIRONMENT):
-        forkserver.ensure_running()
-    receiver, sender = server.Pipe(duplex=False)
-    call = pickle.dumps((function, argument))
-    process = server.Process(target=_answer_call, args=(sender, call, {**os.environ, **SERVER_ENVIRONMENT}))
-    with _temporarily(sys.modules, {"__main__": ModuleType("__main__")}):  # else the child runs the caller's script
-        process.start()
-    sender.close()
-    try:
-        answer = receiver.recv_bytes()
-    except EOFError:
-        process.join()
-        _raise_for_status(process.exitcode)
-    process.join()
-    failed, value = pickle.loads(answer)
-    if failed:
-        raise value
-    return value
+    """``function(argument)`` in a :class:`MeasuringProcess` of its own."""
+    with MeasuringProcess() as process:
+        return process.call(function, argument)
 
 
 @contextmanager
@@ -118,15 +167,27 @@ def _temporarily(mapping: MutableMapping[str, V], values: Mapping[str, V]) -> It
         mapping.update(before)
 
 
-def _answer_call(sender: Connection, call: bytes, environment: Mapping[str, str]) -> None:
-    """Run a pickled call in a fork, and send its pickled result or exception; end when the caller ends."""
+def _answer_calls(connection: Connection, environment: Mapping[str, str]) -> None:
+    """Run pickled calls in a fork and send their pickled results or exceptions, until the caller closes or ends.
+
+    multiprocessing leaves a fork by ``os._exit``. So the exit functions of this process are run here, and those that
+    the server's imports registered are dropped, as for a process that multiprocessing itself forks.
+    """
+    atexit._clear()
     os.environ.clear()
     os.environ.update(environment)
     threading.Thread(target=_end_with_caller, daemon=True).start()
+    status = 0
     try:
-        sender.send_bytes(_pickled_result(call))
+        while True:
+            connection.send_bytes(_pickled_result(connection.recv_bytes()))
+    except (EOFError, ConnectionError):
+        pass
     except KeyboardInterrupt:  # the caller has it too, and reports it
-        os._exit(128 + signal.SIGINT)
+        status = 128 + signal.SIGINT
+    finally:
+        atexit._run_exitfuncs()
+    os._exit(status)
 
 
 def _end_with_caller() -> None:

@@ -1,7 +1,6 @@
 """The job of a measuring process: a method on a workload, and how a batch of requests is answered.
 
-Every pass runs in a fresh process (:mod:`.fresh`): nothing is cached from another method, and the memory pass can set
-the allocator so that freed memory is returned to the system at once.
+The passes run in measuring processes (:mod:`.fresh`), which load a job's model with :mod:`.session`.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from ...conf.errors import InputError
 from ...methods.cache.cache import KVCache
 from ...methods.cache.method import Method
 from ...methods.policies.no_cache import NoCache
+from ...methods.storage.step_attention import implementations_used
 from ...models.base import LoadedModel, ModelSource
 from ...models.pretrained import input_device
 from ...tasks.workload import Request, Workload
 from ..engine import decode_step, left_padded, prefill
-from ..engine.compiled import CompiledDecoder, can_compile, compile_decoder
-from ..engine.weights import prepack_linear_weights
+from ..engine.compiled import CompiledDecoder
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,11 @@ class Job:
     repeats: int
     cuda_graph: bool = True
     compile: bool = False
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the decode steps are compiled if the model can be."""
+        return self.compile and not isinstance(self.method, NoCache)
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,11 @@ class LoadedJob:
     def model(self) -> PreTrainedModel:
         """The transformers model."""
         return self.loaded.model
+
+    @property
+    def attention_used(self) -> str:
+        """Implementations of the attention of the last steps; see :mod:`...methods.storage.step_attention`."""
+        return implementations_used()
 
     def new_cache(self) -> KVCache:
         """A fresh cache of the job's method."""
@@ -155,14 +164,3 @@ class LoadedJob:
             after_token()
         step.finish()
         return step.recorded_mode
-
-
-def load(job: Job) -> LoadedJob:
-    """Load the model as the job runs it; see :mod:`..engine.compiled` and :mod:`..engine.weights`."""
-    if job.device.startswith("cuda"):  # Triton kernels and graph captures run on the current device
-        torch.cuda.set_device(torch.device(job.device).index or 0)
-    loaded = job.source.load(job.device, job.dtype)
-    if job.compile and can_compile(loaded.model) and not isinstance(job.method, NoCache):
-        return LoadedJob(job, loaded, compile_decoder(loaded.model))
-    prepack_linear_weights(loaded.model)
-    return LoadedJob(job, loaded)

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
+from ...conf.errors import InputError
 from ...methods.cache.layout import describe_layers, full_shape, model_shape
 from ...models.pretrained import devices_of
 from ...tasks.workload import Request
 from ..records.runs import BASELINE
-from .job import Batch, Job, LoadedJob, load
+from .job import Batch, Job, LoadedJob
 from .memory import MemoryMeter, Peak
+from .session import Session
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,25 @@ def memory_of(loaded: LoadedJob, batch: Batch, meter: MemoryMeter) -> BatchMemor
 @torch.inference_mode()
 def warm_up(loaded: LoadedJob, batch: Batch) -> None:
     """Answer a few tokens: libraries allocate their workspaces at the first call of each kind, and keep them."""
-    requests = [Request(r.id, r.prompt[-4:], 3) for r in batch.requests]
-    loaded.answer(loaded.new_cache(), Batch(requests, batch.input_ids[:, -4:], None))
+    try:
+        _answer_few(loaded, batch, 4)
+    except InputError:  # a budget that so short a prompt cannot meet
+        _answer_few(loaded, batch, batch.input_ids.shape[1])
 
 
-def memory_pass(job: Job) -> dict[str, Any]:
-    """Bytes of the cache and peaks of memory, of the batch with the most tokens."""
-    loaded = load(job)
+def _answer_few(loaded: LoadedJob, batch: Batch, prompt_tokens: int) -> None:
+    requests = [Request(r.id, r.prompt[-prompt_tokens:], 3) for r in batch.requests]
+    loaded.answer(loaded.new_cache(), Batch(requests, batch.input_ids[:, -prompt_tokens:], None))
+
+
+def memory_pass(job: Job, session: Session | None = None) -> dict[str, Any]:
+    """Bytes of the cache and peaks of memory, of the batch with the most tokens.
+
+    Args:
+        job: The method and its requests.
+        session: What this process keeps between passes.
+    """
+    loaded = (session or Session()).load(job)
     model = loaded.model
     batch = max(loaded.batches(), key=lambda b: b.input_ids.numel() + b.steps * len(b.requests))
     meter = MemoryMeter(job.device, devices_of(model, job.device))

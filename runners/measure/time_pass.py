@@ -12,11 +12,13 @@ import torch
 from transformers import PreTrainedModel
 
 from ...methods.cache.method import Method
-from ...methods.storage.step_attention import PYTORCH, forget_implementations, implementations_used
+from ...methods.storage.step_attention import PYTORCH, forget_implementations
 from ..engine.step import EAGER
 from .bandwidth import copy_bandwidth
 from .clock import Stopwatch
-from .job import Batch, Job, LoadedJob, load
+from .job import Batch, Job, LoadedJob
+from .memory import is_out_of_memory, release_memory
+from .session import Session
 
 
 @dataclass(frozen=True)
@@ -44,22 +46,59 @@ class Timed:
         return sum(self.steps)
 
 
-def time_pass(job: Job) -> dict[str, Any]:
-    """Times of every repetition, and the copy bandwidth.
+def time_pass(jobs: Sequence[Job], session: Session | None = None) -> list[dict[str, Any] | None]:
+    """Times of every repetition and the copy bandwidth, for each job; the repetitions of the jobs are interleaved.
 
     On a CPU the bandwidth is measured after each repetition and its median is used, because other guests of a machine
     share its memory. A GPU's memory is not shared, and an allocation between repetitions would change their times.
+
+    Args:
+        jobs: A method, and others on the same requests to measure in turn with it. Every second round is in reverse
+            order, so that none always follows the same one.
+        session: What this process keeps between passes.
+
+    Returns:
+        Fields of a record for each job; None for one after the first that was out of memory.
     """
-    loaded = load(job)
-    work = loaded.batches()
+    session = session or Session()
+    job, loaded = jobs[0], [session.load(job) for job in jobs]
+    work = loaded[0].batches()
     copies = [copy_bandwidth(job.device)]
-    repetitions = []
+    repetitions: list[list[list[Timed]] | None] = [[] for _ in jobs]
     for i in range(job.warmups + job.repeats):
-        timed = [time_batch(loaded, batch) for batch in work]
-        if i >= job.warmups:
-            repetitions.append(timed)
-            if job.device == "cpu":
-                copies.append(copy_bandwidth(job.device))
+        for number in range(len(jobs)) if i % 2 == 0 else reversed(range(len(jobs))):
+            recorded = repetitions[number]
+            if recorded is None:
+                continue
+            timed = _time_work(loaded[number], work, may_fail=number > 0)
+            if timed is None:
+                repetitions[number] = None
+            elif i >= job.warmups:
+                recorded.append(timed)
+        if i >= job.warmups and job.device == "cpu":
+            copies.append(copy_bandwidth(job.device))
+    pairs = zip(loaded, repetitions, strict=True)
+    return [None if own is None else _fields(one, work, own, copies) for one, own in pairs]
+
+
+def _time_work(loaded: LoadedJob, work: Sequence[Batch], may_fail: bool) -> list[Timed] | None:
+    """One repetition: times of every batch; None if it is out of memory and ``may_fail``."""
+    try:
+        return [time_batch(loaded, batch) for batch in work]
+    except Exception as error:
+        if not may_fail or not is_out_of_memory(error):
+            raise
+    release_memory(loaded.job.device)  # outside the handler, because the exception keeps tensors alive
+    return None
+
+
+def _fields(
+    loaded: LoadedJob,
+    work: Sequence[Batch],
+    repetitions: Sequence[Sequence[Timed]],
+    copies: Sequence[float | None],
+) -> dict[str, Any]:
+    """The fields of a record that the time pass measures."""
     measured = [copy for copy in copies if copy is not None]
     return {
         "metrics": metrics(work, repetitions),
@@ -70,10 +109,10 @@ def time_pass(job: Job) -> dict[str, Any]:
         "decode": " and ".join(sorted({t.mode for timed in repetitions for t in timed})),
         "attention": " and ".join(sorted({timed.attention for repetition in repetitions for timed in repetition})),
         "workload": _shape_of(work),
-        "bytes_read_per_step": bytes_read_per_step(work, loaded.model, job.method),
+        "bytes_read_per_step": bytes_read_per_step(work, loaded.model, loaded.job.method),
         "bandwidth": {
             "copy_bytes_per_s": median(measured) if measured else None,
-            "repetitions": copies,
+            "repetitions": list(copies),
             "problem": None if measured else "no memory for the copy that measures it",
         },
     }
@@ -89,7 +128,7 @@ def time_batch(loaded: LoadedJob, batch: Batch) -> Timed:
     watch.mark()
     mode = loaded.answer(cache, batch, watch.mark, watch.mark)
     ttft, preparation, *steps = watch.seconds()
-    return Timed(ttft, steps, mode, preparation, implementations_used())
+    return Timed(ttft, steps, mode, preparation, loaded.attention_used)
 
 
 def metrics(work: Sequence[Batch], repetitions: Sequence[Sequence[Timed]]) -> dict[str, dict[str, Any]]:

@@ -26,7 +26,8 @@ from kvbench.runners.engine import decode, decode_step, prefill
 from kvbench.runners.engine.compiled import MAX_ROWS, Affine, can_compile, compile_decoder, product
 from kvbench.runners.engine.step import COMPILED, EAGER, FUSED
 from kvbench.runners.measure.fresh import in_fresh_process
-from kvbench.runners.measure.job import Job, load
+from kvbench.runners.measure.job import Job
+from kvbench.runners.measure.session import load
 from kvbench.runners.measure.time_pass import time_pass
 from kvbench.tasks.shape import Shape
 
@@ -212,7 +213,7 @@ def test_no_compiler_is_an_error_of_one_line(tmp_path):
     """In a measuring process, with nothing compiled from before."""
     nothing = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     with pytest.raises(InputError, match=r"runner.compile=True: needs a C\+\+ compiler"):
-        in_fresh_process(time_pass, job(RandomModel("tiny")), nothing)
+        in_fresh_process(time_pass, [job(RandomModel("tiny"))], nothing)
 
 
 @pytest.mark.parametrize("more", [("batch_size=3",), ("workload=max_batch",)])

@@ -26,9 +26,8 @@ from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.models.base import LoadedModel
 from kvbench.models.random import RandomModel
-from kvbench.runners import efficiency
 from kvbench.runners.engine.fused_decode import FusedStep
-from kvbench.runners.measure import energy_pass
+from kvbench.runners.measure import energy_pass, passes
 from kvbench.runners.measure import job as measure_job
 from kvbench.runners.measure.energy import EnergyMeter
 from kvbench.runners.measure.fresh import Killed
@@ -199,7 +198,8 @@ def test_bytes_and_the_predicted_speed_up_are_the_formula(measured):
     assert paired["hash"] == records["full"]["hash"]
     interval = paired["decode_speed_up_interval"]
     times = [records[label]["metrics"]["tpot_ms"]["repetitions"] for label in ("full", "snapkv 64")]
-    assert interval == asdict(ratio(*times, paired=False))
+    assert records["snapkv 64"]["interleaved"]["tpot_ms"] == times[0]  # one process measured both in turn
+    assert interval == asdict(ratio(*times, paired=True))
     assert interval["n"] == len(times[0])
 
 
@@ -223,7 +223,7 @@ def test_energy_is_that_of_one_workload_and_beside_it_the_idle_machine_s(tmp_pat
 
 def test_a_second_launch_measures_nothing(measured, monkeypatch):
     folder, _, _ = measured
-    monkeypatch.setattr(efficiency, "in_forked_process", None)
+    monkeypatch.setattr(passes.MeasuringProcess, "call", None)
     command = ("method=snapkv", "method.budget=64", *SHAPE, "batch_size=2")
     done = kvbench("run", *command, *TINY, f"results_dir={folder}")
     assert done.returncode == 0, done.stderr
@@ -231,12 +231,12 @@ def test_a_second_launch_measures_nothing(measured, monkeypatch):
 
 
 def test_running_out_of_memory_is_a_result_and_the_next_method_runs(tmp_path, monkeypatch):
-    def measure(function, job):
-        if job.method.name == "full":
+    def measure(process, function, jobs):
+        if jobs[0].method.name == "full":
             raise Killed("the measuring process was killed, as happens when the machine runs out of memory")
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nmore")
 
-    monkeypatch.setattr(efficiency, "in_forked_process", measure)
+    monkeypatch.setattr(passes.MeasuringProcess, "call", measure)
     done = kvbench("run", "method=snapkv", "workload.prompt_tokens=300", *TINY, f"results_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     records = {r["method"]: r for r in map(json.loads, (p.read_text() for p in tmp_path.rglob("record.json")))}
@@ -246,10 +246,10 @@ def test_running_out_of_memory_is_a_result_and_the_next_method_runs(tmp_path, mo
 
 
 def test_any_other_error_is_not_hidden_as_out_of_memory(tmp_path, monkeypatch):
-    def broken(function, job):
+    def broken(process, function, jobs):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(efficiency, "in_forked_process", broken)
+    monkeypatch.setattr(passes.MeasuringProcess, "call", broken)
     with pytest.raises(ZeroDivisionError):
         kvbench("run", "method=snapkv", *TINY, f"results_dir={tmp_path}")
     assert not list(tmp_path.rglob("record.json"))

@@ -19,7 +19,7 @@ from kvbench.conf.options import field_types, fits, in_words
 from kvbench.runners.config.checks import target_class
 from kvbench.runners.config.declared import allowed_values
 from kvbench.runners.config.help import help_text
-from kvbench.runners.config.loader import compose, groups, packaged_choices, plain_data
+from kvbench.runners.config.loader import OF_ANY_KEY, compose, groups, packaged_choices, plain_data
 
 NO_TORCH = """
 import sys
@@ -57,7 +57,7 @@ def test_options_are_read_from_the_source_as_from_the_classes():
     """But for choices that a module computes: their comments name them."""
     checked, unread = 0, set()
     for group, paths in groups(files("kvbench.conf")):
-        for path in paths if not group.startswith("hydra") and group != "experiment" else []:
+        for path in paths if not group.startswith("hydra") and group not in OF_ANY_KEY else []:
             config = plain_data(compose([f"{group}={path.name.removesuffix('.yaml')}"]))
             for key in group.split("/"):
                 config = config[key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import signal
@@ -16,12 +17,13 @@ import pytest
 import torch
 
 from kvbench.conf.errors import InputError
+from kvbench.models import pretrained
 from kvbench.runners.config.settings import Settings
 from kvbench.runners.measure import bandwidth, energy, memory
 from kvbench.runners.measure.bandwidth import copy_bandwidth, read_bandwidth
 from kvbench.runners.measure.clock import Stopwatch, now
 from kvbench.runners.measure.energy import EnergyMeter
-from kvbench.runners.measure.fresh import Killed, in_forked_process, in_fresh_process
+from kvbench.runners.measure.fresh import Killed, MeasuringProcess, in_forked_process, in_fresh_process
 from kvbench.runners.measure.memory import MemoryMeter, is_out_of_memory, malloc_trim_env
 from kvbench.runners.records import provenance
 
@@ -294,6 +296,29 @@ def test_a_forked_process_does_not_affect_the_next(monkeypatch):
     assert first[1:] == second[1:] and not first[1] and not first[3]
     monkeypatch.setenv("KVBENCH_TRACE", "1")
     assert in_forked_process(leave_traces, "KVBENCH_TRACE")[1]
+
+
+def test_a_process_keeps_what_a_call_leaves_for_the_next_one(monkeypatch):
+    with MeasuringProcess() as process:
+        assert not process.has_answered
+        first, second = (process.call(leave_traces, "KVBENCH_TRACE") for _ in range(2))
+        assert process.has_answered and first[0] == second[0] and second[1]
+        with pytest.raises(FileNotFoundError):
+            process.call(os.stat, "no-such-file")
+        process.close()
+        assert process.call(leave_traces, "KVBENCH_TRACE")[0] != first[0]
+
+
+def exit_functions(_: object) -> int:
+    return atexit._ncallbacks()
+
+
+def test_a_process_runs_its_own_exit_functions_and_none_of_the_server_s():
+    """A model that is spread over devices leaves a folder, which is deleted when its process ends."""
+    assert in_forked_process(exit_functions, None) == 0
+    pytest.importorskip("accelerate")
+    folder = Path(in_forked_process(pretrained._placement, {"": "cpu"})["offload_folder"])
+    assert folder.name.startswith("kvbench-offload-") and not folder.exists()
 
 
 def test_a_forked_process_has_imported_the_measuring_code():

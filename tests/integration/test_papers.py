@@ -197,7 +197,8 @@ def test_commands_make_what_is_missing_a_line_a_method(tmp_path):
     folder = save(tmp_path, *(scored(f"pyramidkv {budget}", 40.0) for budget in (128, 2048)))
     lines = commands(read, compare(read, load(folder)[0]), "mine")
     assert not any(f"{MISTRAL} " in line and "method=pyramidkv" in line for line in lines)
-    assert commands(paper("kivi"), compare(paper("kivi"), []), "mine")[-1] == "scripts/campaign_gpu.sh mine minicache"
+    speed = commands(paper("kivi"), compare(paper("kivi"), []), "mine")[-1]
+    assert speed == "kvbench run results_dir=mine experiment=gpu_campaign 'campaign=glob([minicache-*])'"
 
 
 def test_texts_of_records_cannot_break_a_page():

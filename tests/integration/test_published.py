@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
-import shlex
-import subprocess
-import sys
+from functools import cache
 from pathlib import Path
 
 import hydra
@@ -16,13 +13,22 @@ from local_model import kvbench
 from records import efficiency, save
 
 from kvbench.analysis.load import Run, load
-from kvbench.analysis.papers.claims import claims, number
+from kvbench.analysis.papers.claims import answers, claims, number
 from kvbench.analysis.published import published_table
 from kvbench.analysis.tables import main
 from kvbench.models.random import SHAPES
+from kvbench.runners.config.loader import packaged_choices
 from kvbench.runners.config.methods import methods_of
 
-CAMPAIGN = Path(__file__).resolve().parents[2] / "scripts" / "campaign_gpu.sh"
+CAMPAIGN = ("experiment=gpu_campaign",)
+POINTS = packaged_choices()["campaign"]
+QUICK = "minicache-batch1"
+"""The point that is rehearsed where the slow tests are not run."""
+
+
+def composed(overrides, **options):
+    with hydra.initialize_config_module("kvbench.conf", version_base="1.3"):
+        return hydra.compose("config", overrides=list(overrides), **options)
 
 
 def record(method, budget, claim, tpot_ms=10.0, **more):
@@ -163,16 +169,13 @@ def test_the_command_prints_it_and_refuses_a_csv(tmp_path, capsys):
     assert "--published=csv" in capsys.readouterr().err
 
 
-def campaign() -> list[dict]:
-    """What the campaign would run, as records with nothing measured: a record a method of each command line."""
-    shown = subprocess.run([str(CAMPAIGN), "results", "--show"], capture_output=True, text=True, check=True).stdout
+@cache
+def campaign(part: str) -> list[Run]:
+    """What a part of the campaign would run, as records with nothing measured: a record a method of each point."""
     made = []
-    for line in shown.splitlines():
-        if not line.startswith("-- "):
-            continue
-        overrides = [word for word in shlex.split(line)[2:] if not word.startswith("device=")]
-        with hydra.initialize_config_module("kvbench.conf", version_base="1.3"):
-            config = hydra.compose("config", overrides)
+    for point in [point for point in POINTS if point.startswith(f"{part}-")]:
+        config = composed([*CAMPAIGN, f"campaign={point}"])
+        assert (config.device, config.dtype) == ("cuda", "bfloat16")
         task, model = (instantiate(config[part]) for part in ("workload", "model"))
         searched = config.workload._target_.endswith("MaxBatch")
         for one in methods_of(instantiate(config.runner), config.method):
@@ -196,26 +199,13 @@ def campaign() -> list[dict]:
                 "memory": {"peak_decode": {"allocated": 9.0}},
             }
             made.append({**head, **numbers, "identity": identity, "method_label": one.label, "budget": None})
-    return made
+    return [Run(Path(), record, record["method_label"]) for record in made]
 
 
-def test_each_claim_names_the_part_of_the_campaign_that_makes_its_runs():
-    shown = {}
-    for part in {claim.part for claim in claims()}:
-        command = [str(CAMPAIGN), "results", "--show", part]
-        shown[part] = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def test_the_part_of_the_campaign_that_a_claim_names_answers_it():
+    """Its points, composed but not run: one run of the method and one to compare it with, for every claim."""
     for claim in claims():
-        model, method = claim.model.removeprefix("random-"), claim.method.split()[0].split("-")[0].rstrip("0123456789")
-        lines = [line for line in shown[claim.part].splitlines() if f"model.shape={model}" in line]
-        assert any(method in line or method == "full" for line in lines), (claim.paper, claim.claim)
-
-
-def test_the_campaign_runs_what_answers_each_claim():
-    """Its commands, composed but not run: one run of the method and one to compare it with, for every claim."""
-    runs = [Run(Path(), record, record["method_label"]) for record in campaign()]
-    rows = published_table(runs).rows
-    assert {row[1].text: row[-1].text for row in rows if row[-1].text == "not run"} == {}
-    assert len(rows) == len(claims())
+        assert len(answers(claim, campaign(claim.part))) == 1, claim
 
 
 def test_a_limit_that_the_claim_does_not_have_answers_nothing(tmp_path):
@@ -238,30 +228,30 @@ def test_two_runs_that_answer_alike_answer_nothing(tmp_path):
     assert [r[-1] for r in row_of(published_table(load(folder)[0]), "speed-up")] == ["not run"]
 
 
+def rehearsal(point: str) -> list[str]:
+    """Overrides that bring a point of the campaign to toy size on a CPU."""
+    config = composed([*CAMPAIGN, f"campaign={point}"])
+    sizes = {"prompt_tokens": 200, "new_tokens": 4, "limit": 1, "start": 2, "most": 3, "step": 1}
+    overrides = [f"workload.{key}={size}" for key, size in sizes.items() if key in config.workload]
+    overrides += ["device=cpu", "dtype=float32", "model.shape=tiny", "model.max_positions=4096", "batch_size=1"]
+    overrides += ["runner.repeats=1", "runner.warmups=0", "runner.pair_with=[]"]
+    return overrides + (["method.budget=40"] if config.method.budget is not None and point[0] in "sc" else [])
+
+
 @pytest.mark.usefixtures("forked")
-@pytest.mark.slow
-def test_the_campaign_is_rehearsed(tmp_path):
-    """Every part at toy size on the CPU, one by the script and then all in this process, which finds that one done."""
-    environment = {**os.environ, "PYTHON": sys.executable, "TMPDIR": str(tmp_path.parent)}
-    command = [str(CAMPAIGN), str(tmp_path), "--rehearse"]
-    first = subprocess.run([*command, "kivi"], env=environment, capture_output=True, text=True)
-    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
-    shown = subprocess.run([*command, "--show"], capture_output=True, text=True, check=True).stdout
-    already_done = 0
-    for line in shown.splitlines():
-        if line.startswith("-- "):
-            done = kvbench("run", f"results_dir={tmp_path}", *shlex.split(line)[2:])
-            assert done.returncode == 0, done.stderr
-            already_done += done.stdout.count("already done")
-    assert already_done == 1
+@pytest.mark.parametrize("point", [pytest.param(p, marks=[] if p == QUICK else [pytest.mark.slow]) for p in POINTS])
+def test_a_point_of_the_campaign_is_rehearsed_and_is_not_repeated(tmp_path, point):
+    ask = ("run", *CAMPAIGN, f"campaign={point}", *rehearsal(point), f"results_dir={tmp_path}")
+    done = kvbench(*ask)
+    assert done.returncode == 0 and "1 of 1 jobs done" in done.stdout, done.stderr
     runs, problems = load(tmp_path)
-    assert not problems and all(run.done for run in runs)
-    assert {run.label for run in runs} >= {"full", "snapkv 40", "minicache_kivi4", "kivi4", "pyramid_infer"}
-    assert {run.label for run in runs} >= {"h2o 0.2", "lckv-w2", "yoco"}
-    assert {run.record["task"].split("-")[0].split("+")[0] for run in runs} >= {"shape", "sharegpt", "max_batch"}
+    assert not problems and len(runs) == 1 and runs[0].done
+    assert "already done" in kvbench(*ask).stdout
 
 
-@pytest.mark.parametrize("arguments", [[], ["--rehearse"], ["results", "--all"], ["results", "everything"]])
-def test_a_wrong_word_is_answered_with_the_usage(arguments):
-    done = subprocess.run([str(CAMPAIGN), *arguments], capture_output=True, text=True)
-    assert done.returncode == 2 and "scripts/campaign_gpu.sh RESULTS" in done.stderr
+def test_the_points_of_the_campaign_are_the_jobs_of_its_experiment(tmp_path):
+    """Hydra's pattern is all of them; a part of it is a part of them."""
+    params = composed([CAMPAIGN[0]], return_hydra_config=True).hydra.sweeper.params
+    assert params == {"campaign": "glob(*)"}
+    done = kvbench("run", *CAMPAIGN, "campaign=glob([yoco-*,h2o-*])", "model.shape=none", f"results_dir={tmp_path}")
+    assert done.returncode == 2 and done.stdout.startswith("sweep of 3 jobs")
