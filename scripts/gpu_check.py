@@ -110,19 +110,16 @@ def smoke(overrides: list[str]) -> int:
 
     Not by the command, which asks for packages that only other tasks and models use.
     """
-    import hydra
-
     from kvbench.analysis.tables import main as table
     from kvbench.runners.cli import run
+    from kvbench.runners.config.loader import compose
 
     results = os.environ.get("RESULTS") or str(OUT / "results")
     toy = [] if IS_CUDA else ["model.shape=tiny", "workload.prompt_tokens=200", "workload.new_tokens=4"]
     toy += [] if IS_CUDA else ["dtype=float32", "runner.budgets=[100]", "runner.warmups=0", "runner.repeats=1"]
-    with hydra.initialize_config_module("kvbench.conf", version_base="1.3"):
-        given = ["experiment=gpu_smoke", f"device={DEVICE}", f"results_dir={results}", *toy, *overrides]
-        config = hydra.compose("config", overrides=given)
+    given = ["experiment=gpu_smoke", f"device={DEVICE}", f"results_dir={results}", *toy, *overrides]
     try:
-        run(config)
+        run(compose(given))
     finally:
         table([results])
     return 0
