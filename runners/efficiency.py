@@ -44,7 +44,7 @@ from .measure.memory_pass import memory_pass
 from .measure.time_pass import spread, time_pass
 from .progress import elapsed_since, status_line
 from .records import provenance
-from .records.runs import MethodRun, finished_baseline, open_run, record_head, run_with_locks
+from .records.runs import MethodRun, announce_needs, finished_baseline, open_run, record_head, run_with_locks
 from .runner import PairedRunner
 from .search import SearchJob, search
 
@@ -96,6 +96,7 @@ class EfficiencyRunner(PairedRunner):
             The runs, in the order of ``methods``, all with a record (``done`` or ``oom``).
         """
         task = self._checked(task, settings)
+        announce_needs(methods)
         data = task.source()
         log.info(f"workload: {data.name}")
         made_by = provenance.collect(settings.torch_device)

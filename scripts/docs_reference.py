@@ -47,6 +47,7 @@ RECORD_FIELDS = {
     "method": "name of the method",
     "method_label": "name with its budget and storage, for tables",
     "budget": "tokens per layer or a fraction of the prompt; null where the method has none",
+    "needs": "what the method needs beyond a model and a prompt; only where there is something",
     "data": "where the examples came from",
     "data.name": "as `task`",
     "data.revision": "commit of a hub repository, else null",

@@ -68,7 +68,7 @@ class Method(Options):
                 self.storage.name,
                 f"shares tokens between layers, and under method={self.name} each layer keeps its own; use method=full",
             )
-        if (capabilities.evicts_while_decoding or capabilities.drops_stored) and not stored.lossless:
+        if (capabilities.evicts_while_decoding or capabilities.drops_stored) and not stored.keeps_stored:
             when = "while decoding" if capabilities.evicts_while_decoding else "once all layers have seen the prompt"
             raise InputError(
                 "method/storage",
@@ -76,8 +76,20 @@ class Method(Options):
                 f"holds rounded tokens, and method={self.name} as configured lets tokens leave {when}, which would "
                 "round the others again; use method/storage=dense or ragged, or method/schedule=after_prefill",
             )
+        if capabilities.prefills_by_steps and stored.fits_prompt:
+            raise InputError(
+                "method/storage",
+                self.storage.name,
+                f"computes its constants from the complete prompt, and method={self.name} as configured prefills token "
+                "by token; use method.policy.mode=prefill_evict, or a storage without such constants",
+            )
         if self.sharing is not None and self.sharing.shares:
             self._check_sharing()
+
+    @property
+    def needs(self) -> str:
+        """Requirement of the method that a reader of its results must know; empty: none."""
+        return self.storage.capabilities.needs
 
     @property
     def shares_prompt(self) -> bool:
@@ -207,7 +219,7 @@ class Method(Options):
             layers.append(layer)
         cache = KVCache(layers, plan, self.passes)
         cache.states = recurrent
-        cache.requantizes_on_append = not self.storage.capabilities.lossless
+        cache.requantizes_on_append = not self.storage.capabilities.keeps_stored
         if self.policy.capabilities.narrows_prompt:
             narrow_between_layers(model, cache, self.name)
         return cache

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -22,6 +21,7 @@ from ..cache.kv_shape import KVShape
 from ..cache.logits import LogitRule
 from ..cache.products import cached_attention
 from .buffer import Growing
+from .capabilities import StorageCapabilities
 
 
 def slots_to_keep(keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -239,20 +239,10 @@ class LayerStorage(Growing, ABC):
     def logical_bytes(self) -> int:
         """Bytes of the real tokens, without padding and unused slots."""
 
-
-@dataclass(frozen=True)
-class StorageCapabilities:
-    """Properties of a storage that the cache depends on.
-
-    Attributes:
-        lossless: Values are read back bit for bit as they were written.
-        requires_same_tokens_across_layers: Layers share storage, so all of them must keep the same tokens.
-        padding_bytes: Maximum bytes of a layer beyond the formula, because codes are packed in whole units.
-    """
-
-    lossless: bool = False
-    requires_same_tokens_across_layers: bool = False
-    padding_bytes: int = 0
+    @property
+    def step_bytes_read(self) -> int:
+        """Bytes of keys and values that the last decode step read: all, unless the storage ``reads_part``."""
+        return self.logical_bytes
 
 
 class Storage(HasIdentity, ABC):
