@@ -9,7 +9,7 @@ Legend: B batch rows, H_q query heads, H stored heads, S slots, n new tokens, C 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ from ..cache.inference_mode import under_inference_mode
 from ..cache.kv_shape import KVShape
 from ..cache.logits import LogitRule
 from ..cache.products import cached_attention
+from ..cache.rotary import Rotary
 from .buffer import Growing
 from .capabilities import StorageCapabilities
 
@@ -77,6 +78,10 @@ class LayerStorage(Growing, ABC):
         for name in IN_PLACE:
             if name in vars(cls):
                 setattr(cls, name, under_inference_mode(vars(cls)[name]))
+
+    def bind(self, rotary: Callable[[], Rotary]) -> None:
+        """Prepare for a layer of a model, whose keys ``rotary()`` rotates by differences of positions."""
+        return
 
     @abstractmethod
     def write(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:

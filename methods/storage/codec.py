@@ -9,10 +9,12 @@ Legend: N segments (heads of all rows), B batch rows, H stored heads, S slots, n
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from ..cache.rotary import Rotary
 
 Constants = list[torch.Tensor]
 """Tensors [N, ...] with one entry per segment."""
@@ -42,12 +44,18 @@ class TokenCodec(ABC):
 
     Attributes:
         planes: Number of planes.
+        kernel_problem: Why no kernel reads the planes; None: there is one.
     """
 
     planes: int
+    kernel_problem: str | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> TokenCodec:
         """Return the codec itself, which has no state of a cache."""
+        return self
+
+    def of_layer(self, rotary: Callable[[], Rotary]) -> TokenCodec:
+        """Return the codec for one layer of a model, whose keys ``rotary()`` rotates by positions."""
         return self
 
     def fit(self, x: torch.Tensor, valid: torch.Tensor | None) -> Constants:
@@ -55,12 +63,14 @@ class TokenCodec(ABC):
         return []
 
     @abstractmethod
-    def encode(self, x: torch.Tensor, constants: Constants) -> Sequence[torch.Tensor]:
-        """Return the planes [N, n, ...] of vectors [N, n, D]."""
+    def encode(self, x: torch.Tensor, constants: Constants, start: int | torch.Tensor = 0) -> Sequence[torch.Tensor]:
+        """Return the planes [N, n, ...] of vectors [N, n, D], the first of which is number ``start`` (or [N])."""
 
     @abstractmethod
-    def decode(self, planes: Sequence[torch.Tensor], constants: Constants, dtype: torch.dtype) -> torch.Tensor:
-        """Return the rotated vectors [N, n, D] of planes."""
+    def decode(
+        self, planes: Sequence[torch.Tensor], constants: Constants, dtype: torch.dtype, start: int = 0
+    ) -> torch.Tensor:
+        """Return the rotated vectors [N, n, D] of planes, the first of which is number ``start``."""
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         """Rotate vectors [..., D] into the coordinates of the codes."""

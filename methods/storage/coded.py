@@ -10,7 +10,7 @@ S slots, n new tokens, D channels.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +19,7 @@ import torch
 from ..cache.kv_shape import KVShape
 from ..cache.logits import LogitRule
 from ..cache.products import CHUNK_ELEMENTS
+from ..cache.rotary import Rotary
 from .base import Storage
 from .codec import Constants, TokenCodec
 from .planes import PlaneSegments, StaticPlanes, capacities
@@ -45,10 +46,15 @@ class CodedTokens:
     constants: tuple[Constants, Constants]
     planes: Sequence[torch.Tensor] = ()
 
-    def encode(self, keys: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
-        """Return the planes [N, n, ...] of new tokens [N, n, D]."""
+    def encode(self, keys: torch.Tensor, values: torch.Tensor, start: int | torch.Tensor) -> list[torch.Tensor]:
+        """Return the planes [N, n, ...] of new tokens [N, n, D], after ``start`` others."""
         vectors = zip(self.codecs, (keys, values), self.constants, strict=True)
-        return [plane for codec, x, constants in vectors for plane in codec.encode(x, constants)]
+        return [plane for codec, x, constants in vectors for plane in codec.encode(x, constants, start)]
+
+    @property
+    def kernel_problem(self) -> str | None:
+        """Why no kernel reads the planes; None: there is one."""
+        return self.codecs[0].kernel_problem or self.codecs[1].kernel_problem
 
     def take(self, index: torch.Tensor) -> CodedTokens:
         """Return some of the segments without their tokens, [M] int64."""
@@ -59,7 +65,7 @@ class CodedTokens:
         """Return the rotated keys (part 0) or values (part 1) of some slots, [N, n, D]."""
         first = self.codecs[0].planes
         planes = self.planes[:first] if part == 0 else self.planes[first:]
-        return self.codecs[part].decode([x[:, slots] for x in planes], self.constants[part], dtype)
+        return self.codecs[part].decode([x[:, slots] for x in planes], self.constants[part], dtype, slots.start or 0)
 
     def read(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values [N, S, D]."""
@@ -155,7 +161,7 @@ class CodedSegments(PlaneSegments):
         return CodedTokens(self._coded.codecs, self._coded.constants, self.stored)
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor) -> Sequence[torch.Tensor]:
-        return self._coded.encode(keys, values)
+        return self._coded.encode(keys, values, self.length)
 
     def empty(self, index: torch.Tensor) -> PlaneSegments:
         return CodedSegments(self._coded.take(index), self._dtype)
@@ -166,7 +172,7 @@ class CodedSegments(PlaneSegments):
     def attend(self, query: torch.Tensor, rule: LogitRule) -> torch.Tensor:
         if query.shape[2] > 1:
             return super().attend(query, rule)
-        if uses_kernel(query, 1, query.shape[3]):
+        if uses_kernel(query, 1, query.shape[3], layout_problem=self._coded.kernel_problem):
             segments, room = self._buffers[0].whole.shape[:2]
             starts = torch.arange(0, segments * room, room, device=query.device)
             ends = torch.full_like(starts, self.length)
@@ -205,7 +211,7 @@ class StaticCoded(StaticPlanes):
                     x[index] = y
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor) -> Sequence[torch.Tensor]:
-        return self._coded.encode(keys, values)
+        return self._coded.encode(keys, values, self.end)
 
     @property
     def coded(self) -> CodedTokens:
@@ -216,7 +222,7 @@ class StaticCoded(StaticPlanes):
         return *self.coded.read(self._dtype), self.valid
 
     def attend(self, query: torch.Tensor, rule: LogitRule) -> torch.Tensor:
-        if uses_kernel(query, self.shape[1], query.shape[3]):
+        if uses_kernel(query, self.shape[1], query.shape[3], layout_problem=self._coded.kernel_problem):
             coded = CodedTokens(self._coded.codecs, self._coded.constants, self._planes)
             return coded.attend_by_kernel(query, rule, self.shape, (self._starts, self.end, self._width), self._valid)
         q = query.reshape(len(self.length), -1, query.shape[3])  # [N, g, D]
@@ -240,6 +246,10 @@ class CodedLayer(SegmentedLayer):
     def __init__(self, codecs: tuple[TokenCodec, TokenCodec]):
         super().__init__(partial(CodedSegments, CodedTokens(codecs, ([], [])), torch.float32))  # until the first write
         self._codecs = codecs
+
+    def bind(self, rotary: Callable[[], Rotary]) -> None:
+        keys, values = (codec.of_layer(rotary) for codec in self._codecs)
+        self._codecs = keys, values
 
     def write(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         fitted = [codec.fit(x, valid) for codec, x in zip(self._codecs, (keys, values), strict=True)]

@@ -55,7 +55,7 @@ class Fp8Codec(TokenCodec):
         scale = largest / self.largest
         return torch.where(scale > 0, scale, torch.ones_like(scale))
 
-    def encode(self, x: torch.Tensor, constants: Constants) -> Sequence[torch.Tensor]:
+    def encode(self, x: torch.Tensor, constants: Constants, start: int | torch.Tensor = 0) -> Sequence[torch.Tensor]:
         x = x.float()
         if self.scale == "one":
             return [self._codes(x)]
@@ -68,7 +68,9 @@ class Fp8Codec(TokenCodec):
         # Clamped, because what a cast makes of larger numbers depends on the format and on the device.
         return x.clamp(-self.largest, self.largest).to(self.dtype)
 
-    def decode(self, planes: Sequence[torch.Tensor], constants: Constants, dtype: torch.dtype) -> torch.Tensor:
+    def decode(
+        self, planes: Sequence[torch.Tensor], constants: Constants, dtype: torch.dtype, start: int = 0
+    ) -> torch.Tensor:
         x = planes[0].to(dtype)
         if self.scale == "one":
             return x

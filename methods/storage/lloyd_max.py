@@ -54,7 +54,7 @@ def lloyd_max(
 
 def nearest_codes(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     """Return the index of the nearest level of each number, int64."""
-    return torch.bucketize(x, (levels[1:] + levels[:-1]) / 2)
+    return torch.bucketize(x.contiguous(), (levels[1:] + levels[:-1]) / 2)
 
 
 def pack_planes(codes: torch.Tensor, bits: int) -> list[torch.Tensor]:

@@ -112,7 +112,7 @@ class TurboCodec(TokenCodec):
     def unrotate(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.rotation == "none" else torch.matmul(x, self._matrix(x))
 
-    def encode(self, x: torch.Tensor, constants: Constants) -> Sequence[torch.Tensor]:
+    def encode(self, x: torch.Tensor, constants: Constants, start: int | torch.Tensor = 0) -> Sequence[torch.Tensor]:
         x = x.double()  # so that the order of a sum, which depends on the batch, decides no code and no gain
         norm = x.norm(dim=-1)  # [N, n]
         unit = self.rotate(x / torch.where(norm > 0, norm, torch.ones_like(norm))[..., None])  # [N, n, D]
@@ -130,7 +130,9 @@ class TurboCodec(TokenCodec):
         product = (unit * nearest).sum(-1)
         return product / nearest.square().sum(-1) if self.gain == "least_squares" else 1 / product.clamp(min=1e-6)
 
-    def decode(self, planes: Sequence[torch.Tensor], constants: Constants, dtype: torch.dtype) -> torch.Tensor:
+    def decode(
+        self, planes: Sequence[torch.Tensor], constants: Constants, dtype: torch.dtype, start: int = 0
+    ) -> torch.Tensor:
         table = self._constant("table", planes[0].device, self._dim(planes), dtype)
         numbers = look_up(planes[:-1], table)  # [N, n, D]
         return numbers.mul_(planes[-1].to(dtype)[..., None])
