@@ -30,7 +30,7 @@ from .kv_config import KVConfig, kv_bytes, latent_bytes, load
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-DTYPE_BITS = {"float16": 16, "bfloat16": 16, "float32": 32, "int8": 8, "int4": 4}
+DTYPE_BITS = {"float16": 16, "bfloat16": 16, "float32": 32, "float8": 8, "int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True)

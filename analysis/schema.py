@@ -76,6 +76,7 @@ HEAD = {
     "method": Text,
     "method_label": Text,
     "budget": PositiveFloat | None,
+    "needs?": Text,
     "data": {"examples?": Each(PositiveInt)},
     "finished?": Text,
     "unit?": Text,

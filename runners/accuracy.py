@@ -21,7 +21,7 @@ from ..models.base import ModelSource
 from ..tasks.base import Described, Example, Source, Task, is_text
 from .config.settings import Settings
 from .records import provenance
-from .records.runs import distinct_sources, open_run, run_with_locks
+from .records.runs import announce_needs, distinct_sources, open_run, run_with_locks
 from .records.scored_run import ScoredRun, add_paired_differences
 from .runner import PairedRunner
 from .scoring import Scoring
@@ -74,6 +74,7 @@ class AccuracyRunner(PairedRunner):
         for method in methods:
             is_scored = not isinstance(method, TransformersGenerate)
             require(is_scored, "method", method.name, "is timed, not scored: its answers are those of method=full")
+        announce_needs(methods)
         examples = task.examples()
         for e in examples:
             name = f"{e.dataset}/{e.id}"

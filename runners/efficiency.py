@@ -39,7 +39,7 @@ from .measure.lock import measurement_lock
 from .measure.passes import Passes, is_memory_failure
 from .progress import elapsed_since, status_line
 from .records import provenance
-from .records.runs import BASELINE, MethodRun, open_run, record_head, run_with_locks
+from .records.runs import BASELINE, MethodRun, announce_needs, open_run, record_head, run_with_locks
 from .runner import PairedRunner
 from .search import SearchJob, search
 
@@ -90,6 +90,7 @@ class EfficiencyRunner(PairedRunner):
             The runs, in the order of ``methods``, all with a record (``done`` or ``oom``).
         """
         task = self._checked(task, settings)
+        announce_needs(methods)
         data = task.source()
         log.info(f"workload: {data.name}")
         made_by = provenance.collect(settings.torch_device)

@@ -205,7 +205,7 @@ def co_batched(runs: Sequence[ScoredRun], apart: bool = False) -> Iterator[list[
     def kind(run: ScoredRun) -> tuple[object, ...]:
         return (
             run.method.passes,
-            apart and not run.method.storage.capabilities.lossless,
+            apart and not run.method.storage.capabilities.keeps_stored,
             run.method.shares_steps or id(run),
         )
 

@@ -47,6 +47,7 @@ RECORD_FIELDS = {
     "method": "name of the method",
     "method_label": "name with its budget and storage, for tables",
     "budget": "tokens per layer or a fraction of the prompt; null where the method has none",
+    "needs": "what the method needs beyond a model and a prompt; only where there is something",
     "data": "where the examples came from",
     "data.name": "as `task`",
     "data.revision": "commit of a hub repository, else null",
@@ -104,6 +105,8 @@ RECORD_FIELDS = {
     "bytes.kv_bytes_full": "bytes of the full cache for the same tokens",
     "bytes.kv_ratio": "stored / full",
     "bytes.weight_bytes": "bytes of the model's weights",
+    "bytes.kv_bytes_read_per_step": "bytes of the cache that the last step read: counted where a method reads a part "
+    "of it (`quest`), else by formula; once for every layer of the model that attends to them",
     "bytes.weight_bytes_read": "bytes of the weights that a decode step reads",
     "bytes.requests": "number of requests that the bytes are of",
     "bytes.kv_bytes_per_token": "of a trained model: bytes that each token adds",
@@ -168,8 +171,10 @@ RECORD_FIELDS = {
 NEWER_FIELDS = {
     **dict.fromkeys(("interval", "interval.method", "interval.level", "interval.resamples"), "accuracy"),
     "paired.decode_speed_up_interval": "efficiency",
+    "bytes.kv_bytes_read_per_step": "efficiency",
+    "needs": "accuracy efficiency train",
 }
-"""Fields that the committed records are too old to have, with the kind of runs that has them."""
+"""Fields that the committed records are too old to have, with the kinds of runs that have them."""
 OPEN_FIELDS = ("identity", "config", "scores", "averages", "weights", "accuracy_by_distance", "cache_layers")
 """Fields whose keys follow from the run."""
 
@@ -324,7 +329,7 @@ def record_page() -> str:
         raise LookupError(f"scripts/docs_reference.py: RECORD_FIELDS lacks {', '.join(unknown)}")
     rows = []
     for field, kind in NEWER_FIELDS.items():
-        kinds[field].add(kind)
+        kinds[field].update(kind.split())
     for field, meaning in RECORD_FIELDS.items():
         if field in kinds:
             of = ", ".join(kind for kind in RESULTS if kind in kinds[field])

@@ -21,9 +21,12 @@ def efficiency_table(runs: Sequence[Run]) -> Table:
         *("method", "TTFT ms", "TPOT ms", "min - max", "p90", "p99", "prefill tok/s", "decode tok/s", "KV MiB, batch"),
         *("peak prefill MiB", "peak decode MiB", "MBU", "speed-up", "by bytes"),
     ]
+    reads = any("kv_bytes_read_per_step" in run.record.get("bytes", {}) for run in runs)
+    if reads:
+        columns.insert(columns.index("KV MiB, batch") + 1, "read a step")
     metered = any((run.record.get("energy") or {}).get("joules") for run in runs)
     columns += ["J/token", "run"] if metered else ["run"]
-    rows = _rows(runs, columns, lambda run: _times(run.record, metered))
+    rows = _rows(runs, columns, lambda run: _times(run.record, metered, reads))
     first = runs[0].record
     table = Table(_title(runs), columns, rows, runs, blocks=blocks)
     repeats = first["identity"]["runner"]["repeats"]
@@ -34,6 +37,8 @@ def efficiency_table(runs: Sequence[Run]) -> Table:
         "speed-up: TPOT of full / TPOT; by bytes: the same if a step took as long as reading the weights and the cache "
         "once; MBU: how near it came to that, at the bandwidth of a copy."
     )
+    if reads:
+        table.notes.append("read a step: MiB of the cache that the last decode step read.")
     if members_of(runs, blocks):
         table.notes.append(f"{BLOCKS} Bold: the best of them, if its range is clear of the others'.")
     if first["identity"]["device"] == "cpu":
@@ -56,7 +61,7 @@ def _rows(
     return rows
 
 
-def _times(record: Mapping[str, Any], metered: bool) -> list[Cell]:
+def _times(record: Mapping[str, Any], metered: bool, reads: bool) -> list[Cell]:
     """Numbers of a run of one workload."""
     tpot, steps = record["metrics"]["tpot_ms"], record["metrics"].get("step_ms")
     mbu, paired = record["limit"]["mbu"], record.get("paired", {})
@@ -67,17 +72,19 @@ def _times(record: Mapping[str, Any], metered: bool) -> list[Cell]:
         *(MISSING if steps is None else number(steps[p], 2) for p in ("p90", "p99")),
         metric(record, "prefill_tokens_per_s", 0, 1),
         metric(record, "decode_tokens_per_s", 1, 1),
-        *_memory(record),
+        *_memory(record, reads),
         MISSING if mbu is None else number(mbu["median"], 2),
         *(_ratio(paired, key) for key in ("decode_speed_up", "decode_speed_up_by_bytes")),
         *([_energy(record)] if metered else []),
     ]
 
 
-def _memory(record: Mapping[str, Any]) -> list[Cell]:
-    """Bytes of the cache and both phases' peaks."""
-    stored = number(record["bytes"]["kv_bytes_stored"] / MIB, 2)
-    return [stored, peak(record, "peak_prefill"), peak(record, "peak_decode")]
+def _memory(record: Mapping[str, Any], reads: bool = False) -> list[Cell]:
+    """Bytes of the cache, with ``reads`` those that the last step read, and both phases' peaks."""
+    held = ["kv_bytes_stored", "kv_bytes_read_per_step"][: 1 + reads]
+    found = [record["bytes"].get(key) for key in held]
+    cells = [MISSING if size is None else number(size / MIB, 2) for size in found]
+    return [*cells, peak(record, "peak_prefill"), peak(record, "peak_decode")]
 
 
 def _energy(record: Mapping[str, Any]) -> Cell:

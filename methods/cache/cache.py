@@ -284,6 +284,12 @@ class KVCache(TransformersCache):
     kv_bytes = kv_bytes_logical
 
     @property
+    def kv_bytes_read_per_step(self) -> int:
+        """Bytes that the last decode step read, each layer's once per layer of the model that attends over it."""
+        read = [layer.step_bytes_read * self.plan.cache_layer.count(i) for i, layer in enumerate(self.layers)]
+        return sum(read, self.states.nbytes if self.states else 0)
+
+    @property
     def tokens_held(self) -> list[torch.Tensor]:
         """Number of real tokens stored, one int64 tensor [B, 1 or H] per layer."""
         return [layer.tokens for layer in self.layers]

@@ -202,3 +202,7 @@ class CacheLayer(PrefillLayer):
     def logical_bytes(self) -> int:
         """Bytes of the real tokens and of the policy's state for them."""
         return self.storage.logical_bytes + self.policy.logical_state_bytes(self.state, self.storage.tokens)
+
+    @property
+    def step_bytes_read(self) -> int:
+        return self.storage.step_bytes_read + self.policy.logical_state_bytes(self.state, self.storage.tokens)

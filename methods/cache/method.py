@@ -31,6 +31,7 @@ from ..storage.base import Storage
 from ..storage.dense import Dense
 from .attention import use_kvbench_attention
 from .cache import KVCache
+from .composition import check_storage
 from .kv_shape import KVShape
 from .layer import CacheLayer
 from .layout import layout_of, model_shape, reset_rope, rotary_of
@@ -61,23 +62,14 @@ class Method(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_name()
-        capabilities, stored = self.policy.capabilities, self.storage.capabilities
-        if stored.requires_same_tokens_across_layers and not capabilities.keeps_everything:
-            raise InputError(
-                "method/storage",
-                self.storage.name,
-                f"shares tokens between layers, and under method={self.name} each layer keeps its own; use method=full",
-            )
-        if (capabilities.evicts_while_decoding or capabilities.drops_stored) and not stored.lossless:
-            when = "while decoding" if capabilities.evicts_while_decoding else "once all layers have seen the prompt"
-            raise InputError(
-                "method/storage",
-                self.storage.name,
-                f"holds rounded tokens, and method={self.name} as configured lets tokens leave {when}, which would "
-                "round the others again; use method/storage=dense or ragged, or method/schedule=after_prefill",
-            )
+        check_storage(self.name, self.policy, self.storage)
         if self.sharing is not None and self.sharing.shares:
             self._check_sharing()
+
+    @property
+    def needs(self) -> str:
+        """Requirement of the method that a reader of its results must know; empty: none."""
+        return self.storage.capabilities.needs
 
     @property
     def shares_prompt(self) -> bool:
@@ -186,10 +178,12 @@ class Method(Options):
         reset_rope(model)
         self._check_plan(plan, model)
         count = plan.layer_types.count(FULL)
-        storage = iter(self.storage.new_layers(count))
+        stores = self.storage.new_layers(count)
         owners = [owner for owner, kind in zip(plan.owners, plan.layer_types, strict=True) if kind == FULL]
         described = [self._model_layer(model, owner, place, count) for place, owner in enumerate(owners)]
-        states = iter(self.policy.new_states(described))
+        for store, layer in zip(stores, described, strict=True):
+            store.bind(layer.rotary)
+        storage, states = iter(stores), iter(self.policy.new_states(described))
         layers: list[Any] = []
         recurrent = RecurrentStates(config, plan.recurrent) if plan.recurrent else None
         for number, (owner, kind, span) in enumerate(zip(plan.owners, plan.layer_types, plan.spans, strict=True)):
@@ -198,16 +192,16 @@ class Method(Options):
                 continue
             place = plan.layer_types[:number].count(kind)
             if span is None:
-                layer = CacheLayer(place, count, self.policy, next(states), next(storage))
+                cache_layer = CacheLayer(place, count, self.policy, next(states), next(storage))
             else:
                 local = LocalAttention(span)
                 state = local.new_state(self._model_layer(model, owner, place, count))
-                layer = CacheLayer(place, count, local, state, Dense().new_layers(1)[0], span)
-            layer.model_layer = owner
-            layers.append(layer)
+                cache_layer = CacheLayer(place, count, local, state, Dense().new_layers(1)[0], span)
+            cache_layer.model_layer = owner
+            layers.append(cache_layer)
         cache = KVCache(layers, plan, self.passes)
         cache.states = recurrent
-        cache.requantizes_on_append = not self.storage.capabilities.lossless
+        cache.requantizes_on_append = not self.storage.capabilities.keeps_stored
         if self.policy.capabilities.narrows_prompt:
             narrow_between_layers(model, cache, self.name)
         return cache

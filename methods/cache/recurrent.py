@@ -42,8 +42,6 @@ class StateLayer(StaticSteps, LinearAttentionLayer):
         """No tensors of its own."""
         return []
 
-    logical_bytes = 0
-
     @property
     def static_problem(self) -> str | None:
         return "the model's recurrent layers run transformers' own code, which may wait for the device"

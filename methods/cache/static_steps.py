@@ -16,6 +16,16 @@ class StaticSteps:
     seen = 0
 
     @property
+    def logical_bytes(self) -> int:
+        """Bytes of the contents, without padding and unused slots; 0 where another object counts them."""
+        return 0
+
+    @property
+    def step_bytes_read(self) -> int:
+        """Bytes that the last decode step read, if one layer of the model attended over this layer."""
+        return self.logical_bytes
+
+    @property
     def static_problem(self) -> str | None:
         """See the class."""
         return None

@@ -9,8 +9,7 @@ Legend: B batch rows, H_q query heads, H stored heads, S slots, n new tokens, C 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -21,7 +20,9 @@ from ..cache.inference_mode import under_inference_mode
 from ..cache.kv_shape import KVShape
 from ..cache.logits import LogitRule
 from ..cache.products import cached_attention
+from ..cache.rotary import Rotary
 from .buffer import Growing
+from .capabilities import StorageCapabilities
 
 
 def slots_to_keep(keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -77,6 +78,10 @@ class LayerStorage(Growing, ABC):
         for name in IN_PLACE:
             if name in vars(cls):
                 setattr(cls, name, under_inference_mode(vars(cls)[name]))
+
+    def bind(self, rotary: Callable[[], Rotary]) -> None:
+        """Prepare for a layer of a model, whose keys ``rotary()`` rotates by differences of positions."""
+        return
 
     @abstractmethod
     def write(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
@@ -239,20 +244,10 @@ class LayerStorage(Growing, ABC):
     def logical_bytes(self) -> int:
         """Bytes of the real tokens, without padding and unused slots."""
 
-
-@dataclass(frozen=True)
-class StorageCapabilities:
-    """Properties of a storage that the cache depends on.
-
-    Attributes:
-        lossless: Values are read back bit for bit as they were written.
-        requires_same_tokens_across_layers: Layers share storage, so all of them must keep the same tokens.
-        padding_bytes: Maximum bytes of a layer beyond the formula, because codes are packed in whole units.
-    """
-
-    lossless: bool = False
-    requires_same_tokens_across_layers: bool = False
-    padding_bytes: int = 0
+    @property
+    def step_bytes_read(self) -> int:
+        """Bytes of keys and values that the last decode step read: all, unless the storage ``reads_part``."""
+        return self.logical_bytes
 
 
 class Storage(HasIdentity, ABC):

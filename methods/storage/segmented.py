@@ -6,12 +6,13 @@ D channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ..cache.logits import LogitRule
 from .base import LayerStorage, previous_slots
+from .planes import as_bytes
 from .segments import Groups, Segments, segment_lengths
 from .static import StaticSegments
 
@@ -31,11 +32,21 @@ class SegmentedLayer(LayerStorage):
 
     def write(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         assert self._static is None, "a static layer takes single tokens"
-        batch, heads, slots, dim = keys.shape
-        self._shape = (batch, heads, dim)
-        all_segments = torch.arange(batch * heads, device=keys.device)
+        self._shape = (*keys.shape[:2], keys.shape[3])
+        self._replace([keys, values], valid)
+
+    def _replace(self, tensors: Sequence[torch.Tensor], valid: torch.Tensor | None, are_stored: bool = False) -> None:
+        """Replace the contents by left-padded tokens.
+
+        Args:
+            tensors: [B, H, S, ...], keys and values, or what :attr:`.segments.Segments.stored` returns.
+            valid: [B, 1 or H, S] bool, False for padding; None: no padding.
+            are_stored: Whether the tensors are in the stored form.
+        """
+        batch, heads, slots = tensors[0].shape[:3]
+        all_segments = torch.arange(batch * heads, device=tensors[0].device)
         self._groups = [(all_segments, self._new())]
-        self._append_real(keys, values, None if valid is None else valid.expand(batch, heads, slots))
+        self._append_real(tensors, None if valid is None else valid.expand(batch, heads, slots), are_stored)
         self.flush()
 
     def append(
@@ -50,17 +61,18 @@ class SegmentedLayer(LayerStorage):
             return None
         self.count_down(keys.shape[2])
         before = None if valid is None else (self.tokens, self.slots)
-        self._append_real(keys, values, valid)
+        self._append_real([keys, values], valid)
         return None if before is None else previous_slots(*before, self.slots - self.tokens, self.slots)
 
-    def _append_real(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None) -> None:
-        """Append left-padded tokens [B, H, n, D] without their padding; ``valid`` [B, n] or [B, H, n]."""
-        batch, heads, n, _ = keys.shape
-        keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+    def _append_real(
+        self, tensors: Sequence[torch.Tensor], valid: torch.Tensor | None, are_stored: bool = False
+    ) -> None:
+        """Append left-padded tokens without their padding; ``valid`` [B, n] or [B, H, n]; see :meth:`_replace`."""
+        batch, heads, n = tensors[0].shape[:3]
+        tensors = [x.flatten(0, 1) for x in tensors]
         if valid is None:
             for index, segments in self._groups:
-                segments.growth, segments.reserved = self.growth, self.reserved
-                segments.append(_rows(keys, index), _rows(values, index))
+                self._append_to(segments, [_rows(x, index) for x in tensors], are_stored)
             return
         counts = valid[:, None] if valid.dim() == 2 else valid
         counts = counts.expand(batch, heads, n).sum(-1).flatten()  # real tokens of each segment
@@ -71,28 +83,35 @@ class SegmentedLayer(LayerStorage):
                 members = (group_counts == count).nonzero()[:, 0]
                 group = segments if len(members) == len(index) else segments.take(members)
                 if count or group.appends_nothing:
-                    group.growth, group.reserved = self.growth, self.reserved
-                    group.append(keys[index[members], n - count :], values[index[members], n - count :])
+                    real = [as_bytes(x)[index[members], n - count :].view(x.dtype) for x in tensors]
+                    self._append_to(group, real, are_stored)
                 groups.append((index[members], group))
         self._groups = groups
 
+    def _append_to(self, segments: Segments, tensors: Sequence[torch.Tensor], are_stored: bool) -> None:
+        segments.growth, segments.reserved = self.growth, self.reserved
+        if are_stored:
+            segments.append_stored(tensors)
+        else:
+            segments.append(*tensors)
+
     def read(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return keys, values and ``valid``, left-padded to the longest segment for this call."""
-        batch, heads, dim = self._shape
         if self._static is not None:
-            keys, values, valid = (x.unflatten(0, (batch, heads)) for x in self._static.read())
+            keys, values, valid = (x.unflatten(0, self._shape[:2]) for x in self._static.read())
             return keys, values, valid
-        if len(self._groups) == 1:
-            keys, values = self._groups[0][1].read()
-            return keys.unflatten(0, (batch, heads)), values.unflatten(0, (batch, heads)), None
-        width = self.slots
-        groups = [(index, s.length, *s.read()) for index, s in self._groups]
-        keys = groups[0][2].new_zeros(batch * heads, width, dim)
-        values = groups[0][3].new_zeros(batch * heads, width, groups[0][3].shape[2])
-        for index, length, k, v in groups:
-            keys[index, width - length :] = k
-            values[index, width - length :] = v
-        return keys.unflatten(0, (batch, heads)), values.unflatten(0, (batch, heads)), self.valid
+        keys, values = self._padded([s.read() for _, s in self._groups])
+        return keys, values, self.valid
+
+    def _padded(self, contents: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+        """Return tensors [N, length, ...] of each group of segments as [B, H, S, ...], left-padded to the longest."""
+        if len(contents) == 1:
+            return [x.unflatten(0, self._shape[:2]) for x in contents[0]]
+        out = [x.new_zeros(self._shape[0] * self._shape[1], self.slots, *x.shape[2:]) for x in contents[0]]
+        for (index, segments), tensors in zip(self._groups, contents, strict=True):
+            for whole, x in zip(out, tensors, strict=True):
+                as_bytes(whole)[index, self.slots - segments.length :] = as_bytes(x)
+        return [x.unflatten(0, self._shape[:2]) for x in out]
 
     @property
     def slots(self) -> int:
@@ -186,7 +205,7 @@ class SegmentedLayer(LayerStorage):
         self._static.end_steps()
 
     def keep(self, slots: torch.Tensor, valid: torch.Tensor | None = None) -> None:
-        keys, values, stored = self.read()
+        tensors, stored = self._padded([s.stored for _, s in self._groups]), self.valid
         batch, heads, _ = self._shape
         if slots.dim() == 1:
             slots = slots.expand(batch, 1, -1)
@@ -194,8 +213,9 @@ class SegmentedLayer(LayerStorage):
         real = None if stored is None else stored.gather(2, slots)
         if valid is not None:
             real = valid.expand_as(slots) if real is None else real & valid
-        keys, values = (x.gather(2, slots[..., None].expand(-1, -1, -1, x.shape[3])) for x in (keys, values))
-        self.write(keys, values, real)
+        segment = torch.arange(batch * heads, device=slots.device).view(batch, heads, 1)
+        kept = [as_bytes(x).flatten(0, 1)[segment, slots].view(x.dtype) for x in tensors]  # [B, H, C, ...]
+        self._replace(kept, real, are_stored=True)
 
     def shrink_to_fit(self) -> None:
         for _, segments in self._groups:

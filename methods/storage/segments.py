@@ -13,6 +13,7 @@ D channels.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -43,6 +44,15 @@ class Segments(Growing, ABC):
     @abstractmethod
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values [N, S, D] in the compute dtype."""
+
+    @property
+    def stored(self) -> list[torch.Tensor]:
+        """Tensors [N, S, ...] from which :meth:`append_stored` restores the tokens; by default keys and values."""
+        return list(self.read())
+
+    def append_stored(self, stored: Sequence[torch.Tensor]) -> None:
+        """Append tokens as :attr:`stored` returns them."""
+        self.append(*stored)
 
     def attend(self, query: torch.Tensor, rule: LogitRule) -> torch.Tensor:
         """Attend with the last n tokens over all tokens: [N, g, n, D] -> the same shape."""

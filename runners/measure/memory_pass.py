@@ -24,6 +24,7 @@ class BatchMemory:
     Attributes:
         at_rest, peak_prefill, peak_decode: See :class:`.memory.Peak`; None if this machine cannot measure it.
         stored, logical: Bytes of the cache after the prompt was compressed, and after the last step.
+        read: Bytes of the cache that the last step read, if the method reads a part of it; None: it reads all.
     """
 
     at_rest: Peak | None
@@ -31,6 +32,7 @@ class BatchMemory:
     peak_decode: Peak | None
     stored: tuple[int, int]
     logical: tuple[int, int]
+    read: int | None
 
 
 @torch.inference_mode()
@@ -53,7 +55,8 @@ def memory_of(loaded: LoadedJob, batch: Batch, meter: MemoryMeter) -> BatchMemor
 
     loaded.answer(cache, batch, after_token)
     measure()
-    return BatchMemory(at_rest, peaks[0], peaks[1], (stored[0], stored[1]), (logical[0], logical[1]))
+    read = cache.kv_bytes_read_per_step if loaded.job.method.storage.capabilities.reads_part else None
+    return BatchMemory(at_rest, peaks[0], peaks[1], (stored[0], stored[1]), (logical[0], logical[1]), read)
 
 
 @torch.inference_mode()
@@ -85,6 +88,7 @@ def memory_pass(job: Job, session: Session | None = None) -> dict[str, Any]:
     memory = memory_of(loaded, batch, meter)
     shape, full = model_shape(model), full_shape(model, job.method.sharing)
     lengths, steps = [len(r.prompt) for r in batch.requests], batch.steps - 1
+    formula = sum(job.method.bytes_read_formula(model, n, steps) for n in lengths)
     peaks = {"at_rest": memory.at_rest, "peak_prefill": memory.peak_prefill, "peak_decode": memory.peak_decode}
     return {
         "cache_layers": describe_layers(model),
@@ -95,6 +99,7 @@ def memory_pass(job: Job, session: Session | None = None) -> dict[str, Any]:
             "kv_bytes_logical_end": memory.logical[1],
             "kv_bytes_formula": sum(job.method.bytes_formula(shape, n) for n in lengths),
             "kv_bytes_formula_end": sum(job.method.bytes_formula(shape, n, steps) for n in lengths),
+            "kv_bytes_read_per_step": formula if memory.read is None else memory.read,
             "kv_bytes_full": sum(BASELINE.bytes_formula(full, n) for n in lengths),
             "weight_bytes": sum(p.nbytes for p in model.parameters()),
             "requests": len(lengths),

@@ -76,10 +76,17 @@ def record_head(status: str, folder: RunFolder, method: Method, data: Source, se
         "method": method.name,
         "method_label": method.label,
         "budget": method.effective_budget,
+        **({"needs": method.needs} if method.needs else {}),
         "data": {"name": data.name, "revision": data.revision, "sha256": dict(data.sha256), "note": data.note},
         "batch_size": settings.batch_size,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def announce_needs(methods: Sequence[Method]) -> None:
+    """Log what each method needs beyond a model and a prompt, before anything else of a run."""
+    for line in dict.fromkeys(f"{method.label}: needs {method.needs}" for method in methods if method.needs):
+        log.info(line)
 
 
 @dataclass(eq=False)  # runs are compared by identity

@@ -62,6 +62,7 @@ COMBINED = [
     *(f"snapkv {SNAPKV} storage={storage_settings(name)}" for name in ("kivi2", "ragged")),
     *(f"lckv sharing.encode=exact storage={storage_settings(name)}" for name in ("kivi2", "ragged")),
     f"ada_kv {SNAPKV} allocator.floor=0.0 storage={storage_settings('kivi4')}",
+    f"ada_kv {SNAPKV} allocator.floor=0.0 storage=fp8 storage.scale=head",
 ]
 PYRAMID = "policy.strategy=constant policy.prefill_decay_ratio=0.5 policy.min_context=0 policy.recent_ratio=0.1"
 OF_METHODS = {
@@ -98,6 +99,7 @@ WHILE_DECODING = [
     "streaming_llm budget=40 policy.mode=prefill_evict policy.reposition=false",
     "streaming_llm budget=24 policy.mode=prefill_evict policy.prefill_only=true",
     "h2o budget=24 schedule=after_prefill",
+    "h2o budget=24 storage=turboquant storage.bits=3",
     f"pyramid_infer {PYRAMID} policy.gen_window=3 policy.distance_weight=3.0 policy.gen_keep_ratio=0.5",
     f"pyramid_infer {PYRAMID} policy.gen_window=2 policy.gen_keep_ratio=1.0 policy.gen_decay_ratio=1.0",  # all stay
     f"pyramid_infer {PYRAMID} budget=50 policy.gen_window=5",  # two prompts are within the budget

@@ -51,6 +51,18 @@ def test_energy_has_a_column_where_it_was_measured():
     assert "J/token" not in efficiency_table([Run(Path(), r, r["method_label"]) for r in made]).columns
 
 
+def test_bytes_read_a_step_stand_beside_the_bytes_held():
+    """Where a record has them; a table of older records has no such column."""
+    made = [efficiency("full", None, 10.0), efficiency("quest", None, 5.0)]
+    runs = [Run(Path(), record, record["method_label"]) for record in made]
+    assert "read a step" not in efficiency_table(runs).columns
+    made[1]["bytes"]["kv_bytes_read_per_step"] = 3 * 2**20
+    table = efficiency_table(runs)
+    at = table.columns.index("read a step")
+    assert table.columns[at - 1] == "KV MiB, batch"
+    assert [row[at].text for row in table.rows] == ["-", "3.00"]
+
+
 @pytest.mark.parametrize("kind", ["accuracy", "efficiency"])
 @pytest.mark.parametrize("form", [[], ["--by-budget"]])
 def test_a_table_of_runs_under_two_rules_for_equal_scores_says_so(tmp_path, capsys, kind, form):

@@ -1,0 +1,47 @@
+"""Which policies and storages work together."""
+
+from __future__ import annotations
+
+from ...conf.errors import InputError
+from ..policies.policy import CachePolicy
+from ..storage.base import Storage
+
+
+def check_storage(method: str, policy: CachePolicy, storage: Storage) -> None:
+    """Reject a storage that does not work with the tokens that a policy keeps.
+
+    Args:
+        method: Name of the method.
+        policy, storage: Parts of the method.
+
+    Raises:
+        InputError: They do not work together.
+    """
+    keeps, stored = policy.capabilities, storage.capabilities
+    drops = keeps.evicts_while_decoding or keeps.drops_stored
+    when = "while decoding" if keeps.evicts_while_decoding else "once all layers have seen the prompt"
+    problem = None
+    if stored.requires_same_tokens_across_layers and not keeps.keeps_everything:
+        problem = f"shares tokens between layers, and under method={method} each layer keeps its own; use method=full"
+    elif stored.counts_positions and not keeps.keeps_everything:
+        problem = (
+            f"rotates keys by the number of tokens before them, and method={method} drops some; use method=full or "
+            "method/storage=turboquant"
+        )
+    elif drops and stored.reads_part:
+        problem = (
+            f"reads a part of the tokens, and method={method} as configured lets tokens leave {when} by the attention "
+            "over all of them; use method/storage=dense or ragged, or method/schedule=after_prefill"
+        )
+    elif drops and not stored.keeps_stored:
+        problem = (
+            f"holds rounded tokens, and method={method} as configured lets tokens leave {when}, which would round the "
+            "others again; use method/storage=dense, ragged, fp8 or turboquant, or method/schedule=after_prefill"
+        )
+    elif keeps.prefills_by_steps and stored.fits_prompt:
+        problem = (
+            f"computes its constants from the complete prompt, and method={method} as configured prefills token by "
+            "token; use method.policy.mode=prefill_evict, or a storage without such constants"
+        )
+    if problem is not None:
+        raise InputError("method/storage", storage.name, problem)
