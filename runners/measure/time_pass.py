@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from ...methods.cache.kernel_use import PYTORCH, STEP_ATTENTION, forget_implementations, implementations
 from ...methods.cache.method import Method
-from ...methods.storage.step_attention import PYTORCH, forget_implementations, implementations_used
 from ..engine.step import EAGER
 from .bandwidth import copy_bandwidth
 from .clock import Stopwatch
@@ -29,14 +29,14 @@ class Timed:
         mode: Mode of the decode steps, as records name it; see :class:`..engine.step.DecodeStep`.
         preparation: Time to compile or capture a step before the first one; a server does this once when it starts,
             so it is in no other number.
-        attention: Implementations of the steps' attention; see :mod:`...methods.storage.step_attention`.
+        kernels: What computed each operation that has a Triton kernel; see :mod:`...methods.cache.kernel_use`.
     """
 
     ttft: float
     steps: Sequence[float]
     mode: str = EAGER
     preparation: float = 0.0
-    attention: str = PYTORCH
+    kernels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def decoding(self) -> float:
@@ -61,6 +61,7 @@ def time_pass(job: Job) -> dict[str, Any]:
             if job.device == "cpu":
                 copies.append(copy_bandwidth(job.device))
     measured = [copy for copy in copies if copy is not None]
+    kernels = kernels_of([timed.kernels for repetition in repetitions for timed in repetition])
     return {
         "metrics": metrics(work, repetitions),
         "repetitions": [
@@ -68,7 +69,8 @@ def time_pass(job: Job) -> dict[str, Any]:
             for timed in repetitions
         ],
         "decode": " and ".join(sorted({t.mode for timed in repetitions for t in timed})),
-        "attention": " and ".join(sorted({timed.attention for repetition in repetitions for timed in repetition})),
+        "attention": kernels.get(STEP_ATTENTION, PYTORCH),
+        "kernels": kernels,
         "workload": _shape_of(work),
         "bytes_read_per_step": bytes_read_per_step(work, loaded.model, job.method),
         "bandwidth": {
@@ -77,6 +79,12 @@ def time_pass(job: Job) -> dict[str, Any]:
             "problem": None if measured else "no memory for the copy that measures it",
         },
     }
+
+
+def kernels_of(batches: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Join what computed each operation in several batches."""
+    operations = sorted({operation for batch in batches for operation in batch})
+    return {o: " and ".join(sorted({batch[o] for batch in batches if o in batch})) for o in operations}
 
 
 @torch.inference_mode()
@@ -89,7 +97,7 @@ def time_batch(loaded: LoadedJob, batch: Batch) -> Timed:
     watch.mark()
     mode = loaded.answer(cache, batch, watch.mark, watch.mark)
     ttft, preparation, *steps = watch.seconds()
-    return Timed(ttft, steps, mode, preparation, implementations_used())
+    return Timed(ttft, steps, mode, preparation, implementations())
 
 
 def metrics(work: Sequence[Batch], repetitions: Sequence[Sequence[Timed]]) -> dict[str, dict[str, Any]]:
