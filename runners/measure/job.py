@@ -21,6 +21,7 @@ from ...models.pretrained import input_device
 from ...tasks.workload import Request, Workload
 from ..engine import decode_step, left_padded, prefill
 from ..engine.compiled import CompiledDecoder, can_compile, compile_decoder
+from ..engine.step_operations import greedy_tokens
 from ..engine.weights import prepack_linear_weights
 
 
@@ -146,12 +147,12 @@ class LoadedJob:
         """
         steps = batch.steps - 1
         cache.reserve(steps)
-        token = prefill(self.model, cache, batch.input_ids, batch.mask, self.job.chunk_size).argmax(-1)
+        token = greedy_tokens(prefill(self.model, cache, batch.input_ids, batch.mask, self.job.chunk_size))
         after_token()
         step = decode_step(self.model, cache, token, steps, capture=self.job.cuda_graph, compiled=self.compiled)
         after_preparation()
         for _ in range(steps):
-            token = step(token).argmax(-1)
+            token = greedy_tokens(step(token))
             after_token()
         step.finish()
         return step.recorded_mode
