@@ -236,24 +236,28 @@ def prompt_entries() -> list[Entry]:
     sums = types | dict.fromkeys(("lse", "weights"), "*fp32") | {"out": "*fp32"}
     ints = ("count", "length", "heads", "group", "new", "slots", "blocks", "position_b", "query_position_b")
     queries, keys = (heads * n * dim * 2 for n in (TOKENS, TOKENS))
-    sizes = half | {"ROWS": 64, "TOKENS": 64, "STRICT": False, "strict": None}
+    held, passing = prompt.tile_sizes(dim, 2)
+    sizes = half | {"STRICT": False, "strict": None, "ROWS": held, "TOKENS": passing}
+    columns = half | {"STRICT": False, "strict": None, "ROWS": passing, "TOKENS": held}
+    columns |= {"WEIGHTED": False, "weights": None}
+    few = {"ROWS": window}
     causal, seen = heads * TOKENS**2 * dim, 2 * heads * window * TOKENS * dim
-    columns = sizes | {"WEIGHTED": False, "weights": None}
-    banded = half | {"DV": dim, "WIDE_V": dim, "ROWS": 64, "TOKENS": 64, "SLOTS": 16, "SINKS": False, "sinks": None}
+    banded = half | {"DV": dim, "WIDE_V": dim, "ROWS": stream.BLOCK, "TOKENS": 64, "SLOTS": 16}
+    banded |= {"SINKS": False, "sinks": None}
     stream_types = types | {"positions": "*i32", "query_positions": "*i32", "out": "*bf16"}
     stream_types |= dict.fromkeys(("begins", "sink_slots", "recent"), "*i64")
-    known = Tiling(64)
 
     def entry(name: str, kernel: Any, own: Any, chosen: Any, moved: float, flops: float) -> Entry:
-        return Entry(name, kernel, own, chosen, known, moved, flops, ints)
+        warps = stream.WARPS if kernel is stream.banded_attention else prompt.WARPS
+        return Entry(name, kernel, own, chosen, Tiling(0, warps), moved, flops, ints)
 
     return [
         entry("column sums of a prompt (H2O)", prompt.column_sums, sums, columns | {"MEAN": True},
               queries + keys + heads * TOKENS * 8, causal),
         entry("log-sum-exp of a prompt", prompt.query_logsumexp, sums, sizes,
               queries + keys + heads * TOKENS * 4, causal),
-        entry("log-sum-exp of a window (SnapKV)", prompt.query_logsumexp, sums, sizes, keys, seen),
-        entry("column sums of a window (SnapKV)", prompt.column_sums, sums, columns | {"MEAN": False},
+        entry("log-sum-exp of a window (SnapKV)", prompt.query_logsumexp, sums, sizes | few, keys, seen),
+        entry("column sums of a window (SnapKV)", prompt.column_sums, sums, columns | few | {"MEAN": False},
               keys + heads * TOKENS * 4, seen),
         entry("stream of a prompt (StreamingLLM)", stream.banded_attention, stream_types, banded,
               3 * queries + 2 * keys, 4 * heads * TOKENS * budget * dim),

@@ -84,9 +84,9 @@ def flash_attention_with_logsumexp(
     gqa = query.shape[1] > key.shape[1]
     if not query.is_cuda or query.shape[3] % 8 or query.shape[3] != value.shape[3]:
         return None
-    if not cuda.can_use_flash_attention(cuda.SDPAParams(query, key, value, None, 0.0, True, gqa)):
+    # Asked and called as by torch.nn.attention.bias: the mask is aligned to the last query and the last key.
+    if not cuda.can_use_flash_attention(cuda.SDPAParams(query, key, value, None, 0.0, False, gqa)):
         return None
-    # As torch.nn.attention.bias calls it: the mask is aligned to the last query and the last key.
     out, logsumexp, *_ = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scaling)
     return out, logsumexp
 

@@ -19,8 +19,9 @@ from ...cache.prompt import Prompt
 from .launch import MAX_SPLITS, half_operands, on_device, padded, processors
 from .online import LOG2_E, LOWEST, logits_of, product
 
-MAX_TILE_NUMBERS = 8192
-"""Numbers of a tile of keys or queries: 64 tokens of 128 channels."""
+MAX_TILE_BYTES = 32768
+"""Bytes of the operand that stays on the processor: 128 keys or queries of 128 channels of 16 bits."""
+WARPS = 8
 
 
 @triton.jit
@@ -106,6 +107,12 @@ def column_sums(
     tl.store(out + n.to(tl.int64) * length + t, acc / GROUPS, mask=t < length)
 
 
+def tile_sizes(dim: int, element_bytes: int) -> tuple[int, int]:
+    """Return the largest numbers of tokens or queries that stay on the processor, and of those that pass by."""
+    held = max(16, min(128, MAX_TILE_BYTES // (padded(dim) * element_bytes)))
+    return held, min(64, held)
+
+
 def attention_sums(prompt: Prompt, weights: torch.Tensor | None, per_query_head: bool) -> torch.Tensor:
     """Sum the causal attention weights of the prompt's queries, float32.
 
@@ -119,33 +126,33 @@ def attention_sums(prompt: Prompt, weights: torch.Tensor | None, per_query_head:
     rows, query_heads, count, dim = query.shape
     heads, length = keys.shape[1], keys.shape[2]
     strict = None if prompt.strictly_causal is None else prompt.strictly_causal.to(torch.uint8)
-    rule, tile = prompt.rule, max(16, min(64, MAX_TILE_NUMBERS // padded(dim)))
     lse = prompt.logsumexp
     segments = rows * (query_heads if per_query_head else heads)
     out = torch.empty(rows, segments // rows, length, dtype=torch.float32, device=query.device)
-    common = (rule.scaling, rule.softcap or 1.0, count, length)
-    strides = (*query.stride()[:3], *keys.stride()[:3])
+    held, passing = tile_sizes(dim, query.element_size())
+    arguments = (prompt.rule.scaling, prompt.rule.softcap or 1.0, count, length)
+    layout = (heads, query_heads // heads, *query.stride()[:3], *keys.stride()[:3])
     sizes = {
-        "D": dim, "WIDE": padded(dim), "HALF": half_operands(query.dtype), "CAPPED": rule.softcap is not None,
-        "STRICT": strict is not None,
+        "D": dim, "WIDE": padded(dim), "HALF": half_operands(query.dtype), "CAPPED": prompt.rule.softcap is not None,
+        "STRICT": strict is not None, "num_warps": WARPS,
     }  # fmt: skip
     with on_device(query):
         if lse is None:
-            blocks = triton.cdiv(count, 64)
+            block = min(held, padded(count))
+            blocks = triton.cdiv(count, block)
             splits = max(1, 2 * processors(query.device) // (rows * query_heads * blocks))
-            chunk = triton.cdiv(triton.cdiv(length, min(splits, MAX_SPLITS)), tile) * tile
-            parts = torch.empty(
-                triton.cdiv(length, chunk), rows * query_heads, count, dtype=torch.float32, device=query.device
-            )
+            chunk = triton.cdiv(triton.cdiv(length, min(splits, MAX_SPLITS)), passing) * passing
+            shape = (triton.cdiv(length, chunk), rows * query_heads, count)
+            parts = torch.empty(shape, dtype=torch.float32, device=query.device)
             query_logsumexp[(rows * query_heads, blocks, len(parts))](
-                query, keys, strict, parts, *common, chunk, heads, query_heads // heads, *strides, ROWS=64, TOKENS=tile,
-                **sizes,
-            )  # fmt: skip
+                query, keys, strict, parts, *arguments, chunk, *layout, ROWS=block, TOKENS=passing, **sizes
+            )
             lse = parts[0] if len(parts) == 1 else parts.logsumexp(0)
-            if rule.sinks is not None:
-                lse = torch.logaddexp(lse.view(rows, query_heads, count), rule.sinks.float()[:, None])
-        column_sums[(triton.cdiv(length, tile), segments)](
-            query, keys, lse.contiguous(), weights, strict, out, *common, heads, query_heads // heads, *strides,
-            ROWS=64, TOKENS=tile, WEIGHTED=weights is not None, MEAN=not per_query_head, **sizes,
+            if prompt.rule.sinks is not None:
+                lse = torch.logaddexp(lse.view(rows, query_heads, count), prompt.rule.sinks.float()[:, None])
+        column_sums[(triton.cdiv(length, held), segments)](
+            query, keys, lse.contiguous(), weights, strict, out, *arguments, *layout,
+            ROWS=min(passing, padded(count)), TOKENS=held, WEIGHTED=weights is not None, MEAN=not per_query_head,
+            **sizes,
         )  # fmt: skip
     return out

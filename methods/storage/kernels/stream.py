@@ -17,8 +17,8 @@ from ...cache.logits import LogitRule
 from .launch import MIN_DOT_SIZE, half_operands, on_device, padded
 from .online import LOG2_E, LOWEST, attend_tile, logits_of, product
 
-BLOCK = 64
-"""Queries per program."""
+BLOCK, WARPS = 128, 8
+"""Queries and warps per program."""
 NOWHERE = 1 << 30
 """Position of a slot that is not part of the band: a sink, or a slot without a token."""
 
@@ -99,6 +99,7 @@ def stream_attention(
     batch, query_heads, new, dim = query.shape
     heads, slots, value_dim = keys.shape[1], keys.shape[2], values.shape[3]
     blocks, wide = triton.cdiv(new, BLOCK), max(padded(dim), padded(value_dim))
+    tokens = max(16, min(64, 16384 // (wide * query.element_size())))
     is_sink = band.is_sink if band.valid is None else band.is_sink & band.valid
     in_band = ~is_sink if band.valid is None else ~is_sink & band.valid
     recent = torch.full((batch, 1), NOWHERE - 1, device=query.device) if band.recent is None else band.recent
@@ -119,8 +120,8 @@ def stream_attention(
             query, rotated, keys, values, positions, query_positions, begins, sink_slots, recent, rule.sinks, out,
             rule.scaling, rule.softcap or 1.0, new, slots, heads, query_heads // heads, blocks, slots, new,
             *query.stride()[:3], *rotated.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
-            D=dim, DV=value_dim, WIDE=padded(dim), WIDE_V=padded(value_dim), ROWS=BLOCK,
-            TOKENS=max(16, min(64, 8192 // wide)), SLOTS=sinks, SINKS=rule.sinks is not None,
-            HALF=half_operands(query.dtype), CAPPED=rule.softcap is not None,
+            D=dim, DV=value_dim, WIDE=padded(dim), WIDE_V=padded(value_dim), ROWS=BLOCK, TOKENS=tokens, SLOTS=sinks,
+            SINKS=rule.sinks is not None, HALF=half_operands(query.dtype), CAPPED=rule.softcap is not None,
+            num_warps=WARPS,
         )  # fmt: skip
     return out
