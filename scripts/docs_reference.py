@@ -169,6 +169,7 @@ RECORD_FIELDS = {
 NEWER_FIELDS = {
     **dict.fromkeys(("interval", "interval.method", "interval.level", "interval.resamples"), "accuracy"),
     "paired.decode_speed_up_interval": "efficiency",
+    **dict.fromkeys((f for f in RECORD_FIELDS if f.split(".")[0] == "kernels"), "efficiency"),
 }
 """Fields that the committed records are too old to have, with the kind of runs that has them."""
 OPEN_FIELDS = ("identity", "config", "scores", "averages", "weights", "accuracy_by_distance", "cache_layers")
