@@ -127,6 +127,11 @@ RECORD_FIELDS = {
     "interleaved.tpot_ms": "TPOT of each repetition",
     "decode": "how the steps ran: eager, compiled, cuda graph; on CUDA `eager: ` and why a step cannot be captured",
     "attention": "what computed their attention: triton, or pytorch with the reason if no kernel supports a CUDA call",
+    "kernels": "what computed each operation that has a Triton kernel, in the same words",
+    "kernels.step_attention": "attention of decode steps, as `attention`",
+    "kernels.step_operations": "norms, residuals, RoPE and activation of decode steps",
+    "kernels.prompt_scores": "sums of a prompt's attention for scorers",
+    "kernels.stream_prefill": "attention of a prompt under `streaming_llm`",
     "workload": "the requests",
     "workload.batches": "shapes of the batches",
     "workload.prompt_tokens": "of all requests",
@@ -173,6 +178,7 @@ NEWER_FIELDS = {
     "paired.decode_speed_up_interval": "efficiency",
     "bytes.kv_bytes_read_per_step": "efficiency",
     "needs": "accuracy efficiency train",
+    **dict.fromkeys((f for f in RECORD_FIELDS if f.split(".")[0] == "kernels"), "efficiency"),
 }
 """Fields that the committed records are too old to have, with the kinds of runs that have them."""
 OPEN_FIELDS = ("identity", "config", "scores", "averages", "weights", "accuracy_by_distance", "cache_layers")

@@ -28,27 +28,53 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvbench.methods.storage.kernels import dense, kivi, merged, online
+from kvbench.methods.storage.kernels import dense, kivi, merged, online, prompt, step_operations, stream
 from kvbench.methods.storage.kernels.launch import Tiling, default_tiling, padded
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "kernels.md"
 TARGET = GPUTarget("cuda", 90, 32)
 BYTES_PER_S = 3e12
+FLOPS_PER_S = 989e12
+"""Peak of an H100 SXM in products of 16-bit matrices, by its data sheet."""
 TOKENS = 16384
 HEADER = f"""# Kernels
 
 Written by `python scripts/kernel_report.py --write`, not by hand. What the compiler makes for an H100 (sm_90) of the
 Triton kernels of [a decode step](../explanation/engine.md), with the tile sizes that are used without tuning. Bytes and
 time are for one layer of the shape of Llama-2-7B (32 heads, head_dim 128) and {TOKENS:,} tokens unless a row says
-otherwise. The time is bytes / {BYTES_PER_S / 1e12:g} TB/s: a lower bound, not a measurement.
+otherwise. The times are bytes / {BYTES_PER_S / 1e12:g} TB/s and, for the kernels of a prompt, products /
+{FLOPS_PER_S / 1e12:g} TFLOP/s: lower bounds, not measurements.
 
-| kernel | tokens per tile | warps | registers | spilled bytes | shared KB | loads, bytes x instructions | MB | us |
-|---|---:|---:|---:|---:|---:|---|---:|---:|
+| kernel | tile | warps | registers | spilled bytes | shared KB | loads, bytes x instructions | MB | us | TFLOP | us |
+|---|---:|---:|---:|---:|---:|---|---:|---:|---:|---:|
 """
 FOOTER = """
 
 Keys, values and codes are loaded 16 bytes at a time. The other loads are scales (4 bytes are those of two groups),
-masks, counters and the query. A load stands once for each copy of a loop that the compiler makes to load tiles ahead.
+masks, counters, lookups and the query. A load stands once for each copy of a loop that the compiler makes to load tiles
+ahead. The tile is in tokens.
+
+## What was tried for KIVI's kernel
+
+Registers at 2, 4 and 8 bits, by the same compiler; more than 128 leave one block of eight warps or three of four on a
+multiprocessor, and spilled registers cost memory traffic.
+
+| idea | tile, warps | registers | spills |
+|---|---|---|---|
+| multiply codes, and scales into copies of the query and of the weights | 64, 4 | 224, 168, 253 | none |
+| the same, in smaller tiles (packed tokens alone, without the recent ones) | 32, 4 | 148, 148, 156 | none |
+| the same, by more warps (packed tokens alone) | 64, 8 | 128, 128, 163 | 16 bytes at 2 bits |
+| the same, with a limit of 128 registers | 64, 4 | 128 | 120, 56, 136 bytes |
+| the same, with a limit of 128 registers, in smaller tiles | 32, 4 | 128 | 8, 8, 0 bytes |
+| dequantize a tile to float16 in registers | 64, 4 | 128, 128, 128 | 8 bytes at 2 bits |
+| the same, with the query padded to 16 rows | 64, 4 | 168, 164, 162 | none |
+| dequantized, in smaller tiles: loads of 8 bytes at 2 bits | 32, 4 | 84, 80, 96 | none |
+| dequantized, by more warps: loads of 8 bytes at 2 bits | 64, 8 | 97, 97, 110 | none |
+| chosen: the last one, with tiles of 128 tokens at 2 bits | 128 or 64, 8 | 114, 97, 110 | none |
+
+Products of codes needed sums over all channels for the zeros, each of which goes through shared memory, and four
+copies of the output's sums. Dequantized numbers need neither: two operations of two numbers each, and the scale of a
+row stays in the thread that holds its codes.
 """
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -64,6 +90,7 @@ class Entry:
         sizes: Compile-time arguments.
         tiling: Options of the compiler.
         bytes: Bytes that it must move for one layer.
+        flops: Operations of its matrix products, if they can take longer than its bytes.
         unaligned: Integers that need not be multiples of 16.
     """
 
@@ -73,6 +100,7 @@ class Entry:
     sizes: Mapping[str, Any]
     tiling: Tiling
     bytes: float
+    flops: float = 0.0
     unaligned: tuple[str, ...] = field(default=("rows", "heads", "end_n", "window", "ring", "parts", "valid_h"))
 
 
@@ -150,21 +178,21 @@ def dense_entry(
     return Entry(name, dense.split_dense, types, sizes, tiling, moved)
 
 
-def kivi_entry(name: str, bits: int, heads: int = 32, rows: int = 1) -> Entry:
+def kivi_entry(name: str, bits: int, heads: int = 32, rows: int = 1, tiling: Tiling | None = None) -> Entry:
     """A split of KIVI's codes, in blocks of 128 tokens and groups of 32, head_dim 128, bfloat16."""
-    dtype, tiling = torch.bfloat16, kivi.default_tiling(128, 32)
+    tiling = tiling or kivi.default_tiling(128, 32, bits)
     types = dict.fromkeys(("query", "keys", "values"), "*bf16") | dict.fromkeys(("sums", "maxima", "totals"), "*fp32")
     types |= dict.fromkeys(("key_codes", "value_codes"), "*i32") | dict.fromkeys(("packed", "rounded", "ends"), "*i64")
     types |= dict.fromkeys(("key_scales", "key_zeros", "value_scales", "value_zeros"), "*fp16")
     sizes = {
         "D": 128, "DV": 128, "ROWS": triton.next_power_of_2(rows), "WIDE": 128, "WIDE_V": 128,
         "TOKENS": tiling.tokens, "BLOCK": 128, "BITS": bits, "GROUP": 32, "GROUP_V": 32, 
-        "OFFSET": kivi.offset_of(bits, dtype), "HALF": True, "CAPPED": False, "ON_DEVICE": True,
+        "HALF": True, "HALF_RECENT": True, "CAPPED": False, "ON_DEVICE": True,
     }  # fmt: skip
     moved = 2 * heads * TOKENS * 128 * (bits / 8 + 2 * 2 / 32)
     floats = {"scaling": "fp32", "softcap": "fp32"}
     unaligned = ("rows", "ring")
-    return Entry(name, kivi.split_kivi, types | floats, sizes, tiling, moved, unaligned)
+    return Entry(name, kivi.split_kivi, types | floats, sizes, tiling, moved, unaligned=unaligned)
 
 
 def merged_entry(name: str, retained: float = 0.05) -> Entry:
@@ -182,7 +210,9 @@ def merged_entry(name: str, retained: float = 0.05) -> Entry:
     }  # fmt: skip
     moved = 2 * 32 * TOKENS * (128 * 2 + (1 - retained) * 2 + 4) + TOKENS
     floats = {"scaling": "fp32", "softcap": "fp32"}
-    return Entry(name, merged.split_merged, types | floats, sizes, tiling, moved, ("rows", "heads", "new_count"))
+    return Entry(
+        name, merged.split_merged, types | floats, sizes, tiling, moved, unaligned=("rows", "heads", "new_count")
+    )
 
 
 def join_entries() -> list[Entry]:
@@ -196,6 +226,72 @@ def join_entries() -> list[Entry]:
     sizes = {"ROWS": 1, "PARTS": parts, "TOKENS": dense.WEIGHT_TOKENS, "SINKS": True, "HAS_END": True, "MEAN": True}
     weights = Entry("logits to weights", online.slot_weights, types | {"out": "*fp32"}, sizes, tiling, 32 * TOKENS * 8)
     return [joined, weights]
+
+
+def prompt_entries() -> list[Entry]:
+    """The kernels of a prompt in bfloat16: sums of all queries and of a window of 32, and a stream of budget 1,024."""
+    heads, dim, window, budget = 32, 128, 32, 1024
+    half = {"D": dim, "WIDE": dim, "HALF": True, "CAPPED": False}
+    types = dict.fromkeys(("query", "keys", "rotated", "values"), "*bf16") | {"scaling": "fp32", "softcap": "fp32"}
+    sums = types | dict.fromkeys(("lse", "weights"), "*fp32") | {"out": "*fp32"}
+    ints = ("count", "length", "heads", "group", "new", "slots", "blocks", "position_b", "query_position_b")
+    queries, keys = (heads * n * dim * 2 for n in (TOKENS, TOKENS))
+    held, passing = prompt.tile_sizes(dim, 2)
+    sizes = half | {"STRICT": False, "strict": None, "ROWS": held, "TOKENS": passing}
+    columns = half | {"STRICT": False, "strict": None, "ROWS": passing, "TOKENS": held}
+    columns |= {"WEIGHTED": False, "weights": None}
+    few = {"ROWS": window}
+    causal, seen = heads * TOKENS**2 * dim, 2 * heads * window * TOKENS * dim
+    banded = half | {"DV": dim, "WIDE_V": dim, "ROWS": stream.BLOCK, "TOKENS": 64, "SLOTS": 16}
+    banded |= {"SINKS": False, "sinks": None}
+    stream_types = types | {"positions": "*i32", "query_positions": "*i32", "out": "*bf16"}
+    stream_types |= dict.fromkeys(("begins", "sink_slots", "recent"), "*i64")
+
+    def entry(name: str, kernel: Any, own: Any, chosen: Any, moved: float, flops: float) -> Entry:
+        warps = stream.WARPS if kernel is stream.banded_attention else prompt.WARPS
+        return Entry(name, kernel, own, chosen, Tiling(0, warps), moved, flops, ints)
+
+    return [
+        entry("column sums of a prompt (H2O)", prompt.column_sums, sums, columns | {"MEAN": True},
+              queries + keys + heads * TOKENS * 8, causal),
+        entry("log-sum-exp of a prompt", prompt.query_logsumexp, sums, sizes,
+              queries + keys + heads * TOKENS * 4, causal),
+        entry("log-sum-exp of a window (SnapKV)", prompt.query_logsumexp, sums, sizes | few, keys, seen),
+        entry("column sums of a window (SnapKV)", prompt.column_sums, sums, columns | few | {"MEAN": False},
+              keys + heads * TOKENS * 4, seen),
+        entry("stream of a prompt (StreamingLLM)", stream.banded_attention, stream_types, banded,
+              3 * queries + 2 * keys, 4 * heads * TOKENS * budget * dim),
+    ]  # fmt: skip
+
+
+def step_entries() -> list[Entry]:
+    """The small operations of a step of one row of Llama-2-7B, bfloat16."""
+    hidden, intermediate, heads, dim, vocabulary, rows = 4096, 11008, 32, 128, 32000, 1
+    kernels = step_operations
+    half = ("x", "y", "weight", "total", "query", "key", "cos", "sin", "query_weight", "key_weight", "query_out")
+    half += ("key_out", "gate", "up", "new_keys", "new_values", "keys", "values")
+    types = dict.fromkeys(half, "*bf16") | {"epsilon": "fp32", "valid": "*u8", "slot": "*i64", "logits": "*bf16"}
+    ints = ("heads", "kv_heads", "valid_heads", "parts", "valid_h")
+    blocks = triton.cdiv(vocabulary, kernels.VOCABULARY_BLOCK)
+    largest = types | {"indices": "*i64"}
+
+    def entry(name: str, kernel: Any, own: Any, sizes: Any, warps: int, numbers: float) -> Entry:
+        return Entry(name, kernel, own, sizes, Tiling(0, warps, 3), 2 * rows * numbers, unaligned=ints)
+
+    return [
+        entry("residual and RMSNorm", kernels.add_norm_kernel, types | {"out": "*bf16"}, {"ADD": True, "BLOCK": hidden},
+              8, 5 * hidden),
+        entry("RoPE of queries and keys", kernels.rope_kernel, types,
+              {"D": dim, "HALF_D": dim // 2, "WIDE": dim // 2, "NORM": False}, 1, 4 * heads * dim),
+        entry("SwiGLU", kernels.swiglu_kernel, types | {"out": "*bf16"}, {"BLOCK": kernels.SWIGLU_BLOCK}, 4,
+              3 * intermediate),
+        entry("write into a slot", kernels.write_kernel, types, {"D": dim, "DV": dim, "WIDE": dim, "WIDE_V": dim}, 1,
+              4 * heads * dim),
+        entry("largest logit of a block", kernels.largest_kernel, largest | {"out": "*fp32"},
+              {"BLOCK": kernels.VOCABULARY_BLOCK, "CHAINED": False}, 4, vocabulary),
+        entry("largest logit", kernels.largest_kernel, largest | {"logits": "*fp32", "out": "*i64"},
+              {"BLOCK": triton.next_power_of_2(blocks), "CHAINED": True}, 4, 6 * blocks),
+    ]  # fmt: skip
 
 
 def entries() -> list[Entry]:
@@ -214,8 +310,14 @@ def entries() -> list[Entry]:
         dense_entry("ragged, 1,024 tokens a head", tokens=1024, ragged=True),
         *(kivi_entry(f"KIVI, {bits} bits", bits) for bits in (2, 4, 8)),
         kivi_entry("KIVI, 4 bits, 8 heads of 4 query heads", 4, heads=8, rows=4),
+        kivi_entry("KIVI, 4 bits, other tiles", 4, tiling=Tiling(32, 4, 2)),
+        kivi_entry("KIVI, 4 bits, other tiles", 4, tiling=Tiling(64, 4, 3)),
+        kivi_entry("KIVI, 4 bits, other tiles", 4, tiling=Tiling(128, 8, 2)),
+        kivi_entry("KIVI, 2 bits, other tiles", 2, tiling=Tiling(64, 8, 2)),
         merged_entry("MiniCache, one layer of a pair"),
         *join_entries(),
+        *prompt_entries(),
+        *step_entries(),
     ]
 
 
@@ -228,6 +330,7 @@ def page() -> str:
         cells = [entry.name, entry.sizes.get("TOKENS", ""), entry.tiling.warps, made.registers, made.spilled_bytes]
         cells += [f"{made.shared_bytes / 1024:.0f}", loads]
         cells += [f"{entry.bytes / 1e6:.2f}", f"{1e6 * entry.bytes / BYTES_PER_S:.1f}"]
+        cells += [f"{entry.flops / 1e12:.3f}", f"{1e6 * entry.flops / FLOPS_PER_S:.1f}"] if entry.flops else ["", ""]
         rows.append("| " + " | ".join(map(str, cells)) + " |")
     return HEADER + "\n".join(rows) + FOOTER
 

@@ -144,7 +144,7 @@ class CacheLayer(PrefillLayer):
             groups = call.query.shape[1] // key.shape[1]
             key, value = repeat_heads(key, groups), repeat_heads(value, groups)
         n = key.shape[2]
-        size = self.policy.capabilities.max_step_tokens or n
+        size = self.policy.max_step_tokens(call.query) or n
         if n <= size:
             out = self._step(Step(call.query, call.rule, new.valid), key, value, use)
         else:

@@ -12,6 +12,7 @@ columns of a chunk, T columns so far, W queries in the observation window, D cha
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 
 import torch
 
@@ -19,8 +20,8 @@ from ...conf.errors import InputError
 from ..sharing.plan import KVAccess, Span
 from .forward import LayerCall, NewTokens, Rows
 from .logits import LogitRule
-from .products import causal_attention
-from .prompt import Prompt
+from .products import causal_attention, flash_attention_with_logsumexp
+from .prompt import ALL_QUERIES, Prompt
 from .static_steps import StaticSteps
 
 
@@ -50,6 +51,7 @@ class PrefillLayer(StaticSteps, ABC):
         self._values: torch.Tensor | None = None
         self._written = 0  # columns of _keys and _values that are filled
         self._queries: list[torch.Tensor] = []  # [B, H_q, W, D] of each layer of the model that uses this cache layer
+        self._logsumexp: list[torch.Tensor | None] = []  # [B, H_q, W] of their queries, if known
         self._strictly_causal: list[bool] = []  # for each of those layers
         self._reader = 0  # index of the next of those layers in the current forward
 
@@ -79,9 +81,9 @@ class PrefillLayer(StaticSteps, ABC):
         keys, values = self._keys_and_values(call, start, end, use)  # [B, H_kv, T, D]
         if use.is_owner and call.new_kv is not None:
             self._collect(*call.new_kv, start, end, prompt_length)
-        out = self._attend_rows(call, keys, values, new.rows, use.strictly_causal)
+        out, logsumexp = self._attend_rows(call, keys, values, new.rows, use.strictly_causal)
         if use.is_final_pass:
-            self._collect_queries(call.query, use.strictly_causal)
+            self._collect_queries(call.query, logsumexp, use.strictly_causal)
         if use.is_last_reader and use.is_final_pass:
             self.seen, self._reader = end, 0
             if end >= prompt_length:
@@ -114,37 +116,54 @@ class PrefillLayer(StaticSteps, ABC):
 
     def _attend_rows(
         self, call: LayerCall, keys: torch.Tensor, values: torch.Tensor, rows: list[Rows], strictly_causal: bool
-    ) -> torch.Tensor:
-        """Attend over ``keys`` [B, H_kv, T, D], each group of rows without its pads: [B, H_q, m, D]."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend over ``keys`` [B, H_kv, T, D], each group of rows without its pads.
+
+        Returns:
+            (output [B, H_q, m, D]; log-sum-exp of the logits [B, H_q, m] if a scorer of all queries can use it).
+        """
         query, end = call.query, keys.shape[2]
         start = end - query.shape[2]  # column of the first query
         shape = (*query.shape[:3], values.shape[3])
         out = query.new_zeros(shape) if len(rows) > 1 or rows[0].pads else None
+        has_flash = call.rule.is_plain and self.span is None and not strictly_causal
+        is_known = has_flash and self.observation_window == ALL_QUERIES
+        logsumexp = query.new_zeros(shape[:3], dtype=torch.float32) if is_known else None
         for r in rows:
             first = max(r.pads, start)  # column of the first real query
             if first >= end:
                 continue
-            attended = causal_attention(  # [R, H_q, end - first, D]
-                r.take(query)[:, :, first - start :],
+            tensors = (
+                r.take(query)[:, :, first - start :],  # [R, H_q, end - first, D]
                 r.take(keys)[:, :, r.pads :],
                 r.take(values)[:, :, r.pads :],
-                call.rule,
-                strictly_causal,
-                self.span,
             )
+            flash = None if logsumexp is None else flash_attention_with_logsumexp(*tensors, call.rule.scaling)
+            attended = causal_attention(*tensors, call.rule, strictly_causal, self.span) if flash is None else flash[0]
+            index = slice(None) if r.index is None else r.index
             if out is None:
                 out = attended
             else:
-                out[slice(None) if r.index is None else r.index, :, first - start :] = attended
+                out[index, :, first - start :] = attended
+            if flash is None:
+                logsumexp = None
+            elif logsumexp is not None:
+                logsumexp[index, :, first - start :] = flash[1]
         assert out is not None
-        return out
+        return out, logsumexp
 
-    def _collect_queries(self, query: torch.Tensor, strictly_causal: bool) -> None:
+    def _collect_queries(self, query: torch.Tensor, logsumexp: torch.Tensor | None, strictly_causal: bool) -> None:
         """Append the queries [B, H_q, m, D] of the current reader and keep the last W of them."""
         if self._reader == len(self._queries):
             self._queries.append(query)
+            self._logsumexp.append(logsumexp)
             self._strictly_causal.append(strictly_causal)
         else:
+            earlier = self._logsumexp[self._reader]
+            if earlier is not None and logsumexp is not None:
+                self._logsumexp[self._reader] = torch.cat([earlier, logsumexp], dim=2)
+            else:
+                self._logsumexp[self._reader] = None
             self._queries[self._reader] = torch.cat([self._queries[self._reader], query], dim=2)
         collected = self._queries[self._reader]
         self._queries[self._reader] = collected[:, :, max(0, collected.shape[2] - self.observation_window) :]
@@ -152,10 +171,10 @@ class PrefillLayer(StaticSteps, ABC):
 
     def _finish(self, rule: LogitRule, rows: list[Rows]) -> None:
         """End the prefill and pass the whole prompt to :meth:`finish_prefill`."""
-        keys, values, queries = self._keys, self._values, self._queries
+        keys, values, queries, logsumexps = self._keys, self._values, self._queries, self._logsumexp
         assert keys is not None and values is not None
-        self.in_prefill, self._keys, self._values, self._queries = False, None, None, []
-        query, strictly_causal = queries[0], None
+        self.in_prefill, self._keys, self._values, self._queries, self._logsumexp = False, None, None, [], []
+        query, logsumexp, strictly_causal = queries[0], logsumexps[0], None
         if len(queries) > 1:
             if rule.sinks is not None:
                 raise InputError("model", f"layer {self.model_layer}", "shares keys and values and has attention sinks")
@@ -169,25 +188,23 @@ class PrefillLayer(StaticSteps, ABC):
             heads = keys.shape[1]
             grouped = [q.unflatten(1, (heads, -1)) for q in queries]  # [B, H_kv, g, W, D] of each reader
             query = torch.cat(grouped, dim=2).flatten(1, 2)  # [B, H_q of all readers, W, D]
+            known = [x.unflatten(1, (heads, -1)) for x in logsumexps if x is not None]
+            logsumexp = torch.cat(known, dim=2).flatten(1, 2) if len(known) == len(queries) else None
         if any(self._strictly_causal):
             layers = zip(self._strictly_causal, queries, strict=True)
             flags = [strict for strict, q in layers for _ in range(q.shape[1] // keys.shape[1])]
             strictly_causal = torch.tensor(flags, device=keys.device)  # [g of all readers]
         # KVCache.check_prompt reads the flags of all layers at once, so that no layer syncs with the device here.
         self.is_finite = (keys.sum(dtype=torch.float32) + values.sum(dtype=torch.float32)).isfinite()
-        self.finish_prefill([(r, self._prompt(r, query, strictly_causal, keys, values, rule)) for r in rows])
+        whole = Prompt(query, keys, values, rule, self.layer_idx, self.num_layers, strictly_causal, logsumexp=logsumexp)
+        self.finish_prefill([(r, _without_pads(whole, r)) for r in rows])
 
-    def _prompt(
-        self,
-        r: Rows,
-        queries: torch.Tensor,
-        strictly_causal: torch.Tensor | None,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        rule: LogitRule,
-    ) -> Prompt:
-        """Return the prompt of some rows, without pads."""
-        keys, values, queries = (r.take(x) for x in (keys, values, queries))
-        keys, values = keys[:, :, r.pads :], values[:, :, r.pads :]  # [R, H_kv, T, D]
-        queries = queries[:, :, max(0, queries.shape[2] - keys.shape[2]) :]  # [R, H_q, min(W, T), D]
-        return Prompt(queries, keys, values, rule, self.layer_idx, self.num_layers, strictly_causal, seen=r.tokens_seen)
+
+def _without_pads(whole: Prompt, r: Rows) -> Prompt:
+    """Return the prompt of some rows, without pads."""
+    keys, values, queries = (r.take(x) for x in (whole.keys, whole.values, whole.query))
+    keys, values = keys[:, :, r.pads :], values[:, :, r.pads :]  # [R, H_kv, T, D]
+    start = max(0, queries.shape[2] - keys.shape[2])
+    logsumexp = None if whole.logsumexp is None else r.take(whole.logsumexp)[:, :, start:]
+    queries = queries[:, :, start:]  # [R, H_q, min(W, T), D]
+    return replace(whole, query=queries, keys=keys, values=values, logsumexp=logsumexp, seen=r.tokens_seen, memo={})

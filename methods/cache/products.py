@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.backends import cuda
 from torch.nn.attention.bias import causal_lower_right
 
 from ..sharing.plan import Span
@@ -70,6 +71,24 @@ def causal_attention(
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_heads(key, groups), repeat_heads(value, groups)
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=rule.scaling)
+
+
+def flash_attention_with_logsumexp(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Compute :func:`causal_attention` by the flash kernel on CUDA, and the log-sum-exp of each query's logits.
+
+    Returns:
+        (output [B, H_q, n, D_v]; [B, H_q, n] float32); None: the kernel does not support the call.
+    """
+    gqa = query.shape[1] > key.shape[1]
+    if not query.is_cuda or query.shape[3] % 8 or query.shape[3] != value.shape[3]:
+        return None
+    # Asked and called as by torch.nn.attention.bias: the mask is aligned to the last query and the last key.
+    if not cuda.can_use_flash_attention(cuda.SDPAParams(query, key, value, None, 0.0, False, gqa)):
+        return None
+    out, logsumexp, *_ = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scaling)
+    return out, logsumexp
 
 
 def _attention_by_blocks(

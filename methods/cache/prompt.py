@@ -29,6 +29,8 @@ class Prompt:
             None: all do.
         protected: Number of last tokens that are kept whatever their scores.
         seen: Tokens of the text so far, if more than T (while decoding, or if the layer gets only some); None: T.
+        logsumexp: [R, H_q, W] float32, log-sum-exp of each query's logits over the tokens that it attends to; None: not
+            known.
         memo: Results of :meth:`cached`, shared by the methods that share the prefill.
     """
 
@@ -41,6 +43,7 @@ class Prompt:
     strictly_causal: torch.Tensor | None = None
     protected: int = 0
     seen: int | None = None
+    logsumexp: torch.Tensor | None = None
     memo: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def cached(self, name: str, compute: Callable[[Prompt], torch.Tensor]) -> torch.Tensor:
@@ -56,8 +59,9 @@ class Prompt:
 
     def last_queries(self, window: int) -> Prompt:
         """Return the prompt with only its last ``window`` queries."""
-        query = self.query[:, :, max(0, self.query.shape[2] - window) :]
-        return replace(self, query=query)
+        start = max(0, self.query.shape[2] - window)
+        logsumexp = None if self.logsumexp is None else self.logsumexp[:, :, start:]
+        return replace(self, query=self.query[:, :, start:], logsumexp=logsumexp)
 
     def reduce_groups(self, scores: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
         """Reduce scores over the query heads of each KV head, by mean, max or sum: [R, H_q, N] -> [R, H_kv, N]."""

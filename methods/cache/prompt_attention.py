@@ -1,5 +1,8 @@
 """Attention weights of a prompt's queries, for scorers; applies the causal mask and the layers' logit rules.
 
+Sums of the weights over queries, which is all that most scorers need, are computed by a Triton kernel on CUDA
+(:mod:`..storage.kernels.prompt`) that stores no weights; PyTorch computes the same in blocks of queries.
+
 Legend: R rows, H_q query heads, H_kv stored heads, g = H_q / H_kv, w observed queries, n queries of a block, T tokens.
 """
 
@@ -9,10 +12,17 @@ from collections.abc import Iterator
 
 import torch
 
+from .kernel_use import PROMPT_SCORES, attention_problem, uses_kernel_on
 from .prompt import Prompt
 
 QUERY_BLOCK = 64
 """Queries per block on a CPU, few enough for its cache; eight times as many on CUDA."""
+
+
+def uses_kernel(prompt: Prompt) -> bool:
+    """Return whether a kernel computes the sums, and record it."""
+    problem = attention_problem(prompt.query, prompt.query.shape[3]) if prompt.query.is_cuda else None
+    return uses_kernel_on(prompt.query.device, PROMPT_SCORES, problem)
 
 
 def window_attention(prompt: Prompt) -> torch.Tensor:
@@ -29,8 +39,27 @@ def window_attention(prompt: Prompt) -> torch.Tensor:
     return _attention_from(logits, prompt)
 
 
+def window_sums(prompt: Prompt, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Attention of the last w queries, summed over them: [R, H_q, T] float32.
+
+    Args:
+        prompt: Prompt with its last w queries.
+        weights: [w] float32, factor of each query; None: 1.
+    """
+    if uses_kernel(prompt):
+        from ..storage.kernels.prompt import attention_sums
+
+        return attention_sums(prompt, weights, per_query_head=True)
+    attention = prompt.cached("window_attention", window_attention)  # [R, H_q, w, T]
+    return (attention if weights is None else attention * weights[:, None]).sum(dim=2)
+
+
 def attention_received(prompt: Prompt) -> torch.Tensor:
     """Column sums of the causal attention matrix, averaged over the query heads of a group: [R, H_kv, T] float32."""
+    if uses_kernel(prompt):
+        from ..storage.kernels.prompt import attention_sums
+
+        return attention_sums(prompt, None, per_query_head=False)
     shape = (*prompt.keys.shape[:2], prompt.length)
     sums = torch.zeros(shape, dtype=torch.float32, device=prompt.query.device)
     for _, attention in attention_blocks(prompt, prompt.length):  # [R, H_kv, g, n, columns]

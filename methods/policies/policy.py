@@ -114,6 +114,10 @@ class CachePolicy(HasIdentity):
         """Return the identity of the policy, with the tie-breaking rule if it ranks tokens."""
         return super().identity() | ({"ties": ranking.RULE} if self.capabilities.ranks_tokens else {})
 
+    def max_step_tokens(self, query: torch.Tensor) -> int | None:
+        """Return the maximum new tokens of a step with queries [B, H_q, n, D]; see :class:`PolicyCapabilities`."""
+        return self.capabilities.max_step_tokens
+
     def new_state(self, layer: ModelLayer) -> Any:
         """Return a new state of one layer for one batch, which is passed to the methods below."""
         return None

@@ -7,7 +7,8 @@ cache including the new token, and then evicts the oldest token that is not a si
 Two protocols are published under this name:
 
 * ``mode=true_stream`` (the paper): every token, also of the prompt, attends only to the tokens in the cache at that
-  time. Computed in blocks with a banded mask, which is equivalent to feeding tokens one by one.
+  time. Computed in blocks with a banded mask, which is equivalent to feeding tokens one by one; on
+  CUDA by a kernel that reads only the band and the sinks (:mod:`..storage.kernels.stream`).
 * ``mode=prefill_evict``: the prompt is prefilled with full attention and evicted once, so the kept tokens have attended
   to the whole prompt. Each decode step then evicts as in the paper. With ``prefill_only=true`` all generated tokens are
   kept, the protocol of kvpress and KVCache-Factory (which also leave the sinks at their true distance:
@@ -33,6 +34,8 @@ import torch.nn.functional as F
 
 from ...conf.errors import InputError, require
 from ...conf.options import NonNegativeInt
+from ..cache.band import Band, ranks
+from ..cache.kernel_use import STREAM_PREFILL, attention_problem, uses_kernel_on
 from ..cache.products import cached_attention, query_key_products
 from ..cache.prompt import Prompt
 from ..cache.rotary import Rotary
@@ -42,8 +45,8 @@ from .budget import Budget, resolve_budget
 from .policy import CachePolicy, Kept, PolicyCapabilities, Step
 from .scorers.base import ModelLayer
 
-BLOCK = 256
-"""Prompt tokens per block in ``true_stream``; memory is O(BLOCK x (budget + BLOCK))."""
+BLOCK, KERNEL_BLOCK = 256, 8192
+"""Prompt tokens per block in ``true_stream``, in PyTorch (with logits [BLOCK, budget + BLOCK]) and with a kernel."""
 
 
 @dataclass
@@ -189,24 +192,31 @@ class StreamingLLM(CachePolicy):
         evicted = state.evicted if self.prefill_only else (state.seen[:, None] - state.limit).clamp(min=0)  # [B, 1]
         assert evicted is not None
         position = torch.where(is_sink, rank, rank + evicted)  # [B, S]
-        query_position = state.seen[:, None] + new_ranks(step)  # [B, n]
-
-        # Banded mask: each query attends to the sinks and to the recent tokens.
-        distance = query_position[:, :, None] - position[:, None, :]  # [B, n, S]
-        visible = distance >= 0
-        if not self.prefill_only:
-            visible = visible & (is_sink[:, None, :] | (distance <= state.recent[:, :, None]))
-        if valid is not None:
-            visible = visible & valid
-            if step.valid is not None:  # a pad attends to itself, because the softmax of a fully masked row is NaN
-                visible = visible | F.pad(torch.eye(n, dtype=torch.bool, device=query.device), (slots - n, 0))
-
-        # Attention; `shift` is the number of evicted tokens between the sinks and each query.
+        is_real = None if step.valid is None else step.valid[:, None]  # [B, 1, n]
+        query_position = state.seen[:, None] + ranks(is_real, n, query.device)  # [B, n]
+        # Tokens evicted between the sinks and each query.
         shift = evicted.expand_as(query_position) if self.prefill_only else query_position - state.limit
-        logits = self._logits(state.rotary, query, keys, is_sink, shift.clamp(min=0), state.padded)
+        shift = shift.clamp(min=0)  # [B, n]
+
+        held, recent = None if valid is None else valid[:, 0], None if self.prefill_only else state.recent
+        band = Band(position, query_position, held, is_sink, self.sinks, recent)
+        if n > 1 and _uses_kernel(query, values):
+            from ..storage.kernels.stream import stream_attention
+
+            rotated = query if state.rotary is None else state.rotary.rotate(query, -shift)
+            return stream_attention(query, rotated, keys, values, band, step.rule)
+        visible = band.visible()  # [B, n, S]
+        if step.valid is not None:  # a pad attends to itself, because the softmax of a fully masked row is NaN
+            visible = visible | F.pad(torch.eye(n, dtype=torch.bool, device=query.device), (slots - n, 0))
+        logits = self._logits(state.rotary, query, keys, is_sink, shift, state.padded)
         logits = step.rule.logits(logits).masked_fill(~visible[:, None, None], float("-inf"))
         weights = step.rule.weights(logits, head_dims=2).to(values.dtype).flatten(2, 3)  # [B, H, g * n, S]
         return (weights @ values).reshape(*query.shape[:3], -1)  # [B, H_q, n, D]
+
+    def max_step_tokens(self, query: torch.Tensor) -> int | None:
+        if self._masks and not self.prefill_only and query.shape[2] > BLOCK and _uses_kernel(query, query):
+            return KERNEL_BLOCK
+        return super().max_step_tokens(query)
 
     def _may_evict(self, state: StreamState, fed: int) -> bool:
         """Whether a token may have been evicted once ``fed`` tokens have been seen."""
@@ -284,15 +294,7 @@ class StreamingLLM(CachePolicy):
         return [min(prompt_length + new_tokens, budget)] * layers
 
 
-def ranks(valid: torch.Tensor | None, slots: int, device: torch.device) -> torch.Tensor:
-    """Return the index of each stored token among those of its row: [1 or B, S]; ``valid`` [B, 1, S]."""
-    if valid is None:
-        return torch.arange(slots, device=device)[None]
-    return valid[:, 0].long().cumsum(1) - 1
-
-
-def new_ranks(step: Step) -> torch.Tensor:
-    """Return the index of each new token among the new tokens of its row: [1 or B, n]."""
-    if step.valid is None:
-        return torch.arange(step.query.shape[2], device=step.query.device)[None]
-    return step.valid.long().cumsum(1) - 1
+def _uses_kernel(query: torch.Tensor, values: torch.Tensor) -> bool:
+    """Return whether a kernel attends with several tokens per row, and record it."""
+    problem = attention_problem(query, query.shape[3], values.shape[3]) if query.is_cuda else None
+    return uses_kernel_on(query.device, STREAM_PREFILL, problem)

@@ -13,7 +13,7 @@ from ..cache.kv_shape import KVShape
 from ..cache.logits import LogitRule
 from .base import LayerStorage, Storage, StorageCapabilities, slots_to_keep
 from .buffer import grown
-from .step_attention import step_attention
+from .step_attention import step_attention, write_token
 
 COMPACTION_INTERVAL_STEPS = 64
 """Decode steps with evictions between two compactions; in between evicted tokens leave holes."""
@@ -48,9 +48,7 @@ class DenseLayer(LayerStorage):
             return
         if self._next is not None:
             assert self._valid is not None and n == 1 and valid is None, "a static layer takes single tokens"
-            self._keys.index_copy_(2, self._next, keys)
-            self._values.index_copy_(2, self._next, values)
-            self._valid.index_fill_(2, self._next, True)
+            write_token(keys, values, self._keys, self._values, self._valid, self._next)
             self._next += 1
             return
         self.count_down(n)

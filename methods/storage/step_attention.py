@@ -1,42 +1,17 @@
 """Attention of a decode step: by a Triton kernel on CUDA if it supports the call, otherwise by PyTorch.
 
-Both compute the same. Which one was used is recorded (:func:`implementations_used`), with the reason if no kernel
-supports a call on CUDA.
+Both compute the same; :mod:`..cache.kernel_use` records which one was used.
 
 Legend: B batch rows, H stored heads, H_q query heads, S slots, D or D_v channels.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
-from importlib.util import find_spec
-
 import torch
 
+from ..cache.kernel_use import KERNEL_DTYPES, STEP_ATTENTION, device_problem, step_attention_problem, uses_kernel_on
 from ..cache.logits import LogitRule
 from ..cache.products import cached_attention, query_key_products
-
-TRITON, PYTORCH = "triton", "pytorch"
-
-MAX_KERNEL_CHANNELS = 256
-"""Largest head dimension that the kernels support."""
-MAX_KERNEL_GROUP = 64
-"""Largest number of query heads per KV head that the kernels support."""
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MIN_COMPUTE_CAPABILITY = (8, 0)
-
-_used: set[str] = set()
-
-
-def forget_implementations() -> None:
-    """Forget which implementations were used so far."""
-    _used.clear()
-
-
-def implementations_used() -> str:
-    """Return ``triton``, ``pytorch`` or ``pytorch (reason)``, or several joined by ``and``, since the last forget."""
-    return " and ".join(sorted(_used)) or PYTORCH
 
 
 def uses_kernel(query: torch.Tensor, heads: int, *widths: int, layout_problem: str | None = None) -> bool:
@@ -48,48 +23,13 @@ def uses_kernel(query: torch.Tensor, heads: int, *widths: int, layout_problem: s
         widths: Channels of keys and values.
         layout_problem: Why no kernel reads the tensors, or None.
     """
-    if not query.is_cuda:
-        _used.add(PYTORCH)
-        return False
-    problem = layout_problem or kernel_problem(query, heads, *widths)
-    used = TRITON if problem is None else f"{PYTORCH} ({problem})"
-    if problem is not None and used not in _used:
-        logging.getLogger(__name__).warning("attention of decode steps runs in PyTorch: %s", problem)
-    _used.add(used)
-    return problem is None
-
-
-def kernel_problem(query: torch.Tensor, heads: int, *widths: int) -> str | None:
-    """Return why no kernel supports a call on CUDA; None: it is supported."""
-    if query.dtype not in KERNEL_DTYPES:
-        return f"{str(query.dtype).removeprefix('torch.')} tensors"
-    if max(widths) > MAX_KERNEL_CHANNELS:
-        return f"head_dim {max(widths)} > {MAX_KERNEL_CHANNELS}"
-    if query.shape[1] // heads > MAX_KERNEL_GROUP:
-        return f"{query.shape[1] // heads} > {MAX_KERNEL_GROUP} query heads per KV head"
-    return _device_problem(query.device)
-
-
-@functools.cache
-def _device_problem(device: torch.device) -> str | None:
-    """Return why a CUDA device runs no kernels; found out once per process by running a small one."""
-    if find_spec("triton") is None:
-        return "Triton is not installed"
-    if torch.cuda.get_device_capability(device) < MIN_COMPUTE_CAPABILITY:
-        return "compute capability below 8.0"
-    from .kernels.dense import attention, rectangular
-
-    x = torch.zeros(1, 1, 1, 64, dtype=torch.float16, device=device)
-    try:
-        attention(x, rectangular(x, x), LogitRule(1.0))
-    except Exception as error:  # no C compiler, an old driver: Triton raises many types
-        return f"Triton fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return None
+    problem = (layout_problem or step_attention_problem(query, heads, *widths)) if query.is_cuda else None
+    return uses_kernel_on(query.device, STEP_ATTENTION, problem)
 
 
 def runs_kernels(device: torch.device) -> bool:
     """Return whether a CUDA device runs Triton kernels."""
-    return _device_problem(device) is None
+    return device_problem(device) is None
 
 
 def step_attention(
@@ -154,6 +94,32 @@ def step_attention_with_weights(
     weights = rule.weights(logits, head_dims=2)
     out = (weights.to(values.dtype) @ values).reshape(batch, query_heads, 1, -1)  # [B, H_q, 1, D_v]
     return out, weights.float()
+
+
+def write_token(
+    new_keys: torch.Tensor,
+    new_values: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    valid: torch.Tensor,
+    slot: torch.Tensor,
+) -> None:
+    """Write one token per row into a slot and mark it as valid, in place; in one launch where there is a kernel.
+
+    Args:
+        new_keys, new_values: [B, H, 1, D] and [B, H, 1, D_v].
+        keys, values: [B, H, S, D] and [B, H, S, D_v].
+        valid: [B, 1 or H, S] bool.
+        slot: [1] int64, on the device.
+    """
+    if keys.is_cuda and keys.dtype in KERNEL_DTYPES and runs_kernels(keys.device):
+        from .kernels import step_operations
+
+        step_operations.write_token(new_keys, new_values, keys, values, valid, slot)
+        return
+    keys.index_copy_(2, slot, new_keys)
+    values.index_copy_(2, slot, new_values)
+    valid.index_fill_(2, slot, True)
 
 
 def packed_problem(bits: int, *groups: int) -> str | None:

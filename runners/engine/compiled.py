@@ -21,8 +21,9 @@ from ...methods.cache.cache import KVCache
 from ...methods.cache.forward import LayerCall
 from ...methods.cache.logits import LogitRule
 from ...methods.cache.rotary import rope
-from .fused_decode import is_changed, supports_fused_decode
+from .fused_decode import supports_fused_decode
 from .step import COMPILED, DecodeStep
+from .step_operations import is_changed
 from .weights import copy_mapped_tensors
 
 P = ParamSpec("P")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .step_operations import greedy_tokens
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -49,7 +51,7 @@ class Sampler:
         if new_tokens < self.min_new_tokens and len(self._stop):
             logits = logits.index_fill(1, self._stop, float("-inf"))
         if self.sampling.temperature == 0.0:
-            return logits.argmax(-1)
+            return greedy_tokens(logits)
         probabilities = (logits.float() / self.sampling.temperature).softmax(-1)
         ordered, index = probabilities.sort(-1, descending=True)
         mass_before = ordered.cumsum(-1) - ordered  # of the more probable tokens; 0 for the first, which is always kept

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from ...methods.cache.cache import stored_bytes
+from ...methods.cache.kernel_use import STEP_ATTENTION
 from ...methods.policies.transformers_generate import TransformersGenerate
 from .job import Batch, LoadedJob
 
@@ -46,8 +47,8 @@ class GeneratingJob(LoadedJob):
     """A job that transformers' ``generate`` answers, on the model as it is loaded."""
 
     @property
-    def attention_used(self) -> str:
-        return f"transformers ({self._method.attention})"
+    def kernels_used(self) -> dict[str, str]:
+        return {STEP_ATTENTION: f"transformers ({self._method.attention})"}
 
     @property
     def _method(self) -> TransformersGenerate:

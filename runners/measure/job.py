@@ -13,14 +13,15 @@ from transformers import PreTrainedModel
 
 from ...conf.errors import InputError
 from ...methods.cache.cache import KVCache
+from ...methods.cache.kernel_use import implementations
 from ...methods.cache.method import Method
 from ...methods.policies.no_cache import NoCache
-from ...methods.storage.step_attention import implementations_used
 from ...models.base import LoadedModel, ModelSource
 from ...models.pretrained import input_device
 from ...tasks.workload import Request, Workload
 from ..engine import decode_step, left_padded, prefill
 from ..engine.compiled import CompiledDecoder
+from ..engine.step_operations import greedy_tokens
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,9 @@ class LoadedJob:
         return self.loaded.model
 
     @property
-    def attention_used(self) -> str:
-        """Implementations of the attention of the last steps; see :mod:`...methods.storage.step_attention`."""
-        return implementations_used()
+    def kernels_used(self) -> dict[str, str]:
+        """What computed each operation of the last steps; see :mod:`...methods.cache.kernel_use`."""
+        return implementations()
 
     def new_cache(self) -> KVCache:
         """A fresh cache of the job's method."""
@@ -155,12 +156,12 @@ class LoadedJob:
         """
         steps = batch.steps - 1
         cache.reserve(steps)
-        token = prefill(self.model, cache, batch.input_ids, batch.mask, self.job.chunk_size).argmax(-1)
+        token = greedy_tokens(prefill(self.model, cache, batch.input_ids, batch.mask, self.job.chunk_size))
         after_token()
         step = decode_step(self.model, cache, token, steps, capture=self.job.cuda_graph, compiled=self.compiled)
         after_preparation()
         for _ in range(steps):
-            token = step(token).argmax(-1)
+            token = greedy_tokens(step(token))
             after_token()
         step.finish()
         return step.recorded_mode

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from ...methods.cache.kernel_use import PYTORCH, STEP_ATTENTION, forget_implementations
 from ...methods.cache.method import Method
-from ...methods.storage.step_attention import PYTORCH, forget_implementations
 from ..engine.step import EAGER
 from .bandwidth import copy_bandwidth
 from .clock import Stopwatch
@@ -31,14 +31,14 @@ class Timed:
         mode: Mode of the decode steps, as records name it; see :class:`..engine.step.DecodeStep`.
         preparation: Time to compile or capture a step before the first one; a server does this once when it starts,
             so it is in no other number.
-        attention: Implementations of the steps' attention; see :mod:`...methods.storage.step_attention`.
+        kernels: What computed each operation that has a Triton kernel; see :mod:`...methods.cache.kernel_use`.
     """
 
     ttft: float
     steps: Sequence[float]
     mode: str = EAGER
     preparation: float = 0.0
-    attention: str = PYTORCH
+    kernels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def decoding(self) -> float:
@@ -100,6 +100,7 @@ def _fields(
 ) -> dict[str, Any]:
     """The fields of a record that the time pass measures."""
     measured = [copy for copy in copies if copy is not None]
+    kernels = kernels_of([timed.kernels for repetition in repetitions for timed in repetition])
     return {
         "metrics": metrics(work, repetitions),
         "repetitions": [
@@ -107,7 +108,8 @@ def _fields(
             for timed in repetitions
         ],
         "decode": " and ".join(sorted({t.mode for timed in repetitions for t in timed})),
-        "attention": " and ".join(sorted({timed.attention for repetition in repetitions for timed in repetition})),
+        "attention": kernels.get(STEP_ATTENTION, PYTORCH),
+        "kernels": kernels,
         "workload": _shape_of(work),
         "bytes_read_per_step": bytes_read_per_step(work, loaded.model, loaded.job.method),
         "bandwidth": {
@@ -116,6 +118,12 @@ def _fields(
             "problem": None if measured else "no memory for the copy that measures it",
         },
     }
+
+
+def kernels_of(batches: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Join what computed each operation in several batches."""
+    operations = sorted({operation for batch in batches for operation in batch})
+    return {o: " and ".join(sorted({batch[o] for batch in batches if o in batch})) for o in operations}
 
 
 @torch.inference_mode()
@@ -128,7 +136,7 @@ def time_batch(loaded: LoadedJob, batch: Batch) -> Timed:
     watch.mark()
     mode = loaded.answer(cache, batch, watch.mark, watch.mark)
     ttft, preparation, *steps = watch.seconds()
-    return Timed(ttft, steps, mode, preparation, loaded.attention_used)
+    return Timed(ttft, steps, mode, preparation, loaded.kernels_used)
 
 
 def metrics(work: Sequence[Batch], repetitions: Sequence[Sequence[Timed]]) -> dict[str, dict[str, Any]]:

@@ -13,6 +13,7 @@ from published import snapkv as snapkv_policy
 from tiny_models import prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
+from kvbench.methods.cache import prompt_attention
 from kvbench.methods.cache.fan_out import FanOutCache
 from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.cache.method import Method
@@ -232,7 +233,9 @@ def test_score_dtype_model_rounds_the_attention_before_the_sum():
 def test_methods_sharing_a_prefill_compute_window_attention_once(monkeypatch):
     """Five budgets of SnapKV and two methods with its scorer compute window attention once per layer."""
     calls = []
-    monkeypatch.setattr(snapkv, "window_attention", lambda prompt: calls.append(1) or window_attention(prompt))
+    monkeypatch.setattr(
+        prompt_attention, "window_attention", lambda prompt: calls.append(1) or window_attention(prompt)
+    )
     model = tiny_model()
     methods = [Method("x", EvictionPolicy(SnapKV(window=8), b)) for b in (10, 20, 30, 40, 50)]
     methods += [Method("x", pyramidkv(budget=20, window=8)), Method("x", ada_kv(budget=20, window=8), Ragged())]

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 
 from ...cache.prompt import ALL_QUERIES, Prompt
-from ...cache.prompt_attention import attention_blocks
+from ...cache.prompt_attention import attention_blocks, uses_kernel
 from ...storage.base import LayerStorage
 from ..decoding import attend_with_weights
 from ..policy import Kept, PolicyCapabilities, Step
@@ -103,15 +103,24 @@ class PyramidInfer(PyramidLengths):
         weights = torch.linspace(1.0, self.distance_weight, recent, device=prompt.keys.device)
         score = torch.zeros(prompt.keys.shape[0], prompt.length, device=prompt.keys.device)
         blocks = []
+        if self.trigger != "published" and uses_kernel(prompt):
+            from ...storage.kernels.prompt import attention_sums
+
+            score = attention_sums(prompt.last_queries(recent), weights, per_query_head=False).mean(dim=1)  # [R, T]
+            return self._favor_sinks(score, recent), blocks
         for start, block in attention_blocks(prompt, recent):
             attention = block.mean(dim=(1, 2))  # [R, H, g, n, columns] -> [R, n, columns]
             n, columns = attention.shape[1:]
             score[:, :columns] += torch.einsum("q,rqt->rt", weights[start : start + n], attention)
             if self.trigger == "published":
                 blocks.append(F.pad(attention, (0, prompt.length - columns)))
-        sinks = min(self.sinks, prompt.length - recent)
-        score[:, :sinks] = 1e6 - torch.arange(sinks, device=score.device)  # larger than any attention, decreasing
-        return score, blocks
+        return self._favor_sinks(score, recent), blocks
+
+    def _favor_sinks(self, score: torch.Tensor, recent: int) -> torch.Tensor:
+        """Give the sinks scores [R, T] that are larger than any attention, decreasing; in place."""
+        sinks = min(self.sinks, score.shape[1] - recent)
+        score[:, :sinks] = 1e6 - torch.arange(sinks, device=score.device)
+        return score
 
     def next_layer_tokens(self, state: PyramidState) -> list[torch.Tensor | None]:
         chosen, state.chosen = state.chosen, []

@@ -19,7 +19,7 @@ import torch
 
 from ....conf.options import PositiveInt
 from ...cache.prompt import Prompt
-from ...cache.prompt_attention import window_attention
+from ...cache.prompt_attention import window_sums
 from .base import Scorer
 
 
@@ -46,10 +46,8 @@ class FINCH(Scorer):
         return self.window
 
     def score(self, prompt: Prompt, state: Any = None) -> torch.Tensor:
-        attention = prompt.cached("window_attention", window_attention)  # [R, H_q, w, T]
+        w, position = prompt.query.shape[2], None
         if self.normalize:
-            first = prompt.length - attention.shape[2]  # position of the first query
-            position = torch.arange(first, prompt.length, device=attention.device)  # [w]
-            attention = attention * position[:, None]
-        scores = attention.mean(dim=2)  # [R, H_q, T]
+            position = torch.arange(prompt.length - w, prompt.length, dtype=torch.float32, device=prompt.query.device)
+        scores = window_sums(prompt, position) / w  # [R, H_q, T]
         return prompt.reduce_groups(scores)  # [R, H_kv, T]

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from ....conf.errors import require
 from ....conf.options import PositiveInt
 from ...cache.prompt import Prompt
-from ...cache.prompt_attention import window_attention
+from ...cache.prompt_attention import window_attention, window_sums
 from .base import Scorer
 
 
@@ -84,9 +84,9 @@ class SnapKV(Scorer):
 
     def _window_sums(self, prompt: Prompt) -> torch.Tensor:
         """Return the attention weights summed over the window's queries: [R, H_q, T]."""
-        attention = prompt.cached("window_attention", window_attention)  # [R, H_q, w, T]
-        if self.score_dtype == "model":
-            attention = attention.to(prompt.query.dtype)
+        if self.score_dtype == "float32":
+            return window_sums(prompt)
+        attention = prompt.cached("window_attention", window_attention).to(prompt.query.dtype)  # [R, H_q, w, T]
         return attention.sum(dim=2).to(torch.promote_types(attention.dtype, torch.float32))
 
 

@@ -65,7 +65,7 @@ def split_dense(
         if LOGITS:
             place = logits_out + (n * rows + g[:, None]) * length + t[None]
             tl.store(place, tl.where(visible[None], logits, LOWEST), mask=(g[:, None] < rows) & inside[None])
-        top, total, acc = attend_tile(logits, visible, v, top, total, acc, HALF)
+        top, total, acc = attend_tile(logits, visible[None], v, top, total, acc, HALF)
     store_split(sums, maxima, totals, top, total, acc, n, part, tl.num_programs(1), rows, c, DV, ROWS)
 
 

@@ -63,7 +63,7 @@ def split_merged(
         visible = inside
         if HAS_VALID:
             visible = tl.load(valid + t, mask=inside, other=0) != 0
-        weights, rescale, top, total = softmax_step(logits_of(x, scaling, softcap, CAPPED), visible, top, total)
+        weights, rescale, top, total = softmax_step(logits_of(x, scaling, softcap, CAPPED), visible[None], top, total)
         places, magnitude = merged_tile(value_directions + n * value_n, value_magnitudes + n * value_magnitude_n,
                                         value_unmerged + n * value_unmerged_n, value_entries + n * value_entry_n,
                                         t, inside, c, DV)  # fmt: skip
@@ -80,7 +80,7 @@ def split_merged(
         if HAS_VALID:
             visible = tl.load(valid + length + t, mask=inside, other=0) != 0
         x = product(q, k, tl.zeros((ROWS, TOKENS), tl.float32), HALF)
-        top, total, acc = attend_tile(logits_of(x, scaling, softcap, CAPPED), visible, v, top, total, acc, HALF)
+        top, total, acc = attend_tile(logits_of(x, scaling, softcap, CAPPED), visible[None], v, top, total, acc, HALF)
     store_split(sums, maxima, totals, top, total, acc, n, part, parts, rows, c, DV, ROWS)
 
 

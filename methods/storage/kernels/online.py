@@ -36,13 +36,13 @@ def softmax_step(logits, visible, top, total):
 
     Args:
         logits: [ROWS, TOKENS], base 2.
-        visible: [TOKENS].
+        visible: [1 or ROWS, TOKENS].
         top, total: Maximum logit and sum of weights [ROWS] so far.
     """
-    logits = tl.where(visible[None], logits, LOWEST)
+    logits = tl.where(visible, logits, LOWEST)
     new_top = tl.maximum(top, tl.max(logits, 1))
     rescale = tl.exp2(top - new_top)
-    weights = tl.where(visible[None], tl.exp2(logits - new_top[:, None]), 0.0)
+    weights = tl.where(visible, tl.exp2(logits - new_top[:, None]), 0.0)
     return weights, rescale, new_top, total * rescale + tl.sum(weights, 1)
 
 
