@@ -99,7 +99,7 @@ class KernelOperations(StepOperations):
         norms, epsilon = None, 0.0
         if hasattr(attention, "q_norm"):
             norms, epsilon = (attention.q_norm.weight, attention.k_norm.weight), attention.q_norm.variance_epsilon
-        query, key = self._kernels.rotate(query, key, *rope, norms, epsilon)
+        query, key = self._kernels.rotate(query, key, rope[0], rope[1], norms, epsilon)
         return query, key, value
 
     def norm(self, x: torch.Tensor, norm: Any) -> torch.Tensor:

@@ -8,12 +8,12 @@ from golden import golden_prompt
 from tiny_models import left_pad, prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
-from kvbench.methods.cache import prompt_attention
+from kvbench.methods.cache import prompt_sums
 from kvbench.methods.cache.fan_out import FanOutCache
 from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.cache.method import Method
 from kvbench.methods.cache.prompt import Prompt
-from kvbench.methods.cache.prompt_attention import attention_received
+from kvbench.methods.cache.prompt_sums import attention_received
 from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.policy import Step
 from kvbench.methods.policies.pyramid_infer.policy import PyramidInfer
@@ -71,7 +71,7 @@ def causal_matrix(prompt: Prompt) -> torch.Tensor:
 
 @pytest.mark.parametrize("block", [1, 7, 64])
 def test_blockwise_column_sums_match_the_full_matrix(monkeypatch, block):
-    monkeypatch.setattr(prompt_attention, "QUERY_BLOCK", block)
+    monkeypatch.setattr(prompt_sums, "QUERY_BLOCK", block)
     prompt = random_prompt(4, 2, 23)
     expected = causal_matrix(prompt).sum(1).unflatten(0, (2, 2)).mean(1)
     assert (attention_received(prompt)[0].double() - expected).abs().max() < 1e-5

@@ -9,13 +9,12 @@ import torch
 from tiny_models import left_pad, prompt_ids, tiny_model
 
 from kvbench.methods.cache import prefill as prefill_module
-from kvbench.methods.cache import prompt_attention
+from kvbench.methods.cache import prompt_kernel
 from kvbench.methods.cache.layer import CacheLayer
 from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.cache.products import causal_attention
 from kvbench.methods.cache.prompt import Prompt
 from kvbench.methods.policies import streaming_llm
-from kvbench.methods.policies.pyramid_infer import policy as pyramid_infer
 from kvbench.runners.config.methods import named_method
 from kvbench.runners.engine import decode, feed, prefill
 
@@ -76,9 +75,9 @@ def test_sums_of_attention_match_float64(case, has_logsumexp):
         prompt = replace(prompt, logsumexp=lse.float())
     expected = (expected if weights is None else expected * weights[:, None].double()).sum(2)
     tolerance = {"rtol": 1e-4 if prompt.query.dtype == F32 else 3e-2, "atol": 1e-4}
-    found = kernels.attention_sums(prompt, weights, per_query_head=True)
+    found = kernels.attention_sums(prompt, prompt.strictly_causal, weights, per_query_head=True)
     torch.testing.assert_close(found.double(), expected, **tolerance)
-    found = kernels.attention_sums(prompt, weights, per_query_head=False)
+    found = kernels.attention_sums(prompt, prompt.strictly_causal, weights, per_query_head=False)
     expected = expected.unflatten(1, (-1, prompt.groups)).mean(2)
     torch.testing.assert_close(found.double(), expected, **tolerance)
 
@@ -108,8 +107,7 @@ def test_sums_of_attention_over_the_grid(length, dim, group):
 @pytest.fixture
 def kernels_in_the_prefill(monkeypatch):
     """Scorers and streams use the kernels on the CPU as well; returns a function that turns them off again."""
-    for module in (prompt_attention, pyramid_infer):
-        monkeypatch.setattr(module, "uses_kernel", lambda prompt: True)
+    monkeypatch.setattr(prompt_kernel, "uses_kernel", lambda prompt: True)
     monkeypatch.setattr(streaming_llm, "_uses_kernel", lambda query, values: True)
     return monkeypatch.undo
 

@@ -33,7 +33,8 @@ import torch
 import torch.nn.functional as F
 
 from ...cache.prompt import ALL_QUERIES, Prompt
-from ...cache.prompt_attention import attention_blocks, uses_kernel
+from ...cache.prompt_kernel import kernel_sums
+from ...cache.prompt_sums import attention_blocks
 from ...storage.base import LayerStorage
 from ..decoding import attend_with_weights
 from ..policy import Kept, PolicyCapabilities, Step
@@ -102,12 +103,11 @@ class PyramidInfer(PyramidLengths):
         """
         weights = torch.linspace(1.0, self.distance_weight, recent, device=prompt.keys.device)
         score = torch.zeros(prompt.keys.shape[0], prompt.length, device=prompt.keys.device)
-        blocks = []
-        if self.trigger != "published" and uses_kernel(prompt):
-            from ...storage.kernels.prompt import attention_sums
-
-            score = attention_sums(prompt.last_queries(recent), weights, per_query_head=False).mean(dim=1)  # [R, T]
-            return self._favor_sinks(score, recent), blocks
+        blocks: list[torch.Tensor] = []
+        if self.trigger != "published":
+            sums = kernel_sums(prompt.last_queries(recent), weights, per_query_head=False)  # [R, H_kv, T]
+            if sums is not None:
+                return self._favor_sinks(sums.mean(dim=1), recent), blocks
         for start, block in attention_blocks(prompt, recent):
             attention = block.mean(dim=(1, 2))  # [R, H, g, n, columns] -> [R, n, columns]
             n, columns = attention.shape[1:]

@@ -8,9 +8,8 @@ Algorithm 1 and appendix A:
 3. After each step the token with the smallest sum is evicted (:func:`..decoding.evict_one`), except for the most recent
    tokens, which take half of the budget.
 
-The scores are sums, not averages, which the authors found to be worse (appendix B.2). The column sums are computed in
-blocks of queries, in memory linear in the prompt. The published code is for multi-head attention; with grouped queries
-the weights are averaged over the query heads of a KV head.
+The scores are sums, not averages, which the authors found to be worse (appendix B.2). The published code is for
+multi-head attention; with grouped queries the weights are averaged over the query heads of a KV head.
 
 Legend: R prompt rows, B batch rows, H or H_kv stored heads, g query heads per stored head, T prompt tokens, S slots.
 """
@@ -23,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 
 from ...cache.prompt import ALL_QUERIES, Prompt
-from ...cache.prompt_attention import attention_received
+from ...cache.prompt_sums import attention_received
 from ..schedules.base import Schedule
 from ..schedules.every_step import EveryStep
 from .base import Scorer

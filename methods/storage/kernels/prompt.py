@@ -113,11 +113,14 @@ def tile_sizes(dim: int, element_bytes: int) -> tuple[int, int]:
     return held, min(64, held)
 
 
-def attention_sums(prompt: Prompt, weights: torch.Tensor | None, per_query_head: bool) -> torch.Tensor:
+def attention_sums(
+    prompt: Prompt, hides_own_token: torch.Tensor | None, weights: torch.Tensor | None, per_query_head: bool
+) -> torch.Tensor:
     """Sum the causal attention weights of the prompt's queries, float32.
 
     Args:
         prompt: Prompt with its last w queries.
+        hides_own_token: [g] bool, True for query heads of a group that do not attend to their own token; None: all do.
         weights: [w] float32, factor of each query; None: 1.
         per_query_head: Return the sums of each query head, [R, H * g, T]; otherwise their means over the query heads of
             a KV head, [R, H, T].
@@ -125,7 +128,7 @@ def attention_sums(prompt: Prompt, weights: torch.Tensor | None, per_query_head:
     query, keys = (x if x.stride(3) == 1 else x.contiguous() for x in (prompt.query, prompt.keys))
     rows, query_heads, count, dim = query.shape
     heads, length = keys.shape[1], keys.shape[2]
-    strict = None if prompt.strictly_causal is None else prompt.strictly_causal.to(torch.uint8)
+    strict = None if hides_own_token is None else hides_own_token.to(torch.uint8)
     lse = prompt.logsumexp
     segments = rows * (query_heads if per_query_head else heads)
     out = torch.empty(rows, segments // rows, length, dtype=torch.float32, device=query.device)
