@@ -6,6 +6,7 @@ A new method gets them for free. ``VARIANTS`` adds settings of a method that tak
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache as memoize
 from importlib.resources import files
@@ -84,6 +85,15 @@ VARIANTS = [
     "chunkkv scorer.scorer.granularity=query_head scorer.chunk=5 scorer.scorer.window=8 allocator=pyramid",
 ]
 METHODS = NAMES + VARIANTS
+SLOW = set(VARIANTS[1::2])
+"""Variants that only ``make slow`` runs."""
+
+
+def cases(texts: Iterable[str], *values: object) -> list:
+    """Parameters of a test: each text with ``values``."""
+    return [pytest.param(text, *values, marks=pytest.mark.slow if text in SLOW else ()) for text in texts]
+
+
 BUDGET = 40  # below LONG
 LONG, MIDDLE, SHORT = 70, 55, 13
 
@@ -134,7 +144,7 @@ def some_tokens(steps: int, batch: int = 1) -> torch.Tensor:
     return torch.stack([prompt_ids(batch, seed=50 + i)[0] for i in range(steps)])
 
 
-@pytest.mark.parametrize("text", METHODS)
+@pytest.mark.parametrize("text", cases(METHODS))
 def test_a_budget_that_holds_everything_changes_nothing(text):
     model, ids, tokens = model_for(text), prompt_ids(LONG), some_tokens(6)
     method = make(text, budget=1000)
@@ -166,7 +176,7 @@ def test_a_decode_step_asks_the_device_for_nothing(text, monkeypatch):
     assert asked == []
 
 
-@pytest.mark.parametrize("text", METHODS)
+@pytest.mark.parametrize("text", cases(METHODS))
 def test_room_for_what_is_to_come_is_made_once(text, monkeypatch):
     """No buffer is copied into a larger one twice if their number is known, and no more room is made than they take.
 
@@ -207,7 +217,7 @@ def test_room_for_what_is_to_come_is_made_once(text, monkeypatch):
     assert cache.kv_bytes_stored <= without.kv_bytes_stored * 1.001 + spare
 
 
-@pytest.mark.parametrize("text", METHODS)
+@pytest.mark.parametrize("text", cases(METHODS))
 def test_the_first_token_is_the_full_caches(text):
     model, ids = model_for(text), prompt_ids(LONG)
     method = make(text)
@@ -224,7 +234,7 @@ def exact_attention(text: str) -> bool:
     return method.shares_prompt and method.policy.capabilities.keeps_positions and method.storage.capabilities.lossless
 
 
-@pytest.mark.parametrize("text", [t for t in METHODS if exact_attention(t)])
+@pytest.mark.parametrize("text", cases(t for t in METHODS if exact_attention(t)))
 @pytest.mark.parametrize("chunk_size", [None, 9])
 def test_attention_is_over_exactly_the_tokens_held(text, chunk_size):
     """The masked-full-attention oracle, in a left-padded batch, over 8 decode steps and one of several tokens."""
@@ -258,7 +268,7 @@ def test_attention_is_over_exactly_the_tokens_held(text, chunk_size):
     assert set(held.values()) == {0}
 
 
-@pytest.mark.parametrize("text", METHODS)
+@pytest.mark.parametrize("text", cases(METHODS))
 def test_a_left_padded_batch_is_each_row_alone(text):
     model, method = model_for(text), make(text)
     prompts = [prompt_ids(LONG, 1), prompt_ids(MIDDLE, 2), prompt_ids(SHORT, 3)]
@@ -270,7 +280,7 @@ def test_a_left_padded_batch_is_each_row_alone(text):
         assert (together[:, row] - alone[:, 0]).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("text", METHODS)
+@pytest.mark.parametrize("text", cases(METHODS))
 def test_several_tokens_after_the_prompt_are_one_after_another_and_a_copy_goes_its_own_way(text, monkeypatch):
     """In a left-padded batch; what one copy of the cache is fed, the other one does not see. Nothing of the model is
     copied with it: a model's weights can take gigabytes, and those of some layouts cannot be copied at all."""
@@ -290,7 +300,7 @@ def test_several_tokens_after_the_prompt_are_one_after_another_and_a_copy_goes_i
     assert (fed.transpose(0, 1) - expected[1:]).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("text", METHODS)
+@pytest.mark.parametrize("text", cases(METHODS))
 def test_continuations_are_scored_through_the_compressed_cache(text):
     """Each token's log-probability is that of decoding it after the tokens before it, whatever else is asked beside."""
     model, method = model_for(text), make(text)
@@ -312,7 +322,7 @@ def test_continuations_are_scored_through_the_compressed_cache(text):
             assert likelihood.greedy == (predictions.argmax(-1) == tail[len(given) :]).tolist()
 
 
-@pytest.mark.parametrize("text", METHODS)
+@pytest.mark.parametrize("text", cases(METHODS))
 def test_two_sequences_in_either_order(text):
     """State that outlives a batch (SnapKV's and H2O's published code has some) would make the second one differ."""
     model, method = model_for(text), make(text)
@@ -326,7 +336,7 @@ def test_two_sequences_in_either_order(text):
 
 @pytest.mark.parametrize(
     ("text", "kv_heads"),
-    [*((text, 2) for text in METHODS), *((text, n) for n in (1, 4) for text in NAMES)]
+    [*cases(METHODS, 2), *((text, n) for n in (1, 4) for text in NAMES)]
     + [pytest.param(text, n, marks=pytest.mark.slow) for n in (1, 4) for text in VARIANTS],
 )
 def test_bytes_are_the_formulas(text, kv_heads):
@@ -349,7 +359,7 @@ def test_bytes_are_the_formulas(text, kv_heads):
             assert cache.kv_bytes_stored >= cache.kv_bytes_logical
 
 
-@pytest.mark.parametrize("text", METHODS)
+@pytest.mark.parametrize("text", cases(METHODS))
 @pytest.mark.parametrize("length", [1, 5, BUDGET, BUDGET + 1])
 def test_prompts_around_the_window_and_the_budget(text, length):
     model, ids = model_for(text), prompt_ids(length)
@@ -360,7 +370,7 @@ def test_prompts_around_the_window_and_the_budget(text, length):
         assert (logits - full).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("text", METHODS)
+@pytest.mark.parametrize("text", cases(METHODS))
 def test_generation_far_beyond_the_budget(text):
     model = model_for(text)
     cache, steps = make(text).new_cache(model), BUDGET + 24
@@ -370,7 +380,7 @@ def test_generation_far_beyond_the_budget(text):
 
 @pytest.mark.parametrize(
     ("text", "family"),
-    [*((text, "llama") for text in METHODS), *((text, family) for family in ("mistral", "qwen3") for text in NAMES)]
+    [*cases(METHODS, "llama"), *((text, family) for family in ("mistral", "qwen3") for text in NAMES)]
     + [pytest.param(text, family, marks=pytest.mark.slow) for family in ("mistral", "qwen3") for text in VARIANTS],
 )
 def test_architectures_and_plain_generate(text, family):
@@ -386,7 +396,7 @@ def test_architectures_and_plain_generate(text, family):
     assert theirs[:, ids.shape[1] :].tolist() == ours
 
 
-@pytest.mark.parametrize("text", METHODS)
+@pytest.mark.parametrize("text", cases(METHODS))
 def test_a_prompt_in_chunks_is_a_prompt_in_one_piece(text):
     model, method = model_for(text), make(text)
     ids, mask = left_pad([prompt_ids(LONG, 1), prompt_ids(SHORT, 2)])
@@ -403,7 +413,7 @@ def test_a_prompt_in_chunks_is_a_prompt_in_one_piece(text):
         assert (chunked - whole).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("text", METHODS)
+@pytest.mark.parametrize("text", cases(METHODS))
 def test_bfloat16_agrees_with_float32(text):
     """Same tokens kept but for near-ties: the logits stay close on average, and nothing overflows."""
     ids, tokens = prompt_ids(LONG), some_tokens(4)
@@ -416,7 +426,7 @@ def test_bfloat16_agrees_with_float32(text):
     assert similarity > (0.8 if compounds else 0.95)
 
 
-@pytest.mark.parametrize("text", METHODS)
+@pytest.mark.parametrize("text", cases(METHODS))
 def test_going_on_together_changes_nothing(text):
     """Beside methods that read the prompt as one, whether this one rides on their reading or reads it by itself."""
     model, method = model_for(text), make(text)
@@ -448,7 +458,7 @@ def test_what_is_not_finite_is_refused_with_the_layers_number(text, bad):
 
 
 @pytest.mark.skipif(not has_blocked_products(torch.float32), reason="torch has no oneDNN here")
-@pytest.mark.parametrize("text", METHODS)
+@pytest.mark.parametrize("text", cases(METHODS))
 def test_a_cache_holds_its_own_bytes_on_weights_as_they_are_run(text):
     """Where products are joined, what a cache keeps of one does not keep the others too."""
     plain = model_for(text, dtype=torch.float32)

@@ -213,7 +213,9 @@ def test_an_unsound_record_of_times_is_named_and_left_out(tmp_path, capsys, case
     assert_left_out(folder, form, capsys, expected)
 
 
-@pytest.mark.parametrize("place", ["accuracy", "efficiency", "train"])
+@pytest.mark.parametrize(
+    "place", ["accuracy", *(pytest.param(p, marks=pytest.mark.slow) for p in ("efficiency", "train"))]
+)
 def test_whatever_one_value_is_the_rest_is_shown(tmp_path, place):
     """Every value of a committed record, in turn, as null, NaN, text and a list: no exception, no NaN in a table."""
     folders = {

@@ -290,9 +290,15 @@ ON_SHARED_LAYERS = [
 ]
 
 
+SHARED_LAYER_CASES = [
+    pytest.param(sharing, text, marks=[] if (i + j) % 2 == 0 else pytest.mark.slow, id=f"{sharing.label} {text}")
+    for i, sharing in enumerate(SHARING)
+    for j, text in enumerate(ON_SHARED_LAYERS)
+]
+
+
 @torch.inference_mode()
-@pytest.mark.parametrize("text", ON_SHARED_LAYERS)
-@pytest.mark.parametrize("sharing", SHARING, ids=lambda s: s.label)
+@pytest.mark.parametrize(("sharing", "text"), SHARED_LAYER_CASES)
 def test_models_that_share_layers_have_static_steps(sharing, text):
     """References to lower and to higher layers, windows, and the states of gated retention."""
     method = replace(method_of(text), sharing=sharing)

@@ -190,8 +190,15 @@ def column(inputs: list[tuple[torch.Tensor, ...]], t: int) -> list[tuple[torch.T
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("lengths", [(20, 15), (15, 9)], ids=str)
-@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize(
+    ("lengths", "interval"),
+    [
+        ((20, 15), 1),
+        ((15, 9), 3),
+        pytest.param((20, 15), 3, marks=pytest.mark.slow),
+        pytest.param((15, 9), 1, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("allocator", ALLOCATORS, ids=str)
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_ragged_steps_match_the_naive_simulator(scorer, allocator, interval, lengths, monkeypatch):
