@@ -1,15 +1,16 @@
 """Correctness and speed of every method on one CUDA device, written down as they come; see gpu_check.sh.
 
     python scripts/gpu_check.py smoke [KEY=VALUE...]
-    python scripts/gpu_check.py correct|sdpa [--seconds 120] [--match minicache]
+    python scripts/gpu_check.py correct|sdpa|kernels [--seconds 120] [--match minicache]
     python scripts/gpu_check.py table speed.json...     a Markdown table of such files; later rows replace earlier ones
 
 ``correct``: errors of logits against the CPU for each method, eager and captured, as
 tests/integration/test_cuda.py runs them.
 ``sdpa``: host and device time of attention by cuDNN and without it, at shapes that are new and at the same ones again.
+``kernels``: attention of one decode step over one layer of each storage, and its share of the bandwidth of a copy.
 ``smoke``: ``experiment=gpu_smoke``, every method on random weights of a 7B shape, with records in ``$RESULTS``.
 
-The first two write ``$OUT/<part>.json`` (``gpu_check/`` by default) after every row, and begin no row after
+The first three write ``$OUT/<part>.json`` (``gpu_check/`` by default) after every row, and begin no row after
 ``--seconds``; the last repeats nothing that has a record.
 ``DEV=cpu`` rehearses it at toy size on any machine. Exit status: 0 done, 1 a row failed or there was no time for it.
 """
@@ -21,6 +22,7 @@ import functools
 import gc
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -105,6 +107,47 @@ def sdpa() -> Iterator[Task]:
                 yield about, functools.partial(measure, call, length if kind == "prefill" else 1, length)
 
 
+@torch.inference_mode()
+def kernels() -> Iterator[Task]:
+    """Microseconds of the attention of one token in a layer of 32 heads, of what it reads; replayed on CUDA."""
+    from kvbench.methods.cache.logits import LogitRule
+    from kvbench.runners.config.methods import named_method
+    from kvbench.runners.measure.bandwidth import copy_bandwidth
+    from kvbench.runners.measure.clock import Stopwatch
+
+    dtype = torch.bfloat16 if IS_CUDA else torch.float32
+    heads, dim, tokens = (32, 128, 4 * PROMPT_TOKENS) if IS_CUDA else (2, 64, PROMPT_TOKENS)
+    bandwidth = copy_bandwidth(DEVICE)
+
+    @torch.inference_mode()
+    def measure(storage: str) -> Row:
+        layer = named_method(f"full storage={storage}").storage.new_layers(1)[0]
+        layer.write(*(torch.randn(1, heads, tokens, dim, device=DEVICE, dtype=dtype) for _ in range(2)))
+        layer.make_static(2)
+        layer.append(*(torch.randn(1, heads, 1, dim, device=DEVICE, dtype=dtype) for _ in range(2)))
+        query, rule = torch.randn(1, heads, 1, dim, device=DEVICE, dtype=dtype), LogitRule(dim**-0.5)
+        work = functools.partial(layer.attend, query, rule, None)
+        for _ in range(3):
+            work()
+        if IS_CUDA:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                work()
+            work = graph.replay
+        watch = Stopwatch(DEVICE)
+        watch.mark()
+        for _ in range(50 if IS_CUDA else 2):
+            work()
+            watch.mark()
+        seconds = statistics.median(watch.seconds())
+        moved = layer.logical_bytes
+        share = None if bandwidth is None else round(moved / seconds / bandwidth, 3)
+        return {"us": round(1e6 * seconds, 1), "bytes": moved, "share_of_copy": share}
+
+    for storage in ("dense", "ragged", "kivi2", "kivi4", "kivi8", "fp8", "turboquant"):
+        yield {"method": storage, "tokens": tokens}, functools.partial(measure, storage)
+
+
 def smoke(overrides: list[str]) -> int:
     """``experiment=gpu_smoke``, and the table of its records, also if it is cut off.
 
@@ -125,7 +168,7 @@ def smoke(overrides: list[str]) -> int:
     return 0
 
 
-PARTS = {"correct": correct, "sdpa": sdpa}
+PARTS = {"correct": correct, "sdpa": sdpa, "kernels": kernels}
 
 
 def print_table(paths: list[str]) -> None:

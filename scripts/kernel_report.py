@@ -28,7 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvbench.methods.storage.kernels import dense, kivi, merged, online, prompt, step_operations, stream
+from kvbench.methods.storage.kernels import coded, dense, kivi, merged, online, prompt, step_operations, stream
 from kvbench.methods.storage.kernels.launch import Tiling, default_tiling, padded
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "kernels.md"
@@ -215,6 +215,26 @@ def merged_entry(name: str, retained: float = 0.05) -> Entry:
     )
 
 
+def coded_entry(name: str, kind: int, token_scales: bool = True, heads: int = 32, rows: int = 1) -> Entry:
+    """A split of FP8 numbers (``kind`` -4 or -5) or of indices of ``kind`` bits; bfloat16, head_dim 128."""
+    tiling = coded.default_coded_tiling(128, kind)
+    types = dict.fromkeys((f"{part}_{what}" for part in ("key", "value") for what in ("codes", "high")), "*u8")
+    types |= dict.fromkeys(("key_scale", "value_scale"), "*fp16" if token_scales else "*fp32")
+    types |= dict.fromkeys(("key_table", "value_table", "sums", "maxima", "totals"), "*fp32")
+    types |= {"query": "*bf16", "valid": "*u8", "starts": "*i64", "ends": "*i64"}
+    types |= dict.fromkeys(("scaling", "softcap", "key_factor", "value_factor"), "fp32")
+    sizes: dict[str, Any] = {
+        "D": 128, "DV": 128, "ROWS": padded(rows), "WIDE": 128, "WIDE_V": 128, "TOKENS": tiling.tokens, "KEYS": kind,
+        "VALUES": kind, "TOKEN_SCALES": token_scales, "SCALES": True, "HALF": True, "HAS_VALID": False, "CAPPED": False,
+    }  # fmt: skip
+    absent = ["valid", *(f"{part}_high" for part in ("key", "value") if kind != 3)]
+    absent += [f"{part}_table" for part in ("key", "value") if kind < 0]
+    sizes |= dict.fromkeys(absent)
+    bits = 8 if kind < 0 else kind
+    moved = 2 * heads * TOKENS * (128 * bits / 8 + (2 if token_scales else 0))
+    return Entry(name, coded.split_coded, types, sizes, tiling, moved)
+
+
 def join_entries() -> list[Entry]:
     """The two small kernels after a split, for 8 splits of 32 heads."""
     types = dict.fromkeys(("sums", "maxima", "totals", "logits", "sinks"), "*fp32") | {"ends": "*i64"}
@@ -315,6 +335,11 @@ def entries() -> list[Entry]:
         kivi_entry("KIVI, 4 bits, other tiles", 4, tiling=Tiling(128, 8, 2)),
         kivi_entry("KIVI, 2 bits, other tiles", 2, tiling=Tiling(64, 8, 2)),
         merged_entry("MiniCache, one layer of a pair"),
+        coded_entry("FP8 (e4m3), a scale per token", -4),
+        coded_entry("FP8 (e4m3), a scale per head", -4, token_scales=False),
+        coded_entry("FP8 (e5m2), a scale per token", -5),
+        coded_entry("FP8 (e4m3), 8 heads of 4 query heads", -4, heads=8, rows=4),
+        *(coded_entry(f"TurboQuant, {bits} bits", bits) for bits in (2, 3, 4)),
         *join_entries(),
         *prompt_entries(),
         *step_entries(),

@@ -19,7 +19,7 @@ from kvbench.models.random import RandomModel
 from kvbench.runners.config.methods import named_method
 from kvbench.runners.engine import generate
 from kvbench.runners.measure import passes, time_pass
-from kvbench.runners.measure.fresh import Killed
+from kvbench.runners.measure.fresh import Killed, MeasuringProcess
 from kvbench.runners.measure.job import Job
 from kvbench.runners.measure.memory_pass import memory_pass
 from kvbench.runners.measure.passes import Passes
@@ -223,6 +223,29 @@ def test_a_method_without_memory_in_a_process_of_its_own_is_out_of_memory(proces
     with pytest.raises(Killed):
         processes.measure(None if baseline is None else on_cuda(baseline), on_cuda("snapkv budget=40"))
     assert [number for number, _, _ in processes.asked] == list(range(1, tries + 1))
+
+
+def memory_in_one_process(texts: tuple[str, ...], device: str = "cuda") -> dict[str, int]:
+    """Memory of the last method, after time and memory of all of them were measured in one process, in bytes."""
+    source = RandomModel("smollm2-135m", max_positions=8192)
+    with MeasuringProcess() as process:
+        for text in texts:
+            job = replace(job_of(text, source, prompt=8000, new=20), device=device, dtype=torch.bfloat16)
+            process.call(passes._time, [job])
+            memory = process.call(passes._memory, job)["memory"]
+    return {name: memory[name]["allocated"] for name in ("at_rest", "peak_prefill", "peak_decode")}
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("fork_server")
+def test_a_method_s_peak_on_a_device_does_not_depend_on_the_method_before_it():
+    """The full cache holds 184 MB of the prompt: a peak that is not reset, or a cache that is not freed, would show."""
+    full, alone = memory_in_one_process(("full",)), memory_in_one_process(("snapkv budget=256",))
+    after = memory_in_one_process(("full", "snapkv budget=256"))
+    assert full["peak_decode"] - alone["peak_decode"] > 150e6
+    assert after["at_rest"] == pytest.approx(alone["at_rest"], abs=64e6)  # libraries keep workspaces
+    for peak in ("peak_prefill", "peak_decode"):
+        assert after[peak] - after["at_rest"] == pytest.approx(alone[peak] - alone["at_rest"], abs=4e6)
 
 
 # transformers' generate -----------------------------------------------------------------------------------------------
