@@ -217,8 +217,9 @@ def merged_entry(name: str, retained: float = 0.05) -> Entry:
 
 def coded_entry(name: str, kind: int, token_scales: bool = True, heads: int = 32, rows: int = 1) -> Entry:
     """A split of FP8 numbers (``kind`` -4 or -5) or of indices of ``kind`` bits; bfloat16, head_dim 128."""
-    tiling = coded.default_coded_tiling(128, kind)
+    tiling = default_tiling(128, 2)
     types = dict.fromkeys((f"{part}_{what}" for part in ("key", "value") for what in ("codes", "high")), "*u8")
+    types |= dict.fromkeys(("key_codes", "value_codes"), "*i16" if kind < 0 else "*u8")
     types |= dict.fromkeys(("key_scale", "value_scale"), "*fp16" if token_scales else "*fp32")
     types |= dict.fromkeys(("key_table", "value_table", "sums", "maxima", "totals"), "*fp32")
     types |= {"query": "*bf16", "valid": "*u8", "starts": "*i64", "ends": "*i64"}

@@ -20,6 +20,7 @@ CASES = [  # storage, D, D_v, dtype, group, static, drops
     (Fp8("e4m3", "one"), 16, 24, torch.float16, 1, False, False),
     (Fp8("e5m2", "head"), 64, 32, torch.bfloat16, 2, True, True),
     (Fp8("e4m3", "tensor"), 80, 80, torch.float32, 1, False, False),
+    (Fp8("e4m3"), 17, 16, torch.float32, 1, True, False),  # keys byte by byte, values in pairs
     (TurboQuant(2), 64, 64, torch.float16, 3, False, False),
     (TurboQuant(3, value_bits=4), 64, 32, torch.float32, 1, True, True),
     (TurboQuant(4, value_bits=3, rotation="dense"), 80, 80, torch.float32, 2, True, False),

@@ -45,11 +45,20 @@ def spread(low, high, KIND: tl.constexpr):
 @triton.jit
 def numbers_of(codes, high, table, slot, inside, DIM: tl.constexpr, WIDE: tl.constexpr, KIND: tl.constexpr,
                dtype: tl.constexpr):  # fmt: skip
-    """Load the codes of slots and return their numbers without scales, [TOKENS, WIDE]; 0 for other channels."""
+    """Load the codes of slots and return their numbers without scales, [TOKENS, WIDE]; 0 for other channels.
+
+    ``table`` [2 ** bits] has been loaded: lookups in memory would be loaded ahead like codes, 4 bytes at a time.
+    """
     if KIND < 0:
-        c = tl.arange(0, WIDE)
-        at = codes + slot[:, None] * DIM + c[None]
-        x = tl.load(at, mask=inside[:, None] & (c[None] < DIM), other=0).to(tl.int16)
+        if DIM % 2 == 0:  # in pairs: bytes that go straight into a product are loaded 8 at a time, pairs 16 bytes
+            w = tl.arange(0, WIDE // 2)
+            at = codes + slot[:, None] * (DIM // 2) + w[None]
+            pair = tl.load(at, mask=inside[:, None] & (w[None] < DIM // 2), other=0)
+            x = tl.reshape(tl.join(pair & 255, (pair >> 8) & 255), (slot.shape[0], WIDE))
+        else:
+            c = tl.arange(0, WIDE)
+            at = codes + slot[:, None] * DIM + c[None]
+            x = tl.load(at, mask=inside[:, None] & (c[None] < DIM), other=0).to(tl.int16)
         # Sign, exponent and mantissa of e4m3 in the places of float16 are the number divided by 256.
         bits = ((x & 128) << 8) | ((x & 127) << 7) if KIND == E4M3 else x << 8
         out = bits.to(tl.int16).to(tl.float16, bitcast=True).to(dtype)
@@ -63,8 +72,19 @@ def numbers_of(codes, high, table, slot, inside, DIM: tl.constexpr, WIDE: tl.con
             b = tl.arange(0, WIDE // 8)
             known = inside[:, None] & (b[None] < DIM // 8)
             third = tl.load(high + slot[:, None] * (DIM // 8) + b[None], mask=known, other=0).to(tl.int32)
-        x = tl.load(table + spread(low, third, KIND))
+        index = tl.reshape(spread(low, third, KIND), (slot.shape[0] * WIDE,))
+        x = tl.reshape(tl.gather(table, index, 0), (slot.shape[0], WIDE))
         out = tl.where(inside[:, None] & (c[None] < DIM), x, 0.0).to(dtype)
+    return out
+
+
+@triton.jit
+def load_table(table, KIND: tl.constexpr, dtype: tl.constexpr):
+    """Load the number of each index, [2 ** bits]; of FP8, which needs none, zeros."""
+    if KIND < 0:
+        out = tl.zeros((2,), dtype)
+    else:
+        out = tl.load(table + tl.arange(0, 2**KIND)).to(dtype)
     return out
 
 
@@ -85,6 +105,7 @@ def split_coded(
     if SCALES and not TOKEN_SCALES:
         key_factor *= tl.load(key_scale + n)
         value_factor *= tl.load(value_scale + n)
+    key_numbers, value_numbers = load_table(key_table, KEYS, q.dtype), load_table(value_table, VALUES, q.dtype)
     top = tl.full((ROWS,), LOWEST, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, WIDE_V), tl.float32)
@@ -96,7 +117,7 @@ def split_coded(
         visible = inside
         if HAS_VALID:
             visible = tl.load(valid + n * capacity + t, mask=inside, other=0) != 0
-        k = numbers_of(key_codes, key_high, key_table, slot, inside, D, WIDE, KEYS, q.dtype)
+        k = numbers_of(key_codes, key_high, key_numbers, slot, inside, D, WIDE, KEYS, q.dtype)
         x = product(q, tl.trans(k), tl.zeros((ROWS, TOKENS), tl.float32), HALF) * key_factor
         if TOKEN_SCALES:
             x *= tl.load(key_scale + slot, mask=inside, other=0.0).to(tl.float32)[None]
@@ -105,7 +126,7 @@ def split_coded(
         weights *= value_factor
         if TOKEN_SCALES:
             weights *= tl.load(value_scale + slot, mask=inside, other=0.0).to(tl.float32)[None]
-        v = numbers_of(value_codes, value_high, value_table, slot, inside, DV, WIDE_V, VALUES, q.dtype)
+        v = numbers_of(value_codes, value_high, value_numbers, slot, inside, DV, WIDE_V, VALUES, q.dtype)
         acc = product(weights.to(q.dtype), v, acc * rescale[:, None], HALF)
     store_split(
         sums, maxima, totals, top, total, acc, n, part, tl.num_programs(1), rows, tl.arange(0, WIDE_V), DV, ROWS
@@ -115,6 +136,11 @@ def split_coded(
 def kind_of(x: KernelOperands) -> int:
     """Return the bits of an index, or the kind of FP8."""
     return KINDS[x.codes.dtype] if x.table is None else len(x.table).bit_length() - 1
+
+
+def code_words(x: KernelOperands) -> torch.Tensor:
+    """Codes as the kernel loads them: FP8 numbers in pairs if there is an even number of channels, else bytes."""
+    return x.codes.view(torch.int16 if x.table is None and x.dim % 2 == 0 else torch.uint8)
 
 
 def coded_attention(
@@ -152,7 +178,7 @@ def coded_attention(
         chunk = tiling.chunk(segments, capacity, capacity, query.device)
         splits = Splits.empty(segments, triton.cdiv(capacity, chunk), rows, values.dim, query.device)
         factors = (E4M3_FACTOR if kind_of(x) == KINDS[torch.float8_e4m3fn] else 1.0 for x in (keys, values))
-        tensors = [y for x in (keys, values) for y in (x.codes.view(torch.uint8), x.high, x.scale, x.table)]
+        tensors = [y for x in (keys, values) for y in (code_words(x), x.high, x.scale, x.table)]
         split_coded[(segments, splits.maxima.shape[1])](
             query, *tensors, starts, ends, holes, splits.sums, splits.maxima, splits.totals,
             rule.scaling, rule.softcap or 1.0, *factors, capacity, chunk, rows, heads,
