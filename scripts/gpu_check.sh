@@ -28,7 +28,8 @@ part() { # name, seconds, command...
     local name=$1 limit=$2 begin=$SECONDS
     shift 2
     echo "== $name (at most $limit s)"
-    timeout --signal=INT --kill-after=10 "$limit" "$@" > "$OUT/$name.log" 2>&1
+    # In the foreground: otherwise the group is signalled too, and a second interrupt ends the first one's clean-up.
+    timeout --foreground --signal=INT --kill-after=10 "$limit" "$@" > "$OUT/$name.log" 2>&1
     local left=$?
     [ $left -eq 0 ] || status=1
     tail -n 25 "$OUT/$name.log" | cut -c 1-300

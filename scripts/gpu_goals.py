@@ -19,7 +19,7 @@ from typing import Any
 
 Record = dict[str, Any]
 Records = dict[str, Record]
-"""Records of one task by their labels."""
+"""Records of one task by their names (:func:`name_of`)."""
 
 SHORT, LONG, SNAPKV, SEARCH = "shape-16384+128", "shape-32768+128", "shape-16384+512", "max_context+16"
 GENERATE = ("transformers dynamic", "transformers static")
@@ -60,6 +60,12 @@ class Goal:
         return "met" if (self.value >= self.bound if self.at_least else self.value <= self.bound) else "missed"
 
 
+def name_of(record: Record) -> str:
+    """Label of a method; StreamingLLM's label does not tell its modes apart."""
+    mode = record["identity"]["method"].get("selection", {}).get("mode")
+    return str(record["method_label"]) + (" prefill_evict" if mode == "prefill_evict" else "")
+
+
 def tpot(record: Record) -> float:
     """Median time per output token, in ms."""
     return float(record["metrics"]["tpot_ms"]["median"])
@@ -71,7 +77,7 @@ def prefill_ratio(record: Record) -> float:
 
 
 def of(records: Records, labels: str | tuple[str, ...], number: Callable[..., float]) -> float | None:
-    """``number`` of the records with these labels; None if one is missing or has no such number."""
+    """``number`` of the records with these names; None if one is missing or has no such number."""
     names = (labels,) if isinstance(labels, str) else labels
     try:
         return number(*(records[name] for name in names))
@@ -80,7 +86,7 @@ def of(records: Records, labels: str | tuple[str, ...], number: Callable[..., fl
 
 
 def goals(tasks: dict[str, Records]) -> Iterator[Goal]:
-    """All goals, from records by task and label."""
+    """All goals, from records by task and name."""
     short, long, snapkv, search = (tasks.get(name, {}) for name in (SHORT, LONG, SNAPKV, SEARCH))
 
     def ratio(one: Record, *others: Record) -> float:
@@ -115,12 +121,12 @@ def goals(tasks: dict[str, Records]) -> Iterator[Goal]:
 
 
 def read(folders: list[str]) -> dict[str, Records]:
-    """Finished records by task and label."""
+    """Finished records by task and name."""
     tasks: dict[str, Records] = {}
     for path in (path for folder in folders for path in sorted(Path(folder).rglob("record.json"))):
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["kind"] == "efficiency" and record["status"] == "done":
-            tasks.setdefault(record["task"], {})[record["method_label"]] = record
+            tasks.setdefault(record["task"], {})[name_of(record)] = record
     return tasks
 
 
