@@ -28,7 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvbench.methods.storage.kernels import dense, kivi, merged, online, prompt, step_operations, stream
+from kvbench.methods.storage.kernels import coded, dense, kivi, merged, online, prompt, step_operations, stream
 from kvbench.methods.storage.kernels.launch import Tiling, default_tiling, padded
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "kernels.md"
@@ -42,8 +42,8 @@ HEADER = f"""# Kernels
 Written by `python scripts/kernel_report.py --write`, not by hand. What the compiler makes for an H100 (sm_90) of the
 Triton kernels of [a decode step and of a prompt](../explanation/engine.md), with the tile sizes that are used without
 tuning. Bytes and times are for one layer of the shape of Llama-2-7B (32 heads, head_dim 128) and {TOKENS:,} tokens
-unless a row says otherwise. The times are bytes / {BYTES_PER_S / 1e12:g} TB/s and, for the kernels of a prompt, products
-at {FLOPS_PER_S / 1e12:g} TFLOP/s: lower bounds, not measurements.
+unless a row says otherwise. The times are bytes / {BYTES_PER_S / 1e12:g} TB/s and, for the kernels of a prompt,
+products at {FLOPS_PER_S / 1e12:g} TFLOP/s: lower bounds, not measurements.
 
 | kernel | tile | warps | registers | spilled bytes | shared KB | loads, bytes x instructions | MB | us | TFLOP | us |
 |---|---:|---:|---:|---:|---:|---|---:|---:|---:|---:|
@@ -215,6 +215,26 @@ def merged_entry(name: str, retained: float = 0.05) -> Entry:
     )
 
 
+def coded_entry(name: str, kind: int, bits: float) -> Entry:
+    """A split of keys and values of ``bits`` a number with float16 scales of each token; bfloat16, head_dim 128."""
+    types = {"query": "*bf16", "starts": "*i64", "ends": "*i64"} | dict.fromkeys(("sums", "maxima", "totals"), "*fp32")
+    types |= {f"{part}_{kind}": "*u8" for part in ("key", "value") for kind in ("codes", "high")}
+    types |= {f"{part}_scale": "*fp16" for part in ("key", "value")}
+    types |= dict.fromkeys(("scaling", "softcap", "key_factor", "value_factor"), "fp32")
+    types |= dict.fromkeys(("key_table", "value_table"), "*fp32")
+    tiling = default_tiling(128, 2)
+    sizes: dict[str, Any] = {
+        "D": 128, "DV": 128, "ROWS": padded(1), "WIDE": 128, "WIDE_V": 128, "TOKENS": tiling.tokens, "KEYS": kind,
+        "VALUES": kind, "TOKEN_SCALES": True, "SCALES": True, "HALF": True, "HAS_VALID": False, "CAPPED": False,
+        "valid": None,
+    }  # fmt: skip
+    absent = ("key_table", "value_table") if kind < 0 else ()
+    absent += () if kind == 3 else ("key_high", "value_high")
+    sizes |= dict.fromkeys(absent)
+    moved = 2 * 32 * TOKENS * (128 * bits / 8 + 2)
+    return Entry(name, coded.split_coded, types, sizes, tiling, moved, unaligned=("rows", "heads"))
+
+
 def join_entries() -> list[Entry]:
     """The two small kernels after a split, for 8 splits of 32 heads."""
     types = dict.fromkeys(("sums", "maxima", "totals", "logits", "sinks"), "*fp32") | {"ends": "*i64"}
@@ -315,6 +335,9 @@ def entries() -> list[Entry]:
         kivi_entry("KIVI, 4 bits, other tiles", 4, tiling=Tiling(128, 8, 2)),
         kivi_entry("KIVI, 2 bits, other tiles", 2, tiling=Tiling(64, 8, 2)),
         merged_entry("MiniCache, one layer of a pair"),
+        coded_entry("FP8, e4m3", -4, 8),
+        coded_entry("TurboQuant, 4 bits", 4, 4),
+        coded_entry("TurboQuant, 3 bits", 3, 3),
         *join_entries(),
         *prompt_entries(),
         *step_entries(),

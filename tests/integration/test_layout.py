@@ -412,15 +412,12 @@ def test_no_module_imports_itself_through_others() -> None:
 
 
 def test_a_scorer_is_read_without_the_rest_of_the_project() -> None:
-    """Lines of all files that a scorer imports: what a reader may have to open.
-
-    Without the types of its options, and without kernels: the PyTorch code beside a call of one computes the same.
-    """
+    """Lines of all files that a scorer imports, but for the types of its options: what a reader may have to open."""
     modules = project_modules()
     graph = {name: runtime_imports(path, modules) for name, path in modules.items()}
     for name in modules:
         if name.startswith("methods.policies.scorers."):
-            names = {m for m in closure(name, graph) - {"conf.options"} if not m.startswith("methods.storage.kernels")}
+            names = closure(name, graph) - {"conf.options"}
             lines = sum(len(modules[m].read_text(encoding="utf-8").splitlines()) for m in names)
             assert lines <= 600, (name, lines)
 
