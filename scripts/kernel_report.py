@@ -40,10 +40,10 @@ TOKENS = 16384
 HEADER = f"""# Kernels
 
 Written by `python scripts/kernel_report.py --write`, not by hand. What the compiler makes for an H100 (sm_90) of the
-Triton kernels of [a decode step](../explanation/engine.md), with the tile sizes that are used without tuning. Bytes and
-time are for one layer of the shape of Llama-2-7B (32 heads, head_dim 128) and {TOKENS:,} tokens unless a row says
-otherwise. The times are bytes / {BYTES_PER_S / 1e12:g} TB/s and, for the kernels of a prompt, products /
-{FLOPS_PER_S / 1e12:g} TFLOP/s: lower bounds, not measurements.
+Triton kernels of [a decode step and of a prompt](../explanation/engine.md), with the tile sizes that are used without
+tuning. Bytes and times are for one layer of the shape of Llama-2-7B (32 heads, head_dim 128) and {TOKENS:,} tokens
+unless a row says otherwise. The times are bytes / {BYTES_PER_S / 1e12:g} TB/s and, for the kernels of a prompt,
+products at {FLOPS_PER_S / 1e12:g} TFLOP/s: lower bounds, not measurements.
 
 | kernel | tile | warps | registers | spilled bytes | shared KB | loads, bytes x instructions | MB | us | TFLOP | us |
 |---|---:|---:|---:|---:|---:|---|---:|---:|---:|---:|

@@ -122,7 +122,7 @@ def split_coded(
         if TOKEN_SCALES:
             x *= tl.load(key_scale + slot, mask=inside, other=0.0).to(tl.float32)[None]
         logits = logits_of(x, scaling, softcap, CAPPED)
-        weights, rescale, top, total = softmax_step(logits, visible, top, total)
+        weights, rescale, top, total = softmax_step(logits, visible[None], top, total)
         weights *= value_factor
         if TOKEN_SCALES:
             weights *= tl.load(value_scale + slot, mask=inside, other=0.0).to(tl.float32)[None]

@@ -47,10 +47,11 @@ def banded_attention(
     slot = tl.load(sink_slots + b * SLOTS + s).to(tl.int64)
     q = tl.load(rotated + b64 * rotated_b + h64 * rotated_h + i64[:, None] * rotated_t + d[None],
                 mask=is_query, other=0.0)  # fmt: skip
-    k = tl.load(keys + slot[None] * key_t + d[:, None], mask=(slot[None] >= 0) & (d[:, None] < D), other=0.0)
-    v = tl.load(values + slot[:, None] * value_t + c[None], mask=(slot[:, None] >= 0) & (c[None] < DV), other=0.0)
-    x = logits_of(product(q, k, tl.zeros((ROWS, SLOTS), tl.float32), HALF), scaling, softcap, CAPPED)
-    top, total, acc = attend_tile(x, (slot[None] >= 0) & (s[None] <= position[:, None]), v, top, total, acc, HALF)
+    sink_k = tl.load(keys + slot[None] * key_t + d[:, None], mask=(slot[None] >= 0) & (d[:, None] < D), other=0.0)
+    sink_v = tl.load(values + slot[:, None] * value_t + c[None], mask=(slot[:, None] >= 0) & (c[None] < DV), other=0.0)
+    first = logits_of(product(q, sink_k, tl.zeros((ROWS, SLOTS), tl.float32), HALF), scaling, softcap, CAPPED)
+    seen = (slot[None] >= 0) & (s[None] <= position[:, None])
+    top, total, acc = attend_tile(first, seen, sink_v, top, total, acc, HALF)
     # The band.
     q = tl.load(query + b64 * query_b + h64 * query_h + i64[:, None] * query_t + d[None], mask=is_query, other=0.0)
     width = tl.load(recent + b).to(tl.int32)
