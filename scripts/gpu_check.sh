@@ -43,7 +43,8 @@ for name in ${*:-tests measure smoke}; do
             part tests 250 "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider --junitxml="$OUT/tests.xml" \
                 --durations=5 \
                 tests/integration/test_cuda.py tests/integration/test_graph.py \
-                tests/unit/test_kernels.py tests/unit/test_packed.py tests/unit/test_sdpa.py ;;
+                tests/unit/test_kernels.py tests/unit/test_coded_kernel.py tests/unit/test_packed.py \
+                tests/unit/test_sdpa.py tests/unit/test_step_operations.py tests/unit/test_prompt_kernels.py ;;
         measure)
             part measure 50 "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider -m gpu \
                 tests/integration/test_measure.py tests/integration/test_passes.py ;;

@@ -75,6 +75,17 @@ multiprocessor, and spilled registers cost memory traffic.
 Products of codes needed sums over all channels for the zeros, each of which goes through shared memory, and four
 copies of the output's sums. Dequantized numbers need neither: two operations of two numbers each, and the scale of a
 row stays in the thread that holds its codes.
+
+## What was tried for FP8 and TurboQuant
+
+By the same compiler, tiles of 64 tokens and 4 warps.
+
+| idea | registers | shared KB | loads of keys and values |
+|---|---:|---:|---|
+| FP8, a number at a time | 128 | 38 | 8 bytes for one of them |
+| chosen: pairs of numbers | 96 | 54 | 16 bytes |
+| TurboQuant (2, 3, 4 bits), levels looked up in memory | 244, 230, 255 | 136 to 140 | 16 bytes, and 4 for each level |
+| chosen: levels loaded once, then gathered | 128 | 30 to 38 | 16 bytes |
 """
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
