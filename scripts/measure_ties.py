@@ -32,7 +32,8 @@ from kvbench.methods.cache.prompt import Prompt
 from kvbench.methods.policies import ranking
 from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.policy import Kept
-from kvbench.methods.policies.scorers.snapkv import SnapKV, pool
+from kvbench.methods.policies.pooling import pool
+from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.models.embedded import Embedded
 from kvbench.runners.engine import Sampling
 from kvbench.runners.engine.weights import load

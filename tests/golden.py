@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import torch
 
 from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.cache.prompt import Prompt
 
 LENGTH, DIM = 40, 8
+NEWER_LENGTH, NEWER_DIM = 96, 16
 
 
 def swapped(ours: list[int], published: list[int], scores: torch.Tensor) -> tuple[list[int], list[int]]:
@@ -33,3 +38,16 @@ def golden_prompt(
     h, t, d = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (kv_heads, LENGTH, DIM)), indexing="ij")
     keys = 1.5 * torch.cos(0.6 * (h + 1) * (d + 1) + 1.3 * t + 0.17 * t * t * (d + 1))
     return Prompt(query[None, :, -window:], keys[None], keys[None].clone(), LogitRule(DIM**-0.5), layer_idx, num_layers)
+
+
+def newer_entries() -> dict[str, Any]:
+    """Of ``golden_newer.json``: queries, keys and values of two layers, and what published code scores and keeps."""
+    path = Path(__file__).resolve().parent / "golden" / "golden_newer.json"
+    entries: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return entries
+
+
+def newer_prompt(layer: dict[str, Any], window: int, index: int = 0) -> Prompt:
+    """The prompt [1, H, 96, 16] of a layer, with the last ``window`` queries."""
+    query, keys, values = (torch.tensor(layer[name])[None] for name in "qkv")
+    return Prompt(query[:, :, NEWER_LENGTH - window :], keys, values, LogitRule(NEWER_DIM**-0.5), index, 2)

@@ -51,11 +51,13 @@ class Rows:
         pads: Leading pad columns of each row.
         index: Row indices [R] int64; None: the whole batch.
         tokens_seen: Real tokens of the full text if earlier layers dropped some; None: nothing was dropped.
+        text_seeds: [R] int64, see :func:`text_seeds`; None: unknown.
     """
 
     pads: int
     index: torch.Tensor | None
     tokens_seen: int | None = None
+    text_seeds: torch.Tensor | None = None
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """Select these rows of a batch-first tensor."""
@@ -87,11 +89,12 @@ class NewTokens:
         return replace(self, rows=rows, valid=None if self.valid is None else self.valid.to(device))
 
 
-def rows_by_padding(mask: torch.Tensor) -> list[Rows]:
+def rows_by_padding(mask: torch.Tensor, text_seeds: torch.Tensor | None = None) -> list[Rows]:
     """Group batch rows by their number of leading pads.
 
     Args:
         mask: [B, columns so far] bool, True for a real token.
+        text_seeds: See :attr:`Rows.text_seeds`, [B].
 
     Raises:
         ValueError: A pad follows a real token. Prompts must be padded on the left.
@@ -102,8 +105,26 @@ def rows_by_padding(mask: torch.Tensor) -> list[Rows]:
         raise ValueError("kvbench caches need left padding (tokenizer.padding_side='left')")
     counts = pads.tolist()
     if len(set(counts)) == 1:
-        return [Rows(counts[0], None)]
+        return [Rows(counts[0], None, text_seeds=text_seeds)]
     groups: dict[int, list[int]] = {}
     for row, count in enumerate(counts):
         groups.setdefault(count, []).append(row)
-    return [Rows(count, torch.tensor(index, device=mask.device)) for count, index in sorted(groups.items())]
+    rows = [Rows(count, torch.tensor(index, device=mask.device)) for count, index in sorted(groups.items())]
+    return rows if text_seeds is None else [replace(r, text_seeds=r.take(text_seeds)) for r in rows]
+
+
+SEED_FACTOR = 6364136223846793005
+"""Multiplier of a polynomial hash modulo 2^64."""
+
+
+def text_seeds(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return a hash of the tokens of each row, [B] int64, which does not depend on padding or device.
+
+    Args:
+        ids: [B, T], padded on the left.
+        mask: [B, T], 1 for a real token; None: no padding.
+    """
+    real = torch.ones_like(ids) if mask is None else mask.long()
+    position = (real.cumsum(1) - 1).clamp(min=0)
+    powers = torch.full((ids.shape[1],), SEED_FACTOR, device=ids.device).cumprod(0)  # [T], modulo 2^64
+    return (ids * real * powers[position]).sum(1)

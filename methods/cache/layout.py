@@ -139,7 +139,7 @@ def _measure_layout(model: PreTrainedModel) -> Layout:
     plan = plan_of(config)
     if not plan.attending:
         raise InputError("model", name, f"has no attention layers, so there is no KV cache to compress; {ADVICE}")
-    probes = [_probe(model, plan, position) for position in (None, 0)]
+    probes = [run_probe(model, plan, position) for position in (None, 0)]
     probe, logits = probes[0]
     if list(probe.calls) != list(plan.attending) or set(probe.calls.values()) != {1}:
         missing = [i for i in plan.attending if not probe.calls[i]]
@@ -160,9 +160,11 @@ def _measure_layout(model: PreTrainedModel) -> Layout:
     return Layout(plan, _shape_of(model, plan, probe), int(latent or 0))
 
 
-def _probe(model: PreTrainedModel, plan: Plan, position: int | None) -> tuple[ProbeCache, torch.Tensor]:
+def run_probe(
+    model: PreTrainedModel, plan: Plan, position: int | None, probe: ProbeCache | None = None
+) -> tuple[ProbeCache, torch.Tensor]:
     """Run one token at a position (None: the model's default); returns the cache and the logits [vocabulary]."""
-    probe, config = ProbeCache(plan), model.config.get_text_config()
+    probe, config = ProbeCache(plan) if probe is None else probe, model.config.get_text_config()
     if plan.recurrent:
         probe.states = RecurrentStates(config, plan.recurrent)
     special = [v for key, v in model.config.to_dict().items() if key.endswith(("_token_id", "_token_index"))]
@@ -227,7 +229,7 @@ def rotary_of(model: PreTrainedModel, layer_idx: int, method: str) -> Rotary:
     """
     layout = layout_of(model)
     if layer_idx not in layout.rotary:
-        (first, _), (second, _) = (_probe(model, layout.plan, position) for position in PROBE_POSITIONS)
+        (first, _), (second, _) = (run_probe(model, layout.plan, position) for position in PROBE_POSITIONS)
         distance = PROBE_POSITIONS[1] - PROBE_POSITIONS[0]
         for i in layout.plan.attending:
             layout.rotary[i] = measured_rotary(model, first.keys[i], second.keys[i], distance)

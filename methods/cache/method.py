@@ -36,6 +36,7 @@ from .kv_shape import KVShape
 from .layer import CacheLayer
 from .layout import layout_of, model_shape, reset_rope, rotary_of
 from .narrowing import narrow_between_layers
+from .output_projection import output_weights_of
 from .recurrent import RecurrentStates
 from .retention import RecurrentLayer
 
@@ -208,7 +209,8 @@ class Method(Options):
 
     def _model_layer(self, model: PreTrainedModel, owner: int, place: int, count: int) -> ModelLayer:
         """A layer of the model as its policy sees it; see :class:`..policies.scorers.base.ModelLayer`."""
-        return ModelLayer(owner, place, count, partial(rotary_of, model, owner, self.name))
+        rotary = partial(rotary_of, model, owner, self.name)
+        return ModelLayer(owner, place, count, rotary, partial(output_weights_of, model, owner, self.name))
 
     def bytes_formula(self, shape: KVShape, prompt_length: int, new_tokens: int = 0) -> int:
         """Return the expected bytes of one sequence after a prompt and ``new_tokens`` generated tokens."""

@@ -207,4 +207,5 @@ def _without_pads(whole: Prompt, r: Rows) -> Prompt:
     start = max(0, queries.shape[2] - keys.shape[2])
     logsumexp = None if whole.logsumexp is None else r.take(whole.logsumexp)[:, :, start:]
     queries = queries[:, :, start:]  # [R, H_q, min(W, T), D]
-    return replace(whole, query=queries, keys=keys, values=values, logsumexp=logsumexp, seen=r.tokens_seen, memo={})
+    part = replace(whole, query=queries, keys=keys, values=values, logsumexp=logsumexp, memo={})
+    return replace(part, seen=r.tokens_seen, text_seeds=r.text_seeds)

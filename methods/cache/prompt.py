@@ -28,7 +28,9 @@ class Prompt:
         strictly_causal: [H_q / H_kv] bool, True for the query heads of a group that do not attend to their own token;
             None: all do.
         protected: Number of last tokens that are kept whatever their scores.
+        kept: Number of tokens that the layer keeps, as the mean over its heads; None: T.
         seen: Tokens of the text so far, if more than T (while decoding, or if the layer gets only some); None: T.
+        text_seeds: [R] int64, hashes of the rows' tokens, for scorers that draw random numbers; None: unknown.
         logsumexp: [R, H_q, W] float32, log-sum-exp of each query's logits over the tokens that it attends to; None: not
             known.
         memo: Results of :meth:`cached`, shared by the methods that share the prefill.
@@ -42,8 +44,10 @@ class Prompt:
     num_layers: int
     strictly_causal: torch.Tensor | None = None
     protected: int = 0
+    kept: int | None = None
     seen: int | None = None
     logsumexp: torch.Tensor | None = None
+    text_seeds: torch.Tensor | None = None
     memo: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def cached(self, name: str, compute: Callable[[Prompt], torch.Tensor]) -> torch.Tensor:

@@ -22,12 +22,14 @@ class TransformersCache(Cache):
         plan: See :class:`..sharing.plan.Plan`.
         first_layer: The first layer of the model that attends in a forward.
         tokens_seen: [B] int64, real tokens of each row so far; None before the first forward.
+        text_seeds: [B] int64, hashes of the prompts' tokens, set by the engine before the prefill; None: unknown.
         states: States of the model's recurrent layers; None: it has none.
     """
 
     plan: Plan
     first_layer: int
     tokens_seen: torch.Tensor | None
+    text_seeds: torch.Tensor | None = None
     states: RecurrentStates | None
     layers: list[Any]  # not only transformers' layer classes
 

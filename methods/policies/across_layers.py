@@ -1,4 +1,4 @@
-"""Compression of a prompt under a budget for all layers together, after the last layer has prefilled.
+"""Compression of stored prompts, once all layers have prefilled: under one budget for all of them, or by later scores.
 
 Legend: B batch rows, R rows of one prompt length, H stored heads, N candidates, S slots.
 """
@@ -7,25 +7,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 
 from .allocators.base import Allocator
-from .eviction_state import EvictionState, slots_in_use
+from .eviction_state import Candidates, EvictionState, slots_in_use
 from .ranking import keep_mask
+from .scorers.base import Scorer
 
 
-def compress_across_layers(allocator: Allocator, states: Sequence[EvictionState]) -> None:
-    """Distribute the budget over all layers and compress the prompt of each."""
+def compress_stored(allocator: Allocator, scorer: Scorer, states: Sequence[EvictionState]) -> None:
+    """Distribute the budget over layers and heads and compress the stored prompt of each layer."""
     prompts = [state.prompt for state in states if state.prompt is not None]
     assert len(prompts) == len(states)
     masks = [slots_in_use(p.storage, p.storage.read()[0].shape[1]).clone() for p in prompts]  # [B, H, S] per layer
     for group in zip(*(state.candidates for state in states), strict=True):  # all layers, rows of one prompt length
-        scores, ties = [c.scores for c in group], [c.ties for c in group]
-        budgets = allocator.cache_budgets(scores, group[0].free, ties)  # [R, H] per layer
+        budgets = _budgets(allocator, group)
         for prompt, keep, c, budget in zip(prompts, masks, group, budgets, strict=True):
-            best = keep_mask(c.scores, budget, c.ties)  # [R, H, N]
+            ranked, ties_of_ranked = scorer.ranking_scores(c.scores, c.ties, budget)
+            best = keep_mask(ranked, budget, ties_of_ranked)  # [R, H, N]
             rows = prompt.lengths == c.length
             keep[rows, :, keep.shape[2] - c.length :] = F.pad(best, (c.sinks, c.recent), value=True)
     for state, prompt, keep in zip(states, prompts, masks, strict=True):
         state.evict(prompt.storage, keep, compact_now=True)
         state.candidates = []
+
+
+def _budgets(allocator: Allocator, group: Sequence[Candidates]) -> list[torch.Tensor]:
+    """Return the number of candidates that each head of each layer keeps, int64 [R, H] per layer."""
+    if allocator.spans_layers:
+        return allocator.cache_budgets([c.scores for c in group], group[0].free, [c.ties for c in group])
+    if allocator.heads_differ:
+        return [allocator.head_budgets(c.scores, c.free, c.ties) for c in group]
+    return [torch.full(c.scores.shape[:2], c.free, device=c.scores.device) for c in group]

@@ -52,14 +52,20 @@ def step_weights(state: EvictionState, storage: LayerStorage) -> torch.Tensor:
     return torch.cat([F.pad(x, (0, slots - x.shape[3])) for x in collected], dim=2)
 
 
-def evict_one(state: EvictionState, storage: LayerStorage, scores: torch.Tensor, sinks: int, compact_now: bool) -> None:
+def evict_one(
+    state: EvictionState,
+    storage: LayerStorage,
+    scores: torch.Tensor,
+    sinks: int | torch.Tensor,
+    compact_now: bool,
+) -> None:
     """Evict the lowest-scored token of every row and head over its limit; its slot is a hole until a compaction.
 
     Args:
         state: State of the layer.
         storage: Storage of the layer.
         scores: [B, 1 or H, S] float32.
-        sinks: Number of first tokens that are never evicted.
+        sinks: Number of first tokens that are never evicted, or int64 [B, 1 or H, 1].
         compact_now: Compact immediately, because a pad was appended and the last slots must hold the last tokens.
     """
     assert state.limit is not None and state.recent is not None
@@ -74,7 +80,7 @@ def evict_one(state: EvictionState, storage: LayerStorage, scores: torch.Tensor,
     slot = torch.arange(slots, device=scores.device)
     # The last slots hold the last tokens, without holes.
     protected = slot >= (storage.end - state.recent)[..., None]  # [B, 1 or H, S]
-    if sinks:
+    if isinstance(sinks, torch.Tensor) or sinks:
         protected = protected | (keep.cumsum(-1) <= sinks)
     victim = lowest_ranked_slot(scores.masked_fill(protected | ~keep, float("inf")))  # [B, 1 or H, 1]
     keep = keep.scatter(-1, victim, keep.gather(-1, victim) & (count <= limit))

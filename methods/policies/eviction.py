@@ -16,15 +16,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
+from ...conf.errors import InputError
 from ..cache.kv_shape import KVShape
 from ..cache.prompt import ALL_QUERIES
 from ..storage.base import LayerStorage
 from ..storage.dense import COMPACTION_INTERVAL_STEPS
-from .across_layers import compress_across_layers
+from .across_layers import compress_stored
+from .budget import resolve_budget
 from .decoding import (
     attend_with_weights,
     evict_one,
@@ -32,10 +35,16 @@ from .decoding import (
     rescore,
     step_weights,
 )
-from .eviction_state import EvictionState, StoredPrompt
+from .eviction_state import Candidates, EvictionState, StoredPrompt
 from .policy import PolicyCapabilities, Step
 from .prompt_eviction import PromptEviction
+from .repetition import scores_by_repetition
 from .scorers.base import DECODE_QUERIES, ModelLayer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..sharing.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class EvictionPolicy(PromptEviction):
             evicts_while_decoding=interval is not None,
             ranks_tokens=True,
             heads_differ=self.allocator.heads_differ,
-            drops_stored=interval is not None or self.allocator.spans_layers,
+            drops_stored=interval is not None or self.allocator.spans_layers or self.scorer.repeats_prompt,
             stores_query_heads=self.scorer.stores_query_heads,
             stored_queries=self._queries_held,
             max_step_tokens=None if interval is None else 1,
@@ -61,7 +70,7 @@ class EvictionPolicy(PromptEviction):
     def _queries_held(self) -> int:
         """Number of last queries that are stored to re-score tokens while decoding."""
         window = self.scorer.observation_window
-        if self.scorer.tracks_attention or self.schedule.interval is None:
+        if not self.rescores:
             return 0
         return DECODE_QUERIES if window == ALL_QUERIES else window
 
@@ -80,15 +89,55 @@ class EvictionPolicy(PromptEviction):
         queries: torch.Tensor | None = None,
     ) -> None:
         state.scores, state.prompt, ready = scores, StoredPrompt(storage, lengths, queries), [state]
+        if self.scorer.repeats_prompt:  # compressed in after_prefill
+            return
         if self.allocator.spans_layers:
             if any(other.prompt is None for other in state.layers):
                 return
             ready = state.layers
-            compress_across_layers(self.allocator, ready)
-        for layer_state in ready:
+            compress_stored(self.allocator, self.scorer, ready)
+        self._end_prefill(ready)
+
+    def after_prefill(
+        self,
+        model: PreTrainedModel,
+        plan: Plan,
+        layers: Sequence[tuple[Any, LayerStorage]],
+        prompts: Sequence[torch.Tensor],
+    ) -> None:
+        if not self.scorer.repeats_prompt:
+            return
+        states = [state for state, _ in layers]
+        lengths = [len(prompt) for prompt in prompts]
+        for length in sorted(set(lengths)):
+            budgets = self.layer_budgets(length, len(states))
+            if length <= resolve_budget(self.budget, length):
+                continue
+            rows = [row for row, n in enumerate(lengths) if n == length]
+            index = slice(None) if len(rows) == len(lengths) else rows  # no copy of a batch of one length
+            stored = []
+            for _, storage in layers:
+                keys, values, _ = storage.read()  # [B, H, S, D]
+                first = keys.shape[2] - length
+                stored.append((keys[index, :, first:], values[index, :, first:]))
+            ids = torch.stack([prompts[row] for row in rows])  # [R, T]
+            every = scores_by_repetition(self.scorer, model, plan, stored, ids)
+            for state, scores, budget in zip(states, every, budgets, strict=True):
+                recent = self.recent_of(budget)
+                sinks = min(self.sinks, budget - recent)
+                candidates = scores[..., sinks : length - recent]  # [R, H, N]
+                state.candidates.append(Candidates(candidates, None, budget - sinks - recent, sinks, recent))
+        compress_stored(self.allocator, self.scorer, states)
+        for _, storage in layers:
+            storage.write(*storage.read())  # in buffers for the kept tokens and those announced
+        self._end_prefill(states)
+
+    def _end_prefill(self, states: Sequence[EvictionState]) -> None:
+        """Prepare layers whose prompt is compressed for the decode steps."""
+        for state in states:
             if self.schedule.interval is not None:
-                self._begin_decoding(layer_state)
-            layer_state.prompt = None
+                self._begin_decoding(state)
+            state.prompt = None
 
     def _begin_decoding(self, state: EvictionState) -> None:
         """Set the limits of each row for the decode steps."""
@@ -108,7 +157,14 @@ class EvictionPolicy(PromptEviction):
 
     def attend(self, state: EvictionState, storage: LayerStorage, step: Step) -> torch.Tensor:
         state.rule = step.rule
-        if self.schedule.interval is None or not self.scorer.tracks_attention:
+        if state.prompt is not None and self.scorer.repeats_prompt:
+            raise InputError(
+                "method/scorer",
+                self.scorer.name,
+                "gives the prompt to the model again, which kvbench's own engine does and model.generate does not: use "
+                "kvbench.generate, or kvbench.prefill",
+            )
+        if not self.follows_attention:
             return super().attend(state, storage, step)
         out, weights, _ = attend_with_weights(storage, step, self.scorer.averages_query_heads)
         state.weights.append(weights)
@@ -119,7 +175,12 @@ class EvictionPolicy(PromptEviction):
         if self.schedule.interval is None:
             return
         real = None if step.valid is None else step.valid[:, 0]  # [B]
-        if self.scorer.tracks_attention:
+        if self.schedule.evicts_oldest:
+            assert state.limit is not None and state.recent is not None
+            alike = state.limit.new_zeros((*state.limit.shape, storage.slots), dtype=torch.float32)  # [B, 1 or H, S]
+            older = (state.limit - state.recent)[..., None]  # [B, 1 or H, 1], tokens before the ring
+            evict_one(state, storage, alike, older, compact_now=step.valid is not None)
+        elif self.follows_attention:
             # Score by the attention weights of this step: the running scores get an entry for the new token.
             weights, previous = step_weights(state, storage), state.scores  # weights [B, H, g, S]
             if previous is not None:
@@ -138,8 +199,8 @@ class EvictionPolicy(PromptEviction):
 
     @property
     def _evicts_in_step(self) -> bool:
-        """Whether each step evicts one token by the attention weights of the step itself."""
-        return self.scorer.tracks_attention and self.schedule.interval == 1
+        """Whether each step evicts one token, by the step's own attention weights or by age."""
+        return self.schedule.interval == 1 and not self.rescores
 
     def _after_token(self, state: EvictionState, storage: LayerStorage, real: torch.Tensor | None = None) -> None:
         """Count the step and, every ``interval`` steps, evict tokens down to the limit."""
@@ -148,7 +209,7 @@ class EvictionPolicy(PromptEviction):
         if self._evicts_in_step or state.steps % self.schedule.interval:
             return
         scores, ties = state.scores, None
-        if not self.scorer.tracks_attention:
+        if self.rescores:
             scores, ties = rescore(self.scorer, state, storage, self.capabilities.heads_differ)
         if scores is not None:
             evict_to_limit(state, storage, scores, ties, self.sinks)
@@ -168,7 +229,7 @@ class EvictionPolicy(PromptEviction):
         extra_slots = COMPACTION_INTERVAL_STEPS if self._evicts_in_step else interval
         state.move_scores(storage.make_static_within(state.limit, extra_slots, mask_heads))
         state.is_static = True
-        if self.scorer.tracks_attention and (self.scorer.accumulates or not self._evicts_in_step):
+        if self.follows_attention and (self.scorer.accumulates or not self._evicts_in_step):
             scores = torch.zeros(batch, mask_heads, storage.slots, device=state.limit.device)
             if state.scores is not None:
                 scores[..., : state.scores.shape[2]] = state.scores
@@ -209,6 +270,6 @@ class EvictionPolicy(PromptEviction):
         if self.schedule.interval is None:
             return 0
         tokens = sum(self.kept_tokens(prompt_length, new_tokens, shape.layers))
-        scores = 4 * heads * tokens if self.scorer.accumulates else 0
+        scores = 4 * heads * tokens if self.scorer.accumulates and self.follows_attention else 0
         query_bytes = shape.query_heads * shape.head_dim * shape.element_bytes
         return scores + shape.layers * self._queries_held * query_bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...conf.errors import InputError
 from ...conf.options import NonNegativeInt
 from ..cache.method import Method
 from .allocators.base import Allocator
@@ -13,6 +14,7 @@ from .budget import Budget, Recent
 from .eviction import EvictionPolicy
 from .policy import CachePolicy
 from .schedules.base import Schedule
+from .schedules.every_step import EveryStep
 from .scorers.base import Scorer
 
 
@@ -22,6 +24,7 @@ class EvictionMethod(Method):
 
     Attributes:
         scorer, allocator, schedule, sinks, recent: See :class:`.eviction.EvictionPolicy`.
+        hold_budget: Evict at every decode step whatever the schedule, so that the budget is never exceeded.
     """
 
     policy: CachePolicy = field(init=False)
@@ -31,11 +34,24 @@ class EvictionMethod(Method):
     schedule: Schedule | None = field(default=None, kw_only=True)
     sinks: NonNegativeInt | None = field(default=None, kw_only=True)
     recent: Recent | None = field(default=None, kw_only=True)
+    hold_budget: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        if self.hold_budget is True:
+            object.__setattr__(self, "schedule", self._holding_schedule())
         parts: dict[str, Any] = {"schedule": self.schedule, "sinks": self.sinks, "recent": self.recent}
         policy = EvictionPolicy(self.scorer, self.budget, allocator=self.allocator, **parts)
         object.__setattr__(self, "policy", policy)
         for name in parts:  # the scorer's defaults in place of None
             object.__setattr__(self, name, getattr(policy, name))
         super().__post_init__()
+
+    def _holding_schedule(self) -> Schedule:
+        """Return the schedule, or one that evicts at every step if tokens exceed the budget under it."""
+        schedule = self.schedule or self.scorer.default_schedule
+        if schedule.interval == 1:
+            return schedule
+        if self.scorer.prefill_only:
+            problem = f"method/scorer={self.scorer.name} cannot score tokens again while decoding"
+            raise InputError("method.hold_budget", True, f"{problem}; use method/schedule=ring with method.recent")
+        return EveryStep()

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -24,6 +24,11 @@ from ..cache.prompt import Prompt
 from ..storage.base import LayerStorage
 from . import ranking
 from .scorers.base import ModelLayer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..sharing.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,22 @@ class CachePolicy(HasIdentity):
                 None.
             queries: [B, H_q, w, D], last queries of the prompt, zero-padded on the left; None unless
                 ``stored_queries``.
+        """
+
+    def after_prefill(
+        self,
+        model: PreTrainedModel,
+        plan: Plan,
+        layers: Sequence[tuple[Any, LayerStorage]],
+        prompts: Sequence[torch.Tensor],
+    ) -> None:
+        """Compress the prompts with further forwards of the model; called once, by the engine, after the prefill.
+
+        Args:
+            model: The model.
+            plan: Plan of the model.
+            layers: State and storage of each layer on which the method works.
+            prompts: Token ids of each row, without pads.
         """
 
     def next_layer_tokens(self, state: Any) -> list[torch.Tensor | None]:

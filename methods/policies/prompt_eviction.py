@@ -78,7 +78,17 @@ class PromptEviction(CachePolicy):
             allowed = f"must be at most method.budget={budget}, which includes the protected tokens"
             require(sinks + last <= budget, key, value, allowed + (f", with method.sinks={beside}" if beside else ""))
         window, interval = self.scorer.observation_window, self.schedule.interval
-        if interval is not None and not self.scorer.tracks_attention and 1 < window < ALL_QUERIES:
+        if self.schedule.evicts_oldest:
+            allowed = "must be above 0: method/schedule=ring keeps that many of the newest tokens"
+            require(recent > 0, "method.recent", recent, allowed)
+        if self.rescores and self.scorer.prefill_only:
+            raise InputError(
+                "method/schedule",
+                self.schedule.id,
+                f"scores tokens again while decoding, and method/scorer={self.scorer.name} needs the complete prompt; "
+                "use after_prefill or ring",
+            )
+        if interval is not None and self.rescores and 1 < window < ALL_QUERIES:
             need = max(0, window - interval)
             allowed = f"must be at least {need}: the tokens of the queries that score again have to be there"
             require(isinstance(recent, float) or recent >= need, "method.recent", recent, allowed)
@@ -106,12 +116,17 @@ class PromptEviction(CachePolicy):
         return EvictionState(layer, self.scorer.new_state(layer))
 
     def select(self, prompt: Prompt, state: EvictionState | None = None) -> Kept:
+        if self.scorer.repeats_prompt:  # compressed after the prefill of all layers
+            return Kept()
         budget = self.layer_budgets(prompt.length, prompt.num_layers)[prompt.layer_idx]
-        keeps_scores = self.scorer.accumulates and self.schedule.interval is not None
+        keeps_scores = self.scorer.accumulates and self.follows_attention
         if prompt.length <= budget and not keeps_scores:
             return Kept()
         recent = self.recent_of(budget)
-        prompt, scorer_state = replace(prompt, protected=recent), None if state is None else state.scorer_state
+        prompt, scorer_state = (
+            replace(prompt, protected=recent, kept=budget),
+            None if state is None else state.scorer_state,
+        )
         if prompt.length <= budget:
             return Kept(scores=self.scorer.score(prompt, scorer_state))
 
@@ -138,13 +153,26 @@ class PromptEviction(CachePolicy):
             return Kept(scores=scores if keeps_scores else None)
         if self.allocator.heads_differ:
             budgets = self.allocator.head_budgets(candidates, free, tie_candidates)  # [R, H]
+            candidates, tie_candidates = self.scorer.ranking_scores(candidates, tie_candidates, budgets)
             keep = F.pad(keep_mask(candidates, budgets, tie_candidates), (sinks, recent), value=True)  # [R, H, T]
             slots, valid = slots_to_keep(keep)  # [R, H, C]
         else:
+            candidates, tie_candidates = self.scorer.ranking_scores(candidates, tie_candidates, free)
             best, valid = keep_slots(candidates, free, tie_candidates) + sinks, None  # [R, H or 1, free]
             first, last = (x.expand(*best.shape[:2], -1) for x in (position[:sinks], position[end:]))
             slots = torch.cat([first, best, last], dim=-1).expand(rows, heads, -1)  # [R, H, C]
         return Kept(slots, valid, scores.gather(-1, slots) if keeps_scores else None)
+
+    @property
+    def follows_attention(self) -> bool:
+        """Whether each decode step updates the scores by its attention weights."""
+        return self.scorer.tracks_attention and self.schedule.interval is not None and not self.schedule.evicts_oldest
+
+    @property
+    def rescores(self) -> bool:
+        """Whether stored tokens are scored again while decoding, as if they were a prompt."""
+        rescores = self.schedule.interval is not None and not self.schedule.evicts_oldest
+        return rescores and not self.scorer.tracks_attention
 
     def recent_of(self, budget: int) -> int:
         """Return the number of last tokens that are always kept within a layer's budget."""

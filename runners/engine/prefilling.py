@@ -7,6 +7,8 @@ from transformers import PreTrainedModel
 
 from ...conf.errors import InputError
 from ...methods.cache.cache import KVCache
+from ...methods.cache.forward import text_seeds
+from ...methods.cache.layer import CacheLayer
 from ...models.kvshare.model import KVShareLlamaForCausalLM
 from .eager import forward_without_cache
 from .layerwise import layers_run_in_chunks
@@ -53,6 +55,7 @@ def prefill(
         return forward_without_cache(model, cache, input_ids, mask)[:, -1]
     chunk = None if chunk_size is None or chunk_size >= length else chunk_size
     cache.prompt_length = length
+    cache.text_seeds = text_seeds(input_ids, mask)
     if chunk is not None and cache.layers_are_independent and decoder_layers(model) is not None:
         _check(model, cache, mask, input_ids.shape[0], chunk, by_layer=True)
         with layers_run_in_chunks(model, cache, chunk):
@@ -63,7 +66,21 @@ def prefill(
     if any(cache.get_seq_length(i) != length for i in cache.plan.attending):
         raise RuntimeError(f"{type(model).__name__} did not route every layer's attention through the kvbench cache")
     cache.finish_prefill()
+    _compress_after_prefill(model, cache, input_ids, mask)
     return logits.repeat(cache.copies, 1)
+
+
+def _compress_after_prefill(
+    model: PreTrainedModel, cache: KVCache, input_ids: torch.Tensor, mask: torch.Tensor | None
+) -> None:
+    """Let the policy of each cache compress the prompts with further forwards, if it needs any."""
+    lengths = [input_ids.shape[1]] * input_ids.shape[0] if mask is None else mask.sum(1).tolist()
+    prompts = [ids[len(ids) - n :] for ids, n in zip(input_ids, lengths, strict=True)]
+    for member in getattr(cache, "members", [cache]):
+        layers = [layer for layer in member.layers if isinstance(layer, CacheLayer) and layer.span is None]
+        if layers:
+            pairs = [(layer.state, layer.storage) for layer in layers]
+            layers[0].policy.after_prefill(model, cache.plan, pairs, prompts)
 
 
 def _check(

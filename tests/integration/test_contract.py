@@ -22,6 +22,7 @@ from tiny_models import SHAPE, left_pad, prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
 from kvbench.methods.cache.fan_out import FanOutCache
+from kvbench.methods.cache.forward import text_seeds
 from kvbench.methods.cache.kv_shape import kv_shape
 from kvbench.methods.cache.method import Method
 from kvbench.methods.policies.eviction import EvictionPolicy
@@ -37,7 +38,12 @@ PYRAMID = "pyramid_infer policy.strategy=constant policy.min_context=0"
 VARIANTS = [
     "snapkv scorer.granularity=query_head",
     "snapkv scorer.pooling=avg scorer.kernel=5 scorer.group_reduce=max scorer.score_dtype=model",
-    "snapkv schedule=every_n schedule.n=3 scorer.window=8",
+    "snapkv schedule=ring scorer.window=8 recent=9 allocator=adaptive storage=ragged",
+    "criticalkv scorer.scorer.window=8 allocator=global storage=ragged",
+    "snapkv_d scorer.window=8 schedule.n=3",
+    "rkv schedule.n=4",
+    "scissorhands scorer.history=8 schedule.n=8",
+    "kvzip scorer.chunk=25 allocator=uniform storage=dense schedule=ring recent=9",
     "snapkv schedule=every_step scorer.window=8 sinks=2 allocator=pyramid",
     "streaming_llm policy.mode=prefill_evict",
     "streaming_llm policy.mode=prefill_evict policy.reposition=false",
@@ -391,7 +397,12 @@ def test_architectures_and_plain_generate(text, family):
     ids, mask = left_pad([prompt_ids(LONG, 1), prompt_ids(MIDDLE, 2)])
     ours = generate(model, method.new_cache(model), ids, mask, max_new_tokens=6).tokens
     cache = method.new_cache(model)
+    cache.text_seeds = text_seeds(ids, mask)  # which the engine does
     how = {"use_cache": False} if cache.recomputes else {"past_key_values": cache}
+    if isinstance(method.policy, EvictionPolicy) and method.policy.scorer.repeats_prompt:
+        with pytest.raises(InputError, match=r"model\.generate does not"):
+            model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, **how)
+        return
     theirs = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, **how)
     assert theirs[:, ids.shape[1] :].tolist() == ours
 

@@ -96,6 +96,8 @@ WHILE_DECODING = [
     "expected_attention budget=24 schedule=every_n schedule.n=9",
     "lagkv budget=24 schedule=every_n schedule.n=7 scorer.lag=6",
     "chunkkv budget=24 schedule=every_n schedule.n=5 scorer.chunk=4 scorer.scorer.window=8",
+    "criticalkv budget=24 schedule=ring recent=6 scorer.scorer.window=8 allocator=adaptive storage=ragged",
+    "h2o budget=24 schedule=ring recent=6 sinks=2",
     "streaming_llm budget=40 policy.mode=prefill_evict policy.reposition=false",
     "streaming_llm budget=24 policy.mode=prefill_evict policy.prefill_only=true",
     "h2o budget=24 schedule=after_prefill",
@@ -129,7 +131,12 @@ SCORERS = {  # at windows that the prompts have
     name: {"snapkv": " scorer.window=6", "finch": " scorer.window=6", "lagkv": " scorer.lag=6"}.get(name, "")
     for name in yamls("method/scorer")
 }
-SCORERS["chunkkv"] = " scorer.chunk=4 scorer.scorer.window=6"
+SCORERS |= {
+    "chunkkv": " scorer.chunk=4 scorer.scorer.window=6",
+    "criticalkv": " scorer.scorer.window=6",
+    "rkv": " scorer.window=6",
+    "scissorhands": " scorer.history=6",
+}
 
 
 def products() -> list[str]:
@@ -137,10 +144,13 @@ def products() -> list[str]:
     allocators = {name: name for name in yamls("method/allocator")}
     allocators["pyramid of heads"] = "adaptive allocator.layers=pyramid allocator.floor=0.0"
     schedules = {name: name for name in yamls("method/schedule")} | {"every_n": "every_n schedule.n=5"}
-    del schedules["after_prefill"]  # no token leaves while decoding
+    del schedules["after_prefill"], schedules["ring"]  # no token leaves while decoding, or none by its score
     out = []
     for scorer, settings in SCORERS.items():
-        heads_alike = method_of(f"snapkv scorer={scorer}{settings}").policy.scorer.scores_heads_alike
+        part = method_of(f"snapkv scorer={scorer}{settings}").policy.scorer
+        heads_alike = part.scores_heads_alike
+        if part.prefill_only:
+            continue
         for allocator in allocators.values():
             differ = allocator.startswith(("adaptive", "global"))
             if differ and heads_alike:  # refused: there are no heads to compare

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from golden import newer_entries
+from golden import newer_prompt as prompt_of
 from tiny_models import prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
@@ -38,15 +40,8 @@ D = 16
 @pytest.fixture(scope="session")
 def published() -> list[dict[str, Any]]:
     """Of two layers: queries, keys and values, and what the published implementations score and keep of them."""
-    path = Path(__file__).resolve().parents[1] / "golden" / "golden_newer.json"
-    layers: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["layers"]
+    layers: list[dict[str, Any]] = newer_entries()["layers"]
     return layers
-
-
-def prompt_of(layer: dict[str, Any], window: int) -> Prompt:
-    """[1, H, 96, 16], the last ``window`` queries."""
-    query, keys, values = (torch.tensor(layer[name])[None] for name in "qkv")
-    return Prompt(query[:, :, 96 - window :], keys, values, LogitRule(D**-0.5), 0, 2)
 
 
 def random_prompt(length: int = 45, window: int = 8, heads: int = 2, groups: int = 2) -> Prompt:

@@ -29,6 +29,7 @@ from kvbench.methods.sharing.cla import CLA
 from kvbench.methods.storage.dense import DenseLayer
 from kvbench.methods.storage.kivi import Kivi
 from kvbench.methods.storage.ragged import Ragged
+from kvbench.runners.config.methods import named_method
 from kvbench.runners.engine import decode, prefill
 
 D, SCALE = 8, 8**-0.5
@@ -219,3 +220,38 @@ def test_rescoring_is_refused_for_shared_layers():
         for i in range(7):
             decode(model, cache, torch.tensor([3 + i]))
     assert [int(t.max()) for t in cache.tokens_held] == [11] * len(cache.layers)
+
+
+HELD = ["snapkv scorer.window=4", "key_diff", "ada_kv scorer.window=4", "rkv", "random recent=4", "h2o", "snapstream"]
+
+
+@pytest.mark.parametrize("text", HELD)
+@pytest.mark.parametrize("lengths", [(30,), (30, 9)])
+def test_a_held_budget_is_never_exceeded(text, lengths):
+    method = named_method(f"{text} budget=14 hold_budget=true")
+    model, cache = tiny_model(), method.new_cache(tiny_model())
+    ids, mask = left_pad([prompt_ids(n, seed) for seed, n in enumerate(lengths)])
+    prefill(model, cache, ids, mask)
+    for step in range(8):
+        decode(model, cache, torch.arange(3 + step, 3 + step + len(lengths)))
+        for held in cache.tokens_held:
+            expected = torch.tensor([min(14, n + step + 1) for n in lengths])
+            assert torch.equal(held.double().mean(1), expected.double())
+    shape = model_shape(model)
+    assert cache.kv_bytes_logical == sum(method.bytes_formula(shape, n, 8) for n in lengths)
+
+
+def test_a_held_budget_is_a_schedule_of_every_step():
+    held, typed = named_method("snapkv hold_budget=true"), named_method("snapkv schedule=every_step")
+    assert held.label == typed.label == "snapkv 1024 + every_step" and held.identity() == typed.identity()
+    assert named_method("snapkv").identity() != held.identity()
+    assert named_method("tova hold_budget=true").identity() == named_method("tova").identity()
+    assert named_method("compactor hold_budget=true schedule=ring").label == "compactor 1024 + ring"
+
+
+def test_a_budget_that_cannot_be_held_is_refused():
+    with pytest.raises(InputError) as error:
+        named_method("compactor hold_budget=true")
+    assert str(error.value).startswith("method.hold_budget=True: method/scorer=compactor cannot score tokens again")
+    with pytest.raises(InputError, match=r"^method\.hold_budget=often: must be true or false"):
+        named_method("snapkv hold_budget=often")

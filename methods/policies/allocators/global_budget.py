@@ -29,7 +29,7 @@ class Global(Allocator):
     id: ClassVar[str] = "global"
     heads_differ: ClassVar[bool] = True
     spans_layers: ClassVar[bool] = True
-    floor: Share = 0.2
+    floor: Share = 0.0
 
     def cache_budgets(
         self, scores: Sequence[torch.Tensor], budget: int, ties: Sequence[torch.Tensor | None]

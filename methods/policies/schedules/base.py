@@ -12,6 +12,9 @@ class Schedule(HasIdentity):
 
     key_prefix: ClassVar[str] = "method.schedule."
 
+    evicts_oldest: ClassVar[bool] = False
+    """Whether the oldest of the recent tokens is evicted at each step, whatever its score."""
+
     @property
     def interval(self) -> int | None:
         """Decode steps between evictions; None: all generated tokens are kept."""

@@ -18,6 +18,7 @@ from ..schedules.base import Schedule
 
 if TYPE_CHECKING:
     from ...cache.rotary import Rotary
+    from .kvzip import Repetition
 
 DECODE_QUERIES = 128
 """Number of last queries for a scorer with :data:`ALL_QUERIES` when tokens are re-scored while decoding."""
@@ -32,12 +33,16 @@ class ModelLayer:
         place: Index among the layers that the method works on.
         count: Number of layers that the method works on.
         rotary: Returns the RoPE rotation of the keys, measured on the first call; raises InputError if there is none.
+        output_weights: Returns the output projections [H_q, D, hidden] of the layers of the model that attend over the
+            keys, one per query head, such that the output is the sum of ``head @ weight``; raises InputError if there
+            are none.
     """
 
     index: int
     place: int
     count: int
     rotary: Callable[[], Rotary]
+    output_weights: Callable[[], list[torch.Tensor]] = list
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelLayer:
         """Return self: copies of a cache belong to the same model."""
@@ -64,6 +69,14 @@ class Scorer(HasIdentity):
     """Whether :meth:`update` needs only the mean of the weights over the query heads of a KV head (g = 1)."""
     scores_heads_alike: ClassVar[bool] = False
     """Whether all heads of a layer have the same scores, which then have H = 1."""
+    may_be_negative: ClassVar[bool] = False
+    """Whether scores may be negative, so that no other scorer can multiply them."""
+    prefill_only: ClassVar[bool] = False
+    """Whether :meth:`score` needs the complete prompt, so that tokens cannot be scored again while decoding."""
+    repeats_prompt: ClassVar[bool] = False
+    """Whether the scores come from further forwards after the prefill (:meth:`repetitions`)."""
+    ranks_in_stages: ClassVar[bool] = False
+    """Whether the ranking depends on the number of tokens to keep (:meth:`ranking_scores`)."""
 
     @property
     def observation_window(self) -> int:
@@ -99,6 +112,23 @@ class Scorer(HasIdentity):
     def tie_scores(self, prompt: Prompt, state: Any) -> torch.Tensor | None:
         """Return scores [R, H, T] that order tokens with equal scores; None: the lower index is kept first."""
         return None
+
+    def repetitions(self, length: int) -> list[Repetition]:
+        """Return the further forwards for a prompt of ``length`` tokens; only if ``repeats_prompt``."""
+        raise NotImplementedError
+
+    def ranking_scores(
+        self, scores: torch.Tensor, ties: torch.Tensor | None, count: int | torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the scores and tie-breaking scores by which the tokens of each head are ranked in the end.
+
+        An allocator has compared heads and layers by :meth:`score` before.
+
+        Args:
+            scores, ties: [R, H, N], entries of :meth:`score` and :meth:`tie_scores` for the unprotected tokens.
+            count: Number of them that a head keeps, or int64 [R, H].
+        """
+        return scores, ties
 
     def update(self, scores: torch.Tensor | None, weights: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
         """Return the scores after a decode step; only if ``tracks_attention``.

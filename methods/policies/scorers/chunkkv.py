@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
+from ....conf.errors import InputError
 from ....conf.options import PositiveInt
 from ...cache.prompt import Prompt
 from .base import ModelLayer, Scorer
@@ -38,6 +39,22 @@ class ChunkKV(Scorer):
     scores_heads_alike: ClassVar[bool] = True
     scorer: Scorer
     chunk: PositiveInt = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scorer.ranks_in_stages or self.scorer.repeats_prompt:
+            problem = "has no score of its own for each token after the prefill; use snapkv or another one"
+            raise InputError("method/scorer@method.scorer.scorer", self.scorer.name, problem)
+
+    @property
+    def prefill_only(self) -> bool:  # type: ignore[override]
+        """As the other scorer."""
+        return self.scorer.prefill_only
+
+    @property
+    def may_be_negative(self) -> bool:  # type: ignore[override]
+        """As the other scorer."""
+        return self.scorer.may_be_negative
 
     @property
     def observation_window(self) -> int:

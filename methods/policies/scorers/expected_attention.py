@@ -19,8 +19,9 @@ decoding (``method/schedule=every_n``).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -38,14 +39,17 @@ class ExpectedAttention(Scorer):
         future: Number of positions after the prompt over which the rotation is averaged.
         sinks: Number of first tokens left out of the statistics, which is also the default for the policy's ``sinks``.
         epsilon: Added to the attention before it is multiplied by the norm of the value.
+        value_norm: Multiply by the norm of the value; False: the score is the expected attention.
     """
 
     id: ClassVar[str] = "ExpectedAttention"
     name: ClassVar[str] = "expected_attention"
     recent_recorded_as: ClassVar[str] = "window"
+    omitted_at: ClassVar[Mapping[str, Any]] = {"value_norm": True}
     future: PositiveInt = 512
     sinks: NonNegativeInt = 4
     epsilon: NonNegativeFloat = 0.01
+    value_norm: bool = True
 
     @property
     def observation_window(self) -> int:
@@ -79,6 +83,8 @@ class ExpectedAttention(Scorer):
         logits = logits + (keys @ covariance * keys).sum(-1) * prompt.rule.scaling**2 / 2
         logits[..., :sinks] = float("-inf")
         attention = prompt.reduce_groups(logits.softmax(dim=-1))  # [R, H_kv, T]
+        if not self.value_norm:
+            return attention
         return (attention + self.epsilon) * prompt.values.float().norm(dim=-1)
 
     def _mean_rotation(self, rotary: Rotary, start: int, dim: int, device: torch.device) -> torch.Tensor:

@@ -23,6 +23,7 @@ class KeyDiff(Scorer):
 
     id: ClassVar[str] = "KeyDiff"
     name: ClassVar[str] = "key_diff"
+    may_be_negative: ClassVar[bool] = True
     recent_recorded_as: ClassVar[str] = "window"
 
     def score(self, prompt: Prompt, state: Any = None) -> torch.Tensor:

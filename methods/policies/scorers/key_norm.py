@@ -21,6 +21,7 @@ class KeyNorm(Scorer):
 
     id: ClassVar[str] = "KeyNorm"
     name: ClassVar[str] = "key_norm"
+    may_be_negative: ClassVar[bool] = True
 
     def score(self, prompt: Prompt, state: Any = None) -> torch.Tensor:
         return -prompt.keys.float().norm(dim=-1)  # [R, H_kv, T]

@@ -17,20 +17,21 @@ class RandomTokens(Scorer):
     """Uniform random numbers.
 
     Attributes:
-        seed: Random seed. The scores depend only on it, the layer, the head and the number of tokens.
+        seed: Random seed. The scores depend only on it, the prompt's tokens (where the engine has passed them on;
+            ``model.generate`` does not), the layer, the head and the number of tokens.
     """
 
     id: ClassVar[str] = "RandomTokens"
     name: ClassVar[str] = "random"
+    version: ClassVar[int] = 2  # since scores depend on the prompt
     recent_recorded_as: ClassVar[str] = "window"
     default_recent: ClassVar[int | float] = 32  # SnapKV's window, so that the scores are the only difference
     seed: NonNegativeInt = 0
 
     def score(self, prompt: Prompt, state: Any = None) -> torch.Tensor:
-        """Return random scores [R, H_kv, T], equal for all rows of a batch."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + prompt.layer_idx)
+        """Return random scores [R, H_kv, T]."""
         rows, heads, length, _ = prompt.keys.shape
-        candidates = max(0, length - prompt.protected)
-        scores = torch.rand(heads, candidates, generator=generator)  # [H_kv, T - protected], as recorded runs drew them
-        scores = torch.nn.functional.pad(scores, (0, length - candidates))
-        return scores.to(prompt.keys.device).expand(rows, -1, -1)
+        texts = [0] * rows if prompt.text_seeds is None else prompt.text_seeds.tolist()
+        seeds = [(text + self.seed * 1_000_003 + prompt.layer_idx) % 2**63 for text in texts]
+        drawn = [torch.rand(heads, length, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(drawn).to(prompt.keys.device)

@@ -26,6 +26,7 @@ from ....conf.errors import require
 from ....conf.options import PositiveInt
 from ...cache.prompt import Prompt
 from ...cache.prompt_attention import window_attention, window_sums
+from ..pooling import pool
 from .base import Scorer
 
 
@@ -88,11 +89,3 @@ class SnapKV(Scorer):
             return window_sums(prompt)
         attention = prompt.cached("window_attention", window_attention).to(prompt.query.dtype)  # [R, H_q, w, T]
         return attention.sum(dim=2).to(torch.promote_types(attention.dtype, torch.float32))
-
-
-def pool(scores: torch.Tensor, kernel: int, pooling: str) -> torch.Tensor:
-    """Pool along the last dimension (``max`` or ``avg``), keeping its length; ``avg`` includes the zero padding."""
-    if kernel == 1:
-        return scores
-    pool1d = F.max_pool1d if pooling == "max" else F.avg_pool1d
-    return pool1d(scores, kernel, stride=1, padding=kernel // 2)

@@ -1,0 +1,126 @@
+"""Further forwards that give a prompt to the model again, behind its cache, and score its tokens by them (KVzip).
+
+Legend: R rows of one prompt length, H_q query heads, H_kv KV heads, g = H_q / H_kv, T prompt tokens, N repeated
+tokens, n queries of a block, C columns, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from ...conf.errors import InputError
+from ..cache.cache import KVCache
+from ..cache.forward import LayerCall
+from ..cache.products import cached_attention
+from ..cache.rotary import DYNAMIC_ROPE_TYPES
+from ..sharing.plan import Plan
+from .scorers.base import Scorer
+
+BLOCK_QUERIES = 512
+"""Queries whose attention is computed at once."""
+
+
+def scores_by_repetition(
+    scorer: Scorer,
+    model: PreTrainedModel,
+    plan: Plan,
+    stored: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    ids: torch.Tensor,
+) -> list[torch.Tensor]:
+    """Return the largest attention that each token receives from the tokens that repeat it, [R, H_kv, T] per layer.
+
+    Args:
+        scorer: Says which tokens each forward repeats (:meth:`.scorers.base.Scorer.repetitions`).
+        model: The model.
+        plan: Plan of the model.
+        stored: Keys and values [R, H_kv, T, D] of each layer, which are not modified.
+        ids: [R, T], the prompts.
+
+    Raises:
+        InputError: The model cannot be run behind its cache.
+    """
+    length = ids.shape[1]
+    repetitions = scorer.repetitions(length)
+    _check(scorer, model, plan, length, max(len(r.tokens) + len(r.instruction) for r in repetitions))
+    cache = RepetitionCache(plan, stored, min(scorer.protected_sinks(), length))
+    for r in repetitions:
+        instruction = ids.new_tensor(list(r.instruction)).expand(ids.shape[0], -1)  # [R, tokens]
+        repeated = torch.cat([instruction, ids[:, r.tokens.start : r.tokens.stop]], dim=1)  # [R, N]
+        cache.start, cache.end = r.scored.start, r.scored.stop
+        model(
+            input_ids=repeated,
+            position_ids=length + torch.arange(repeated.shape[1], device=ids.device).expand_as(repeated),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    return cache.scores
+
+
+def _check(scorer: Scorer, model: PreTrainedModel, plan: Plan, length: int, longest: int) -> None:
+    """Raise InputError if the model cannot repeat ``longest`` tokens behind a prompt of ``length``."""
+    if not plan.is_uniform:
+        problem = "repeats the prompt behind the cache: use it on a model all of whose layers keep all tokens"
+        raise InputError("method/scorer", scorer.name, problem)
+    if any(getattr(module, "rope_type", None) in DYNAMIC_ROPE_TYPES for module in model.modules()):
+        problem = "repeats the prompt behind the cache, and the model's RoPE depends on the length of the text"
+        raise InputError("method/scorer", scorer.name, problem)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and length + longest > positions:
+        problem = f"repeats {longest} tokens behind a prompt of {length}, and the model has {positions} positions"
+        raise InputError("method/scorer", scorer.name, f"{problem}; use smaller chunks or shorter prompts")
+
+
+class RepetitionCache(KVCache):
+    """Serves forwards behind a stored prompt, to which nothing is appended, and collects the attention to it.
+
+    Args:
+        plan: Plan of the model, each of whose layers owns keys and values.
+        stored: Keys and values [R, H_kv, T, D] of each layer.
+        sinks: Number of first tokens in each softmax.
+
+    Attributes:
+        scores: Largest attention weight of each token so far, [R, H_kv, T] float32 per layer.
+        start, end: The tokens that the current forward repeats.
+    """
+
+    def __init__(self, plan: Plan, stored: Sequence[tuple[torch.Tensor, torch.Tensor]], sinks: int) -> None:
+        super().__init__([], plan)
+        self.stored, self.sinks = list(stored), sinks
+        self.start = self.end = sinks
+        self.scores = [torch.zeros(keys.shape[:3], device=keys.device) for keys, _ in stored]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.stored[0][0].shape[2]
+
+    def attend(self, layer_idx: int, call: LayerCall, padding_mask: torch.Tensor | None) -> torch.Tensor:
+        number = self.plan.cache_layer[layer_idx]
+        keys, values = self.stored[number]
+        columns = torch.cat([keys[:, :, : self.sinks], keys[:, :, self.start : self.end], call.key], dim=2)
+        self.scores[number][:, :, self.start : self.end] = self._largest_weights(call, columns)
+        keys, values = torch.cat([keys, call.key], dim=2), torch.cat([values, call.value], dim=2)
+        return cached_attention(call.query, keys, values, call.rule)
+
+    def _largest_weights(self, call: LayerCall, columns: torch.Tensor) -> torch.Tensor:
+        """Return the largest weight of each repeated token, [R, H_kv, end - start] float32.
+
+        Args:
+            call: Queries and keys of the N repeated tokens.
+            columns: [R, H_kv, C, D], keys of the softmax, the last N of which are the new ones.
+        """
+        rows, heads, count, dim = columns.shape
+        new, chunk = call.columns, slice(self.sinks, self.sinks + self.end - self.start)
+        queries = call.query.reshape(rows, heads, -1, new, dim)  # [R, H_kv, g, N, D]
+        index = torch.arange(count, device=columns.device)
+        largest = torch.zeros((rows, heads, self.end - self.start), device=columns.device)
+        for first in range(0, new, BLOCK_QUERIES):
+            block = queries[:, :, :, first : first + BLOCK_QUERIES]  # [R, H_kv, g, n, D]
+            products = (block.flatten(2, 3) @ columns.mT).float().unflatten(2, block.shape[2:4])
+            own = count - new + torch.arange(first, first + block.shape[3], device=columns.device)[:, None]  # [n, 1]
+            logits = call.rule.logits(products).masked_fill(index > own, float("-inf"))  # [R, H_kv, g, n, C]
+            weights = call.rule.weights(logits, head_dims=2)[..., chunk]
+            largest = torch.maximum(largest, weights.amax(dim=(2, 3)))
+        return largest

@@ -1,0 +1,94 @@
+"""Compactor (Chari and Van Durme, 2025, arXiv 2507.08143): leverage scores plus attention without a causal mask.
+
+Section 3. Two standardized scores of each token are added, without looking at the question:
+
+* its leverage (:mod:`.leverage`), times ``blending``;
+* the attention that it receives from all tokens of its chunk of ``chunk`` consecutive tokens, later and earlier ones,
+  averaged over the query heads of a group, times the norm of its value, averaged over three neighbouring tokens. As
+  published, the logits are not divided by sqrt(D).
+
+The first ``sinks`` tokens and the last ones that the policy protects are left out of both scores. kvpress pads the last
+chunk in a way that changes the attention of its real tokens; here the last chunk is shorter.
+
+Legend: R rows of one prompt length, H_q query heads, H_kv KV heads, T tokens, N of them scored, D channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from ....conf.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from ...cache.prompt import ALL_QUERIES, Prompt
+from ...cache.rotary import Rotary
+from .base import ModelLayer, Scorer
+from .leverage import Leverage, standardized
+
+POOLING_WIDTH = 3
+
+
+@dataclass(frozen=True)
+class Compactor(Scorer):
+    """Standardized leverage plus standardized attention within chunks.
+
+    Attributes:
+        chunk: Tokens of a chunk.
+        blending: Weight of the leverage; None: the share of the prompt that is evicted.
+        sinks: Number of first tokens left out of the scores, which is also the default for the policy's ``sinks``.
+        sketch, ridge, seed: See :class:`.leverage.Leverage`.
+    """
+
+    id: ClassVar[str] = "Compactor"
+    name: ClassVar[str] = "compactor"
+    default_recent: ClassVar[int | float] = 4
+    prefill_only: ClassVar[bool] = True
+    may_be_negative: ClassVar[bool] = True
+    chunk: PositiveInt = 256
+    blending: NonNegativeFloat | None = None
+    sinks: NonNegativeInt = 8
+    sketch: PositiveInt = 48
+    ridge: PositiveFloat = 0.01
+    seed: NonNegativeInt = 0
+
+    @property
+    def observation_window(self) -> int:
+        return ALL_QUERIES
+
+    def protected_sinks(self) -> int:
+        return self.sinks
+
+    def new_state(self, layer: ModelLayer) -> Rotary:
+        return layer.rotary()
+
+    def score(self, prompt: Prompt, state: Rotary) -> torch.Tensor:
+        start, end = self.sinks, prompt.length - prompt.protected
+        if end <= start:
+            return prompt.keys.new_zeros((*prompt.keys.shape[:2], prompt.length), dtype=torch.float32)
+        keys, values = (x[:, :, start:end] for x in (prompt.keys, prompt.values))
+        middle = replace(prompt, query=prompt.query[:, :, start:end], keys=keys, values=values, logsumexp=None)
+        scored = f"{replace(self, blending=None)} to {end}"  # cache key of the scores that are blended
+        leverage = prompt.cached(f"leverage of {scored}", lambda _: self._leverage(middle, state, start))
+        attention = prompt.cached(f"attention of {scored}", lambda _: chunk_attention(middle, self.chunk))
+        evicted = 1 - (prompt.length if prompt.kept is None else prompt.kept) / prompt.length
+        scores = (evicted if self.blending is None else self.blending) * leverage + attention  # [R, H_kv, N]
+        return F.pad(scores, (start, prompt.length - end))
+
+    def _leverage(self, middle: Prompt, rotary: Rotary, start: int) -> torch.Tensor:
+        position = torch.arange(start, start + middle.length, device=middle.keys.device)
+        return Leverage(self.sketch, self.ridge, self.seed).standardized_leverage(middle, rotary, position)
+
+
+def chunk_attention(prompt: Prompt, chunk: int) -> torch.Tensor:
+    """Return the standardized attention that tokens receive within chunks, times their values' norms: [R, H_kv, T]."""
+    rows, _, length, dim = prompt.query.shape
+    heads, received = prompt.keys.shape[1], []
+    queries = prompt.query.float().reshape(rows, heads, -1, length, dim)
+    for start in range(0, length, chunk):
+        q = queries[:, :, :, start : start + chunk]  # [R, H_kv, g, n, D]
+        k = prompt.keys[:, :, None, start : start + chunk].float()  # [R, H_kv, 1, n, D]
+        received.append((q @ k.mT).softmax(dim=-1).sum(dim=3).mean(dim=2))  # [R, H_kv, n]
+    scores = torch.cat(received, dim=2) * prompt.values.float().norm(dim=-1)
+    return standardized(F.avg_pool1d(scores, POOLING_WIDTH, stride=1, padding=POOLING_WIDTH // 2))

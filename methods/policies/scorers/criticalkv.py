@@ -1,0 +1,111 @@
+"""CriticalKV (Feng et al., 2025, arXiv 2502.03805): weigh a scorer's scores by what each value adds to the output.
+
+Section 4, algorithm 1. A token that is evicted changes a layer's output by at most its attention times the L1 norm of
+its projected value. Selection has two stages:
+
+1. The share ``first_stage`` of the budget is filled with the best tokens of the other scorer, so that the attention
+   that is kept is large.
+2. The rest is filled with the tokens of the largest ``(score + epsilon) * N``, where N is the L1 norm of the value
+   after the output projection, averaged over the query heads of a group.
+
+An allocator that compares heads does so by the other scorer's scores. Scores of the other scorer must not be negative,
+because a product with a negative score would prefer small values; such scorers are refused.
+
+Legend: R rows of one prompt length, H_q query heads, H_kv KV heads, H stored heads, T tokens, D value channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ....conf.errors import InputError
+from ....conf.options import NonNegativeFloat, Share
+from ...cache.prompt import Prompt
+from ..ranking import keep_mask
+from .base import ModelLayer, Scorer
+
+BLOCK_TOKENS = 4096
+"""Tokens that are projected at once."""
+
+
+@dataclass(frozen=True)
+class CriticalKV(Scorer):
+    """Scores of another scorer, times the norm of the projected value in a second stage.
+
+    Attributes:
+        scorer: The other scorer. What it observes and protects is what this one does.
+        first_stage: Share of the budget that is filled by the other scorer alone.
+        epsilon: Added to the scores before they are multiplied.
+    """
+
+    id: ClassVar[str] = "CriticalKV"
+    name: ClassVar[str] = "criticalkv"
+    prefill_only: ClassVar[bool] = True
+    ranks_in_stages: ClassVar[bool] = True
+    scorer: Scorer
+    first_stage: Share = 0.5
+    epsilon: NonNegativeFloat = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        problems = {
+            "has negative scores": self.scorer.may_be_negative,
+            "ranks tokens in two stages already": self.scorer.ranks_in_stages,
+            "has no score during the prefill": self.scorer.repeats_prompt,
+        }
+        for problem in (text for text, holds in problems.items() if holds):
+            allowed = "multiplies scores that are attention or the like, such as those of snapkv"
+            key = "method/scorer@method.scorer.scorer"
+            raise InputError(key, self.scorer.name, f"{problem}, and method/scorer=criticalkv {allowed}")
+
+    @property
+    def observation_window(self) -> int:
+        return self.scorer.observation_window
+
+    @property
+    def stores_query_heads(self) -> bool:
+        return self.scorer.stores_query_heads
+
+    def protected_recent(self) -> int | float:
+        return self.scorer.protected_recent()
+
+    def protected_sinks(self) -> int:
+        return self.scorer.protected_sinks()
+
+    def new_state(self, layer: ModelLayer) -> tuple[Any, ModelLayer]:
+        return self.scorer.new_state(layer), layer
+
+    def score(self, prompt: Prompt, state: tuple[Any, ModelLayer]) -> torch.Tensor:
+        scores = self.scorer.score(prompt, state[0]).float()  # [R, H or 1, T]
+        return scores.expand(-1, (prompt.query if self.stores_query_heads else prompt.keys).shape[1], -1)
+
+    def tie_scores(self, prompt: Prompt, state: tuple[Any, ModelLayer]) -> torch.Tensor:
+        """Return the scores of the second stage, which also order equal scores of the first one."""
+        norms = prompt.cached("norms of projected values", lambda prompt: self._norms(prompt, state[1]))
+        norms = norms if self.stores_query_heads else prompt.reduce_groups(norms)  # [R, H, T]
+        return (self.score(prompt, state) + self.epsilon) * norms
+
+    def ranking_scores(
+        self, scores: torch.Tensor, ties: torch.Tensor | None, count: int | torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        assert ties is not None
+        first = (self.first_stage * count).long() if isinstance(count, torch.Tensor) else int(self.first_stage * count)
+        return ties.masked_fill(keep_mask(scores, first), float("inf")), None
+
+    def _norms(self, prompt: Prompt, layer: ModelLayer) -> torch.Tensor:
+        """Return the L1 norms of the projected values for each query head: [R, H_q, T] float32."""
+        heads, of_readers = prompt.values.shape[1], []
+        for weight in layer.output_weights():  # [H_q of one layer of the model, D, hidden]
+            groups = weight.shape[0] // heads
+            norms = [_projected_norms(prompt.values[:, j // groups], w) for j, w in enumerate(weight)]
+            of_readers.append(torch.stack(norms, dim=1).unflatten(1, (heads, groups)))  # [R, H_kv, g, T]
+        return torch.cat(of_readers, dim=2).flatten(1, 2)
+
+
+def _projected_norms(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return |v W|_1 of the values [R, T, D] of one head, with W [D, hidden]: [R, T] float32."""
+    blocks = values.split(BLOCK_TOKENS, dim=1)
+    return torch.cat([(block @ weight).abs().sum(dim=-1, dtype=torch.float32) for block in blocks], dim=1)

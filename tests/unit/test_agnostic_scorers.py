@@ -1,0 +1,321 @@
+"""CurDKV, leverage, Compactor, DuoAttention: scores and kept sets of kvpress, and their rules in float64 loops."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from golden import newer_entries, newer_prompt
+from tiny_models import left_pad, prompt_ids, tiny_model
+
+from kvbench.conf.errors import InputError
+from kvbench.methods.cache.fan_out import FanOutCache
+from kvbench.methods.cache.logits import LogitRule
+from kvbench.methods.cache.prompt import Prompt
+from kvbench.methods.cache.rotary import Rotary
+from kvbench.methods.policies.eviction import EvictionPolicy
+from kvbench.methods.policies.schedules.every_step import EveryStep
+from kvbench.methods.policies.scorers import compactor
+from kvbench.methods.policies.scorers.base import ModelLayer, Scorer
+from kvbench.methods.policies.scorers.compactor import Compactor, chunk_attention
+from kvbench.methods.policies.scorers.cur import CUR
+from kvbench.methods.policies.scorers.duo_attention import DuoAttention
+from kvbench.methods.policies.scorers.leverage import Leverage, standardized
+from kvbench.methods.policies.scorers.random_tokens import RandomTokens
+from kvbench.runners.config.methods import named_method
+from kvbench.runners.engine import prefill
+
+ENTRIES = newer_entries()
+LAYERS: list[dict[str, Any]] = ENTRIES["layers"]
+ROTARY = Rotary(10000.0 ** (-torch.arange(8) / 8))
+LAYER = ModelLayer(0, 0, 1, lambda: ROTARY)
+D = 16
+
+
+@pytest.fixture
+def published_sketch(monkeypatch):
+    """The normal numbers that the published scores were made with."""
+
+    def gaussian(self: Leverage, layer_idx: int, heads: int, dim: int) -> torch.Tensor:
+        return torch.tensor(ENTRIES["sketch_gaussian"][str(self.sketch)])
+
+    monkeypatch.setattr(Leverage, "gaussian", gaussian)
+
+
+def kept(scorer: Scorer, prompt: Prompt, budget: int, **protected: int) -> list[list[int]]:
+    """Tokens that each head of the only row keeps."""
+    policy = EvictionPolicy(scorer, budget, **protected)
+    slots = policy.select(prompt, policy.new_state(LAYER)).slots
+    assert slots is not None
+    sets: list[list[int]] = slots[0].tolist()
+    return sets
+
+
+def random_prompt(length: int = 45, heads: int = 2, groups: int = 2) -> Prompt:
+    g = torch.Generator().manual_seed(length)
+    query, keys, values = (
+        torch.randn(1, n, length, D, generator=g, dtype=torch.float64) for n in (heads * groups, heads, heads)
+    )
+    return Prompt(query, keys, values, LogitRule(D**-0.5), 0, 1)
+
+
+# CurDKV ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("cur r=0.5 key local w=16", {"norms": "key"}),
+        ("cur r=0.5 value local w=16", {"norms": "value"}),
+        ("cur r=0.5 kv_avg local w=16", {"norms": "mean"}),
+        ("cur r=0.5 kv_product local w=16", {}),
+        ("cur r=0.5 kv_product local w=20", {"local": 20}),
+        ("cur r=0.5 kv_product global", {"local": None}),
+    ],
+)
+def test_cur_is_kvpress(name, options):
+    for layer in LAYERS:
+        prompt = newer_prompt(layer, 0)
+        scores = CUR(**options).score(prompt)[0]
+        torch.testing.assert_close(scores[:, 4:], torch.tensor(layer["scores"][name])[:, 4:], rtol=1e-4, atol=0)
+        assert kept(CUR(**options), prompt, 48) == layer["kept"][name]
+
+
+@pytest.mark.parametrize(("length", "local"), [(45, 16), (32, 16), (7, 16), (45, None)])
+def test_cur_is_the_naive_product(length, local):
+    """The last block is shorter than the others."""
+    prompt = random_prompt(length)
+    ours = CUR(local=local).score(prompt)
+    for h in range(2):
+        products = []
+        for t in range(length):
+            block = range(length) if local is None else range(t // local * local, min(length, (t // local + 1) * local))
+            product = 1.0
+            for x in (prompt.keys[0, h], prompt.values[0, h]):
+                total = 1.0 if local is None else sum(float((x[i] ** 2).sum()) for i in block)
+                product *= float((x[t] ** 2).sum()) / total
+            products.append(product)
+        assert ours[0, h].tolist() == pytest.approx([p / sum(products) for p in products], rel=1e-4)
+
+
+def test_cur_of_zero_vectors_is_zero():
+    zeros = torch.zeros(1, 1, 36, D)
+    scores = CUR().score(Prompt(zeros[:, :, :0], zeros, zeros, LogitRule(1.0), 0, 1))
+    assert torch.equal(scores, torch.zeros(1, 1, 36))
+
+
+# leverage -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sketch", [8, 48])
+def test_leverage_is_kvpress(published_sketch, sketch):
+    """With 48 columns of 16 channels the matrix is singular but for the ridge, and float32 loses digits."""
+    name = f"leverage r=0.5 sketch={sketch}"
+    for index, layer in enumerate(LAYERS):
+        prompt, scorer = newer_prompt(layer, 0, index), Leverage(sketch)
+        expected = torch.tensor(layer["scores"][name])
+        torch.testing.assert_close(scorer.score(prompt, ROTARY)[0], expected, rtol=1e-3, atol=2e-3)
+        if sketch == 8:
+            assert kept(scorer, prompt, 48) == layer["kept"][name]
+
+
+def test_leverage_is_the_naive_quadratic_form():
+    prompt, scorer = random_prompt(), Leverage(sketch=12)
+    ours = scorer.score(prompt, ROTARY)[0]
+    sketch, scores = scorer.gaussian(0, 2, D).double(), []
+    for h in range(2):
+        keys = []
+        for t, key in enumerate(prompt.keys[0, h].tolist()):  # rotate each pair of channels back by t positions
+            turned = list(key)
+            for i in range(8):
+                angle = -t * 10000.0 ** (-i / 8)
+                turned[i] = key[i] * math.cos(angle) - key[i + 8] * math.sin(angle)
+                turned[i + 8] = key[i + 8] * math.cos(angle) + key[i] * math.sin(angle)
+            keys.append(turned)
+        x = torch.tensor(keys, dtype=torch.float64)
+        x = (x - x.mean(0)) @ sketch[h] / math.sqrt(12)
+        inverse = torch.linalg.inv(x.T @ x + 0.01 * torch.eye(12, dtype=torch.float64))
+        scores.append([float(row @ inverse @ row) for row in x])
+    flat = torch.tensor(scores, dtype=torch.float64)
+    expected = (flat - flat.mean()) / flat.flatten().std()
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_leverage_does_not_depend_on_an_offset_of_all_keys():
+    """An offset before RoPE, that is; and the sum without a ridge is the rank of the keys."""
+    prompt, position = random_prompt(), torch.arange(45)[None]
+    before = ROTARY.rotate(prompt.keys, -position) + torch.linspace(-2, 5, D)
+    moved = Prompt(prompt.query, ROTARY.rotate(before, position), prompt.values, prompt.rule, 0, 1)
+    a, b = (Leverage().score(p, ROTARY) for p in (prompt, moved))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
+
+
+def test_leverage_of_equal_keys_is_zero():
+    keys = torch.ones(1, 1, 20, D)
+    keys = ROTARY.rotate(keys, torch.arange(20)[None])
+    scores = Leverage().score(Prompt(keys[:, :, :0], keys, keys, LogitRule(1.0), 0, 1), ROTARY)
+    assert scores.abs().max() < 1e-3
+
+
+# Compactor ------------------------------------------------------------------------------------------------------------
+
+
+def test_attention_within_chunks_is_kvpress():
+    """Chunks that divide the prompt: kvpress pads the last one in a way that changes its real tokens."""
+    for layer in LAYERS:
+        scores = chunk_attention(newer_prompt(layer, 96), 32)[0]
+        expected = torch.tensor(layer["scores"]["non_causal r=0.5 chunk=32"])
+        torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [10, 20, 64])
+def test_attention_within_chunks_is_the_naive_sum(chunk):
+    """No factor on the logits, no causal mask; the last chunk is shorter, or there is only one."""
+    prompt = random_prompt()
+    totals = torch.zeros(2, 45, dtype=torch.float64)
+    for h in range(2):
+        for start in range(0, 45, chunk):
+            tokens = range(start, min(45, start + chunk))
+            for head in (2 * h, 2 * h + 1):
+                for i in tokens:
+                    logits = torch.stack([prompt.query[0, head, i] @ prompt.keys[0, h, t] for t in tokens])
+                    totals[h, start : start + chunk] += logits.softmax(0) / 2
+        totals[h] *= prompt.values[0, h].norm(dim=-1)
+    padded = torch.nn.functional.pad(totals, (1, 1))
+    pooled = torch.stack([padded[:, t : t + 3].sum(1) / 3 for t in range(45)], dim=1)
+    expected = (pooled - pooled.mean()) / pooled.flatten().std()
+    torch.testing.assert_close(chunk_attention(prompt, chunk)[0].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "blending"),
+    [("compactor r=0.5 chunk=32 sketch=8", None), ("compactor r=0.5 chunk=32 sketch=8 blending=0.35", 0.35)],
+)
+def test_compactor_is_kvpress(published_sketch, monkeypatch, name, blending):
+    """With its padding of the last chunk: zeros, to which real queries attend and which attend to real keys."""
+
+    def padded_chunk_attention(prompt: Prompt, chunk: int) -> torch.Tensor:
+        pad = (0, 0, 0, -prompt.length % chunk)
+        query, keys = (torch.nn.functional.pad(x, pad).unflatten(2, (-1, chunk)) for x in (prompt.query, prompt.keys))
+        weights = (query @ keys.repeat_interleave(2, dim=1).mT).softmax(-1)  # [1, H_q, chunks, chunk, chunk]
+        received = weights.sum(3).unflatten(1, (2, 2)).mean(2).flatten(2)[..., : prompt.length]
+        scores = received * prompt.values.norm(dim=-1)
+        return standardized(torch.nn.functional.avg_pool1d(scores, 3, stride=1, padding=1))
+
+    monkeypatch.setattr(compactor, "chunk_attention", padded_chunk_attention)
+    for index, layer in enumerate(LAYERS):
+        scorer = Compactor(chunk=32, sketch=8, blending=blending)
+        prompt = newer_prompt(layer, 96, index)
+        scores = scorer.score(replace(prompt, protected=4, kept=48), ROTARY)[0, :, 8:92]
+        expected = torch.tensor(layer["scores"][name])[:, 8:92]
+        torch.testing.assert_close(scores, expected, rtol=1e-3, atol=2e-3)
+        assert kept(scorer, prompt, 48) == layer["kept"][name]
+
+
+def test_compactor_is_leverage_and_attention_of_the_tokens_between():
+    prompt = random_prompt(60)
+    middle = Prompt(*(x[:, :, 8:56] for x in (prompt.query, prompt.keys, prompt.values)), prompt.rule, 0, 1)
+    leverage = Leverage().standardized_leverage(middle, ROTARY, torch.arange(8, 56))
+    attention = chunk_attention(middle, 16)
+    for blending, kept_tokens, factor in ((0.35, None, 0.35), (None, 24, 0.6), (None, None, 0.0)):
+        scorer = Compactor(chunk=16, blending=blending)
+        scores = scorer.score(
+            Prompt(prompt.query, prompt.keys, prompt.values, prompt.rule, 0, 1, protected=4, kept=kept_tokens), ROTARY
+        )
+        torch.testing.assert_close(scores[:, :, 8:56], factor * leverage + attention)
+
+
+@pytest.mark.parametrize("length", [1, 12, 13, 14])
+def test_compactor_of_short_prompts_is_finite(length):
+    assert Compactor().score(replace(random_prompt(length), protected=min(4, length)), ROTARY).isfinite().all()
+
+
+@pytest.mark.parametrize("scorer", [Leverage(), Compactor(), DuoAttention()], ids=lambda s: s.name)
+def test_keys_before_rope_are_not_there_while_decoding(scorer):
+    with pytest.raises(
+        InputError, match=r"^method/schedule=every_step: .*needs the complete prompt; use after_prefill"
+    ):
+        EvictionPolicy(scorer, 512, schedule=EveryStep())
+
+
+# DuoAttention ---------------------------------------------------------------------------------------------------------
+
+
+def rotated(vector: list[float], by: int) -> list[float]:
+    """RoPE of the golden model, pair by pair."""
+    out = list(vector)
+    for i in range(8):
+        angle = by * 10000.0 ** (-i / 8)
+        out[i] = vector[i] * math.cos(angle) - vector[i + 8] * math.sin(angle)
+        out[i + 8] = vector[i + 8] * math.cos(angle) + vector[i] * math.sin(angle)
+    return out
+
+
+def test_reach_is_the_naive_mean_of_attention_sums():
+    prompt, places = random_prompt(), 60
+    ours = DuoAttention(places).score(prompt, ROTARY)[0]
+    for h in range(2):
+        key = torch.tensor([rotated(k, -t) for t, k in enumerate(prompt.keys[0, h].tolist())]).mean(0).tolist()
+        reach = 0.0
+        for j in (2 * h, 2 * h + 1):
+            query = torch.tensor([rotated(q, -t) for t, q in enumerate(prompt.query[0, j].tolist())]).mean(0).tolist()
+            query = rotated(query, places - 1)
+            exps = [
+                math.exp(sum(a * b for a, b in zip(query, rotated(key, p), strict=True)) / math.sqrt(D))
+                for p in range(places)
+            ]
+            reach += sum(sum(exps[: p + 1]) / sum(exps) for p in range(places)) / places / 2
+        assert ours[h].tolist() == pytest.approx([reach] * 45, rel=1e-4)
+
+
+def test_reach_of_uniform_attention_is_about_one_half():
+    prompt = random_prompt()
+    flat = replace(prompt, query=torch.zeros_like(prompt.query))
+    assert DuoAttention(500).score(flat, ROTARY)[0].tolist()[0] == pytest.approx([501 / 1000] * 45)
+
+
+def test_far_reaching_heads_keep_all_tokens_and_the_others_sinks_and_recent_ones():
+    model, length, sinks, recent = tiny_model(), 70, 4, 8
+    count = 2 * len(model.model.layers)
+    budget = (3 * length + (count - 3) * (sinks + recent)) // count  # three heads keep all
+    method = named_method(f"duo_attention budget={budget} sinks={sinks} recent={recent}")
+    cache = method.new_cache(model)
+    prefill(model, cache, prompt_ids(length))
+    held = sorted(int(n) for layer in cache.tokens_held for n in layer[0].expand(2))
+    assert sum(held) == budget * count
+    assert held[-3:-1] == [length] * 2 and held[: count - 4] == [sinks + recent] * (count - 4)
+
+
+# random ---------------------------------------------------------------------------------------------------------------
+
+
+def test_random_scores_are_drawn_for_each_prompt():
+    prompt = random_prompt()
+    a, b, again = (RandomTokens().score(replace(prompt, text_seeds=torch.tensor([n])), None) for n in (1, 2, 1))
+    assert torch.equal(a, again) and not torch.equal(a, b)
+    assert not torch.equal(a, RandomTokens(seed=1).score(replace(prompt, text_seeds=torch.tensor([1])), None))
+    assert not torch.equal(a[0, 0], a[0, 1])
+
+
+def test_the_engine_passes_a_hash_of_the_tokens_on(monkeypatch):
+    """Prompts of one length keep other tokens; a prompt keeps the same ones in a padded batch and in a fan-out."""
+    seen = []
+    score = RandomTokens.score
+    monkeypatch.setattr(
+        RandomTokens, "score", lambda self, prompt, state: seen.append(prompt.text_seeds) or score(self, prompt, state)
+    )
+    model, prompts = tiny_model(), [prompt_ids(30, 1), prompt_ids(30, 2), prompt_ids(41, 3)]
+    ids, mask = left_pad(prompts)
+    method = named_method("random budget=20 recent=4")
+    for cache in (method.new_cache(model), FanOutCache([method.new_cache(model), method.new_cache(model)])):
+        seen.clear()
+        prefill(model, cache, ids, mask)
+        together = [seed for seeds in seen[:2] for seed in seeds.tolist()]  # rows of 41 tokens come first
+        seen.clear()
+        for prompt in prompts:
+            prefill(model, method.new_cache(model), prompt)
+        alone = [int(seeds) for seeds in seen[:: len(model.model.layers)]]
+        assert together == [alone[2], *alone[:2]] and len(set(alone)) == 3
