@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..describe import by_compressed_layers, longbench_rows, tie_rule
+from ..entries import co_batched
 from ..load import Run
 
 FEW_EXAMPLES = 30
@@ -85,7 +86,7 @@ def ways_of_reading(runs: Sequence[Run]) -> list[str]:
     dtype = runs[0].record["identity"]["dtype"]
     records = [run.record for run in runs if run.done]
     chunks = sorted({maker.get("chunk_size") or 0 for record in records for maker in makers(record)})
-    methods = sorted({1 + len(record["rode_with"]) for record in records if "rode_with" in record})
+    methods = sorted({1 + count for record in records if (count := co_batched(record)) is not None})
     ways = []
     if len(chunks) > 1:
         ways.append(f"in chunks of {', '.join(str(size) if size else 'all' for size in chunks)} tokens")
