@@ -81,6 +81,14 @@ def tie_rules(runs: Sequence[Run]) -> list[str]:
     return [f"Tokens were not ranked alike ({rules}): a part of a difference is the choice among equal scores."]
 
 
+def missing_sets(runs: Sequence[Run]) -> list[str]:
+    """Which runs lack a data set that others have: their means are of other data."""
+    done = [run for run in runs if run.done]
+    every = {name for run in done for name in run.record["scores"]}
+    lacking = [run.label for run in done if every - run.record["scores"].keys()]
+    return [f"Some data sets are missing, so these means are of other data: {', '.join(lacking)}."] if lacking else []
+
+
 def ways_of_reading(runs: Sequence[Run]) -> list[str]:
     """How prompts were read where it differs, in 16 bits: chunk size and a shared prefill each round differently."""
     dtype = runs[0].record["identity"]["dtype"]
