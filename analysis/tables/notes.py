@@ -35,7 +35,8 @@ def narrow_storage(runs: Sequence[Run]) -> list[str]:
 
 def made_by(runs: Sequence[Run]) -> list[str]:
     """Who made a table's rows, where a reader must know: changed files, or more than one version of something."""
-    made = [maker for run in runs for maker in makers(run.record)]
+    shared = {id(maker): maker for run in runs for maker in makers(run.record)}  # one object for many runs
+    made = list(shared.values())
     notes = []
     if any(m.get("git", {}).get("dirty") for m in made):
         notes.append("Made by code that differs from its commit.")
