@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from functools import cache, lru_cache
 from statistics import fmean
 from typing import Any
 
@@ -61,10 +61,16 @@ def _checker(spec: Any) -> Checker:
     if isinstance(spec, Each | ListOf):
         return _checker_of_entries(_checker(spec.spec), type(spec))
     words = in_words(spec)
-    takes_floats = spec in (float, float | None)  # most values of a record: `fits` would be slow
+    takes_floats = spec in (float, float | None)  # most values of a record, and no two are the same
+
+    @lru_cache(maxsize=1000, typed=True)  # `fits` is slow, and records of one folder have most other values in common
+    def fits_spec(value: Hashable) -> bool:
+        return fits(value, spec)
 
     def check(value: Any) -> Problem | None:
-        if (takes_floats and type(value) is float and math.isfinite(value)) or fits(value, spec):
+        if takes_floats and type(value) is float and math.isfinite(value):
+            return None
+        if fits(value, spec) if isinstance(value, list | dict) else fits_spec(value):
             return None
         return "", f"is {_shown(value)}: must be {words}"
 

@@ -86,7 +86,8 @@ def longbench_rows(record: Mapping[str, Any]) -> str | None:
     """
     if record["identity"]["task"].get("class") not in ("LongBench", "LongBenchV2"):
         return None
-    return next((part for part in ("mini", "subset") if f"-{part}" in record["task"]), None)
+    name, source = record["task"], record["identity"]["task"].get("source")  # the hash covers the source alone
+    return next((part for part in ("mini", "subset") if f"-{part}" in name or source == f"longbench-{part}"), None)
 
 
 def setting(record: Mapping[str, Any], runs: Iterable[Run]) -> str:

@@ -11,13 +11,16 @@ from typing import Any
 from ..conf.errors import InputError
 from .checks import problem_of
 from .examples import Contradiction, Examples, read_examples
-from .index import MIN_RECORDS, Entry, Index
+from .index import BATCH, MIN_RECORDS, Entry, Index
 from .schema import FIELDS, RECORD, RESULTS, SAMPLES, SCHEMA
 
 REFERENCE = "reference"
 """Folder of the committed runs below the results folder."""
 NOT_LOADED = ("config", "curve", "repetitions", "validations")
-"""Fields that :func:`read_entries` leaves out, because no table needs them and they are most of a record's size."""
+"""Fields that :func:`read_entries` leaves out, because no table needs them and they are most of a record's size.
+
+Of ``rode_with`` it keeps the number of entries.
+"""
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -60,10 +63,13 @@ def read_entries(folder: Path) -> dict[Path, Entry]:
     index = Index(folder)
     below = {path.relative_to(folder).as_posix(): stamp for path, stamp in stamps.items()}
     found = index.read(below)
-    new = {name: _entry(folder / name) for name in below if name not in found}
-    if new or len(found) < index.size:
-        index.write(new, below)
-    return {path: new.get(name) or found[name] for path, name in zip(stamps, below, strict=True)}
+    if len(found) < index.size:
+        index.remove_others(found)
+    new = [name for name in below if name not in found]
+    for start in range(0, len(new), BATCH):
+        made = {name: _entry(folder / name) for name in new[start : start + BATCH]}
+        found |= index.add(made, below)
+    return {path: found[name] for path, name in zip(stamps, below, strict=True)}
 
 
 def _stamps(folder: Path) -> Iterator[tuple[Path, str]]:
@@ -100,7 +106,15 @@ def _entry(path: Path) -> Entry:
             return Entry(None, skipped=str(error))
     for field in NOT_LOADED:
         record.pop(field, None)
+    if "rode_with" in record:  # names of all other methods of the command: a folder would grow with their square
+        record["rode_with"] = len(record["rode_with"])
     return Entry(record, examples, note=note)
+
+
+def co_batched(record: Mapping[str, Any]) -> int | None:
+    """Number of other methods that shared a run's prefill; None if the record does not say."""
+    others = record.get("rode_with")
+    return others if others is None or isinstance(others, int) else len(others)
 
 
 def examples_of(folder: Path, record: Mapping[str, Any]) -> Examples | None:

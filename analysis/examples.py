@@ -82,11 +82,13 @@ def _parse(path: Path, factor: float) -> tuple[Examples, Counter[str]]:
     counts: Counter[str] = Counter()
     for number, line in _lines(path):
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode())  # for bytes, json guesses the encoding
             dataset = row["dataset"]
             key = (row.get("group", dataset), row["id"])
             score, length = row["score"], row.get("new_tokens")
-            if not all(isinstance(part, str) for part in (dataset, *key)) or not _is_number(score):
+            if not (isinstance(dataset, str) and isinstance(key[0], str) and isinstance(key[1], str)):
+                raise TypeError
+            if not _is_number(score):
                 raise TypeError
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise ValueError(f"line {number} is no row of an example") from None
@@ -107,4 +109,4 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in (float, int) and math.isfinite(value)

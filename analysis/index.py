@@ -15,7 +15,7 @@ import json
 import os
 import sqlite3
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from .examples import Examples
 MIN_RECORDS = 500
 """Number of records from which on a folder has an index."""
 BATCH = 2000
-"""Entries that are parsed together: the parser keeps each name of a field once per call."""
+"""Entries that are parsed and written together: the parser keeps each name of a field once per call."""
 
 SHARED = ("data", "sessions", "provenance", "cache_layers", "shown")
 """Fields of a record that many records have in common; so has each field of ``identity`` that is a mapping."""
@@ -97,20 +97,44 @@ class Index:
             return {}
         return found
 
-    def write(self, entries: Mapping[str, Entry], stamps: Mapping[str, str]) -> None:
-        """Add entries, and remove those of records that are gone; without effect if the file cannot be written."""
+    def add(self, entries: Mapping[str, Entry], stamps: Mapping[str, str]) -> dict[str, Entry]:
+        """Add entries to the file; without effect on it if it cannot be written.
+
+        Args:
+            entries: Some entries by path.
+            stamps: Path -> times and sizes of its files.
+
+        Returns:
+            The entries as :meth:`read` gives them: with what they have in common stored once.
+        """
         parts: dict[str, str] = {}
+        rows = [self._encoded(path, stamps[path], entry, parts) for path, entry in entries.items()]
+        self._change(
+            ("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows),
+            ("INSERT OR IGNORE INTO parts VALUES (?, ?)", list(parts.items())),
+        )
+        self._parts |= {digest: json.loads(text) for digest, text in parts.items() if digest not in self._parts}
+        return self._decoded(rows)
+
+    def remove_others(self, paths: Collection[str]) -> None:
+        """Remove the entries of all other paths: of records that are gone or have changed."""
+        if not self._path.is_file():
+            return
+        others: list[tuple[str]] = []
+        with suppress(sqlite3.Error), closing(sqlite3.connect(f"{self._path.as_uri()}?mode=ro", uri=True)) as base:
+            others += [(path,) for (path,) in base.execute("SELECT path FROM entries") if path not in paths]
+        self._change(("DELETE FROM entries WHERE path = ?", others))
+
+    def _change(self, *statements: tuple[str, Sequence[tuple[Any, ...]]]) -> None:
+        """Run statements, each for many rows, in one transaction."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with closing(sqlite3.connect(self._path, timeout=1)) as base, base:
                 for statement in TABLES:
                     base.execute(statement)
-                gone = [(path,) for (path,) in base.execute("SELECT path FROM entries") if path not in stamps]
-                base.executemany("DELETE FROM entries WHERE path = ?", gone)
-                rows = (self._encoded(path, stamps[path], entry, parts) for path, entry in entries.items())
-                base.executemany("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
-                base.executemany("INSERT OR IGNORE INTO parts VALUES (?, ?)", parts.items())
-        except (sqlite3.OperationalError, OSError):  # read-only, locked, or the disk is full
+                for statement, rows in statements:
+                    base.executemany(statement, rows)
+        except (sqlite3.OperationalError, OSError, UnicodeError):  # read-only, locked, full, or a name not in Unicode
             return
         except sqlite3.DatabaseError:  # not SQLite's, or damaged
             with suppress(OSError):
@@ -120,7 +144,7 @@ class Index:
 
     def _encoded(self, path: str, stamp: str, entry: Entry, parts: dict[str, str]) -> tuple[Any, ...]:
         def refer(value: Any) -> str:
-            text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+            text = json.dumps(value, separators=(",", ":"))
             digest = hashlib.sha256(text.encode()).hexdigest()[:24]
             parts[digest] = text
             return digest
@@ -129,7 +153,7 @@ class Index:
         if entry.record is not None:
             lean = {key: refer(value) if key in SHARED else value for key, value in entry.record.items()}
             identity = {k: [refer(v)] if isinstance(v, dict) else v for k, v in entry.record["identity"].items()}
-            record = json.dumps({**lean, "identity": identity}, ensure_ascii=False, separators=(",", ":"))
+            record = json.dumps({**lean, "identity": identity}, separators=(",", ":"))
         examples = entry.examples
         keys = None if examples is None else refer(examples.keys)
         blobs = (None, None) if examples is None else (examples.scores.tobytes(), examples.new_tokens.tobytes())

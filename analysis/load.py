@@ -78,7 +78,7 @@ class Run:
     label: str
     examples: Examples | None = None
 
-    @property
+    @cached_property
     def is_full_cache(self) -> bool:
         """Everything kept, uncompressed: the baseline (``full`` on another storage is not)."""
         method = self.record["identity"]["method"]

@@ -39,8 +39,8 @@ def main() -> None:
         make_runs(folder / "results", args.runs)
         print(f"{args.runs} runs made in {time.perf_counter() - start:.0f} s", flush=True)
         for reading in ("first", "second"):
-            seconds, peak = measure(folder)
-            print(f"{reading} reading: {seconds:.1f} s, {peak / 2**30:.2f} GiB", flush=True)
+            seconds, cpu_seconds, peak = measure(folder)
+            print(f"{reading} reading: {seconds:.1f} s ({cpu_seconds:.1f} s CPU), {peak / 2**30:.2f} GiB", flush=True)
         size = sum(path.stat().st_size for path in (folder / "cache").rglob("*") if path.is_file())
         print(f"index: {size / 2**20:.0f} MiB")
 
@@ -75,8 +75,8 @@ def with_identity(record: dict[str, Any], model: str, budget: int) -> dict[str, 
     return {**record, **own, "method_label": f"snapkv {budget}"}
 
 
-def measure(folder: Path) -> tuple[float, int]:
-    """Seconds and peak bytes of a process that prints all tables."""
+def measure(folder: Path) -> tuple[float, float, int]:
+    """Elapsed seconds, CPU seconds and peak bytes of a process that prints all tables."""
     command = [sys.executable, "-m", "kvbench.analysis.tables", str(folder / "results"), "-o", str(folder / "out.md")]
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
     start = time.perf_counter()
@@ -84,7 +84,7 @@ def measure(folder: Path) -> tuple[float, int]:
     _, status, used = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"kvbench table ended with status {os.waitstatus_to_exitcode(status)}")
-    return time.perf_counter() - start, 1024 * used.ru_maxrss
+    return time.perf_counter() - start, used.ru_utime + used.ru_stime, 1024 * used.ru_maxrss
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def _plot(args: argparse.Namespace) -> int:
         print(" ".join(line.split()), file=sys.stderr)
     if not specs and not failures:
         print(f"nothing to plot in {args.results}: a figure needs two comparable runs", file=sys.stderr)
-    return 1 if failures or (problems and not runs) else 0
+    return 1 if failures or not specs else 0
 
 
 def _with_full_cache(runs: Sequence[Run], chosen: Sequence[Run]) -> list[Run]:

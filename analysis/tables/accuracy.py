@@ -24,7 +24,7 @@ from .marks import (
     members_of,
     tests_of,
 )
-from .notes import guards, made_by, narrow_storage, ways_of_reading
+from .notes import guards, made_by, missing_sets, narrow_storage, ways_of_reading
 
 WITHIN = {True: "yes", False: "no", None: "undecided"}
 """Answers of :func:`.stats.non_inferior` in words."""
@@ -48,7 +48,7 @@ def accuracy_table(runs: Sequence[Run], by_set: bool = True, tested: bool = True
     families = ["", *map(family, columns.names), *("" for _ in columns.heads[1 + len(columns.names) :])]
     table = Table(title(runs), columns.heads, rows, runs, families=families if any(families) else [], blocks=blocks)
     marks = _mark_the_best(table, columns) if tested else []
-    table.notes += guards(runs[0].record) + _missing_sets(runs) + marks + columns.notes() + narrow_storage(runs)
+    table.notes += guards(runs[0].record) + missing_sets(runs) + marks + columns.notes() + narrow_storage(runs)
     table.notes += ways_of_reading(runs) + made_by(runs)
     return table
 
@@ -204,14 +204,6 @@ def _mark_the_best(table: Table, columns: _Columns) -> list[str]:
                 if table.runs[i].record["hash"] in best:
                     table.rows[i][column] = bold(table.rows[i][column])
     return [BLOCKS, BEST] if members else []
-
-
-def _missing_sets(runs: Sequence[Run]) -> list[str]:
-    """Which runs lack a data set that others have: their means are of other data."""
-    done = [run for run in runs if run.done]
-    every = {name for run in done for name in run.record["scores"]}
-    lacking = [run.label for run in done if every - run.record["scores"].keys()]
-    return [f"Some data sets are missing, so these means are of other data: {', '.join(lacking)}."] if lacking else []
 
 
 def title(runs: Sequence[Run]) -> str:

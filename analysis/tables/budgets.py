@@ -9,7 +9,7 @@ from ..load import Run, average, comparable, fewer_is_better
 from .accuracy import title
 from .cells import Cell, Table, fixed, number
 from .marks import BEST, BLOCKS, DAGGER, EQUAL_BYTES, SIGNIFICANT, Tests, in_blocks, members_of, tests_of
-from .notes import different_layers, guards, made_by, tie_rules, ways_of_reading
+from .notes import different_layers, guards, made_by, missing_sets, tie_rules, ways_of_reading
 
 
 def budget_tables(runs: Sequence[Run], tested: bool = True) -> list[Table]:
@@ -53,7 +53,8 @@ def _by_budget(group: Sequence[Run], by_curve: Mapping[str, Mapping[int, Run]], 
     ]
     shown = [run for row in by_curve.values() for run in row.values()]
     what = "Perplexity" if fewer_is_better(group[0].record) else "Mean score"
-    notes = [*guards(group[0].record), f"{what} and its 95 % interval. {_bytes_kept(by_curve, budgets)}"]
+    notes = [*guards(group[0].record), *missing_sets(group)]
+    notes.append(f"{what} and its 95 % interval. {_bytes_kept(by_curve, budgets)}")
     if best:
         notes.append("Bold: the best of a column and all that cannot be told from it, among those at equal bytes.")
     notes += [SIGNIFICANT] if any(map(tests.is_significant, shown)) else []
@@ -102,7 +103,7 @@ def _without_budget(group: Sequence[Run], others: Sequence[Run], tests: Tests) -
         [Cell(run.label), _with_interval(run, tests, best), number(100 * run.record["bytes"]["kv_ratio"], 1, " %")]
         for run in others
     ]
-    notes = guards(group[0].record) + ([BLOCKS, BEST] if best else [])
+    notes = guards(group[0].record) + missing_sets(group) + ([BLOCKS, BEST] if best else [])
     notes += [SIGNIFICANT] if any(map(tests.is_significant, others)) else []
     notes += ways_of_reading(group) + made_by(group)
     return Table(title(group), ["method", column, "KV kept"], rows, others, notes, blocks=blocks)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..describe import by_compressed_layers, longbench_rows, tie_rule
+from ..entries import co_batched
 from ..load import Run
 
 FEW_EXAMPLES = 30
@@ -34,7 +35,8 @@ def narrow_storage(runs: Sequence[Run]) -> list[str]:
 
 def made_by(runs: Sequence[Run]) -> list[str]:
     """Who made a table's rows, where a reader must know: changed files, or more than one version of something."""
-    made = [maker for run in runs for maker in makers(run.record)]
+    shared = {id(maker): maker for run in runs for maker in makers(run.record)}  # one object for many runs
+    made = list(shared.values())
     notes = []
     if any(m.get("git", {}).get("dirty") for m in made):
         notes.append("Made by code that differs from its commit.")
@@ -80,12 +82,20 @@ def tie_rules(runs: Sequence[Run]) -> list[str]:
     return [f"Tokens were not ranked alike ({rules}): a part of a difference is the choice among equal scores."]
 
 
+def missing_sets(runs: Sequence[Run]) -> list[str]:
+    """Which runs lack a data set that others have: their means are of other data."""
+    done = [run for run in runs if run.done]
+    every = {name for run in done for name in run.record["scores"]}
+    lacking = [run.label for run in done if every - run.record["scores"].keys()]
+    return [f"Some data sets are missing, so these means are of other data: {', '.join(lacking)}."] if lacking else []
+
+
 def ways_of_reading(runs: Sequence[Run]) -> list[str]:
     """How prompts were read where it differs, in 16 bits: chunk size and a shared prefill each round differently."""
     dtype = runs[0].record["identity"]["dtype"]
     records = [run.record for run in runs if run.done]
     chunks = sorted({maker.get("chunk_size") or 0 for record in records for maker in makers(record)})
-    methods = sorted({1 + len(record["rode_with"]) for record in records if "rode_with" in record})
+    methods = sorted({1 + count for record in records if (count := co_batched(record)) is not None})
     ways = []
     if len(chunks) > 1:
         ways.append(f"in chunks of {', '.join(str(size) if size else 'all' for size in chunks)} tokens")

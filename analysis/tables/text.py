@@ -44,7 +44,7 @@ def _md(text: str) -> str:
 
 def _width(text: str) -> int:
     """Columns that a text takes on a terminal: two for a Chinese character."""
-    return sum(2 if east_asian_width(c) in "WF" else 1 for c in text)
+    return len(text) if text.isascii() else sum(2 if east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def markdown_page(made: Iterable[Table]) -> Iterator[str]:

@@ -328,6 +328,28 @@ def test_rows_of_a_part_of_a_data_set_are_compared_with_the_score_of_the_part(tm
     assert "scores.lcc/4-8k.mean is 60: samples.jsonl gives 70" in load(tmp_path)[1][0]
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("lacking", ["h2o", "full"])
+def test_a_run_of_fewer_data_sets_is_shown_with_a_gap_and_named(tmp_path, capsys, form, lacking):
+    """A sound record that lacks a data set of the others: no column is lost, and no missing score is a number."""
+    folder = results(tmp_path)
+    path = path_of(folder, lacking)
+    record = json.loads(path.read_text())
+    del record["scores"]["lcc"], record["data"]["examples"]["lcc"]
+    record["average"] = record["scores"]["qasper"]
+    path.write_text(json.dumps(record))
+    samples = path.with_name("samples.jsonl")
+    samples.write_text(
+        "".join(f"{json.dumps(row)}\n" for row in rows_of(samples.read_text()) if row["dataset"] != "lcc")
+    )
+    status, out, lines = shown(folder, form, capsys)
+    assert (status, lines) == (0, [])
+    assert "lcc" in out.lower() or form == "by budget"  # which has no columns of data sets
+    assert "h2o" in out and "snapkv" in out and not NO_NUMBER.search(out)
+    if form != "csv":  # a row of which has one score, and there is none
+        assert f"these means are of other data: {lacking}" in " ".join(out.split())
+
+
 # copies ---------------------------------------------------------------------------------------------------------------
 
 
@@ -344,6 +366,16 @@ def test_of_two_copies_of_a_run_the_later_is_shown(tmp_path, capsys, form):
     assert any("/a/" in line.partition(": is the same")[0] and "h2o" in line for line in lines)
     if form in ("markdown", "html"):
         assert out.count(record["hash"]) == 1
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_another_name_of_the_task_does_not_make_longbench_scores_of_the_bundled_set(tmp_path, capsys, form):
+    source = next((REFERENCE / "make_run").rglob("snapkv/*/record.json")).parent
+    shutil.copytree(source, tmp_path / "run")
+    path = tmp_path / "run" / "record.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"task": "longbench"}))
+    status, out, _ = shown(tmp_path, form, capsys)
+    assert status == 0 and "not LongBench scores" in " ".join(out.split())
 
 
 def test_two_full_caches_have_two_names(tmp_path, capsys):

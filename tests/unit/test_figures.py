@@ -569,6 +569,15 @@ def test_what_cannot_be_plotted_is_said(tmp_path: Path, capsys: pytest.CaptureFi
         assert "holds no finished run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("runs", [SWEEP[:1], SWEEP[1:2]], ids=["the full cache", "one method"])
+def test_one_run_alone_is_a_table_and_no_figure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], runs: list[dict[str, Any]]
+) -> None:
+    save(tmp_path / "r", *runs)
+    assert main([str(tmp_path / "r"), "-o", str(tmp_path / "f"), "--format", "csv"]) == 1
+    assert capsys.readouterr().err.startswith("nothing to plot in")
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(tmp_path / "r", *SWEEP)
     (tmp_path / "f").write_text("a file")

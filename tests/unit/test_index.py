@@ -131,3 +131,24 @@ def test_labels_of_many_runs_of_one_method_take_linear_time():
     labelled = _distinct(runs)
     assert time.process_time() - start < 2.0
     assert len({run.label for run in labelled}) == 4000 and "(window=6)" in labelled[6].label
+
+
+def test_a_first_reading_in_batches_holds_common_parts_once(cache, results, reads, monkeypatch):
+    """A folder of 100,000 records does not fit in memory with a whole record each."""
+    monkeypatch.setattr(entries, "BATCH", 1)
+    runs, _ = load(results)
+    first, second = (run for run in runs if run.record["kind"] == "accuracy")
+    assert first.record["data"] is second.record["data"] and first.examples.keys is second.examples.keys
+    reads.clear()
+    assert as_data(load(results)) == as_data((runs, []))
+    assert reads == []
+
+
+def test_half_a_surrogate_pair_in_a_name_is_no_error(cache, results):
+    """JSON may hold ``\\ud800``, which has no UTF-8."""
+    (path,) = results.glob("*/snapkv/*/record.json")
+    record = json.loads(path.read_text())
+    record["method_label"] = "snapkv \ud800"
+    path.write_text(json.dumps(record))
+    for _ in range(2):
+        assert "snapkv \ud800" in {run.label for run in load(results)[0]}
