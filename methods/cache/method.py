@@ -21,9 +21,9 @@ from ...conf.errors import InputError
 from ...conf.options import Options
 from ..policies.budget import Budget
 from ..policies.local import LocalAttention
+from ..policies.model_layer import ModelLayer
 from ..policies.names import parts_of, token_methods
 from ..policies.policy import CachePolicy, KeepEverything
-from ..policies.scorers.base import ModelLayer
 from ..sharing.base import Sharing
 from ..sharing.kv_map import FULL, LINEAR
 from ..sharing.plan import Plan, plan_of
@@ -208,7 +208,7 @@ class Method(Options):
         return cache
 
     def _model_layer(self, model: PreTrainedModel, owner: int, place: int, count: int) -> ModelLayer:
-        """A layer of the model as its policy sees it; see :class:`..policies.scorers.base.ModelLayer`."""
+        """A layer of the model as its policy sees it; see :class:`..policies.model_layer.ModelLayer`."""
         rotary = partial(rotary_of, model, owner, self.name)
         return ModelLayer(owner, place, count, rotary, partial(output_weights_of, model, owner, self.name))
 

@@ -36,10 +36,11 @@ from .decoding import (
     step_weights,
 )
 from .eviction_state import Candidates, EvictionState, StoredPrompt
+from .model_layer import ModelLayer
 from .policy import PolicyCapabilities, Step
 from .prompt_eviction import PromptEviction
 from .repetition import scores_by_repetition
-from .scorers.base import DECODE_QUERIES, ModelLayer
+from .scorers.base import DECODE_QUERIES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

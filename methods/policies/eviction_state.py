@@ -12,7 +12,7 @@ import torch
 
 from ..cache.logits import LogitRule
 from ..storage.base import LayerStorage
-from .scorers.base import ModelLayer
+from .model_layer import ModelLayer
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from ..cache.prompt import Prompt
 from ..sharing.plan import Span
 from ..storage.base import LayerStorage
 from ..storage.dense import COMPACTION_INTERVAL_STEPS
+from .model_layer import ModelLayer
 from .policy import CachePolicy, Kept, PolicyCapabilities, Step
-from .scorers.base import ModelLayer
 
 
 @dataclass

@@ -23,7 +23,7 @@ from ..cache.logits import LogitRule
 from ..cache.prompt import Prompt
 from ..storage.base import LayerStorage
 from . import ranking
-from .scorers.base import ModelLayer
+from .model_layer import ModelLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -21,11 +21,12 @@ from .allocators.base import Allocator
 from .allocators.uniform import Uniform
 from .budget import Budget, Recent, resolve_budget
 from .eviction_state import Candidates, EvictionState
+from .model_layer import ModelLayer
 from .policy import CachePolicy, Kept
 from .ranking import keep_mask, keep_slots
 from .schedules.after_prefill import AfterPrefill
 from .schedules.base import Schedule
-from .scorers.base import ModelLayer, Scorer
+from .scorers.base import Scorer
 
 
 @dataclass(frozen=True)

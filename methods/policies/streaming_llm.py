@@ -42,8 +42,8 @@ from ..cache.rotary import Rotary
 from ..storage.base import LayerStorage
 from ..storage.dense import COMPACTION_INTERVAL_STEPS
 from .budget import Budget, resolve_budget
+from .model_layer import ModelLayer
 from .policy import CachePolicy, Kept, PolicyCapabilities, Step
-from .scorers.base import ModelLayer
 
 BLOCK, KERNEL_BLOCK = 256, 8192
 """Prompt tokens per block in ``true_stream``, in PyTorch (with logits [BLOCK, budget + BLOCK]) and with a kernel."""

@@ -15,7 +15,7 @@ from kvbench.methods.cache.layer import CacheLayer
 from kvbench.methods.cache.method import Method
 from kvbench.methods.cache.prompt import ALL_QUERIES, Prompt
 from kvbench.methods.cache.rotary import Rotary
-from kvbench.methods.policies.scorers.base import ModelLayer
+from kvbench.methods.policies.model_layer import ModelLayer
 from kvbench.runners.engine import prefill
 
 TEXT = Path(__file__).resolve().parents[2] / "LICENSE"

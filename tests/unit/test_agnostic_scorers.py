@@ -17,9 +17,10 @@ from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.cache.prompt import Prompt
 from kvbench.methods.cache.rotary import Rotary
 from kvbench.methods.policies.eviction import EvictionPolicy
+from kvbench.methods.policies.model_layer import ModelLayer
 from kvbench.methods.policies.schedules.every_step import EveryStep
 from kvbench.methods.policies.scorers import compactor
-from kvbench.methods.policies.scorers.base import ModelLayer, Scorer
+from kvbench.methods.policies.scorers.base import Scorer
 from kvbench.methods.policies.scorers.compactor import Compactor, chunk_attention
 from kvbench.methods.policies.scorers.cur import CUR
 from kvbench.methods.policies.scorers.duo_attention import DuoAttention

@@ -22,9 +22,9 @@ from kvbench.methods.cache.prompt import Prompt
 from kvbench.methods.cache.rotary import Rotary
 from kvbench.methods.policies.allocators.adaptive import Adaptive, adaptive_budgets
 from kvbench.methods.policies.eviction import EvictionPolicy
+from kvbench.methods.policies.model_layer import ModelLayer
 from kvbench.methods.policies.schedules.every_n import EveryN
 from kvbench.methods.policies.schedules.ring import Ring
-from kvbench.methods.policies.scorers.base import ModelLayer
 from kvbench.methods.policies.scorers.chunkkv import ChunkKV
 from kvbench.methods.policies.scorers.criticalkv import CriticalKV
 from kvbench.methods.policies.scorers.expected_attention import ExpectedAttention

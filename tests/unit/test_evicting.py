@@ -15,12 +15,12 @@ from kvbench.methods.cache.method import Method
 from kvbench.methods.cache.prompt import Prompt
 from kvbench.methods.cache.prompt_sums import attention_received
 from kvbench.methods.policies.eviction import EvictionPolicy
+from kvbench.methods.policies.model_layer import ModelLayer
 from kvbench.methods.policies.policy import Step
 from kvbench.methods.policies.pyramid_infer.policy import PyramidInfer
 from kvbench.methods.policies.schedules.after_prefill import AfterPrefill
 from kvbench.methods.policies.scorers import attention_sums, last_query
 from kvbench.methods.policies.scorers.attention_sums import AttentionSums
-from kvbench.methods.policies.scorers.base import ModelLayer
 from kvbench.methods.policies.scorers.expected_attention import ExpectedAttention
 from kvbench.methods.policies.scorers.last_query import LastQuery
 from kvbench.methods.policies.scorers.snapkv import SnapKV

@@ -21,9 +21,9 @@ from kvbench.methods.policies import eviction
 from kvbench.methods.policies.allocators.adaptive import Adaptive
 from kvbench.methods.policies.allocators.global_budget import Global
 from kvbench.methods.policies.eviction import EvictionPolicy
+from kvbench.methods.policies.model_layer import ModelLayer
 from kvbench.methods.policies.schedules.every_n import EveryN
 from kvbench.methods.policies.scorers.attention_sums import AttentionSums
-from kvbench.methods.policies.scorers.base import ModelLayer
 from kvbench.methods.policies.scorers.key_norm import KeyNorm
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.sharing.plan import KVAccess

@@ -16,9 +16,9 @@ from kvbench.methods.policies.allocators.adaptive import Adaptive
 from kvbench.methods.policies.decoding import evict_one
 from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.eviction_state import EvictionState
+from kvbench.methods.policies.model_layer import ModelLayer
 from kvbench.methods.policies.ranking import keep_mask, keep_slots, lowest_ranked_slot
 from kvbench.methods.policies.scorers.attention_sums import AttentionSums
-from kvbench.methods.policies.scorers.base import ModelLayer
 from kvbench.methods.policies.scorers.expected_attention import ExpectedAttention
 from kvbench.methods.policies.scorers.key_diff import KeyDiff
 from kvbench.methods.policies.scorers.last_query import LastQuery

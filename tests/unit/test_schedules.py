@@ -15,11 +15,11 @@ from kvbench.methods.cache.prompt import Prompt
 from kvbench.methods.policies.allocators.adaptive import Adaptive
 from kvbench.methods.policies.allocators.global_budget import Global
 from kvbench.methods.policies.eviction import EvictionPolicy
+from kvbench.methods.policies.model_layer import ModelLayer
 from kvbench.methods.policies.policy import Step
 from kvbench.methods.policies.schedules.every_n import EveryN
 from kvbench.methods.policies.schedules.every_step import EveryStep
 from kvbench.methods.policies.scorers.attention_sums import AttentionSums
-from kvbench.methods.policies.scorers.base import ModelLayer
 from kvbench.methods.policies.scorers.key_norm import KeyNorm
 from kvbench.methods.policies.scorers.last_query import LastQuery
 from kvbench.methods.policies.scorers.position import Position

@@ -15,7 +15,7 @@ from kvbench.methods.cache.prompt import Prompt
 from kvbench.methods.cache.rotary import Rotary
 from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.eviction_state import EvictionState
-from kvbench.methods.policies.scorers.base import ModelLayer
+from kvbench.methods.policies.model_layer import ModelLayer
 from kvbench.methods.policies.scorers.expected_attention import ExpectedAttention
 from kvbench.methods.policies.scorers.key_diff import KeyDiff
 from kvbench.methods.policies.scorers.random_tokens import RandomTokens

@@ -37,9 +37,9 @@ from ...cache.prompt_kernel import kernel_sums
 from ...cache.prompt_sums import attention_blocks
 from ...storage.base import LayerStorage
 from ..decoding import attend_with_weights
+from ..model_layer import ModelLayer
 from ..policy import Kept, PolicyCapabilities, Step
 from ..ranking import keep_slots
-from ..scorers.base import ModelLayer
 from .lengths import PyramidLengths
 from .records import AttentionRows, WindowSums
 from .state import PyramidState, SharedState

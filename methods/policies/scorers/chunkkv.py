@@ -13,7 +13,7 @@ so that its caches have different lengths; here the budget is met exactly.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,10 @@ import torch.nn.functional as F
 from ....conf.errors import InputError
 from ....conf.options import PositiveInt
 from ...cache.prompt import Prompt
-from .base import ModelLayer, Scorer
+from .base import Scorer
+
+if TYPE_CHECKING:
+    from ..model_layer import ModelLayer
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,19 @@ Legend: R rows of one prompt length, H_q query heads, H_kv KV heads, T tokens, N
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from ....conf.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from ...cache.prompt import ALL_QUERIES, Prompt
-from ...cache.rotary import Rotary
-from .base import ModelLayer, Scorer
+from .base import Scorer
 from .leverage import Leverage, standardized
+
+if TYPE_CHECKING:
+    from ...cache.rotary import Rotary
+    from ..model_layer import ModelLayer
 
 POOLING_WIDTH = 3
 

@@ -17,7 +17,7 @@ Legend: R rows of one prompt length, H_q query heads, H_kv KV heads, H stored he
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -25,7 +25,10 @@ from ....conf.errors import InputError
 from ....conf.options import NonNegativeFloat, Share
 from ...cache.prompt import Prompt
 from ..ranking import keep_mask
-from .base import ModelLayer, Scorer
+from .base import Scorer
+
+if TYPE_CHECKING:
+    from ..model_layer import ModelLayer
 
 BLOCK_TOKENS = 4096
 """Tokens that are projected at once."""

@@ -16,14 +16,17 @@ Legend: R rows of one prompt length, H_q query heads, H_kv KV heads, T tokens, P
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from ....conf.options import PositiveInt
 from ...cache.prompt import ALL_QUERIES, Prompt
-from ...cache.rotary import Rotary
-from .base import ModelLayer, Scorer
+from .base import Scorer
+
+if TYPE_CHECKING:
+    from ...cache.rotary import Rotary
+    from ..model_layer import ModelLayer
 
 
 @dataclass(frozen=True)

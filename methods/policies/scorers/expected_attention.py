@@ -21,14 +21,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from ....conf.options import NonNegativeFloat, NonNegativeInt, PositiveInt
 from ...cache.prompt import ALL_QUERIES, Prompt
-from ...cache.rotary import Rotary
-from .base import ModelLayer, Scorer
+from .base import Scorer
+
+if TYPE_CHECKING:
+    from ...cache.rotary import Rotary
+    from ..model_layer import ModelLayer
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,17 @@ Legend: R rows of one prompt length, H_kv KV heads, T tokens, D channels, s sket
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from ....conf.options import NonNegativeInt, PositiveFloat, PositiveInt
 from ...cache.prompt import Prompt
-from ...cache.rotary import Rotary
-from .base import ModelLayer, Scorer
+from .base import Scorer
+
+if TYPE_CHECKING:
+    from ...cache.rotary import Rotary
+    from ..model_layer import ModelLayer
 
 SMALLEST_DEVIATION = 1e-6
 """Standard deviations below it count as this, so that equal scores are zero and not NaN."""
