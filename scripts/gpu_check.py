@@ -158,7 +158,7 @@ def smoke(overrides: list[str]) -> int:
     from kvbench.runners.config.loader import compose
 
     results = os.environ.get("RESULTS") or str(OUT / "results")
-    toy = [] if IS_CUDA else ["model.shape=tiny", "workload.prompt_tokens=200", "workload.new_tokens=4"]
+    toy = [] if IS_CUDA else ["model.shape=tiny", "workload.prompt_tokens=1000", "workload.new_tokens=4"]
     toy += [] if IS_CUDA else ["dtype=float32", "runner.budgets=[100]", "runner.warmups=0", "runner.repeats=1"]
     given = ["experiment=gpu_smoke", f"device={DEVICE}", f"results_dir={results}", *toy, *overrides]
     try:
