@@ -16,10 +16,10 @@ PARTS = ("allocator", "schedule", "scorer", "storage")
 CASES = [
     ("kvbench ", ["run ", "table ", "plot ", "kv-size ", "score ", "completion "]),
     ("kvbench sc", ["score "]),
-    ("kvbench run method=sna", ["method=snapkv ", "method=snapkv_kivi4 "]),
+    ("kvbench run method=pyr", ["method=pyramid_infer ", "method=pyramidkv "]),
     ("kvbench run metho", ["method.", "method=", *(f"method/{part}=" for part in PARTS)]),
     ("kvbench run method/storage=kivi", ["method/storage=kivi2 ", "method/storage=kivi4 ", "method/storage=kivi8 "]),
-    ("kvbench run -m method=full,sna", ["method=full,snapkv", "method=full,snapkv_kivi4"]),
+    ("kvbench run -m method=full,pyr", ["method=full,pyramid_infer", "method=full,pyramidkv"]),
     ("kvbench run method=tova method.", ["method.allocator.", "method.budget=", "method.name=", "method.recent="]),
     ("kvbench run task=needle task.h", ["task.haystack="]),
     ("kvbench run method=snapvk task.lim", ["task.limit="]),
@@ -74,14 +74,14 @@ def test_the_script_works_in_bash(tmp_path: Path):
     command = tmp_path / "kvbench"
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m kvbench.runners.command "$@"\n')
     command.chmod(0o755)
-    lines = ["kvbench run method=sna", "kvbench run model=tiny method/storage=kivi", "kvbench ta"]
+    lines = ["kvbench run method=pyr", "kvbench run model=tiny method/storage=kivi", "kvbench ta"]
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "COMP_WORDBREAKS": " \t\n=:"}
     done = subprocess.run(
         ["bash", "-c", BASH, "bash", str(script), *lines], capture_output=True, text=True, env=environment
     )
     assert done.stderr == ""
     assert done.stdout.splitlines() == [
-        "snapkv |snapkv_kivi4 |",
+        "pyramid_infer |pyramidkv |",
         "kivi2 |kivi4 |kivi8 |",
         "table |",
         "-F _kvbench_complete kvbench",

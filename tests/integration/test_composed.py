@@ -138,7 +138,8 @@ def choices() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("group", "name"), [c for c in choices() if not c[0].startswith("hydra")])
 def test_every_choice_passes_the_checks(group, name):
     GlobalHydra.instance().clear()
-    config = OmegaConf.to_container(compose([f"{group}={name}"]), resolve=True)
+    whole = ["experiment=gpu_campaign"] if group == "campaign" else []  # a campaign is a point of that experiment
+    config = OmegaConf.to_container(compose([*whole, f"{group}={name}"]), resolve=True)
     check_targets(config, "config")
     for key in PARTS:
         check_values(config[key], key, target_class(config[key]["_target_"], key))

@@ -147,23 +147,24 @@ def test_a_run_of_a_search_is_measured_at_its_largest_size_and_compared(tmp_path
 @pytest.mark.usefixtures("forked")
 def test_a_run_that_is_cut_off_while_it_is_timed_searches_no_more(tmp_path, monkeypatch):
     from kvbench.runners import efficiency
+    from kvbench.runners.measure.passes import Passes
 
     command = ("workload=max_batch", "workload.prompt_tokens=40", "workload.new_tokens=4")
     command += ("workload.most=2", "workload.start=2")
     rest = ("runner=efficiency", "runner.repeats=1", "model=random", "model.shape=tiny", "device=cpu")
     arguments = ("run", "method=full", *command, *rest, f"results_dir={tmp_path}", "runner.pair_with=[]")
-    real = efficiency._passes
+    real = Passes.measure
 
-    def cut_off(job):
+    def cut_off(self, job):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(efficiency, "_passes", cut_off)
+    monkeypatch.setattr(Passes, "measure", cut_off)
     assert kvbench(*arguments).returncode != 0
     (log,) = tmp_path.rglob(efficiency.TRIED_SIZES)
     tried = log.read_text()
     assert '"value": 2' in tried
     during = []
-    monkeypatch.setattr(efficiency, "_passes", lambda job: during.append(log.read_text()) or real(job))
+    monkeypatch.setattr(Passes, "measure", lambda self, job: during.append(log.read_text()) or real(self, job))
     done = kvbench(*arguments)
     assert done.returncode == 0, done.stderr
     assert during == [tried.splitlines(keepends=True)[-1]]  # with the same peak to the byte: it was not tried again
