@@ -9,6 +9,7 @@ from test_contract import METHODS, make, model_for
 from tiny_models import left_pad, prompt_ids, tiny_model
 
 from kvbench.methods.cache.cache import KVCache
+from kvbench.methods.cache.forward import text_seeds
 from kvbench.methods.cache.method import Method
 from kvbench.methods.storage.base import IN_PLACE, LayerStorage
 from kvbench.runners.config.methods import named_method
@@ -35,11 +36,12 @@ def prompt(text: str):
     return ids % vocabulary, mask
 
 
-@pytest.mark.parametrize("text", HELD)
+@pytest.mark.parametrize("text", [text for text in HELD if "kvzip" not in text])  # is refused in a user's forward
 def test_steps_follow_a_prompt_in_either_mode(text):
     """The engine's prompt and a user's steps with autograd on, and the reverse."""
     model, method, (ids, mask) = model_for(text), make(text), prompt(text)
     engine, mine, theirs = (method.new_cache(model) for _ in range(3))
+    theirs.text_seeds = text_seeds(ids, mask)  # which the engine does
     expected = prefill(model, engine, ids, mask)
     prefill(model, mine, ids, mask)
     torch.testing.assert_close(forward(model, theirs, ids, mask).detach(), expected, rtol=0, atol=1e-9)
