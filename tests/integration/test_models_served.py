@@ -399,12 +399,12 @@ def test_vision_towers_keep_their_attention_and_decoders_are_restored():
 )
 def test_the_rotation_of_keys_is_measured_layer_by_layer(kind, settings):
     """Rotated keys match the model's own keys at the other position, for every channel pairing."""
-    from kvbench.methods.cache.layout import _probe
+    from kvbench.methods.cache.layout import run_probe
 
     model = model_of(kind, **settings)
     use_kvbench_attention(model)
     plan = layout_of(model).plan
-    (first, _), (second, _) = (_probe(model, plan, position) for position in (5, 905))
+    (first, _), (second, _) = (run_probe(model, plan, position) for position in (5, 905))
     for layer in plan.attending:
         rotated = rotary_of(model, layer, "m").rotate(first.keys[layer][None, :, None], torch.tensor([[900]]))[0, :, 0]
         assert (rotated - second.keys[layer]).abs().max() < 1e-3 * second.keys[layer].abs().max()

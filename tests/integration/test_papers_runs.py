@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import hydra
@@ -12,6 +13,8 @@ from hydra.utils import instantiate
 from kvbench.analysis.papers.claims import has_settings
 from kvbench.analysis.papers.compare import commands
 from kvbench.analysis.papers.paper import names, paper
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def compose(*overrides: str):
@@ -34,10 +37,27 @@ def test_a_row_s_overrides_make_a_run_of_its_label(name):
             assert has_settings(record, row.settings), (row.settings, record)
 
 
+def jobs_of(overrides: list[str]) -> list[list[str]]:
+    """Overrides of each job: a command that sweeps over campaigns is one job for each that a pattern matches."""
+    sweep = next((word for word in overrides if word.startswith("campaign=glob([")), None)
+    if sweep is None:
+        return [overrides]
+    patterns = sweep.removeprefix("campaign=glob([").removesuffix("])").split(",")
+    points = [
+        p.stem for p in sorted((ROOT / "conf/campaign").glob("*.yaml")) if any(map(p.match, map(_yaml, patterns)))
+    ]
+    assert points, sweep
+    return [[f"campaign={point}" if word == sweep else word for word in overrides] for point in points]
+
+
+def _yaml(pattern: str) -> str:
+    return f"{pattern}.yaml"
+
+
 @pytest.mark.parametrize("name", names())
 def test_every_command_composes(name):
     for line in commands(paper(name), [], "results"):
         words = shlex.split(line)
         if words[:2] == ["kvbench", "run"]:
-            config = compose(*words[2:])
-            assert SimpleNamespace(**config).results_dir == "results"
+            for overrides in jobs_of(words[2:]):
+                assert SimpleNamespace(**compose(*overrides)).results_dir == "results"
