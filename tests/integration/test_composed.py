@@ -220,6 +220,7 @@ def test_a_mapping_names_the_methods_that_texts_name():
         assert found == [named_method(text).identity() for text in texts], entry
 
 
+@pytest.mark.slow
 def test_every_entry_of_all_methods_is_a_method_of_its_own():
     entries = plain_data(compose(["runner=all_methods"]).runner.pair_with)
     methods = [method for entry in entries for method in paired_methods(entry, None)]

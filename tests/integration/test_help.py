@@ -54,6 +54,7 @@ def test_help_of_a_method_names_every_option_with_its_values_and_its_default(nam
                 assert f"[{as_typed(value)}, {in_words(types[option])}] " in lines[f"{key}.{option}"]
 
 
+@pytest.mark.slow
 def test_options_are_read_from_the_source_as_from_the_classes():
     """But for choices that a module computes: their comments name them."""
     checked, unread = 0, set()

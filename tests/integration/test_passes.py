@@ -41,6 +41,7 @@ def job_of(text: str, source=TINY, prompt: int = 130, new: int = 6, rows: int = 
     return Job(source, method, work, "cpu", torch.float32, 0, rows, None, 1, 3, **options)
 
 
+@pytest.mark.slow
 def test_a_method_leaves_nothing_to_the_next_one_of_its_process():
     """Tokens and bytes of each are those on a model that no other method has used."""
     session, ids = Session(), prompt_ids(130)

@@ -127,6 +127,7 @@ def test_the_longest_prompt_ends_with_the_positions(tmp_path):
 
 
 @pytest.mark.usefixtures("forked")
+@pytest.mark.slow
 def test_a_run_of_a_search_is_measured_at_its_largest_size_and_compared(tmp_path):
     command = ("workload=max_batch", "workload.prompt_tokens=200", "workload.new_tokens=4")
     command += ("workload.most=3", "workload.start=2")

@@ -126,6 +126,7 @@ def case_of(name: str) -> str:
 
 METHODS = [case_of(name) for name in yamls("method") if name not in CHANGING]
 CASES = [*STORAGES, *COMBINED, *METHODS, *WHILE_DECODING]
+SLOW = {*COMBINED[::2], *WHILE_DECODING[::2]}
 
 SCORERS = {  # at windows that the prompts have
     name: {"snapkv": " scorer.window=6", "finch": " scorer.window=6", "lagkv": " scorer.lag=6"}.get(name, "")
@@ -241,7 +242,7 @@ def capture_step(model, static, token) -> tuple[torch.Tensor, CapturedOps, torch
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("text", CASES)
+@pytest.mark.parametrize("text", [pytest.param(t, marks=pytest.mark.slow if t in SLOW else ()) for t in CASES])
 def test_replayed_steps_match_dynamic_steps(text):
     """A padded batch: captured once, with all that Python knew at that moment; nothing in it waits for the device."""
     model, grows, token = model_and_cache(text)
