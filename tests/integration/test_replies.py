@@ -228,4 +228,4 @@ def test_needles_leave_a_heat_map_in_both_modes(world, tmp_path, question):
             if r["dataset"] == f"needle-{cell['prompt length, tokens']}" and r["depth"] == cell["depth"]
         )
         assert cell["score"] == 100 * row["score"]
-    assert all(table.with_suffix(".svg").stat().st_size > 10_000 for table in made.values())
+    assert all("<svg" in table.with_suffix(".svg").read_text(encoding="utf-8") for table in made.values())
