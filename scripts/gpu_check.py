@@ -192,28 +192,28 @@ def main() -> int:
     parser.add_argument("words", nargs="*", help="files of the table, or overrides of the smoke run")
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--match", default="", help="only rows whose method contains this text")
-    asked = parser.parse_args()
-    if asked.part == "table":
-        print_table(asked.words)
+    args = parser.parse_args()
+    if args.part == "table":
+        print_table(args.words)
         return 0
-    if asked.part == "smoke":
-        return smoke(asked.words)
+    if args.part == "smoke":
+        return smoke(args.words)
     OUT.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     name = torch.cuda.get_device_name() if IS_CUDA else "cpu"
     rows: list[Row] = [{"device": name, "torch": torch.__version__}]
-    for about, measure in PARTS[asked.part]():
+    for about, measure in PARTS[args.part]():
         row = dict(about)
-        if asked.match not in row.get("method", ""):
+        if args.match not in row.get("method", ""):
             continue
         try:
-            row |= measure() if time.perf_counter() - start < asked.seconds else {"problem": "no time left"}
+            row |= measure() if time.perf_counter() - start < args.seconds else {"problem": "no time left"}
         except Exception as error:  # the other rows are still wanted
             row["problem"] = f"{type(error).__name__}: {str(error)[:300]}"
         gc.collect()
         row["at_s"] = round(time.perf_counter() - start, 1)
         rows.append(row)
-        (OUT / f"{asked.part}.json").write_text(json.dumps(rows, indent=1) + "\n")
+        (OUT / f"{args.part}.json").write_text(json.dumps(rows, indent=1) + "\n")
         print(json.dumps(row), flush=True)
     return int(any("problem" in row for row in rows))
 

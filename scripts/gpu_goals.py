@@ -144,10 +144,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results", nargs="*", default=["gpu_goals"])
     parser.add_argument("--table", action="store_true", help="print only")
-    asked = parser.parse_args()
-    if not asked.table:
-        run_all(asked.results[0])
-    rows = list(goals(read(asked.results)))
+    args = parser.parse_args()
+    if not args.table:
+        run_all(args.results[0])
+    rows = list(goals(read(args.results)))
     print("| | value | goal | |\n|---|---:|---:|---|")
     for goal in rows:
         value = "" if goal.value is None else f"{goal.value:.3f}"

@@ -1,9 +1,12 @@
-"""What a method's YAML says about itself for the test suites."""
+"""Settings of methods in the test suites, and which cases of them are slow."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable
 from importlib.resources import files
+
+import pytest
 
 
 def own_settings(name: str) -> dict[str, str]:
@@ -14,3 +17,8 @@ def own_settings(name: str) -> dict[str, str]:
     text = files("kvbench.conf").joinpath("method", f"{name}.yaml").read_text()
     found = re.search(r"^# contract tests: (.*)$", text, re.MULTILINE)
     return {} if found is None else dict(setting.split("=") for setting in found[1].split())
+
+
+def marked_slow(texts: Iterable[str], slow: Collection[str], *values: object) -> list:
+    """Parameters of a test: each text with ``values``; those in ``slow`` only run with ``-m slow``."""
+    return [pytest.param(text, *values, marks=pytest.mark.slow if text in slow else ()) for text in texts]

@@ -14,7 +14,7 @@ from importlib.resources import files
 import hydra
 import pytest
 import torch
-from contract_settings import own_settings
+from contract_settings import marked_slow, own_settings
 from hydra.utils import instantiate
 from sharing_models import shared_model
 from spy import watch
@@ -97,7 +97,7 @@ SLOW = set(VARIANTS[1::2])
 
 def cases(texts: Iterable[str], *values: object) -> list:
     """Parameters of a test: each text with ``values``."""
-    return [pytest.param(text, *values, marks=pytest.mark.slow if text in SLOW else ()) for text in texts]
+    return marked_slow(texts, SLOW, *values)
 
 
 BUDGET = 40  # below LONG

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
+from fnmatch import fnmatch
 from types import SimpleNamespace
 
 import hydra
@@ -13,8 +13,7 @@ from hydra.utils import instantiate
 from kvbench.analysis.papers.claims import has_settings
 from kvbench.analysis.papers.compare import commands
 from kvbench.analysis.papers.paper import names, paper
-
-ROOT = Path(__file__).resolve().parents[2]
+from kvbench.runners.config.loader import packaged_choices
 
 
 def compose(*overrides: str):
@@ -43,15 +42,9 @@ def jobs_of(overrides: list[str]) -> list[list[str]]:
     if sweep is None:
         return [overrides]
     patterns = sweep.removeprefix("campaign=glob([").removesuffix("])").split(",")
-    points = [
-        p.stem for p in sorted((ROOT / "conf/campaign").glob("*.yaml")) if any(map(p.match, map(_yaml, patterns)))
-    ]
+    points = [p for p in packaged_choices()["campaign"] if any(fnmatch(p, pattern) for pattern in patterns)]
     assert points, sweep
     return [[f"campaign={point}" if word == sweep else word for word in overrides] for point in points]
-
-
-def _yaml(pattern: str) -> str:
-    return f"{pattern}.yaml"
 
 
 @pytest.mark.parametrize("name", names())

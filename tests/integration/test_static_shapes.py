@@ -16,7 +16,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from captured_ops import CapturedOps
-from contract_settings import own_settings
+from contract_settings import marked_slow, own_settings
 from sharing_models import shared_model
 from tiny_models import SHAPE, left_pad, prompt_ids, tiny_model
 
@@ -127,6 +127,7 @@ def case_of(name: str) -> str:
 METHODS = [case_of(name) for name in yamls("method") if name not in CHANGING]
 CASES = [*STORAGES, *COMBINED, *METHODS, *WHILE_DECODING]
 SLOW = {*COMBINED[::2], *WHILE_DECODING[::2]}
+"""Cases that only ``make slow`` runs."""
 
 SCORERS = {  # at windows that the prompts have
     name: {"snapkv": " scorer.window=6", "finch": " scorer.window=6", "lagkv": " scorer.lag=6"}.get(name, "")
@@ -164,7 +165,6 @@ def products() -> list[str]:
 
 PRODUCTS = ["key_norm budget=2 allocator=global allocator.floor=0.0 storage=ragged schedule=every_step", *products()]
 """The first one leaves a layer without tokens after a prompt."""
-SLOW_PRODUCTS = [text for number, text in enumerate(PRODUCTS) if number % 5]
 
 
 @pytest.fixture(autouse=True)
@@ -242,7 +242,7 @@ def capture_step(model, static, token) -> tuple[torch.Tensor, CapturedOps, torch
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("text", [pytest.param(t, marks=pytest.mark.slow if t in SLOW else ()) for t in CASES])
+@pytest.mark.parametrize("text", marked_slow(CASES, SLOW))
 def test_replayed_steps_match_dynamic_steps(text):
     """A padded batch: captured once, with all that Python knew at that moment; nothing in it waits for the device."""
     model, grows, token = model_and_cache(text)
@@ -251,7 +251,7 @@ def test_replayed_steps_match_dynamic_steps(text):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("text", [*PRODUCTS[::5], *(pytest.param(p, marks=pytest.mark.slow) for p in SLOW_PRODUCTS)])
+@pytest.mark.parametrize("text", marked_slow(PRODUCTS, {*PRODUCTS} - {*PRODUCTS[::5]}))
 def test_every_product_of_parts_has_static_steps(text):
     """Replayed, with tensors that stay as they are; and a copy of the cache goes on with other tokens."""
     model, grows, token = model_and_cache(text)

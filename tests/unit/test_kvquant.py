@@ -71,7 +71,7 @@ def half_precision(x: float) -> float:
 
 
 def naive(keys: torch.Tensor, values: torch.Tensor, bits: int, m: int, sinks: int, prompt: int):
-    """Keys and values of one head [T, D] as they are read, by the definitions, number by number in float64."""
+    """Dequantize keys and values of one head [T, D] in loops over single numbers, in float64."""
     levels = gaussian_levels(bits, m / DIM).tolist()
     raw = [turned(k, -p) for p, k in enumerate(keys)]
     ranges = []

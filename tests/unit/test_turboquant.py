@@ -101,7 +101,7 @@ def naive(x: torch.Tensor, bits: int, gain: str, rotation: str) -> tuple[torch.T
 @pytest.mark.parametrize(("dim", "rotation"), [(64, "hadamard"), (80, "dense"), (16, "none")])
 @pytest.mark.parametrize("gain", GAINS)
 def test_codes_match_a_naive_construction(bits, gain, rotation, dim):
-    """Codes as they are packed, gains as they are rounded, and the numbers that both stand for."""
+    """Compare packed codes, rounded gains and dequantized vectors."""
     x = numbers(60, dim)
     codes, gains, margin = naive(x, bits, gain, rotation)
     clear = margin > 1e-6  # float32 and float64 may differ on a boundary
