@@ -13,6 +13,7 @@ import torch
 from ..policies.policy import CachePolicy, PolicyCapabilities, Step
 from ..sharing.plan import KVAccess, Span
 from ..storage.base import LayerStorage
+from ..storage.buffer import take_slots
 from ..storage.dense import COMPACTION_INTERVAL_STEPS
 from .forward import LayerCall, NewTokens, Rows
 from .prefill import PrefillLayer
@@ -92,8 +93,7 @@ class CacheLayer(PrefillLayer):
             if self.policy.capabilities.stores_query_heads:
                 keys, values = repeat_heads(keys, prompt.groups), repeat_heads(values, prompt.groups)  # [R, H_q, T, D]
             if kept.slots is not None:
-                slots = kept.slots[..., None]
-                keys, values = (x.gather(2, slots.expand(-1, -1, -1, x.shape[3])) for x in (keys, values))
+                keys, values = (take_slots(x, kept.slots) for x in (keys, values))
             groups.append(KeptRows(rows, prompt.length, keys, values, kept.valid, kept.scores))  # [R, H, C, D]
         lengths, scores = self._store(groups)
         queries = self._last_queries(prompts) if self.policy.capabilities.stored_queries else None

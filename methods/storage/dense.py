@@ -12,7 +12,7 @@ import torch
 from ..cache.kv_shape import KVShape
 from ..cache.logits import LogitRule
 from .base import LayerStorage, Storage, StorageCapabilities, slots_to_keep
-from .buffer import grown
+from .buffer import grown, take_slots
 from .step_attention import step_attention, write_token
 
 COMPACTION_INTERVAL_STEPS = 64
@@ -92,8 +92,7 @@ class DenseLayer(LayerStorage):
         if slots.dim() == 1:
             keys, values = keys.index_select(2, slots), values.index_select(2, slots)
         else:
-            slots = slots.expand(-1, keys.shape[1], -1)[..., None]
-            keys, values = (x.gather(2, slots.expand(-1, -1, -1, x.shape[3])) for x in (keys, values))
+            keys, values = take_slots(keys, slots), take_slots(values, slots)
         count = keys.shape[2]
         assert self._keys is not None and self._values is not None
         if self._keys.shape[2] > count + self.growth:  # shrink the buffers
@@ -143,9 +142,8 @@ class DenseLayer(LayerStorage):
         assert self._valid is not None and self._next is not None
         slots, valid = slots_to_keep(self._valid)
         count = slots.shape[-1]
-        index = slots.expand(-1, self._keys.shape[1], -1)[..., None]
         for x in (self._keys, self._values):
-            x[:, :, :count] = x.gather(2, index.expand(-1, -1, -1, x.shape[3]))
+            x[:, :, :count] = take_slots(x, slots)
         self._valid.zero_()
         self._valid[:, :, :count] = True if valid is None else valid
         self._next.fill_(count)
