@@ -13,6 +13,7 @@ from ..cache.kv_shape import KVShape
 from ..cache.logits import LogitRule
 from .base import LayerStorage, Storage, StorageCapabilities, slots_to_keep
 from .buffer import grown, take_slots
+from .static import NextSlot
 from .step_attention import step_attention, write_token
 
 COMPACTION_INTERVAL_STEPS = 64
@@ -46,10 +47,11 @@ class DenseLayer(LayerStorage):
         if self._keys is None or self._values is None:
             self.write(keys, values, None if valid is None else valid[:, None])
             return
-        if self._next is not None:
-            assert self._valid is not None and n == 1 and valid is None, "a static layer takes single tokens"
-            write_token(keys, values, self._keys, self._values, self._valid, self._next)
-            self._next += 1
+        slot = self.next_slot
+        if slot is not None:
+            assert n == 1 and valid is None, "a static layer takes single tokens"
+            write_token(keys, values, slot.keys, slot.values, slot.valid, slot.slot)
+            self.advance()
             return
         self.count_down(n)
         if start + n > self._keys.shape[2]:
@@ -65,6 +67,17 @@ class DenseLayer(LayerStorage):
         if self._valid is not None:
             self._valid[:, :, start : start + n] = True if valid is None else valid[:, None]
         self.length = start + n
+
+    @property
+    def next_slot(self) -> NextSlot | None:
+        if self._next is None:
+            return None
+        assert self._keys is not None and self._values is not None and self._valid is not None
+        return NextSlot(self._keys, self._values, self._valid, self._next)
+
+    def advance(self) -> None:
+        assert self._next is not None
+        self._next += 1
 
     def drop(self, keep: torch.Tensor, compact_now: bool) -> torch.Tensor | None:
         if self._next is not None:
