@@ -20,8 +20,6 @@ RULE = "score, unpooled score, index"
 
 LARGEST_SUBNORMAL = torch.finfo(torch.float32).tiny - torch.finfo(torch.float32).smallest_normal * 2**-23
 """Some devices flush such numbers to zero, so they and all smaller ones rank as zero."""
-MAGNITUDE_BITS = 2**31 - 1
-"""Mask of all bits of a float32 number except the sign."""
 
 
 def keep_slots(scores: torch.Tensor, count: int, ties: torch.Tensor | None = None) -> torch.Tensor:
@@ -88,7 +86,7 @@ def _keys(scores: torch.Tensor, ties: torch.Tensor | None) -> torch.Tensor:
 def _ordered_bits(x: torch.Tensor) -> torch.Tensor:
     """Map float32 to int32 so that the order is preserved: the bits, with the magnitude inverted for negatives."""
     bits = _flushed(x).view(torch.int32)
-    return bits.bitwise_xor_((bits >> 31).bitwise_and_(MAGNITUDE_BITS))
+    return bits.bitwise_xor_((bits >> 31).bitwise_and_(2**31 - 1))  # all bits but the sign
 
 
 def _flushed(x: torch.Tensor) -> torch.Tensor:
