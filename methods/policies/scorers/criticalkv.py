@@ -58,6 +58,7 @@ class CriticalKV(Scorer):
             "has negative scores": self.scorer.may_be_negative,
             "ranks tokens in two stages already": self.scorer.ranks_in_stages,
             "has no score during the prefill": self.scorer.repeats_prompt,
+            "merges values while decoding": self.scorer.merges_values,
         }
         for problem in (text for text, holds in problems.items() if holds):
             allowed = "multiplies scores that are attention or the like, such as those of snapkv"
