@@ -58,6 +58,7 @@ class CriticalKV(Scorer):
             "has negative scores" * self.scorer.may_be_negative
             or "ranks tokens in two stages already" * self.scorer.ranks_in_stages
             or "has no score during the prefill" * self.scorer.repeats_prompt
+            or "merges values while decoding" * self.scorer.merges_values
         )
         if problem:
             allowed = f"{problem}; method/scorer=criticalkv multiplies scores that are attention, such as snapkv's"
