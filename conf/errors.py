@@ -1,7 +1,4 @@
-"""What a user sees when a value cannot be used: the key, the value, and what is allowed, in one line.
-
-Every room may import this module; it imports nothing of the project.
-"""
+"""What a user sees when a value cannot be used: the key, the value, and what is allowed, in one line."""
 
 
 class InputError(ValueError):

@@ -4,9 +4,6 @@ Tokens are ranked by score, then by the tie-breaking score if the method has one
 by the lower index. Ties are common: max pooling gives a peak and its neighbours equal scores. ``topk``, ``argsort`` and
 ``argmin`` order equal entries differently on different devices.
 
-    slots = keep_slots(scores, count)              # [..., count], increasing
-    slots = keep_slots(scores, count, unpooled_scores)
-
 Scores are ranked in float32. No function here syncs with the device.
 """
 
@@ -17,7 +14,6 @@ import torch.nn.functional as F
 
 RULE = "score, unpooled score, index"
 """The ranking criteria in order. It is part of a run's identity, because another rule keeps other tokens."""
-
 LARGEST_SUBNORMAL = torch.finfo(torch.float32).tiny - torch.finfo(torch.float32).smallest_normal * 2**-23
 """Some devices flush such numbers to zero, so they and all smaller ones rank as zero."""
 

@@ -30,9 +30,6 @@ from .base import Scorer
 if TYPE_CHECKING:
     from ..model_layer import ModelLayer
 
-BLOCK_TOKENS = 4096
-"""Tokens that are projected at once."""
-
 
 @dataclass(frozen=True)
 class CriticalKV(Scorer):
@@ -106,7 +103,7 @@ class CriticalKV(Scorer):
             groups = weight.shape[0] // heads
             norms = []
             for j, w in enumerate(weight):  # |v W|_1 of one head: [R, T]
-                blocks = prompt.values[:, j // groups].split(BLOCK_TOKENS, dim=1)
+                blocks = prompt.values[:, j // groups].split(4096, dim=1)  # not all tokens at once, for the memory
                 norms.append(torch.cat([(v @ w).abs().sum(dim=-1, dtype=torch.float32) for v in blocks], dim=1))
             of_readers.append(torch.stack(norms, dim=1).unflatten(1, (heads, groups)))  # [R, H_kv, g, T]
         return torch.cat(of_readers, dim=2).flatten(1, 2)
