@@ -19,12 +19,12 @@ def fewer_is_better(record: Mapping[str, Any]) -> bool:
     return record.get("unit") == "nats per token"
 
 
-def average(record: Mapping[str, Any], name: str | None = None) -> dict[str, Any]:
+def average(record: Mapping[str, Any], name: str | None = None) -> Mapping[str, Any]:
     """A run's mean score with its interval as it is shown, or that of the data set ``name``."""
-    found: dict[str, Any] = dict(record["average"] if name is None else record["scores"][name])
-    if fewer_is_better(record):
-        found |= {k: None if found[k] is None else math.exp(found[k]) for k in ("mean", "low", "high")}
-    return found
+    found: Mapping[str, Any] = record["average"] if name is None else record["scores"][name]
+    if not fewer_is_better(record):
+        return found
+    return {**found, **{k: None if found[k] is None else math.exp(found[k]) for k in ("mean", "low", "high")}}
 
 
 def tie_rule(record: Mapping[str, Any]) -> str | None:

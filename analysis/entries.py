@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,38 +47,50 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def read_entries(folder: Path) -> dict[Path, Entry]:
-    """What each ``record.json`` under a folder holds, by path.
+def read_entries(folder: Path) -> dict[str, Entry]:
+    """What each ``record.json`` under a folder holds, by the path of its run folder below it; empty: the folder itself.
 
     Raises:
         InputError: there is none.
     """
-    stamps = dict(sorted(_stamps(folder)))
+    stamps = _stamps(folder)
     if not stamps:
         raise InputError(
             "RESULTS", folder, f"holds no finished run ({RECORD}); `kvbench run results_dir={folder}` makes some"
         )
     if len(stamps) < MIN_RECORDS:
-        return {path: _entry(path) for path in stamps}
+        return {below: _entry(folder / below) for below in stamps}
     index = Index(folder)
-    below = {path.relative_to(folder).as_posix(): stamp for path, stamp in stamps.items()}
-    found = index.read(below)
+    found = index.read(stamps)
     if len(found) < index.size:
         index.remove_others(found)
-    new = [name for name in below if name not in found]
+    new = [below for below in stamps if below not in found]
     for start in range(0, len(new), BATCH):
-        made = {name: _entry(folder / name) for name in new[start : start + BATCH]}
-        found |= index.add(made, below)
-    return {path: found[name] for path, name in zip(stamps, below, strict=True)}
+        made = {below: _entry(folder / below) for below in new[start : start + BATCH]}
+        found |= index.add(made, stamps)
+    return {below: found[below] for below in stamps}
 
 
-def _stamps(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Path of each record below a folder, with times and sizes of its files."""
-    for root, folders, names in os.walk(folder):
-        if Path(root) == folder and REFERENCE in folders:
-            folders.remove(REFERENCE)
-        if RECORD in names:
-            yield Path(root, RECORD), " ".join(_stamp(os.path.join(root, name)) for name in (RECORD, SAMPLES))
+def _stamps(folder: Path) -> dict[str, str]:
+    """Times and sizes of the files of each run folder below a folder, in the order of their paths."""
+    root, found, left = os.fspath(folder), {}, [""]
+    while left:
+        below = left.pop()
+        path, is_run = os.path.join(root, below), False
+        try:
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        left.append(f"{below}/{entry.name}" if below else entry.name)
+                    elif entry.name == RECORD:
+                        is_run = not entry.is_dir()
+        except OSError:
+            continue
+        if not below and REFERENCE in left:
+            left.remove(REFERENCE)
+        if is_run:
+            found[below] = f"{_stamp(os.path.join(path, RECORD))} {_stamp(os.path.join(path, SAMPLES))}"
+    return dict(sorted(found.items(), key=lambda item: item[0].replace("/", "\0")))  # by the names of the folders
 
 
 def _stamp(path: str) -> str:
@@ -89,10 +101,10 @@ def _stamp(path: str) -> str:
     return f"{status.st_mtime_ns}:{status.st_size}"
 
 
-def _entry(path: Path) -> Entry:
+def _entry(folder: Path) -> Entry:
     """One record with its samples, checked."""
     try:
-        record = read_record(path)
+        record = read_record(folder / RECORD)
     except InputError as error:
         return Entry(None, skipped=error.allowed)
     problem = problem_of(record)
@@ -101,7 +113,7 @@ def _entry(path: Path) -> Entry:
     examples = note = None
     if _is_scored(record):
         try:
-            examples, note = read_examples(path.parent, record)
+            examples, note = read_examples(folder, record)
         except Contradiction as error:
             return Entry(None, skipped=str(error))
     for field in NOT_LOADED:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .compact import Structure, Values, pack
 from .examples import Examples
 
 MIN_RECORDS = 500
@@ -33,8 +34,8 @@ SHARED = ("data", "sessions", "provenance", "cache_layers", "shown")
 
 TABLES = (
     "CREATE TABLE IF NOT EXISTS parts (digest TEXT PRIMARY KEY, content TEXT)",
-    "CREATE TABLE IF NOT EXISTS entries (path TEXT PRIMARY KEY, stamp TEXT, skipped TEXT, note TEXT, record TEXT,"
-    " keys TEXT, scores BLOB, new_tokens BLOB)",
+    "CREATE TABLE IF NOT EXISTS entries (path TEXT PRIMARY KEY, stamp TEXT, skipped TEXT, note TEXT, structure TEXT,"
+    " numbers BLOB, parts TEXT, others TEXT, keys TEXT, scores BLOB, new_tokens BLOB)",
 )
 
 
@@ -70,11 +71,12 @@ class Index:
 
     def __init__(self, results: Path) -> None:
         # Entries made by other code are not used: the file's name has the digest of what made them.
-        modules = ("schema", "checks", "examples", "entries", "index")
+        modules = ("schema", "checks", "examples", "entries", "index", "compact")
         code = hashlib.sha256(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in modules))
         name = hashlib.sha256(f"{results.resolve()}\0{code.hexdigest()}".encode()).hexdigest()[:16]
         self._path = cache_folder() / f"index-{name}.sqlite"
         self._parts: dict[str, Any] = {}
+        self._structures: dict[str, Structure] = {}
         self.size = 0  # entries in the file, those of changed and removed records included
 
     def read(self, stamps: Mapping[str, str]) -> dict[str, Entry]:
@@ -93,7 +95,7 @@ class Index:
                 while rows := cursor.fetchmany(BATCH):
                     self.size += len(rows)
                     found |= self._decoded([row for row in rows if stamps.get(row[0]) == row[1]])
-        except (sqlite3.Error, OSError, ValueError, KeyError, TypeError):  # damaged, locked, or of someone else
+        except (sqlite3.Error, OSError, ValueError, LookupError, TypeError):  # damaged, locked, or of someone else
             return {}
         return found
 
@@ -110,7 +112,7 @@ class Index:
         parts: dict[str, str] = {}
         rows = [self._encoded(path, stamps[path], entry, parts) for path, entry in entries.items()]
         self._change(
-            ("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows),
+            ("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows),
             ("INSERT OR IGNORE INTO parts VALUES (?, ?)", list(parts.items())),
         )
         self._parts |= {digest: json.loads(text) for digest, text in parts.items() if digest not in self._parts}
@@ -149,34 +151,39 @@ class Index:
             parts[digest] = text
             return digest
 
-        record = None
-        if entry.record is not None:
-            lean = {key: refer(value) if key in SHARED else value for key, value in entry.record.items()}
-            identity = {k: [refer(v)] if isinstance(v, dict) else v for k, v in entry.record["identity"].items()}
-            record = json.dumps({**lean, "identity": identity}, separators=(",", ":"))
+        program, values = (None, Values()) if entry.record is None else pack(entry.record, _is_shared, refer)
+        structure = None if program is None else refer(program)
+        others = json.dumps(values.others, separators=(",", ":"))
         examples = entry.examples
         keys = None if examples is None else refer(examples.keys)
         blobs = (None, None) if examples is None else (examples.scores.tobytes(), examples.new_tokens.tobytes())
-        return path, stamp, entry.skipped, entry.note, record, keys, *blobs
+        record = (structure, values.numbers.tobytes(), " ".join(values.parts), others)
+        return path, stamp, entry.skipped, entry.note, *record, keys, *blobs
 
     def _decoded(self, rows: Sequence[tuple[Any, ...]]) -> dict[str, Entry]:
-        records = json.loads("[" + ",".join(row[4] or "null" for row in rows) + "]")
         entries = {}
-        for row, record in zip(rows, records, strict=True):
-            if record is not None:
-                for key in SHARED:
-                    if key in record:
-                        record[key] = self._parts[record[key]]
-                for key, value in record["identity"].items():
-                    if isinstance(value, list) and len(value) == 1 and value[0] in self._parts:
-                        record["identity"][key] = self._parts[value[0]]
-            entries[row[0]] = Entry(record, self._examples(row), skipped=row[2], note=row[3])
+        of_all = json.loads("[" + ",".join(row[7] for row in rows) + "]")
+        for (path, _, skipped, note, structure, numbers, parts, _, *examples), others in zip(rows, of_all, strict=True):
+            record = None
+            if structure is not None:
+                if structure not in self._structures:
+                    self._structures[structure] = Structure(self._parts[structure])
+                values = [*array("d", numbers), *map(self._parts.__getitem__, parts.split()), *others]
+                record = self._structures[structure].build(values)
+            entries[path] = Entry(record, self._examples(*examples), skipped, note)
         return entries
 
-    def _examples(self, row: tuple[Any, ...]) -> Examples | None:
-        if row[5] is None:
+    def _examples(self, name: str | None, scores: bytes, new_tokens: bytes) -> Examples | None:
+        if name is None:
             return None
-        keys = self._parts[row[5]]
+        keys = self._parts[name]
         if isinstance(keys, list):  # JSON has no tuples
-            keys = self._parts[row[5]] = tuple((dataset, name) for dataset, name in keys)
-        return Examples(keys, array("d", row[6]), array("i", row[7]))
+            keys = self._parts[name] = tuple((dataset, example) for dataset, example in keys)
+        return Examples(keys, array("d", scores), array("i", new_tokens))
+
+
+def _is_shared(path: tuple[str, ...], value: Any) -> bool:
+    """Whether a field of a record is stored as a part."""
+    if len(path) == 1:
+        return path[0] in SHARED
+    return len(path) == 2 and path[0] == "identity" and isinstance(value, dict)

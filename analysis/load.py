@@ -9,12 +9,13 @@ A record that is damaged, or whose numbers contradict each other, is left out an
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from ..conf.errors import InputError
 from .describe import (
@@ -28,6 +29,7 @@ from .describe import (
 )
 from .entries import NOT_LOADED, examples_of, read_entries, read_record
 from .examples import Examples
+from .ordering import by_budget, comparable, flat, ordered, settings_key
 from .schema import FIELDS, RECORD, RESULTS, SAMPLES, SCHEMA
 
 if TYPE_CHECKING:
@@ -62,6 +64,26 @@ HEADLINES = ("score", "kv_bytes_stored", "kv_ratio", "ttft_ms", "tpot_ms", "deco
 """Columns that :func:`frame` has whatever kinds of runs there are."""
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _without_collection(function: Callable[P, T]) -> Callable[P, T]:
+    """The function without Python's search for cycles, which would go through all records again and again."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        was_on = gc.isenabled()
+        gc.disable()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            if was_on:
+                gc.enable()
+
+    return run
+
+
 @dataclass(frozen=True)
 class Run:
     """One finished run.
@@ -82,8 +104,8 @@ class Run:
     def is_full_cache(self) -> bool:
         """Everything kept, uncompressed: the baseline (``full`` on another storage is not)."""
         method = self.record["identity"]["method"]
-        plain = {"selection": {"class": "Selection"}, "storage": {"class": "Dense"}, "sharing": None}
-        return all(method.get(part) == value for part, value in plain.items())
+        is_plain = method["selection"] == {"class": "Selection"} and method["storage"] == {"class": "Dense"}
+        return bool(is_plain and method.get("sharing") is None)
 
     @property
     def curve(self) -> str:
@@ -111,6 +133,7 @@ class Run:
         return read_record(self.path / RECORD)
 
 
+@_without_collection
 def load(folder: Path, *more: Path) -> tuple[list[Run], list[str]]:
     """Every finished run under the folders, by method and budget, and a line for each record that is not shown.
 
@@ -127,17 +150,17 @@ def load(folder: Path, *more: Path) -> tuple[list[Run], list[str]]:
     """
     runs, problems = [], []
     for results in dict.fromkeys((folder, *more)):
-        for path, entry in read_entries(results).items():
-            place = path.parent / RECORD
+        for below, entry in read_entries(results).items():
+            path = results / below
             if entry.skipped is not None:
-                problems.append(f"skipped: {InputError('results_dir', place, entry.skipped)}")
+                problems.append(f"skipped: {InputError('results_dir', path / RECORD, entry.skipped)}")
             if entry.note is not None:
                 text = f"{entry.note}; the run is shown, without tests of significance"
-                problems.append(f"note: {InputError('results_dir', path.parent / SAMPLES, text)}")
+                problems.append(f"note: {InputError('results_dir', path / SAMPLES, text)}")
             if entry.record is not None:
-                runs.append(Run(path.parent, entry.record, entry.record["method_label"], entry.examples))
+                runs.append(Run(path, entry.record, entry.record["method_label"], entry.examples))
     runs, copies = _without_copies(runs)
-    return _sorted(_with_current_statistics(runs)), problems + copies
+    return ordered(_with_current_statistics(runs)), problems + copies
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:
@@ -148,7 +171,7 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
     """
     records = [(folder, read_record(folder / RECORD)) for folder in folders]
     runs = [Run(folder, r, r["method_label"], examples_of(folder, r)) for folder, r in records]
-    return _sorted(_with_current_statistics(runs))
+    return ordered(_with_current_statistics(runs))
 
 
 def _without_copies(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
@@ -195,81 +218,6 @@ def _with_current_intervals(run: Run, by_hash: Mapping[str, Run]) -> Run:
     full = by_hash.get(run.record.get("paired", {}).get("hash", ""))
     baseline = None if full is None or full.examples is None else full.examples.by_data_set()
     return replace(run, record=with_current_statistics(run.record, scores, baseline))
-
-
-# order and groups -----------------------------------------------------------------------------------------------------
-
-
-def _sorted(runs: list[Run]) -> list[Run]:
-    return [run for group in comparable(sorted(runs, key=_order)) for run in _distinct(group)]
-
-
-def _order(run: Run) -> tuple[Any, ...]:
-    """The baseline first, then by budget, then by method: rows of one budget stand together."""
-    budget = run.record["budget"]
-    return (not run.is_full_cache, budget is not None, budget or 0, run.record["method"], run.label, run.record["hash"])
-
-
-def comparable(runs: Iterable[Run]) -> list[list[Run]]:
-    """Runs that differ in their method alone, group by group: what may stand in one table."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(run.group_key, []).append(run)
-    return [groups[key] for key in sorted(groups)]
-
-
-def by_budget(group: Sequence[Run]) -> Iterator[tuple[str, list[Run]]]:
-    """Runs that are drawn together: those of one budget, each time with those that have none, the full cache first."""
-    alone = sorted((r for r in group if r.record["budget"] is None), key=lambda r: (not r.is_full_cache, r.label))
-    budgets = sorted({r.record["budget"] for r in group} - {None})
-    for budget in budgets:
-        yield f"budget {budget}", [*alone, *(r for r in group if r.record["budget"] == budget)]
-    if not budgets:
-        yield "", alone
-
-
-def settings_key(record: Mapping[str, Any]) -> str:
-    """Everything that decides a run's numbers but its method, as one text; kind and task come first."""
-    rest = {k: v for k, v in record["identity"].items() if k != "method"}
-    if record["kind"] == "train":  # architectures are compared at the learning rate that suits each, over seeds
-        rest = {k: v for k, v in rest.items() if k != "seed"}
-        rest["train"] = {k: v for k, v in rest["train"].items() if k != "lr"}
-    return "\x00".join([record["kind"], record["task"], record["model"], json.dumps(rest, sort_keys=True)])
-
-
-def _distinct(group: Sequence[Run]) -> list[Run]:
-    """Labels that tell a method's settings wherever the group has it with more than one."""
-    settings = [{key: str(value) for key, value in _settings(run.record).items()} for run in group]
-    by_curve: dict[str, list[dict[str, str]]] = {}
-    for run, own in zip(group, settings, strict=True):
-        by_curve.setdefault(run.curve, []).append(own)
-    varying = {curve: _varying(of_curve) for curve, of_curve in by_curve.items()}
-    out = []
-    for run, own in zip(group, settings, strict=True):
-        told = ", ".join(f"{key.rpartition('.')[2]}={own[key]}" for key in varying[run.curve] if key in own)
-        out.append(replace(run, label=f"{run.label} ({told})") if told else run)
-    return out
-
-
-def _varying(settings: Sequence[Mapping[str, str]]) -> list[str]:
-    """Keys that do not have the same value in all settings, or that some of them lack."""
-    first = settings[0]
-    keys = {key for own in settings for key in own}
-    return sorted(key for key in keys if any(own.get(key, "None") != first.get(key, "None") for own in settings))
-
-
-def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A method's settings but for the budget."""
-    settings = flat(record["identity"]["method"])
-    return {k: v for k, v in settings.items() if k != "selection.budget"}
-
-
-def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
-    out: dict[str, Any] = {}
-    for key, value in nested.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return out
 
 
 def frame(runs: Sequence[Run]) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..describe import setting
@@ -100,13 +100,13 @@ class _Columns:
     def row(self, run: Run) -> list[Cell]:
         record = run.record
         better, digits = (-1, 3) if self.loss else (1, 2)
-        averages, held = record.get("averages", {}), record["bytes"]
+        averages, held, mean = record.get("averages", {}), record["bytes"], average(record)
         return [
             Cell(run.label),
-            *(self._data_set(run, name, better) for name in self.names),
+            *self._data_sets(run, better),
             *(score(averages[n]) if n in averages else MISSING for n in self.further),
-            score(average(record), better=better),
-            interval(average(record)),
+            score(mean, better=better),
+            interval(mean),
             *self._against_full(run, f"+.{digits}f"),
             *([self._within(run, self.margin)] if self.margin is not None else []),
             *self._examples(run),
@@ -116,11 +116,16 @@ class _Columns:
             run_hash(run),
         ]
 
-    def _data_set(self, run: Run, name: str, better: int) -> Cell:
-        if name not in run.record["scores"]:
-            return MISSING
-        cell = score(average(run.record, name), better=better)
-        return replace(cell, text=cell.text + FLOOR_MARK) if run.is_full_cache and name in self.floor else cell
+    def _data_sets(self, run: Run, better: int) -> list[Cell]:
+        record = run.record
+        scores = {name: average(record, name) for name in record["scores"]} if self.loss else record["scores"]
+        cells = [score(scores[name], better=better) if name in scores else MISSING for name in self.names]
+        if not run.is_full_cache:
+            return cells
+        return [
+            cell._replace(text=cell.text + FLOOR_MARK) if name in self.floor else cell
+            for name, cell in zip(self.names, cells, strict=True)
+        ]
 
     def _against_full(self, run: Run, form: str) -> list[Cell]:
         """The paired difference, with a mark if it is significant, and its interval."""
@@ -130,7 +135,7 @@ class _Columns:
         cell = score(difference, form)
         found = self.tests.full.get(run.record["hash"])
         if found is not None:
-            cell = replace(cell, p=found[1], text=cell.text + (DAGGER if self.tests.is_significant(run) else ""))
+            cell = cell._replace(p=found[1], text=cell.text + (DAGGER if self.tests.is_significant(run) else ""))
         return [cell, interval(difference, form)]
 
     def _within(self, run: Run, margin: float) -> Cell:

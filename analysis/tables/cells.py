@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..load import Run
 
@@ -14,9 +14,8 @@ INTERVAL, RANGE = "95 % interval", "least and greatest"
 """What ``low`` and ``high`` of a cell are."""
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One entry.
+class Cell(NamedTuple):
+    """One entry; a tuple, because a table of many runs has millions of them.
 
     Attributes:
         text: as printed.
@@ -101,8 +100,8 @@ MISSING = Cell("-")
 
 def score(estimate: Mapping[str, Any], form: str = ".2f", better: int = 1) -> Cell:
     """A mean, with its interval for the CSV."""
-    low, high, n = estimate["low"], estimate["high"], estimate["n"]
-    return Cell(fixed(estimate["mean"], form), estimate["mean"], low, high, n, better=better)
+    mean = estimate["mean"]
+    return Cell(fixed(mean, form), mean, estimate["low"], estimate["high"], estimate["n"], better)
 
 
 def interval(estimate: Mapping[str, Any], form: str = ".2f") -> Cell:
@@ -114,8 +113,8 @@ def interval(estimate: Mapping[str, Any], form: str = ".2f") -> Cell:
 
 def fixed(value: float, form: str) -> str:
     """A number with fixed digits, and no sign where all digits are zero: 0.00, not -0.00."""
-    text = f"{value:{form}}"
-    return text if text.strip("+-0.,") else f"{0.0:{form.removeprefix('+')}}"
+    text = format(value, form)
+    return text if text.strip("+-0.,") else format(0.0, form.removeprefix("+"))
 
 
 def number(value: float, digits: int, unit: str = "") -> Cell:

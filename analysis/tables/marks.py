@@ -7,7 +7,7 @@ number of comparisons in a block or table (see :mod:`..stats`). Two times are to
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..load import Run, fewer_is_better
@@ -154,7 +154,7 @@ def at_the_floor(full: Run | None) -> set[str]:
 
 def bold(cell: Cell) -> Cell:
     """The cell in bold."""
-    return replace(cell, bold=True)
+    return cell._replace(bold=True)
 
 
 # times ----------------------------------------------------------------------------------------------------------------

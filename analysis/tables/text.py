@@ -8,6 +8,7 @@ import io
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from unicodedata import east_asian_width
 
 from ..describe import setting
@@ -20,26 +21,45 @@ from .notes import guards
 
 def markdown(table: Table) -> str:
     """A table that reads well as text too."""
-    body = [[f"**{_md(c.text)}**" if c.bold else _md(c.text) for c in row] for row in table.rows]
-    head = [_md(column) for column in table.columns]
-    widths = [max(_width(row[i]) for row in [head, *body]) for i in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [" " * (width - _width(cell)) for cell, width in zip(cells, widths, strict=True)]
-        rest = [pad + cell for pad, cell in zip(padded[1:], cells[1:], strict=True)]
-        return "| " + " | ".join([cells[0] + padded[0], *rest]) + " |"
-
+    count = len(table.columns)
+    texts = _md_all([*table.columns, *(cell.text for row in table.rows for cell in row)])
+    for place, cell in enumerate(chain.from_iterable(table.rows), start=count):
+        if cell.bold:
+            texts[place] = f"**{texts[place]}**"
+    columns = [_padded(texts[i::count], to_left=i == 0) for i in range(count)]
+    head, *body = ("| " + " | ".join(line) + " |" for line in zip(*columns, strict=True))
+    widths = [_width(column[0]) for column in columns]
     rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
     notes = [f"\n{_md(' '.join(table.notes))}"] if table.notes else []
-    return "\n".join([f"**{_md(table.title)}**", "", line(head), rule, *map(line, body), *notes])
+    return "\n".join([f"**{_md(table.title)}**", "", head, rule, *body, *notes])
 
 
 MARKUP = re.compile(r"[\\`*|$<~]|&(?=[#\w]+;)|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])")
 """What Markdown takes for markup: `_` only at the edge of a word, `]` only before a link's target, `&` of an entity."""
 
 
+END = "\0"
+
+
 def _md(text: str) -> str:
     return MARKUP.sub(lambda found: "\\" + found[0], " ".join(text.split()))
+
+
+def _md_all(texts: Sequence[str]) -> list[str]:
+    """:func:`_md` of each text, in one go: the end of a text is neither part of a word nor white space to it."""
+    joined = END.join(texts)
+    if joined.count(END) >= len(texts):
+        return [_md(text) for text in texts]
+    words = " ".join(joined.split()).replace(f" {END}", END).replace(f"{END} ", END)
+    return MARKUP.sub(lambda found: "\\" + found[0], words).split(END)
+
+
+def _padded(texts: Sequence[str], to_left: bool) -> list[str]:
+    """The texts of a column, all of one width."""
+    widths = [len(text) for text in texts] if "".join(texts).isascii() else [_width(text) for text in texts]
+    widest = max(widths)
+    spaces = [" " * (widest - width) for width in widths]
+    return [text + pad if to_left else pad + text for text, pad in zip(texts, spaces, strict=True)]
 
 
 def _width(text: str) -> int:

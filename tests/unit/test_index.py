@@ -11,7 +11,8 @@ import pytest
 from records import accuracy, efficiency, save
 
 from kvbench.analysis import entries
-from kvbench.analysis.load import Run, _distinct, load
+from kvbench.analysis.load import Run, load
+from kvbench.analysis.ordering import distinct
 
 
 @pytest.fixture
@@ -128,7 +129,7 @@ def test_labels_of_many_runs_of_one_method_take_linear_time():
         record["identity"]["method"]["selection"]["window"] = number % 7
         runs.append(Run(Path(str(number)), record, record["method_label"]))
     start = time.process_time()
-    labelled = _distinct(runs)
+    labelled = distinct(runs)
     assert time.process_time() - start < 2.0
     assert len({run.label for run in labelled}) == 4000 and "(window=6)" in labelled[6].label
 

@@ -1,0 +1,103 @@
+"""Records as a structure, which many of them have in common, and their values.
+
+    program, values = pack(record, is_shared, refer)
+    record = Structure(program).build(...)
+
+JSON repeats the name of every field in every record, and writes a number with 17 digits: reading it takes most of the
+time of a large folder. Here a structure is a program: a list of steps, each of which makes one mapping or list from the
+values that are there; numbers are an array.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import Any
+
+Slot = tuple[str, int]
+"""Kind of a value (:data:`KINDS`) and its number among those."""
+KINDS = ("number", "part", "other", "made")
+"""Floats; values that records share; all other values that are no container; results of earlier steps."""
+
+
+@dataclass(slots=True)
+class Values:
+    """Values of one record, in the order in which its structure names them.
+
+    Attributes:
+        numbers: Floats.
+        parts: References to values that records share.
+        others: Whole numbers, texts, truth values, null, and lists of these.
+    """
+
+    numbers: array[float] = field(default_factory=lambda: array("d"))
+    parts: list[str] = field(default_factory=list)
+    others: list[Any] = field(default_factory=list)
+
+
+def pack(
+    record: Mapping[str, Any], is_shared: Callable[[tuple[str, ...], Any], bool], refer: Callable[[Any], str]
+) -> tuple[list[Any], Values]:
+    """The steps that make a record, as JSON can hold them, and its values.
+
+    Args:
+        record: Of what JSON can hold.
+        is_shared: Whether a value, given with the names of the fields that lead to it, is shared with other records.
+        refer: Stores such a value and returns a reference to it, without white space.
+    """
+    values = Values()
+    steps: list[tuple[list[str] | None, list[Slot]]] = []
+
+    def slot(value: Any, path: tuple[str, ...]) -> Slot:
+        if is_shared(path, value):
+            values.parts.append(refer(value))
+            return "part", len(values.parts) - 1
+        if type(value) is float:
+            values.numbers.append(value)
+            return "number", len(values.numbers) - 1
+        if isinstance(value, dict) and value:
+            steps.append((list(value), [slot(inner, (*path, name)) for name, inner in value.items()]))
+        elif isinstance(value, list) and any(type(inner) in (float, dict, list) for inner in value):
+            steps.append((None, [slot(inner, (*path, "")) for inner in value]))
+        else:
+            values.others.append(value)
+            return "other", len(values.others) - 1
+        return "made", len(steps) - 1
+
+    slot(dict(record), ())
+    sizes = (len(values.numbers), len(values.parts), len(values.others))
+    first = dict(zip(KINDS, (0, sizes[0], sizes[0] + sizes[1], sum(sizes)), strict=True))
+    return [[names, [first[kind] + number for kind, number in slots]] for names, slots in steps], values
+
+
+class Structure:
+    """Makes records of one structure.
+
+    Args:
+        program: As :func:`pack` returns it.
+    """
+
+    def __init__(self, program: Any) -> None:
+        self._steps = [(None if names is None else tuple(names), _getter(places)) for names, places in program]
+
+    def build(self, values: list[Any]) -> dict[str, Any]:
+        """The record.
+
+        Args:
+            values: Numbers, shared values and others, one after the other; is changed.
+        """
+        for names, get in self._steps:
+            found = get(values)
+            values.append(list(found) if names is None else dict(zip(names, found)))  # noqa: B905 (strict is slow)
+        made: dict[str, Any] = values[-1]
+        return made
+
+
+def _getter(places: list[int]) -> Callable[[list[Any]], tuple[Any, ...]]:
+    """What takes the values at these places; `itemgetter` of one place gives no tuple."""
+    if len(places) == 1:
+        (place,) = places
+        return lambda values: (values[place],)
+    return itemgetter(*places)
