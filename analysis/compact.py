@@ -1,6 +1,6 @@
 """Records as a structure, which many of them have in common, and their values.
 
-    program, values = pack(record, is_shared, refer)
+    program, values = pack(record, refer)
     record = Structure(program).build(...)
 
 JSON repeats the name of every field in every record, and writes a number with 17 digits: reading it takes most of the
@@ -37,39 +37,45 @@ class Values:
     others: list[Any] = field(default_factory=list)
 
 
-def pack(
-    record: Mapping[str, Any], is_shared: Callable[[tuple[str, ...], Any], bool], refer: Callable[[Any], str]
-) -> tuple[list[Any], Values]:
+def pack(record: Mapping[str, Any], refer: Callable[[tuple[str, ...], Any], str | None]) -> tuple[list[Any], Values]:
     """The steps that make a record, as JSON can hold them, and its values.
 
     Args:
         record: Of what JSON can hold.
-        is_shared: Whether a value, given with the names of the fields that lead to it, is shared with other records.
-        refer: Stores such a value and returns a reference to it, without white space.
+        refer: Given the names of the fields that lead to a value, and the value: stores what records share and returns
+            a reference to it, without white space; None for all other values.
     """
     values = Values()
     steps: list[tuple[list[str] | None, list[Slot]]] = []
-
-    def slot(value: Any, path: tuple[str, ...]) -> Slot:
-        if is_shared(path, value):
-            values.parts.append(refer(value))
-            return "part", len(values.parts) - 1
-        if type(value) is float:
-            values.numbers.append(value)
-            return "number", len(values.numbers) - 1
-        if isinstance(value, dict) and value:
-            steps.append((list(value), [slot(inner, (*path, name)) for name, inner in value.items()]))
-        elif isinstance(value, list) and any(type(inner) in (float, dict, list) for inner in value):
-            steps.append((None, [slot(inner, (*path, "")) for inner in value]))
-        else:
-            values.others.append(value)
-            return "other", len(values.others) - 1
-        return "made", len(steps) - 1
-
-    slot(dict(record), ())
+    _slot(dict(record), (), values, steps, refer)
     sizes = (len(values.numbers), len(values.parts), len(values.others))
     first = dict(zip(KINDS, (0, sizes[0], sizes[0] + sizes[1], sum(sizes)), strict=True))
     return [[names, [first[kind] + number for kind, number in slots]] for names, slots in steps], values
+
+
+def _slot(
+    value: Any,
+    path: tuple[str, ...],
+    values: Values,
+    steps: list[tuple[list[str] | None, list[Slot]]],
+    refer: Callable[[tuple[str, ...], Any], str | None],
+) -> Slot:
+    """Add a value to the values, or the steps that make it to the steps; returns where it is."""
+    reference = refer(path, value)
+    if reference is not None:
+        values.parts.append(reference)
+        return "part", len(values.parts) - 1
+    if type(value) is float:
+        values.numbers.append(value)
+        return "number", len(values.numbers) - 1
+    if isinstance(value, dict) and value:
+        steps.append((list(value), [_slot(v, (*path, name), values, steps, refer) for name, v in value.items()]))
+    elif isinstance(value, list) and any(type(inner) in (float, dict, list) for inner in value):
+        steps.append((None, [_slot(v, (*path, ""), values, steps, refer) for v in value]))
+    else:
+        values.others.append(value)
+        return "other", len(values.others) - 1
+    return "made", len(steps) - 1
 
 
 class Structure:

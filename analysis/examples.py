@@ -6,7 +6,7 @@ import json
 import math
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -80,9 +80,8 @@ def _parse(path: Path, factor: float) -> tuple[Examples, Counter[str]]:
     """
     rows: dict[tuple[str, str], tuple[float, int | None]] = {}
     counts: Counter[str] = Counter()
-    for number, line in _lines(path):
+    for number, row in enumerate(_rows(path.read_bytes()), start=1):
         try:
-            row = json.loads(line.decode())  # for bytes, json guesses the encoding
             dataset = row["dataset"]
             key = (row.get("group", dataset), row["id"])
             score, length = row["score"], row.get("new_tokens")
@@ -90,7 +89,7 @@ def _parse(path: Path, factor: float) -> tuple[Examples, Counter[str]]:
                 raise TypeError
             if not _is_number(score):
                 raise TypeError
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (TypeError, KeyError, AttributeError):
             raise ValueError(f"line {number} is no row of an example") from None
         if key in rows:
             raise ValueError(f"line {number} repeats the example {'/'.join(key)}")
@@ -103,9 +102,29 @@ def _parse(path: Path, factor: float) -> tuple[Examples, Counter[str]]:
     return Examples(keys, scores, array("i", known if len(known) == len(keys) else ())), counts
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    with path.open("rb") as file:  # bytes: str.splitlines would also split at U+2028 in a text
-        yield from enumerate(file, start=1)
+def _rows(content: bytes) -> Iterable[Any]:
+    """The rows of a file, those of damaged lines as None.
+
+    All lines are read in one go. Each is in brackets and ends with a line break, which no JSON text may hold: so a line
+    that is damaged cannot be made whole by another one.
+    """
+    lines = content.split(b"\n")  # bytes: str.splitlines would also split at U+2028 in a text
+    if not lines[-1]:
+        lines.pop()
+    try:
+        found = json.loads((b"[[" + b"\n],[".join(lines) + b"\n]]").decode()) if lines else []
+        if len(found) == len(lines) and all(len(row) == 1 for row in found):
+            return [row for (row,) in found]
+    except (ValueError, RecursionError):
+        pass
+    return map(_row, lines)
+
+
+def _row(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode())  # for bytes, json guesses the encoding
+    except (ValueError, RecursionError):
+        return None
 
 
 def _is_number(value: Any) -> bool:

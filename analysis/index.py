@@ -151,13 +151,15 @@ class Index:
             parts[digest] = text
             return digest
 
-        program, values = (None, Values()) if entry.record is None else pack(entry.record, _is_shared, refer)
-        structure = None if program is None else refer(program)
+        structure, values = None, Values()
+        if entry.record is not None:
+            program, values = pack(entry.record, lambda path, value: refer(value) if _is_shared(path, value) else None)
+            structure = refer(program)
         others = json.dumps(values.others, separators=(",", ":"))
+        record = (structure, values.numbers.tobytes(), " ".join(values.parts), others)
         examples = entry.examples
         keys = None if examples is None else refer(examples.keys)
         blobs = (None, None) if examples is None else (examples.scores.tobytes(), examples.new_tokens.tobytes())
-        record = (structure, values.numbers.tobytes(), " ".join(values.parts), others)
         return path, stamp, entry.skipped, entry.note, *record, keys, *blobs
 
     def _decoded(self, rows: Sequence[tuple[Any, ...]]) -> dict[str, Entry]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from ..conf.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Text
@@ -81,7 +81,7 @@ HEAD = {
     "finished?": Text,
     "unit?": Text,
     "shown?": Each(object),
-    "rode_with?": Sequence[str],
+    "rode_with?": ListOf(str),
     "sessions?": ListOf({"after_examples?": NonNegativeInt, "chunk_size?": PositiveInt | None, **MAKER}),
     "provenance?": MAKER,
     "cache_layers?": {

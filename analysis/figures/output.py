@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import hashlib
 import io
 import json
@@ -98,8 +99,12 @@ def write_all(jobs: Sequence[Job], folder: Path, style: Style) -> Iterator[tuple
         return
     _SHARED[:] = [(job, folder, style) for job in todo]  # forked processes have it without pickling
     largest_first = sorted(range(len(todo)), key=lambda number: -len(todo[number].spec.points))
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
-        made = dict(zip(largest_first, pool.imap(_write_shared, largest_first), strict=True))
+    gc.freeze()  # the processes need not look for cycles among the runs, nor copy them for it
+    try:
+        with multiprocessing.get_context("fork").Pool(workers) as pool:
+            made = dict(zip(largest_first, pool.imap(_write_shared, largest_first), strict=True))
+    finally:
+        gc.unfreeze()
     yield from _statuses(jobs, todo, (made[number] for number in range(len(todo))))
 
 

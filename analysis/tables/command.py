@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         page = _format(args)
         runs, problems = load(*args.results)
+        gc.freeze()  # all runs stay until the end: the search for cycles need not go through them
         for problem in problems:
             print(problem, file=sys.stderr)
         if not runs:
@@ -43,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        gc.unfreeze()
     return 0
 
 

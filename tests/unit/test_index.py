@@ -11,6 +11,8 @@ import pytest
 from records import accuracy, efficiency, save
 
 from kvbench.analysis import entries
+from kvbench.analysis.compact import Structure, pack
+from kvbench.analysis.examples import _rows
 from kvbench.analysis.load import Run, load
 from kvbench.analysis.ordering import distinct
 
@@ -153,3 +155,42 @@ def test_half_a_surrogate_pair_in_a_name_is_no_error(cache, results):
     path.write_text(json.dumps(record))
     for _ in range(2):
         assert "snapkv \ud800" in {run.label for run in load(results)[0]}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"a": 1.5, "b": {"c": [1.5, {"d": 2.5}], "e": {}, "f": [], "g": None}, "h": [1, "x"], "i": True},
+        {"scores": {"x": {"mean": 0.1 + 0.2, "n": 3}, "y": {"mean": 1e-310, "n": 4}}, "deep": {"one": {"two": 1.0}}},
+        {"data": {"examples": {"x": 3}}, "identity": {"kind": "k", "method": {"a": 1}, "seed": 0}, "list": [[1], [2]]},
+        {},
+    ],
+)
+def test_a_packed_record_is_built_again_with_its_types_and_order(record):
+    stored = {}
+
+    def refer(path, value):
+        if path not in {("data",), ("identity", "method")}:
+            return None
+        stored[str(path[-1])] = value
+        return str(path[-1])
+
+    program, values = pack(record, refer)
+    program = json.loads(json.dumps(program))
+    built = Structure(program).build([*values.numbers, *map(stored.__getitem__, values.parts), *values.others])
+    assert json.dumps(built) == json.dumps(record)
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"a": 1}, {"a": 2}', b'{"a": "', b"", b'{"a": 1}],[{"a": 2}', b"\xff", b"[" * 10**5]
+)
+def test_a_damaged_line_is_no_row_whatever_the_others_are(line):
+    """All lines are parsed at once, in brackets: a line must not become whole by the next one."""
+    for lines in ([line, b'"}'], [b'{"a": "', line, b'{"b": 3}'], [line, line]):
+        expected = []
+        for one in lines:
+            try:
+                expected.append(json.loads(one.decode()))
+            except (ValueError, RecursionError):
+                expected.append(None)
+        assert list(_rows(b"\n".join([*lines, b""]))) == expected
