@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..conf.errors import InputError
 from .checks import problem_of
 from .examples import Contradiction, Examples, read_examples
 from .index import BATCH, MIN_RECORDS, Entry, Index
+from .processes import each_result
 from .schema import FIELDS, RECORD, RESULTS, SAMPLES, SCHEMA
 
 REFERENCE = "reference"
@@ -65,8 +67,8 @@ def read_entries(folder: Path) -> dict[str, Entry]:
     if len(found) < index.size:
         index.remove_others(found)
     new = [below for below in stamps if below not in found]
-    for start in range(0, len(new), BATCH):
-        made = {below: _entry(folder / below) for below in new[start : start + BATCH]}
+    batches = [partial(_entries, folder, new[start : start + BATCH]) for start in range(0, len(new), BATCH)]
+    for made in each_result(batches):
         found |= index.add(made, stamps)
     return {below: found[below] for below in stamps}
 
@@ -99,6 +101,10 @@ def _stamp(path: str) -> str:
     except OSError:
         return "-"
     return f"{status.st_mtime_ns}:{status.st_size}"
+
+
+def _entries(folder: Path, names: Sequence[str]) -> dict[str, Entry]:
+    return {below: _entry(folder / below) for below in names}
 
 
 def _entry(folder: Path) -> Entry:

@@ -26,8 +26,8 @@ from .examples import Examples
 
 MIN_RECORDS = 500
 """Number of records from which on a folder has an index."""
-BATCH = 2000
-"""Entries that are parsed and written together: the parser keeps each name of a field once per call."""
+BATCH = 250
+"""Entries that are made, written and parsed together."""
 
 SHARED = ("data", "sessions", "provenance", "cache_layers", "shown")
 """Fields of a record that many records have in common; so has each field of ``identity`` that is a mapping."""

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import csv
-import gc
 import hashlib
 import io
 import json
-import multiprocessing
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from ...conf.errors import InputError
+from ..processes import each_result
 from .draw import draw
 from .naming import file_names, settings_hash
 from .spec import FigureSpec
@@ -92,27 +90,10 @@ def write_all(jobs: Sequence[Job], folder: Path, style: Style) -> Iterator[tuple
     except OSError as error:
         raise InputError("-o", folder, f"cannot be written: {error.strerror}") from error
     todo = out_of_date(jobs, folder)
-    workers = min(os.cpu_count() or 1, len(todo) // MIN_JOBS_A_PROCESS)
-    if workers < 2 or "fork" not in multiprocessing.get_all_start_methods():
-        failures: Iterable[str] = (_write(job, folder, style) for job in todo)
-        yield from _statuses(jobs, todo, failures)
-        return
-    _SHARED[:] = [(job, folder, style) for job in todo]  # forked processes have it without pickling
     largest_first = sorted(range(len(todo)), key=lambda number: -len(todo[number].spec.points))
-    gc.freeze()  # the processes need not look for cycles among the runs, nor copy them for it
-    try:
-        with multiprocessing.get_context("fork").Pool(workers) as pool:
-            made = dict(zip(largest_first, pool.imap(_write_shared, largest_first), strict=True))
-    finally:
-        gc.unfreeze()
+    work = [partial(_write, todo[number], folder, style) for number in largest_first]
+    made = dict(zip(largest_first, each_result(work, MIN_JOBS_A_PROCESS), strict=True))
     yield from _statuses(jobs, todo, (made[number] for number in range(len(todo))))
-
-
-_SHARED: list[tuple[Job, Path, Style]] = []
-
-
-def _write_shared(number: int) -> str:
-    return _write(*_SHARED[number])
 
 
 def _statuses(jobs: Sequence[Job], todo: Sequence[Job], failures: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -6,16 +6,19 @@ import argparse
 import gc
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 from ...conf.errors import InputError
 from ...conf.wording import one_of
 from ..load import Run, load
+from ..processes import each_result
 from ..selection import add_selection, matching, select
 from .cells import Table
-from .groups import each_table
+from .groups import each_table, table_makers
 from .latex import TEXT_WIDTH, latex_page
+from .marks import MAX_TESTED
 from .text import csv_page, html_page, markdown_page
 
 FORMATS: Mapping[str, Callable[[Iterable[Table]], Iterator[str]]] = {
@@ -25,6 +28,8 @@ FORMATS: Mapping[str, Callable[[Iterable[Table]], Iterator[str]]] = {
     "html": html_page,
 }
 ENDINGS = {"md": "markdown", "tex": "latex", "csv": "csv", "html": "html"}
+PER_TASK = 20
+"""Groups of runs whose tables one process writes before it is given others."""
 NOTHING_READ = 1
 """Exit status if there are records, and none of them can be shown."""
 
@@ -41,7 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not runs:
             print(f"error: none of the {len(problems)} records can be shown", file=sys.stderr)
             return NOTHING_READ
-        _print(page(_wanted(args, select(runs, args))), args.output)
+        chosen = select(runs, args)
+        if page is markdown_page and len(chosen) > MAX_TESTED and not args.published and args.columns is None:
+            parts = _markdown_in_processes(args, chosen)
+        else:
+            parts = page(_wanted(args, chosen))
+        _print(parts, args.output)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -116,6 +126,18 @@ def _wanted(args: argparse.Namespace, runs: Sequence[Run]) -> Iterator[Table]:
     else:
         made = each_table(runs, args.by_budget, args.margin)
     return made if args.columns is None else _with_columns(args.columns, list(made))
+
+
+def _markdown_in_processes(args: argparse.Namespace, runs: Sequence[Run]) -> Iterator[str]:
+    """The same page, its tables made and written by several processes."""
+    makers = table_makers(runs, args.by_budget, args.margin)
+
+    def written(some: Sequence[Callable[[], list[Table]]]) -> str:
+        return "".join(markdown_page(chain.from_iterable(make() for make in some)))
+
+    work = [partial(written, makers[start : start + PER_TASK]) for start in range(0, len(makers), PER_TASK)]
+    for number, part in enumerate(each_result(work)):
+        yield ("\n\n" if number else "") + part
 
 
 def _with_columns(wanted: str, made: Sequence[Table]) -> Iterator[Table]:

@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 from ..describe import setting
 from ..load import Run, comparable, flat
@@ -44,25 +45,40 @@ def each_table(runs: Sequence[Run], by_budget: bool = False, margin: float | Non
         by_budget: A row a method and a column a budget.
         margin: See :func:`.accuracy.accuracy_table`.
     """
+    used: Counter[str] = Counter()
+    for make in table_makers(runs, by_budget, margin):
+        for table in make():
+            table.name = _name(table.runs[0], used)
+            yield table
+
+
+def table_makers(
+    runs: Sequence[Run], by_budget: bool = False, margin: float | None = None
+) -> list[Callable[[], list[Table]]]:
+    """For each group of comparable runs, what makes its tables, without names; see :func:`each_table`."""
     groups = [group for group in comparable(runs) if group[0].record["kind"] in KINDS]
     differences = differences_of(groups)
-    used: Counter[str] = Counter()
     tested = len(runs) <= MAX_TESTED
-    for group in groups:
-        if by_budget:
-            made = budget_tables(group, tested)
-        elif group[0].record["kind"] == "accuracy":
-            made = [accuracy_table(group, tested=tested, margin=margin)]
-        else:
-            made = [KINDS[group[0].record["kind"]](group)]
-        common = ", ".join([setting(group[0].record, group), *differences[group[0].group_key]])
-        for table in made:
-            table.setting = common
-            if not tested and group[0].record["kind"] == "accuracy":
-                table.notes.append(f"Differences are not tested among more than {MAX_TESTED} runs: choose some.")
-            table.title = ", ".join([table.title, *differences[group[0].group_key]])
-            table.name = _name(group[0], used)
-            yield table
+    return [partial(_made, group, differences[group[0].group_key], by_budget, margin, tested) for group in groups]
+
+
+def _made(
+    group: Sequence[Run], differences: Sequence[str], by_budget: bool, margin: float | None, tested: bool
+) -> list[Table]:
+    is_accuracy = group[0].record["kind"] == "accuracy"
+    if by_budget:
+        made = budget_tables(group, tested)
+    elif is_accuracy:
+        made = [accuracy_table(group, tested=tested, margin=margin)]
+    else:
+        made = [KINDS[group[0].record["kind"]](group)]
+    common = ", ".join([setting(group[0].record, group), *differences])
+    for table in made:
+        table.setting = common
+        if not tested and is_accuracy:
+            table.notes.append(f"Differences are not tested among more than {MAX_TESTED} runs: choose some.")
+        table.title = ", ".join([table.title, *differences])
+    return made
 
 
 def differences_of(groups: Sequence[Sequence[Run]]) -> dict[str, list[str]]:
