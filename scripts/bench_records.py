@@ -76,7 +76,7 @@ def with_identity(record: dict[str, Any], model: str, budget: int) -> dict[str, 
 
 
 def measure(folder: Path) -> tuple[float, float, int]:
-    """Elapsed seconds, CPU seconds and peak bytes of a process that prints all tables."""
+    """Elapsed seconds, CPU seconds of all processes and peak bytes of the largest, for a page of all tables."""
     command = [sys.executable, "-m", "kvbench.analysis.tables", str(folder / "results"), "-o", str(folder / "out.md")]
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
     start = time.perf_counter()

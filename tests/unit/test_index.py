@@ -15,6 +15,8 @@ from kvbench.analysis.compact import Structure, pack
 from kvbench.analysis.examples import _rows
 from kvbench.analysis.load import Run, load
 from kvbench.analysis.ordering import distinct
+from kvbench.analysis.processes import each_result
+from kvbench.analysis.tables import command
 
 
 @pytest.fixture
@@ -194,3 +196,18 @@ def test_a_damaged_line_is_no_row_whatever_the_others_are(line):
             except (ValueError, RecursionError):
                 expected.append(None)
         assert list(_rows(b"\n".join([*lines, b""]))) == expected
+
+
+def test_results_of_processes_come_in_order_and_a_failure_is_raised():
+    assert list(each_result([lambda n=n: n * n for n in range(40)])) == [n * n for n in range(40)]
+    with pytest.raises(ZeroDivisionError):
+        list(each_result([lambda n=n: 1 // n for n in range(3)]))
+
+
+def test_a_large_page_by_processes_is_the_same(results, tmp_path, monkeypatch):
+    command.main([str(results), "-o", str(tmp_path / "one.md")])
+    monkeypatch.setattr(command, "MAX_TESTED", 0)
+    monkeypatch.setattr(command, "PER_TASK", 1)
+    command.main([str(results), "-o", str(tmp_path / "many.md")])
+    page = (tmp_path / "one.md").read_text()
+    assert page == (tmp_path / "many.md").read_text() and page.count("| method") == 2
