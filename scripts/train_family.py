@@ -32,6 +32,8 @@ ARMS = {
     "cla3": ["method=cla", "method.sharing.factor=3"],
     "yoco": ["method=yoco"],
     "lckv": ["method=lckv"],
+    "mla48": ["method=mla"],
+    "mla112": ["method=mla", "method.sharing.kv_lora_rank=112"],
     "sandwich": ["method=kvshare", "method.sharing.partition=sandwich", "method.sharing.position=middle"],
 }
 SETTINGS = {
@@ -69,7 +71,13 @@ def best(results: str) -> dict[str, list[Run]]:
 
 def label_of(arm: str, task: str) -> str:
     """The label under which an arm is recorded."""
-    own = {"gqa": "gqa2", "lckv": "lckv-w2", "sandwich": f"sandwich-middle-{2 if task == 'recall' else 3}"}
+    own = {
+        "gqa": "gqa2",
+        "mla48": "mla-r48",
+        "mla112": "mla-r112",
+        "lckv": "lckv-w2",
+        "sandwich": f"sandwich-middle-{2 if task == 'recall' else 3}",
+    }
     return own.get(arm, arm)
 
 

@@ -179,7 +179,7 @@ class Method(Options):
         reset_rope(model)
         self._check_plan(plan, model)
         count = plan.layer_types.count(FULL)
-        stores = self.storage.new_layers(count)
+        stores = self.storage.new_latent_layers(count) if plan.holds_latents else self.storage.new_layers(count)
         owners = [owner for owner, kind in zip(plan.owners, plan.layer_types, strict=True) if kind == FULL]
         described = [self._model_layer(model, owner, place, count) for place, owner in enumerate(owners)]
         for store, layer in zip(stores, described, strict=True):
