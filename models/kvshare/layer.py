@@ -89,7 +89,8 @@ class KVShareDecoderLayer(LlamaDecoderLayer):
             eps = config.rms_norm_eps
             self.mixer = GatedRetention(config.hidden_size, config.retention_heads, config.head_dim, eps)
             return
-        self.self_attn = (KVShareAttention if config.kv_lora_rank is None else LatentAttention)(config, layer_idx)
+        attention = KVShareAttention if config.kv_lora_rank is None else LatentAttention
+        self.self_attn = attention(config, layer_idx)  # type: ignore[assignment]
         if is_source and config.separate_kv_norm:
             self.kv_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
