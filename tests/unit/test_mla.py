@@ -21,6 +21,7 @@ from kvbench.methods.sharing.heads import Heads
 from kvbench.methods.sharing.mla import MLA
 from kvbench.methods.storage.kivi import Kivi
 from kvbench.models.kvshare.convert import convert
+from kvbench.runners.config.methods import named_method
 from kvbench.runners.engine import decode, prefill
 
 CLOSE = 1e-10  # float64
@@ -119,6 +120,8 @@ def test_what_needs_keys_and_values_apart_is_refused():
     model = shared_model(LATENT)
     with pytest.raises(InputError, match=r"^method/storage=kivi4: stores keys and values apart"):
         Method("kivi", storage=Kivi(bits=4)).new_cache(model)
+    with pytest.raises(InputError, match=r"^method=criticalkv: weighs values by the output projection"):
+        prefill(model, named_method("criticalkv budget=48").new_cache(model), ids(60))
     with pytest.raises(InputError, match="kv_lora_rank is None; this one's is 12"):
         Method("mha", sharing=Heads()).new_cache(model)
     with pytest.raises(InputError, match="kv_lora_rank is 8; this one's is 12"):
