@@ -154,7 +154,7 @@ def _estimates(record: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, An
 def _spreads(record: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if record["kind"] == "efficiency":
         metrics = record["metrics"]
-        yield from ((f"metrics.{name}", s) for name, s in metrics.items() if name != "step_ms" and "median" in s)
+        yield from ((f"metrics.{name}", s) for name, s in metrics.items() if name != "step_ms" and s and "median" in s)
         if record["limit"]["mbu"] is not None:
             yield "limit.mbu", record["limit"]["mbu"]
 

@@ -290,7 +290,7 @@ def frame(runs: Sequence[Run]) -> pd.DataFrame:
             shown = average(record)
             row |= {"score": shown["mean"], "score_low": shown["low"], "score_high": shown["high"]}
             row["score_unit"] = "perplexity" if fewer_is_better(record) else "percent"
-        row |= {name: spread["median"] for name, spread in record.get("metrics", {}).items()}
+        row |= {name: None if m is None else m["median"] for name, m in record.get("metrics", {}).items()}
         for phase in ("peak_prefill", "peak_decode"):
             if record.get("memory", {}).get(phase):
                 row[f"{phase}_bytes"] = record["memory"][phase]["allocated"]

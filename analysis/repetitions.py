@@ -12,7 +12,7 @@ from .stats import ratio
 
 def of_repetitions(record: Mapping[str, Any], full: Mapping[str, Any] | None) -> dict[str, Any]:
     """Fields of an efficiency record that follow from others, and gains over the full cache that it is paired with."""
-    metrics = {key: _spread(m["repetitions"]) for key, m in record["metrics"].items() if "repetitions" in m}
+    metrics = {key: _spread(m["repetitions"]) for key, m in record["metrics"].items() if m and "repetitions" in m}
     bandwidth, read = record["bandwidth"]["copy_bytes_per_s"], record["limit"]["bytes_read_per_step"]
     floor = None if bandwidth is None else 1e3 * read / bandwidth
     tpots = record["metrics"]["tpot_ms"]["repetitions"]

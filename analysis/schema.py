@@ -118,6 +118,7 @@ DONE: Mapping[str, Mapping[str, Any]] = {
         "metrics": {
             **dict.fromkeys(("ttft_ms", "tpot_ms", "prefill_tokens_per_s", "decode_tokens_per_s"), SPREAD),
             **dict.fromkeys(("output_tokens_per_s?", "total_tokens_per_s?"), SPREAD),
+            "compression_ms?": (SPREAD, None),
             "step_ms?": {"p90": float, "p99": float},
         },
         "bytes": {"kv_bytes_stored": NonNegativeFloat},

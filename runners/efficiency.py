@@ -63,6 +63,8 @@ class EfficiencyRunner(PairedRunner):
             available memory.
         cuda_graph: Capture a decode step as a CUDA graph and replay it, if its shapes are static.
         compile: Compile the decode steps with torch.compile; on a CPU, for one or two rows (:mod:`.engine.compiled`).
+        fuse_projections: On CUDA, compute queries, keys and values of a decode step by one matrix product, and gate and
+            up of an MLP by one (:mod:`.engine.fused_weights`).
     """
 
     warmups: NonNegativeInt = 1
@@ -70,6 +72,7 @@ class EfficiencyRunner(PairedRunner):
     memory_limit_gib: PositiveFloat | None = None
     cuda_graph: bool = True
     compile: bool = False
+    fuse_projections: bool = True
 
     def data_group(self) -> str:
         """See :meth:`.runner.Runner.data_group`."""
@@ -149,6 +152,7 @@ class EfficiencyRunner(PairedRunner):
                 "chunk_size": self.chunk_size,
                 "cuda_graph": self.cuda_graph,
                 **({"compile": True} if self.compile else {}),
+                **({} if self.fuse_projections else {"fuse_projections": False}),
                 **({"memory_limit_gib": self.memory_limit_gib} if searches else {}),
             },
             # Times are those of one version of the code: after a change the baseline is measured again too.
@@ -170,6 +174,7 @@ class EfficiencyRunner(PairedRunner):
             self.repeats,
             self.cuda_graph,
             self.compile,
+            self.fuse_projections,
         )
 
     def _measure(

@@ -114,6 +114,8 @@ RECORD_FIELDS = {
     "bytes.dtype": "of a trained model: dtype of these bytes",
     "metrics": "medians, ranges and repetitions of each time and throughput: [metrics](metrics.md)",
     "metrics.ttft_ms": "time to the first token",
+    "metrics.compression_ms": "part of it that scores the prompt, chooses what stays and stores it; null where "
+    "there is no such part: tokens leave within the prompt's attention, or there is no cache",
     "metrics.tpot_ms": "time per output token",
     "metrics.prefill_tokens_per_s": "prompt tokens / TTFT",
     "metrics.decode_tokens_per_s": "tokens after the first / decode time",
@@ -177,6 +179,7 @@ NEWER_FIELDS = {
     **dict.fromkeys(("interval", "interval.method", "interval.level", "interval.resamples"), "accuracy"),
     "paired.decode_speed_up_interval": "efficiency",
     "bytes.kv_bytes_read_per_step": "efficiency",
+    "metrics.compression_ms": "efficiency",
     "needs": "accuracy efficiency train",
     **dict.fromkeys((f for f in RECORD_FIELDS if f.split(".")[0] == "kernels"), "efficiency"),
 }

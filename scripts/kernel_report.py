@@ -301,9 +301,10 @@ def step_entries() -> list[Entry]:
     hidden, intermediate, heads, dim, vocabulary, rows = 4096, 11008, 32, 128, 32000, 1
     kernels = step_operations
     half = ("x", "y", "weight", "total", "query", "key", "cos", "sin", "query_weight", "key_weight", "query_out")
-    half += ("key_out", "gate", "up", "new_keys", "new_values", "keys", "values")
+    half += ("key_out", "gate", "up", "value", "new_keys", "new_values", "keys", "values")
     types = dict.fromkeys(half, "*bf16") | {"epsilon": "fp32", "valid": "*u8", "slot": "*i64", "logits": "*bf16"}
     ints = ("heads", "kv_heads", "valid_heads", "parts", "valid_h")
+    rope = {"D": dim, "HALF_D": dim // 2, "WIDE": dim // 2, "NORM": False}
     blocks = triton.cdiv(vocabulary, kernels.VOCABULARY_BLOCK)
     largest = types | {"indices": "*i64"}
 
@@ -313,8 +314,10 @@ def step_entries() -> list[Entry]:
     return [
         entry("residual and RMSNorm", kernels.add_norm_kernel, types | {"out": "*bf16"}, {"ADD": True, "BLOCK": hidden},
               8, 5 * hidden),
-        entry("RoPE of queries and keys", kernels.rope_kernel, types,
-              {"D": dim, "HALF_D": dim // 2, "WIDE": dim // 2, "NORM": False}, 1, 4 * heads * dim),
+        entry("RoPE of queries and keys", kernels.rope_kernel, types | dict.fromkeys(("valid", "slot"), "*bf16"),
+              rope | {"DV": 1, "WIDE_V": 1, "STORE": False}, 1, 4 * heads * dim),
+        entry("RoPE and write into a slot", kernels.rope_kernel, types,
+              rope | {"DV": dim, "WIDE_V": dim, "STORE": True}, 1, 6 * heads * dim),
         entry("SwiGLU", kernels.swiglu_kernel, types | {"out": "*bf16"}, {"BLOCK": kernels.SWIGLU_BLOCK}, 4,
               3 * intermediate),
         entry("write into a slot", kernels.write_kernel, types, {"D": dim, "DV": dim, "WIDE": dim, "WIDE_V": dim}, 1,

@@ -24,13 +24,18 @@ def efficiency_table(runs: Sequence[Run]) -> Table:
     reads = any("kv_bytes_read_per_step" in run.record.get("bytes", {}) for run in runs)
     if reads:
         columns.insert(columns.index("KV MiB, batch") + 1, "read a step")
+    compresses = any(run.record.get("metrics", {}).get("compression_ms") for run in runs)
+    if compresses:
+        columns.insert(columns.index("TPOT ms"), "compression ms")
     metered = any((run.record.get("energy") or {}).get("joules") for run in runs)
     columns += ["J/token", "run"] if metered else ["run"]
-    rows = _rows(runs, columns, lambda run: _times(run.record, metered, reads))
+    rows = _rows(runs, columns, lambda run: _times(run.record, metered, reads, compresses))
     first = runs[0].record
     table = Table(_title(runs), columns, rows, runs, blocks=blocks)
     repeats = first["identity"]["runner"]["repeats"]
     table.notes.append(f"Medians of {repeats} repetitions" + ("." if repeats >= 5 else ", which is few."))
+    if compresses:
+        table.notes.append("compression: scoring the prompt, choosing what stays and storing it; a part of TTFT.")
     if any("step_ms" in run.record.get("metrics", {}) for run in runs):
         table.notes.append("p90, p99: of single decode steps, ms.")
     table.notes.append(
@@ -61,12 +66,13 @@ def _rows(
     return rows
 
 
-def _times(record: Mapping[str, Any], metered: bool, reads: bool) -> list[Cell]:
+def _times(record: Mapping[str, Any], metered: bool, reads: bool, compresses: bool) -> list[Cell]:
     """Numbers of a run of one workload."""
     tpot, steps = record["metrics"]["tpot_ms"], record["metrics"].get("step_ms")
     mbu, paired = record["limit"]["mbu"], record.get("paired", {})
     return [
         metric(record, "ttft_ms", 1, -1),
+        *([metric(record, "compression_ms", 1, -1)] if compresses else []),
         metric(record, "tpot_ms", 2, -1),
         Cell(f"{tpot['min']:.2f} - {tpot['max']:.2f}"),
         *(MISSING if steps is None else number(steps[p], 2) for p in ("p90", "p99")),

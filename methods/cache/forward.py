@@ -19,6 +19,8 @@ class LayerCall:
         key, value: [B, H_kv, n, D], keys after RoPE, which the queries attend over.
         rule: How logits are computed.
         new_kv: Keys and values to store, if they differ from ``key`` and ``value``.
+        is_stored: Whether the key and the value of a single new token have been written into the layer's next slot
+            (:attr:`.layer.CacheLayer.next_slot`); ``key`` is then before RoPE.
     """
 
     query: torch.Tensor
@@ -26,6 +28,7 @@ class LayerCall:
     value: torch.Tensor
     rule: LogitRule
     new_kv: tuple[torch.Tensor, torch.Tensor] | None = None
+    is_stored: bool = False
 
     @property
     def columns(self) -> int:

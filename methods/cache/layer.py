@@ -13,7 +13,9 @@ import torch
 from ..policies.policy import CachePolicy, PolicyCapabilities, Step
 from ..sharing.plan import KVAccess, Span
 from ..storage.base import LayerStorage
+from ..storage.buffer import take_slots
 from ..storage.dense import COMPACTION_INTERVAL_STEPS
+from ..storage.static import NextSlot
 from .forward import LayerCall, NewTokens, Rows
 from .prefill import PrefillLayer
 from .products import repeat_heads
@@ -80,6 +82,10 @@ class CacheLayer(PrefillLayer):
     def end_steps(self) -> None:
         self.storage.end_steps()
 
+    @property
+    def next_slot(self) -> NextSlot | None:
+        return None if self.policy.capabilities.stores_query_heads else self.storage.next_slot
+
     def method_names(self) -> str:
         return type(self.policy).__name__
 
@@ -92,8 +98,7 @@ class CacheLayer(PrefillLayer):
             if self.policy.capabilities.stores_query_heads:
                 keys, values = repeat_heads(keys, prompt.groups), repeat_heads(values, prompt.groups)  # [R, H_q, T, D]
             if kept.slots is not None:
-                slots = kept.slots[..., None]
-                keys, values = (x.gather(2, slots.expand(-1, -1, -1, x.shape[3])) for x in (keys, values))
+                keys, values = (take_slots(x, kept.slots) for x in (keys, values))
             groups.append(KeptRows(rows, prompt.length, keys, values, kept.valid, kept.scores))  # [R, H, C, D]
         lengths, scores = self._store(groups)
         queries = self._last_queries(prompts) if self.policy.capabilities.stored_queries else None
@@ -146,7 +151,7 @@ class CacheLayer(PrefillLayer):
         n = key.shape[2]
         size = self.policy.max_step_tokens(call.query) or n
         if n <= size:
-            out = self._step(Step(call.query, call.rule, new.valid), key, value, use)
+            out = self._step(Step(call.query, call.rule, new.valid), key, value, use, call.is_stored)
         else:
             outputs = []
             for start in range(0, n, size):
@@ -161,7 +166,9 @@ class CacheLayer(PrefillLayer):
                 self.storage.shrink_to_fit()
         return out
 
-    def _step(self, step: Step, key: torch.Tensor, value: torch.Tensor, use: KVAccess) -> torch.Tensor:
+    def _step(
+        self, step: Step, key: torch.Tensor, value: torch.Tensor, use: KVAccess, is_stored: bool = False
+    ) -> torch.Tensor:
         """Append the new tokens and attend; the policy does not see which layers of the model share this cache layer.
 
         The owner's keys and values are stored before its attention, or after it if no token attends to itself.
@@ -170,11 +177,14 @@ class CacheLayer(PrefillLayer):
             step: Queries of the new tokens.
             key, value: [B, H, n, D], to be stored.
             use: How the layer of the model uses this cache layer.
+            is_stored: Whether they are in the storage's next slot.
 
         Returns:
             [B, H_q, n, D].
         """
-        if use.is_owner and not use.strictly_causal:
+        if is_stored:
+            self.storage.advance()
+        elif use.is_owner and not use.strictly_causal:
             moved = self.storage.append(key, value, step.valid)
             if moved is not None:
                 self.policy.after_append(self.state, moved)

@@ -18,6 +18,7 @@ import torch
 
 from ...conf.errors import InputError
 from ..sharing.plan import KVAccess, Span
+from .compression import compression
 from .forward import LayerCall, NewTokens, Rows
 from .logits import LogitRule
 from .products import causal_attention, flash_attention_with_logsumexp
@@ -197,7 +198,8 @@ class PrefillLayer(StaticSteps, ABC):
         # KVCache.check_prompt reads the flags of all layers at once, so that no layer syncs with the device here.
         self.is_finite = (keys.sum(dtype=torch.float32) + values.sum(dtype=torch.float32)).isfinite()
         whole = Prompt(query, keys, values, rule, self.layer_idx, self.num_layers, strictly_causal, logsumexp=logsumexp)
-        self.finish_prefill([(r, _without_pads(whole, r)) for r in rows])
+        with compression(keys.device):
+            self.finish_prefill([(r, _without_pads(whole, r)) for r in rows])
 
 
 def _without_pads(whole: Prompt, r: Rows) -> Prompt:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..storage.static import NextSlot
+
 
 class StaticSteps:
     """What :class:`.cache.KVCache` calls on its layers for static steps; by default a state of fixed size.
@@ -28,6 +30,11 @@ class StaticSteps:
     @property
     def static_problem(self) -> str | None:
         """See the class."""
+        return None
+
+    @property
+    def next_slot(self) -> NextSlot | None:
+        """Where the next token is stored once static, for a kernel that writes it there; None: ``attend`` stores it."""
         return None
 
     def make_static(self, steps: int) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from ..cache.prompt import Prompt
 from ..storage.base import LayerStorage
+from ..storage.buffer import take_slots
 from ..storage.step_attention import step_attention_with_weights
 from .eviction_state import EvictionState, slots_in_use
 from .policy import Step
@@ -144,8 +145,7 @@ def rescore(
     for count, tokens_seen in sorted(set(zip(counts.tolist(), seen.tolist(), strict=True))):
         rows = ((counts == count) & (seen.to(counts.device) == tokens_seen)).nonzero()[:, 0]
         slot = mask[rows].int().sort(dim=-1, stable=True).indices[..., slots - count :]  # [R, 1, T]
-        index = slot.expand(-1, keys.shape[1], -1)[..., None]
-        k, v = (x[rows].gather(2, index.expand(-1, -1, -1, x.shape[3])) for x in (keys, values))  # [R, H, T, D]
+        k, v = (take_slots(x[rows], slot) for x in (keys, values))  # [R, H, T, D]
         if queries is None:
             query = k.new_zeros(len(rows), k.shape[1], 0, k.shape[3])
         else:

@@ -23,7 +23,7 @@ from .budget import Budget, Recent, resolve_budget
 from .eviction_state import Candidates, EvictionState
 from .model_layer import ModelLayer
 from .policy import CachePolicy, Kept
-from .ranking import keep_mask, keep_slots
+from .ranking import indices_of, keep_mask
 from .schedules.after_prefill import AfterPrefill
 from .schedules.base import Schedule
 from .scorers.base import Scorer
@@ -135,8 +135,8 @@ class PromptEviction(CachePolicy):
         sinks, end = min(self.sinks, budget - recent), prompt.length - recent
         rows, kv_heads = prompt.keys.shape[:2]
         heads = prompt.query.shape[1] if self.scorer.stores_query_heads else kv_heads
-        position = torch.arange(prompt.length, device=prompt.keys.device)  # [T]
         if budget == sinks + recent and not self.allocator.spans_layers:  # no other token can be kept
+            position = torch.arange(prompt.length, device=prompt.keys.device)  # [T]
             slots = torch.cat([position[:sinks], position[end:]]).expand(rows, heads, -1)  # [R, H, C]
             scores = self.scorer.score(prompt, scorer_state) if keeps_scores else None
             return Kept(slots, scores=None if scores is None else scores.gather(-1, slots))
@@ -152,16 +152,14 @@ class PromptEviction(CachePolicy):
             assert state is not None
             state.candidates.append(Candidates(candidates, tie_candidates, free, sinks, recent))
             return Kept(scores=scores if keeps_scores else None)
-        if self.allocator.heads_differ:
-            budgets = self.allocator.head_budgets(candidates, free, tie_candidates)  # [R, H]
-            candidates, tie_candidates = self.scorer.ranking_scores(candidates, tie_candidates, budgets)
-            keep = F.pad(keep_mask(candidates, budgets, tie_candidates), (sinks, recent), value=True)  # [R, H, T]
+        ragged = self.allocator.heads_differ
+        count = self.allocator.head_budgets(candidates, free, tie_candidates) if ragged else free  # [R, H], or a number
+        candidates, tie_candidates = self.scorer.ranking_scores(candidates, tie_candidates, count)
+        keep = F.pad(keep_mask(candidates, count, tie_candidates), (sinks, recent), value=True)  # [R, H or 1, T]
+        if ragged:
             slots, valid = slots_to_keep(keep)  # [R, H, C]
         else:
-            candidates, tie_candidates = self.scorer.ranking_scores(candidates, tie_candidates, free)
-            best, valid = keep_slots(candidates, free, tie_candidates) + sinks, None  # [R, H or 1, free]
-            first, last = (x.expand(*best.shape[:2], -1) for x in (position[:sinks], position[end:]))
-            slots = torch.cat([first, best, last], dim=-1).expand(rows, heads, -1)  # [R, H, C]
+            slots, valid = indices_of(keep, budget).expand(rows, heads, -1), None  # [R, H, C]
         return Kept(slots, valid, scores.gather(-1, slots) if keeps_scores else None)
 
     @property

@@ -13,12 +13,13 @@ Scores are ranked in float32. No function here syncs with the device.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 RULE = "score, unpooled score, index"
 """The ranking criteria in order. It is part of a run's identity, because another rule keeps other tokens."""
 
-SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
-"""Some devices flush smaller numbers to zero, so they rank as zero."""
+LARGEST_SUBNORMAL = torch.finfo(torch.float32).tiny - torch.finfo(torch.float32).smallest_normal * 2**-23
+"""Some devices flush such numbers to zero, so they and all smaller ones rank as zero."""
 MAGNITUDE_BITS = 2**31 - 1
 """Mask of all bits of a float32 number except the sign."""
 
@@ -34,14 +35,13 @@ def keep_slots(scores: torch.Tensor, count: int, ties: torch.Tensor | None = Non
     Returns:
         [..., count] int64, increasing.
     """
-    index = torch.arange(scores.shape[-1], device=scores.device)
-    if ties is None:  # a 64-bit key has room for the score and the index, so no two keys are equal
-        keys = _ordered_bits(scores).long().bitwise_left_shift_(32).sub_(index)
-        return keys.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
-    kept = keep_mask(scores, count, ties)
-    # Scatter the indices of kept tokens to places 1 .. count, and those of all others to place 0, which is cut off.
-    place = kept.cumsum(-1, dtype=torch.int32).mul_(kept).long()  # [..., N]
-    return place.new_empty(*place.shape[:-1], count + 1).scatter_(-1, place, index.expand_as(place))[..., 1:]
+    return indices_of(keep_mask(scores, count, ties), count)
+
+
+def indices_of(mask: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the indices of the entries of ``mask`` [..., N] that are True, ``count`` in each row: [..., count]."""
+    rows = mask.shape[:-1]
+    return mask.nonzero_static(size=rows.numel() * count)[:, -1].view(*rows, count)
 
 
 def keep_mask(scores: torch.Tensor, count: int | torch.Tensor, ties: torch.Tensor | None = None) -> torch.Tensor:
@@ -79,8 +79,10 @@ def lowest_ranked_slot(scores: torch.Tensor) -> torch.Tensor:
 
 def _keys(scores: torch.Tensor, ties: torch.Tensor | None) -> torch.Tensor:
     """Return integer keys that sort by score, then by ``ties``: int32, or int64 with ``ties``."""
-    keys = _ordered_bits(scores)
-    return keys if ties is None else keys.long().bitwise_left_shift_(32).add_(_ordered_bits(ties))
+    if ties is None:
+        return _ordered_bits(scores)
+    halves = torch.stack([ties.float(), scores.float()], dim=-1)  # [..., N, 2], low first
+    return _ordered_bits(halves).view(torch.int64).squeeze(-1).bitwise_xor_(1 << 31)  # the low half has no sign bit
 
 
 def _ordered_bits(x: torch.Tensor) -> torch.Tensor:
@@ -91,5 +93,4 @@ def _ordered_bits(x: torch.Tensor) -> torch.Tensor:
 
 def _flushed(x: torch.Tensor) -> torch.Tensor:
     """Return a float32 copy in which subnormal numbers and -0.0 are 0.0."""
-    x = x.float()
-    return torch.where(x.abs() < SMALLEST_NORMAL, 0.0, x)
+    return F.hardshrink(x.float(), LARGEST_SUBNORMAL)

@@ -24,6 +24,7 @@ from ..cache.products import cached_attention
 from ..cache.rotary import Rotary
 from .buffer import Growing
 from .capabilities import StorageCapabilities
+from .static import NextSlot
 
 
 def slots_to_keep(keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -54,6 +55,7 @@ def previous_slots(tokens: torch.Tensor, width: int, first: torch.Tensor, slots:
 IN_PLACE = (
     "write",
     "append",
+    "advance",
     "keep",
     "drop",
     "make_static",
@@ -97,6 +99,15 @@ class LayerStorage(Growing, ABC):
         Returns:
             The previous slots of all tokens if some have moved, as :meth:`drop` returns them, negative for new tokens.
         """
+
+    @property
+    def next_slot(self) -> NextSlot | None:
+        """Where the next token goes, if writing it there and :meth:`advance` are the same as :meth:`append`."""
+        return None
+
+    def advance(self) -> None:
+        """Count a token that has been written into :attr:`next_slot`."""
+        raise NotImplementedError
 
     @abstractmethod
     def read(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

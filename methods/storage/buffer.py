@@ -42,6 +42,25 @@ def grown(x: torch.Tensor, used: int, capacity: int, dim: int = 2) -> torch.Tens
     return out
 
 
+def take_slots(x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Return the entries of ``x`` [..., S, D] at ``slots`` [..., C], whose leading sizes may be 1: [..., C, D].
+
+    Rows of D numbers are copied whole; ``gather`` would read an index for each number.
+    """
+    leading, width = x.dim() - 2, x.shape[-1]
+    index = [torch.arange(n, device=x.device).view(-1, *[1] * (leading - d)) for d, n in enumerate(x.shape[:-2])]
+    if x.stride(-1) != 1 or any(stride % width for stride in x.stride()[:-1]):
+        return x[(*index, slots)]
+    # The memory of x is a list of rows, whatever the order of its dimensions.
+    steps = [stride // width for stride in x.stride()[:-1]]
+    rows = slots * steps[-1]
+    for i, step in zip(index, steps, strict=False):
+        rows = rows + i * step
+    last_row = sum((n - 1) * step for n, step in zip(x.shape[:-1], steps, strict=True))
+    picked = x.as_strided((last_row + 1, width), (width, 1)).index_select(0, rows.flatten())
+    return picked.view(*rows.shape, width)
+
+
 class Buffer:
     """Queue of slots along one dimension of a tensor: appended at the end, dropped at the front.
 

@@ -12,7 +12,8 @@ import torch
 from ..cache.kv_shape import KVShape
 from ..cache.logits import LogitRule
 from .base import LayerStorage, Storage, StorageCapabilities, slots_to_keep
-from .buffer import grown
+from .buffer import grown, take_slots
+from .static import NextSlot
 from .step_attention import step_attention, write_token
 
 COMPACTION_INTERVAL_STEPS = 64
@@ -65,7 +66,7 @@ class DenseLayer(LayerStorage):
             assert self._valid is not None and n == 1 and valid is None, "a static layer takes single tokens"
             # A single plane is both: its token is written twice to the same slot.
             write_token(new[0], new[-1], self._planes[0], self._planes[-1], self._valid, self._next)
-            self._next += 1
+            self.advance()
             return
         self.count_down(n)
         if start + n > self._planes[0].shape[2]:
@@ -81,6 +82,17 @@ class DenseLayer(LayerStorage):
         if self._valid is not None:
             self._valid[:, :, start : start + n] = True if valid is None else valid[:, None]
         self.length = start + n
+
+    @property
+    def next_slot(self) -> NextSlot | None:
+        if self._next is None or len(self._planes) == 1:
+            return None
+        assert self._valid is not None
+        return NextSlot(*self._planes, self._valid, self._next)
+
+    def advance(self) -> None:
+        assert self._next is not None
+        self._next += 1
 
     def drop(self, keep: torch.Tensor, compact_now: bool) -> torch.Tensor | None:
         if self._next is not None:
@@ -109,8 +121,7 @@ class DenseLayer(LayerStorage):
         if slots.dim() == 1:
             planes = [x.index_select(2, slots) for x in planes]
         else:
-            slots = slots.expand(-1, planes[0].shape[1], -1)[..., None]
-            planes = [x.gather(2, slots.expand(-1, -1, -1, x.shape[3])) for x in planes]
+            planes = [take_slots(x, slots) for x in planes]
         count = planes[0].shape[2]
         if self._planes[0].shape[2] > count + self.growth:  # shrink the buffers
             self._planes = planes
@@ -157,9 +168,8 @@ class DenseLayer(LayerStorage):
         assert self._planes and self._valid is not None and self._next is not None
         slots, valid = slots_to_keep(self._valid)
         count = slots.shape[-1]
-        index = slots.expand(-1, self._planes[0].shape[1], -1)[..., None]
         for x in self._planes:
-            x[:, :, :count] = x.gather(2, index.expand(-1, -1, -1, x.shape[3]))
+            x[:, :, :count] = take_slots(x, slots)
         self._valid.zero_()
         self._valid[:, :, :count] = True if valid is None else valid
         self._next.fill_(count)

@@ -29,7 +29,7 @@ from ..cache.kv_shape import KVShape
 from ..cache.logits import LogitRule
 from ..cache.products import cached_attention
 from .base import Storage, StorageCapabilities
-from .buffer import Buffer
+from .buffer import Buffer, take_slots
 from .planes import PlaneSegments, capacities
 from .ragged import DenseSegments, StaticRagged
 from .segmented import SegmentedLayer
@@ -226,7 +226,7 @@ class QuestLayer(SegmentedLayer):
             length = torch.full((len(index),), segments.length, device=index.device)
             pages = choose_pages(rows[index], segments.bounds, length, self._page, self._count, rule.scaling)
             slots, is_read = slots_of(pages, length, self._page)  # [n, K * P]
-            read = [x.gather(1, slots[..., None].expand(-1, -1, x.shape[2])) for x in segments.stored]
+            read = [take_slots(x, slots) for x in segments.stored]
             chosen.append((index, read, is_read))
         width = max(is_read.shape[1] for _, _, is_read in chosen)
         keys, values = (x.new_zeros(batch * heads, width, x.shape[2]) for x in chosen[0][1])

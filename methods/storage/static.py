@@ -13,6 +13,22 @@ import torch
 from ..cache.logits import LogitRule
 
 
+@dataclass(frozen=True)
+class NextSlot:
+    """Where a static layer stores its next token, for a kernel that writes it there.
+
+    Attributes:
+        keys, values: [B, H, S, D] and [B, H, S, D_v].
+        valid: [B, 1 or H, S] bool, to be set.
+        slot: [1] int64, on the device.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    valid: torch.Tensor
+    slot: torch.Tensor
+
+
 @dataclass
 class LengthGroup:
     """Rows of one length, counted on the host to find full blocks without a device sync.

@@ -20,6 +20,7 @@ import torch
 
 from ..cache.logits import LogitRule
 from ..cache.products import query_key_products
+from .buffer import take_slots
 from .packed import Quantized, dequantize_into, quantize, query_times_keys, value_group_size, weights_times_values
 from .static import ALL_ROWS, LengthGroup, StaticSegments
 from .step_attention import packed_problem, uses_kernel
@@ -165,8 +166,8 @@ class StaticKivi(StaticSegments):
         token = torch.arange(slots, device=keys.device).expand(keys.shape[0], -1)  # [N, S]
         length, packed, rounded = (x[:, None] for x in (self.length, self._packed, self._rounded))
         key_slot, value_slot = (token - packed).clamp(0, self.residual - 1), token % (self.residual + 1)
-        keys = torch.where((token < packed)[..., None], keys, _gather_slots(self._keys, key_slot))
-        values = torch.where((token < rounded)[..., None], values, _gather_slots(self._values, value_slot))
+        keys = torch.where((token < packed)[..., None], keys, take_slots(self._keys, key_slot))
+        values = torch.where((token < rounded)[..., None], values, take_slots(self._values, value_slot))
         return keys, values, token < length
 
     def static_state(self) -> list[torch.Tensor]:
@@ -197,8 +198,3 @@ def _write(codes: Quantized, new: Quantized, rows: torch.Tensor | slice, start: 
     """Write ``new`` [n, m, ...] to indices ``start`` .. ``start + m - 1`` of some rows."""
     for target, source in zip(codes.tensors(), new.tensors(), strict=True):
         target[rows, start : start + source.shape[1]] = source
-
-
-def _gather_slots(x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Gather slots [N, S] of x [N, any, D]: [N, S, D]."""
-    return x.gather(1, slots[..., None].expand(-1, -1, x.shape[2]))

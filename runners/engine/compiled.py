@@ -9,7 +9,7 @@ Attention is computed by the cache and is not compiled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -22,6 +22,7 @@ from ...methods.cache.forward import LayerCall
 from ...methods.cache.logits import LogitRule
 from ...methods.cache.rotary import rope
 from .fused_decode import supports_fused_decode
+from .fused_weights import Affine, fuse
 from .step import COMPILED, DecodeStep
 from .step_operations import is_changed
 from .weights import copy_mapped_tensors
@@ -31,13 +32,6 @@ R = TypeVar("R")
 
 MAX_ROWS = 2
 """With more rows, oneDNN's matrix products are faster than sums (measured: docs/explanation/engine.md)."""
-
-
-class Affine(NamedTuple):
-    """A linear layer's weight [out_features, in_features] and bias [out_features]."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
 
 
 class LayerWeights(NamedTuple):
@@ -188,31 +182,14 @@ def _weights_of(layer: Any) -> LayerWeights:
     norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
     return LayerWeights(
         layer.input_layernorm.weight.detach(),
-        _concatenated((attention.q_proj, attention.k_proj, attention.v_proj)),
+        fuse((attention.q_proj, attention.k_proj, attention.v_proj)),
         None if norms is None else (norms[0].weight.detach(), norms[1].weight.detach()),
         _affine(attention.o_proj),
         layer.post_attention_layernorm.weight.detach(),
-        _concatenated((mlp.gate_proj, mlp.up_proj)),
+        fuse((mlp.gate_proj, mlp.up_proj)),
         _affine(mlp.down_proj),
     )
 
 
 def _affine(layer: nn.Linear) -> Affine:
     return Affine(layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
-
-
-def _concatenated(layers: Sequence[nn.Linear]) -> Affine:
-    """Concatenate the outputs of several layers; the layers' own weights become views."""
-
-    def concatenate(name: str) -> torch.Tensor | None:
-        parts = [getattr(layer, name) for layer in layers]
-        if parts[0] is None:
-            return None
-        whole = torch.cat([part.detach() for part in parts])
-        for layer, part in zip(layers, whole.split([len(part) for part in parts]), strict=True):
-            setattr(layer, name, nn.Parameter(part, requires_grad=False))
-        return whole
-
-    weight = concatenate("weight")
-    assert weight is not None
-    return Affine(weight, concatenate("bias"))

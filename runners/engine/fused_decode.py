@@ -64,8 +64,11 @@ def _forward(model: PreTrainedModel, cache: KVCache, token: torch.Tensor, operat
     h = operations.norm(x, base.layers[0].input_layernorm)
     for number, (layer, next_norm) in enumerate(zip(base.layers, next_norms, strict=True)):
         attention = layer.self_attn
-        query, key, value = (part.transpose(1, 2) for part in operations.qkv(attention, h, rope))  # [rows, heads, 1, D]
-        out = cache.attend(number, LayerCall(query, key, value, LogitRule(attention.scaling)), None)
+        slot = operations.next_slot(cache, number)
+        parts = operations.qkv(attention, h, rope, slot)
+        query, key, value = (part.transpose(1, 2) for part in parts)  # [rows, heads, 1, D]
+        call = LayerCall(query, key, value, LogitRule(attention.scaling), is_stored=slot is not None)
+        out = cache.attend(number, call, None)
         out = attention.o_proj(out.transpose(1, 2).reshape(*h.shape[:-1], -1))
         x, h = operations.add_norm(x, out, layer.post_attention_layernorm)
         x, h = operations.add_norm(x, operations.mlp(layer.mlp, h), next_norm)

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from ...conf.errors import InputError
 from ...methods.cache.cache import KVCache
+from ...methods.cache.compression import compression
 from ...methods.cache.forward import text_seeds
 from ...methods.cache.layer import CacheLayer
 from ...models.kvshare.model import KVShareLlamaForCausalLM
@@ -80,7 +81,8 @@ def _compress_after_prefill(
         layers = [layer for layer in member.layers if isinstance(layer, CacheLayer) and layer.span is None]
         if layers:
             pairs = [(layer.state, layer.storage) for layer in layers]
-            layers[0].policy.after_prefill(model, cache.plan, pairs, prompts)
+            with compression(input_ids.device):
+                layers[0].policy.after_prefill(model, cache.plan, pairs, prompts)
 
 
 def _check(

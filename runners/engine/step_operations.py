@@ -1,19 +1,26 @@
 """The small operations between the matrix products of a fused decode step: by Triton kernels on CUDA, or by PyTorch.
 
-A step of a large model launches some 20 small PyTorch kernels a layer for norms, residuals, RoPE and the activation;
-here they are four.
+A step of a large model launches some 20 small PyTorch kernels a layer for norms, residuals, RoPE, the write into the
+cache and the activation; here they are four. Projections whose weights are fused (:mod:`.fused_weights`) are one
+product.
 
 Legend: B rows (one token each), H query heads and K KV heads of D channels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from transformers import PreTrainedModel
 
+from ...methods.cache.cache import KVCache
 from ...methods.cache.kernel_use import KERNEL_DTYPES, STEP_OPERATIONS, device_problem, uses_kernel_on
+from ...methods.storage.static import NextSlot
+from .fused_weights import GATE_UP, QKV, Affine, fused
 from .prepacked import QKVSlice
 
 MAX_KERNEL_HIDDEN = 1 << 15
@@ -48,12 +55,21 @@ class OneTokenRope:
 class StepOperations:
     """The operations in PyTorch, by the model's own modules."""
 
+    def next_slot(self, cache: KVCache, layer_idx: int) -> NextSlot | None:
+        """Return where :meth:`qkv` stores a layer's new key and value; None: the cache stores them."""
+        return None
+
     def rope(self, cos_sin: tuple[torch.Tensor, torch.Tensor]) -> Any:
         """Return what :meth:`qkv` needs of the cosines and sines, for all layers of a step."""
         return OneTokenRope(cos_sin)
 
-    def qkv(self, attention: Any, h: torch.Tensor, rope: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query, key and value [B, 1, heads, D] of ``h`` [B, 1, hidden]; query and key are rotated."""
+    def qkv(
+        self, attention: Any, h: torch.Tensor, rope: Any, slot: NextSlot | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value [B, 1, heads, D] of ``h`` [B, 1, hidden]; query and key are rotated.
+
+        With a ``slot`` the rotated key and the value are in it, and the key that is returned is not rotated.
+        """
         heads = (*h.shape[:-1], -1, attention.head_dim)
         if not isinstance(attention.q_proj, QKVSlice) or hasattr(attention, "q_norm"):
             query, key = attention.q_proj(h).view(heads), attention.k_proj(h).view(heads)
@@ -89,18 +105,39 @@ class KernelOperations(StepOperations):
         from ...methods.storage.kernels import step_operations
 
         self._kernels = step_operations
+        self._fused: dict[nn.Module, Affine | None] = {}
+
+    def next_slot(self, cache: KVCache, layer_idx: int) -> NextSlot | None:
+        use, layer = cache.plan.uses[layer_idx], cache.layers[cache.plan.cache_layer[layer_idx]]
+        slot: NextSlot | None = layer.next_slot if use.is_owner and not use.strictly_causal else None
+        return slot
 
     def rope(self, cos_sin: tuple[torch.Tensor, torch.Tensor]) -> Any:
         return cos_sin
 
-    def qkv(self, attention: Any, h: torch.Tensor, rope: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def qkv(
+        self, attention: Any, h: torch.Tensor, rope: Any, slot: NextSlot | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         heads = (*h.shape[:-1], -1, attention.head_dim)
-        query, key, value = (x(h).view(heads) for x in (attention.q_proj, attention.k_proj, attention.v_proj))
+        query, key, value = (x.view(heads) for x in self._products(attention, QKV, h))
         norms, epsilon = None, 0.0
         if hasattr(attention, "q_norm"):
             norms, epsilon = (attention.q_norm.weight, attention.k_norm.weight), attention.q_norm.variance_epsilon
-        query, key = self._kernels.rotate(query, key, rope[0], rope[1], norms, epsilon)
+        if slot is not None:
+            query, _ = self._kernels.rotate(query, key, rope[0], rope[1], norms, epsilon, (value, slot))
+        else:
+            query, key = self._kernels.rotate(query, key, rope[0], rope[1], norms, epsilon)
         return query, key, value
+
+    def _products(self, owner: nn.Module, names: Sequence[str], h: torch.Tensor) -> Sequence[torch.Tensor]:
+        """``h`` [B, 1, hidden] times the weights of an owner's layers, as one product if they are fused."""
+        layers: list[Any] = [getattr(owner, name) for name in names]
+        if owner not in self._fused:
+            self._fused[owner] = None if any(map(is_changed, layers)) else fused(layers)
+        whole = self._fused[owner]
+        if whole is None:
+            return [layer(h) for layer in layers]
+        return F.linear(h, whole.weight, whole.bias).split([layer.out_features for layer in layers], -1)
 
     def norm(self, x: torch.Tensor, norm: Any) -> torch.Tensor:
         return self._kernels.rms_norm(x, norm.weight, norm.variance_epsilon)
@@ -109,7 +146,7 @@ class KernelOperations(StepOperations):
         return self._kernels.add_rms_norm(x, y, norm.weight, norm.variance_epsilon)
 
     def mlp(self, mlp: Any, h: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = mlp.down_proj(self._kernels.swiglu(mlp.gate_proj(h), mlp.up_proj(h)))
+        out: torch.Tensor = mlp.down_proj(self._kernels.swiglu(*self._products(mlp, GATE_UP, h)))
         return out
 
 

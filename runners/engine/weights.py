@@ -1,4 +1,4 @@
-"""Weights prepared for inference: on a CPU, in the layout of products with few rows.
+"""Weights prepared for inference: on a CPU in the layout of products with few rows, on CUDA fused for decode steps.
 
 A decode step multiplies every weight by one row per request. In the decoders of :mod:`.fused_decode`, weights with the
 same input become one tensor, as in other inference engines: each product has a launch cost, and a small one does not
@@ -17,14 +17,49 @@ from torch import nn
 
 from ...models.base import LoadedModel, ModelSource
 from .fused_decode import LLAMA_LIKE
+from .fused_weights import GATE_UP, QKV, are_fusable, fuse, fused
 from .prepacked import FusedGateUpMLP, FusedQKV, PrepackedLinear, QKVSlice, has_blocked_products
 
 
 def load(source: ModelSource, device: str, dtype: torch.dtype) -> LoadedModel:
-    """Load a model for inference: :meth:`ModelSource.load`, then :func:`prepack_linear_weights`."""
+    """Load a model for inference: :meth:`ModelSource.load`, then :func:`prepare_linear_weights`."""
     loaded = source.load(device, dtype)
-    prepack_linear_weights(loaded.model)
+    prepare_linear_weights(loaded.model)
     return loaded
+
+
+def prepare_linear_weights(model: nn.Module, fuse_projections: bool = True) -> None:
+    """Prepack the weights of a model on the CPU; on CUDA, fuse those of a Llama-like model with the same input.
+
+    Args:
+        model: A model for inference; changed in place.
+        fuse_projections: Whether to fuse on CUDA.
+    """
+    prepack_linear_weights(model)
+    device = next((p.device for p in model.parameters()), None)
+    if fuse_projections and device is not None and device.type == "cuda":
+        fuse_linear_weights(model)
+
+
+def fuse_linear_weights(model: nn.Module) -> None:
+    """Fuse the weights of each Llama-like decoder layer's query, key and value, and of its gate and up projections.
+
+    Decode steps multiply by them as one (:class:`.step_operations.KernelOperations`). Prompts are multiplied by the
+    layers themselves, as before. A model that accelerate has spread over devices is not changed.
+
+    Args:
+        model: A model for inference; the weights of its layers are replaced by views.
+    """
+    decoder: Any = model
+    if type(model) not in LLAMA_LIKE or getattr(model, "hf_device_map", None) is not None:
+        return
+    for layer in decoder.model.layers:
+        for owner, names in ((layer.self_attn, QKV), (layer.mlp, GATE_UP)):
+            layers: list[Any] = [getattr(owner, name, None) for name in names]
+            if are_fusable(layers) and fused(layers) is None:
+                fuse(layers)
+        if decoder.device.type == "cuda":  # the freed parts are too small for the next layer's whole
+            torch.cuda.empty_cache()
 
 
 def prepack_linear_weights(model: nn.Module) -> None:
@@ -67,15 +102,14 @@ def _can_prepack(layer: object) -> TypeGuard[nn.Linear]:
 def _fuse(layer: Any) -> None:
     """Fuse the products of one Llama-like decoder layer that have the same input."""
     attention, mlp = layer.self_attn, layer.mlp
-    names = ("q_proj", "k_proj", "v_proj")
-    sizes = [getattr(attention, name).out_features for name in names]
-    whole = _remove_as_one(attention, names)
+    sizes = [getattr(attention, name).out_features for name in QKV]
+    whole = _remove_as_one(attention, QKV)
     if whole is not None:
         fused = FusedQKV(PrepackedLinear(whole), sizes)
-        for number, name in enumerate(names):
+        for number, name in enumerate(QKV):
             setattr(attention, name, QKVSlice(fused, number))
     del whole
-    whole = _remove_as_one(mlp, ("gate_proj", "up_proj"))
+    whole = _remove_as_one(mlp, GATE_UP)
     if whole is not None:
         layer.mlp = FusedGateUpMLP(PrepackedLinear(whole), mlp.down_proj, mlp.act_fn)
 

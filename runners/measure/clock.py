@@ -30,11 +30,11 @@ class Stopwatch:
         if self._cuda:
             torch.cuda.synchronize(device)
 
-    def mark(self) -> None:
-        """Set a mark after everything that is queued so far."""
+    def mark(self, device: torch.device | None = None) -> None:
+        """Set a mark after everything that is queued so far, on another device if one is given."""
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)
-            event.record(torch.cuda.current_stream(self._device))
+            event.record(torch.cuda.current_stream(self._device if device is None else device))
             self._marks.append(event)
         else:
             self._marks.append(time.perf_counter())
@@ -46,3 +46,13 @@ class Stopwatch:
             torch.cuda.synchronize(self._device)
             return [a.elapsed_time(b) / 1e3 for a, b in pairs]
         return [b - a for a, b in pairs]
+
+    def seconds_between_pairs(self) -> float | None:
+        """Seconds from the first mark to the second, from the third to the fourth, and so on; None without marks."""
+        if not self._marks:
+            return None
+        pairs = list(zip(self._marks[::2], self._marks[1::2], strict=True))
+        if self._cuda:
+            torch.cuda.synchronize(self._device)
+            return float(sum(a.elapsed_time(b) for a, b in pairs)) / 1e3
+        return float(sum(b - a for a, b in pairs))

@@ -32,7 +32,7 @@ class Job:
         source, method, workload: What is measured; the workload is None in a search, which sets it.
         device, dtype: Device and compute dtype, resolved.
         seed, batch_size: Seed and batch size of the workload's requests.
-        chunk_size, warmups, repeats, cuda_graph, compile: The runner's settings.
+        chunk_size, warmups, repeats, cuda_graph, compile, fuse_projections: The runner's settings.
     """
 
     source: ModelSource
@@ -47,6 +47,7 @@ class Job:
     repeats: int
     cuda_graph: bool = True
     compile: bool = False
+    fuse_projections: bool = True
 
     @property
     def compiles(self) -> bool:

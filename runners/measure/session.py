@@ -9,7 +9,7 @@ import torch
 
 from ...methods.policies.transformers_generate import TransformersGenerate
 from ..engine.compiled import can_compile, compile_decoder
-from ..engine.weights import prepack_linear_weights
+from ..engine.weights import prepare_linear_weights
 from .generating import GeneratingJob
 from .job import Job, LoadedJob
 
@@ -26,7 +26,7 @@ def load(job: Job) -> LoadedJob:
         return GeneratingJob(job, loaded)
     if job.compiles and can_compile(model):
         return LoadedJob(job, loaded, compile_decoder(model))
-    prepack_linear_weights(model)
+    prepare_linear_weights(model, job.fuse_projections)
     return LoadedJob(job, loaded)
 
 
@@ -54,6 +54,6 @@ def same_model(one: Job, other: Job) -> bool:
 
     def model_of(job: Job) -> tuple[object, ...]:
         generates = isinstance(job.method, TransformersGenerate)
-        return job.source, job.device, job.dtype, job.compiles, generates and job.method
+        return job.source, job.device, job.dtype, job.compiles, job.fuse_projections, generates and job.method
 
     return model_of(one) == model_of(other)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ...methods.cache.compression import marked_by
 from ...methods.cache.kernel_use import PYTORCH, STEP_ATTENTION, forget_implementations
 from ...methods.cache.method import Method
 from ..engine.step import EAGER
@@ -32,6 +33,8 @@ class Timed:
         preparation: Time to compile or capture a step before the first one; a server does this once when it starts,
             so it is in no other number.
         kernels: What computed each operation that has a Triton kernel; see :mod:`...methods.cache.kernel_use`.
+        compression: Part of ``ttft`` that follows the prompt's attention (:mod:`...methods.cache.compression`); None
+            for a method without such a part.
     """
 
     ttft: float
@@ -39,6 +42,7 @@ class Timed:
     mode: str = EAGER
     preparation: float = 0.0
     kernels: Mapping[str, str] = field(default_factory=dict)
+    compression: float | None = None
 
     @property
     def decoding(self) -> float:
@@ -104,7 +108,15 @@ def _fields(
     return {
         "metrics": metrics(work, repetitions),
         "repetitions": [
-            [{"ttft_s": t.ttft, "decode_s": t.decoding, "recording_s": t.preparation} for t in timed]
+            [
+                {
+                    "ttft_s": t.ttft,
+                    "compression_s": t.compression,
+                    "decode_s": t.decoding,
+                    "recording_s": t.preparation,
+                }
+                for t in timed
+            ]
             for timed in repetitions
         ],
         "decode": " and ".join(sorted({t.mode for timed in repetitions for t in timed})),
@@ -131,16 +143,21 @@ def time_batch(loaded: LoadedJob, batch: Batch) -> Timed:
     """Times of one batch."""
     gc.collect()  # free the previous batch's cache before the clock starts
     cache = loaded.new_cache()
-    watch = Stopwatch(loaded.job.device)
+    watch, compressions = Stopwatch(loaded.job.device), Stopwatch(loaded.job.device)
     forget_implementations()
     watch.mark()
-    mode = loaded.answer(cache, batch, watch.mark, watch.mark)
+    with marked_by(compressions.mark):
+        mode = loaded.answer(cache, batch, watch.mark, watch.mark)
     ttft, preparation, *steps = watch.seconds()
-    return Timed(ttft, steps, mode, preparation, loaded.kernels_used)
+    in_attention = loaded.job.method.policy.capabilities.prefills_by_steps
+    compression = None if in_attention else compressions.seconds_between_pairs()
+    return Timed(ttft, steps, mode, preparation, loaded.kernels_used, compression)
 
 
-def metrics(work: Sequence[Batch], repetitions: Sequence[Sequence[Timed]]) -> dict[str, dict[str, Any]]:
+def metrics(work: Sequence[Batch], repetitions: Sequence[Sequence[Timed]]) -> dict[str, dict[str, Any] | None]:
     """Summary of each metric over the repetitions; ``step_ms`` is over single decode steps.
+
+    None for the compression of a method that has no such part of its prefill.
 
     Args:
         work: The batches.
@@ -150,9 +167,12 @@ def metrics(work: Sequence[Batch], repetitions: Sequence[Sequence[Timed]]) -> di
     later = sum(b.output_tokens - len(b.requests) for b in work)  # output tokens that are not a request's first
     steps = sum(b.steps - 1 for b in work)
 
+    def of_requests(seconds: Sequence[float]) -> float:
+        return 1e3 * fmean(s for s, b in zip(seconds, work, strict=True) for _ in b.requests)
+
     def of_repetition(timed: Sequence[Timed]) -> Iterator[tuple[str, float]]:
         ttft, decoding = sum(t.ttft for t in timed), sum(t.decoding for t in timed)
-        yield "ttft_ms", 1e3 * fmean(t.ttft for t, b in zip(timed, work, strict=True) for _ in b.requests)
+        yield "ttft_ms", of_requests([t.ttft for t in timed])
         yield "tpot_ms", 1e3 * decoding / steps
         yield "prefill_tokens_per_s", prompt / ttft
         yield "decode_tokens_per_s", later / decoding
@@ -160,7 +180,10 @@ def metrics(work: Sequence[Batch], repetitions: Sequence[Sequence[Timed]]) -> di
         yield "total_tokens_per_s", (prompt + output) / (ttft + decoding)
 
     rows = [dict(of_repetition(timed)) for timed in repetitions]
-    out = {key: spread([row[key] for row in rows]) for key in rows[0]}
+    out: dict[str, dict[str, Any] | None] = {key: spread([row[key] for row in rows]) for key in rows[0]}
+    compressions = [[t.compression for t in timed if t.compression is not None] for timed in repetitions]
+    known = all(len(each) == len(work) for each in compressions)
+    out["compression_ms"] = spread([of_requests(each) for each in compressions]) if known else None
     single = torch.tensor([1e3 * s for timed in repetitions for t in timed for s in t.steps], dtype=torch.float64)
     quantiles = torch.quantile(single, torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)).tolist()
     named = dict(zip(("median", "p90", "p99"), quantiles, strict=True))

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +26,7 @@ from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.models.base import LoadedModel
 from kvbench.models.random import RandomModel
+from kvbench.runners.config.methods import named_method
 from kvbench.runners.engine.fused_decode import FusedStep
 from kvbench.runners.measure import energy_pass, passes
 from kvbench.runners.measure import job as measure_job
@@ -60,9 +61,10 @@ def batch_of(*lengths: tuple[int, int]) -> Batch:
 def test_the_metrics_by_hand():
     """Two batches, one repetition: (2 requests of 10 + 3 and 20 + 5), then (1 request of 40 + 9)."""
     work = [batch_of((10, 3), (20, 5)), batch_of((40, 9))]
-    made = metrics(work, [[Timed(0.5, [0.5] * 4), Timed(1.5, [0.25] * 8)]])
+    made = metrics(work, [[Timed(0.5, [0.5] * 4, compression=0.1), Timed(1.5, [0.25] * 8, compression=0.4)]])
     expected = {
         "ttft_ms": 1000 * (0.5 + 0.5 + 1.5) / 3,  # a request waits for its batch
+        "compression_ms": 1000 * (0.1 + 0.1 + 0.4) / 3,
         "tpot_ms": 1000 * 4.0 / (4 + 8),  # steps after the first token: 5 - 1 and 9 - 1
         "prefill_tokens_per_s": 70 / 2.0,  # no pads: 10 + 20 + 40
         "decode_tokens_per_s": (2 + 4 + 8) / 4.0,  # 3 - 1, 5 - 1, 9 - 1: the first request's extra steps do not count
@@ -72,6 +74,26 @@ def test_the_metrics_by_hand():
     steps = made.pop("step_ms")
     assert {k: v["median"] for k, v in made.items()} == pytest.approx(expected)
     assert (steps["steps"], steps["median"], steps["min"], steps["max"]) == (12, 250, 250, 500)
+
+
+def test_the_compression_is_timed_in_every_layer(monkeypatch):
+    """A choice that sleeps 0.05 s in each layer of a chunked prompt; a stream, or no cache, has no such part."""
+    select, chosen = EvictionPolicy.select, []
+
+    def slow_select(policy, prompt, state=None):
+        chosen.append(1)
+        time.sleep(0.05)
+        return select(policy, prompt, state)
+
+    monkeypatch.setattr(EvictionPolicy, "select", slow_select)
+    job = loaded_job(tiny_model(), Method("snapkv", EvictionPolicy(SnapKV(window=4), 16)))
+    timed = time_batch(replace(job, job=replace(job.job, chunk_size=7)), batch_of((30, 3)))
+    assert len(chosen) == job.model.config.num_hidden_layers
+    assert 0.05 * len(chosen) <= timed.compression <= timed.ttft
+    for method in (named_method("streaming_llm"), named_method("no_cache")):
+        timed = time_batch(loaded_job(tiny_model(), method), batch_of((30, 3)))
+        assert timed.compression is None
+        assert metrics([batch_of((30, 3))], [[timed]])["compression_ms"] is None
 
 
 def test_a_batch_is_answered_to_an_end_of_its_steps(monkeypatch):

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_models import prompt_ids, tiny_model
 
 from kvbench.methods.cache import kernel_use
 from kvbench.methods.cache.rotary import rope
+from kvbench.methods.storage import dense
+from kvbench.methods.storage.static import NextSlot
 from kvbench.runners.config.methods import named_method
 from kvbench.runners.engine import prefill, step_operations
 from kvbench.runners.engine.fused_decode import FusedStep
+from kvbench.runners.engine.weights import fuse_linear_weights
 
 pytest.importorskip("triton")
 from kvbench.methods.storage.kernels import step_operations as kernels
@@ -86,6 +91,31 @@ def test_a_token_is_written_into_its_slot(mask_heads):
 
 
 @OF_DTYPE
+@pytest.mark.parametrize(("dim", "normed", "mask_heads"), [(64, False, 1), (80, True, 3)])
+def test_rope_and_the_write_in_one_launch_equal_two(dim, normed, mask_heads, dtype):
+    """Bit by bit, for parts of one projection and a cache whose rows are not next to one another."""
+    whole = numbers(2, 1, 11, dim, seed=1, dtype=dtype)
+    query, key, value = whole.split([5, 3, 3], dim=2)
+    value = value[..., : dim - 8]
+    angle = torch.linspace(0, 30, dim, device=DEVICE).view(2, 1, dim // 2).repeat(1, 1, 2)
+    weights = (numbers(dim, seed=2, dtype=dtype), numbers(dim, seed=3, dtype=dtype)) if normed else None
+    rotation = (angle.cos().to(dtype), angle.sin().to(dtype), weights, 1e-5)
+
+    def empty() -> NextSlot:
+        keys, values = (torch.zeros(2, 9, 3, n, dtype=dtype, device=DEVICE).transpose(1, 2) for n in (dim, dim - 8))
+        valid = torch.zeros(2, mask_heads, 9, dtype=torch.bool, device=DEVICE)
+        return NextSlot(keys, values, valid, torch.tensor([5], device=DEVICE))
+
+    one, two = empty(), empty()
+    rotated, _ = kernels.rotate(query, key, *rotation, (value, one))
+    expected, new_keys = kernels.rotate(query, key, *rotation)
+    kernels.write_token(new_keys.transpose(1, 2), value.transpose(1, 2), two.keys, two.values, two.valid, two.slot)
+    assert torch.equal(rotated, expected) and two.keys[:, :, 5].count_nonzero() > 0
+    for name in ("keys", "values", "valid"):
+        assert torch.equal(getattr(one, name), getattr(two, name))
+
+
+@OF_DTYPE
 @pytest.mark.parametrize("size", [7, 10_000])
 def test_the_greedy_token_is_the_first_of_equal_logits(size, dtype):
     logits = numbers(4, size, dtype=dtype).clamp(max=1)
@@ -109,6 +139,34 @@ def test_a_step_with_kernels_matches_pytorch(family):
         step._operations = operations
         logits.append(torch.stack([step(token + i) for i in range(3)]))
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("text", "fuses"), [("full", True), ("tova budget=12", False), ("kivi", True)])
+def test_a_static_step_with_kernels_matches_pytorch(text, fuses, monkeypatch):
+    """In a dense cache RoPE writes the token, and nothing else does; fused projections are one product each."""
+    model, ids = copy.deepcopy(tiny_model("qwen3", torch.float32)).to(DEVICE), prompt_ids(30).to(DEVICE)
+    if fuses:
+        fuse_linear_weights(model)
+    linear, logits, widths = F.linear, [], set()
+
+    def spy(x, weight, bias=None):
+        widths.add(len(weight))
+        return linear(x, weight, bias)
+
+    for operations in (step_operations.StepOperations(), step_operations.KernelOperations()):
+        cache = named_method(text).new_cache(model)
+        token = prefill(model, cache, ids).argmax(-1)
+        step = FusedStep(model, cache)
+        step._operations = operations
+        cache.make_static(4)
+        if isinstance(operations, step_operations.KernelOperations):
+            assert (operations.next_slot(cache, 0) is None) == (text == "kivi")
+            monkeypatch.setattr(dense, "write_token", lambda *_: pytest.fail("the cache writes the token"))
+            monkeypatch.setattr(F, "linear", spy)
+        logits.append(torch.stack([step(token + i) for i in range(4)]))
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+    assert widths & {32, 96, 64 + 32 + 32, 96 + 96} == ({128, 192} if fuses else {32, 96})  # of q, k, v; gate, up
 
 
 def test_models_that_the_kernels_do_not_compute_are_recognized():

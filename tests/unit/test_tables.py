@@ -11,7 +11,8 @@ import pytest
 from records import accuracy, efficiency, estimate, save
 
 from kvbench.analysis.figures import figures
-from kvbench.analysis.load import Run, compressed_layers, load
+from kvbench.analysis.load import Run, compressed_layers, frame, load
+from kvbench.analysis.repetitions import of_repetitions
 from kvbench.analysis.tables import budget_tables, efficiency_table, main, tables
 from kvbench.analysis.tables.groups import each_table
 
@@ -49,6 +50,23 @@ def test_energy_has_a_column_where_it_was_measured():
     assert [row[table.columns.index("J/token")].text for row in table.rows] == ["-", "1.000"]
     del made[1]["energy"]
     assert "J/token" not in efficiency_table([Run(Path(), r, r["method_label"]) for r in made]).columns
+
+
+def test_the_compression_stands_beside_the_prefill_that_it_is_part_of(tmp_path):
+    """Where a record has it; a stream has none, and a table of older records has no such column."""
+    records = [efficiency("snapkv", 128, 10.0), efficiency("streaming_llm", 128, 5.0)]
+    (table,) = made(tmp_path / "old", *records)
+    assert "compression ms" not in table.columns
+    spread = {"median": 12.34, "min": 12.0, "max": 13.0, "repetitions": [12.0, 12.34, 13.0]}
+    for record, value in zip(records, (spread, None), strict=True):
+        record["metrics"]["compression_ms"] = value
+    (table,) = made(tmp_path / "new", *records)
+    at = table.columns.index("compression ms")
+    assert table.columns[at - 1] == "TTFT ms"
+    assert {row[0].text: row[at].text for row in table.rows} == {"snapkv 128": "12.3", "streaming_llm 128": "-"}
+    assert list(frame(table.runs)["compression_ms"].dropna()) == [12.34]
+    again = of_repetitions(records[1] | {"limit": {"bytes_read_per_step": 1e9}}, None)
+    assert again["metrics"].keys() == records[1]["metrics"].keys() - {"compression_ms"}
 
 
 def test_bytes_read_a_step_stand_beside_the_bytes_held():

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import prompt_ids, tiny_model
+from tiny_models import SHAPE, prompt_ids, tiny_model
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from kvbench.methods.cache.method import Method
 from kvbench.methods.sharing.yoco import YOCO
@@ -21,8 +21,9 @@ from kvbench.models.base import LoadedModel
 from kvbench.models.random import RandomModel
 from kvbench.models.tiny import TinyModel
 from kvbench.runners.engine import generate, prefill, weights
+from kvbench.runners.engine.fused_weights import GATE_UP, QKV, are_fusable, fuse, fused
 from kvbench.runners.engine.prepacked import FusedGateUpMLP, FusedQKV, PrepackedLinear, QKVSlice, has_blocked_products
-from kvbench.runners.engine.weights import load, prepack_linear_weights
+from kvbench.runners.engine.weights import fuse_linear_weights, load, prepack_linear_weights
 from kvbench.runners.measure.time_pass import bytes_read_per_step
 
 float32 = pytest.mark.skipif(not has_blocked_products(torch.float32), reason="torch has no oneDNN here")
@@ -206,6 +207,71 @@ def test_a_joined_mlp_is_the_mlp_whole_and_in_pieces(shape):
     assert isinstance(other, FusedGateUpMLP)
     x = torch.randn(*shape, plain.config.hidden_size)
     torch.testing.assert_close(other(x), mlp(x), rtol=1e-4, atol=1e-5)
+
+
+def a_qwen2(**changes: Any) -> nn.Module:
+    """A model with biases of query, key and value and of nothing else."""
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**SHAPE | changes)).double().eval()
+    for name, bias in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(bias)
+    return model
+
+
+def held_bytes(model: nn.Module) -> int:
+    return sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}.values())
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_fused_weights_are_held_once_and_the_model_is_the_same(family):
+    """Grouped queries with and without biases: names, values, bytes and a prompt's logits stay; the products agree."""
+    plain = a_qwen2() if family == "qwen2" else tiny_model()
+    model = copy.deepcopy(plain)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert held_bytes(plain) == sum(p.nbytes for p in plain.parameters())
+    for _ in range(2):
+        fuse_linear_weights(model)
+        assert held_bytes(model) == held_bytes(plain) == sum(p.nbytes for p in model.parameters())
+        assert before.keys() == model.state_dict().keys()
+        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert torch.equal(model(prompt_ids(20)).logits, plain(prompt_ids(20)).logits)
+    x = torch.randn(3, 1, 64, dtype=torch.float64)
+    layer = model.model.layers[1]
+    for owner, names in ((layer.self_attn, QKV), (layer.mlp, GATE_UP)):
+        layers = [getattr(owner, name) for name in names]
+        whole = fused(layers)
+        assert whole is not None and whole.weight.data_ptr() == layers[0].weight.data_ptr()
+        expected = torch.cat([one(x) for one in layers], -1)
+        torch.testing.assert_close(nn.functional.linear(x, *whole), expected, rtol=0, atol=1e-13)
+
+
+def test_what_cannot_be_fused_is_left_alone():
+    class Quantized(nn.Linear):
+        pass
+
+    layers = [nn.Linear(8, n) for n in (6, 4, 2)]
+    fuse(layers)
+    assert fused(layers) is not None
+    assert fused(layers[::-1]) is None  # not in this order
+    layers[1].weight = nn.Parameter(layers[1].weight.detach().clone())
+    assert fused(layers) is None  # a weight that was replaced since
+    assert not are_fusable([nn.Linear(8, 4), Quantized(8, 4)])
+    assert not are_fusable([nn.Linear(8, 4), nn.Linear(8, 4, bias=False)])
+    assert not are_fusable([nn.Linear(8, 4), nn.Linear(9, 4)])
+    assert not are_fusable([nn.Linear(8, 4), nn.Linear(8, 4).double()])
+    assert not are_fusable([nn.Linear(8, 4), None])
+    model = a_qwen2()
+    model.model.layers[0].self_attn.k_proj = Quantized(64, 32)
+    model.hf_device_map = {}
+    fuse_linear_weights(model)
+    one = model.model.layers[1]
+    assert fused([getattr(one.mlp, name) for name in GATE_UP]) is None  # spread over devices
+    del model.hf_device_map
+    fuse_linear_weights(model)
+    found = [fused([getattr(layer.self_attn, name) for name in QKV]) is not None for layer in model.model.layers]
+    assert found == [False, True, True] and fused([getattr(one.mlp, name) for name in GATE_UP]) is not None
 
 
 def test_what_is_not_for_the_cpu_s_kernels_stays(monkeypatch):

@@ -79,9 +79,12 @@ class SnapKV(Scorer):
 
     def _unpooled_scores(self, prompt: Prompt) -> torch.Tensor:
         """Return the attention that tokens before the window receive from it, per stored head: [R, H, T - w]."""
-        scores = prompt.cached(f"window sums in {self.score_dtype}", self._window_sums)  # [R, H_q, T]
-        scores = scores[..., : prompt.length - prompt.query.shape[2]]  # [R, H_q, T - w]
-        return scores if self.stores_query_heads else prompt.reduce_groups(scores, self.group_reduce)
+        key = f"window sums in {self.score_dtype}"
+        sums = prompt.cached(key, self._window_sums)  # [R, H_q, T]
+        sums = sums[..., : prompt.length - prompt.query.shape[2]]  # [R, H_q, T - w]
+        if self.stores_query_heads:
+            return sums
+        return prompt.cached(f"{self.group_reduce} of {key}", lambda p: p.reduce_groups(sums, self.group_reduce))
 
     def _window_sums(self, prompt: Prompt) -> torch.Tensor:
         """Return the attention weights summed over the window's queries: [R, H_q, T]."""

@@ -1,4 +1,4 @@
-"""Small operations of a decode step, each in one launch: residual and RMSNorm, RoPE, SwiGLU, cache write, greedy token.
+"""Small operations of a decode step, one launch each: residual and RMSNorm, RoPE and write, SwiGLU, greedy token.
 
 They round where the same operations of PyTorch round, so that both give the same numbers up to the order of a sum.
 
@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..static import NextSlot
 from .launch import on_device
 
 MAX_HIDDEN = 1 << 15
@@ -43,10 +44,15 @@ def add_norm_kernel(x, y, weight, total, out, epsilon, size, x_b, y_b, ADD: tl.c
 
 
 @triton.jit
-def rope_kernel(query, key, cos, sin, query_weight, key_weight, query_out, key_out, epsilon, heads, kv_heads,
-                query_b, query_h, key_b, key_h, cos_b, D: tl.constexpr, HALF_D: tl.constexpr, WIDE: tl.constexpr,
-                NORM: tl.constexpr):  # fmt: skip
-    """Rotate one head of one row, a query's or a key's; with NORM, normalize it first."""
+def rope_kernel(query, key, value, cos, sin, query_weight, key_weight, query_out, key_out, values, valid, slot,
+                epsilon, heads, kv_heads, query_b, query_h, key_b, key_h, value_b, value_h, cos_b, key_out_b, key_out_h,
+                key_out_t, values_b, values_h, values_t, valid_b, valid_h, valid_heads, D: tl.constexpr,
+                HALF_D: tl.constexpr, WIDE: tl.constexpr, DV: tl.constexpr, WIDE_V: tl.constexpr, NORM: tl.constexpr,
+                STORE: tl.constexpr):  # fmt: skip
+    """Rotate one head of one row, a query's or a key's; with NORM, normalize it first.
+
+    STORE: the key goes to the slot that the device knows, with the head's value, and is marked as valid.
+    """
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i = tl.arange(0, WIDE)
     known = i < HALF_D
@@ -54,8 +60,14 @@ def rope_kernel(query, key, cos, sin, query_weight, key_weight, query_out, key_o
     if h < heads:
         source, target, scale = query + b * query_b + h * query_h, query_out + (b * heads + h) * D, query_weight
     else:
-        k = h - heads
-        source, target, scale = key + b * key_b + k * key_h, key_out + (b * kv_heads + k) * D, key_weight
+        k = (h - heads).to(tl.int64)
+        source, target, scale = key + b * key_b + k * key_h, key_out + b * key_out_b + k * key_out_h, key_weight
+        if STORE:
+            t, c = tl.load(slot), tl.arange(0, WIDE_V)
+            v = tl.load(value + b * value_b + k * value_h + c, mask=c < DV, other=0.0)
+            tl.store(values + b * values_b + k * values_h + t * values_t + c, v, mask=c < DV)
+            tl.store(valid + b * valid_b + k * valid_h + t, 1, mask=k < valid_heads)
+            target += t * key_out_t
     first = tl.load(source + i, mask=known, other=0.0).to(tl.float32)
     second = tl.load(source + HALF_D + i, mask=known, other=0.0).to(tl.float32)
     if NORM:
@@ -160,6 +172,7 @@ def rotate(
     sin: torch.Tensor,
     norms: tuple[torch.Tensor, torch.Tensor] | None = None,
     epsilon: float = 0.0,
+    store: tuple[torch.Tensor, NextSlot] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply Llama's RoPE to queries and keys.
 
@@ -168,17 +181,34 @@ def rotate(
         cos, sin: [B or 1, 1, D].
         norms: [D] weights of an RMSNorm of each query head and each key head before it; None: no norms.
         epsilon: Of the norms.
+        store: Values [B, 1, K, D_v] of the same tokens, and where keys and values go; None: nowhere.
+
+    Returns:
+        Rotated queries and keys, the keys as a new tensor or those of the slot's buffer [B, K, S, D].
     """
     rows, _, heads, dim = query.shape
     kv_heads = key.shape[2]
     query, key, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, cos, sin))
-    query_out, key_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key))
+    query_out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     query_weight, key_weight = (query, key) if norms is None else norms  # placeholders without norms
+    if store is None:
+        key_out = torch.empty(key.shape, dtype=key.dtype, device=key.device)
+        value, targets = key, (key, key, key)  # placeholders
+        strides = (0, 0, key_out.stride(0), key_out.stride(2), *[0] * 7)
+        value_dim = 1
+    else:
+        value, to = store[0] if store[0].stride(-1) == 1 else store[0].contiguous(), store[1]
+        mask, key_out, value_dim = to.valid.view(torch.uint8), to.keys, value.shape[3]
+        targets = (to.values, mask, to.slot)
+        strides = (value.stride(0), value.stride(2), *to.keys.stride()[:3], *to.values.stride()[:3])
+        strides += (mask.stride(0), mask.stride(1), mask.shape[1])
     with on_device(query):
         rope_kernel[(rows, heads + kv_heads)](
-            query, key, cos, sin, query_weight, key_weight, query_out, key_out, epsilon, heads, kv_heads,
-            query.stride(0), query.stride(2), key.stride(0), key.stride(2), 0 if cos.shape[0] == 1 else cos.stride(0),
-            D=dim, HALF_D=dim // 2, WIDE=triton.next_power_of_2(dim // 2), NORM=norms is not None, num_warps=1,
+            query, key, value, cos, sin, query_weight, key_weight, query_out, key_out, *targets, epsilon, heads,
+            kv_heads, query.stride(0), query.stride(2), key.stride(0), key.stride(2), *strides[:2],
+            0 if cos.shape[0] == 1 else cos.stride(0), *strides[2:], D=dim, HALF_D=dim // 2,
+            WIDE=triton.next_power_of_2(dim // 2), DV=value_dim, WIDE_V=triton.next_power_of_2(value_dim),
+            NORM=norms is not None, STORE=store is not None, num_warps=1,
         )  # fmt: skip
     return query_out, key_out
 

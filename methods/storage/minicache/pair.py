@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from ....conf.errors import InputError
 from ...cache.logits import LogitRule
 from ...cache.products import query_key_products
-from ..buffer import Buffer, Growing
+from ..buffer import Buffer, Growing, take_slots
 from ..step_attention import uses_kernel
 from .geometry import MergeRule
 from .merged import Directions, Merged, first_slots, retained_slots
@@ -207,8 +207,9 @@ class Pair(Growing):
         if not self.reserved:  # allocate no free slots
             capacity = 0
         slots, is_retained = first_slots(retain)  # [B, H, R]
-        index = slots.long().clamp(min=0)[..., None].expand(-1, -1, -1, lower.shape[3])
-        unmerged = torch.stack([x.gather(2, index) for x in (lower, upper)]) * is_retained[..., None].to(lower.dtype)
+        index = slots.long().clamp(min=0)
+        unmerged = torch.stack([take_slots(x, index) for x in (lower, upper)])
+        unmerged *= is_retained[..., None].to(lower.dtype)
         directions = self.new_directions(new.direction, is_keys, capacity)
         return Merged(directions, Buffer(new.magnitudes, 3, capacity), slots, unmerged, threshold)
 
