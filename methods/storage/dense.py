@@ -88,7 +88,8 @@ class DenseLayer(LayerStorage):
         if self._next is None or len(self._planes) == 1:
             return None
         assert self._valid is not None
-        return NextSlot(*self._planes, self._valid, self._next)
+        keys, values = self._planes
+        return NextSlot(keys, values, self._valid, self._next)
 
     def advance(self) -> None:
         assert self._next is not None
