@@ -16,7 +16,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..conf.errors import InputError, one_of, require
+from ..conf.errors import InputError, require
+from ..conf.wording import one_of
 
 # In these a `sliding_window` without `layer_types` holds for every layer; elsewhere the file leaves open for which.
 EVERY_LAYER_SLIDES = ("mistral", "mixtral", "phi3", "phimoe", "starcoder2")

@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 
-from ..conf.errors import InputError, near
+from ..conf.errors import InputError
+from ..conf.wording import near
 from .load import Run
 
 MOST_NAMES = 20

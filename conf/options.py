@@ -18,7 +18,8 @@ from functools import cache, reduce
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
-from .errors import InputError, as_typed, is_list, near
+from .errors import InputError
+from .wording import as_typed, is_list, near
 
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
 

@@ -15,8 +15,9 @@ from typing import ClassVar
 
 import torch
 
-from ..conf.errors import InputError, one_of, require
+from ..conf.errors import InputError, require
 from ..conf.user_cache import cache_dir
+from ..conf.wording import one_of
 from ..methods.sharing.base import Sharing
 from .base import LoadedModel, ModelSource
 from .local import LocalModel

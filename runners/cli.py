@@ -24,9 +24,10 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ..conf.errors import InputError, as_typed, require
+from ..conf.errors import InputError, require
 from ..conf.extras import install, missing_module
 from ..conf.options import check
+from ..conf.wording import as_typed
 from .config.arguments import quote_texts, split_arguments
 from .config.checks import Folder, check_logging, check_targets, check_values, target_class, unknown_key
 from .config.choices import check_choices

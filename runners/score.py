@@ -19,7 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..conf.errors import InputError, one_of
+from ..conf.errors import InputError
+from ..conf.wording import one_of
 from ..tasks.longbench_data import numbered_lines, open_jsonl, parse_json_line
 from ..tasks.longbench_metrics import CODE_SIMS, bucket_score, dataset_score, example_score, unscorable
 from ..tasks.longbench_spec import E_BUCKETS, SPECS, bucket

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..conf.errors import InputError, is_list, require
+from ..conf.errors import InputError, require
 from ..conf.identity import HasIdentity
+from ..conf.wording import is_list
 
 PERCENT, NATS = "percent", "nats per token"
 

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from ..conf.errors import InputError, near, require
+from ..conf.errors import InputError, require
 from ..conf.options import Bounds, OneOf, PositiveInt, Text, Wording
+from ..conf.wording import near
 from .base import Example, Reply, Source, Task, prompt_tokens
 from .longbench_data import numbered_lines, open_jsonl, parse_json_line
 from .longbench_metrics import normalize_answer, qa_f1, rouge

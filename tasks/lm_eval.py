@@ -30,8 +30,9 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from ..conf.errors import InputError, near, require
+from ..conf.errors import InputError, require
 from ..conf.options import Entries, NonNegativeInt, PositiveInt, Wording
+from ..conf.wording import near
 from .base import NATS, PERCENT, Continuations, Example, Likelihood, Reply, Source, Task, names_of
 
 INSTALL = "pip install 'kvbench[eval]'"

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from ..conf.errors import InputError, one_of, require
+from ..conf.errors import InputError, require
 from ..conf.options import Bounds, Entries, OneOf, PositiveInt
+from ..conf.wording import one_of
 from .base import Example, Source, Task, names_of, prompt_tokens
 from .hub import HubUnavailable
 from .longbench_data import DatasetFile, Store, open_data_dir, open_hub, open_mini

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from ..conf.errors import InputError, one_of, require
+from ..conf.errors import InputError, require
 from ..conf.options import Bounds, Entries, OneOf, PositiveInt
+from ..conf.wording import one_of
 from .base import Example, Reply, Source, Task, is_text, names_of, prompt_tokens
 from .hub import fetch_or_refuse
 

@@ -16,7 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...conf.errors import InputError, one_of
+from ...conf.errors import InputError
+from ...conf.wording import one_of
 from ..load import Run, load
 from ..selection import add_selection, select
 from .catalog import KINDS, MAIN_KINDS, builders

@@ -124,6 +124,7 @@ METHODS: dict[str, Look] = {
         snapkv_d=("SnapKV-D", GREEN, "h"),
         snapstream=("SnapStream", AMBER, "o"),
         scissorhands=("Scissorhands", INDIGO, ">"),
+        cam=("CaM", RUST, "P"),
     ),
     **_family(
         "quantization",

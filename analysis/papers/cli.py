@@ -17,7 +17,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...conf.errors import InputError, one_of
+from ...conf.errors import InputError
+from ...conf.wording import one_of
 from ..load import Run, load
 from ..tables import write
 from .compare import compare

@@ -15,7 +15,8 @@ from importlib.resources import files
 from statistics import fmean
 from typing import Any
 
-from ...conf.errors import InputError, one_of
+from ...conf.errors import InputError
+from ...conf.wording import one_of
 from .claims import Claim, claims
 
 AVERAGE = "average"

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
-from ...conf.errors import InputError, one_of
+from ...conf.errors import InputError
+from ...conf.wording import one_of
 from ..load import Run, load
 from ..selection import add_selection, matching, select
 from .cells import Table

@@ -28,6 +28,11 @@ def check_storage(method: str, policy: CachePolicy, storage: Storage) -> None:
             f"rotates keys by the number of tokens before them, and method={method} drops some; use method=full or "
             "method/storage=turboquant"
         )
+    elif keeps.merges_values and not stored.adds_to_values:
+        problem = (
+            f"cannot change the values that it holds, and method={method} as configured adds those of evicted tokens "
+            "to them; use method/storage=dense"
+        )
     elif drops and stored.reads_part:
         problem = (
             f"reads a part of the tokens, and method={method} as configured lets tokens leave {when} by the attention "

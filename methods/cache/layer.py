@@ -73,7 +73,8 @@ class CacheLayer(PrefillLayer):
         self.policy.make_static(self.state, self.storage, steps)
 
     def static_state(self) -> list[torch.Tensor]:
-        return self.storage.static_state() + self.policy.static_state(self.state)
+        values = [self.storage.read()[1]] if self.capabilities.merges_values else []  # a step changes stored ones
+        return self.storage.static_state() + self.policy.static_state(self.state) + values
 
     def between_steps(self) -> None:
         self.storage.between_steps()

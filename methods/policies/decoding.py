@@ -84,7 +84,10 @@ def evict_one(
     if isinstance(sinks, torch.Tensor) or sinks:
         protected = protected | (keep.cumsum(-1) <= sinks)
     victim = lowest_ranked_slot(scores.masked_fill(protected | ~keep, float("inf")))  # [B, 1 or H, 1]
-    keep = keep.scatter(-1, victim, keep.gather(-1, victim) & (count <= limit))
+    is_evicted = keep.gather(-1, victim) & (count > limit)  # [B, 1 or H, 1]
+    keep = keep.scatter(-1, victim, keep.gather(-1, victim) & ~is_evicted)
+    if state.merging is not None:
+        state.merging.merge_one(storage, scores, keep, victim, is_evicted, in_place=state.is_static)
     state.evict(storage, keep, compact_now)
 
 
@@ -109,7 +112,10 @@ def evict_to_limit(
     ranked = scores.masked_fill(protected, float("inf")).masked_fill(~valid, float("-inf"))
     budget = torch.minimum(state.limit[:, :, None], count)[..., 0]  # [B, 1 or H]
     keep = keep_mask(ranked, budget.expand(*valid.shape[:2]), None if ties is None else ties.expand_as(valid))
-    state.evict(storage, keep & valid, compact_now=True)
+    keep &= valid
+    if state.merging is not None:
+        state.merging.merge(storage, scores, valid, keep, in_place=state.is_static)
+    state.evict(storage, keep, compact_now=True)
 
 
 def rescore(

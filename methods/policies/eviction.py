@@ -60,6 +60,7 @@ class EvictionPolicy(PromptEviction):
             evicts_while_decoding=interval is not None,
             ranks_tokens=True,
             heads_differ=self.allocator.heads_differ,
+            merges_values=self.scorer.merges_values,
             drops_stored=interval is not None or self.allocator.spans_layers or self.scorer.repeats_prompt,
             stores_query_heads=self.scorer.stores_query_heads,
             stored_queries=self._queries_held,
@@ -152,6 +153,8 @@ class EvictionPolicy(PromptEviction):
             state.limit = torch.where(lengths[:, None] > state.limit, tokens, state.limit)
         state.max_limit = max(limits) if not self.allocator.heads_differ else int(state.limit.max())
         state.queries, state.seen = state.prompt.queries, lengths.tolist()
+        if state.merging is not None:
+            state.merging.begin(lengths)
 
     def after_append(self, state: EvictionState, slots: torch.Tensor) -> None:
         state.move_scores(slots)
@@ -258,19 +261,21 @@ class EvictionPolicy(PromptEviction):
         return [min(kept + new_tokens - since, limit) + since for kept, limit in zip(prompt_kept, limits, strict=True)]
 
     def state_tensors(self, state: EvictionState) -> list[torch.Tensor]:
-        return [x for x in (state.scores, state.queries) if x is not None]
+        random = None if state.merging is None else state.merging.random
+        return [x for x in (state.scores, state.queries, random) if x is not None]
 
     def logical_state_bytes(self, state: EvictionState, tokens: torch.Tensor) -> int:
-        queries = 0 if state.queries is None else state.queries.nbytes
+        fixed = sum(x.nbytes for x in self.state_tensors(state) if x is not state.scores)
         if state.scores is None or not self.scorer.accumulates:
-            return queries
-        return queries + state.scores.element_size() * int(tokens.expand(-1, state.scores.shape[1]).sum())
+            return fixed
+        return fixed + state.scores.element_size() * int(tokens.expand(-1, state.scores.shape[1]).sum())
 
     def state_bytes(self, shape: KVShape, heads: int, prompt_length: int, new_tokens: int) -> int:
-        """Return the bytes of accumulated scores, one float32 per token and head, and of stored queries."""
+        """Return the bytes of accumulated scores, one float32 per token and head, stored queries and generators."""
         if self.schedule.interval is None:
             return 0
         tokens = sum(self.kept_tokens(prompt_length, new_tokens, shape.layers))
         scores = 4 * heads * tokens if self.scorer.accumulates and self.follows_attention else 0
         query_bytes = shape.query_heads * shape.head_dim * shape.element_bytes
-        return scores + shape.layers * self._queries_held * query_bytes
+        generators = 8 * shape.layers if self.scorer.merges_values else 0
+        return scores + generators + shape.layers * self._queries_held * query_bytes

@@ -12,6 +12,7 @@ import torch
 
 from ..cache.logits import LogitRule
 from ..storage.base import LayerStorage
+from .merging import Merging
 from .model_layer import ModelLayer
 
 
@@ -63,6 +64,7 @@ class EvictionState:
         steps: Decode steps so far.
         is_static: Whether the layer's tensors have their final shapes and are modified in place.
         rule: How the layer's logits are computed; known after the first step.
+        merging: Merging of evicted values into kept ones; None: they are dropped.
         layers: States of all layers that share one budget, including this one.
         prompt: The stored prompt, until all of those layers have prefilled.
         candidates: Candidates of this layer, for each prompt length of the batch.
@@ -80,6 +82,7 @@ class EvictionState:
     steps: int = 0
     is_static: bool = False
     rule: LogitRule | None = None
+    merging: Merging | None = None
     layers: list[EvictionState] = field(default_factory=list, repr=False)
     prompt: StoredPrompt | None = None
     candidates: list[Candidates] = field(default_factory=list)

@@ -47,6 +47,7 @@ class PolicyCapabilities:
         ranks_tokens: Tokens are kept by score, so the tie-breaking rule is part of the method's identity.
         keeps_positions: A step attends over the stored tokens at their true positions.
         heads_differ: The heads of a layer keep different numbers of tokens; ``kept_tokens`` returns their mean.
+        merges_values: Values of evicted tokens are added to those that stay, so the storage must be able to.
         spans_layers: A layer's tokens depend on another layer, so every layer must own keys and values.
         stores_query_heads: Keys and values are stored per query head instead of per KV head.
         stored_queries: Number of last queries that are stored while decoding.
@@ -65,6 +66,7 @@ class PolicyCapabilities:
     ranks_tokens: bool = False
     keeps_positions: bool = True
     heads_differ: bool = False
+    merges_values: bool = False
     spans_layers: bool = False
     stores_query_heads: bool = False
     stored_queries: int = 0

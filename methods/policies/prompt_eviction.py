@@ -21,6 +21,7 @@ from .allocators.base import Allocator
 from .allocators.uniform import Uniform
 from .budget import Budget, Recent, resolve_budget
 from .eviction_state import Candidates, EvictionState
+from .merging import Merging
 from .model_layer import ModelLayer
 from .policy import CachePolicy, Kept
 from .ranking import indices_of, keep_mask
@@ -89,6 +90,13 @@ class PromptEviction(CachePolicy):
                 f"scores tokens again while decoding, and method/scorer={self.scorer.name} needs the complete prompt; "
                 "use after_prefill or ring",
             )
+        if self.scorer.merges_values and not self.follows_attention:
+            raise InputError(
+                "method/schedule",
+                self.schedule.id,
+                f"evicts no token by its attention while decoding, and method/scorer={self.scorer.name} merges such "
+                "tokens; use every_step or every_n",
+            )
         if interval is not None and self.rescores and 1 < window < ALL_QUERIES:
             need = max(0, window - interval)
             allowed = f"must be at least {need}: the tokens of the queries that score again have to be there"
@@ -114,11 +122,14 @@ class PromptEviction(CachePolicy):
     # prefill ------------------------------------------------------------------------------------------------------
 
     def new_state(self, layer: ModelLayer) -> EvictionState:
-        return EvictionState(layer, self.scorer.new_state(layer))
+        merging = Merging(self.scorer, layer.place) if self.scorer.merges_values else None  # type: ignore[arg-type]
+        return EvictionState(layer, self.scorer.new_state(layer), merging=merging)
 
     def select(self, prompt: Prompt, state: EvictionState | None = None) -> Kept:
         if self.scorer.repeats_prompt:  # compressed after the prefill of all layers
             return Kept()
+        if state is not None and state.merging is not None:
+            state.merging.add_prompts(prompt)
         budget = self.layer_budgets(prompt.length, prompt.num_layers)[prompt.layer_idx]
         keeps_scores = self.scorer.accumulates and self.follows_attention
         if prompt.length <= budget and not keeps_scores:

@@ -4,9 +4,6 @@ Tokens are ranked by score, then by the tie-breaking score if the method has one
 by the lower index. Ties are common: max pooling gives a peak and its neighbours equal scores. ``topk``, ``argsort`` and
 ``argmin`` order equal entries differently on different devices.
 
-    slots = keep_slots(scores, count)              # [..., count], increasing
-    slots = keep_slots(scores, count, unpooled_scores)
-
 Scores are ranked in float32. No function here syncs with the device.
 """
 
@@ -17,11 +14,8 @@ import torch.nn.functional as F
 
 RULE = "score, unpooled score, index"
 """The ranking criteria in order. It is part of a run's identity, because another rule keeps other tokens."""
-
 LARGEST_SUBNORMAL = torch.finfo(torch.float32).tiny - torch.finfo(torch.float32).smallest_normal * 2**-23
 """Some devices flush such numbers to zero, so they and all smaller ones rank as zero."""
-MAGNITUDE_BITS = 2**31 - 1
-"""Mask of all bits of a float32 number except the sign."""
 
 
 def keep_slots(scores: torch.Tensor, count: int, ties: torch.Tensor | None = None) -> torch.Tensor:
@@ -88,7 +82,7 @@ def _keys(scores: torch.Tensor, ties: torch.Tensor | None) -> torch.Tensor:
 def _ordered_bits(x: torch.Tensor) -> torch.Tensor:
     """Map float32 to int32 so that the order is preserved: the bits, with the magnitude inverted for negatives."""
     bits = _flushed(x).view(torch.int32)
-    return bits.bitwise_xor_((bits >> 31).bitwise_and_(MAGNITUDE_BITS))
+    return bits.bitwise_xor_((bits >> 31).bitwise_and_(2**31 - 1))  # all bits but the sign
 
 
 def _flushed(x: torch.Tensor) -> torch.Tensor:

@@ -58,6 +58,7 @@ IN_PLACE = (
     "advance",
     "keep",
     "drop",
+    "add_to_values",
     "make_static",
     "make_static_within",
     "compact",
@@ -133,6 +134,10 @@ class LayerStorage(Growing, ABC):
             return None
         self.keep(slots, valid)
         return slots
+
+    def add_to_values(self, slots: torch.Tensor, added: torch.Tensor) -> None:
+        """Add ``added`` [B, H, W, D] to the values in ``slots`` [B, H, W], in place; repeated slots get zeros."""
+        raise NotImplementedError
 
     def attend(self, query: torch.Tensor, rule: LogitRule, valid: torch.Tensor | None) -> torch.Tensor:
         """Attend with the last n tokens, already appended, over all stored tokens.
@@ -224,10 +229,7 @@ class LayerStorage(Growing, ABC):
         return
 
     def between_steps(self) -> None:
-        """Do the uncaptured work after a static step, in place.
-
-        It counts steps on the host and does periodic work, such as quantizing a full block of recent tokens.
-        """
+        """Do the uncaptured work after a static step, in place: counts on the host, and periodic work."""
         return
 
     def end_steps(self) -> None:

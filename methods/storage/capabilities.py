@@ -14,6 +14,7 @@ class StorageCapabilities:
         rounds_once: Each token is rounded by itself when it is appended, and a stored token never changes.
         fits_prompt: Constants of the storage are computed from the complete prompt.
         counts_positions: A token's position in the text is taken to be the number of tokens stored before it.
+        adds_to_values: Stored values can be changed by :meth:`.base.LayerStorage.add_to_values`.
         reads_part: A decode step reads some of the tokens only, so several tokens at once are not equivalent to steps.
         needs: What the storage needs beyond a model and a prompt, shown when a run starts and recorded; empty: nothing.
         requires_same_tokens_across_layers: Layers share storage, so all of them must keep the same tokens.
@@ -24,6 +25,7 @@ class StorageCapabilities:
     rounds_once: bool = False
     fits_prompt: bool = False
     counts_positions: bool = False
+    adds_to_values: bool = False
     reads_part: bool = False
     needs: str = ""
     requires_same_tokens_across_layers: bool = False

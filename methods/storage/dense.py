@@ -135,6 +135,11 @@ class DenseLayer(LayerStorage):
             self._valid[:, :, :count] = valid
         self.length = count
 
+    def add_to_values(self, slots: torch.Tensor, added: torch.Tensor) -> None:
+        assert self._values is not None, "add_to_values before write"
+        index = slots[..., None].expand_as(added)
+        self._values.scatter_(2, index, (self._values.gather(2, index) + added).to(self._values.dtype))
+
     supports_static_drop = True
 
     @property
@@ -229,7 +234,7 @@ class Dense(Storage):
 
     @cached_property
     def capabilities(self) -> StorageCapabilities:
-        return StorageCapabilities(lossless=True)
+        return StorageCapabilities(lossless=True, adds_to_values=True)
 
     def new_layers(self, num_layers: int) -> Sequence[DenseLayer]:
         return [DenseLayer() for _ in range(num_layers)]

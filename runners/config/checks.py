@@ -18,8 +18,9 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, get_args, get_type_hints
 
-from ...conf.errors import InputError, as_typed, near, one_of, require
+from ...conf.errors import InputError, require
 from ...conf.options import Options, Wording, check, field_types, fits
+from ...conf.wording import as_typed, near, one_of
 
 ALLOW = "KVBENCH_ALLOW"
 """Environment variable: installed packages whose classes a configuration may name, separated by commas."""

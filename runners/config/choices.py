@@ -9,7 +9,8 @@ from typing import Any
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from ...conf.errors import InputError, one_of, require
+from ...conf.errors import InputError, require
+from ...conf.wording import one_of
 from .checks import renamed_key, unknown_key
 from .loader import OF_ANY_KEY, compose, packaged_choices
 

@@ -17,7 +17,8 @@ from hydra.errors import (
 )
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
-from ...conf.errors import InputError, one_of
+from ...conf.errors import InputError
+from ...conf.wording import one_of
 from .choices import unknown_override
 from .loader import packaged_choices
 

@@ -14,7 +14,7 @@ from typing import Any
 import hydra
 from omegaconf import OmegaConf
 
-from ...conf.errors import as_typed
+from ...conf.wording import as_typed
 from .choices import group_choices
 from .declared import allowed_values
 from .loader import OF_ANY_KEY, config_loader, groups

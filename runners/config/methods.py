@@ -11,7 +11,8 @@ from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ...conf.errors import InputError, as_typed, one_of, require
+from ...conf.errors import InputError, require
+from ...conf.wording import as_typed, one_of
 from ...methods.cache.method import Method
 from ..runner import PairedRunner, Runner
 from .choices import check_choices, missing_key, unknown_override

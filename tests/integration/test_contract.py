@@ -69,6 +69,8 @@ VARIANTS = [
     "h2o allocator=global storage=ragged sinks=1",
     "expected_attention allocator=global allocator.floor=0.0 schedule=every_n schedule.n=3 storage=ragged",
     "h2o recent=0",
+    "cam scorer.receivers=3 schedule=every_n schedule.n=4",
+    "cam scorer.bernoulli=false sinks=4 recent=36 allocator=adaptive",
     "tova schedule=after_prefill",
     "tova storage=ragged",
     "snapkv scorer.window=8 allocator=adaptive allocator.layers=pyramid storage=ragged schedule=every_step",
@@ -235,9 +237,11 @@ def test_the_first_token_is_the_full_caches(text):
 
 
 def exact_attention(text: str) -> bool:
-    """Plain attention over what is held, bit for bit; methods that re-position or round have tests of their own."""
+    """Plain attention over what is held, bit for bit; methods that re-position, merge or round have their own tests."""
     method = make(text)
-    return method.shares_prompt and method.policy.capabilities.keeps_positions and method.storage.capabilities.lossless
+    keeps = method.policy.capabilities
+    exact = keeps.keeps_positions and not keeps.merges_values and method.storage.capabilities.lossless
+    return method.shares_prompt and exact
 
 
 @pytest.mark.parametrize("text", cases(t for t in METHODS if exact_attention(t)))

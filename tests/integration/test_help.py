@@ -15,8 +15,8 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from local_model import kvbench
 
-from kvbench.conf.errors import as_typed
 from kvbench.conf.options import field_types, fits, in_words
+from kvbench.conf.wording import as_typed
 from kvbench.runners.config.checks import target_class
 from kvbench.runners.config.declared import allowed_values
 from kvbench.runners.config.help import help_text

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMON = tuple(f"kvbench.conf.{name}" for name in ("errors", "identity", "options", "user_cache"))
+COMMON = tuple(f"kvbench.conf.{name}" for name in ("errors", "identity", "options", "user_cache", "wording"))
 
 
 @dataclass(frozen=True)
@@ -414,12 +414,12 @@ def test_no_module_imports_itself_through_others() -> None:
 def test_a_scorer_is_read_without_the_rest_of_the_project() -> None:
     """Lines of all files that a scorer imports, but for the types of its options: what a reader may have to open."""
     modules = project_modules()
-    graph = {name: runtime_imports(path, modules) for name, path in modules.items()}
+    graph = {name: runtime_imports(path, modules) for name, path in modules.items()} | {"conf.options": set()}
     for name in modules:
         if name.startswith("methods.policies.scorers."):
             names = closure(name, graph) - {"conf.options"}
             lines = sum(len(modules[m].read_text(encoding="utf-8").splitlines()) for m in names)
-            assert lines <= 650, (name, lines)
+            assert lines < 600, (name, lines)
 
 
 def names_in(tree: ast.AST) -> set[str]:

@@ -150,7 +150,8 @@ def products() -> list[str]:
     del schedules["after_prefill"], schedules["ring"]  # no token leaves while decoding, or none by its score
     out = []
     for scorer, settings in SCORERS.items():
-        part = method_of(f"snapkv scorer={scorer}{settings}").policy.scorer
+        name = scorer if scorer in yamls("method") else "snapkv"  # not every scorer has snapkv's schedule
+        part = method_of(f"{name} scorer={scorer}{settings}").policy.scorer
         heads_alike = part.scores_heads_alike
         if part.prefill_only:
             continue
@@ -159,7 +160,7 @@ def products() -> list[str]:
             if differ and heads_alike:  # refused: there are no heads to compare
                 continue
             parts = f"scorer={scorer}{settings} allocator={allocator} recent=6 sinks=1"
-            storage = "ragged" if differ or heads_alike else "dense"
+            storage = "ragged" if (differ or heads_alike) and not part.merges_values else "dense"
             out += [f"snapkv budget=22 storage={storage} schedule={s} {parts}" for s in schedules.values()]
     return out
 

@@ -210,10 +210,10 @@ def test_an_attention_output_that_is_changed_before_its_projection_is_refused():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: CriticalKV(KeyDiff()), "key_diff: has negative scores, and method/scorer=criticalkv multiplies"),
+        (lambda: CriticalKV(KeyDiff()), "key_diff: has negative scores; method/scorer=criticalkv multiplies"),
         (lambda: CriticalKV(ChunkKV(KeyDiff())), "chunkkv: has negative scores"),
         (lambda: CriticalKV(CriticalKV(SNAPKV)), "criticalkv: ranks tokens in two stages"),
-        (lambda: ChunkKV(CriticalKV(SNAPKV)), "criticalkv: has no score of its own"),
+        (lambda: ChunkKV(CriticalKV(SNAPKV)), "criticalkv: is more than a score"),
         (lambda: CriticalKV(KVzip()), "kvzip: has no score during the prefill"),
         (lambda: CriticalKV(SNAPKV, first_stage=1.5), "first_stage=1.5: must be"),
         (

@@ -48,6 +48,8 @@ class Scorer(HasIdentity):
     """Whether :meth:`score` needs the complete prompt, so that tokens cannot be scored again while decoding."""
     repeats_prompt: ClassVar[bool] = False
     """Whether the scores come from further forwards after the prefill (:meth:`repetitions`)."""
+    merges_values: ClassVar[bool] = False
+    """Whether values of tokens evicted while decoding are added to kept ones (:class:`..merging.MergingScorer`)."""
     ranks_in_stages: ClassVar[bool] = False
     """Whether the ranking depends on the number of tokens to keep (:meth:`ranking_scores`)."""
 

@@ -45,8 +45,8 @@ class ChunkKV(Scorer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scorer.ranks_in_stages or self.scorer.repeats_prompt:
-            problem = "has no score of its own for each token after the prefill; use snapkv or another one"
+        if self.scorer.ranks_in_stages or self.scorer.repeats_prompt or self.scorer.merges_values:
+            problem = "is more than a score of each token of a prompt; use snapkv or another one"
             raise InputError("method/scorer@method.scorer.scorer", self.scorer.name, problem)
 
     @property

@@ -8,8 +8,8 @@ its projected value. Selection has two stages:
 2. The rest is filled with the tokens of the largest ``(score + epsilon) * N``, where N is the L1 norm of the value
    after the output projection, averaged over the query heads of a group.
 
-An allocator that compares heads does so by the other scorer's scores. Scores of the other scorer must not be negative,
-because a product with a negative score would prefer small values; such scorers are refused.
+An allocator compares heads by the other scorer's scores. A scorer with negative scores is refused: their product would
+prefer small values.
 
 Legend: R rows of one prompt length, H_q query heads, H_kv KV heads, H stored heads, T tokens, D value channels.
 """
@@ -29,9 +29,6 @@ from .base import Scorer
 
 if TYPE_CHECKING:
     from ..model_layer import ModelLayer
-
-BLOCK_TOKENS = 4096
-"""Tokens that are projected at once."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +51,15 @@ class CriticalKV(Scorer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        problems = {
-            "has negative scores": self.scorer.may_be_negative,
-            "ranks tokens in two stages already": self.scorer.ranks_in_stages,
-            "has no score during the prefill": self.scorer.repeats_prompt,
-        }
-        for problem in (text for text, holds in problems.items() if holds):
-            allowed = "multiplies scores that are attention or the like, such as those of snapkv"
-            key = "method/scorer@method.scorer.scorer"
-            raise InputError(key, self.scorer.name, f"{problem}, and method/scorer=criticalkv {allowed}")
+        problem = (
+            "has negative scores" * self.scorer.may_be_negative
+            or "ranks tokens in two stages already" * self.scorer.ranks_in_stages
+            or "has no score during the prefill" * self.scorer.repeats_prompt
+            or "merges values while decoding" * self.scorer.merges_values
+        )
+        if problem:
+            allowed = f"{problem}; method/scorer=criticalkv multiplies scores that are attention, such as snapkv's"
+            raise InputError("method/scorer@method.scorer.scorer", self.scorer.name, allowed)
 
     @property
     def observation_window(self) -> int:
@@ -95,7 +92,8 @@ class CriticalKV(Scorer):
         self, scores: torch.Tensor, ties: torch.Tensor | None, count: int | torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         assert ties is not None
-        first = (self.first_stage * count).long() if isinstance(count, torch.Tensor) else int(self.first_stage * count)
+        first = self.first_stage * count
+        first = first.long() if isinstance(first, torch.Tensor) else int(first)
         return ties.masked_fill(keep_mask(scores, first), float("inf")), None
 
     def _norms(self, prompt: Prompt, layer: ModelLayer) -> torch.Tensor:
@@ -103,12 +101,9 @@ class CriticalKV(Scorer):
         heads, of_readers = prompt.values.shape[1], []
         for weight in layer.output_weights():  # [H_q of one layer of the model, D, hidden]
             groups = weight.shape[0] // heads
-            norms = [_projected_norms(prompt.values[:, j // groups], w) for j, w in enumerate(weight)]
+            norms = []
+            for j, w in enumerate(weight):  # |v W|_1 of one head: [R, T]
+                blocks = prompt.values[:, j // groups].split(4096, dim=1)  # not all tokens at once, for the memory
+                norms.append(torch.cat([(v @ w).abs().sum(dim=-1, dtype=torch.float32) for v in blocks], dim=1))
             of_readers.append(torch.stack(norms, dim=1).unflatten(1, (heads, groups)))  # [R, H_kv, g, T]
         return torch.cat(of_readers, dim=2).flatten(1, 2)
-
-
-def _projected_norms(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return |v W|_1 of the values [R, T, D] of one head, with W [D, hidden]: [R, T] float32."""
-    blocks = values.split(BLOCK_TOKENS, dim=1)
-    return torch.cat([(block @ weight).abs().sum(dim=-1, dtype=torch.float32) for block in blocks], dim=1)

@@ -70,21 +70,25 @@ class SnapKV(Scorer):
         return self.window
 
     def score(self, prompt: Prompt, state: Any = None) -> torch.Tensor:
-        pooled = pool(self._unpooled_scores(prompt), self.kernel, self.pooling)  # [R, H, T - w]
-        return F.pad(pooled, (0, prompt.query.shape[2]))  # [R, H, T]; scores of the window are not used
+        return prompt.cached(f"scores of {self}", self._pooled_scores)  # once for all budgets of a fan-out
 
     def tie_scores(self, prompt: Prompt, state: Any = None) -> torch.Tensor | None:
         """Return the scores before pooling: max pooling gives a peak and its neighbours equal scores."""
-        return None if self.kernel == 1 else F.pad(self._unpooled_scores(prompt), (0, prompt.query.shape[2]))
+        return None if self.kernel == 1 else prompt.cached(f"unpooled scores of {self}", self._unpooled_scores)
+
+    def _pooled_scores(self, prompt: Prompt) -> torch.Tensor:
+        """Return the pooled scores, [R, H, T], zero for the window."""
+        w = prompt.query.shape[2]
+        unpooled = prompt.cached(f"unpooled scores of {self}", self._unpooled_scores)[..., : prompt.length - w]
+        return F.pad(pool(unpooled, self.kernel, self.pooling), (0, w))
 
     def _unpooled_scores(self, prompt: Prompt) -> torch.Tensor:
-        """Return the attention that tokens before the window receive from it, per stored head: [R, H, T - w]."""
-        key = f"window sums in {self.score_dtype}"
-        sums = prompt.cached(key, self._window_sums)  # [R, H_q, T]
-        sums = sums[..., : prompt.length - prompt.query.shape[2]]  # [R, H_q, T - w]
-        if self.stores_query_heads:
-            return sums
-        return prompt.cached(f"{self.group_reduce} of {key}", lambda p: p.reduce_groups(sums, self.group_reduce))
+        """Return the attention that tokens receive from the window, per stored head: [R, H, T], zero for the window."""
+        sums = prompt.cached(f"window sums in {self.score_dtype}", self._window_sums)  # [R, H_q, T]
+        w = prompt.query.shape[2]
+        sums = sums[..., : prompt.length - w]  # [R, H_q, T - w]
+        scores = sums if self.stores_query_heads else prompt.reduce_groups(sums, self.group_reduce)
+        return F.pad(scores, (0, w))
 
     def _window_sums(self, prompt: Prompt) -> torch.Tensor:
         """Return the attention weights summed over the window's queries: [R, H_q, T]."""
