@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from ...conf.errors import InputError
 from ...conf.identity import HasIdentity
 from ..cache.inference_mode import under_inference_mode
 from ..cache.kv_shape import KVShape
@@ -282,18 +281,6 @@ class Storage(HasIdentity, ABC):
     @abstractmethod
     def new_layers(self, num_layers: int) -> Sequence[LayerStorage]:
         """Return empty storage for every layer of a model, for one batch."""
-
-    def new_latent_layers(self, num_layers: int) -> Sequence[LayerStorage]:
-        """Return :meth:`new_layers` for keys whose last channels are the values (:mod:`..sharing.mla`).
-
-        Raises:
-            InputError: The storage represents keys and values apart.
-        """
-        raise InputError(
-            "method/storage",
-            self.name,
-            "stores keys and values apart, and in latent attention the values are channels of the keys; use dense",
-        )
 
     @abstractmethod
     def bytes_formula(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int = 0) -> int:

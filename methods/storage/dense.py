@@ -136,9 +136,9 @@ class DenseLayer(LayerStorage):
         self.length = count
 
     def add_to_values(self, slots: torch.Tensor, added: torch.Tensor) -> None:
-        assert self._values is not None, "add_to_values before write"
+        _, values = self._planes
         index = slots[..., None].expand_as(added)
-        self._values.scatter_(2, index, (self._values.gather(2, index) + added).to(self._values.dtype))
+        values.scatter_(2, index, (values.gather(2, index) + added).to(values.dtype))
 
     supports_static_drop = True
 
@@ -238,9 +238,6 @@ class Dense(Storage):
 
     def new_layers(self, num_layers: int) -> Sequence[DenseLayer]:
         return [DenseLayer() for _ in range(num_layers)]
-
-    def new_latent_layers(self, num_layers: int) -> Sequence[LatentLayer]:
-        return [LatentLayer() for _ in range(num_layers)]
 
     def bytes_formula(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int = 0) -> int:
         """Return the sum over layers of heads x tokens x channels stored per token x element_bytes."""

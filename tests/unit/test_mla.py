@@ -120,6 +120,8 @@ def test_what_needs_keys_and_values_apart_is_refused():
     model = shared_model(LATENT)
     with pytest.raises(InputError, match=r"^method/storage=kivi4: stores keys and values apart"):
         Method("kivi", storage=Kivi(bits=4)).new_cache(model)
+    with pytest.raises(InputError, match=r"^method=cam: changes stored values"):
+        named_method("cam budget=48").new_cache(model)
     with pytest.raises(InputError, match=r"^method=criticalkv: weighs values by the output projection"):
         prefill(model, named_method("criticalkv budget=48").new_cache(model), ids(60))
     with pytest.raises(InputError, match="kv_lora_rank is None; this one's is 12"):
