@@ -54,7 +54,8 @@ def compressed_layers(record: Mapping[str, Any]) -> str | None:
         held.append(f"recurrent state in {_layers(found['recurrent'])}")
     if "latents" in found:
         latents = found["latents"]
-        held.append(f"{latents['held']} instead of {latents['latent_numbers_a_token']} latent numbers a token")
+        numbers = f"{latents['latent_numbers_a_token']} latent numbers a token"
+        held.append(numbers if latents["held"] == "latents" else f"{latents['held']} instead of {numbers}")
     attending = found["full_attention"] + spans.total() + borrowing
     share = f"{found['full_attention']} of {_layers(attending)} with attention"
     return f"{share} ({', '.join(held)})" if held else share

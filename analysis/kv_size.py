@@ -6,7 +6,8 @@ In each layer, every token leaves one key and one value of ``head_dim`` numbers 
 
 Each way of shrinking the cache lowers one of these factors. Layers of sliding or chunked attention hold fewer tokens,
 layers that share or keep a fixed state count nothing, and for multi-head latent attention (MLA) the latents' size is
-shown beside that of the keys and values expanded from them, which this project's cache holds. The formula is arithmetic
+shown beside that of the keys and values expanded from them. This project's cache holds the latents of its own ``mla``
+models, and the expanded keys and values of transformers' models. The formula is arithmetic
 on a config.json, so neither the model nor torch is needed.
 """
 

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from kvbench.methods.sharing.cla import CLA
     from kvbench.methods.sharing.heads import Heads
     from kvbench.methods.sharing.lckv import LCKV
+    from kvbench.methods.sharing.mla import MLA
     from kvbench.methods.sharing.yoco import YOCO
     from kvbench.methods.storage.base import Storage
     from kvbench.methods.storage.dense import Dense
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CLA",
     "LCKV",
+    "MLA",
     "YOCO",
     "Adaptive",
     "AfterPrefill",
@@ -140,6 +142,7 @@ _NAMES_BY_MODULE = {
     "methods.sharing.cla": ("CLA",),
     "methods.sharing.heads": ("Heads",),
     "methods.sharing.lckv": ("LCKV",),
+    "methods.sharing.mla": ("MLA",),
     "methods.sharing.yoco": ("YOCO",),
     "methods.storage.base": ("Storage",),
     "methods.storage.dense": ("Dense",),

@@ -45,6 +45,7 @@ ARMS = (
     "kvshare sharing.kv_layers=11",
     "gqa sharing.kv_heads=3",
     "mqa",
+    "mla sharing.kv_lora_rank=112",
 )
 
 

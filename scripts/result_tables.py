@@ -228,7 +228,7 @@ def ratios(paths: Sequence[Path]) -> Made:
     (group,) = (group for group in comparable(trained) if group[0].record["task"].startswith("text"))
     ours = {
         runs[0].record["method_label"]: fmean(run.record["validation"]["perplexity"] for run in runs)
-        for runs in at_best_rate(group).values()
+        for runs in at_best_rate(group, reported=True).values()
     }
     rows = []
     for name, method, base, file, model, of, source in RATIOS:

@@ -10,6 +10,7 @@ from kvbench.methods.sharing.cla import CLA
 from kvbench.methods.sharing.framework import KVShare
 from kvbench.methods.sharing.heads import Heads
 from kvbench.methods.sharing.lckv import LCKV
+from kvbench.methods.sharing.mla import MLA
 from kvbench.methods.sharing.yoco import YOCO
 from kvbench.models.kvshare.config import KVShareLlamaConfig
 from kvbench.models.kvshare.model import KVShareLlamaForCausalLM
@@ -52,6 +53,8 @@ UPWARD: list[Sharing] = [
 """Whose consumers refer up."""
 
 RETENTION = YOCO(mixer="gated_retention")
+
+LATENT = MLA(kv_lora_rank=12, qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=8)
 
 
 def name_of(sharing: Sharing) -> str:

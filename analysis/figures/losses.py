@@ -96,7 +96,7 @@ def trained(group: Sequence[Run], context: Context) -> Iterator[FigureSpec]:
     if len({run.label for run in group}) < 2:
         return
     points = []
-    for runs in at_best_rate(group).values():
+    for runs in at_best_rate(group, reported=True).values():
         found = [run.record["validation"]["perplexity"] for run in runs]
         record = runs[0].record
         x = record["bytes"]["kv_bytes_per_token"] + record["bytes"]["kv_bytes_fixed"] / _sequence(record)
@@ -107,7 +107,8 @@ def trained(group: Sequence[Run], context: Context) -> Iterator[FigureSpec]:
     caption = [
         *settings_of(group),
         f"{record['training']['tokens']:,} tokens of training; each architecture at its best learning rate, chosen "
-        "on the same held-out data. Bars: least to greatest over the seeds. Grey: the Pareto front of the means.",
+        "on the same held-out data by other seeds where there are any. Bars: least to greatest over the seeds. Grey: "
+        "the Pareto front of the means.",
         f"Bytes that do not grow with the sequence (a sliding window's) are spread over its {sequence} tokens.",
     ]
     axes = (f"KV cache, bytes per token at {sequence} tokens", "perplexity on held-out data (lower is better)")

@@ -153,6 +153,7 @@ METHODS: dict[str, Look] = {
         yoco=("YOCO", GREEN, "D"),
         lckv=("LCKV", INDIGO, "p"),
         kvshare=("KV sharing", SKY, "<"),
+        mla=("MLA", BROWN, "P"),
     ),
 }
 """Look of every choice of ``conf/method``."""
@@ -164,6 +165,7 @@ KNOWN_SETTINGS = {
     "gqa": ("gqa2", "gqa4", "gqa8"),
     "yoco": ("yoco", "yoco-gret", "yoco-full"),
     "lckv": ("lckv-w2", "lckv-w10", "lckv-w2-paper"),
+    "mla": ("mla-r48", "mla-r112"),
     "snapkv_kivi4": ("snapkv + kivi4",),
 }
 """Labels of a method's settings that always look the same; the first one looks as the method does."""
@@ -173,6 +175,7 @@ SETTING_NAMES = (
     (r"\bkivi(\d+)", r"KIVI-\1"),
     (r"\b(cla|gqa)(\d+)", lambda match: f"{match[1].upper()}-{match[2]}"),
     (r"\blckv-w(\d+)", r"LCKV (\1 warm-up layers)"),
+    (r"\bmla-r(\d+)", r"MLA (rank \1)"),
     (r"\byoco-gret\b", "YOCO, gated retention"),
     (r"\byoco-full\b", "YOCO, full attention"),
     (r"\b(pizza|sandwich|lasagna)-(bottom|middle|top)-(\d+)", r"KV sharing, \1-\2, \3 KV layers"),

@@ -206,11 +206,11 @@ def _differences(table: PaperTable, row: PaperRow, record: Mapping[str, Any]) ->
 
 
 def _trained(table: PaperTable, row: PaperRow, runs: Sequence[Run]) -> list[_Answer]:
-    """Means over the seeds, each architecture at its best learning rate, and the range of the seeds."""
+    """Means over the seeds that did not choose the learning rate, each architecture at its best, and their range."""
     out = []
     trained = [run for run in runs if run.record["kind"] == "train" and run.record["method_label"] == row.label]
     for group in comparable(trained):
-        for best in at_best_rate(group).values():
+        for best in at_best_rate(group, reported=True).values():
             found: dict[str, Numbers] = {}
             for metric in table.columns.values():
                 values = [run.record["validation"].get(metric) for run in best]

@@ -10,10 +10,15 @@ from .cells import Cell, Table, number, out_of_memory_row, run_hash
 from .notes import made_by
 
 
-def at_best_rate(runs: Sequence[Run]) -> dict[str, list[Run]]:
+def at_best_rate(runs: Sequence[Run], reported: bool = False) -> dict[str, list[Run]]:
     """Trainings by label, each at the learning rate with the least mean loss on held-out data, by seed.
 
     Where some rates were tried with fewer seeds than others, the seeds that all of them share decide.
+
+    Args:
+        runs: Trainings on the same data.
+        reported: Without the seeds that decided, whose loss at the chosen rate is the least of several; all seeds
+            where there is no other, or only one rate.
     """
     by_label: dict[str, dict[float, list[Run]]] = {}
     for run in (r for r in runs if r.done):
@@ -26,15 +31,18 @@ def at_best_rate(runs: Sequence[Run]) -> dict[str, list[Run]]:
             for lr, tried in by_lr.items()
         }
         best = min(judged, key=lambda lr: fmean(r.record["validation"]["loss"] for r in judged[lr]))
-        out[label] = sorted(by_lr[best], key=lambda run: run.record["identity"]["seed"])
+        found = sorted(by_lr[best], key=lambda run: run.record["identity"]["seed"])
+        if reported and len(by_lr) > 1:
+            found = [run for run in found if run.record["identity"]["seed"] not in shared] or found
+        out[label] = found
     return out
 
 
 def train_table(runs: Sequence[Run]) -> Table:
     """What was trained on the same data: a row for each architecture, at the learning rate that served it best.
 
-    The row's numbers are means over the seeds (see :func:`at_best_rate`), and the spread is from the least to the
-    greatest.
+    The row's numbers are means over the seeds that did not choose the rate (see :func:`at_best_rate`), and the spread
+    is from the least to the greatest.
     """
     columns = ["method", "parameters", "KV bytes/token", "loss", "min - max", "perplexity", "accuracy"]
     columns += ["lr", "of", "seeds", "training s", "tok/s", "run"]
@@ -42,7 +50,10 @@ def train_table(runs: Sequence[Run]) -> Table:
     tried: dict[str, set[float]] = {}
     for run in (r for r in runs if r.done):
         tried.setdefault(run.label, set()).add(run.record["training"]["lr"])
-    for label, best in at_best_rate(runs).items():
+    choosing: dict[str, set[int]] = {}  # seeds at the best rate that are not reported, by label
+    whole = at_best_rate(runs)
+    for label, best in at_best_rate(runs, reported=True).items():
+        choosing[label] = {run.record["identity"]["seed"] for run in whole[label] if run not in best}
         lr = best[0].record["training"]["lr"]
         found = [run.record["validation"] for run in best]
         losses = [v["loss"] for v in found]
@@ -74,5 +85,11 @@ def train_table(runs: Sequence[Run]) -> Table:
     table = Table(f"{first['task']} / {first['model']}: {trained}", columns, rows, shown + lost)
     if any(run.record["bytes"]["kv_bytes_fixed"] for run in shown):
         table.notes.append("KV bytes/token: + what windows and states take at any length.")
+    if any(choosing.values()):
+        seeds = " ".join(map(str, sorted(set.union(*choosing.values()))))
+        table.notes.append(f"lr: chosen by seed {seeds}, whose loss is not in the row.")
+    biased = [label for label in choosing if not choosing[label] and len(tried[label]) > 1]
+    if biased:
+        table.notes.append(f"Chosen by the seeds in the row, so that its loss is biased low: {', '.join(biased)}.")
     table.notes += made_by(runs)
     return table

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from ...conf.errors import InputError
+from collections.abc import Sequence
+
+from ...conf.errors import InputError, require
 from ..policies.policy import CachePolicy
 from ..storage.base import Storage
+from ..storage.dense import Dense, LatentLayer
 
 
 def check_storage(method: str, policy: CachePolicy, storage: Storage) -> None:
@@ -50,3 +53,16 @@ def check_storage(method: str, policy: CachePolicy, storage: Storage) -> None:
         )
     if problem is not None:
         raise InputError("method/storage", storage.name, problem)
+
+
+def latent_layers(method: str, policy: CachePolicy, storage: Storage, num_layers: int) -> Sequence[LatentLayer]:
+    """Return empty storage for the layers of a model that caches latents (:mod:`..sharing.mla`), for one batch.
+
+    Raises:
+        InputError: The storage represents keys and values apart, or the policy changes values alone.
+    """
+    problem = "stores keys and values apart, and in latent attention the values are channels of the keys; use dense"
+    require(type(storage) is Dense, "method/storage", storage.name, problem)
+    problem = "changes stored values, and in latent attention they are channels of the keys; use another method"
+    require(not policy.capabilities.merges_values, "method", method, problem)
+    return [LatentLayer() for _ in range(num_layers)]

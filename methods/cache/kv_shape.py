@@ -41,6 +41,7 @@ class KVShape:
         local: Local-attention layers.
         recurrent_bytes: Bytes of all fixed-size recurrent states of one sequence.
         value_channels: Channels of a value; None: as many as of a key.
+        values_in_keys: The values are channels of the keys and are not stored again (:mod:`..sharing.mla`).
     """
 
     layers: int
@@ -51,6 +52,7 @@ class KVShape:
     local: tuple[LocalShape, ...] = ()
     recurrent_bytes: int = 0
     value_channels: int | None = None
+    values_in_keys: bool = False
 
     @property
     def value_dim(self) -> int:
@@ -59,8 +61,8 @@ class KVShape:
 
     @property
     def token_channels(self) -> int:
-        """Channels of one key and one value together."""
-        return self.head_dim + self.value_dim
+        """Channels stored per token and head: those of one key and one value together."""
+        return self.head_dim + (0 if self.values_in_keys else self.value_dim)
 
     def fixed_bytes(self, tokens: int) -> int:
         """Return the bytes of one sequence that no method changes (windows, states) after ``tokens`` tokens."""
@@ -79,6 +81,13 @@ def kv_shape(config: PretrainedConfig, dtype: torch.dtype) -> KVShape:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     linear = 0 if plan.recurrent else plan.layer_types.count(LINEAR)
     spans = [span for span in plan.spans if span is not None]
+    if plan.holds_latents:
+        rank, rotated = config.kv_lora_rank, config.qk_rope_head_dim
+        return KVShape(
+            *(plan.layer_types.count(FULL), 1, rotated + rank, dtype.itemsize, config.num_attention_heads),
+            value_channels=rank,
+            values_in_keys=True,
+        )
     return KVShape(
         layers=plan.layer_types.count(FULL),
         kv_heads=heads,

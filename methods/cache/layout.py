@@ -51,7 +51,7 @@ class Layout:
         plan: Cache layers and the layers of the model that use them.
         shape: KV shape for the byte formulas.
         latent_channels: Elements per token and layer of a latent cache, for models with multi-head latent attention
-            (kvbench stores their keys and values expanded); 0: no latent attention.
+            (those of transformers hand over their keys and values expanded); 0: no latent attention.
         rotary: Measured rotations by layer of the model; None: the keys are not rotated by constant frequencies.
     """
 
@@ -74,7 +74,8 @@ def describe_layers(model: PreTrainedModel) -> dict[str, Any]:
     if plan.shares:
         out["reading_others"] = sum(not use.is_owner for use in plan.uses)
     if layout.latent_channels:
-        out["latents"] = {"held": "expanded keys and values", "latent_numbers_a_token": layout.latent_channels}
+        held = "latents" if plan.holds_latents else "expanded keys and values"
+        out["latents"] = {"held": held, "latent_numbers_a_token": layout.latent_channels}
     return out
 
 
@@ -215,6 +216,7 @@ def _shape_of(model: PreTrainedModel, plan: Plan, probe: ProbeCache) -> KVShape:
         local=tuple(LocalShape(count, x.span, x.kv_heads, x.channels) for x, count in local.items()),
         recurrent_bytes=recurrent,
         value_channels=first.value_channels,
+        values_in_keys=plan.holds_latents,
     )
 
 
@@ -275,9 +277,13 @@ def model_shape(model: PreTrainedModel) -> KVShape:
 def full_shape(model: PreTrainedModel, sharing: Sharing | None = None) -> KVShape:
     """Return the KV shape of the same model without sharing, in which every layer owns keys and values.
 
-    If ``sharing`` reduces the number of KV heads, the model without sharing has as many as query heads.
+    If ``sharing`` reduces the number of KV heads, the model without sharing has as many as query heads. If it holds
+    latents, the model without it holds the keys and values of all heads that are made from them.
     """
     shape, config = model_shape(model), model.config.get_text_config()
+    if sharing is not None and shape.values_in_keys:
+        widths = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+        shape = replace(shape, head_dim=widths[0], value_channels=widths[1], values_in_keys=False)
     heads = shape.query_heads if sharing is not None and sharing.shares_heads else shape.kv_heads
     if getattr(config, "upward_style", None) is None:
         return replace(shape, kv_heads=heads)

@@ -31,7 +31,7 @@ from ..storage.base import Storage
 from ..storage.dense import Dense
 from .attention import use_kvbench_attention
 from .cache import KVCache
-from .composition import check_storage
+from .composition import check_storage, latent_layers
 from .kv_shape import KVShape
 from .layer import CacheLayer
 from .layout import layout_of, model_shape, reset_rope, rotary_of
@@ -179,7 +179,8 @@ class Method(Options):
         reset_rope(model)
         self._check_plan(plan, model)
         count = plan.layer_types.count(FULL)
-        stores = self.storage.new_layers(count)
+        parts = self.name, self.policy, self.storage
+        stores = latent_layers(*parts, count) if plan.holds_latents else self.storage.new_layers(count)
         owners = [owner for owner, kind in zip(plan.owners, plan.layer_types, strict=True) if kind == FULL]
         described = [self._model_layer(model, owner, place, count) for place, owner in enumerate(owners)]
         for store, layer in zip(stores, described, strict=True):

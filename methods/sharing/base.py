@@ -67,7 +67,7 @@ class Sharing(HasIdentity, ABC):
         keys = self.config_keys(config.to_dict())
         layers = config.num_hidden_layers
         plain = {"kv_source_layers": list(range(layers)), "layer_types": [FULL] * layers, "separate_kv_norm": False}
-        for key, required in keys.items():
+        for key, required in ({"kv_lora_rank": None} | keys).items():
             actual = getattr(config, key, None)
             actual = plain.get(key) if actual is None else actual
             if key not in (*RUN_KEYS, *self.optional_keys) and actual != required:

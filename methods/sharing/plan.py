@@ -102,6 +102,7 @@ class Plan:
         spans: Local attention of each cache layer; None: attends over all tokens, or does not attend.
         recurrent: Layers of the model with a recurrent state in transformers' layer classes.
         rope_switch: Text length in tokens at which the RoPE frequencies change (longrope); None: they do not.
+        holds_latents: The cache is given latents: the values are the last channels of the keys (:mod:`.mla`).
     """
 
     owners: tuple[int, ...]
@@ -111,6 +112,7 @@ class Plan:
     spans: tuple[Span | None, ...]
     recurrent: tuple[int, ...] = ()
     rope_switch: int | None = None
+    holds_latents: bool = False
 
     @cached_property
     def attending(self) -> tuple[int, ...]:
@@ -152,7 +154,8 @@ def plan_of(config: Any) -> Plan:
     uses = tuple(KVAccess(s == i, s > i or paper, last[s] == i) for i, s in enumerate(source))
     types = tuple(config.layer_types[i] for i in owners)
     spans = tuple(Span(SLIDING, config.sliding_window) if kind == SLIDING else None for kind in types)
-    return Plan(owners, tuple(owners.index(s) for s in source), uses, types, spans)
+    latents = getattr(config, "kv_lora_rank", None) is not None
+    return Plan(owners, tuple(owners.index(s) for s in source), uses, types, spans, holds_latents=latents)
 
 
 def _plan_of_transformers_model(config: Any) -> Plan:

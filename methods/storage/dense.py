@@ -21,7 +21,7 @@ COMPACTION_INTERVAL_STEPS = 64
 
 
 class DenseLayer(LayerStorage):
-    """Buffers [B, H, capacity, D] of which the first ``length`` slots are in use.
+    """Buffers [B, H, capacity, D] of which the first ``length`` slots are in use: one of keys and one of values.
 
     ``write`` allocates slots for its tokens and for the ``reserved`` ones; ``append`` to a full buffer adds ``growth``
     slots. If all rows are equally long, these slots are the only difference between stored and logical bytes.
@@ -29,51 +29,67 @@ class DenseLayer(LayerStorage):
 
     def __init__(self) -> None:
         self.length = 0
-        self._keys: torch.Tensor | None = None
-        self._values: torch.Tensor | None = None
+        self._planes: list[torch.Tensor] = []  # keys and values; empty before the first token
         self._valid: torch.Tensor | None = None
         self._drops = 0  # since the last compaction
         self._next: torch.Tensor | None = None  # [1] int64, slot of the next token, once static
 
+    def planes_of(self, keys: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
+        """Return the tensors to store for new tokens."""
+        return [keys, values]
+
+    def keys_and_values(self, planes: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the keys and values of stored tensors."""
+        keys, values = planes
+        return keys, values
+
+    @property
+    def _used(self) -> list[torch.Tensor]:
+        """The stored tensors without their unused slots."""
+        assert self._planes, "read before write"
+        return [x[:, :, : self.length] for x in self._planes]
+
     def write(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         # Always copy: a slice or a view of a fused projection would keep its whole base tensor in memory.
         self.length = keys.shape[2]
-        self._keys, self._values, self._valid = (
-            None if x is None else grown(x, self.length, self.length + self.reserved) for x in (keys, values, valid)
-        )
+        capacity = self.length + self.reserved
+        self._planes = [grown(x, self.length, capacity) for x in self.planes_of(keys, values)]
+        self._valid = None if valid is None else grown(valid, self.length, capacity)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         n, start = keys.shape[2], self.length
-        if self._keys is None or self._values is None:
+        if not self._planes:
             self.write(keys, values, None if valid is None else valid[:, None])
             return
-        slot = self.next_slot
-        if slot is not None:
-            assert n == 1 and valid is None, "a static layer takes single tokens"
-            write_token(keys, values, slot.keys, slot.values, slot.valid, slot.slot)
+        new = self.planes_of(keys, values)
+        if self._next is not None:
+            assert self._valid is not None and n == 1 and valid is None, "a static layer takes single tokens"
+            # A single plane is both: its token is written twice to the same slot.
+            write_token(new[0], new[-1], self._planes[0], self._planes[-1], self._valid, self._next)
             self.advance()
             return
         self.count_down(n)
-        if start + n > self._keys.shape[2]:
+        if start + n > self._planes[0].shape[2]:
             capacity = self.capacity(start + n, n)
-            self._keys = grown(self._keys, start, capacity)
-            self._values = grown(self._values, start, capacity)
+            self._planes = [grown(x, start, capacity) for x in self._planes]
             if self._valid is not None:
                 self._valid = grown(self._valid, start, capacity)
         if valid is not None and self._valid is None:
-            self._valid = torch.ones(keys.shape[0], 1, self._keys.shape[2], dtype=torch.bool, device=keys.device)
-        self._keys[:, :, start : start + n] = keys
-        self._values[:, :, start : start + n] = values
+            shape = (keys.shape[0], 1, self._planes[0].shape[2])
+            self._valid = torch.ones(shape, dtype=torch.bool, device=keys.device)
+        for plane, x in zip(self._planes, new, strict=True):
+            plane[:, :, start : start + n] = x
         if self._valid is not None:
             self._valid[:, :, start : start + n] = True if valid is None else valid[:, None]
         self.length = start + n
 
     @property
     def next_slot(self) -> NextSlot | None:
-        if self._next is None:
+        if self._next is None or len(self._planes) == 1:
             return None
-        assert self._keys is not None and self._values is not None and self._valid is not None
-        return NextSlot(self._keys, self._values, self._valid, self._next)
+        assert self._valid is not None
+        keys, values = self._planes
+        return NextSlot(keys, values, self._valid, self._next)
 
     def advance(self) -> None:
         assert self._next is not None
@@ -88,41 +104,41 @@ class DenseLayer(LayerStorage):
         if compact_now or self._drops >= COMPACTION_INTERVAL_STEPS:
             self._drops = 0
             return super().drop(keep, compact_now)
-        assert self._keys is not None, "drop before write"
+        assert self._planes, "drop before write"
         if self._valid is None or self._valid.shape[1] != keep.shape[1]:
-            self._valid = torch.ones(*keep.shape[:2], self._keys.shape[2], dtype=torch.bool, device=keep.device)
+            self._valid = torch.ones(*keep.shape[:2], self._planes[0].shape[2], dtype=torch.bool, device=keep.device)
         self._valid[:, :, : self.length] = keep
         return None
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        assert self._keys is not None and self._values is not None, "read before write"
-        n = self.length
-        valid = None if self._valid is None else self._valid[:, :, :n]
-        return self._keys[:, :, :n], self._values[:, :, :n], valid
+        return *self.keys_and_values(self._used), self.valid
+
+    @property
+    def valid(self) -> torch.Tensor | None:
+        return None if self._valid is None else self._valid[:, :, : self.length]
 
     def keep(self, slots: torch.Tensor, valid: torch.Tensor | None = None) -> None:
-        keys, values, _ = self.read()
+        planes = self._used
         if slots.dim() == 1:
-            keys, values = keys.index_select(2, slots), values.index_select(2, slots)
+            planes = [x.index_select(2, slots) for x in planes]
         else:
-            keys, values = take_slots(keys, slots), take_slots(values, slots)
-        count = keys.shape[2]
-        assert self._keys is not None and self._values is not None
-        if self._keys.shape[2] > count + self.growth:  # shrink the buffers
-            self._keys, self._values = keys, values
+            planes = [take_slots(x, slots) for x in planes]
+        count = planes[0].shape[2]
+        if self._planes[0].shape[2] > count + self.growth:  # shrink the buffers
+            self._planes = planes
         else:
-            self._keys[:, :, :count] = keys
-            self._values[:, :, :count] = values
+            for plane, x in zip(self._planes, planes, strict=True):
+                plane[:, :, :count] = x
         self._valid = None
         if valid is not None:
-            self._valid = torch.ones(*valid.shape[:2], self._keys.shape[2], dtype=torch.bool, device=valid.device)
+            self._valid = torch.ones(*valid.shape[:2], self._planes[0].shape[2], dtype=torch.bool, device=valid.device)
             self._valid[:, :, :count] = valid
         self.length = count
 
     def add_to_values(self, slots: torch.Tensor, added: torch.Tensor) -> None:
-        assert self._values is not None, "add_to_values before write"
+        _, values = self._planes
         index = slots[..., None].expand_as(added)
-        self._values.scatter_(2, index, (self._values.gather(2, index) + added).to(self._values.dtype))
+        values.scatter_(2, index, (values.gather(2, index) + added).to(values.dtype))
 
     supports_static_drop = True
 
@@ -131,17 +147,17 @@ class DenseLayer(LayerStorage):
         return None
 
     def make_static(self, steps: int, mask_heads: int = 1) -> None:
-        keys, values, valid = self.read()
-        assert self._keys is not None and self._values is not None
-        capacity = max(self.length + steps, self._keys.shape[2])
+        used, valid = self._used, self.valid
+        capacity = max(self.length + steps, self._planes[0].shape[2])
         heads = mask_heads if valid is None else max(mask_heads, valid.shape[1])
-        mask = torch.zeros(keys.shape[0], heads, capacity, dtype=torch.bool, device=keys.device)
+        mask = torch.zeros(used[0].shape[0], heads, capacity, dtype=torch.bool, device=used[0].device)
         mask[:, :, : self.length] = True if valid is None else valid
         # Zeros, because uninitialized memory may contain NaN, and a zero weight times NaN is NaN.
-        if self._keys.shape[2] < capacity:
-            self._keys, self._values = (grown(x, self.length, capacity) for x in (keys, values))
-        self._keys[:, :, self.length :], self._values[:, :, self.length :] = 0, 0
-        self._valid, self._next = mask, torch.tensor([self.length], device=keys.device)
+        if self._planes[0].shape[2] < capacity:
+            self._planes = [grown(x, self.length, capacity) for x in used]
+        for plane in self._planes:
+            plane[:, :, self.length :] = 0
+        self._valid, self._next = mask, torch.tensor([self.length], device=mask.device)
         self.length = capacity
 
     @property
@@ -149,18 +165,16 @@ class DenseLayer(LayerStorage):
         return self.length if self._next is None else self._next[None]
 
     def close_gaps(self) -> torch.Tensor | None:
-        _, _, valid = self.read()
-        if not self._drops or valid is None:
+        if not self._drops or self.valid is None:
             return None
         self._drops = 0
-        return super().drop(valid, compact_now=True)
+        return super().drop(self.valid, compact_now=True)
 
     def compact(self) -> torch.Tensor | None:
-        assert self._keys is not None and self._values is not None
-        assert self._valid is not None and self._next is not None
+        assert self._planes and self._valid is not None and self._next is not None
         slots, valid = slots_to_keep(self._valid)
         count = slots.shape[-1]
-        for x in (self._keys, self._values):
+        for x in self._planes:
             x[:, :, :count] = take_slots(x, slots)
         self._valid.zero_()
         self._valid[:, :, :count] = True if valid is None else valid
@@ -178,26 +192,38 @@ class DenseLayer(LayerStorage):
         return step_attention(query, keys, values, rule, stored, self._next)
 
     def shrink_to_fit(self) -> None:
-        keys, values, valid = self.read()
-        if self._keys is not None and self._keys.shape[2] > self.length:
-            self.write(keys, values, valid)
+        if self._planes and self._planes[0].shape[2] > self.length:
+            self.write(*self.read())
 
     def tensors(self) -> list[torch.Tensor]:
-        return [x for x in (self._keys, self._values, self._valid) if x is not None]
+        return self._planes + ([] if self._valid is None else [self._valid])
 
     @property
     def tokens(self) -> torch.Tensor:
-        keys, _, valid = self.read()
+        keys, valid = self._used[0], self.valid
         if valid is None:
             return torch.full((keys.shape[0], 1), self.length, dtype=torch.int64, device=keys.device)
         return valid.sum(-1)
 
     @property
     def logical_bytes(self) -> int:
-        keys, values, _ = self.read()
-        heads = keys.shape[1]
-        slots = int(self.tokens.expand(-1, heads).sum())
-        return slots * (keys.shape[3] + values.shape[3]) * keys.element_size()
+        used = self._used
+        slots = int(self.tokens.expand(-1, used[0].shape[1]).sum())
+        return slots * sum(x.shape[3] * x.element_size() for x in used)
+
+
+class LatentLayer(DenseLayer):
+    """Buffer [B, H, capacity, D] of keys whose last D_v channels are the values (:mod:`..sharing.mla`)."""
+
+    _value_channels = 0
+
+    def planes_of(self, keys: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
+        self._value_channels = values.shape[3]
+        return [keys]
+
+    def keys_and_values(self, planes: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        (keys,) = planes
+        return keys, keys[..., keys.shape[3] - self._value_channels :]
 
 
 @dataclass(frozen=True)
@@ -214,5 +240,5 @@ class Dense(Storage):
         return [DenseLayer() for _ in range(num_layers)]
 
     def bytes_formula(self, tokens: Sequence[int], heads: int, shape: KVShape, new_tokens: int = 0) -> int:
-        """Return the sum over layers of heads x tokens x (key + value channels) x element_bytes."""
+        """Return the sum over layers of heads x tokens x channels stored per token x element_bytes."""
         return heads * shape.token_channels * shape.element_bytes * sum(tokens)

@@ -27,6 +27,10 @@ class KVShareLlamaConfig(LlamaConfig):
         encode: ``iterative``, or ``exact``: as many passes as tokens, which equals feeding them one by one.
         prefill_skip: Skip, in the layers above the last KV source, the tokens whose outputs are not requested.
         retention_heads: Heads of a gated-retention layer; None: as many as query heads.
+        kv_lora_rank: Numbers of a latent in place of keys and values, in every layer (:mod:`.latent`); None: layers
+            have keys and values.
+        qk_rope_head_dim, qk_nope_head_dim, v_head_dim: With latents: channels of the RoPE key (``head_dim`` too), of
+            the other part of a head's key, and of a head's value.
     """
 
     model_type = "kvshare_llama"
@@ -42,6 +46,10 @@ class KVShareLlamaConfig(LlamaConfig):
     encode: str = "iterative"
     prefill_skip: bool = True
     retention_heads: int | None = None
+    kv_lora_rank: int | None = None
+    qk_rope_head_dim: int | None = None
+    qk_nope_head_dim: int | None = None
+    v_head_dim: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         layers = self.num_hidden_layers
@@ -52,6 +60,7 @@ class KVShareLlamaConfig(LlamaConfig):
         if self.retention_heads is None and LINEAR in self.layer_types:
             self.retention_heads = self.num_attention_heads
         check_map(self.kv_source_layers, self.layer_types, layers, self.sliding_window)
+        self._check_latents()
         for key, allowed in (("upward_style", UPWARD_STYLES), ("encode", ENCODINGS)):
             if getattr(self, key) not in allowed:
                 raise ValueError(f"{key} is {getattr(self, key)!r}; it must be one of {', '.join(allowed)}")
@@ -60,6 +69,20 @@ class KVShareLlamaConfig(LlamaConfig):
                 f"iter_forward={self.iter_forward} must be >= 0 and iter_backward={self.iter_backward} must be >= 1"
             )
         super().__post_init__(**kwargs)
+
+    def _check_latents(self) -> None:
+        """Check that latents are combined with nothing that they do not work with."""
+        if self.kv_lora_rank is None:
+            return
+        missing = [k for k in ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim") if getattr(self, k) is None]
+        if missing:
+            raise ValueError(f"kv_lora_rank is {self.kv_lora_rank} and {missing[0]} is missing")
+        if self.head_dim != self.qk_rope_head_dim:
+            raise ValueError(
+                f"head_dim is {self.head_dim}; with latents it must be qk_rope_head_dim, which RoPE rotates"
+            )
+        if self.source != list(range(self.num_hidden_layers)) or {*self.types} != {FULL} or self.separate_kv_norm:
+            raise ValueError("kv_lora_rank needs full attention, and keys and values of its own, in every layer")
 
     @property
     def source(self) -> list[int]:

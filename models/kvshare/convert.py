@@ -73,6 +73,9 @@ def convert(model: PreTrainedModel, sharing: Sharing, init: str) -> KVShareLlama
 @torch.no_grad()
 def convert_to_config(model: PreTrainedModel, config: KVShareLlamaConfig, init: str) -> KVShareLlamaForCausalLM:
     """Convert a model to a given config; see :func:`convert`."""
+    rank, allowed = getattr(model.config, "kv_lora_rank", None), "differs from the model's"
+    allowed += f" {rank}, and keys and values are not converted to latents or back; train with model=scratch"
+    require(config.kv_lora_rank == rank, "method.sharing.kv_lora_rank", config.kv_lora_rank, allowed)
     if config.num_key_value_heads != model.config.num_key_value_heads:
         raise InputError(
             "method.sharing.kv_heads", config.num_key_value_heads, "is not what the model's weights were made for"
@@ -80,7 +83,7 @@ def convert_to_config(model: PreTrainedModel, config: KVShareLlamaConfig, init: 
     converted: Any = KVShareLlamaForCausalLM(config)
     converted = converted.to(device=model.device, dtype=model.dtype)
     weights = dict(model.state_dict())
-    for source in sorted(set(config.source)):
+    for source in sorted(set(config.source)) if config.kv_lora_rank is None else []:
         if config.types[source] != LINEAR and _PROJECTION.format(source, "k_proj", "weight") not in weights:
             raise InputError(
                 "method.sharing",

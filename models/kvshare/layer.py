@@ -12,6 +12,7 @@ from ...methods.cache.cache import KVCache
 from ...methods.sharing.kv_map import LINEAR
 from .attention import KV, KVShareAttention
 from .config import KVShareLlamaConfig
+from .latent import LatentAttention
 from .masks import STRICTLY_CAUSAL
 from .retention import GatedRetention
 
@@ -88,14 +89,15 @@ class KVShareDecoderLayer(LlamaDecoderLayer):
             eps = config.rms_norm_eps
             self.mixer = GatedRetention(config.hidden_size, config.retention_heads, config.head_dim, eps)
             return
-        self.self_attn = KVShareAttention(config, layer_idx)
+        attention = KVShareAttention if config.kv_lora_rank is None else LatentAttention
+        self.self_attn = attention(config, layer_idx)  # type: ignore[assignment]
         if is_source and config.separate_kv_norm:
             self.kv_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def project_kv(self, hidden_states: torch.Tensor, cos_sin: KV) -> KV:
-        """Keys and values of the layer's input [B, n, hidden]."""
+        """Keys and values, or latents and RoPE keys, of the layer's input [B, n, hidden]."""
         norm = getattr(self, "kv_layernorm", self.input_layernorm)
-        attention: KVShareAttention = self.self_attn  # type: ignore[assignment]
+        attention: KVShareAttention | LatentAttention = self.self_attn  # type: ignore[assignment]
         return attention.project_kv(norm(hidden_states), cos_sin)
 
     def forward(  # type: ignore[override]

@@ -467,7 +467,8 @@ def test_what_is_not_finite_is_refused_with_the_layers_number(text, bad):
         return  # nothing is stored; or every token is attended to as it comes, and the logits show it
     layer = 1 if method.sharing is None else max(model.config.kv_source_layers)
     with torch.no_grad():
-        model.model.layers[layer].self_attn.v_proj.weight[3, 5] = bad
+        attention = model.model.layers[layer].self_attn
+        (attention.kv_a_proj_with_mqa if hasattr(attention, "kv_b_proj") else attention.v_proj).weight[3, 5] = bad
     with pytest.raises(InputError, match=rf"model=layer {layer}: gave .* NaN or infinite"):
         prefill(model, method.new_cache(model), prompt_ids(LONG))
 

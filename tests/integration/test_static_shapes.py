@@ -80,6 +80,7 @@ OF_METHODS = {
     "gqa": "gqa",
     "mha": "mha",
     "mqa": "mqa",
+    "mla": "mla",
     "h2o": "h2o budget=24",
     "tova": "tova budget=24",
     "streaming_llm": "streaming_llm budget=24",
@@ -344,7 +345,11 @@ def test_only_the_named_methods_have_no_static_steps(name):
     """Every YAML with every storage and schedule that it can be used with; the reason is the listed one."""
     for storage, method in offered(name):
         model = model_of(method)
-        cache = method.new_cache(model)
+        try:
+            cache = method.new_cache(model)
+        except InputError:  # latents, on a storage that holds keys and values apart
+            assert name == "mla" and storage != "dense"
+            continue
         prefill(model, cache, prompt_ids(44) % 90)
         assert cache.static_problem == CHANGING.get("no_cache" if name == "no_cache" else storage), method.label
 

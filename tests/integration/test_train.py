@@ -693,6 +693,15 @@ def test_the_table_takes_each_architecture_at_its_best_rate_over_seeds(tmp_path)
     assert row[3].value == pytest.approx(sum(losses[best]) / 2)
     assert (row[7].text, row[8].text, row[9].text) == (f"{best:g}", "0.0001 0.003", "0 1")
     assert Path(table.runs[0].path).is_dir() and set(by_name) == {"cla2", "mqa"}
+    assert "so that its loss is biased low: cla2." in " ".join(table.notes)
+    chosen = min(losses, key=lambda lr: losses[lr][0])  # where only seed 0 was tried at every rate, it is not reported
+    left = [
+        run for run in runs if run.record["training"]["lr"] in (chosen, RULE.lr) or run.record["identity"]["seed"] == 0
+    ]
+    table = train_table(left)
+    row = next(row for row in table.rows if row[0].text == "cla2")
+    assert (row[3].value, row[9].text) == (pytest.approx(losses[chosen][1]), "1")
+    assert "chosen by seed 0" in " ".join(table.notes)
 
 
 def test_a_model_without_such_weights_says_how_to_train_them(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from sharing_models import DOWNWARD, RETENTION, SHAPE, UPWARD, config_of, name_of, plain_config, shared_model
+from sharing_models import DOWNWARD, LATENT, RETENTION, SHAPE, UPWARD, config_of, name_of, plain_config, shared_model
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 
 from kvbench.conf.errors import InputError
@@ -15,13 +15,14 @@ from kvbench.methods.sharing.framework import KVShare
 from kvbench.methods.sharing.heads import Heads
 from kvbench.methods.sharing.kv_map import Segment, segments
 from kvbench.methods.sharing.lckv import LCKV
+from kvbench.methods.sharing.mla import MLA
 from kvbench.methods.sharing.yoco import YOCO
 from kvbench.models.kvshare.config import KVShareLlamaConfig
 from kvbench.models.kvshare.model import KVShareLlamaForCausalLM
 from kvbench.models.kvshare.retention import retention
 from kvbench.tasks.text import Text
 
-ALL = [*DOWNWARD, *UPWARD, RETENTION]
+ALL = [*DOWNWARD, *UPWARD, RETENTION, LATENT]
 CLOSE = 1e-9  # float64
 NEAR = {"sdpa": CLOSE, "eager": 1e-4}
 """Eager attention takes its softmax in float32 and is tried on float32 models."""
@@ -117,6 +118,7 @@ def test_segments():
         ),
         ({"upward_style": "old"}, "upward_style is 'old'"),
         ({"iter_backward": 0}, "iter_backward=0 must be >= 1"),
+        ({"kv_lora_rank": 8}, "kv_lora_rank is 8 and qk_rope_head_dim is missing"),
     ],
     ids=str,
 )
@@ -139,6 +141,7 @@ def test_a_broken_map_says_which_rule_and_which_layer(keys, message):
         lambda: KVShare(map=[0, 0]).source(6),
         lambda: KVShare(map=[0, 0, 1, 1, 4, 4]).config_keys(SHAPE),
         lambda: Heads(3).config_keys(SHAPE),
+        lambda: MLA(qk_rope_head_dim=5),
     ],
 )
 def test_bad_settings_name_their_key(make):
@@ -228,7 +231,8 @@ def test_only_sources_store_and_as_many_bytes_as_the_formula_says(sharing):
     assert len(stored) == sum(kind != "linear_attention" for kind in kinds)
     for kind in kinds:
         tokens = {"full_attention": 20, "sliding_attention": min(20, 7), "linear_attention": 0}[kind]
-        held += 2 * config.num_key_value_heads * config.head_dim * tokens * 8
+        numbers = 12 + 4 if sharing is LATENT else 2 * config.num_key_value_heads * config.head_dim
+        held += numbers * tokens * 8
     assert sum(layer.keys.nbytes + layer.values.nbytes for layer in stored) == held
 
 
