@@ -168,6 +168,7 @@ def dense_entry(
     logits: bool = False,
     ragged: bool = False,
     plain: bool = True,
+    page: int = 0,
 ) -> Entry:
     """A split of uncompressed keys and values."""
     value_dim = value_dim or dim
@@ -175,16 +176,19 @@ def dense_entry(
     types = dict.fromkeys(("query", "keys", "values"), pointer) | dict.fromkeys(
         ("sums", "maxima", "totals", "logits_out"), "*fp32"
     )
-    types |= {"valid": "*u8", "starts": "*i64", "ends": "*i64", "scaling": "fp32", "softcap": "fp32"}
+    types |= {"valid": "*u8", "scaling": "fp32", "softcap": "fp32"}
+    types |= dict.fromkeys(("starts", "ends", "pages"), "*i64")
     tiling = default_tiling(max(padded(dim), padded(value_dim)), size)
     sizes: dict[str, Any] = {
         "D": dim, "DV": value_dim, "ROWS": padded(rows), "WIDE": padded(dim), "WIDE_V": padded(value_dim),
         "TOKENS": tiling.tokens, "HALF": dtype != torch.float32, "HAS_VALID": not ragged, "HAS_END": True,
-        "RAGGED": ragged, "CAPPED": not plain, "LOGITS": logits,
+        "RAGGED": ragged, "CAPPED": not plain, "LOGITS": logits, "PAGE": page,
     }  # fmt: skip
     sizes |= {"valid": None} if ragged else {"starts": None}
     if not logits:
         sizes["logits_out"] = None
+    if not page:
+        sizes["pages"] = None
     moved = heads * tokens * ((dim + value_dim) * size + (4 * rows if logits else 0)) + (0 if ragged else tokens)
     return Entry(name, dense.split_dense, types, sizes, tiling, moved)
 
@@ -343,6 +347,7 @@ def entries() -> list[Entry]:
         dense_entry("dense, head_dim 256", dim=256),
         dense_entry("dense, head_dim 192, values 128 (MLA)", dim=192, value_dim=128),
         dense_entry("ragged, 1,024 tokens a head", tokens=1024, ragged=True),
+        dense_entry("pages of 16 tokens (Quest), 1,024 tokens a head", tokens=1024, ragged=True, page=16),
         *(kivi_entry(f"KIVI, {bits} bits", bits) for bits in (2, 4, 8)),
         kivi_entry("KIVI, 4 bits, 8 heads of 4 query heads", 4, heads=8, rows=4),
         kivi_entry("KIVI, 4 bits, other tiles", 4, tiling=Tiling(32, 4, 2)),

@@ -35,6 +35,7 @@ from .ragged import DenseSegments, StaticRagged
 from .segmented import SegmentedLayer
 from .segments import Groups
 from .static import StaticSegments
+from .step_attention import ragged_step_attention, step_attention
 
 FEWEST_PAGES = 3
 """Pages that a step reads at least, as in the authors' evaluation."""
@@ -127,8 +128,7 @@ class QuestSegments(DenseSegments):
     @property
     def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Smallest and largest keys of each page, [N, pages, D]."""
-        low, high = (x.used for x in self._bounds)
-        return low, high
+        return self._bounds[0].used, self._bounds[1].used
 
     def shrink_to_fit(self) -> None:
         super().shrink_to_fit()
@@ -182,6 +182,10 @@ class StaticQuest(StaticRagged):
         pages = choose_pages(q, (low, high), self.length, self._page, self._count, rule.scaling)
         slots, is_read = slots_of(pages, self.length, self._page)  # [N, K * P]
         self.reads = PageReads(is_read, (self.length + self._page - 1) // self._page)
+        places = self._starts, self.length, None, self.shape, self._width
+        out = ragged_step_attention(query, *self._planes, *places, rule, (pages, self._page))
+        if out is not None:
+            return out
         keys, values = (x[self._starts[:, None] + slots].unflatten(0, self.shape) for x in self._planes)
         return cached_attention(query, keys, values, rule, is_read.unflatten(0, self.shape))
 
@@ -236,7 +240,7 @@ class QuestLayer(SegmentedLayer):
             keys[index, :n], values[index, :n], holds[index, :n] = k, v, is_read
         self._reads = PageReads(holds, (self.tokens.flatten() + self._page - 1) // self._page)
         keys, values, holds = (x.unflatten(0, (batch, heads)) for x in (keys, values, holds))
-        return cached_attention(query, keys, values, rule, holds)
+        return step_attention(query, keys, values, rule, holds)
 
     @property
     def step_bytes_read(self) -> int:

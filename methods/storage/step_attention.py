@@ -145,6 +145,7 @@ def ragged_step_attention(
     shape: tuple[int, int],
     longest: int,
     rule: LogitRule,
+    pages: tuple[torch.Tensor, int] | None = None,
 ) -> torch.Tensor | None:
     """Attention of one token per row over heads of different lengths, by one kernel call.
 
@@ -158,12 +159,15 @@ def ragged_step_attention(
         shape: Rows B and heads H.
         longest: Largest number of slots of a head.
         rule: How logits are computed.
+        pages: Pages of each head to attend to, [B * H, K] int64 with -1 for no page, and the tokens per page; None:
+            all tokens.
 
     Returns:
         [B, H_q, 1, D_v]; None: no kernel supports the call.
     """
     if not uses_kernel(query, shape[1], keys.shape[1], values.shape[1]):
         return None
-    from .kernels.dense import attention, ragged
+    from .kernels.dense import attention, paged, ragged
 
-    return attention(query, ragged(keys, values, shape, longest, starts, ends, valid), rule)[0]
+    stored = ragged(keys, values, shape, longest, starts, ends, valid)
+    return attention(query, stored if pages is None else paged(stored, *pages), rule)[0]

@@ -38,21 +38,22 @@ def test_kernel_matches_attention_over_the_stored_numbers(case, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize(("length", "dim"), [(1, 64), (150, 64), (150, 128), (150, 256), (3000, 128)])
 @pytest.mark.parametrize("storage", [Fp8(), Fp8("e5m2", "one"), TurboQuant(2), TurboQuant(3), TurboQuant(4)], ids=repr)
-def test_kernel_over_the_grid(storage, dim, monkeypatch):
+def test_kernel_over_the_grid(storage, length, dim, monkeypatch):
     for dtype in TOLERANCE:
-        check(storage, dim, dim, dtype, 4, True, True, monkeypatch)
+        check(storage, dim, dim, dtype, 4, True, True, monkeypatch, length)
 
 
-def check(storage, dim, value_dim, dtype, group, is_static, drops, monkeypatch):
+def check(storage, dim, value_dim, dtype, group, is_static, drops, monkeypatch, length=150):
     monkeypatch.setattr(coded, "uses_kernel", lambda *_, **__: True)
     layer = storage.new_layers(1)[0]
-    valid = torch.arange(150, device=DEVICE) >= torch.tensor([[0, 3], [121, 50]], device=DEVICE)[..., None]
-    keys, values = numbers(2, 2, 150, dim, dtype=dtype), numbers(2, 2, 150, value_dim, seed=1, dtype=dtype)
+    pads = torch.tensor([[0, 3], [121, 50]], device=DEVICE).clamp(max=length - 1)
+    valid = torch.arange(length, device=DEVICE) >= pads[..., None]
+    keys, values = numbers(2, 2, length, dim, dtype=dtype), numbers(2, 2, length, value_dim, seed=1, dtype=dtype)
     layer.write(keys, values, valid)
     if drops:
-        layer.make_static_within(150, 4)
+        layer.make_static_within(length, 4)
     elif is_static:
         layer.make_static(4)
     layer.append(numbers(2, 2, 1, dim, seed=2, dtype=dtype), numbers(2, 2, 1, value_dim, seed=3, dtype=dtype))
@@ -67,4 +68,5 @@ def check(storage, dim, value_dim, dtype, group, is_static, drops, monkeypatch):
     read, read_values, valid = layer.read()
     plain = LogitRule(rule.scaling, rule.softcap, None if rule.sinks is None else rule.sinks.double())
     expected = cached_attention(query.double(), read.double(), read_values.double(), plain, valid)
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=TOLERANCE[dtype])
+    largest = max(1.0, float(expected.abs().max()))  # a rotation spreads the rounding of the largest channel
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=TOLERANCE[dtype] * largest)

@@ -12,7 +12,7 @@ import torch
 from kvbench.methods.cache.logits import LogitRule
 
 pytest.importorskip("triton")
-from kvbench.methods.storage import kivi, static_kivi
+from kvbench.methods.storage import kivi, quest, static_kivi, step_attention
 from kvbench.methods.storage.kernels import dense
 from kvbench.methods.storage.kernels.launch import Tiling
 from kvbench.methods.storage.minicache import pair
@@ -119,6 +119,69 @@ def test_ragged_kernel_matches_float64(group, dtype, holes):
         visible = every if valid is None else valid[b : b + 1, h : h + 1, :length]
         expected, _ = exact(query[b : b + 1, heads], *part, visible, LogitRule(0.2, None, rule.sinks[heads]))
         torch.testing.assert_close(out[b : b + 1, heads].double(), expected, rtol=0, atol=TOLERANCE[dtype])
+
+
+def check_pages(lengths, page, count, group, dim, value_dim, dtype, softcap=None):
+    """A list of some pages of each of two heads, the last one among them; other tokens are NaN, for none is read."""
+    starts = torch.tensor([0, lengths[0] + 3], device=DEVICE)
+    query = numbers(1, 2 * group, 1, dim, seed=3, dtype=dtype)
+    plain = [numbers(sum(lengths) + 9, width, seed=i, dtype=dtype) for i, width in enumerate((dim, value_dim))]
+    stored = [torch.full_like(x, float("nan")) for x in plain]
+    rule = LogitRule(2 * dim**-0.5, softcap, numbers(2 * group, seed=4))
+    pages = torch.full((2, count), -1, device=DEVICE)
+    slots = []
+    for n, (start, length) in enumerate(zip(starts.tolist(), lengths, strict=True)):
+        last = (length - 1) // page
+        chosen = [*torch.randperm(last, generator=torch.Generator().manual_seed(n))[: count - 1].tolist(), last]
+        pages[n, -len(chosen) :] = torch.tensor(chosen, device=DEVICE)
+        slots.append([start + t for p in chosen for t in range(p * page, min(length, (p + 1) * page))])
+        for x, own in zip(plain, stored, strict=True):
+            own[slots[n]] = x[slots[n]]
+    ends = torch.tensor(lengths, device=DEVICE)
+    segments = dense.paged(dense.ragged(*stored, (1, 2), max(lengths), starts, ends), pages, page)
+    out, _ = dense.attention(query, segments, rule)
+    for n, own in enumerate(slots):
+        heads = slice(n * group, (n + 1) * group)
+        visible = torch.ones(1, 1, len(own), dtype=torch.bool, device=DEVICE)
+        part = (x[own][None, None] for x in plain)
+        expected, _ = exact(query[:, heads], *part, visible, LogitRule(rule.scaling, softcap, rule.sinks[heads]))
+        torch.testing.assert_close(out[:, heads].double(), expected, rtol=0, atol=TOLERANCE[dtype])
+
+
+PAGES = [  # tokens of two heads, page, pages, query heads per KV head, D, D_v, dtype
+    ([200, 37], 16, 5, 1, 64, 64, F32),
+    ([90, 301], 12, 4, 3, 96, 32, F16),  # a page that is no power of two
+    ([1, 16], 16, 3, 2, 32, 32, BF16),  # fewer tokens than pages
+]
+
+
+@pytest.mark.parametrize("case", PAGES, ids=str)
+def test_paged_kernel_reads_the_listed_pages_only(case):
+    check_pages(*case)
+
+
+@pytest.mark.parametrize("is_static", [False, True])
+def test_quest_step_by_kernel_matches_pytorch(is_static, monkeypatch):
+    layer = quest.Quest(4, 16, full_layers=0).new_layers(1)[0]
+    layer.write(*(numbers(2, 3, 50, 32, seed=i) for i in (1, 2)))
+    if is_static:
+        layer.make_static(5)
+    for step in range(5):
+        layer.append(*(numbers(2, 3, 1, 32, seed=10 * step + i) for i in (3, 4)))
+        query, outs = 3 * numbers(2, 6, 1, 32, seed=10 * step + 5), []
+        for by_kernel in (False, True):
+            monkeypatch.setattr(step_attention, "uses_kernel", lambda *_, by_kernel=by_kernel: by_kernel)
+            outs.append(layer.attend(query, LogitRule(0.3, None, numbers(6, seed=9)), None))
+        torch.testing.assert_close(outs[1], outs[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lengths", [[1, 17], [500, 64], [3000, 2999]], ids=str)
+@pytest.mark.parametrize("page", [1, 16, 20, 64])
+@pytest.mark.parametrize("group", [1, 8])
+def test_paged_kernel_over_the_grid(lengths, page, group):
+    for dtype, dim, softcap in ((F32, 64, None), (F16, 128, 3.0), (BF16, 256, None)):
+        check_pages(lengths, page, max(3, 1024 // page), group, dim, dim, dtype, softcap)
 
 
 @pytest.fixture

@@ -1,12 +1,12 @@
-"""Attention of one token per row over uncompressed keys and values: rectangular buffers, or ragged heads.
+"""Attention of one token per row over uncompressed keys and values: rectangular buffers, ragged heads, or pages.
 
 Legend: N segments (heads of all rows), B batch rows, H stored heads, H_q query heads, rows: query heads per stored
-head, D and D_v channels.
+head, D and D_v channels, K pages.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -23,14 +23,17 @@ WEIGHT_TOKENS = 128
 
 @triton.jit
 def split_dense(
-    query, keys, values, valid, starts, ends, sums, maxima, totals, logits_out,
+    query, keys, values, valid, starts, ends, pages, sums, maxima, totals, logits_out,
     scaling, softcap, length, window, chunk, rows, heads,
     key_b, key_h, key_t, value_b, value_h, value_t, valid_b, valid_h, end_n,
     D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, WIDE_V: tl.constexpr,
     TOKENS: tl.constexpr, HALF: tl.constexpr, HAS_VALID: tl.constexpr, HAS_END: tl.constexpr, RAGGED: tl.constexpr,
-    CAPPED: tl.constexpr, LOGITS: tl.constexpr,
+    CAPPED: tl.constexpr, LOGITS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Attend over one split of the tokens of one segment, which is ``chunk`` of its last ``window`` tokens."""
+    """Attend over one split of the tokens of one segment, which is ``chunk`` of its last ``window`` tokens.
+
+    With PAGE tokens per page, the tokens are those of the pages of a list [N, length / PAGE], -1 for no page.
+    """
     n, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     g, d, c = tl.arange(0, ROWS), tl.arange(0, WIDE), tl.arange(0, WIDE_V)
     q = tl.load(query + (n * rows + g[:, None]) * D + d[None], mask=(g[:, None] < rows) & (d[None] < D), other=0.0)
@@ -46,9 +49,14 @@ def split_dense(
         valid += b * valid_b + h * valid_h
     end = length
     if HAS_END:
-        end = tl.minimum(tl.load(ends + n * end_n).to(tl.int32), length)
-    low = tl.maximum(end - window, 0) + part * chunk
-    high = tl.minimum(low + chunk, end)
+        end = tl.load(ends + n * end_n).to(tl.int32)
+    last = length  # of the listed pages
+    if PAGE:
+        pages += n * (length // PAGE)
+    else:
+        last = tl.minimum(end, length)
+    low = tl.maximum(last - window, 0) + part * chunk
+    high = tl.minimum(low + chunk, last)
     top = tl.full((ROWS,), LOWEST, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, WIDE_V), tl.float32)
@@ -56,6 +64,10 @@ def split_dense(
         t = begin + tl.arange(0, TOKENS)
         inside = t < high
         slot = t.to(tl.int64)
+        if PAGE:
+            page = tl.load(pages + t // PAGE, mask=inside, other=-1)
+            slot = page * PAGE + t % PAGE
+            inside = (page >= 0) & (slot < end)
         k = tl.load(keys + slot[None] * key_t + d[:, None], mask=inside[None] & (d[:, None] < D), other=0.0)
         v = tl.load(values + slot[:, None] * value_t + c[None], mask=inside[:, None] & (c[None] < DV), other=0.0)
         visible = inside
@@ -82,6 +94,8 @@ class Segmented:
         valid: [B, 1 or H, length] bool, or None: every slot before the end holds a token.
         starts: [N] int64, first slot of each segment, or None: given by the strides.
         ends: [1] or [N] int64, one past the last token of all or of each segment, or None: ``length``.
+        pages: [N, K] int64, pages to attend to, -1 for no page, or None: all tokens. Needs ``ends``, and no ``valid``.
+        page: Tokens per page.
     """
 
     keys: torch.Tensor
@@ -94,6 +108,8 @@ class Segmented:
     valid: torch.Tensor | None = None
     starts: torch.Tensor | None = None
     ends: torch.Tensor | None = None
+    pages: torch.Tensor | None = None
+    page: int = 0
 
 
 def rectangular(
@@ -121,6 +137,12 @@ def ragged(
     slots = triton.cdiv(len(keys), len(starts))
     strides = (0, 0, keys.stride(0)), (0, 0, values.stride(0))
     return Segmented(keys, values, shape, longest, slots, strides[0], strides[1], valid, starts, ends)
+
+
+def paged(stored: Segmented, pages: torch.Tensor, page: int) -> Segmented:
+    """Return segments of which only some pages [N, K] of ``page`` tokens are read; see :class:`Segmented`."""
+    length = pages.shape[1] * page
+    return replace(stored, length=length, slots=length, pages=pages.contiguous(), page=page)
 
 
 def attention(
@@ -155,8 +177,8 @@ def attention(
         return splits
 
     default = default_tiling(max(padded(dim), padded(value_dim)), query.element_size())
-    optional = (stored.valid is None, stored.starts is None, stored.ends is None, rule.softcap is None, weights is None)
-    key = ("dense", query.dtype, dim, value_dim, segments, rows, triton.next_power_of_2(window), optional)
+    optional = (x is None for x in (stored.valid, stored.starts, stored.ends, rule.softcap, weights))
+    key = ("dense", query.dtype, dim, value_dim, segments, rows, triton.next_power_of_2(window), stored.page, *optional)
     with on_device(query):
         splits = run(tuned(key, default, tilings(default), run))
         if logits is None:
@@ -189,13 +211,14 @@ def _split(
     chunk = tiling.chunk(segments, min(window, stored.slots), window, query.device)
     splits = Splits.empty(segments, triton.cdiv(window, chunk), rows, value_dim, query.device)
     split_dense[(segments, splits.maxima.shape[1])](
-        query, stored.keys, stored.values, valid, stored.starts, stored.ends,
+        query, stored.keys, stored.values, valid, stored.starts, stored.ends, stored.pages,
         splits.sums, splits.maxima, splits.totals, logits,
         rule.scaling, rule.softcap or 1.0, stored.length, window, chunk, rows, heads,
         *stored.key_strides, *stored.value_strides, *_mask_strides(valid), _end_stride(stored),
         D=dim, DV=value_dim, ROWS=padded(rows), WIDE=padded(dim), WIDE_V=padded(value_dim), TOKENS=tiling.tokens,
         HALF=half_operands(query.dtype), HAS_VALID=valid is not None, HAS_END=stored.ends is not None,
         RAGGED=stored.starts is not None, CAPPED=rule.softcap is not None, LOGITS=logits is not None,
+        PAGE=stored.page,
         num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
     return splits
