@@ -169,9 +169,8 @@ class StaticQuest(StaticRagged):
         super().append(keys, values)
         last = self.end - 1  # [N], the new token
         page = last.div(self._page, rounding_mode="floor")  # [N]
-        # Of the whole page again, so that a step that is undone leaves no trace.
         slots = page[:, None] * self._page + torch.arange(self._page, device=page.device)  # [N, P]
-        slots = torch.minimum(slots, last[:, None])
+        slots = torch.minimum(slots, last[:, None])  # of the whole page again: a step that is undone leaves no trace
         own = self._planes[0][self._starts[:, None] + slots]  # [N, P, D]
         for whole, x in zip(self._bounds, (own.amin(1), own.amax(1)), strict=True):
             whole[self._segment, page] = x
@@ -182,11 +181,12 @@ class StaticQuest(StaticRagged):
         pages = choose_pages(q, (low, high), self.length, self._page, self._count, rule.scaling)
         slots, is_read = slots_of(pages, self.length, self._page)  # [N, K * P]
         self.reads = PageReads(is_read, (self.length + self._page - 1) // self._page)
+        keys, values = self._planes
         places = self._starts, self.length, None, self.shape, self._width
-        out = ragged_step_attention(query, *self._planes, *places, rule, (pages, self._page))
+        out = ragged_step_attention(query, keys, values, *places, rule, (pages, self._page))
         if out is not None:
             return out
-        keys, values = (x[self._starts[:, None] + slots].unflatten(0, self.shape) for x in self._planes)
+        keys, values = (x[self._starts[:, None] + slots].unflatten(0, self.shape) for x in (keys, values))
         return cached_attention(query, keys, values, rule, is_read.unflatten(0, self.shape))
 
     def tensors(self) -> list[torch.Tensor]:
