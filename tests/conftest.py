@@ -19,18 +19,21 @@ if not Path("/dev/nvidiactl").exists():  # Triton reads this when it is first im
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 LONGEST_FIRST = (
-    "test_efficiency.py",
-    "test_engine.py",
     "test_contract.py",
-    "test_lm_eval.py",
     "test_accuracy.py",
-    "test_search.py",
-    "test_sweep.py",
-    "test_train.py",
     "test_static_shapes.py",
-    "test_precision.py",
-    "test_published.py",
-    "test_compiled.py",
+    "test_efficiency.py",
+    "test_lm_eval.py",
+    "test_sharing_cache.py",
+    "test_sharing.py",
+    "test_train.py",
+    "test_cli.py",
+    "test_ruler.py",
+    "test_composed.py",
+    "test_architectures.py",
+    "test_passes.py",
+    "test_engine.py",
+    "test_sweep.py",
     "test_notebook.py",
 )
 """Files that take the longest. A file stays with one process, so a long one that starts last is waited for."""
