@@ -9,9 +9,9 @@ ARGS ?= task.source=mini task.limit=3 task.datasets=[multifieldqa_en,hotpotqa,tr
 # Processes of the test suite: one a core. WORKERS=0 is one process, whose output is not held back.
 WORKERS ?= logical
 
-# The tests of `make quick`: every method's own rule, the records, tables and pages; files that together take two minutes.
-QUICK := ada_kv api buffers docs evicting identity inference_mode kivi kv_size layout minicache named pyramid_infer \
-	pyramidkv ranking runs schedules scores snapkv stats tables weights
+# The tests of `make quick`: every method's own rule, the records, tables and pages; files that together take a minute and a half.
+QUICK := ada_kv api buffers docs evicting identity kivi kv_size layout minicache named pyramid_infer pyramidkv \
+	ranking runs schedules scores snapkv stats tables weights
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -36,7 +36,7 @@ run: install $(VENV)/model.stamp ## set up once, then run SnapKV on LongBench wi
 PYTEST = HF_HUB_OFFLINE=1 WANDB_MODE=disabled OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
 	--numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-quick: install ## a selection of the tests: two minutes on two cores
+quick: install ## a selection of the tests: a minute and a half on two cores
 	$(PYTEST) $(foreach name,$(QUICK),$(wildcard tests/*/test_$(name).py))
 
 test: install ## the test suite, which never uses the network (up to four processes; WORKERS=0 for one)

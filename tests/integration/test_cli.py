@@ -208,6 +208,10 @@ AGAIN = {
     *("runner.temperature=true", "runner.chunk_size=true", "batch_size=true", "batch_size=1.5"),
     *("method.budget=${{oc.env:NO_SUCH}}", "results_dir=null", "results_dir=[a]", "results_dir={{a:1}}"),
     *("results_dir=true", "model.path=5", "model.path=[a]", "model.chat_template=5", "model.max_positions=abc"),
+    *("method=null", "logger=null", "method.scorer=null", "~method.name", "results_dir=2026", "model.path=null"),
+    *("+method.foo=1", "+foo=1", "method.budget=0", "method.budget=1.5", "batch_size=0", "runner.temperature=inf"),
+    *("model=smolm2-135m", "task=longbnch", "runner=acuracy", "logger=wandbb", "seed=true", "model.max_positions=0"),
+    *("runner.pair_with=[{{method:fulll}}]", "runner.pair_with=['5 budget=1']", "task.stretches=5", "--resolve"),
     *("model.name=null", "model.name=5", "model.name=a/b", "model.name=..", "method.name=null", "method.name=5"),
 }
 """What is found by the same check as others of the list."""

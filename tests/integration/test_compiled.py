@@ -209,6 +209,7 @@ def test_a_record_says_that_steps_were_compiled_and_an_older_run_stays_the_same_
     assert first["recording_s"] > first["decode_s"] > 0  # compiling is in no other number
 
 
+@pytest.mark.slow
 def test_no_compiler_is_an_error_of_one_line(tmp_path):
     """In a measuring process, with nothing compiled from before."""
     nothing = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}

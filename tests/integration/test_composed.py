@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from contract_settings import every_nth
 from hydra.core.global_hydra import GlobalHydra
 from local_model import kvbench, save_local_model, save_rows
 from omegaconf import OmegaConf
@@ -135,7 +136,14 @@ def choices() -> list[tuple[str, str]]:
     return [(group, p.name.removesuffix(".yaml")) for group, found in groups(files("kvbench.conf")) for p in found]
 
 
-@pytest.mark.parametrize(("group", "name"), [c for c in choices() if not c[0].startswith("hydra")])
+def every_kind_of_choice() -> list:
+    """Choices of the groups; the campaigns but each fourth one are slow."""
+    found = [choice for choice in choices() if not choice[0].startswith("hydra")]
+    campaigns = [choice for choice in found if choice[0] == "campaign"]
+    return [choice for choice in found if choice[0] != "campaign"] + every_nth(4, campaigns)
+
+
+@pytest.mark.parametrize(("group", "name"), every_kind_of_choice())
 def test_every_choice_passes_the_checks(group, name):
     GlobalHydra.instance().clear()
     whole = ["experiment=gpu_campaign"] if group == "campaign" else []  # a campaign is a point of that experiment

@@ -6,7 +6,7 @@ A new method gets them for free. ``VARIANTS`` adds settings of a method that tak
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from functools import cache as memoize
 from importlib.resources import files
@@ -93,7 +93,7 @@ VARIANTS = [
     "chunkkv scorer.scorer.granularity=query_head scorer.chunk=5 scorer.scorer.window=8 allocator=pyramid",
 ]
 METHODS = NAMES + VARIANTS
-SLOW = set(VARIANTS[1::2])
+SLOW = {*VARIANTS} - {*VARIANTS[::3]}
 """Variants that only ``make slow`` runs."""
 
 
@@ -119,6 +119,24 @@ def make(text: str, budget: float | str = BUDGET) -> Method:
     overrides += [("method/" if setting.startswith(groups) else "method.") + setting for setting in settings]
     with hydra.initialize_config_module("kvbench.conf", version_base="1.3"):
         return instantiate(hydra.compose("config", overrides=overrides).method)
+
+
+def differs_in_the_scorer_alone(name: str) -> bool:
+    """Whether a method is SnapKV but for the tokens that it keeps of a prompt."""
+    policies = [make(n).policy for n in (name, "snapkv")]
+    if name == "snapkv" or not all(isinstance(policy, EvictionPolicy) for policy in policies):
+        return False
+    parts = [(type(p.allocator), type(p.schedule), p.scorer.repeats_prompt, p.scorer.prefill_only) for p in policies]
+    return parts[0] == parts[1] and make(name).storage == make("snapkv").storage and make(name).sharing is None
+
+
+SCORERS = {"chunkkv", "cur", "expected_attention", "finch", "key_diff", "key_norm", "lagkv", "random"}
+"""SnapKV's steps and buffers with other scorers: tests of what follows the compression are slow."""
+
+
+def once_for_scorers(texts: Iterable[str], *values: object, slow: Collection[str] = ()) -> list:
+    """As ``cases``, with ``SCORERS`` among the slow ones."""
+    return marked_slow(texts, {*SLOW, *SCORERS, *slow}, *values)
 
 
 @memoize
@@ -152,6 +170,11 @@ def some_tokens(steps: int, batch: int = 1) -> torch.Tensor:
     return torch.stack([prompt_ids(batch, seed=50 + i)[0] for i in range(steps)])
 
 
+@pytest.mark.parametrize("name", sorted(SCORERS))
+def test_methods_whose_steps_are_snapkvs_differ_in_the_scorer_alone(name):
+    assert differs_in_the_scorer_alone(name)
+
+
 @pytest.mark.parametrize("text", cases(METHODS))
 def test_a_budget_that_holds_everything_changes_nothing(text):
     model, ids, tokens = model_for(text), prompt_ids(LONG), some_tokens(6)
@@ -163,7 +186,7 @@ def test_a_budget_that_holds_everything_changes_nothing(text):
     assert (ours - full).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("text", [name for name in NAMES if name != "no_cache"])
+@pytest.mark.parametrize("text", once_for_scorers(name for name in NAMES if name != "no_cache"))
 def test_a_decode_step_asks_the_device_for_nothing(text, monkeypatch):
     """A number that the host waits for in every step empties a GPU's queue; the first step may make room to grow."""
     model, asked = model_for(text), []
@@ -184,7 +207,12 @@ def test_a_decode_step_asks_the_device_for_nothing(text, monkeypatch):
     assert asked == []
 
 
-@pytest.mark.parametrize("text", cases(METHODS))
+KIVIS = {"minicache_kivi4", "snapkv_kivi4"}  # as kivi, and as a variant whose blocks are smaller
+
+
+@pytest.mark.parametrize(
+    "text", once_for_scorers(METHODS, slow={*KIVIS, *(text for text in VARIANTS if "storage=" not in text)})
+)
 def test_room_for_what_is_to_come_is_made_once(text, monkeypatch):
     """No buffer is copied into a larger one twice if their number is known, and no more room is made than they take.
 
@@ -244,10 +272,17 @@ def exact_attention(text: str) -> bool:
     return method.shares_prompt and exact
 
 
-@pytest.mark.parametrize("text", cases(t for t in METHODS if exact_attention(t)))
-@pytest.mark.parametrize("chunk_size", [None, 9])
+@pytest.mark.parametrize(
+    ("text", "chunk_size"),
+    [
+        *cases(METHODS, None),
+        *once_for_scorers(METHODS, 9, slow=VARIANTS),
+    ],
+)
 def test_attention_is_over_exactly_the_tokens_held(text, chunk_size):
     """The masked-full-attention oracle, in a left-padded batch, over 8 decode steps and one of several tokens."""
+    if not exact_attention(text):
+        return
     model = model_for(text)
     prompts = [prompt_ids(LONG, 1), prompt_ids(MIDDLE, 2), prompt_ids(SHORT, 3)]
     ids, mask = left_pad(prompts)
@@ -346,27 +381,25 @@ def test_two_sequences_in_either_order(text):
 
 @pytest.mark.parametrize(
     ("text", "kv_heads"),
-    [*cases(METHODS, 2), *((text, n) for n in (1, 4) for text in NAMES)]
-    + [pytest.param(text, n, marks=pytest.mark.slow) for n in (1, 4) for text in VARIANTS],
+    [*cases(METHODS, 2), *(case for n in (1, 4) for case in once_for_scorers(METHODS, n, slow=VARIANTS))],
 )
 def test_bytes_are_the_formulas(text, kv_heads):
     model = model_for(text, kv_heads=kv_heads)
     method, shape = make(text), kv_shape(model.config, model.dtype)
     capabilities = method.policy.capabilities
-    for length in (SHORT, BUDGET, LONG):
-        for batch in (1, 3):
-            ids = torch.cat([prompt_ids(length, seed) for seed in range(batch)])
-            cache = method.new_cache(model)
-            prefill(model, cache, ids)
-            padding = cache.kv_bytes_stored - batch * method.bytes_formula(shape, length)
-            if not (capabilities.heads_differ and capabilities.evicts_while_decoding):  # padded running scores
-                assert 0 <= padding <= shape.layers * method.storage.capabilities.padding_bytes
-            assert padding >= 0
-            assert cache.kv_bytes_logical == batch * method.bytes_formula(shape, length)
-            for token in some_tokens(3, batch):
-                decode(model, cache, token)
-            assert cache.kv_bytes_logical == batch * method.bytes_formula(shape, length, new_tokens=3)
-            assert cache.kv_bytes_stored >= cache.kv_bytes_logical
+    for length, batch in ((SHORT, 1), (BUDGET, 1), (LONG, 1), (LONG, 3)):
+        ids = torch.cat([prompt_ids(length, seed) for seed in range(batch)])
+        cache = method.new_cache(model)
+        prefill(model, cache, ids)
+        padding = cache.kv_bytes_stored - batch * method.bytes_formula(shape, length)
+        if not (capabilities.heads_differ and capabilities.evicts_while_decoding):  # padded running scores
+            assert 0 <= padding <= shape.layers * method.storage.capabilities.padding_bytes
+        assert padding >= 0
+        assert cache.kv_bytes_logical == batch * method.bytes_formula(shape, length)
+        for token in some_tokens(3, batch):
+            decode(model, cache, token)
+        assert cache.kv_bytes_logical == batch * method.bytes_formula(shape, length, new_tokens=3)
+        assert cache.kv_bytes_stored >= cache.kv_bytes_logical
 
 
 @pytest.mark.parametrize("text", cases(METHODS))
@@ -380,7 +413,7 @@ def test_prompts_around_the_window_and_the_budget(text, length):
         assert (logits - full).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("text", cases(METHODS))
+@pytest.mark.parametrize("text", once_for_scorers(METHODS))
 def test_generation_far_beyond_the_budget(text):
     model = model_for(text)
     cache, steps = make(text).new_cache(model), BUDGET + 24
@@ -390,8 +423,10 @@ def test_generation_far_beyond_the_budget(text):
 
 @pytest.mark.parametrize(
     ("text", "family"),
-    [*cases(METHODS, "llama"), *((text, family) for family in ("mistral", "qwen3") for text in NAMES)]
-    + [pytest.param(text, family, marks=pytest.mark.slow) for family in ("mistral", "qwen3") for text in VARIANTS],
+    [
+        *cases(METHODS, "llama"),
+        *(case for family in ("mistral", "qwen3") for case in once_for_scorers(METHODS, family, slow=VARIANTS)),
+    ],
 )
 def test_architectures_and_plain_generate(text, family):
     """The same tokens through our engine and through ``model.generate``, alone and in a padded batch."""
@@ -423,7 +458,7 @@ def test_a_prompt_in_chunks_is_a_prompt_in_one_piece(text):
         with pytest.raises(InputError, match=r"runner\.chunk_size"):
             logits_of(model, method, ids, tokens, mask, 7)
         return
-    for chunk_size in (1, 7, 64) if text in NAMES else (7, 64):
+    for chunk_size in (1, 7, 64) if text in NAMES and text not in SCORERS else (7, 64):
         chunked, _ = logits_of(model, method, ids, tokens, mask, chunk_size)
         assert (chunked - whole).abs().max() < 1e-9
 
@@ -474,7 +509,7 @@ def test_what_is_not_finite_is_refused_with_the_layers_number(text, bad):
 
 
 @pytest.mark.skipif(not has_blocked_products(torch.float32), reason="torch has no oneDNN here")
-@pytest.mark.parametrize("text", cases(METHODS))
+@pytest.mark.parametrize("text", once_for_scorers(METHODS, slow=VARIANTS))
 def test_a_cache_holds_its_own_bytes_on_weights_as_they_are_run(text):
     """Where products are joined, what a cache keeps of one does not keep the others too."""
     plain = model_for(text, dtype=torch.float32)

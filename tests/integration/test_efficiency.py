@@ -300,7 +300,7 @@ for text in sys.argv[1:]:
 
 
 FEW = "snapkv budget=64"
-QUICK = ("full", "snapkv")
+QUICK = ("full", FEW)
 """The others take a minute or two together."""
 
 
@@ -339,7 +339,9 @@ def test_the_peak_while_decoding_falls_by_the_bytes_that_the_cache_lost():
     assert 0.95 * saved < taken[0] - taken[1] < 1.05 * (saved + stored[0] / 8)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in HELD])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in [*HELD, FEW]]
+)
 def test_what_decoding_takes_is_the_formula_and_a_constant(name):
     """Within 5 % of the formula and :data:`ACTIVATIONS` (the full cache is 63 MiB).
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from sharing_models import RETENTION, shared_model
-from test_contract import METHODS, cases, make, model_for
+from test_contract import METHODS, make, model_for, once_for_scorers
 from tiny_models import left_pad, prompt_ids, tiny_model
 
 from kvbench.methods.cache.cache import KVCache
@@ -36,7 +36,8 @@ def prompt(text: str):
     return ids % vocabulary, mask
 
 
-@pytest.mark.parametrize("text", cases(text for text in HELD if "kvzip" not in text))  # is refused in a user's forward
+# A user's forward refuses kvzip.
+@pytest.mark.parametrize("text", once_for_scorers(text for text in HELD if "kvzip" not in text))
 def test_steps_follow_a_prompt_in_either_mode(text):
     """The engine's prompt and a user's steps with autograd on, and the reverse."""
     model, method, (ids, mask) = model_for(text), make(text), prompt(text)
@@ -53,7 +54,7 @@ def test_steps_follow_a_prompt_in_either_mode(text):
     assert not any(t.requires_grad for cache in (mine, theirs) for layer in cache.layers for t in layer.tensors())
 
 
-@pytest.mark.parametrize("text", cases(HELD))
+@pytest.mark.parametrize("text", once_for_scorers(HELD))
 def test_fork_and_generate_continue_an_engine_prefill(text):
     model, (ids, mask) = model_for(text), prompt(text)
     ids, mask = ids[:1], mask[:1]

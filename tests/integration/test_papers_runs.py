@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from fnmatch import fnmatch
+from functools import cache
 from types import SimpleNamespace
 
 import hydra
@@ -16,6 +17,7 @@ from kvbench.analysis.papers.paper import names, paper
 from kvbench.runners.config.loader import packaged_choices
 
 
+@cache
 def compose(*overrides: str):
     with hydra.initialize_config_module("kvbench.conf", version_base="1.3"):
         return hydra.compose("config", list(overrides))

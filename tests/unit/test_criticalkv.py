@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from contract_settings import every_nth
 from golden import newer_entries, newer_prompt
 from sharing_models import shared_model
 from tiny_models import prompt_ids, tiny_model
@@ -101,8 +102,16 @@ def random_case(groups: int = 2, heads: int = 2, length: int = 45) -> tuple[Prom
     return Prompt(2 * query, keys, values, LogitRule(D**-0.5), 0, 1), [weight]
 
 
-@pytest.mark.parametrize(("budget", "first_stage"), [(20, 0.5), (27, 0.3), (12, 0.0), (20, 1.0)])
-@pytest.mark.parametrize("allocator", ["uniform", "adaptive"])
+@pytest.mark.parametrize(
+    ("budget", "first_stage", "allocator"),
+    every_nth(
+        2,
+        [
+            *((20, 0.5, "uniform"), (20, 0.5, "adaptive"), (27, 0.3, "adaptive"), (27, 0.3, "uniform")),
+            *((12, 0.0, "uniform"), (12, 0.0, "adaptive"), (20, 1.0, "adaptive"), (20, 1.0, "uniform")),
+        ],
+    ),
+)
 def test_criticalkv_is_the_naive_selection(budget, first_stage, allocator):
     prompt, (weight,) = random_case()
     scorer = CriticalKV(SNAPKV, first_stage)

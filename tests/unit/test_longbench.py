@@ -684,7 +684,10 @@ def test_truncate_none_refuses_a_long_prompt(tokenizer: Any, tmp_path: Path) -> 
 # --- metrics ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("predictions", ["llama2-7b-chat-4k", "minilongbench_example", "adversarial"])
+@pytest.mark.parametrize(
+    "predictions",
+    [pytest.param("llama2-7b-chat-4k", marks=pytest.mark.slow), "minilongbench_example", "adversarial"],
+)
 def test_the_official_scores_are_reproduced(shared_data: Path, predictions: str) -> None:
     """21 data sets of real or hostile predictions against the official scorer's own output, sample by sample."""
     folder = shared_data / "longbench/predictions" / predictions
@@ -779,6 +782,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_the_recursion_limits_are_measured_not_guessed(tmp_path: Path) -> None:
     """The package called through as many functions as in the official eval.py: how long may a sentence be?"""
     (tmp_path / "eval.py").write_text(OFFICIAL_CHAIN)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from importlib.resources import files
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin
 
@@ -248,16 +249,23 @@ ARGUMENTS = {(PyramidInfer, "prefill_only")}
 
 def test_every_option_of_conf_is_declared_and_its_default_fits():
     checked = set()
+    names: dict[str, list[str]] = {}
     for group, name in choices():
+        names.setdefault(group, []).append(name)
+    places = [{g: n for g, n in names.items() if g.count("/") == depth} for depth in (0, 1)]  # method/x are of SnapKV
+    assert sum(map(len, places)) == len(names)
+    columns = [[[(group, name) for name in found] for group, found in place.items()] for place in places]
+    for chosen in (row for of_place in columns for row in zip_longest(*of_place)):
+        overrides = [f"{group}={name}" for group, name in filter(None, chosen)]  # a choice of each group at a time
         GlobalHydra.instance().clear()
-        for cls, values in parts(plain_data(compose([f"{group}={name}"]))):
+        for cls, values in parts(plain_data(compose(overrides))):
             assert issubclass(cls, Options), cls
             types = types_by_key(cls)
             for key, value in values.items():
                 if key == "_target_" or (cls, key) in ARGUMENTS or (isinstance(value, dict) and "_target_" in value):
                     continue
                 assert is_declared(types[key]), (cls, key)
-                check(value, f"{group}={name}: {key}", types[key] if value != "???" else str)
+                check(value, f"{overrides}: {key}", types[key] if value != "???" else str)
                 checked.add((cls, key))
     assert len(checked) > 200
 

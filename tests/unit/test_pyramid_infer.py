@@ -179,8 +179,14 @@ RULES = [
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rule", RULES, ids=range(len(RULES)))
-@pytest.mark.parametrize("lengths", [[23], [23, 14, 23], [20, 21], [21, 20, 20]], ids=str)  # 20 and 21 meet: 11, then 7
+@pytest.mark.parametrize(
+    ("rule", "lengths"),
+    [
+        pytest.param(rule, lengths, id=f"{i}-{lengths}", marks=() if (i + j) % 2 == 0 else pytest.mark.slow)
+        for i, rule in enumerate(RULES)
+        for j, lengths in enumerate(([23], [23, 14, 23], [21, 20, 20], [20, 21]))  # 20 and 21 meet: 11, then 7
+    ],
+)
 def test_it_is_the_naive_model(rule, lengths, monkeypatch):
     """Logits of prompt and 24 steps, and the tokens held; alone, and as the rows of a left-padded batch."""
     monkeypatch.setattr(records, "GROWTH_COLUMNS", 5)

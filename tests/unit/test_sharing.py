@@ -49,6 +49,17 @@ def exact(sharing):
 
 
 every_map = pytest.mark.parametrize("sharing", ALL, ids=name_of)
+every_map_and_kernel = pytest.mark.parametrize(
+    ("sharing", "attention"),
+    [
+        pytest.param(
+            sharing, attention, marks=() if is_quick else pytest.mark.slow, id=f"{name_of(sharing)}-{attention}"
+        )
+        for attention in ("sdpa", "eager")
+        for sharing in ALL
+        for is_quick in [attention == "sdpa" or sharing in (CLA(2), LCKV(2), RETENTION)]
+    ],
+)
 both_kernels = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 
 
@@ -165,8 +176,7 @@ def test_with_every_layer_its_own_it_is_llama(attention):
 
 
 @torch.no_grad()
-@both_kernels
-@every_map
+@every_map_and_kernel
 def test_token_by_token_in_chunks_and_all_at_once_are_the_same(sharing, attention):
     model, x = shared_model(sharing, attention, **exact(sharing)), ids(24)
     whole = model(x, use_cache=False).logits
@@ -178,8 +188,7 @@ def test_token_by_token_in_chunks_and_all_at_once_are_the_same(sharing, attentio
 
 
 @torch.no_grad()
-@both_kernels
-@every_map
+@every_map_and_kernel
 def test_no_token_sees_a_later_one(sharing, attention):
     model, x = shared_model(sharing, attention), ids(24)
     other = x.clone()
@@ -187,8 +196,7 @@ def test_no_token_sees_a_later_one(sharing, attention):
     assert torch.equal(model(x).logits[:, :-1], model(other).logits[:, :-1])
 
 
-@both_kernels
-@every_map
+@every_map_and_kernel
 def test_left_padding_changes_nothing_and_gradients_are_finite(sharing, attention):
     model = shared_model(sharing, attention).train()
     lengths = (20, 11, 1)
@@ -392,8 +400,7 @@ def test_bfloat16_trains():
 
 
 @torch.no_grad()
-@both_kernels
-@every_map
+@every_map_and_kernel
 def test_generate_is_greedy_recomputation_alone_and_in_a_padded_batch(sharing, attention):
     model = shared_model(sharing, attention, **exact(sharing))
     lengths = (15, 9)
