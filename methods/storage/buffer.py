@@ -49,7 +49,7 @@ def take_slots(x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """
     leading, width = x.dim() - 2, x.shape[-1]
     index = [torch.arange(n, device=x.device).view(-1, *[1] * (leading - d)) for d, n in enumerate(x.shape[:-2])]
-    if x.stride(-1) != 1 or any(stride % width for stride in x.stride()[:-1]):
+    if x.numel() == 0 or x.stride(-1) != 1 or any(stride % width for stride in x.stride()[:-1]):
         return x[(*index, slots)]
     # The memory of x is a list of rows, whatever the order of its dimensions.
     steps = [stride // width for stride in x.stride()[:-1]]

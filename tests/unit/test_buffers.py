@@ -14,7 +14,7 @@ from kvbench.methods.policies.scorers.attention_sums import AttentionSums
 from kvbench.methods.policies.scorers.last_query import LastQuery
 from kvbench.methods.policies.streaming_llm import StreamingLLM
 from kvbench.methods.storage.base import LayerStorage, Storage
-from kvbench.methods.storage.buffer import FREE_SLOTS, GROWTH, Buffer
+from kvbench.methods.storage.buffer import FREE_SLOTS, GROWTH, Buffer, take_slots
 from kvbench.methods.storage.dense import COMPACTION_INTERVAL_STEPS, Dense
 from kvbench.methods.storage.kivi import Kivi
 from kvbench.methods.storage.minicache.storage import MiniCache
@@ -169,3 +169,29 @@ def test_evicting_methods_allocate_at_most_one_compaction_interval(selection, an
         decode(model, cache, torch.tensor([i % 90]))
         most += [layer.storage.tensors()[0].shape[2] for layer in cache.layers]
     assert max(most) <= 20 + COMPACTION_INTERVAL_STEPS
+
+
+LAYOUTS = {
+    "contiguous": torch.randn(2, 3, 11, 8),
+    "heads after tokens": torch.randn(2, 11, 3, 8).transpose(1, 2),
+    "part of a buffer": torch.randn(2, 3, 16, 8)[:, :, 2:13],
+    "half of each row": torch.randn(2, 3, 11, 16)[..., 8:],
+    "part of wider rows": torch.randn(2, 3, 11, 13)[..., 2:10],
+    "one row for all": torch.randn(1, 1, 11, 8).expand(2, 3, 11, 8),
+    "every other channel": torch.randn(2, 3, 11, 16)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_slots_are_taken_from_any_layout(layout, heads, count):
+    x = LAYOUTS[layout]
+    slots = torch.randint(0, 11, (2, heads, count))
+    expected = x.gather(2, slots.expand(2, 3, count)[..., None].expand(2, 3, count, 8))
+    assert torch.equal(take_slots(x, slots), expected)
+    assert torch.equal(take_slots(x[0], slots[0].expand(3, count)), expected[0])
+
+
+def test_no_slots_are_taken_from_an_empty_buffer():
+    assert take_slots(torch.empty(2, 3, 0, 8), torch.empty(2, 3, 0, dtype=torch.int64)).shape == (2, 3, 0, 8)
