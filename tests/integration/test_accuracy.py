@@ -8,13 +8,15 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
+from contract_settings import marked_slow
 from local_model import Done, kvbench, save_local_model, save_rows
 from processes import start as start_process
 
@@ -23,6 +25,16 @@ from kvbench.runners.command import main
 from kvbench.runners.records import record
 from kvbench.runners.records.record import RunFolder
 from kvbench.tasks.longbench import LongBench
+from kvbench.tasks.longbench_spec import SPECS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_answers() -> Iterator[None]:
+    """Generation limits of 12 tokens instead of 32 and 64, in this process; each step costs as much as the last."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("hotpotqa", "lcc"):
+            patch.setitem(SPECS, name, replace(SPECS[name], max_new_tokens=12))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +209,7 @@ def test_who_rides_along_and_how_prompts_are_batched_change_no_prediction(finish
 def test_a_run_killed_in_the_middle_continues_at_the_right_example(world, tmp_path):
     """kill -9, a torn last line, and again: no example lost, none twice, the same scores as an undisturbed run."""
     data = tmp_path / "data"
-    save_rows(data, "qasper", 10)
+    save_rows(data, "qasper", 6)
     overrides = [f"task.data_dir={data}"]
     undisturbed = tmp_path / "undisturbed"
     run(world, undisturbed, *overrides)
@@ -214,7 +226,7 @@ def test_a_run_killed_in_the_middle_continues_at_the_right_example(world, tmp_pa
     assert "continues after" in out
     for label, folder in folders(undisturbed).items():
         again = folders(results)[label]
-        assert len(rows(again)) == 10
+        assert len(rows(again)) == 6
         key = lambda r: r["id"]  # noqa: E731
         assert sorted(rows(again), key=key) == sorted(rows(folder), key=key)
         ours, theirs = (json.loads((f / "record.json").read_text()) for f in (again, folder))
@@ -556,9 +568,12 @@ DAMAGED_ROWS: dict[str, tuple[Callable[[str], bytes], str]] = {
 }
 
 
+SAME_CHECK = {"zeros", "nested", "digits", "no score", "no bytes", "score is NaN", "score below 0", "bytes are true"}
+
+
 @pytest.mark.parametrize(
     ("name", "finished"),
-    [*((name, True) for name in DAMAGED_ROWS), *((name, False) for name in ("no object", "blank", "unknown example"))],
+    [*marked_slow(DAMAGED_ROWS, SAME_CHECK, True), *marked_slow(("no object", "blank", "unknown example"), (), False)],
 )
 def test_a_damaged_row_is_named_by_file_and_line(world, again, name, finished):
     damage, said = DAMAGED_ROWS[name]
@@ -577,7 +592,9 @@ def test_a_damaged_row_is_named_by_file_and_line(world, again, name, finished):
     assert "delete the line" in errors[0]
 
 
-@pytest.mark.parametrize("left", ["", "half a row", "two rows", "no file", "a row twice"])
+@pytest.mark.parametrize(
+    "left", marked_slow(["half a row", "no file", "a row twice", "", "two rows"], {"", "two rows"})
+)
 def test_a_finished_run_that_has_lost_rows_is_completed(world, again, left):
     (folder,) = folders(again).values()
     before, record = rows(folder), json.loads((folder / "record.json").read_text())
@@ -668,10 +685,10 @@ BAD_TEMPLATES = {
 }
 
 
-@pytest.mark.parametrize("template", BAD_TEMPLATES.values(), ids=BAD_TEMPLATES)
-def test_a_bad_chat_template_is_one_line(world, tmp_path, template):
+@pytest.mark.parametrize("name", marked_slow(BAD_TEMPLATES, {"unknown name", "raises", "wrong type"}))
+def test_a_bad_chat_template_is_one_line(world, tmp_path, name):
     folder = Path(shutil.copytree(world / "model", tmp_path / "model"))
-    (folder / "chat_template.jinja").write_text(template)
+    (folder / "chat_template.jinja").write_text(BAD_TEMPLATES[name])
     run_it = [*settings(world, tmp_path / "results", "task.datasets=[hotpotqa]"), f"model.path={folder}"]
     done = kvbench("run", *run_it)
     assert done.returncode == 2
