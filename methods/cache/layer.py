@@ -1,4 +1,8 @@
-"""Cache layer: attends over the whole prompt, stores the tokens that the policy keeps, then appends decode steps.
+"""Cache layer: attends over the whole prompt, stores the tokens that the policy keeps, then appends the decoded tokens.
+
+The prefill is in :mod:`.prefill`. It ends with :meth:`CacheLayer.finish_prefill`: the policy selects the tokens and the
+storage holds them. From then on :meth:`CacheLayer.attend` appends the new tokens, attends over the stored
+ones and lets the policy evict.
 
 Legend: B batch rows, H_q query heads, H stored heads, T prompt tokens, C kept tokens, w queries, D channels.
 """
@@ -35,7 +39,7 @@ class KeptRows:
 
 
 class CacheLayer(PrefillLayer):
-    """Cache layer of one policy, with its ``state`` for this layer, and one storage."""
+    """Cache layer: one policy, the policy's ``state`` for this layer, and one storage."""
 
     is_sliding = False  # read by transformers
     is_compileable = record_past = False
@@ -51,7 +55,7 @@ class CacheLayer(PrefillLayer):
     ):
         super().__init__(layer_idx, num_layers, policy.capabilities.observation_window, span)
         self.policy, self.state, self.storage = policy, state, storage
-        if policy.capabilities.evicts_while_decoding:  # compaction frees slots before more would be needed
+        if policy.capabilities.evicts_while_decoding:  # a compaction frees slots before the buffer has to grow further
             storage.growth = COMPACTION_INTERVAL_STEPS
         self.in_prefill = not policy.capabilities.prefills_by_steps
 
@@ -73,7 +77,7 @@ class CacheLayer(PrefillLayer):
         self.policy.make_static(self.state, self.storage, steps)
 
     def static_state(self) -> list[torch.Tensor]:
-        values = [self.storage.read()[1]] if self.capabilities.merges_values else []  # a step changes stored ones
+        values = [self.storage.read()[1]] if self.capabilities.merges_values else []  # merging changes stored values
         return self.storage.static_state() + self.policy.static_state(self.state) + values
 
     def between_steps(self) -> None:
@@ -170,15 +174,17 @@ class CacheLayer(PrefillLayer):
     def _step(
         self, step: Step, key: torch.Tensor, value: torch.Tensor, use: KVAccess, is_stored: bool = False
     ) -> torch.Tensor:
-        """Append the new tokens and attend; the policy does not see which layers of the model share this cache layer.
+        """Append the new tokens and attend.
 
-        The owner's keys and values are stored before its attention, or after it if no token attends to itself.
+        Several layers of the model may share this cache layer (KV sharing): only the owner appends, and the policy
+        evicts after the last of them has attended. The owner appends before its attention, or after it if no token
+        attends to itself (``strictly_causal``).
 
         Args:
             step: Queries of the new tokens.
             key, value: [B, H, n, D], to be stored.
             use: How the layer of the model uses this cache layer.
-            is_stored: Whether they are in the storage's next slot.
+            is_stored: Whether key and value are already in the storage's next slot.
 
         Returns:
             [B, H_q, n, D].
@@ -197,7 +203,7 @@ class CacheLayer(PrefillLayer):
         return out
 
     def get_seq_length(self) -> int:
-        """Return the columns seen so far, pads included; transformers derives positions and masks from it."""
+        """Return the number of columns seen, pads included; transformers derives positions and masks from it."""
         return self.seen
 
     @property

@@ -1,12 +1,16 @@
-"""Token eviction policy: a scorer ranks tokens, an allocator distributes the budget, a schedule sets the time.
+"""Token eviction policy: a scorer scores tokens, an allocator distributes the budget, a schedule triggers eviction.
 
     Method("mine", EvictionPolicy(SnapKV(window=16), budget=512, allocator=Adaptive(), schedule=EveryN(128)))
 
 The first ``sinks`` and the last ``recent`` tokens are always kept. All other tokens are ranked by :mod:`.ranking`, so
-that the kept tokens are the same on every device and in every batch.
+that the kept tokens do not depend on the device or the batch.
 
-:class:`.prompt_eviction.PromptEviction` compresses the prompt. While decoding, a schedule with an ``interval`` evicts
-tokens here: every step (H2O, TOVA), or every n steps.
+The base class :class:`.prompt_eviction.PromptEviction` compresses the prompt. This class evicts tokens while decoding,
+if the schedule has an ``interval``:
+
+1. One token per step, if the interval is 1 and the scorer follows the attention (H2O, TOVA) or the oldest is evicted.
+2. Otherwise down to the limit after every ``interval`` steps: by the running scores of a scorer that follows the
+   attention, or by scoring the stored tokens again (``rescores``).
 
 Legend: B batch rows, H stored heads, g query heads per stored head, S slots, w queries, D channels.
 """
@@ -79,7 +83,7 @@ class EvictionPolicy(PromptEviction):
     def new_states(self, layers: Sequence[ModelLayer]) -> list[EvictionState]:
         states = super().new_states(layers)
         for state in states:
-            state.layers = states if self.allocator.spans_layers else [state]
+            state.layers = states if self.allocator.spans_layers else [state]  # layers that share one budget
         return states
 
     def after_prompt(
@@ -91,10 +95,10 @@ class EvictionPolicy(PromptEviction):
         queries: torch.Tensor | None = None,
     ) -> None:
         state.scores, state.prompt, ready = scores, StoredPrompt(storage, lengths, queries), [state]
-        if self.scorer.repeats_prompt:  # compressed in after_prefill
+        if self.scorer.repeats_prompt:  # KVzip: compressed in after_prefill, when all layers are stored
             return
         if self.allocator.spans_layers:
-            if any(other.prompt is None for other in state.layers):
+            if any(other.prompt is None for other in state.layers):  # wait for the last layer that shares the budget
                 return
             ready = state.layers
             compress_stored(self.allocator, self.scorer, ready)
@@ -109,6 +113,7 @@ class EvictionPolicy(PromptEviction):
     ) -> None:
         if not self.scorer.repeats_prompt:
             return
+        # Score the stored tokens by further forwards; the rows of one prompt length are one batch.
         states = [state for state, _ in layers]
         lengths = [len(prompt) for prompt in prompts]
         for length in sorted(set(lengths)):
@@ -131,7 +136,7 @@ class EvictionPolicy(PromptEviction):
                 state.candidates.append(Candidates(candidates, None, budget - sinks - recent, sinks, recent))
         compress_stored(self.allocator, self.scorer, states)
         for _, storage in layers:
-            storage.write(*storage.read())  # in buffers for the kept tokens and those announced
+            storage.write(*storage.read())  # copy into buffers sized for the kept and the reserved tokens
         self._end_prefill(states)
 
     def _end_prefill(self, states: Sequence[EvictionState]) -> None:

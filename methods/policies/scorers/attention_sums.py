@@ -8,8 +8,8 @@ Algorithm 1 and appendix A:
 3. After each step the token with the smallest sum is evicted (:func:`..decoding.evict_one`), except for the most recent
    tokens, which take half of the budget.
 
-The scores are sums, not averages, which the authors found to be worse (appendix B.2). The published code is for
-multi-head attention; with grouped queries the weights are averaged over the query heads of a KV head.
+The scores are sums, because the authors found averages to be worse (appendix B.2). The published code is for
+multi-head attention; with grouped-query attention (GQA) the weights are averaged over the query heads of a KV head.
 
 Legend: R prompt rows, B batch rows, H or H_kv stored heads, g query heads per stored head, T prompt tokens, S slots.
 """
@@ -51,4 +51,5 @@ class AttentionSums(Scorer):
     def update(self, scores: torch.Tensor | None, weights: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
         assert scores is not None
         received = weights.mean(dim=2)  # [B, H, g, S] -> [B, H, S]
+        # A row whose new token is a pad adds nothing.
         return scores + (received if real is None else received * real[:, None, None])

@@ -7,9 +7,9 @@ Section 3 and Listing 1 of the paper:
 3. Pool the scores along the sequence, so that the neighbours of a peak are kept with it.
 4. Keep the top-scoring tokens of each head and the window itself (:class:`..prompt_eviction.PromptEviction`).
 
-By default the prompt is compressed once and all generated tokens are kept. The published code expands KV heads to query
-heads before it compresses, so its cache is H_q / H_kv times larger than its token count suggests.
-``granularity=query_head`` reproduces this and counts those bytes.
+By default the prompt is compressed once and all generated tokens are kept. The published code repeats each KV
+head for its query heads before compression, so its cache takes H_q / H_kv times the bytes of the same number of tokens
+per KV head. ``granularity=query_head`` reproduces this and counts those bytes.
 
 Legend: R rows of one prompt length, H_q query heads, H_kv KV heads, H stored heads, w window, T prompt tokens.
 """
@@ -41,7 +41,8 @@ class SnapKV(Scorer):
         pooling: ``max`` or ``avg``.
         granularity: ``kv_head``: one score per KV head; ``query_head``: one per query head, as in the published code.
         group_reduce: Reduction of scores over the query heads of a KV head: ``mean``, ``max`` or ``sum``.
-        score_dtype: Precision of the attention before the sum: ``float32``, or ``model``'s, as in the published code.
+        score_dtype: Precision of the attention before the sum: ``float32``, or ``model``: the model's dtype, as in
+            the published code.
     """
 
     id: ClassVar[str] = "SnapKV"
@@ -70,7 +71,7 @@ class SnapKV(Scorer):
         return self.window
 
     def score(self, prompt: Prompt, state: Any = None) -> torch.Tensor:
-        return prompt.cached(f"scores of {self}", self._pooled_scores)  # once for all budgets of a fan-out
+        return prompt.cached(f"scores of {self}", self._pooled_scores)  # once for all budgets of one prefill
 
     def tie_scores(self, prompt: Prompt, state: Any = None) -> torch.Tensor | None:
         """Return the scores before pooling: max pooling gives a peak and its neighbours equal scores."""
