@@ -134,7 +134,7 @@ class Run:
 
 
 @_without_collection
-def load(folder: Path, *more: Path) -> tuple[list[Run], list[str]]:
+def load(folder: str | Path, *more: str | Path) -> tuple[list[Run], list[str]]:
     """Every finished run under the folders, by method and budget, and a line for each record that is not shown.
 
     A record is not shown if it cannot be read, breaks a rule of :mod:`.schema`, contradicts its samples, or is a copy
@@ -149,7 +149,7 @@ def load(folder: Path, *more: Path) -> tuple[list[Run], list[str]]:
         InputError: no record in one of the folders.
     """
     runs, problems = [], []
-    for results in dict.fromkeys((folder, *more)):
+    for results in dict.fromkeys(map(Path, (folder, *more))):
         for below, entry in read_entries(results).items():
             path = results / below
             if entry.skipped is not None:

@@ -136,7 +136,7 @@ METHODS: dict[str, Look] = {
         turboquant=("TurboQuant", INDIGO, "o"),
         kvquant=("KVQuant", AMBER, "X"),
     ),
-    **_family("reading", "longdash", quest=("Quest", BROWN, ">")),
+    **_family("reading", "longdash", quest=("Quest", WINE, "<")),
     **_family(
         "merging",
         "dashdot",

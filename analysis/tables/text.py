@@ -22,6 +22,7 @@ from .notes import guards
 def markdown(table: Table) -> str:
     """A table that reads well as text too."""
     count = len(table.columns)
+    assert all(len(row) == count for row in table.rows)
     texts = _md_all([*table.columns, *(cell.text for row in table.rows for cell in row)])
     for place, cell in enumerate(chain.from_iterable(table.rows), start=count):
         if cell.bold:

@@ -32,6 +32,8 @@ def compression(device: torch.device) -> Iterator[None]:
     """The compression of one layer's prompt, or of all layers' prompts; not nested."""
     for mark in _marks:
         mark(device)
-    yield
-    for mark in _marks:
-        mark(device)
+    try:
+        yield
+    finally:
+        for mark in _marks:
+            mark(device)

@@ -43,7 +43,7 @@ class LayerCall:
     def select_rows(self, rows: slice) -> LayerCall:
         """Return the call for a slice of the batch rows."""
         new_kv = None if self.new_kv is None else (self.new_kv[0][rows], self.new_kv[1][rows])
-        return LayerCall(self.query[rows], self.key[rows], self.value[rows], self.rule, new_kv)
+        return replace(self, query=self.query[rows], key=self.key[rows], value=self.value[rows], new_kv=new_kv)
 
 
 @dataclass(frozen=True)

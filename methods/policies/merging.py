@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from ..cache.prompt import Prompt
 from ..storage.base import LayerStorage
+from ..storage.buffer import take_slots
 
 SEED_STEP = 1_000_003
 """Difference of the seeds of two runs, so that layers of one are not layers of the other."""
@@ -104,8 +105,7 @@ class Merging:
         receivers = place.new_zeros(*place.shape[:2], window + 1).scatter_(-1, place, slot.expand_as(place))[..., 1:]
         exists = torch.arange(1, window + 1, device=slot.device) <= number[..., -1:]  # [B, H, W - 1]
         slots = torch.cat([victim, receivers], dim=-1)  # [B, H, W]
-        values = storage.read()[1]
-        values = values.gather(2, slots[..., None].expand(-1, -1, -1, values.shape[3]))  # [B, H, W, D]
+        values = take_slots(storage.read()[1], slots)  # [B, H, W, D]
         is_evicted = is_evicted.expand_as(victim)
         uniform = self._uniform(torch.zeros_like(victim), is_evicted, in_place)
         stays = F.pad(exists, (1, 0))

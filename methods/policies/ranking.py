@@ -33,7 +33,7 @@ def keep_slots(scores: torch.Tensor, count: int, ties: torch.Tensor | None = Non
 
 
 def indices_of(mask: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the indices of the entries of ``mask`` [..., N] that are True, ``count`` in each row: [..., count]."""
+    """Return the indices of the entries of ``mask`` [..., N] that are True, exactly ``count`` in each row: [..., count]."""
     rows = mask.shape[:-1]
     return mask.nonzero_static(size=rows.numel() * count)[:, -1].view(*rows, count)
 
@@ -75,7 +75,7 @@ def _keys(scores: torch.Tensor, ties: torch.Tensor | None) -> torch.Tensor:
     """Return integer keys that sort by score, then by ``ties``: int32, or int64 with ``ties``."""
     if ties is None:
         return _ordered_bits(scores)
-    halves = torch.stack([ties.float(), scores.float()], dim=-1)  # [..., N, 2], low first
+    halves = torch.stack([ties.float().expand_as(scores), scores.float()], dim=-1)  # [..., N, 2], low first
     return _ordered_bits(halves).view(torch.int64).squeeze(-1).bitwise_xor_(1 << 31)  # the low half has no sign bit
 
 

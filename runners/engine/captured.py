@@ -43,6 +43,7 @@ class CapturedStep(DecodeStep):
         step.forward(self._token)  # libraries allocate their workspaces before the capture
         for tensor, value in before:  # undo the step
             tensor.copy_(value)
+        del before  # the copies are not part of the capture's peak
         self.cache.skip(-1)
         self._graph = torch.cuda.CUDAGraph()
         with capturing(self._graph):

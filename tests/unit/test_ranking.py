@@ -69,6 +69,11 @@ def test_ranking_matches_two_stable_sorts(kind, ties, count):
     assert torch.equal(keep_mask(scores, count, tie_scores), mask)
 
 
+def test_one_order_of_equal_scores_serves_all_heads():
+    scores, ties = make_scores("coarse"), make_scores("random", 1)[:, :1]
+    assert torch.equal(keep_slots(scores, 9, ties), keep_slots(scores, 9, ties.expand_as(scores)))
+
+
 def test_counts_may_differ_between_rankings():
     scores, ties = make_scores("coarse"), make_scores("coarse", 1)
     counts = torch.tensor([[0, 1, 7], [29, N - 1, N]])

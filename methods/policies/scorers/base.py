@@ -78,6 +78,8 @@ class Scorer(HasIdentity):
     def score(self, prompt: Prompt, state: Any) -> torch.Tensor:
         """Return the scores of all tokens, [R, H, T] float32; scores of protected tokens are ignored.
 
+        The result may be shared with other methods (:meth:`.Prompt.cached`); do not modify it in place.
+
         Args:
             prompt: Keys, values and last queries; while decoding, those of the tokens still stored.
             state: State of this layer, from :meth:`new_state`.
