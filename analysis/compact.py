@@ -38,10 +38,10 @@ class Values:
 
 
 def pack(record: Mapping[str, Any], refer: Callable[[tuple[str, ...], Any], str | None]) -> tuple[list[Any], Values]:
-    """The steps that make a record, as JSON can hold them, and its values.
+    """Return the steps that make a record, as JSON can hold them, and its values.
 
     Args:
-        record: Of what JSON can hold.
+        record: A mapping of values that JSON can hold.
         refer: Given the names of the fields that lead to a value, and the value: stores what records share and returns
             a reference to it, without white space; None for all other values.
     """
@@ -60,7 +60,7 @@ def _slot(
     steps: list[tuple[list[str] | None, list[Slot]]],
     refer: Callable[[tuple[str, ...], Any], str | None],
 ) -> Slot:
-    """Add a value to the values, or the steps that make it to the steps; returns where it is."""
+    """Add a value to ``values``, or the steps that make it to ``steps``, and return its slot."""
     reference = refer(path, value)
     if reference is not None:
         values.parts.append(reference)
@@ -89,10 +89,10 @@ class Structure:
         self._steps = [(None if names is None else tuple(names), _getter(places)) for names, places in program]
 
     def build(self, values: list[Any]) -> dict[str, Any]:
-        """The record.
+        """Return the record.
 
         Args:
-            values: Numbers, shared values and others, one after the other; is changed.
+            values: Numbers, shared values and others, one after the other; results of steps are appended to it.
         """
         for names, get in self._steps:
             found = get(values)
@@ -102,7 +102,7 @@ class Structure:
 
 
 def _getter(places: list[int]) -> Callable[[list[Any]], tuple[Any, ...]]:
-    """What takes the values at these places; `itemgetter` of one place gives no tuple."""
+    """Return a function that takes the values at some places; ``itemgetter`` of one place gives no tuple."""
     if len(places) == 1:
         (place,) = places
         return lambda values: (values[place],)

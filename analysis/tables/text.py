@@ -37,9 +37,8 @@ def markdown(table: Table) -> str:
 
 MARKUP = re.compile(r"[\\`*|$<~]|&(?=[#\w]+;)|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])")
 """What Markdown takes for markup: `_` only at the edge of a word, `]` only before a link's target, `&` of an entity."""
-
-
 END = "\0"
+"""Separator of the texts that :func:`_md_all` escapes together."""
 
 
 def _md(text: str) -> str:

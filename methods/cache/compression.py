@@ -1,4 +1,4 @@
-"""Marks before and after the compression of a prompt, for whoever measures how long it takes.
+"""Callbacks before and after the compression of a prompt, to measure its time.
 
 Compression is what follows a prompt's attention: scoring its tokens, choosing those to keep, and storing them. The full
 cache stores all of them. Where tokens leave within the prompt's attention there is no such part.
@@ -29,7 +29,7 @@ def marked_by(mark: Mark) -> Iterator[None]:
 
 @contextmanager
 def compression(device: torch.device) -> Iterator[None]:
-    """The compression of one layer's prompt, or of all layers' prompts; not nested."""
+    """Call all marks before and after the compression of one layer's prompt, or of all layers' prompts; not nested."""
     for mark in _marks:
         mark(device)
     try:

@@ -1,8 +1,8 @@
 """Weights of linear layers with the same input, stored one after another, so that one product computes all of them.
 
 The layers' own weights are views of the one tensor: each weight is stored once, the names in the state dict and the
-modules stay, and whoever calls a module gets what it computed before. Nothing else is kept: whether weights lie one
-after another is read off the tensors, so weights that were replaced since are multiplied one by one.
+modules stay, and a call of a module computes what it did before. Whether weights lie one after another is read off the
+tensors at the first step of each generation, so weights that were replaced before it are multiplied one by one.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def fuse(layers: Sequence[nn.Linear]) -> Affine:
 
 
 def fused(layers: Sequence[Any]) -> Affine | None:
-    """The layers as one, their outputs one after another; None where their weights do not lie one after another."""
+    """Return the layers as one, with concatenated outputs; None if their weights do not lie one after another."""
     if not are_fusable(layers):
         return None
     weight = _as_one([layer.weight for layer in layers])
@@ -61,7 +61,7 @@ def fused(layers: Sequence[Any]) -> Affine | None:
 
 
 def _as_one(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """Tensors [n, ...] that lie one after another in one storage, as one view of it; None if they do not."""
+    """Return tensors [n, ...] that lie one after another in one storage as one view of it; None if they do not."""
     first, end = parts[0], parts[0].storage_offset()
     for part in parts:
         is_next = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()

@@ -180,7 +180,7 @@ def rotate(
         query, key: [B, 1, H, D] and [B, 1, K, D].
         cos, sin: [B or 1, 1, D].
         norms: [D] weights of an RMSNorm of each query head and each key head before it; None: no norms.
-        epsilon: Of the norms.
+        epsilon: Number that the norms add to the mean square.
         store: Values [B, 1, K, D_v] of the same tokens, and where keys and values go; None: nowhere.
 
     Returns:
