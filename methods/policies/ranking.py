@@ -33,7 +33,7 @@ def keep_slots(scores: torch.Tensor, count: int, ties: torch.Tensor | None = Non
 
 
 def indices_of(mask: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the indices of the entries of ``mask`` [..., N] that are True, exactly ``count`` in each row: [..., count]."""
+    """Return the indices [..., count] of the True entries of ``mask`` [..., N], exactly ``count`` in each row."""
     rows = mask.shape[:-1]
     return mask.nonzero_static(size=rows.numel() * count)[:, -1].view(*rows, count)
 

@@ -76,9 +76,7 @@ class Scorer(HasIdentity):
         return None
 
     def score(self, prompt: Prompt, state: Any) -> torch.Tensor:
-        """Return the scores of all tokens, [R, H, T] float32; scores of protected tokens are ignored.
-
-        The result may be shared with other methods (:meth:`.Prompt.cached`); do not modify it in place.
+        """Return [R, H, T] float32, not to be modified in place; the scores of protected tokens are ignored.
 
         Args:
             prompt: Keys, values and last queries; while decoding, those of the tokens still stored.
