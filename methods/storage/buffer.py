@@ -48,14 +48,16 @@ def take_slots(x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     Rows of D numbers are copied whole; ``gather`` would read an index for each number.
     """
     leading, width = x.dim() - 2, x.shape[-1]
-    index = [torch.arange(n, device=x.device).view(-1, *[1] * (leading - d)) for d, n in enumerate(x.shape[:-2])]
-    if x.numel() == 0 or x.stride(-1) != 1 or any(stride % width for stride in x.stride()[:-1]):
+    strides = x.stride()[:-1]
+    if x.numel() == 0 or x.stride(-1) != 1 or any(stride == 0 or stride % width for stride in strides):
+        index = [torch.arange(n, device=x.device).view(-1, *[1] * (leading - d)) for d, n in enumerate(x.shape[:-2])]
         return x[(*index, slots)]
     # The memory of x is a list of rows, whatever the order of its dimensions.
-    steps = [stride // width for stride in x.stride()[:-1]]
-    rows = slots * steps[-1]
-    for i, step in zip(index, steps, strict=False):
-        rows = rows + i * step
+    steps = [stride // width for stride in strides]  # rows from one index of a dimension to the next
+    rows = slots if steps[-1] == 1 else slots * steps[-1]
+    for d, (n, step) in enumerate(zip(x.shape[:-2], steps, strict=False)):
+        if n > 1:
+            rows = rows + torch.arange(0, n * step, step, device=x.device).view(-1, *[1] * (leading - d))
     last_row = sum((n - 1) * step for n, step in zip(x.shape[:-1], steps, strict=True))
     picked = x.as_strided((last_row + 1, width), (width, 1)).index_select(0, rows.flatten())
     return picked.view(*rows.shape, width)
