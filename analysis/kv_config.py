@@ -227,7 +227,7 @@ def load(model: str) -> KVConfig:
         path = path / "config.json" if path.is_dir() else path
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        allowed = f"{one_of(model, published)}; or a path to a config.json or to a folder with one"
+        allowed = one_of(model, published, "a path to a config.json or to a folder with one, or one of")
         raise InputError("--model", model, allowed) from error
     except OSError as error:
         raise InputError("--model", path, f"cannot be read: {error}") from error

@@ -21,7 +21,7 @@ from ...conf.wording import one_of
 from ..load import Run, load
 from ..selection import add_selection, select
 from .catalog import KINDS, MAIN_KINDS, builders
-from .output import FORMATS, plan, update_manifest, write_all
+from .output import FORMATS, INDEX, plan, update_manifest, write_all
 from .spec import Context, FigureSpec, Options, context_of
 from .style import WIDTH_INCHES, Style
 
@@ -102,6 +102,7 @@ def _plot(args: argparse.Namespace) -> int:
     if done:
         for path in update_manifest(args.output, done, source, kinds):
             print(f"removed {path}")
+        print(f"captions: {args.output / INDEX}")
     for line in [*problems, *context.problems, *(f"failed: {failure}" for failure in failures)]:
         print(" ".join(line.split()), file=sys.stderr)
     if not specs and not failures:

@@ -76,9 +76,10 @@ class PromptEviction(CachePolicy):
         sinks, recent, budget = self.sinks, self.recent, self.budget
         if isinstance(budget, int):
             last = self.recent_of(budget) if isinstance(recent, float) else recent
-            key, value, beside = ("method.recent", recent, sinks) if last else ("method.sinks", sinks, 0)
-            allowed = f"must be at most method.budget={budget}, which includes the protected tokens"
-            require(sinks + last <= budget, key, value, allowed + (f", with method.sinks={beside}" if beside else ""))
+            protected = f"method.recent={recent}" * bool(last) + " and " * bool(last and sinks)
+            protected += f"method.sinks={sinks}" * bool(sinks)
+            allowed = f"must be at least {sinks + last}, the tokens that are kept whatever their scores ({protected})"
+            require(sinks + last <= budget, "method.budget", budget, allowed)
         window, interval = self.scorer.observation_window, self.schedule.interval
         if self.schedule.evicts_oldest:
             allowed = "must be above 0: method/schedule=ring keeps that many of the newest tokens"

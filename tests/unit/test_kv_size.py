@@ -491,7 +491,7 @@ def test_every_cell_of_a_heat_map_is_labelled_and_no_two_labels_touch(models: li
     [
         (["--model", "llama2-7"], "--model=llama2-7: must be one of llama-30b, "),
         (["--model", "llama2-7"], "did you mean llama2-7b"),
-        (["--model", "nothing"], "or a path to a config.json"),
+        (["--model", "nothing"], "must be a path to a config.json or to a folder with one, or one of"),
         (["--model", "FOLDER"], "--model=FOLDER: must be one of"),  # a folder without a config.json
         (["--model", "FOLDER/text.json"], "text.json: is not JSON: Expecting value"),
         (["--model", "FOLDER/bytes.json"], "bytes.json: is not JSON: "),
