@@ -201,7 +201,7 @@ def test_a_fraction_is_of_each_rows_own_prompt(fraction, length, kept):
         ({"budget": 0.0}, "method.budget"),
         ({"budget": True}, "method.budget"),
         ({"budget": "many"}, "method.budget"),
-        ({"budget": 16}, "method.budget=16: must be at least 32"),
+        ({"budget": 16}, "method.budget"),
         ({"window": 0}, "method.scorer.window"),
         ({"kernel": 4}, "method.scorer.kernel"),
         ({"kernel": 0}, "method.scorer.kernel"),
