@@ -156,7 +156,7 @@ BAD_INPUT = [
     (["runner.pair_with=['full foo=1']"], ["runner.pair_with=full foo=1", "method has no key foo"]),
     (["runner.pair_with=['snapkv window=8']"], ["pair_with=snapkv window=8", "did you mean method.scorer.window"]),
     (["runner.pair_with=['5 budget=1']"], ["method=5", "one of"]),
-    (["runner.pair_with=[snapkv]", "runner.budgets=[64,16]"], ["method.recent=32", "method.budget=16"]),
+    (["runner.pair_with=[snapkv]", "runner.budgets=[64,16]"], ["runner.budgets=16", "at least 32", "method.recent=32"]),
     (["++hydra.sweeper.params.seed={{a:1}}", "-m"], ["hydra.sweeper.params.seed={a:1}", "Cannot convert"]),
     (["++hydra.sweeper.params.seed='1,(2'", "-m"], ["seed=1,(2", "cannot be read"]),
     # types

@@ -489,10 +489,13 @@ def test_every_cell_of_a_heat_map_is_labelled_and_no_two_labels_touch(models: li
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--model", "llama2-7"], "--model=llama2-7: must be one of llama-30b, "),
+        (
+            ["--model", "llama2-7"],
+            "--model=llama2-7: must be a path to a config.json or to a folder with one, or one of llama-30b, ",
+        ),
         (["--model", "llama2-7"], "did you mean llama2-7b"),
         (["--model", "nothing"], "must be a path to a config.json or to a folder with one, or one of"),
-        (["--model", "FOLDER"], "--model=FOLDER: must be one of"),  # a folder without a config.json
+        (["--model", "FOLDER"], "--model=FOLDER: must be a path to a config.json"),  # a folder without a config.json
         (["--model", "FOLDER/text.json"], "text.json: is not JSON: Expecting value"),
         (["--model", "FOLDER/bytes.json"], "bytes.json: is not JSON: "),
         (["--model", "FOLDER/list.json"], "list.json: must hold a JSON object"),
