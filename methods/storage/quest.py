@@ -80,19 +80,6 @@ def choose_pages(
     return torch.cat([torch.where(is_earlier.gather(1, best), best, -1), last], dim=1)
 
 
-@dataclass
-class PageReads:
-    """What the last decode step of a layer read, counted from its page list.
-
-    Attributes:
-        tokens: [N, slots] bool, True for a slot whose key and value were read.
-        pages: [N] int64, pages whose bounds were read.
-    """
-
-    tokens: torch.Tensor
-    pages: torch.Tensor
-
-
 class QuestSegments(DenseSegments):
     """Segments of equal length with the bounds of their pages.
 
@@ -163,7 +150,7 @@ class StaticQuest(StaticRagged):
             for whole, x in zip(self._bounds, segments.bounds, strict=True):
                 whole[index, : x.shape[1]] = x
         self._segment = torch.arange(len(capacities), device=capacities.device)
-        self.reads: PageReads | None = None
+        self.chosen: torch.Tensor | None = None  # [N, K], pages that the last step read
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         super().append(keys, values)
@@ -179,13 +166,13 @@ class StaticQuest(StaticRagged):
         low, high = self._bounds
         q = query.reshape(len(self.length), -1, query.shape[3])  # [N, g, D]
         pages = choose_pages(q, (low, high), self.length, self._page, self._count, rule.scaling)
-        slots, is_read = slots_of(pages, self.length, self._page)  # [N, K * P]
-        self.reads = PageReads(is_read, (self.length + self._page - 1) // self._page)
+        self.chosen = pages
         keys, values = self._planes
         places = self._starts, self.length, None, self.shape, self._width
         out = ragged_step_attention(query, keys, values, *places, rule, (pages, self._page))
         if out is not None:
             return out
+        slots, is_read = slots_of(pages, self.length, self._page)  # [N, K * P]
         keys, values = (x[self._starts[:, None] + slots].unflatten(0, self.shape) for x in (keys, values))
         return cached_attention(query, keys, values, rule, is_read.unflatten(0, self.shape))
 
@@ -194,8 +181,13 @@ class StaticQuest(StaticRagged):
 
     @property
     def logical_bytes(self) -> int:
-        pages = int(((self.length + self._page - 1) // self._page).sum())
+        pages = int(pages_of(self.length, self._page).sum())
         return super().logical_bytes + pages * sum(x[0, 0].nbytes for x in self._bounds)
+
+
+def pages_of(length: torch.Tensor, page: int) -> torch.Tensor:
+    """Return the number of pages that ``length`` [N] tokens take: int64 [N]."""
+    return (length + page - 1) // page
 
 
 def slots_of(pages: torch.Tensor, length: torch.Tensor, page: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,15 +203,12 @@ class QuestLayer(SegmentedLayer):
     def __init__(self, page: int, count: int):
         super().__init__(partial(QuestSegments, page, count))
         self._page, self._count = page, count
-        self._reads: PageReads | None = None
+        self._reads: list[tuple[torch.Tensor, torch.Tensor]] = []  # pages [n, K] that an eager step read, lengths [n]
 
     def attend(self, query: torch.Tensor, rule: LogitRule, valid: torch.Tensor | None) -> torch.Tensor:
         if self._static is not None:
-            out = self._static.attend(query, rule)
-            assert isinstance(self._static, StaticQuest)
-            self._reads = self._static.reads
-            return out
-        self._reads = None
+            return self._static.attend(query, rule)
+        self._reads = []
         if query.shape[2] > 1 or valid is not None:
             return super().attend(query, rule, valid)
         batch, heads, _ = self._shape
@@ -232,23 +221,28 @@ class QuestLayer(SegmentedLayer):
             slots, is_read = slots_of(pages, length, self._page)  # [n, K * P]
             read = [take_slots(x, slots) for x in segments.stored]
             chosen.append((index, read, is_read))
+            self._reads.append((pages, length))
         width = max(is_read.shape[1] for _, _, is_read in chosen)
         keys, values = (x.new_zeros(batch * heads, width, x.shape[2]) for x in chosen[0][1])
         holds = torch.zeros(batch * heads, width, dtype=torch.bool, device=query.device)
         for index, (k, v), is_read in chosen:
             n = is_read.shape[1]
             keys[index, :n], values[index, :n], holds[index, :n] = k, v, is_read
-        self._reads = PageReads(holds, (self.tokens.flatten() + self._page - 1) // self._page)
         keys, values, holds = (x.unflatten(0, (batch, heads)) for x in (keys, values, holds))
         return step_attention(query, keys, values, rule, holds)
 
     @property
     def step_bytes_read(self) -> int:
-        if self._reads is None:
+        reads = self._reads  # counted here, so that a captured step runs no kernel that only a record needs
+        if isinstance(self._static, StaticQuest) and self._static.chosen is not None:
+            reads = [(self._static.chosen, self._static.length)]
+        if not reads:
             return super().step_bytes_read
         keys, values = (x[..., 0, :] for x in self.read()[:2])
         key, value = keys[0, 0].nbytes, values[0, 0].nbytes
-        return int(self._reads.tokens.sum()) * (key + value) + int(self._reads.pages.sum()) * 2 * key
+        tokens = sum(int(slots_of(pages, length, self._page)[1].sum()) for pages, length in reads)
+        pages = sum(int(pages_of(length, self._page).sum()) for _, length in reads)
+        return tokens * (key + value) + pages * 2 * key
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from kvbench.methods.cache.kv_shape import kv_shape
 from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.cache.method import Method
 from kvbench.methods.cache.products import cached_attention
-from kvbench.methods.storage.quest import Quest, QuestLayer, choose_pages, page_bounds
+from kvbench.methods.storage.quest import Quest, QuestLayer, choose_pages, page_bounds, slots_of
 from kvbench.runners.config.methods import named_method
 from kvbench.runners.engine import decode, prefill
 
@@ -89,7 +89,8 @@ def test_a_page_with_one_key_like_the_query_is_chosen():
     layer.write(keys, keys)
     layer.append(keys[:, :, :1], keys[:, :, :1])
     layer.attend(query.expand(2, 6, 1, 16), LogitRule(1.0), None)
-    assert layer._reads.tokens.flatten(1).shape == (6, 16)
+    ((pages, length),) = layer._reads
+    assert slots_of(pages, length, 4)[1].shape == (6, 16)
     chosen = choose_pages(query.expand(6, 2, 16), layer._groups[0][1].bounds, torch.full((6,), 65), 4, 4, 1.0)
     assert (chosen == 21 // 4).any(1).all() and (chosen == 16).any(1).all()
 
