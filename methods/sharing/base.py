@@ -115,3 +115,18 @@ class Encoded(Sharing):
     @property
     def passes(self) -> int | None:
         return 0 if self.encode == "exact" else self.iter_forward + self.iter_backward
+
+
+class SharingWithinLayers(Sharing):
+    """Each layer owns keys and values, and its query heads share them."""
+
+    @property
+    def shares(self) -> bool:
+        return False
+
+    @property
+    def shares_heads(self) -> bool:
+        return True
+
+    def source(self, layers: int) -> list[int]:
+        return list(range(layers))

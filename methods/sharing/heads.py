@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 
 from ...conf.errors import require
 from ...conf.options import PositiveInt
-from .base import Sharing
+from .base import SharingWithinLayers
 
 
 @dataclass(frozen=True)
-class Heads(Sharing):
+class Heads(SharingWithinLayers):
     """Number of KV heads.
 
     Attributes:
@@ -30,18 +30,7 @@ class Heads(Sharing):
     def label(self) -> str:
         return {None: "mha", 1: "mqa"}.get(self.kv_heads, f"gqa{self.kv_heads}")
 
-    @property
-    def shares(self) -> bool:
-        return False
-
-    def source(self, layers: int) -> list[int]:
-        return list(range(layers))
-
     def extra_config(self, shape: Mapping[str, Any]) -> dict[str, Any]:
         heads, allowed = shape["num_attention_heads"], self.kv_heads
         require(allowed is None or heads % allowed == 0, "method.sharing.kv_heads", allowed, f"must divide {heads}")
         return {"num_key_value_heads": allowed or heads}
-
-    @property
-    def shares_heads(self) -> bool:
-        return True

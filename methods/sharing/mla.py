@@ -20,11 +20,11 @@ from typing import Any, ClassVar
 
 from ...conf.errors import require
 from ...conf.options import PositiveInt
-from .base import Sharing
+from .base import SharingWithinLayers
 
 
 @dataclass(frozen=True)
-class MLA(Sharing):
+class MLA(SharingWithinLayers):
     """Latent attention in every layer.
 
     Attributes:
@@ -49,13 +49,6 @@ class MLA(Sharing):
     def label(self) -> str:
         return f"mla-r{self.kv_lora_rank}"
 
-    @property
-    def shares(self) -> bool:
-        return False
-
-    def source(self, layers: int) -> list[int]:
-        return list(range(layers))
-
     def extra_config(self, shape: Mapping[str, Any]) -> dict[str, Any]:
         # As in transformers' configs of such models, head_dim is what RoPE rotates.
         return {
@@ -66,7 +59,3 @@ class MLA(Sharing):
             "head_dim": self.qk_rope_head_dim,
             "num_key_value_heads": shape["num_attention_heads"],
         }
-
-    @property
-    def shares_heads(self) -> bool:
-        return True
