@@ -28,6 +28,6 @@ def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList | None:
     return getattr(model.get_decoder(), "layers", None)
 
 
-def is_spread(model: PreTrainedModel) -> bool:
+def is_spread(model: torch.nn.Module) -> bool:
     """Whether accelerate has spread the model over several devices."""
     return getattr(model, "hf_device_map", None) is not None

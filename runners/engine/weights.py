@@ -18,6 +18,7 @@ from torch import nn
 from ...models.base import LoadedModel, ModelSource
 from .fused_decode import LLAMA_LIKE
 from .fused_weights import GATE_UP, QKV, are_fusable, fuse, fused
+from .model_properties import is_spread
 from .prepacked import FusedGateUpMLP, FusedQKV, PrepackedLinear, QKVSlice, has_blocked_products
 
 
@@ -51,7 +52,7 @@ def fuse_linear_weights(model: nn.Module) -> None:
         model: A model for inference; the weights of its layers are replaced by views.
     """
     decoder: Any = model
-    if type(model) not in LLAMA_LIKE or getattr(model, "hf_device_map", None) is not None:
+    if type(model) not in LLAMA_LIKE or is_spread(decoder):
         return
     for layer in decoder.model.layers:
         for owner, names in ((layer.self_attn, QKV), (layer.mlp, GATE_UP)):
@@ -72,7 +73,7 @@ def prepack_linear_weights(model: nn.Module) -> None:
     Args:
         model: A model for inference; changed in place.
     """
-    if getattr(model, "hf_device_map", None) is not None:
+    if is_spread(model):
         return
     decoder: Any = model
     if type(model) in LLAMA_LIKE:
@@ -105,9 +106,9 @@ def _fuse(layer: Any) -> None:
     sizes = [getattr(attention, name).out_features for name in QKV]
     whole = _remove_as_one(attention, QKV)
     if whole is not None:
-        fused = FusedQKV(PrepackedLinear(whole), sizes)
+        products = FusedQKV(PrepackedLinear(whole), sizes)
         for number, name in enumerate(QKV):
-            setattr(attention, name, QKVSlice(fused, number))
+            setattr(attention, name, QKVSlice(products, number))
     del whole
     whole = _remove_as_one(mlp, GATE_UP)
     if whole is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -41,18 +42,17 @@ class Stopwatch:
 
     def seconds(self) -> list[float]:
         """Seconds from each mark to the next one."""
-        pairs = itertools.pairwise(self._marks)
-        if self._cuda:
-            torch.cuda.synchronize(self._device)
-            return [a.elapsed_time(b) / 1e3 for a, b in pairs]
-        return [b - a for a, b in pairs]
+        return self._elapsed(itertools.pairwise(self._marks))
 
     def seconds_between_pairs(self) -> float | None:
         """Seconds from the first mark to the second, from the third to the fourth, and so on; None without marks."""
         if not self._marks:
             return None
-        pairs = list(zip(self._marks[::2], self._marks[1::2], strict=True))
+        return float(sum(self._elapsed(zip(self._marks[::2], self._marks[1::2], strict=True))))
+
+    def _elapsed(self, pairs: Iterable[tuple[Any, Any]]) -> list[float]:
+        """Seconds between the marks of each pair."""
         if self._cuda:
             torch.cuda.synchronize(self._device)
-            return float(sum(a.elapsed_time(b) for a, b in pairs)) / 1e3
-        return float(sum(b - a for a, b in pairs))
+            return [a.elapsed_time(b) / 1e3 for a, b in pairs]
+        return [b - a for a, b in pairs]
