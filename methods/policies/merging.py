@@ -1,8 +1,8 @@
 """Merging while decoding: the value of an evicted token is added in equal shares to the next kept tokens.
 
-Used by scorers whose ``merges_values`` is True (CaM). Keys and attention sums stay as they are. Random numbers are a
-hash of the row's text, the layer, the head and a counter on the device (SplitMix64: Steele et al., 2014), so that they
-are the same on every device, in every batch and in captured steps.
+Used by scorers whose ``merges_values`` is True (CaM). Keys and attention sums do not change. Random numbers are a hash
+(SplitMix64: Steele et al., 2014) of the row's text, the layer, the head and a counter on the device, so that they
+depend neither on the device nor on the batch, and a captured step draws the same ones.
 
 Legend: B batch rows, H stored heads, S slots, W slots of a window, D channels.
 """
@@ -152,8 +152,8 @@ class Merging:
         shares = values.to(dtype) / count.clamp(min=1)[..., None]
         given = F.pad(shares.masked_fill(~merged[..., None], 0).cumsum(2), (0, 0, 1, 0))  # [B, H, W + 1, D]
         # A token receives from the evicted tokens between it and the kept token `receivers` places before it.
-        first = end.gather(-1, (number - self.scorer.receivers).clamp(min=0))[..., None]
-        received = given[:, :, 1:] - given.gather(2, first.expand_as(shares))
+        first = end.gather(-1, (number - self.scorer.receivers).clamp(min=0))
+        received = given[:, :, 1:] - take_slots(given, first)
         return received.masked_fill(~kept[..., None], 0)
 
     def _uniform(self, index: torch.Tensor, evicted: torch.Tensor, in_place: bool) -> torch.Tensor:
