@@ -104,6 +104,7 @@ def _stamp(path: str) -> str:
 
 
 def _entries(folder: Path, names: Sequence[str]) -> dict[str, Entry]:
+    """Entries of some run folders below ``folder``, by name."""
     return {below: _entry(folder / below) for below in names}
 
 

@@ -121,6 +121,7 @@ def _rows(content: bytes) -> Iterable[Any]:
 
 
 def _row(line: bytes) -> Any:
+    """What a line holds; None if it is damaged."""
     try:
         return json.loads(line.decode())  # for bytes, json guesses the encoding
     except (ValueError, RecursionError):

@@ -59,12 +59,13 @@ def table_makers(
     groups = [group for group in comparable(runs) if group[0].record["kind"] in KINDS]
     differences = differences_of(groups)
     tested = len(runs) <= MAX_TESTED
-    return [partial(_made, group, differences[group[0].group_key], by_budget, margin, tested) for group in groups]
+    return [partial(_tables_of, group, differences[group[0].group_key], by_budget, margin, tested) for group in groups]
 
 
-def _made(
+def _tables_of(
     group: Sequence[Run], differences: Sequence[str], by_budget: bool, margin: float | None, tested: bool
 ) -> list[Table]:
+    """Tables of a group; ``differences``: the settings in which its tables differ from those of other groups."""
     is_accuracy = group[0].record["kind"] == "accuracy"
     if by_budget:
         made = budget_tables(group, tested)

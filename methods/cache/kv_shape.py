@@ -84,7 +84,11 @@ def kv_shape(config: PretrainedConfig, dtype: torch.dtype) -> KVShape:
     if plan.holds_latents:
         rank, rotated = config.kv_lora_rank, config.qk_rope_head_dim
         return KVShape(
-            *(plan.layer_types.count(FULL), 1, rotated + rank, dtype.itemsize, config.num_attention_heads),
+            layers=plan.layer_types.count(FULL),
+            kv_heads=1,
+            head_dim=rotated + rank,
+            element_bytes=dtype.itemsize,
+            query_heads=config.num_attention_heads,
             value_channels=rank,
             values_in_keys=True,
         )

@@ -27,7 +27,7 @@ from ..policies.policy import CachePolicy, KeepEverything
 from ..sharing.base import Sharing
 from ..sharing.kv_map import FULL, LINEAR
 from ..sharing.plan import Plan, plan_of
-from ..storage.base import Storage
+from ..storage.base import LayerStorage, Storage
 from ..storage.dense import Dense
 from .attention import use_kvbench_attention
 from .cache import KVCache
@@ -179,8 +179,11 @@ class Method(Options):
         reset_rope(model)
         self._check_plan(plan, model)
         count = plan.layer_types.count(FULL)
-        parts = self.name, self.policy, self.storage
-        stores = latent_layers(*parts, count) if plan.holds_latents else self.storage.new_layers(count)
+        stores: Sequence[LayerStorage] = (
+            latent_layers(self.name, self.policy, self.storage, count)
+            if plan.holds_latents
+            else self.storage.new_layers(count)
+        )
         owners = [owner for owner, kind in zip(plan.owners, plan.layer_types, strict=True) if kind == FULL]
         described = [self._model_layer(model, owner, place, count) for place, owner in enumerate(owners)]
         for store, layer in zip(stores, described, strict=True):

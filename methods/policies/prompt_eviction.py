@@ -76,8 +76,8 @@ class PromptEviction(CachePolicy):
         sinks, recent, budget = self.sinks, self.recent, self.budget
         if isinstance(budget, int):
             last = self.recent_of(budget) if isinstance(recent, float) else recent
-            protected = f"method.recent={recent}" * bool(last) + " and " * bool(last and sinks)
-            protected += f"method.sinks={sinks}" * bool(sinks)
+            parts = [f"method.recent={recent}"] if last else []
+            protected = " and ".join([*parts, f"method.sinks={sinks}"] if sinks else parts)
             allowed = f"must be at least {sinks + last}, the tokens that are kept whatever their scores ({protected})"
             require(sinks + last <= budget, "method.budget", budget, allowed)
         window, interval = self.scorer.observation_window, self.schedule.interval

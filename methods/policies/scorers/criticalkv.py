@@ -51,13 +51,13 @@ class CriticalKV(Scorer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        problem = (
-            "has negative scores" * self.scorer.may_be_negative
-            or "ranks tokens in two stages already" * self.scorer.ranks_in_stages
-            or "has no score during the prefill" * self.scorer.repeats_prompt
-            or "merges values while decoding" * self.scorer.merges_values
-        )
-        if problem:
+        problems = {
+            "has negative scores": self.scorer.may_be_negative,
+            "ranks tokens in two stages already": self.scorer.ranks_in_stages,
+            "has no score during the prefill": self.scorer.repeats_prompt,
+            "merges values while decoding": self.scorer.merges_values,
+        }
+        for problem in (text for text, holds in problems.items() if holds):
             allowed = f"{problem}; method/scorer=criticalkv multiplies scores that are attention, such as snapkv's"
             raise InputError("method/scorer@method.scorer.scorer", self.scorer.name, allowed)
 
