@@ -28,7 +28,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvbench.methods.storage.kernels import coded, dense, kivi, merged, online, prompt, step_operations, stream
+from kvbench.methods.storage.kernels import (
+    coded,
+    dense,
+    kivi,
+    merged,
+    online,
+    outliers,
+    prompt,
+    step_operations,
+    stream,
+)
 from kvbench.methods.storage.kernels.launch import Tiling, default_tiling, padded
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "kernels.md"
@@ -86,6 +96,23 @@ By the same compiler, tiles of 64 tokens and 4 warps.
 | chosen: pairs of numbers | 96 | 54 | 16 bytes |
 | TurboQuant (2, 3, 4 bits), levels looked up in memory | 244, 230, 255 | 136 to 140 | 16 bytes, and 4 for each level |
 | chosen: levels loaded once, then gathered | 128 | 30 to 38 | 16 bytes |
+
+## What was tried for KVQuant
+
+By the same compiler. Keys are rotated in registers, which takes the two halves of a key, a cosine and a sine for every
+pair of channels; a table of cosines in memory would be read like 16-bit keys.
+
+| idea | tile, warps | registers at 2, 3, 4 bits |
+|---|---|---|
+| the unquantized first token chosen in every tile | 64, 8 | 255, 255, 255 |
+| the same, in smaller tiles | 32, 8 | 230, 231, 230 |
+| the same, in the smallest tiles | 16, 4 | 240, 240, 246 |
+| the first token before the loop | 32, 8 | 177, 209, 183 |
+| the same, 32 pairs of channels at a time | 16, 4 | 168, 206, 168 |
+| chosen: all pairs at a time | 16, 4 | 168, 215, 178 |
+
+All are above 128, so three blocks of four warps run on a multiprocessor instead of four. A load of 16 bytes is 32 codes
+of 4 bits, so no smaller tile needs fewer registers in a thread.
 """
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -251,6 +278,24 @@ def coded_entry(name: str, kind: int, token_scales: bool = True, heads: int = 32
     return Entry(name, coded.split_coded, types, sizes, tiling, moved)
 
 
+def outliers_entry(name: str, bits: int, tiling: Tiling | None = None) -> Entry:
+    """A split of KVQuant's codes with an outlier each; bfloat16, head_dim 128."""
+    tiling = tiling or outliers.outlier_tiling(128)
+    parts = ("key", "value")
+    types = dict.fromkeys((f"{part}_{what}" for part in parts for what in ("codes", "high", "channels")), "*u8")
+    types |= dict.fromkeys((f"{part}_{what}" for part in parts for what in ("outliers", "middle", "half")), "*fp16")
+    types |= dict.fromkeys(("query", "key_sink", "value_sink"), "*bf16") | {"starts": "*i64", "ends": "*i64"}
+    types |= dict.fromkeys(("key_table", "value_table", "inv_freq", "sums", "maxima", "totals"), "*fp32")
+    types |= {"scaling": "fp32", "softcap": "fp32"}
+    sizes: dict[str, Any] = {
+        "D": 128, "DV": 128, "ROWS": padded(1), "WIDE": 64, "WIDE_V": 128, "TOKENS": tiling.tokens, "KEYS": bits,
+        "VALUES": bits, "M": 1, "M_V": 1, "SINKS": True, "ROTATED": True, "HALF": True, "CAPPED": False,
+    }  # fmt: skip
+    sizes |= dict.fromkeys(f"{part}_high" for part in parts if bits != 3)
+    moved = 32 * TOKENS * (2 * (128 * bits / 8 + 3) + 4)
+    return Entry(name, outliers.split_outliers, types, sizes, tiling, moved)
+
+
 def join_entries() -> list[Entry]:
     """The two small kernels after a split, for 8 splits of 32 heads."""
     types = dict.fromkeys(("sums", "maxima", "totals", "logits", "sinks"), "*fp32") | {"ends": "*i64"}
@@ -360,6 +405,7 @@ def entries() -> list[Entry]:
         coded_entry("FP8 (e5m2), a scale per token", -5),
         coded_entry("FP8 (e4m3), 8 heads of 4 query heads", -4, heads=8, rows=4),
         *(coded_entry(f"TurboQuant, {bits} bits", bits) for bits in (2, 3, 4)),
+        *(outliers_entry(f"KVQuant, {bits} bits, an outlier", bits) for bits in (2, 3, 4)),
         *join_entries(),
         *prompt_entries(),
         *step_entries(),

@@ -33,13 +33,17 @@ class Rotary:
         self._inv_freq, self.interleaved = inv_freq.detach().float().cpu(), interleaved
         self.dim = 2 * inv_freq.numel()
 
+    def inv_freq(self, device: torch.device) -> torch.Tensor:
+        """Return the frequencies on a device, [pairs] float32 in radians per position."""
+        if self._inv_freq.device != device:
+            self._inv_freq = self._inv_freq.to(device)
+        return self._inv_freq
+
     def rotate(self, x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
         """Rotate x [B, H, n, D] by ``by`` [B, n] positions (int64, may be negative)."""
         if not self.dim:
             return x
-        if self._inv_freq.device != x.device:
-            self._inv_freq = self._inv_freq.to(x.device)
-        angle = by[:, None, :, None].to(torch.float32) * self._inv_freq  # [B, 1, n, dim / 2]
+        angle = by[:, None, :, None].to(torch.float32) * self.inv_freq(x.device)  # [B, 1, n, dim / 2]
         cos, sin = angle.cos(), angle.sin()
         rotary, unrotated = x[..., : self.dim], x[..., self.dim :]
         if self.interleaved:

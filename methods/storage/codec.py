@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -44,11 +45,9 @@ class TokenCodec(ABC):
 
     Attributes:
         planes: Number of planes.
-        kernel_problem: Why no kernel reads the planes; None: there is one.
     """
 
     planes: int
-    kernel_problem: str | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> TokenCodec:
         """Return the codec itself, which has no state of a cache."""
@@ -80,9 +79,19 @@ class TokenCodec(ABC):
         """Rotate vectors [..., D] back."""
         return x
 
+    def kernel_problem(self, dim: int) -> str | None:
+        """Return why no kernel reads the planes of vectors of ``dim`` channels; None: there is one."""
+        return None
+
     @abstractmethod
-    def kernel_operands(self, planes: Sequence[torch.Tensor], constants: Constants) -> KernelOperands:
-        """Return what the kernel reads, of planes [slots, ...]."""
+    def kernel_operands(self, planes: Sequence[torch.Tensor], constants: Constants) -> Any:
+        """Return what :meth:`kernel` reads, of planes [slots, ...]."""
+
+    def kernel(self) -> Callable[..., torch.Tensor]:
+        """Return the attention of a decode step over keys of this codec and values of its storage's other codec."""
+        from .kernels.coded import coded_attention
+
+        return coded_attention
 
     @abstractmethod
     def token_bytes(self, dim: int) -> int:

@@ -51,10 +51,9 @@ class CodedTokens:
         vectors = zip(self.codecs, (keys, values), self.constants, strict=True)
         return [plane for codec, x, constants in vectors for plane in codec.encode(x, constants, start)]
 
-    @property
-    def kernel_problem(self) -> str | None:
-        """Why no kernel reads the planes; None: there is one."""
-        return self.codecs[0].kernel_problem or self.codecs[1].kernel_problem
+    def kernel_problem(self, dim: int) -> str | None:
+        """Return why no kernel reads the planes of keys of ``dim`` channels; None: there is one."""
+        return self.codecs[0].kernel_problem(dim)
 
     def take(self, index: torch.Tensor) -> CodedTokens:
         """Return some of the segments without their tokens, [M] int64."""
@@ -121,8 +120,6 @@ class CodedTokens:
         Returns:
             [B, H_q, 1, D_v].
         """
-        from .kernels.coded import coded_attention
-
         first = self.codecs[0].planes
         keys, values = (
             codec.kernel_operands(planes, constants)
@@ -130,7 +127,7 @@ class CodedTokens:
                 self.codecs, (self.planes[:first], self.planes[first:]), self.constants, strict=True
             )
         )
-        out = coded_attention(
+        out = self.codecs[0].kernel()(
             self.codecs[0].rotate(query.float()).to(query.dtype), keys, values, shape, *slots, rule, visible
         )
         return self.codecs[1].unrotate(out).to(query.dtype)
@@ -172,7 +169,7 @@ class CodedSegments(PlaneSegments):
     def attend(self, query: torch.Tensor, rule: LogitRule) -> torch.Tensor:
         if query.shape[2] > 1:
             return super().attend(query, rule)
-        if uses_kernel(query, 1, query.shape[3], layout_problem=self._coded.kernel_problem):
+        if uses_kernel(query, 1, query.shape[3], layout_problem=self._coded.kernel_problem(query.shape[3])):
             segments, room = self._buffers[0].whole.shape[:2]
             starts = torch.arange(0, segments * room, room, device=query.device)
             ends = torch.full_like(starts, self.length)
@@ -222,7 +219,7 @@ class StaticCoded(StaticPlanes):
         return *self.coded.read(self._dtype), self.valid
 
     def attend(self, query: torch.Tensor, rule: LogitRule) -> torch.Tensor:
-        if uses_kernel(query, self.shape[1], query.shape[3], layout_problem=self._coded.kernel_problem):
+        if uses_kernel(query, self.shape[1], query.shape[3], layout_problem=self._coded.kernel_problem(query.shape[3])):
             coded = CodedTokens(self._coded.codecs, self._coded.constants, self._planes)
             return coded.attend_by_kernel(query, rule, self.shape, (self._starts, self.end, self._width), self._valid)
         q = query.reshape(len(self.length), -1, query.shape[3])  # [N, g, D]

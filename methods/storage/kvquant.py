@@ -18,7 +18,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 
@@ -27,10 +27,16 @@ from ...conf.options import Bounds, OneOf, PositiveInt
 from ..cache.kv_shape import KVShape
 from ..cache.rotary import Rotary
 from .base import StorageCapabilities
-from .codec import Constants, KernelOperands, TokenCodec
+from .codec import Constants, TokenCodec
 from .coded import CodedStorage
 from .lloyd_max import code_bytes_problem, lloyd_max, look_up, lookup_table, nearest_codes, pack_planes
 from .packed import FLOAT16_MAX
+
+if TYPE_CHECKING:
+    from .kernels.outliers import OutlierOperands
+
+MAX_KERNEL_OUTLIERS = 8
+"""Largest number of outliers of a vector that the kernel reads: each costs it an operation for every number."""
 
 
 @cache
@@ -58,8 +64,6 @@ class OutlierCodec(TokenCodec):
     Args:
         bits, outliers, sinks: See :class:`KVQuant`.
     """
-
-    kernel_problem = "no kernel for outliers"
 
     def __init__(self, bits: int, outliers: int, sinks: int):
         self.bits, self.outliers, self.sinks = bits, outliers, sinks
@@ -102,8 +106,8 @@ class OutlierCodec(TokenCodec):
         self, planes: Sequence[torch.Tensor], middle: torch.Tensor, half: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
         """Return vectors [N, n, D] with their outliers, of ranges that broadcast to them."""
-        dim = planes[0].shape[-1] * (2 if self.bits == 4 else 4)
-        x = look_up(planes[: self.code_planes], self._constant("table", planes[0].device, dim, dtype))
+        table = self._constant("table", planes[0].device, self.dim_of(planes[0]), dtype)
+        x = look_up(planes[: self.code_planes], table)
         x = x.mul_(half.to(dtype)).add_(middle.to(dtype))
         outliers, channels = planes[self.code_planes : self.code_planes + 2]
         return x.scatter_(-1, channels.long(), outliers.to(dtype))
@@ -121,8 +125,30 @@ class OutlierCodec(TokenCodec):
             self._on_device[key] = (levels if name == "levels" else lookup_table(levels)).to(device, dtype)
         return self._on_device[key]
 
-    def kernel_operands(self, planes: Sequence[torch.Tensor], constants: Constants) -> KernelOperands:
-        raise NotImplementedError(self.kernel_problem)
+    def kernel(self) -> Callable[..., torch.Tensor]:
+        from .kernels.outliers import outlier_attention
+
+        return outlier_attention
+
+    def operands(
+        self,
+        planes: Sequence[torch.Tensor],
+        constants: Constants,
+        middle: torch.Tensor,
+        half: torch.Tensor,
+        inv_freq: torch.Tensor | None = None,
+    ) -> OutlierOperands:
+        """Return what the kernel reads; arguments as in :class:`.kernels.outliers.OutlierOperands`."""
+        from .kernels.outliers import OutlierOperands
+
+        dim, high = self.dim_of(planes[0]), planes[1] if self.bits == 3 else None
+        outliers, channels = planes[self.code_planes : self.code_planes + 2]
+        levels = self._constant("levels", planes[0].device, dim, torch.float32)
+        return OutlierOperands(dim, planes[0], high, outliers, channels, middle, half, constants[0], levels, inv_freq)
+
+    def dim_of(self, codes: torch.Tensor) -> int:
+        """Return the number of channels of the first plane [..., bytes]."""
+        return codes.shape[-1] * (2 if self.bits == 4 else 4)
 
     def token_bytes(self, dim: int) -> int:
         return dim * self.bits // 8 + 3 * self.outliers
@@ -178,6 +204,21 @@ class KeyCodec(OutlierCodec):
         position = torch.arange(start, start + raw.shape[1], device=raw.device)[None]
         return self.with_sink(self._rotated(raw, position), constants, start)
 
+    def kernel_problem(self, dim: int) -> str | None:
+        if self.outliers > MAX_KERNEL_OUTLIERS:
+            return f"{self.outliers} > {MAX_KERNEL_OUTLIERS} outliers"
+        if code_bytes_problem(dim // 2, self.bits) or dim % 2:
+            return f"half of {dim} codes of {self.bits} bits"
+        assert self.rotary is not None
+        if self.rotary.dim and (self.rotary.interleaved or self.rotary.dim < dim):
+            return "RoPE that is interleaved or of some channels alone"
+        return None
+
+    def kernel_operands(self, planes: Sequence[torch.Tensor], constants: Constants) -> OutlierOperands:
+        assert self.rotary is not None
+        inv_freq = self.rotary.inv_freq(planes[0].device) if self.rotary.dim else None
+        return self.operands(planes, constants, constants[1], constants[2], inv_freq)
+
     def segment_bytes(self, dim: int) -> int:
         return 4 * dim
 
@@ -208,6 +249,9 @@ class ValueCodec(OutlierCodec):
     ) -> torch.Tensor:
         middle, half = (p[..., None] for p in planes[-2:])
         return self.with_sink(self.decode_numbers(planes, middle, half, dtype), constants, start)
+
+    def kernel_operands(self, planes: Sequence[torch.Tensor], constants: Constants) -> OutlierOperands:
+        return self.operands(planes, constants, planes[-2], planes[-1])
 
     def token_bytes(self, dim: int) -> int:
         return super().token_bytes(dim) + 4

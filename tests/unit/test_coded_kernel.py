@@ -9,8 +9,10 @@ from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.cache.products import cached_attention
 
 pytest.importorskip("triton")
+from kvbench.methods.cache.rotary import Rotary
 from kvbench.methods.storage import coded
 from kvbench.methods.storage.fp8 import Fp8
+from kvbench.methods.storage.kvquant import KVQuant
 from kvbench.methods.storage.turboquant import TurboQuant
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,6 +26,9 @@ CASES = [  # storage, D, D_v, dtype, group, static, drops
     (TurboQuant(2), 64, 64, torch.float16, 3, False, False),
     (TurboQuant(3, value_bits=4), 64, 32, torch.float32, 1, True, True),
     (TurboQuant(4, value_bits=3, rotation="dense"), 80, 80, torch.float32, 2, True, False),
+    (KVQuant(4, 1), 64, 64, torch.bfloat16, 3, False, False),
+    (KVQuant(3, 2), 64, 32, torch.float32, 1, True, False),
+    (KVQuant(2, 3, sinks=0), 80, 80, torch.float16, 2, True, False),
 ]
 
 
@@ -39,7 +44,9 @@ def test_kernel_matches_attention_over_the_stored_numbers(case, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("length", "dim"), [(1, 64), (150, 64), (150, 128), (150, 256), (3000, 128)])
-@pytest.mark.parametrize("storage", [Fp8(), Fp8("e5m2", "one"), TurboQuant(2), TurboQuant(3), TurboQuant(4)], ids=repr)
+@pytest.mark.parametrize(
+    "storage", [Fp8(), Fp8("e5m2", "one"), TurboQuant(2), TurboQuant(3), TurboQuant(4), KVQuant(3, 2)], ids=repr
+)
 def test_kernel_over_the_grid(storage, length, dim, monkeypatch):
     for dtype in TOLERANCE:
         check(storage, dim, dim, dtype, 4, True, True, monkeypatch, length)
@@ -48,6 +55,7 @@ def test_kernel_over_the_grid(storage, length, dim, monkeypatch):
 def check(storage, dim, value_dim, dtype, group, is_static, drops, monkeypatch, length=150):
     monkeypatch.setattr(coded, "uses_kernel", lambda *_, **__: True)
     layer = storage.new_layers(1)[0]
+    layer.bind(lambda: Rotary(10000.0 ** (-torch.arange(0, dim, 2) / dim)))
     pads = torch.tensor([[0, 3], [121, 50]], device=DEVICE).clamp(max=length - 1)
     valid = torch.arange(length, device=DEVICE) >= pads[..., None]
     keys, values = numbers(2, 2, length, dim, dtype=dtype), numbers(2, 2, length, value_dim, seed=1, dtype=dtype)

@@ -43,21 +43,23 @@ def spread(low, high, KIND: tl.constexpr):
 
 
 @triton.jit
-def numbers_of(codes, high, table, slot, inside, DIM: tl.constexpr, WIDE: tl.constexpr, KIND: tl.constexpr,
-               dtype: tl.constexpr):  # fmt: skip
-    """Load the codes of slots and return their numbers without scales, [TOKENS, WIDE]; 0 for other channels.
+def numbers_of(codes, high, table, slot, inside, DIM: tl.constexpr, STRIDE: tl.constexpr, WIDE: tl.constexpr,
+               KIND: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
+    """Load DIM codes of each slot, of the STRIDE in a slot, and return their numbers without scales.
+
+    Returns [TOKENS, WIDE]; 0 beyond DIM.
 
     ``table`` [2 ** bits] has been loaded: lookups in memory would be loaded ahead like codes, 4 bytes at a time.
     """
     if KIND < 0:
         if DIM % 2 == 0:  # in pairs: bytes that go straight into a product are loaded 8 at a time, pairs 16 bytes
             w = tl.arange(0, WIDE // 2)
-            at = codes + slot[:, None] * (DIM // 2) + w[None]
+            at = codes + slot[:, None] * (STRIDE // 2) + w[None]
             pair = tl.load(at, mask=inside[:, None] & (w[None] < DIM // 2), other=0)
             x = tl.reshape(tl.join(pair & 255, (pair >> 8) & 255), (slot.shape[0], WIDE))
         else:
             c = tl.arange(0, WIDE)
-            at = codes + slot[:, None] * DIM + c[None]
+            at = codes + slot[:, None] * STRIDE + c[None]
             x = tl.load(at, mask=inside[:, None] & (c[None] < DIM), other=0).to(tl.int16)
         # Sign, exponent and mantissa of e4m3 in the places of float16 are the number divided by 256.
         bits = ((x & 128) << 8) | ((x & 127) << 7) if KIND == E4M3 else x << 8
@@ -66,12 +68,12 @@ def numbers_of(codes, high, table, slot, inside, DIM: tl.constexpr, WIDE: tl.con
         EACH: tl.constexpr = 2 if KIND == 4 else 4
         w, c = tl.arange(0, WIDE // EACH), tl.arange(0, WIDE)
         known = inside[:, None] & (w[None] < DIM // EACH)
-        low = tl.load(codes + slot[:, None] * (DIM // EACH) + w[None], mask=known, other=0).to(tl.int32)
+        low = tl.load(codes + slot[:, None] * (STRIDE // EACH) + w[None], mask=known, other=0).to(tl.int32)
         third = low
         if KIND == 3:
             b = tl.arange(0, WIDE // 8)
             known = inside[:, None] & (b[None] < DIM // 8)
-            third = tl.load(high + slot[:, None] * (DIM // 8) + b[None], mask=known, other=0).to(tl.int32)
+            third = tl.load(high + slot[:, None] * (STRIDE // 8) + b[None], mask=known, other=0).to(tl.int32)
         index = tl.reshape(spread(low, third, KIND), (slot.shape[0] * WIDE,))
         x = tl.reshape(tl.gather(table, index, 0), (slot.shape[0], WIDE))
         out = tl.where(inside[:, None] & (c[None] < DIM), x, 0.0).to(dtype)
@@ -117,7 +119,7 @@ def split_coded(
         visible = inside
         if HAS_VALID:
             visible = tl.load(valid + n * capacity + t, mask=inside, other=0) != 0
-        k = numbers_of(key_codes, key_high, key_numbers, slot, inside, D, WIDE, KEYS, q.dtype)
+        k = numbers_of(key_codes, key_high, key_numbers, slot, inside, D, D, WIDE, KEYS, q.dtype)
         x = product(q, tl.trans(k), tl.zeros((ROWS, TOKENS), tl.float32), HALF) * key_factor
         if TOKEN_SCALES:
             x *= tl.load(key_scale + slot, mask=inside, other=0.0).to(tl.float32)[None]
@@ -126,7 +128,7 @@ def split_coded(
         weights *= value_factor
         if TOKEN_SCALES:
             weights *= tl.load(value_scale + slot, mask=inside, other=0.0).to(tl.float32)[None]
-        v = numbers_of(value_codes, value_high, value_numbers, slot, inside, DV, WIDE_V, VALUES, q.dtype)
+        v = numbers_of(value_codes, value_high, value_numbers, slot, inside, DV, DV, WIDE_V, VALUES, q.dtype)
         acc = product(weights.to(q.dtype), v, acc * rescale[:, None], HALF)
     store_split(
         sums, maxima, totals, top, total, acc, n, part, tl.num_programs(1), rows, tl.arange(0, WIDE_V), DV, ROWS
