@@ -132,6 +132,7 @@ RECORD_FIELDS = {
     "kernels": "what computed each operation that has a Triton kernel, in the same words",
     "kernels.step_attention": "attention of decode steps, as `attention`",
     "kernels.step_operations": "norms, residuals, RoPE and activation of decode steps",
+    "kernels.projections": "q, k and v, and gate and up, of decode steps on CUDA: fused, or separate products",
     "kernels.prompt_scores": "sums of a prompt's attention for scorers",
     "kernels.stream_prefill": "attention of a prompt under `streaming_llm`",
     "workload": "the requests",

@@ -22,6 +22,8 @@ STEP_ATTENTION = "step_attention"
 """Attention of decode steps."""
 STEP_OPERATIONS = "step_operations"
 """Norms, residuals, RoPE and the activation of fused decode steps."""
+PROJECTIONS, FUSED, SEPARATE = "projections", "fused", "separate"
+"""Products of decode steps by kernels for queries, keys and values, and for gate and up: as one each, or one by one."""
 PROMPT_SCORES = "prompt_scores"
 """Sums of a prompt's attention weights, for scorers."""
 STREAM_PREFILL = "stream_prefill"
@@ -45,9 +47,15 @@ def forget_implementations() -> None:
 def implementations() -> dict[str, str]:
     """Return what computed each operation since the last forget: ``triton``, ``pytorch`` or ``pytorch (reason)``.
 
+    Products that have the same input are ``fused`` or ``separate``.
     An operation that ran in several ways has them joined by ``and``.
     """
     return {operation: " and ".join(sorted(used)) for operation, used in sorted(_used.items())}
+
+
+def record_implementation(operation: str, text: str) -> None:
+    """Record what computed an operation."""
+    _used.setdefault(operation, set()).add(text)
 
 
 def uses_kernel_on(device: torch.device, operation: str, problem: str | None) -> bool:

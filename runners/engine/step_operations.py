@@ -18,7 +18,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...methods.cache.cache import KVCache
-from ...methods.cache.kernel_use import KERNEL_DTYPES, STEP_OPERATIONS, device_problem, uses_kernel_on
+from ...methods.cache.kernel_use import (
+    FUSED,
+    KERNEL_DTYPES,
+    PROJECTIONS,
+    SEPARATE,
+    STEP_OPERATIONS,
+    device_problem,
+    record_implementation,
+    uses_kernel_on,
+)
 from ...methods.storage.static import NextSlot
 from .fused_weights import GATE_UP, QKV, Affine, fused
 from .prepacked import QKVSlice
@@ -134,6 +143,7 @@ class KernelOperations(StepOperations):
         layers: list[Any] = [getattr(owner, name) for name in names]
         if owner not in self._fused:
             self._fused[owner] = None if any(map(is_changed, layers)) else fused(layers)
+            record_implementation(PROJECTIONS, SEPARATE if self._fused[owner] is None else FUSED)
         whole = self._fused[owner]
         if whole is None:
             return [layer(h) for layer in layers]

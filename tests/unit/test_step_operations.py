@@ -149,6 +149,7 @@ def test_a_static_step_with_kernels_matches_pytorch(text, fuses, monkeypatch):
     if fuses:
         fuse_linear_weights(model)
     linear, logits, widths = F.linear, [], set()
+    kernel_use.forget_implementations()
 
     def spy(x, weight, bias=None):
         widths.add(len(weight))
@@ -167,6 +168,7 @@ def test_a_static_step_with_kernels_matches_pytorch(text, fuses, monkeypatch):
         logits.append(torch.stack([step(token + i) for i in range(4)]))
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
     assert widths & {32, 96, 64 + 32 + 32, 96 + 96} == ({128, 192} if fuses else {32, 96})  # of q, k, v; gate, up
+    assert kernel_use.implementations()["projections"] == ("fused" if fuses else "separate")
 
 
 def test_models_that_the_kernels_do_not_compute_are_recognized():
