@@ -1,16 +1,17 @@
 """Correctness and speed of every method on one CUDA device, written down as they come; see gpu_check.sh.
 
     python scripts/gpu_check.py smoke [KEY=VALUE...]
-    python scripts/gpu_check.py correct|sdpa|kernels [--seconds 120] [--match minicache]
+    python scripts/gpu_check.py correct|sdpa|kernels|profile [--seconds 120] [--match minicache]
     python scripts/gpu_check.py table speed.json...     a Markdown table of such files; later rows replace earlier ones
 
 ``correct``: errors of logits against the CPU for each method, eager and captured, as
 tests/integration/test_cuda.py runs them.
 ``sdpa``: host and device time of attention by cuDNN and without it, at shapes that are new and at the same ones again.
 ``kernels``: attention of one decode step over one layer of each storage, and its share of the bandwidth of a copy.
+``profile``: which kernels take the time of a prefill and of a decode step, on random weights of a 7B shape.
 ``smoke``: ``experiment=gpu_smoke``, every method on random weights of a 7B shape, with records in ``$RESULTS``.
 
-The first three write ``$OUT/<part>.json`` (``gpu_check/`` by default) after every row, and begin no row after
+The first four write ``$OUT/<part>.json`` (``gpu_check/`` by default) after every row, and begin no row after
 ``--seconds``; the last repeats nothing that has a record.
 ``DEV=cpu`` rehearses it at toy size on any machine. Exit status: 0 done, 1 a row failed or there was no time for it.
 """
@@ -148,6 +149,65 @@ def kernels() -> Iterator[Task]:
         yield {"method": storage, "tokens": tokens}, functools.partial(measure, storage)
 
 
+@torch.inference_mode()
+def profile() -> Iterator[Task]:
+    """Milliseconds of the prefill, of a decode step, and of each kernel in them; the first prefill is not counted."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiling
+
+    from kvbench.models.random import RandomModel
+    from kvbench.runners.config.methods import named_method
+    from kvbench.runners.engine import decode_step, prefill
+    from kvbench.runners.measure.job import Job
+    from kvbench.runners.measure.session import Session
+
+    tokens, steps = 4 * PROMPT_TOKENS, 8
+    source = RandomModel("llama2-7b" if IS_CUDA else "tiny", max_positions=tokens + 64)
+    dtype = torch.bfloat16 if IS_CUDA else torch.float32
+    activity = ProfilerActivity.CUDA if IS_CUDA else ProfilerActivity.CPU
+    session = Session()
+
+    @torch.inference_mode()
+    def kernels_of(work: Callable[[], Any], times: int) -> Row:
+        synchronize()
+        start = time.perf_counter()
+        with profiling(activities=[activity]) as profiler:
+            for _ in range(times):
+                work()
+            synchronize()
+        seconds = (time.perf_counter() - start) / times
+        spent: dict[str, float] = {}
+        for event in profiler.key_averages():
+            own = event.self_device_time_total if IS_CUDA else event.self_cpu_time_total
+            if own:
+                spent[event.key[:100]] = spent.get(event.key[:100], 0.0) + own / times / 1e3
+        slowest = sorted(spent.items(), key=lambda item: -item[1])[:20]
+        kernels = {name: round(ms, 4) for name, ms in slowest}
+        return {"ms": round(1e3 * seconds, 3), "kernels_ms": round(sum(spent.values()), 3), "kernels": kernels}
+
+    @torch.inference_mode()
+    def measure(text: str) -> Row:
+        method = named_method(text)
+        model = session.load(Job(source, method, None, DEVICE, dtype, 0, 1, None, 0, 1)).model
+        ids = torch.randint(1, model.config.vocab_size, (1, tokens), device=DEVICE)
+        prefill(model, method.new_cache(model), ids)
+        cache = method.new_cache(model)
+        cache.reserve(2 * steps)
+        row = {"prefill": kernels_of(lambda: prefill(model, cache, ids), 1)}
+        token = torch.ones(1, dtype=torch.int64, device=DEVICE)
+        step = decode_step(model, cache, token, 2 * steps)
+        step(token)
+        return row | {"step": kernels_of(lambda: step(token), steps), "decode": step.recorded_mode}
+
+    budget = PROMPT_TOKENS // 2
+    evicting = ("snapkv", "h2o", "ada_kv", "tova", "streaming_llm", "snapkv_kivi4", "quest")
+    texts = ["full", "kivi storage=kivi4", "kivi storage=kivi2", "minicache", "minicache_kivi4"]
+    texts += [f"{name} budget={budget}" for name in evicting]
+    texts += [f"streaming_llm budget={budget} policy.mode=prefill_evict", "fp8", "turboquant", "kvquant"]
+    for text in texts:
+        yield {"method": text, "tokens": tokens}, functools.partial(measure, text)
+
+
 def smoke(overrides: list[str]) -> int:
     """``experiment=gpu_smoke``, and the table of its records, also if it is cut off.
 
@@ -168,7 +228,7 @@ def smoke(overrides: list[str]) -> int:
     return 0
 
 
-PARTS = {"correct": correct, "sdpa": sdpa, "kernels": kernels}
+PARTS = {"correct": correct, "sdpa": sdpa, "kernels": kernels, "profile": profile}
 
 
 def print_table(paths: list[str]) -> None:

@@ -3,7 +3,7 @@
 # transformers, Triton, pytest, scipy and pandas but not kvbench. Nothing is fetched: what else is needed is in .whl/ as
 # wheels (hydra-core, omegaconf, antlr4-python3-runtime).
 #
-#   scripts/gpu_check.sh [PART...]            tests measure smoke, or some of these and of: correct sdpa kernels
+#   scripts/gpu_check.sh [PART...]            tests measure smoke, or some of these and of: correct sdpa kernels profile
 #   DEV=cpu scripts/gpu_check.sh [PART...]    the same at toy size, on any machine
 #
 # Results go to $OUT (gpu_check/ by default): a log of each part, tests.xml, results.tar.gz with the records of the smoke
@@ -53,9 +53,10 @@ for name in ${*:-tests measure smoke}; do
             tar czf "$OUT/results.tar.gz" -C "$RESULTS" . ;;
         correct) part correct 100 "$PYTHON" scripts/gpu_check.py correct --seconds 80 ;;
         kernels) part kernels 60 "$PYTHON" scripts/gpu_check.py kernels --seconds 45 ;;
+        profile) part profile 180 "$PYTHON" scripts/gpu_check.py profile --seconds 160 ;;
         sdpa) part sdpa 40 "$PYTHON" scripts/gpu_check.py sdpa --seconds 25 ;;
         *)
-            echo "no part $name: tests, measure, smoke, correct, sdpa or kernels" >&2
+            echo "no part $name: tests, measure, smoke, correct, sdpa, kernels or profile" >&2
             exit 1 ;;
     esac
 done
