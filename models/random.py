@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from importlib import resources
 from typing import Annotated, ClassVar
 
 import torch
@@ -19,13 +18,10 @@ from ..methods.sharing.base import Sharing
 from .base import LoadedModel, ModelSource
 from .kvshare.convert import shared_config
 from .pretrained import prompt_limit
+from .shape_files import SHAPE_FILES
 
-# One file for each shape, from the config.json of the model it is named after (``tiny`` is for tests: the structure of
-# the large ones at a size that runs in milliseconds). ``kvbench kv-size`` reads the same files.
 SHAPES: dict[str, PretrainedConfig] = {
-    file.name.removesuffix(".json"): AutoConfig.for_model(**json.loads(file.read_text(encoding="utf-8")))
-    for file in (resources.files("kvbench.models") / "shapes").iterdir()
-    if file.name.endswith(".json")
+    name: AutoConfig.for_model(**json.loads(file.read_text(encoding="utf-8"))) for name, file in SHAPE_FILES.items()
 }
 
 
@@ -45,7 +41,7 @@ class RandomModel(ModelSource):
     location_fields: ClassVar[tuple[str, ...]] = ("sharing",)
     random_weights: ClassVar[bool] = True
 
-    shape: Annotated[str, OneOf(SHAPES)]
+    shape: Annotated[str, OneOf(SHAPE_FILES)]
     seed: int = 0
     name: str = ""
     max_positions: PositiveInt | None = None

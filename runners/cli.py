@@ -32,6 +32,7 @@ from .config.arguments import quote_texts, split_arguments
 from .config.checks import Folder, check_logging, check_targets, check_values, target_class, unknown_key
 from .config.choices import check_choices
 from .config.errors import USER_ERRORS, input_error_line, value_errors_of_hydra
+from .config.first_check import check_declared_values
 from .config.help import help_text
 from .config.loader import CONF, plain_data
 from .config.parts import build, recorded
@@ -235,6 +236,7 @@ def _run(config: DictConfig) -> list[Path]:
     if (kept := finished.read()) is not None:
         print(kept[1])
         return kept[0]
+    check_declared_values(config)
     from ..models.base import ModelSource  # imports torch, so not before the configuration is composed
     from ..tasks.base import Described
     from .config.methods import methods_of

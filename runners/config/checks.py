@@ -165,7 +165,7 @@ def check_values(values: Mapping[str, Any], key: str, cls: type, ignored: Iterab
                 raise InputError(f"{at}._target_", value["_target_"], f"must be a {hint.__name__}")
             check_values(value, at, part)
         else:
-            _check_value(value, at, hint)
+            check_value(value, at, hint)
     for name, parameter in parameters.items():
         is_named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         is_needed = is_named and parameter.default is parameter.empty
@@ -205,11 +205,12 @@ def _hints(cls: type) -> Mapping[str, Any]:
         return {}
 
 
-def _check_value(value: Any, key: str, hint: Any) -> None:
+def check_value(value: Any, key: str, hint: Any) -> None:
+    """Raise InputError unless a value of the configuration fits an annotation; one value counts as a list of one."""
     if isinstance(value, int) and abs(value) >= LARGEST:
         raise InputError(key, value, "is too large: whole numbers are below 2**53")
     if not _is_part(hint):
-        if not fits([value], hint):  # a single value counts as a list of one
+        if not fits([value], hint):
             check(value, key, hint)
     elif value is not None or NoneType not in get_args(hint):
         raise InputError(key, as_typed(value), _how_to_set(key, value))

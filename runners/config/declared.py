@@ -1,6 +1,7 @@
 """Types and bounds of options, read from the source of the classes that declare them.
 
-``--help`` uses it, because importing those classes takes seconds, for most import torch. Only annotations are
+``--help`` and the first check of a command use it, because importing those classes takes seconds, for most import
+torch. Only annotations are
 evaluated: types of :mod:`typing`, the constraints of :mod:`...conf.options`, literals, and names for them.
 """
 
@@ -18,8 +19,14 @@ from typing import Any
 from ...conf import options
 from ...conf.options import Constraint, in_words
 
-IMPORTED = ("typing", "collections.abc", options.__name__)
-"""Modules whose names are looked up by an import."""
+IMPORTED = (
+    "typing",
+    "collections.abc",
+    options.__name__,
+    "kvbench.tasks.longbench_spec",
+    "kvbench.models.shape_files",
+)
+"""Modules whose names are looked up by an import, which is fast."""
 
 
 class UnknownNameError(Exception):
@@ -33,13 +40,18 @@ class InitVar:
         return hint
 
 
-def allowed_values(target: str) -> Mapping[str, str]:
-    """Return the allowed values, in words, of each option of the class that a ``_target_`` names.
+def declared_types(target: str) -> Mapping[str, Any]:
+    """Return the annotation of each option of the class that a ``_target_`` names.
 
     Options whose values are not checked (parts) are left out.
     """
     module, _, name = target.rpartition(".")
-    return {key: in_words(hint) for key, hint in _options_of(module, name).items()}
+    return _options_of(module, name)
+
+
+def allowed_values(target: str) -> Mapping[str, str]:
+    """Return the allowed values, in words, of each of :func:`declared_types`."""
+    return {key: in_words(hint) for key, hint in declared_types(target).items()}
 
 
 @cache
@@ -56,16 +68,27 @@ def _options_of(module: str, name: str) -> Mapping[str, Any]:
     for base in reversed(node.bases):
         if isinstance(base, ast.Name):
             hints |= _options_of(source.name, base.id)
-    for statement in node.body:
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            hints.pop(statement.target.id, None)
-            try:
-                hint = source.evaluate(statement.annotation)
-            except UnknownNameError:
-                continue
-            if not _is_class_var(statement.annotation):
-                hints[statement.target.id] = hint
+    fields = [
+        (statement.target.id, statement.annotation)
+        for statement in node.body
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+    ]
+    arguments = [(a.arg, a.annotation) for a in _arguments_of_init(node) if a.annotation is not None]
+    for option, annotation in [*(a for a in arguments if a[0] not in dict(fields)), *fields]:
+        hints.pop(option, None)
+        try:
+            hint = source.evaluate(annotation)
+        except UnknownNameError:
+            continue
+        if not _is_class_var(annotation):
+            hints[option] = hint
     return hints
+
+
+def _arguments_of_init(node: ast.ClassDef) -> Sequence[ast.arg]:
+    """Return the arguments of a class whose ``__init__`` is written out."""
+    inits = [s for s in node.body if isinstance(s, ast.FunctionDef) and s.name == "__init__"]
+    return [argument for init in inits for argument in (*init.args.args, *init.args.kwonlyargs)]
 
 
 def _is_class_var(annotation: ast.expr) -> bool:

@@ -17,10 +17,9 @@ from omegaconf import OmegaConf
 from ...conf.wording import as_typed
 from .choices import group_choices
 from .declared import allowed_values
+from .first_check import SETTINGS
 from .loader import OF_ANY_KEY, config_loader, groups
 
-SETTINGS = "kvbench.runners.config.settings.Settings"
-"""Class of the top-level keys."""
 FOLDER = "--config-dir"
 
 
