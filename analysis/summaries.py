@@ -95,16 +95,15 @@ def shares_examples(scores: Groups, baseline: Groups) -> bool:
     return any(rows.keys() & baseline.get(name, {}).keys() for name, rows in scores.items())
 
 
-def against_full(methods: Mapping[K, Groups], full: Groups, bounds: Bounds | None) -> dict[K, tuple[Comparison, float]]:
-    """Comparison of each method of a table with its full cache, and its p-value after Holm's rule over the table.
+def compare_all(pairs: Mapping[K, tuple[Groups, Groups]], bounds: Bounds | None) -> dict[K, tuple[Comparison, float]]:
+    """Comparison of each method of a table with its reference, and its p-value after Holm's rule over the table.
 
-    Methods that share no example with the full cache are left out.
+    Methods that share no example with their reference are left out.
 
     Args:
-        methods: Scores of each method, the full cache not among them.
-        full: Scores of the full cache.
+        pairs: Scores of each method, and those of its reference.
         bounds: Bounds of a score; None where there are none.
     """
-    compared = {key: compare(scores, full, bounds) for key, scores in methods.items() if shares_examples(scores, full)}
+    compared = {key: compare(*pair, bounds) for key, pair in pairs.items() if shares_examples(*pair)}
     adjusted = holm({key: comparison.p for key, comparison in compared.items()})
     return {key: (comparison, adjusted[key]) for key, comparison in compared.items()}

@@ -16,6 +16,7 @@ from ..figures.registry import looks_of
 from ..load import Run, average, comparable, fewer_is_better, flat, setting
 from ..tables.groups import differences_of
 from ..tables.marks import tests_of
+from ..tables.reference import FULL_CACHE
 from .examples import Examples, needle_map, number
 
 TIMES = ("ttft_ms", "tpot_ms", "prefill_tokens_per_s", "decode_tokens_per_s", "output_tokens_per_s")
@@ -156,7 +157,7 @@ def _group(group: Sequence[Run]) -> dict[str, Any]:
 def _tests(group: Sequence[Run]) -> dict[str, list[float | int | None]]:
     """``[p, won, tied, lost]`` against the full cache by hash: p-values after Holm's rule over the group."""
     sign = -1 if fewer_is_better(group[0].record) else 1
-    made = tests_of(group).full
+    made = tests_of(group, FULL_CACHE.run_for).paired
     return {key: [number(p), *((one.won, one.tied, one.lost)[::sign])] for key, (one, p) in made.items()}
 
 

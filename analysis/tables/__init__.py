@@ -4,6 +4,7 @@
     kvbench table results/reference -o table.tex     # LaTeX (booktabs)
     kvbench table results/reference -o cells.csv     # one row a number, with its interval and the run it came from
     kvbench table results/reference --by-budget      # scores alone: a row a method, a column a budget
+    kvbench table results/reference --against snapkv # paired differences from snapkv at each budget
     kvbench table RESULTS MORE_RESULTS --methods full,snapkv --tasks 'longbench*' --columns mean,kept
 
 Runs stand in one table only when nothing but the method differs: same model, same rows of the same data, same dtype,

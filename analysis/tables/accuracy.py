@@ -16,34 +16,47 @@ from .marks import (
     BLOCKS,
     DAGGER,
     FLOOR_MARK,
-    SIGNIFICANT,
     Tests,
     at_the_floor,
     bold,
     in_blocks,
     members_of,
+    significant,
     tests_of,
 )
 from .notes import guards, made_by, missing_sets, narrow_storage, ways_of_reading
+from .reference import FULL_CACHE, Reference
 
+HOLM = "p (Holm)"
 WITHIN = {True: "yes", False: "no", None: "undecided"}
 """Answers of :func:`.stats.non_inferior` in words."""
 
 
-def accuracy_table(runs: Sequence[Run], by_set: bool = True, tested: bool = True, margin: float | None = None) -> Table:
-    """Scores by data set, their mean with its interval, the paired difference to the full cache, and bytes.
+def accuracy_table(
+    runs: Sequence[Run],
+    by_set: bool = True,
+    tested: bool = True,
+    margin: float | None = None,
+    reference: Reference = FULL_CACHE,
+) -> Table:
+    """Scores by data set, their mean with its interval, the paired difference to a reference, and bytes.
 
     Args:
         runs: one group of comparable runs, at least one.
         by_set: a column for each data set, examples won and lost, and output length; without them the table fits a
             terminal.
         tested: whether differences are tested, and the best are bold.
-        margin: largest loss against the full cache that counts as none, in the unit of the difference: a column says
+        margin: largest loss against the reference that counts as none, in the unit of the difference: a column says
             which methods are within it; default: no such column.
+        reference: method that the others are compared with.
+
+    Raises:
+        InputError: the reference is more than one method of the table.
     """
     runs, blocks = in_blocks(runs)
     done = [run for run in runs if run.done]
-    columns = _Columns.of(done, by_set, tests_of(done) if tested else Tests(), margin)
+    tests = tests_of(done, reference.run_for) if tested else Tests()
+    columns = _Columns.of(done, by_set, tests, margin, reference)
     rows = [columns.row(run) if run.done else out_of_memory_row(run, len(columns.heads)) for run in runs]
     families = ["", *map(family, columns.names), *("" for _ in columns.heads[1 + len(columns.names) :])]
     table = Table(title(runs), columns.heads, rows, runs, families=families if any(families) else [], blocks=blocks)
@@ -65,7 +78,8 @@ class _Columns:
         has_mean_bytes: Whether records have the mean bytes over the decode steps.
         floor: Data sets on which the full cache scores nothing.
         tests: Comparisons of the runs.
-        margin: Loss against the full cache that counts as none; None: there is no such column.
+        margin: Loss against the reference that counts as none; None: there is no such column.
+        reference: Method that the others are compared with.
     """
 
     names: list[str]
@@ -76,24 +90,29 @@ class _Columns:
     floor: set[str]
     tests: Tests
     margin: float | None
+    reference: Reference
 
     @classmethod
-    def of(cls, done: Sequence[Run], by_set: bool, tests: Tests, margin: float | None) -> _Columns:
+    def of(
+        cls, done: Sequence[Run], by_set: bool, tests: Tests, margin: float | None, reference: Reference
+    ) -> _Columns:
         names = sorted(_keys(done, "scores"), key=paper_order) if by_set else []
         loss = bool(done) and fewer_is_better(done[0].record)
         if loss and len(names) == 1:
             names = []
         has_mean = any(run.record["bytes"].get("kv_bytes_mean") is not None for run in done)
         full = next((run for run in done if run.is_full_cache), None)
-        return cls(names, _keys(done, "averages"), loss, by_set, has_mean, at_the_floor(full), tests, margin)
+        return cls(names, _keys(done, "averages"), loss, by_set, has_mean, at_the_floor(full), tests, margin, reference)
 
     @property
     def heads(self) -> list[str]:
-        mean, against = ("perplexity", "nats vs full") if self.loss else ("mean", "vs full")
+        mean, unit = ("perplexity", "nats ") if self.loss else ("mean", "")
+        against = f"{unit}vs {self.reference.name}"
         heads = ["method", *map(short_name, self.names), *self.further, mean, "95 % interval", against, "95 % interval"]
+        heads += [] if self.reference.is_full_cache else [HOLM]
         heads += [f"within {self.margin:g}"] if self.margin is not None else []
-        heads += ["won/tied/lost"] if self.is_whole and self.tests.full else []
-        heads += ["tokens vs full"] if self.is_whole and self.tests.drift else []
+        heads += ["won/tied/lost"] if self.is_whole and self.tests.paired else []
+        heads += [f"tokens vs {self.reference.name}"] if self.is_whole and self.tests.drift else []
         heads += ["KV MiB", "mean KV MiB"] if self.has_mean_bytes else ["KV MiB"]
         return [*heads, "KV kept", "run"]
 
@@ -107,7 +126,7 @@ class _Columns:
             *(score(averages[n]) if n in averages else MISSING for n in self.further),
             score(mean, better=better),
             interval(mean),
-            *self._against_full(run, f"+.{digits}f"),
+            *self._against_reference(run, f"+.{digits}f"),
             *([self._within(run, self.margin)] if self.margin is not None else []),
             *self._examples(run),
             number(held["kv_bytes_stored"] / MIB, 2),
@@ -127,20 +146,29 @@ class _Columns:
             for name, cell in zip(self.names, cells, strict=True)
         ]
 
-    def _against_full(self, run: Run, form: str) -> list[Cell]:
-        """The paired difference, with a mark if it is significant, and its interval."""
-        difference = run.record.get("paired", {}).get("difference")
+    def _difference(self, run: Run) -> Mapping[str, Any] | None:
+        """The paired difference to the reference: as recorded, for the full cache."""
+        if self.reference.is_full_cache:
+            recorded: Mapping[str, Any] | None = run.record.get("paired", {}).get("difference")
+            return recorded
+        found = self.tests.paired.get(run.record["hash"])
+        return None if found is None else asdict(found[0].difference)
+
+    def _against_reference(self, run: Run, form: str) -> list[Cell]:
+        """The paired difference, with a mark if it is significant, its interval, and p where it has a column."""
+        difference = self._difference(run)
         if difference is None:
-            return [MISSING, MISSING]
+            return [MISSING, MISSING] if self.reference.is_full_cache else [MISSING, MISSING, MISSING]
         cell = score(difference, form)
-        found = self.tests.full.get(run.record["hash"])
+        found = self.tests.paired.get(run.record["hash"])
         if found is not None:
             cell = cell._replace(p=found[1], text=cell.text + (DAGGER if self.tests.is_significant(run) else ""))
-        return [cell, interval(difference, form)]
+        cells = [cell, interval(difference, form)]
+        return cells if self.reference.is_full_cache or found is None else [*cells, number(found[1], 4)]
 
     def _within(self, run: Run, margin: float) -> Cell:
-        """Whether a run loses less than the margin against the full cache."""
-        difference = run.record.get("paired", {}).get("difference")
+        """Whether a run loses less than the margin against the reference."""
+        difference = self._difference(run)
         if difference is None or difference["low"] is None:
             return MISSING
         ends = (difference["mean"], difference["low"], difference["high"], difference["n"])
@@ -151,8 +179,8 @@ class _Columns:
         if not self.is_whole:
             return []
         cells = []
-        if self.tests.full:
-            found = self.tests.full.get(run.record["hash"])
+        if self.tests.paired:
+            found = self.tests.paired.get(run.record["hash"])
             cells.append(MISSING if found is None else self._flips(found[0]))
         if self.tests.drift:
             drift = self.tests.drift.get(run.record["hash"])
@@ -166,8 +194,11 @@ class _Columns:
     def notes(self) -> list[str]:
         """What the marks and the further columns are."""
         notes = []
-        if any(p < 1 - LEVEL for _, p in self.tests.full.values()):
-            notes.append(SIGNIFICANT)
+        if not self.reference.is_full_cache:
+            name = self.reference.name
+            notes.append(f"vs {name}: paired on the same examples, at the row's budget where {name} has several.")
+        if any(p < 1 - LEVEL for _, p in self.tests.paired.values()):
+            notes.append(significant(self.reference.words))
         if self.margin is not None:
             unit = "nats" if self.loss else "points"
             notes.append(
@@ -177,10 +208,12 @@ class _Columns:
         floor = [short_name(name) for name in self.names if name in self.floor]
         if floor:
             notes.append(f"{FLOOR_MARK}: the full cache scores 0 on nearly all examples, so no method can lose there.")
-        if self.is_whole and self.tests.full:
-            notes.append("won/tied/lost: examples that score more, the same and less than with the full cache.")
+        if self.is_whole and self.tests.paired:
+            notes.append(
+                f"won/tied/lost: examples that score more, the same and less than with {self.reference.words}."
+            )
         if self.is_whole and self.tests.drift:
-            notes.append("tokens vs full: change of the output's length.")
+            notes.append(f"tokens vs {self.reference.name}: change of the output's length.")
         if self.has_mean_bytes:
             notes.append("mean KV MiB: over the decode steps; KV MiB: after the prompt.")
         return notes

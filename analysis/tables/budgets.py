@@ -8,11 +8,12 @@ from typing import Any
 from ..load import Run, average, comparable, fewer_is_better
 from .accuracy import title
 from .cells import Cell, Table, fixed, number
-from .marks import BEST, BLOCKS, DAGGER, EQUAL_BYTES, SIGNIFICANT, Tests, in_blocks, members_of, tests_of
+from .marks import BEST, BLOCKS, DAGGER, EQUAL_BYTES, Tests, in_blocks, members_of, significant, tests_of
 from .notes import different_layers, guards, made_by, missing_sets, tie_rules, ways_of_reading
+from .reference import FULL_CACHE, Reference
 
 
-def budget_tables(runs: Sequence[Run], tested: bool = True) -> list[Table]:
+def budget_tables(runs: Sequence[Run], tested: bool = True, reference: Reference = FULL_CACHE) -> list[Table]:
     """Scores of each group of comparable runs: a row a method and a column a budget, and the runs that have none.
 
     Budgets are those in tokens; a fraction of the prompt stands with the runs that have no budget.
@@ -20,6 +21,7 @@ def budget_tables(runs: Sequence[Run], tested: bool = True) -> list[Table]:
     Args:
         runs: of any kind.
         tested: whether differences are tested, and the best are bold.
+        reference: method that the others are compared with.
     """
     made = []
     for group in comparable([r for r in runs if r.record["kind"] == "accuracy" and r.done]):
@@ -31,15 +33,21 @@ def budget_tables(runs: Sequence[Run], tested: bool = True) -> list[Table]:
                 by_curve.setdefault(run.curve, {})[budget] = run
             else:
                 others.append(run)
-        tests = tests_of(group) if tested else Tests()
+        tests = tests_of(group, reference.run_for) if tested else Tests()
         if by_curve:
-            made.append(_by_budget(group, dict(sorted(by_curve.items())), tests, is_alone=not others))
+            made.append(_by_budget(group, dict(sorted(by_curve.items())), tests, reference, is_alone=not others))
         if others:
-            made.append(_without_budget(group, others, tests))
+            made.append(_without_budget(group, others, tests, reference))
     return made
 
 
-def _by_budget(group: Sequence[Run], by_curve: Mapping[str, Mapping[int, Run]], tests: Tests, is_alone: bool) -> Table:
+def _by_budget(
+    group: Sequence[Run],
+    by_curve: Mapping[str, Mapping[int, Run]],
+    tests: Tests,
+    reference: Reference,
+    is_alone: bool,
+) -> Table:
     budgets = sorted({b for row in by_curve.values() for b in row})
     best = {
         hash_
@@ -57,7 +65,7 @@ def _by_budget(group: Sequence[Run], by_curve: Mapping[str, Mapping[int, Run]], 
     notes.append(f"{what} and its 95 % interval. {_bytes_kept(by_curve, budgets)}")
     if best:
         notes.append("Bold: the best of a column and all that cannot be told from it, among those at equal bytes.")
-    notes += [SIGNIFICANT] if any(map(tests.is_significant, shown)) else []
+    notes += [significant(reference.words)] if any(map(tests.is_significant, shown)) else []
     notes += tie_rules(shown) + different_layers(group)
     if is_alone:
         notes += ways_of_reading(group)
@@ -95,7 +103,7 @@ def _range(low: float, high: float) -> str:
     return texts[0] if texts[0] == texts[1] else f"{texts[0]} to {texts[1]}"
 
 
-def _without_budget(group: Sequence[Run], others: Sequence[Run], tests: Tests) -> Table:
+def _without_budget(group: Sequence[Run], others: Sequence[Run], tests: Tests, reference: Reference) -> Table:
     column = "perplexity" if fewer_is_better(group[0].record) else "score"
     others, blocks = in_blocks(others)
     best = {hash_ for block in _equal_bytes(others) for hash_ in tests.best(block)}
@@ -104,7 +112,7 @@ def _without_budget(group: Sequence[Run], others: Sequence[Run], tests: Tests) -
         for run in others
     ]
     notes = guards(group[0].record) + missing_sets(group) + ([BLOCKS, BEST] if best else [])
-    notes += [SIGNIFICANT] if any(map(tests.is_significant, others)) else []
+    notes += [significant(reference.words)] if any(map(tests.is_significant, others)) else []
     notes += ways_of_reading(group) + made_by(group)
     return Table(title(group), ["method", column, "KV kept"], rows, others, notes, blocks=blocks)
 

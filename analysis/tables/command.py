@@ -19,6 +19,7 @@ from .cells import Table
 from .groups import each_table, table_makers
 from .latex import TEXT_WIDTH, latex_page
 from .marks import MAX_TESTED
+from .reference import FULL_CACHE, Reference
 from .text import csv_page, html_page, markdown_page
 
 FORMATS: Mapping[str, Callable[[Iterable[Table]], Iterator[str]]] = {
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: none of the {len(problems)} records can be shown", file=sys.stderr)
             return NOTHING_READ
         chosen = select(runs, args)
+        Reference(args.against).check(chosen)
         if page is markdown_page and len(chosen) > MAX_TESTED and not args.published and args.columns is None:
             parts = _markdown_in_processes(args, chosen)
         else:
@@ -83,10 +85,17 @@ def _parser() -> argparse.ArgumentParser:
         help="LaTeX: width of the text (default: %(default)s)",
     )
     parser.add_argument(
+        "--against",
+        default=FULL_CACHE.name,
+        metavar="METHOD",
+        help="compare scores with this method on the same examples: at the row's budget (snapkv), or at one budget "
+        "('snapkv 256'); default: full",
+    )
+    parser.add_argument(
         "--margin",
         type=float,
         metavar="POINTS",
-        help="a column that says which methods lose less than this against the full cache (nats for perplexities)",
+        help="a column that says which methods lose less than this against full or METHOD (nats for perplexities)",
     )
     parser.add_argument("--by-budget", action="store_true", help="scores alone, a row a method and a column a budget")
     parser.add_argument(
@@ -105,6 +114,8 @@ def _format(args: argparse.Namespace) -> Callable[[Iterable[Table]], Iterator[st
         raise InputError("--published", "csv", "mixes runs and claims: use markdown, latex or html")
     if name == "csv" and args.by_budget:
         raise InputError("--by-budget", "csv", "has a run in each cell: leave it out, the csv names every number")
+    if args.published and args.against != FULL_CACHE.name:
+        raise InputError("--against", args.against, "compares scores: leave out --published")
     if args.margin is not None and not 0 < args.margin < float("inf"):
         raise InputError("--margin", f"{args.margin:g}", "must be a number of points above 0")
     if args.margin is not None and (args.by_budget or args.published):
@@ -124,13 +135,13 @@ def _wanted(args: argparse.Namespace, runs: Sequence[Run]) -> Iterator[Table]:
 
         made: Iterator[Table] = iter([published_table(runs)])
     else:
-        made = each_table(runs, args.by_budget, args.margin)
+        made = each_table(runs, args.by_budget, args.margin, Reference(args.against))
     return made if args.columns is None else _with_columns(args.columns, list(made))
 
 
 def _markdown_in_processes(args: argparse.Namespace, runs: Sequence[Run]) -> Iterator[str]:
     """The same page, its tables made and written by several processes."""
-    makers = table_makers(runs, args.by_budget, args.margin)
+    makers = table_makers(runs, args.by_budget, args.margin, Reference(args.against))
 
     def written(some: Sequence[Callable[[], list[Table]]]) -> str:
         return "".join(markdown_page(chain.from_iterable(make() for make in some)))

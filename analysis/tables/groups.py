@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 from ..describe import setting
 from ..load import Run, comparable, flat
@@ -15,6 +16,7 @@ from .budgets import budget_tables
 from .cells import Table
 from .efficiency import efficiency_table
 from .marks import MAX_TESTED
+from .reference import FULL_CACHE, Reference
 from .training import train_table
 
 KINDS: Mapping[str, Callable[[Sequence[Run]], Table]] = {
@@ -37,40 +39,49 @@ def tables(runs: Sequence[Run]) -> list[Table]:
     return list(each_table(runs))
 
 
-def each_table(runs: Sequence[Run], by_budget: bool = False, margin: float | None = None) -> Iterator[Table]:
+def each_table(
+    runs: Sequence[Run], by_budget: bool = False, margin: float | None = None, reference: Reference = FULL_CACHE
+) -> Iterator[Table]:
     """The tables one by one, so that those of a large folder need not be in memory together.
 
     Args:
         runs: All runs.
         by_budget: A row a method and a column a budget.
-        margin: See :func:`.accuracy.accuracy_table`.
+        margin, reference: See :func:`.accuracy.accuracy_table`.
     """
     used: Counter[str] = Counter()
-    for make in table_makers(runs, by_budget, margin):
+    for make in table_makers(runs, by_budget, margin, reference):
         for table in make():
             table.name = _name(table.runs[0], used)
             yield table
 
 
 def table_makers(
-    runs: Sequence[Run], by_budget: bool = False, margin: float | None = None
+    runs: Sequence[Run], by_budget: bool = False, margin: float | None = None, reference: Reference = FULL_CACHE
 ) -> list[Callable[[], list[Table]]]:
     """For each group of comparable runs, what makes its tables, without names; see :func:`each_table`."""
     groups = [group for group in comparable(runs) if group[0].record["kind"] in KINDS]
     differences = differences_of(groups)
     tested = len(runs) <= MAX_TESTED
-    return [partial(_tables_of, group, differences[group[0].group_key], by_budget, margin, tested) for group in groups]
+    options = _Options(by_budget, margin, tested, reference)
+    return [partial(_tables_of, group, differences[group[0].group_key], options) for group in groups]
 
 
-def _tables_of(
-    group: Sequence[Run], differences: Sequence[str], by_budget: bool, margin: float | None, tested: bool
-) -> list[Table]:
+class _Options(NamedTuple):
+    by_budget: bool
+    margin: float | None
+    tested: bool
+    reference: Reference
+
+
+def _tables_of(group: Sequence[Run], differences: Sequence[str], options: _Options) -> list[Table]:
     """Tables of a group; ``differences``: the settings in which its tables differ from those of other groups."""
     is_accuracy = group[0].record["kind"] == "accuracy"
-    if by_budget:
-        made = budget_tables(group, tested)
+    _, margin, tested, reference = options
+    if options.by_budget:
+        made = budget_tables(group, tested, reference)
     elif is_accuracy:
-        made = [accuracy_table(group, tested=tested, margin=margin)]
+        made = [accuracy_table(group, tested=tested, margin=margin, reference=reference)]
     else:
         made = [KINDS[group[0].record["kind"]](group)]
     common = ", ".join([setting(group[0].record, group), *differences])

@@ -6,13 +6,13 @@ number of comparisons in a block or table (see :mod:`..stats`). Two times are to
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..load import Run, fewer_is_better
 from ..stats import LEVEL, Comparison, Estimate, Groups, not_worse_than_best, paired_difference
-from ..summaries import against_full, score_bounds, shares_examples
+from ..summaries import compare_all, score_bounds, shares_examples
 from .cells import Cell, Table
 
 EQUAL_BYTES = 0.05
@@ -26,7 +26,11 @@ MAX_TESTED = 2000
 
 BLOCKS = f"Rows between two rules keep equal bytes, to within {100 * EQUAL_BYTES:g} %."
 BEST = "Bold: the best of them and all that cannot be told from it, where any can."
-SIGNIFICANT = f"{DAGGER}: differs from the full cache (sign flips of paired scores, Holm's rule, 5 %)."
+
+
+def significant(reference: str) -> str:
+    """What the dagger says, of a reference in words."""
+    return f"{DAGGER}: differs from {reference} (sign flips of paired scores, Holm's rule, 5 %)."
 
 
 # blocks ---------------------------------------------------------------------------------------------------------------
@@ -76,18 +80,18 @@ class Tests:
     """Comparisons of the scores of one table.
 
     Attributes:
-        full: Of each run by hash, the comparison with the full cache and its p-value after Holm's rule.
-        drift: Of each run by hash, the paired difference of its output tokens to the full cache's.
+        paired: Of each run by hash, the comparison with its reference and its p-value after Holm's rule.
+        drift: Of each run by hash, the paired difference of its output tokens to its reference's.
         scores: Scores of each run by hash that can be compared.
     """
 
-    full: Mapping[str, tuple[Comparison, float]] = field(default_factory=dict)
+    paired: Mapping[str, tuple[Comparison, float]] = field(default_factory=dict)
     drift: Mapping[str, Estimate] = field(default_factory=dict)
     scores: Mapping[str, Groups] = field(default_factory=dict)
 
     def is_significant(self, run: Run) -> bool:
-        """Whether a run's mean score differs from the full cache's."""
-        found = self.full.get(run.record["hash"])
+        """Whether a run's mean score differs from its reference's."""
+        found = self.paired.get(run.record["hash"])
         return found is not None and found[1] < 1 - LEVEL
 
     def best(self, runs: Sequence[Run], name: str | None = None) -> set[str]:
@@ -108,29 +112,36 @@ class Tests:
         return set() if len(best) == len(scores) else best
 
 
-def tests_of(runs: Sequence[Run]) -> Tests:
-    """Compare the scores of a group of comparable runs; those without examples take no part."""
+def tests_of(runs: Sequence[Run], reference_for: Callable[[Run, Sequence[Run]], Run | None]) -> Tests:
+    """Compare the scores of a group of comparable runs; those without examples take no part.
+
+    Args:
+        runs: Runs of a table.
+        reference_for: What returns the run among them that one is compared with, if there is one.
+    """
     compared = [run for run in runs if run.done and run.examples is not None]
+    if not compared:
+        return Tests()
     scores = {run.record["hash"]: run.examples.by_data_set() for run in compared if run.examples is not None}
-    full = next((run for run in compared if run.is_full_cache), None)
-    others = {run.record["hash"]: scores[run.record["hash"]] for run in compared if not run.is_full_cache}
-    if full is None or not others:
-        return Tests(scores=others)
+    pairs = [(run, other) for run in compared if (other := reference_for(run, compared)) is not None]
     return Tests(
-        against_full(others, scores[full.record["hash"]], score_bounds(full.record)),
-        {run.record["hash"]: drift for run in compared if (drift := length_drift(run, full)) is not None},
-        others,
+        compare_all(
+            {run.record["hash"]: (scores[run.record["hash"]], scores[other.record["hash"]]) for run, other in pairs},
+            score_bounds(compared[0].record),
+        ),
+        {run.record["hash"]: drift for run, other in pairs if (drift := length_drift(run, other)) is not None},
+        {run.record["hash"]: scores[run.record["hash"]] for run in compared if not run.is_full_cache},
     )
 
 
-def length_drift(run: Run, full: Run) -> Estimate | None:
-    """Paired difference of the number of output tokens; None for the full cache and for tasks without output."""
-    if run is full or run.examples is None or full.examples is None:
+def length_drift(run: Run, reference: Run) -> Estimate | None:
+    """Paired difference of the number of output tokens; None for tasks without output."""
+    if run.examples is None or reference.examples is None:
         return None
-    lengths, of_full = run.examples.lengths(), full.examples.lengths()
-    if not any(lengths.values()) or not any(of_full.values()):
+    lengths, of_reference = run.examples.lengths(), reference.examples.lengths()
+    if not any(lengths.values()) or not any(of_reference.values()):
         return None
-    groups, baseline = _by_data_set(lengths), _by_data_set(of_full)
+    groups, baseline = _by_data_set(lengths), _by_data_set(of_reference)
     return paired_difference(groups, baseline, None) if shares_examples(groups, baseline) else None
 
 

@@ -12,7 +12,7 @@ from scipy import stats as scipy_stats
 
 from kvbench.analysis import stats
 from kvbench.analysis.stats import Estimate, compare, holm, macro_mean, paired_difference, ratio, sign_flip_p
-from kvbench.analysis.summaries import against_full
+from kvbench.analysis.summaries import compare_all
 
 
 def rows(*groups: list[float]) -> dict[str, dict[str, float]]:
@@ -299,4 +299,4 @@ def test_one_repetition_has_no_interval() -> None:
 def test_a_method_that_shares_no_example_with_the_full_cache_is_not_compared_with_it() -> None:
     full = {"qasper": {"0": 10.0, "1": 30.0}}
     methods = {"same": {"qasper": {"0": 10.0, "1": 20.0}}, "rows": {"qasper": {"7": 5.0}}, "set": {"trec": {"0": 5.0}}}
-    assert set(against_full(methods, full, stats.PERCENT_BOUNDS)) == {"same"}
+    assert set(compare_all({key: (groups, full) for key, groups in methods.items()}, stats.PERCENT_BOUNDS)) == {"same"}

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 from records import accuracy, efficiency, estimate, save
 
+from kvbench.analysis import stats
 from kvbench.analysis.figures import figures
 from kvbench.analysis.load import Run, compressed_layers, frame, load
 from kvbench.analysis.repetitions import of_repetitions
 from kvbench.analysis.tables import budget_tables, efficiency_table, main, tables
 from kvbench.analysis.tables.groups import each_table
+from kvbench.analysis.tables.reference import Reference
 
 
 def made(folder, *records):
@@ -271,6 +273,64 @@ def test_a_difference_from_the_full_cache_is_marked_after_holm_s_rule(tmp_path):
     assert cell(table, "h2o 128", "vs full").text == "+0.05"
     assert cell(table, "snapkv 128", "vs full").p < 0.05 < cell(table, "h2o 128", "vs full").p
     assert any("Holm" in note for note in table.notes)
+
+
+def test_against_pairs_every_row_with_the_method_s_row_of_its_budget(tmp_path, capsys):
+    """Differences, intervals and p-values are those of analysis/stats, adjusted over the table."""
+    settings = [
+        ("full", None, 22.0),
+        ("snapkv", 128, 19.0),
+        ("snapkv", 256, 21.5),
+        ("h2o", 128, 18.5),
+        ("h2o", 256, 21.0),
+    ]
+    folder = save(tmp_path, *(accuracy(*setting) for setting in [*settings, ("tova", 64, 15.0)]))
+    runs = {run.label: run for run in load(folder)[0]}
+    scores = {label: run.examples.by_data_set() for label, run in runs.items()}
+    pairs = {"h2o 128": "snapkv 128", "h2o 256": "snapkv 256"}
+    compared = {label: stats.compare(scores[label], scores[other]) for label, other in pairs.items()}
+    adjusted = stats.holm({label: comparison.p for label, comparison in compared.items()})
+    (table,) = each_table(list(runs.values()), reference=Reference("snapkv"))
+    assert len(compared) == 2 and {row[0].text for row in table.rows} == set(runs)
+    for row in table.rows:
+        label, columns = row[0].text, dict(zip(table.columns, row, strict=True))
+        difference = row[table.columns.index("vs snapkv")]
+        if label not in pairs:
+            assert (difference.text, columns["p (Holm)"].text, columns["won/tied/lost"].text) == ("-", "-", "-")
+            continue
+        expected = compared[label].difference
+        assert (difference.value, difference.low, difference.high) == (expected.mean, expected.low, expected.high)
+        assert columns["p (Holm)"].value == difference.p == adjusted[label]
+        assert columns["won/tied/lost"].text == f"{compared[label].won}/{compared[label].tied}/{compared[label].lost}"
+    assert "than with snapkv." in " ".join(table.notes) and "the full cache" not in " ".join(table.notes)
+
+    (one,) = each_table(list(runs.values()), reference=Reference("snapkv 256"))
+    others = {label: stats.compare(scores[label], scores["snapkv 256"]) for label in runs if label != "snapkv 256"}
+    adjusted = stats.holm({label: comparison.p for label, comparison in others.items()})
+    assert {row[0].text: row[one.columns.index("p (Holm)")].value for row in one.rows} == {
+        **adjusted,
+        "snapkv 256": None,
+    }
+
+    assert main([str(folder), "--against", "snapkv", "--columns", "vs*,p*"]) == 0
+    assert "| vs snapkv | p (Holm) |" in " ".join(capsys.readouterr().out.split())
+    assert main([str(folder), "--against", "snapkv", "--by-budget"]) == 0
+    assert main([str(folder), "--against", "full"]) == 0
+    assert "vs full" in capsys.readouterr().out
+
+
+def test_against_names_one_method_of_the_results(tmp_path, capsys):
+    two = [accuracy("snapkv", 128, 19.0, seed=0) for _ in range(2)]
+    two[1]["identity"]["method"]["selection"]["window"] = 16
+    folder = save(tmp_path, *two, accuracy("h2o", 128, 18.0))
+    for name, message in (
+        ("snapvk", "is in none of these results: they have h2o, snapkv; did you mean snapkv"),
+        ("snapkv", "is more than one method here: name one of snapkv 128 (window="),
+    ):
+        assert main([str(folder), "--against", name]) == 2
+        assert capsys.readouterr().err.startswith(f"error: --against={name}: {message}")
+    assert main([str(folder), "--against", "snapkv 128 (window=16)", "--columns", "vs*"]) == 0
+    assert "vs snapkv 128 (window=16)" in capsys.readouterr().out
 
 
 def test_a_margin_says_which_methods_are_within_it(tmp_path, capsys):
