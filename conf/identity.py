@@ -19,7 +19,7 @@ class HasIdentity(Options):
     id: ClassVar[str]
     """Name of the part in records, declared by each class; default: the class name."""
     version: ClassVar[int] = 1
-    """Incremented when a code change affects results; part of the identity if above 1."""
+    """Incremented when a code change affects results, in :mod:`.versions`; part of the identity if above 1."""
     recorded_as: ClassVar[Mapping[str, str]] = {}
     """Field -> its key in records, for renamed fields."""
     omitted_at: ClassVar[Mapping[str, Any]] = {}

@@ -9,7 +9,7 @@ from typing import Any
 from ..describe import setting
 from ..load import Run, average, fewer_is_better
 from ..stats import LEVEL, Comparison, Estimate, non_inferior
-from .cells import MIB, MISSING, Cell, Table, interval, number, out_of_memory_row, run_hash, score
+from .cells import MIB, MISSING, Cell, Table, interval, label, number, out_of_memory_row, run_hash, score
 from .longbench import family, paper_order, short_name
 from .marks import (
     BEST,
@@ -24,7 +24,7 @@ from .marks import (
     significant,
     tests_of,
 )
-from .notes import guards, made_by, missing_sets, narrow_storage, ways_of_reading
+from .notes import guards, made_by, missing_sets, narrow_storage, older_versions, ways_of_reading
 from .reference import FULL_CACHE, Reference
 
 HOLM = "p (Holm)"
@@ -62,7 +62,7 @@ def accuracy_table(
     table = Table(title(runs), columns.heads, rows, runs, families=families if any(families) else [], blocks=blocks)
     marks = _mark_the_best(table, columns) if tested else []
     table.notes += guards(runs[0].record) + missing_sets(runs) + marks + columns.notes() + narrow_storage(runs)
-    table.notes += ways_of_reading(runs) + made_by(runs)
+    table.notes += ways_of_reading(runs) + older_versions(runs) + made_by(runs)
     return table
 
 
@@ -121,7 +121,7 @@ class _Columns:
         better, digits = (-1, 3) if self.loss else (1, 2)
         averages, held, mean = record.get("averages", {}), record["bytes"], average(record)
         return [
-            Cell(run.label),
+            label(run),
             *self._data_sets(run, better),
             *(score(averages[n]) if n in averages else MISSING for n in self.further),
             score(mean, better=better),

@@ -7,9 +7,9 @@ from typing import Any
 
 from ..load import Run, average, comparable, fewer_is_better
 from .accuracy import title
-from .cells import Cell, Table, fixed, number
+from .cells import Cell, Table, fixed, label, number, older_sign
 from .marks import BEST, BLOCKS, DAGGER, EQUAL_BYTES, Tests, in_blocks, members_of, significant, tests_of
-from .notes import different_layers, guards, made_by, missing_sets, tie_rules, ways_of_reading
+from .notes import different_layers, guards, made_by, missing_sets, older_versions, tie_rules, ways_of_reading
 from .reference import FULL_CACHE, Reference
 
 
@@ -56,7 +56,7 @@ def _by_budget(
         for hash_ in tests.best(block)
     }
     rows = [
-        [Cell(curve), *(_with_interval(row[b], tests, best) if b in row else Cell("") for b in budgets)]
+        [Cell(curve), *(_marked(row[b], tests, best) if b in row else Cell("") for b in budgets)]
         for curve, row in by_curve.items()
     ]
     shown = [run for row in by_curve.values() for run in row.values()]
@@ -66,7 +66,7 @@ def _by_budget(
     if best:
         notes.append("Bold: the best of a column and all that cannot be told from it, among those at equal bytes.")
     notes += [significant(reference.words)] if any(map(tests.is_significant, shown)) else []
-    notes += tie_rules(shown) + different_layers(group)
+    notes += older_versions(shown) + tie_rules(shown) + different_layers(group)
     if is_alone:
         notes += ways_of_reading(group)
     notes += [note for note in made_by(shown) if note not in notes]
@@ -108,13 +108,19 @@ def _without_budget(group: Sequence[Run], others: Sequence[Run], tests: Tests, r
     others, blocks = in_blocks(others)
     best = {hash_ for block in _equal_bytes(others) for hash_ in tests.best(block)}
     rows = [
-        [Cell(run.label), _with_interval(run, tests, best), number(100 * run.record["bytes"]["kv_ratio"], 1, " %")]
+        [label(run), _with_interval(run, tests, best), number(100 * run.record["bytes"]["kv_ratio"], 1, " %")]
         for run in others
     ]
     notes = guards(group[0].record) + missing_sets(group) + ([BLOCKS, BEST] if best else [])
     notes += [significant(reference.words)] if any(map(tests.is_significant, others)) else []
-    notes += ways_of_reading(group) + made_by(group)
+    notes += ways_of_reading(group) + older_versions(others) + made_by(group)
     return Table(title(group), ["method", column, "KV kept"], rows, others, notes, blocks=blocks)
+
+
+def _marked(run: Run, tests: Tests, best: set[str]) -> Cell:
+    """The score of one run of a row of several."""
+    cell = _with_interval(run, tests, best)
+    return cell._replace(text=cell.text + older_sign(run))
 
 
 def _with_interval(run: Run, tests: Tests, best: set[str]) -> Cell:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from ...conf.versions import older_parts
 from ..load import Run
 
 MIB, GIB = 2**20, 2**30
@@ -96,6 +97,18 @@ class Table:
 
 MISSING = Cell("-")
 """A number that a run does not have."""
+OLDER = "‡"
+"""Sign of a run of an older version of a part."""
+
+
+def label(run: Run) -> Cell:
+    """The name of a row's run, with :data:`OLDER` where it has a part of an older version."""
+    return Cell(run.label + older_sign(run))
+
+
+def older_sign(run: Run) -> str:
+    """:data:`OLDER` for a run with a part of an older version, else nothing."""
+    return OLDER if older_parts(run.record["identity"]) else ""
 
 
 def score(estimate: Mapping[str, Any], form: str = ".2f", better: int = 1) -> Cell:
@@ -146,4 +159,4 @@ def run_hash(run: Run) -> Cell:
 
 def out_of_memory_row(run: Run, columns: int) -> list[Cell]:
     """The row of a run that has no numbers; the last column is the run's hash."""
-    return [Cell(run.label), Cell("out of memory"), *(Cell("") for _ in range(columns - 3)), run_hash(run)]
+    return [label(run), Cell("out of memory"), *(Cell("") for _ in range(columns - 3)), run_hash(run)]

@@ -7,9 +7,9 @@ from typing import Any
 
 from ..describe import setting
 from ..load import Run
-from .cells import GIB, MIB, MISSING, Cell, Table, metric, number, out_of_memory_row, peak, run_hash
+from .cells import GIB, MIB, MISSING, Cell, Table, label, metric, number, out_of_memory_row, peak, run_hash
 from .marks import BLOCKS, emphasized, in_blocks, members_of
-from .notes import made_by, not_measured, ways_of_decoding
+from .notes import made_by, not_measured, older_versions, ways_of_decoding
 
 
 def efficiency_table(runs: Sequence[Run]) -> Table:
@@ -48,7 +48,7 @@ def efficiency_table(runs: Sequence[Run]) -> Table:
         table.notes.append(f"{BLOCKS} Bold: the best of them, if its range is clear of the others'.")
     if first["identity"]["device"] == "cpu":
         table.notes.append("Peaks are of the whole process (resident set).")
-    table.notes += ways_of_decoding(runs) + made_by(runs) + not_measured(runs)
+    table.notes += ways_of_decoding(runs) + older_versions(runs) + made_by(runs) + not_measured(runs)
     return emphasized(table)
 
 
@@ -62,7 +62,7 @@ def _rows(
             rows.append(out_of_memory_row(run, len(columns)))
             continue
         found = numbers(run)
-        rows.append([Cell(run.label), *([MISSING] * (len(columns) - 2) if found is None else found), run_hash(run)])
+        rows.append([label(run), *([MISSING] * (len(columns) - 2) if found is None else found), run_hash(run)])
     return rows
 
 
@@ -115,7 +115,7 @@ def search_table(runs: Sequence[Run]) -> Table:
     tolerance = first["identity"]["task"].get("tolerance")
     if tolerance:
         table.notes.append(f"Sizes are found to within {100 * tolerance:g} %.")
-    table.notes += ways_of_decoding(runs) + made_by(runs) + not_measured(runs)
+    table.notes += ways_of_decoding(runs) + older_versions(runs) + made_by(runs) + not_measured(runs)
     return table
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ...conf.versions import older_parts
 from ..describe import by_compressed_layers, longbench_rows, tie_rule
 from ..entries import co_batched
 from ..load import Run
+from .cells import OLDER
 
 FEW_EXAMPLES = 30
+PARTS = {"selection": "policy"}
+"""Names of parts whose key in records is another one."""
 
 
 def guards(record: Mapping[str, Any]) -> list[str]:
@@ -49,6 +53,22 @@ def made_by(runs: Sequence[Run]) -> list[str]:
         if len(versions) > 1:
             notes.append(f"Runs {what}: {', '.join(sorted(map(str, versions)))}.")
     return notes + tie_rules(runs) + different_layers(runs)
+
+
+def older_versions(runs: Sequence[Run]) -> list[str]:
+    """What the sign of runs with a part of an older version says."""
+    parts = {PARTS.get(key, key) for run in runs for key in older_parts(run.record["identity"])}
+    return [f"{OLDER}: {_older(sorted(parts))}."] if parts else []
+
+
+def _older(parts: Iterable[str]) -> str:
+    return f"older version of the {' or the '.join(parts)}, whose results may differ from today's"
+
+
+def warnings_of(run: Run) -> list[str]:
+    """What a number alone, in the CSV, must not be taken for."""
+    parts = [PARTS.get(key, key) for key in older_parts(run.record["identity"])]
+    return guards(run.record) + ([f"Made by an {_older(parts)}."] if parts else [])
 
 
 def makers(record: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:

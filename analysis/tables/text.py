@@ -14,7 +14,7 @@ from unicodedata import east_asian_width
 from ..describe import setting
 from ..load import Run
 from .cells import Table
-from .notes import guards
+from .notes import warnings_of
 
 # Markdown -------------------------------------------------------------------------------------------------------------
 
@@ -164,7 +164,7 @@ def _csv_tail(run: Run) -> list[object]:
     commit = made.get("git", {}).get("sha") or ""
     where = os.path.relpath(run.path)
     origin = [identity["dtype"], identity["device"], commit, record.get("finished", ""), record["hash"], where]
-    return [" ".join(guards(record)), *origin]
+    return [" ".join(warnings_of(run)), *origin]
 
 
 def _csv_line(cells: Sequence[object]) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from ..load import Run
-from .cells import Cell, Table, number, out_of_memory_row, run_hash
-from .notes import made_by
+from .cells import Cell, Table, number, older_sign, out_of_memory_row, run_hash
+from .notes import made_by, older_versions
 
 
 def at_best_rate(runs: Sequence[Run], reported: bool = False) -> dict[str, list[Run]]:
@@ -62,7 +62,7 @@ def train_table(runs: Sequence[Run]) -> Table:
         a_token = best[0].record["bytes"]["kv_bytes_per_token"]
         rows.append(
             [
-                Cell(label),
+                Cell(label + older_sign(best[0])),
                 Cell(f"{training[0]['parameters']:,}", training[0]["parameters"]),
                 Cell(f"{a_token}" + (f" + {fixed}" if fixed else ""), a_token, better=-1),
                 Cell(f"{fmean(losses):.4f}", fmean(losses), min(losses), max(losses), len(losses), -1, measured=True),
@@ -91,5 +91,5 @@ def train_table(runs: Sequence[Run]) -> Table:
     biased = [label for label in choosing if not choosing[label] and len(tried[label]) > 1]
     if biased:
         table.notes.append(f"Chosen by the seeds in the row, so that its loss is biased low: {', '.join(biased)}.")
-    table.notes += made_by(runs)
+    table.notes += older_versions(table.runs) + made_by(runs)
     return table

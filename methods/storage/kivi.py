@@ -23,6 +23,7 @@ import torch
 
 from ...conf.errors import require
 from ...conf.options import OneOf, PositiveInt
+from ...conf.versions import CURRENT_VERSIONS
 from ..cache.kv_shape import KVShape
 from ..cache.logits import LogitRule
 from ..cache.products import query_key_products, softmax_of
@@ -198,7 +199,7 @@ class Kivi(Storage):
     group: PositiveInt = 32
     residual: PositiveInt = 128
 
-    version: ClassVar[int] = 2  # 2: scales in float16 for every dtype
+    version: ClassVar[int] = CURRENT_VERSIONS["Kivi"]
 
     def __post_init__(self) -> None:
         super().__post_init__()

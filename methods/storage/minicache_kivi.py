@@ -19,6 +19,7 @@ from typing import Annotated, ClassVar
 import torch
 
 from ...conf.options import OneOf, PositiveInt
+from ...conf.versions import CURRENT_VERSIONS
 from ..cache.kv_shape import KVShape
 from ..cache.logits import LogitRule
 from ..cache.products import cached_attention
@@ -216,7 +217,7 @@ class MiniCacheKivi(MiniCache):
     group: PositiveInt = 32
     residual: PositiveInt = 128
 
-    version: ClassVar[int] = 2  # 2: scales in float16 for every dtype
+    version: ClassVar[int] = CURRENT_VERSIONS["MiniCacheKivi"]
 
     def __post_init__(self) -> None:
         super().__post_init__()

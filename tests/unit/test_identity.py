@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from omegaconf import OmegaConf
 
 from kvbench.conf.identity import HasIdentity
+from kvbench.conf.versions import CURRENT_VERSIONS
 from kvbench.methods.cache.method import Method
 from kvbench.methods.policies.allocators.adaptive import Adaptive
 from kvbench.methods.policies.eviction import EvictionPolicy
@@ -144,3 +145,9 @@ def test_version_above_one_is_part_of_the_identity():
         version: ClassVar[int] = 2
 
     assert Second().identity() == {"class": "Part", "version": 2}
+
+
+def test_every_version_above_one_is_in_the_table_of_versions():
+    """The readers of records know today's versions from there."""
+    declared = {kind.id: kind.version for kind in targets().values() if kind.version > 1}
+    assert declared == CURRENT_VERSIONS

@@ -17,6 +17,7 @@ from kvbench.analysis.repetitions import of_repetitions
 from kvbench.analysis.tables import budget_tables, efficiency_table, main, tables
 from kvbench.analysis.tables.groups import each_table
 from kvbench.analysis.tables.reference import Reference
+from kvbench.conf.versions import CURRENT_VERSIONS
 
 
 def made(folder, *records):
@@ -516,6 +517,33 @@ def test_every_run_of_a_method_with_two_settings_tells_which(tmp_path):
     other["identity"]["method"]["selection"]["window"] = 16
     (table,) = made(tmp_path, accuracy("snapkv", 128, 20.0), other, accuracy("full", None, 22.0))
     assert {row[0].text for row in table.rows} == {"full", "snapkv 128 (window=32)", "snapkv 256 (window=16)"}
+
+
+def test_rows_of_an_older_version_of_a_part_are_marked(tmp_path, capsys):
+    """In every kind of table; a record of today's version and one of another part are not."""
+    older, current, drawn = (accuracy("kivi", None, 20.0), accuracy("kivi", None, 21.0), accuracy("random", 128, 9.0))
+    older["identity"]["method"]["storage"] = {"class": "Kivi", "bits": 4}
+    current["identity"]["method"]["storage"] = {"class": "Kivi", "bits": 4, "version": CURRENT_VERSIONS["Kivi"]}
+    drawn["identity"]["method"]["selection"] = {"class": "RandomTokens", "budget": 128}
+    for record, label in ((older, "kivi4"), (current, "kivi4 new")):
+        record["method_label"] = label
+    runs = load(save(tmp_path / "a", older, current, drawn, accuracy("snapkv", 128, 20.0)))[0]
+    (table,) = tables(runs)
+    assert {row[0].text for row in table.rows} == {"kivi4‡", "kivi4 new", "random 128‡", "snapkv 128"}
+    assert "‡: older version of the policy or the storage, whose results may differ from today's." in table.notes
+    by_curve, others = budget_tables(runs)
+    assert [row[1].text[-1] for row in by_curve.rows] == ["‡", "]"]
+    assert any("of the policy," in note for note in by_curve.notes)
+    assert [row[0].text for row in others.rows] == ["kivi4‡", "kivi4 new"]
+    assert any("of the storage," in note for note in others.notes)
+    assert main([str(tmp_path / "a"), "--format", "csv"]) == 0
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert {row["method"] for row in rows if "older version" in row["warning"]} == {"kivi4", "random 128"}
+
+    timed = efficiency("kivi", None, 5.0)
+    timed["identity"]["method"]["storage"] = {"class": "Kivi", "bits": 4}
+    (table,) = made(tmp_path / "b", timed, efficiency("full", None, 10.0))
+    assert [row[0].text for row in table.rows] == ["full", "kivi‡"] and any("‡" in note for note in table.notes)
 
 
 def test_code_that_differs_is_told(tmp_path):

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from ....conf.options import NonNegativeInt
+from ....conf.versions import CURRENT_VERSIONS
 from ...cache.prompt import Prompt
 from .base import Scorer
 
@@ -23,7 +24,7 @@ class RandomTokens(Scorer):
 
     id: ClassVar[str] = "RandomTokens"
     name: ClassVar[str] = "random"
-    version: ClassVar[int] = 2  # since scores depend on the prompt
+    version: ClassVar[int] = CURRENT_VERSIONS["RandomTokens"]
     recent_recorded_as: ClassVar[str] = "window"
     default_recent: ClassVar[int | float] = 32  # SnapKV's window, so that the scores are the only difference
     seed: NonNegativeInt = 0
