@@ -14,9 +14,9 @@ from .reference import FULL_CACHE, Reference
 
 
 def budget_tables(runs: Sequence[Run], tested: bool = True, reference: Reference = FULL_CACHE) -> list[Table]:
-    """Scores of each group of comparable runs: a row a method and a column a budget, and the runs that have none.
+    """Scores of each group of comparable runs: a row a method and a column a budget, and runs without such a budget.
 
-    Budgets are those in tokens; a fraction of the prompt stands with the runs that have no budget.
+    Budgets are those in tokens; a run whose budget is a fraction of the prompt is in the second table.
 
     Args:
         runs: of any kind.
@@ -114,7 +114,8 @@ def _without_budget(group: Sequence[Run], others: Sequence[Run], tests: Tests, r
     notes = guards(group[0].record) + missing_sets(group) + ([BLOCKS, BEST] if best else [])
     notes += [significant(reference.words)] if any(map(tests.is_significant, others)) else []
     notes += ways_of_reading(group) + older_versions(others) + made_by(group)
-    return Table(title(group), ["method", column, "KV kept"], rows, others, notes, blocks=blocks)
+    kind = "the full cache" if all(run.is_full_cache for run in others) else "methods without a budget in tokens"
+    return Table(f"{title(group)}, {kind}", ["method", column, "KV kept"], rows, others, notes, blocks=blocks)
 
 
 def _marked(run: Run, tests: Tests, best: set[str]) -> Cell:

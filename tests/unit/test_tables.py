@@ -535,6 +535,7 @@ def test_rows_of_an_older_version_of_a_part_are_marked(tmp_path, capsys):
     assert [row[1].text[-1] for row in by_curve.rows] == ["‡", "]"]
     assert any("of the policy," in note for note in by_curve.notes)
     assert [row[0].text for row in others.rows] == ["kivi4‡", "kivi4 new"]
+    assert others.title == f"{by_curve.title}, methods without a budget in tokens"
     assert any("of the storage," in note for note in others.notes)
     assert main([str(tmp_path / "a"), "--format", "csv"]) == 0
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
@@ -627,6 +628,8 @@ def test_by_budget_is_a_row_a_method_and_a_column_a_budget(tmp_path, capsys):
     assert ["snapkv", "10.0 [9, 11]†", "**20.0 [19, 21]†**"] in rows
     assert ["h2o", "", "15.0 [14, 16]†"] in rows
     assert ["full", "22.0 [21, 23]", "100.0 %"] in rows
+    titles = [line.strip("*") for line in out.splitlines() if line.startswith("**")]
+    assert len(titles) == 2 and titles[1] == f"{titles[0]}, the full cache"
     assert "128: 3.1 %, 256: 6.2 %" in out
     assert main([str(tmp_path), "--by-budget", "-o", str(tmp_path / "x.csv")]) == 2
     assert "--by-budget=csv" in capsys.readouterr().err
