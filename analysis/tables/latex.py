@@ -16,6 +16,8 @@ TEXT_WIDTH = 345.0
 """Points: ``article`` at 10 pt, one column."""
 COLUMN_WIDTH = 200.0
 """Points: ``article`` at 10 pt, two columns."""
+COLUMN_SIZES = 2
+"""Number of type sizes, the largest ones, that are tried for one column of two."""
 LONGEST = 40
 """Rows of a table that is not broken over pages."""
 SIZES = ((9.0, 3.0), (8.0, 2.5), (7.0, 2.0))
@@ -76,7 +78,7 @@ def latex_page(made: Iterable[Table], width: float = TEXT_WIDTH) -> Iterator[str
 def layout_of(table: Table, width: float) -> Layout:
     """The largest type in which the table fits, in panels if it fits in none."""
     for limit in [w for w in (COLUMN_WIDTH, width) if w <= width]:
-        for size, separation in SIZES[: 1 if limit < width else None]:
+        for size, separation in SIZES[: COLUMN_SIZES if limit < width else None]:
             for upright in (False, True):
                 layout = _one_panel(table, size, separation, upright)
                 if layout.width <= limit:

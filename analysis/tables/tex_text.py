@@ -53,18 +53,40 @@ def has_other_script(text: str) -> bool:
 
 
 WIDTHS = {
-    **dict.fromkeys("0123456789", 0.5),
-    **dict.fromkeys(".,:;|!'il", 0.28),
-    **dict.fromkeys("[]jft()-", 0.39),
-    **dict.fromkeys("mw%", 0.84),
-    **dict.fromkeys("MW", 1.03),
-    **dict.fromkeys("abcdeghknopqrsuvxyz", 0.556),
-    **dict.fromkeys("ABCDEFGHIJKLNOPQRSTUVXYZ", 0.785),
-    **dict.fromkeys("+=−×<>~^†±°", 0.78),
-    " ": 0.334,
+    **dict.fromkeys('0123456789ag*/$^~"–', 0.5),
+    **dict.fromkeys(".,:;!'`|il[]", 0.278),
+    **dict.fromkeys("hnu", 0.556),
+    **dict.fromkeys("kqvxy", 0.528),
+    **dict.fromkeys("cez†‡", 0.445),
+    **dict.fromkeys("bp", 0.584),  # with the space before a round letter
+    **dict.fromkeys("wCT", 0.723),
+    **dict.fromkeys("ANHUVXY", 0.75),
+    **dict.fromkeys("+=−×±<>@&OKQ≤≥", 0.778),
+    **dict.fromkeys("m%#", 0.834),
+    **dict.fromkeys("rs", 0.395),
+    **dict.fromkeys("t()", 0.389),
+    **dict.fromkeys("dS", 0.556),
+    **dict.fromkeys("jI", 0.362),
+    **dict.fromkeys("- ", 0.334),
+    **dict.fromkeys("EP", 0.681),
+    "o": 0.528,
+    "f": 0.384,
+    "_": 0.36,
+    "?": 0.473,
+    "°": 0.5,
+    "B": 0.709,
+    "D": 0.764,
+    "F": 0.653,
+    "G": 0.785,
+    "J": 0.514,
+    "L": 0.625,
+    "M": 0.917,
+    "R": 0.737,
+    "W": 1.028,
+    "Z": 0.612,
 }
-"""Widths of Computer Modern's characters in units of the type size at 10 points, rounded up."""
-SMALL_TYPE = {9.0: 1.03, 8.0: 1.065, 7.0: 1.14}
+"""Widths of Computer Modern's characters in units of the type size at 10 points, kerns that widen included."""
+SMALL_TYPE = {9.0: 1.03, 8.0: 1.065, 7.0: 1.165}
 """Its designs for small sizes are wider."""
 BOLD = 1.16
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import matplotlib
 import pytest
 from contract_settings import every_nth
 from records import accuracy, estimate, save
@@ -16,7 +18,7 @@ from kvbench.analysis.tables import latex, tables
 from kvbench.analysis.tables.groups import each_table
 from kvbench.analysis.tables.latex import LONGEST, TEXT_WIDTH, latex_page, layout_of
 from kvbench.analysis.tables.longbench import NAMES
-from kvbench.analysis.tables.tex_text import breakable, escape, number_text
+from kvbench.analysis.tables.tex_text import breakable, escape, number_text, text_width
 
 REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"
 PDFLATEX = shutil.which("pdflatex")
@@ -41,6 +43,63 @@ def test_families_head_their_data_sets(tmp_path):
     assert r"\label{tab:longbench-m}" in text
     assert r"\cmidrule(lr){2-4}\cmidrule(lr){5-7}" in text
     assert layout_of(table, TEXT_WIDTH).width <= TEXT_WIDTH
+
+
+def test_a_table_that_fits_a_column_is_no_float_of_two(tmp_path):
+    save(tmp_path, accuracy("full", None, 22.0), accuracy("streaming_llm", 1024, 20.0))
+    (table,) = tables(load(tmp_path)[0])
+
+    def environment(*columns: str) -> str:
+        places = [0, *(table.columns.index(name) for name in columns)]
+        return re.findall(r"\\begin\{(table\*?)\}", latex(table.with_columns(places)))[0]
+
+    assert environment("mean") == environment("mean", "vs full", "KV kept") == "table"
+    assert environment("mean", "95 % interval", "KV kept") == "table"
+    assert environment(*table.columns[1:]) == "table*"
+
+
+AFM = Path(matplotlib.get_data_path()) / "fonts" / "afm"
+"""Adobe's metrics of Computer Modern, which Matplotlib brings."""
+GLYPHS = dict(
+    zip("0123456789", ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"], strict=True)
+) | {
+    ".": "period",
+    ",": "comma",
+    "[": "bracketleft",
+    "]": "bracketright",
+    "(": "parenleft",
+    ")": "parenright",
+    "+": "plus",
+    "=": "equal",
+    "%": "percent",
+    "/": "slash",
+    ":": "colon",
+    " ": "space",
+    "-": "hyphen",
+}
+
+
+def metrics() -> tuple[dict[str, float], dict[tuple[str, str], float]]:
+    """(width of each glyph, kern of each pair) of cmr10 in thousandths of the type size."""
+    text = (AFM / "cmr10.afm").read_text(encoding="latin-1")
+    widths = {name: float(width) for width, name in re.findall(r"^C -?\d+ ; WX ([\d.]+) ; N (\S+) ;", text, re.M)}
+    return widths, {(a, b): float(kern) for a, b, kern in re.findall(r"^KPX (\S+) (\S+) (\S+)", text, re.M)}
+
+
+def test_widths_are_those_of_the_font():
+    """Never less, which would be an overfull line, and at most a tenth more."""
+    widths, kerns = metrics()
+    cells = {
+        cell.text for table in tables(load(REFERENCE / "methods_longbench")[0]) for row in table.rows for cell in row
+    }
+    texts = [
+        text for text in cells | set(NAMES.values()) if all(c in GLYPHS or (c.isascii() and c.isalpha()) for c in text)
+    ]
+    assert len(texts) > 400
+    for text in texts:
+        glyphs = [GLYPHS.get(c, c) for c in text]
+        real = sum(widths[g] for g in glyphs) + sum(kerns.get(pair, 0.0) for pair in itertools.pairwise(glyphs))
+        assert real <= 100 * text_width(escape(text), 10.0) <= 1.1 * real + 30, text
 
 
 def test_a_long_table_may_be_broken_over_pages(tmp_path):
