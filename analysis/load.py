@@ -140,7 +140,7 @@ def load(folder: str | Path, *more: str | Path) -> tuple[list[Run], list[str]]:
     A record is not shown if it cannot be read, breaks a rule of :mod:`.schema`, contradicts its samples, or is a copy
     of another one. One whose samples are missing or damaged is shown, and a line says so.
 
-    Runs of one table whose labels would be the same (``snapkv 512`` with two windows) are told apart by the settings
+    Runs of one table whose labels would be the same (``snapkv 512`` with two windows) are distinguished by the settings
     in which they differ.
 
     The committed runs, in ``reference`` directly below a results folder, are read only if that folder is named.

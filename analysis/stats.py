@@ -151,7 +151,7 @@ def non_inferior(difference: Estimate, margin: float, fewer_is_better: bool = Fa
 
 
 def not_worse_than_best(methods: Mapping[K, Groups], fewer_is_better: bool = False) -> set[K]:
-    """The method with the best mean, and all that cannot be told from it by sign flips after Holm's rule.
+    """Return the method with the best mean, and all not significantly different from it (sign flips, Holm's rule).
 
     Args:
         methods: Scores of each method on the same examples.

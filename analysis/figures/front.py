@@ -1,4 +1,4 @@
-"""The Pareto front with a tolerance: what cannot be told from the front is on it."""
+"""The Pareto front with a tolerance: what does not differ significantly from the front is on it."""
 
 from __future__ import annotations
 

@@ -41,7 +41,8 @@ def pareto(group: Sequence[Run], context: Context) -> Iterator[FigureSpec]:
     caption = [
         *settings_of(group),
         _what_bars_are(y),
-        "Grey: the Pareto front; a point with a grey disc cannot be told from it (its interval reaches the line).",
+        "Grey: the Pareto front; a point with a grey disc is not significantly different from it "
+        "(its interval reaches the line).",
         "Memory is that of one sequence; points of methods with the same memory stand side by side.",
         *_left_out(left_out),
     ]
@@ -92,7 +93,7 @@ def _speed(
         *settings_of(group),
         f"Speed: {first['task']}, {setting(first, speeds)}; horizontal bars: least to greatest of the repetitions.",
         _what_bars_are(y),
-        "Grey: the Pareto front; a point with a grey disc cannot be told from it.",
+        "Grey: the Pareto front; a point with a grey disc is not significantly different from it.",
         *(f"Not drawn: timings of {o[0].record['task']}, {setting(o[0].record, o)}." for o in others),
         *_left_out(left_out),
     ]
@@ -250,7 +251,7 @@ def _spec(
 
 
 def _on_front(points: Sequence[Point], loss: bool, rightwards: bool) -> list[Point]:
-    """Return the points with those marked that cannot be told from the front."""
+    """Return the points with those marked that do not differ significantly from the front."""
     ends = [p.low if loss else p.high for p in points]
     costs, merits = costs_and_merits(points, loss, rightwards)
     members = front_members(costs, merits, [None if end is None else (-end if loss else end) for end in ends])

@@ -30,7 +30,7 @@ class Point:
         x_low, x_high: The same for ``x``.
         panel: Title of its panel; empty where there is one panel, or where it is in all of them.
         place: What the point is of, where that is neither method nor budget: a data set, a needle's depth.
-        on_front: Whether it cannot be told from the Pareto front.
+        on_front: Whether it is not significantly different from the Pareto front.
         runs: Folders of the runs that the numbers come from.
     """
 

@@ -64,7 +64,9 @@ def _by_budget(
     notes = [*guards(group[0].record), *missing_sets(group)]
     notes.append(f"{what} and its 95 % interval. {_bytes_kept(by_curve, budgets)}")
     if best:
-        notes.append("Bold: the best of a column and all that cannot be told from it, among those at equal bytes.")
+        notes.append(
+            "Bold: the best of a column and all that do not differ significantly from it, among those at equal bytes."
+        )
     notes += [significant(reference.words)] if any(map(tests.is_significant, shown)) else []
     notes += older_versions(shown) + tie_rules(shown) + different_layers(group)
     if is_alone:

@@ -1,7 +1,7 @@
-"""What can be told apart in a table: blocks of rows at equal bytes, the best of each, differences from the full cache.
+"""Significance in a table: blocks of rows at equal bytes, the best of each, differences from a reference.
 
 Two scores are compared on the same examples, by flipping the signs of their differences; Holm's rule corrects for the
-number of comparisons in a block or table (see :mod:`..stats`). Two times are told apart if their ranges do not overlap.
+number of comparisons in a block or table (see :mod:`..stats`). Two times differ if their ranges do not overlap.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_TESTED = 2000
 """Runs of a page up to which differences are tested: a test takes about 10 ms."""
 
 BLOCKS = f"Rows between two rules keep equal bytes, to within {100 * EQUAL_BYTES:g} %."
-BEST = "Bold: the best of them and all that cannot be told from it, where any can."
+BEST = "Bold: the best of them and all that do not differ significantly from it, if any does."
 
 
 def significant(reference: str) -> str:
@@ -95,7 +95,7 @@ class Tests:
         return found is not None and found[1] < 1 - LEVEL
 
     def best(self, runs: Sequence[Run], name: str | None = None) -> set[str]:
-        """Hashes of the best of some runs and of all that cannot be told from it; empty where none can be.
+        """Return the hashes of the best run and of all not significantly different from it; empty if that is every run.
 
         Args:
             runs: Runs at equal bytes.

@@ -111,7 +111,7 @@ def missing_sets(runs: Sequence[Run]) -> list[str]:
 
 
 def ways_of_reading(runs: Sequence[Run]) -> list[str]:
-    """How prompts were read where it differs, in 16 bits: chunk size and a shared prefill each round differently."""
+    """How prompts were prefilled, if it differs, in 16 bits: chunks and a shared prefill each round differently."""
     dtype = runs[0].record["identity"]["dtype"]
     records = [run.record for run in runs if run.done]
     chunks = sorted({maker.get("chunk_size") or 0 for record in records for maker in makers(record)})
@@ -123,7 +123,7 @@ def ways_of_reading(runs: Sequence[Run]) -> list[str]:
         ways.append(f"by {', '.join(map(str, methods))} methods in a command")
     if dtype == "float32" or not ways:
         return []
-    return [f"Prompts were read {' and '.join(ways)}: in {dtype} each is another rounding."]
+    return [f"Prompts were prefilled {' and '.join(ways)}: in {dtype} each is another rounding."]
 
 
 def ways_of_decoding(runs: Sequence[Run]) -> list[str]:
