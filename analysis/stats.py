@@ -24,6 +24,7 @@ __all__ = [
     "Groups",
     "K",
     "compare",
+    "example_differences",
     "holm",
     "macro_mean",
     "non_inferior",
@@ -74,11 +75,12 @@ def paired_difference(scores: Groups, baseline: Groups, bounds: Bounds | None = 
         ValueError: There is no example in common.
     """
     widest = None if bounds is None else bounds[1] - bounds[0]
-    values = {name: list(rows.values()) for name, rows in _differences(scores, baseline).items()}
+    values = {name: list(rows.values()) for name, rows in example_differences(scores, baseline).items()}
     return macro_mean(values, None if widest is None else (-widest, widest))
 
 
-def _differences(scores: Groups, baseline: Groups) -> dict[str, dict[str, float]]:
+def example_differences(scores: Groups, baseline: Groups) -> dict[str, dict[str, float]]:
+    """``scores - baseline`` of each example that both have, by data set; data sets without one are left out."""
     both = {
         name: {key: score - baseline[name][key] for key, score in rows.items() if key in baseline[name]}
         for name, rows in scores.items()
@@ -96,7 +98,7 @@ def compare(scores: Groups, baseline: Groups, bounds: Bounds | None = PERCENT_BO
     Raises:
         ValueError: There is no example in common.
     """
-    rows = [value for by_id in _differences(scores, baseline).values() for value in by_id.values()]
+    rows = [value for by_id in example_differences(scores, baseline).values() for value in by_id.values()]
     won, lost = sum(value > 0 for value in rows), sum(value < 0 for value in rows)
     difference = paired_difference(scores, baseline, bounds)
     return Comparison(difference, sign_flip_p(scores, baseline), won, len(rows) - won - lost, lost)
@@ -108,7 +110,7 @@ def sign_flip_p(scores: Groups, baseline: Groups) -> float:
     All patterns of signs are enumerated where few examples differ; otherwise :data:`FLIPS` are drawn, always the same.
     1.0 where no example differs.
     """
-    by_set = _differences(scores, baseline)
+    by_set = example_differences(scores, baseline)
     # Sorted, so that the drawn signs meet the same values whatever the order of the rows.
     weighted = sorted(value / len(rows) for rows in by_set.values() for value in rows.values() if value != 0)
     values = np.array(weighted)

@@ -2,8 +2,8 @@
 
 From ``samples.jsonl``: means, intervals, averages and bytes of an accuracy run, and its paired difference to the full
 cache. From the repetitions: medians, ranges, memory-bandwidth utilization and gains of an efficiency run. From the
-identity: the hash, which is the name of the run's folder. Exit status: 0 all agree, 1 some differ, 2 there is no
-record.
+identity: the hash, which is the name of the run's folder. An interval is computed by the rule under which it was
+written. Exit status: 0 all agree, 1 some differ, 2 there is no record.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from typing import Any
 from ..conf.errors import InputError
 from .checks import problem_of
 from .entries import read_record
+from .older_intervals import METHOD, with_older_intervals
 from .repetitions import of_repetitions
 from .schema import RECORD, SAMPLES, identity_hash
-from .summaries import is_current, with_current_statistics
+from .summaries import with_current_statistics
 
 TOLERANCE = 1e-9
 """Largest relative difference: numbers may have been added up in another order."""
 KV_BYTES = tuple(f"kv_bytes_{kind}" for kind in ("stored", "stored_end", "logical", "formula", "full"))
-ENDS = ("low", "high", "method", "reason", "of")
-"""Fields of an estimate that older records lack, or made by another rule."""
+OTHER_FOLDER = "of differences to a run that is not here"
+UNNAMED_SETS = "of averages whose data sets the record does not name"
 
 Rows = list[dict[str, Any]]
 
@@ -42,11 +43,15 @@ class Verification:
 
     Attributes:
         counts: Number of records by what they were computed from.
+        intervals: Number of intervals by their construction.
+        left_out: Number of intervals that were not computed, by the reason.
         differing: A line for each number that differs or cannot be computed.
         notes: A line for each part of a record that was not compared.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
+    intervals: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
     differing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -73,9 +78,7 @@ def verify(folder: Path) -> Verification:
         problems: list[str] = []
         try:
             problems += _of_identity(place, record)
-            source = _compare(
-                place, record, {key: (p, records[p]) for key, p in folders.items()}, problems, found.notes
-            )
+            source = _compare(place, record, {key: (p, records[p]) for key, p in folders.items()}, problems, found)
             found.counts[source] += 1
         except InputError as error:
             problems.append(f"{error.value} {error.allowed}".removeprefix(f"{place}/"))
@@ -90,23 +93,24 @@ def _compare(
     record: Mapping[str, Any],
     others: Mapping[str, tuple[Path, Mapping[str, Any]]],
     problems: list[str],
-    notes: list[str],
+    found: Verification,
 ) -> str:
-    """Append what differs; returns what the record was computed from."""
+    """Append what differs to ``problems``, count intervals; returns what the record was computed from."""
     kind, paired = record["kind"], record.get("paired")
     if record["status"] != "done":
         return "their hash alone (out of memory)"
     baseline = others.get(paired.get("hash")) if paired else None
     if paired and baseline is None:
-        notes.append(f"{place / RECORD}: paired with {paired.get('hash')}, which is not here: not compared")
+        found.notes.append(f"{place / RECORD}: paired with {paired.get('hash')}, which is not here: not compared")
     if kind == "accuracy":
         rows = read_rows(place, record)
         reference = None if baseline is None else scores_of(read_rows(*baseline), baseline[1])
-        problems += _of_samples(record, rows, reference, "the samples give")
-        return "samples" if is_current(record) else "samples, without the intervals, which are of an older rule"
+        problems += _of_samples(record, rows, reference, found)
+        return "samples"
     if kind == "efficiency":
         expected = of_repetitions(record, None if baseline is None else baseline[1])
         problems += differences(record, expected, "the repetitions give")
+        _count_intervals(record, expected, found)
         return "repetitions"
     expected = {"validation": {"perplexity": math.exp(record["validation"]["loss"])}}
     problems += differences(record, expected, "the loss gives")
@@ -150,7 +154,7 @@ def _of_identity(place: Path, record: Mapping[str, Any]) -> Iterator[str]:
 
 
 def read_rows(place: Path, record: Mapping[str, Any]) -> Rows:
-    """Rows of ``samples.jsonl``, as many as the record counts.
+    """Rows of ``samples.jsonl``, as many as the record counts, in the order of the data and not of the batches.
 
     Raises:
         InputError: The file cannot be read, a row is damaged or there twice, or rows are missing or too many.
@@ -180,7 +184,7 @@ def read_rows(place: Path, record: Mapping[str, Any]) -> Rows:
         wanted = record["data"]["examples"].get(name, 0)
         if counts[name] != wanted:
             raise InputError("RESULTS", path, f"has {counts[name]} rows of {name}: the record counts {wanted}")
-    return list(rows.values())
+    return sorted(rows.values(), key=lambda row: (row.get("row", 0), row["id"]))
 
 
 def scores_of(rows: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -192,33 +196,37 @@ def scores_of(rows: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> d
     return out
 
 
-def _of_samples(record: Mapping[str, Any], rows: Rows, baseline: Any, source: str) -> Iterator[str]:
-    computed = with_current_statistics(record, scores_of(rows, record), baseline)
+def _of_samples(record: Mapping[str, Any], rows: Rows, baseline: Any, found: Verification) -> Iterator[str]:
+    scores, source = scores_of(rows, record), "the samples give"
+    computed = with_current_statistics(record, scores, baseline)
+    if record["scores"].keys() != computed["scores"].keys():
+        yield f"scores is of {', '.join(record['scores'])}: {source} {', '.join(computed['scores'])}"
+        return
     stored, full = (sum(row[key] for row in rows) for key in ("kv_bytes_stored", "kv_bytes_full"))
     expected: dict[str, Any] = {
         "bytes": {**{key: fmean(row[key] for row in rows) for key in KV_BYTES}, "kv_ratio": stored / full},
         "prompt_tokens": fmean(row["prompt_tokens"] for row in rows),
-        **{key: computed[key] for key in ("scores", "average", "interval")},
-        **({"averages": computed["averages"]} if "averages" in record else {}),
+        "averages": {name: made for name, made in computed["averages"].items() if "of" in record["averages"][name]},
+        **({"interval": computed["interval"]} if "method" in record["average"] else {}),
+        **with_older_intervals(record, computed, scores, baseline),
     }
-    if baseline is not None:
-        expected["paired"] = {"difference": computed["paired"]["difference"]}
-    if record["scores"].keys() != computed["scores"].keys():
-        yield f"scores is of {', '.join(record['scores'])}: {source} {', '.join(computed['scores'])}"
-        return
-    if not is_current(record):
-        del expected["interval"]
-        expected = _without_ends(expected)
+    if "averages" not in record:
+        del expected["averages"]
     yield from differences(record, expected, source)
+    _count_intervals(record, expected, found)
     for path, estimate in _estimates(record):
         if estimate["low"] is not None and not estimate["low"] - 1e-9 <= estimate["mean"] <= estimate["high"] + 1e-9:
             yield f"{path} has its mean {estimate['mean']:g} outside of [{estimate['low']:g}, {estimate['high']:g}]"
 
 
-def _without_ends(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    return {key: _without_ends(part) for key, part in value.items() if key not in ENDS}
+def _count_intervals(record: Mapping[str, Any], expected: Mapping[str, Any], found: Verification) -> None:
+    """Count the intervals of a record that were computed again, and those that could not be."""
+    computed = {path for path, _ in _estimates(expected)}
+    for path, estimate in _estimates(record):
+        if path not in computed:
+            found.left_out[OTHER_FOLDER if path.startswith("paired") else UNNAMED_SETS] += 1
+        elif estimate["low"] is not None:
+            found.intervals[estimate.get("method", METHOD)] += 1
 
 
 def _estimates(value: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -248,10 +256,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"note: {line}")
     for line in found.differing:
         print(f"differs: {line}")
-    counts = ", ".join(f"{count} from {source}" for source, count in sorted(found.counts.items()))
-    print(f"{found.counts.total()} records computed again: {counts or 'none'}")
-    print(f"{len(found.differing)} differences" if found.differing else "all agree")
+    print(f"{found.counts.total()} records computed again: {_listed(found.counts, 'from ')}")
+    print(f"{found.intervals.total()} intervals computed again: {_listed(found.intervals)}")
+    if found.left_out:
+        print(f"{found.left_out.total()} intervals not computed again: {_listed(found.left_out)}")
+    agree = "what was computed again agrees" if found.left_out or found.notes else "all agree"
+    print(f"{len(found.differing)} differences" if found.differing else agree)
     return 1 if found.differing else 0
+
+
+def _listed(counts: Mapping[str, int], preposition: str = "") -> str:
+    return ", ".join(f"{count} {preposition}{what}" for what, count in sorted(counts.items())) or "none"
 
 
 if __name__ == "__main__":

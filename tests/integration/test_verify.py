@@ -63,14 +63,17 @@ def test_committed_runs_agree(scored, tmp_path, capsys) -> None:
     copied(TIMED, tmp_path)
     shutil.copytree(REFERENCE / "family/recall/scratch/mqa", tmp_path / "family/recall/scratch/mqa")
     text = output(tmp_path, capsys, 0)
-    assert text.startswith("11 records computed again: 2 from repetitions, 5 from samples, without the intervals")
-    assert text.endswith("all agree\n")
+    assert text.splitlines() == [
+        "11 records computed again: 2 from repetitions, 5 from samples, 4 from their loss",
+        "49 intervals computed again: 49 percentile bootstrap",
+        "all agree",
+    ]
 
 
 def test_intervals_of_today_are_computed_again_to_the_bit(scored, tmp_path) -> None:
     made_current(scored, scored["full"])
     found = verify(tmp_path)
-    assert found.differing == [] and found.counts["samples"] == 2
+    assert found.differing == [] and found.intervals == {"t": 15, "midp": 4, "percentile bootstrap": 30}
     for folder in scored.values():
         record, lines = read(folder), (folder / "samples.jsonl").read_text().split("\n")[:-1]
         assert is_current(record) and record["interval"] == {"method": "t", "level": 0.95, "resamples": None}
@@ -150,9 +153,12 @@ def test_each_damage_is_named(edit, said, scored, tmp_path, capsys) -> None:
     assert "5 records" in text or "4 records" in text, "the others are computed"
 
 
+@pytest.mark.parametrize("is_current", [True, False])
 @pytest.mark.parametrize("end", [("average", "low"), ("scores", "trec", "high"), ("paired", "difference", "low")])
-def test_an_interval_of_today_that_was_edited_is_named(end, scored, tmp_path, capsys) -> None:
-    made_current(scored, scored["full"])
+def test_an_interval_that_was_edited_is_named(end, is_current, scored, tmp_path, capsys) -> None:
+    """Those of older records were left out once, and the last line still said that all agree."""
+    if is_current:
+        made_current(scored, scored["full"])
     edited(*end, value=-99.0 if end[-1] == "low" else 99.0)(scored["snapkv"])
     assert f"{'.'.join(end)} is" in output(tmp_path, capsys, 1)
 
@@ -161,6 +167,14 @@ def test_a_baseline_that_is_elsewhere_is_a_note(scored, tmp_path, capsys) -> Non
     shutil.rmtree(scored["full"])
     text = output(tmp_path, capsys, 0)
     assert text.count("which is not here: not compared") == 4
+    assert "4 intervals not computed again: 4 of differences to a run that is not here\n" in text
+    assert text.endswith("what was computed again agrees\n")
+
+
+def test_an_average_of_unnamed_data_sets_is_counted(scored, tmp_path, capsys) -> None:
+    edited("averages", value={"English": read(scored["snapkv"])["average"]})(scored["snapkv"])
+    text = output(tmp_path, capsys, 0)
+    assert "1 intervals not computed again: 1 of averages whose data sets the record does not name\n" in text
 
 
 @pytest.mark.parametrize(
@@ -184,4 +198,6 @@ def test_no_record_is_an_error(tmp_path, capsys) -> None:
 
 @pytest.mark.slow
 def test_all_committed_records_agree() -> None:
-    assert verify(REFERENCE).differing == []
+    found = verify(REFERENCE)
+    assert found.differing == [] and found.notes == [] and not found.left_out
+    assert found.intervals == {"percentile bootstrap": 2154}

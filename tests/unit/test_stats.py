@@ -11,6 +11,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from kvbench.analysis import stats
+from kvbench.analysis.older_intervals import percentile_bootstrap
 from kvbench.analysis.stats import Estimate, compare, holm, macro_mean, paired_difference, ratio, sign_flip_p
 from kvbench.analysis.summaries import compare_all
 
@@ -185,6 +186,23 @@ def test_only_examples_that_both_have_are_compared():
 def test_wins_ties_and_losses_are_counted_by_example():
     found = compare(rows([1.0, 2.0, 3.0], [5.0]), rows([0.0, 2.0, 9.0], [4.0]))
     assert (found.won, found.tied, found.lost) == (2, 1, 1)
+
+
+@pytest.mark.parametrize("sizes", [(8,), (3, 5, 10), (1, 4)])
+def test_the_older_interval_is_scipys_stratified_percentile_bootstrap(sizes):
+    rng = np.random.default_rng(7)
+    groups = {f"set{i}": rng.random(n).tolist() for i, n in enumerate(sizes)}
+    varied = [values for values in groups.values() if len(values) > 1]
+    fixed = sum(values[0] for values in groups.values() if len(values) == 1)
+
+    def statistic(*samples, axis=-1):
+        return (sum(s.mean(axis=axis) for s in samples) + fixed) / len(groups)
+
+    options = {"n_resamples": 2000, "confidence_level": 0.95, "method": "percentile"}
+    expected = scipy_stats.bootstrap(varied, statistic, **options, rng=np.random.default_rng(0)).confidence_interval
+    found = percentile_bootstrap(groups)
+    assert (found["low"], found["high"]) == pytest.approx(tuple(expected), rel=1e-12)
+    assert found["n"] == sum(sizes)
 
 
 @pytest.mark.parametrize("groups", [{}, {"a": []}])
