@@ -2,6 +2,7 @@
 
     program, values = pack(record, refer)
     record = Structure(program).build(...)
+    record = LazyRecord(some_fields, lambda: Structure(program).build(...))
 
 JSON repeats the name of every field in every record, and writes a number with 17 digits: reading it takes most of the
 time of a large folder. Here a structure is a program: a list of steps, each of which makes one mapping or list from the
@@ -11,7 +12,7 @@ values that are there; numbers are an array.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
@@ -107,3 +108,45 @@ def _getter(places: list[int]) -> Callable[[list[Any]], tuple[Any, ...]]:
         (place,) = places
         return lambda values: (values[place],)
     return itemgetter(*places)
+
+
+class LazyRecord(Mapping[str, Any]):
+    """A record whose fields, but for a few, are built when one of them is first read.
+
+    Args:
+        head: The fields that are there.
+        build: Returns all fields in their order, those of the head included.
+    """
+
+    __slots__ = ("_build", "_fields")
+
+    def __init__(self, head: dict[str, Any], build: Callable[[], dict[str, Any]]) -> None:
+        self._fields = head
+        self._build: Callable[[], dict[str, Any]] | None = build
+
+    def whole(self) -> dict[str, Any]:
+        """All fields. They are not kept, so that many records need not be in memory together."""
+        return self._fields if self._build is None else self._build()
+
+    def _kept(self) -> dict[str, Any]:
+        if self._build is not None:
+            self._fields, self._build = self._build(), None
+        return self._fields
+
+    def __getitem__(self, name: str) -> Any:
+        return self._fields[name] if name in self._fields else self._kept()[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._fields or name in self._kept()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept())
+
+    def __len__(self) -> int:
+        return len(self._kept())
+
+    def __repr__(self) -> str:
+        return repr(self._kept())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (self._kept(),)

@@ -19,6 +19,17 @@ def fewer_is_better(record: Mapping[str, Any]) -> bool:
     return record.get("unit") == "nats per token"
 
 
+def has_current_intervals(record: Mapping[str, Any]) -> bool:
+    """Whether the intervals of a record are made by the rules of :mod:`.intervals`; older ones name no construction.
+
+    Records without scores have no intervals of an older rule.
+    """
+    if record["kind"] != "accuracy" or record["status"] != "done":
+        return True
+    paired = record.get("paired", {}).get("difference")
+    return "method" in record["average"] and (paired is None or "method" in paired)
+
+
 def average(record: Mapping[str, Any], name: str | None = None) -> Mapping[str, Any]:
     """A run's mean score with its interval as it is shown, or that of the data set ``name``."""
     found: Mapping[str, Any] = record["average"] if name is None else record["scores"][name]

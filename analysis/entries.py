@@ -12,7 +12,7 @@ from typing import Any
 from ..conf.errors import InputError
 from .checks import problem_of
 from .examples import Contradiction, Examples, read_examples
-from .index import BATCH, MIN_RECORDS, Entry, Index
+from .index import BATCH, MIN_RECORDS, Encoded, Entry, Index, encoded
 from .processes import each_result
 from .schema import FIELDS, RECORD, RESULTS, SAMPLES, SCHEMA
 
@@ -103,9 +103,9 @@ def _stamp(path: str) -> str:
     return f"{status.st_mtime_ns}:{status.st_size}"
 
 
-def _entries(folder: Path, names: Sequence[str]) -> dict[str, Entry]:
-    """Entries of some run folders below ``folder``, by name."""
-    return {below: _entry(folder / below) for below in names}
+def _entries(folder: Path, names: Sequence[str]) -> Encoded:
+    """Entries of some run folders below ``folder``, by name, as small as the index has them."""
+    return encoded({below: _entry(folder / below) for below in names})
 
 
 def _entry(folder: Path) -> Entry:

@@ -6,6 +6,8 @@ time and size of ``record.json`` and ``samples.jsonl`` are unchanged. Folders of
 have none, and where it cannot be read or written the records are read as if there were none.
 
 Parts that many records have in common (settings of the task, provenance) are stored once and are one object in memory.
+What orders and groups the runs is read at once, the rest of a record when it is first needed: a command that shows some
+runs of a large folder, or shares them out among processes, builds each record where it is shown.
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ import sqlite3
 from array import array
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from .compact import Structure, Values, pack
+from .compact import LazyRecord, Structure, Values, pack
+from .describe import has_current_intervals
 from .examples import Examples
+from .ordering import settings_key
 
 MIN_RECORDS = 500
 """Number of records from which on a folder has an index."""
@@ -32,15 +36,18 @@ BATCH = 250
 SHARED = ("data", "sessions", "provenance", "cache_layers", "shown")
 """Fields of a record that many records have in common; so has each field of ``identity`` that is a mapping."""
 
+HEAD = ("status", "kind", "hash", "identity", "task", "model", "method", "method_label", "budget", "finished")
+"""Fields of a record that are read at once."""
+
 TABLES = (
     "CREATE TABLE IF NOT EXISTS parts (digest TEXT PRIMARY KEY, content TEXT)",
-    "CREATE TABLE IF NOT EXISTS entries (path TEXT PRIMARY KEY, stamp TEXT, skipped TEXT, note TEXT, structure TEXT,"
-    " numbers BLOB, parts TEXT, others TEXT, keys TEXT, scores BLOB, new_tokens BLOB)",
+    "CREATE TABLE IF NOT EXISTS entries (path TEXT PRIMARY KEY, stamp TEXT, skipped TEXT, note TEXT,"
+    " is_current INTEGER, settings TEXT, head TEXT, structure TEXT, numbers BLOB, parts TEXT, others TEXT, keys TEXT,"
+    " scores BLOB, new_tokens BLOB)",
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """What one run folder holds.
 
     Attributes:
@@ -48,12 +55,28 @@ class Entry:
         examples: Scores of the examples; None if there are none that fit the record.
         skipped: Why the record is not shown.
         note: What is wrong with the samples.
+        settings: :func:`.ordering.settings_key` of the record; None if it was not worked out.
+        is_current: :func:`.describe.has_current_intervals` of the record; None if it was not worked out.
     """
 
-    record: dict[str, Any] | None
+    record: Mapping[str, Any] | None
     examples: Examples | None = None
     skipped: str | None = None
     note: str | None = None
+    settings: str | None = None
+    is_current: bool | None = None
+
+
+class Encoded(NamedTuple):
+    """Entries as the index stores them.
+
+    Attributes:
+        rows: Columns of each entry by its path, but for the path and the stamp.
+        parts: What records have in common, by digest, as JSON.
+    """
+
+    rows: dict[str, tuple[Any, ...]]
+    parts: dict[str, str]
 
 
 def cache_folder() -> Path:
@@ -71,7 +94,7 @@ class Index:
 
     def __init__(self, results: Path) -> None:
         # Entries made by other code are not used: the file's name has the digest of what made them.
-        modules = ("schema", "checks", "examples", "entries", "index", "compact")
+        modules = ("schema", "checks", "describe", "examples", "entries", "index", "compact", "ordering")
         code = hashlib.sha256(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in modules))
         name = hashlib.sha256(f"{results.resolve()}\0{code.hexdigest()}".encode()).hexdigest()[:16]
         self._path = cache_folder() / f"index-{name}.sqlite"
@@ -99,23 +122,22 @@ class Index:
             return {}
         return found
 
-    def add(self, entries: Mapping[str, Entry], stamps: Mapping[str, str]) -> dict[str, Entry]:
+    def add(self, made: Encoded, stamps: Mapping[str, str]) -> dict[str, Entry]:
         """Add entries to the file; without effect on it if it cannot be written.
 
         Args:
-            entries: Some entries by path.
+            made: Some entries.
             stamps: Path -> times and sizes of its files.
 
         Returns:
             The entries as :meth:`read` gives them: with what they have in common stored once.
         """
-        parts: dict[str, str] = {}
-        rows = [self._encoded(path, stamps[path], entry, parts) for path, entry in entries.items()]
+        rows = [(path, stamps[path], *columns) for path, columns in made.rows.items()]
         self._change(
-            ("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows),
-            ("INSERT OR IGNORE INTO parts VALUES (?, ?)", list(parts.items())),
+            (f"INSERT OR REPLACE INTO entries VALUES ({', '.join('?' * len(rows[0]))})", rows),
+            ("INSERT OR IGNORE INTO parts VALUES (?, ?)", list(made.parts.items())),
         )
-        self._parts |= {digest: json.loads(text) for digest, text in parts.items() if digest not in self._parts}
+        self._parts |= {digest: json.loads(text) for digest, text in made.parts.items() if digest not in self._parts}
         return self._decoded(rows)
 
     def remove_others(self, paths: Collection[str]) -> None:
@@ -144,36 +166,29 @@ class Index:
 
     # one entry ------------------------------------------------------------------------------------------------------
 
-    def _encoded(self, path: str, stamp: str, entry: Entry, parts: dict[str, str]) -> tuple[Any, ...]:
-        def refer(value: Any) -> str:
-            text = json.dumps(value, separators=(",", ":"))
-            digest = hashlib.sha256(text.encode()).hexdigest()[:24]
-            parts[digest] = text
-            return digest
-
-        structure, values = None, Values()
-        if entry.record is not None:
-            program, values = pack(entry.record, lambda path, value: refer(value) if _is_shared(path, value) else None)
-            structure = refer(program)
-        others = json.dumps(values.others, separators=(",", ":"))
-        record = (structure, values.numbers.tobytes(), " ".join(values.parts), others)
-        examples = entry.examples
-        keys = None if examples is None else refer(examples.keys)
-        blobs = (None, None) if examples is None else (examples.scores.tobytes(), examples.new_tokens.tobytes())
-        return path, stamp, entry.skipped, entry.note, *record, keys, *blobs
-
     def _decoded(self, rows: Sequence[tuple[Any, ...]]) -> dict[str, Entry]:
         entries = {}
-        of_all = json.loads("[" + ",".join(row[7] for row in rows) + "]")
-        for (path, _, skipped, note, structure, numbers, parts, _, *examples), others in zip(rows, of_all, strict=True):
+        heads = json.loads("[" + ",".join(row[6] for row in rows) + "]")
+        for (path, _, skipped, note, is_current, settings, _, *columns), head in zip(rows, heads, strict=True):
+            structure, numbers, parts, others, *examples = columns
             record = None
-            if structure is not None:
-                if structure not in self._structures:
-                    self._structures[structure] = Structure(self._parts[structure])
-                values = [*array("d", numbers), *map(self._parts.__getitem__, parts.split()), *others]
-                record = self._structures[structure].build(values)
-            entries[path] = Entry(record, self._examples(*examples), skipped, note)
+            if head is not None:
+                build = partial(self._record, structure, numbers, parts, others)
+                record = LazyRecord(self._built(*head), build)
+            key = None if settings is None else self._parts[settings]
+            known = None if is_current is None else bool(is_current)
+            entries[path] = Entry(record, self._examples(*examples), skipped, note, key, known)
         return entries
+
+    def _record(self, structure: str, numbers: bytes, parts: str, others: str) -> dict[str, Any]:
+        return self._built(structure, array("d", numbers), parts.split(), json.loads(others))
+
+    def _built(
+        self, structure: str, numbers: Sequence[float], parts: Sequence[str], others: Sequence[Any]
+    ) -> dict[str, Any]:
+        if structure not in self._structures:
+            self._structures[structure] = Structure(self._parts[structure])
+        return self._structures[structure].build([*numbers, *map(self._parts.__getitem__, parts), *others])
 
     def _examples(self, name: str | None, scores: bytes, new_tokens: bytes) -> Examples | None:
         if name is None:
@@ -182,6 +197,42 @@ class Index:
         if isinstance(keys, list):  # JSON has no tuples
             keys = self._parts[name] = tuple((dataset, example) for dataset, example in keys)
         return Examples(keys, array("d", scores), array("i", new_tokens))
+
+
+def encoded(entries: Mapping[str, Entry]) -> Encoded:
+    """Entries by path as an index stores them."""
+    parts: dict[str, str] = {}
+    return Encoded({path: _columns(entry, parts) for path, entry in entries.items()}, parts)
+
+
+def _columns(entry: Entry, parts: dict[str, str]) -> tuple[Any, ...]:
+    """Columns of an entry but for the first two; what it shares is added to ``parts``."""
+
+    def refer(value: Any) -> str:
+        text = json.dumps(value, separators=(",", ":"))
+        digest = hashlib.sha256(text.encode()).hexdigest()[:24]
+        parts[digest] = text
+        return digest
+
+    def packed(record: Mapping[str, Any]) -> tuple[str, Values]:
+        program, values = pack(record, lambda path, value: refer(value) if _is_shared(path, value) else None)
+        return refer(program), values
+
+    def text(value: Any) -> str:
+        return json.dumps(value, separators=(",", ":"))
+
+    examples, record = entry.examples, entry.record
+    of_examples = (None, None, None)
+    if examples is not None:
+        of_examples = refer(examples.keys), examples.scores.tobytes(), examples.new_tokens.tobytes()
+    if record is None:
+        return entry.skipped, entry.note, None, None, "null", None, None, None, None, *of_examples
+    structure, head = packed({name: record[name] for name in HEAD if name in record})
+    in_head = text([structure, list(head.numbers), head.parts, head.others])
+    structure, values = packed(record)
+    of_record = (structure, values.numbers.tobytes(), " ".join(values.parts), text(values.others))
+    known = (has_current_intervals(record), refer(settings_key(record)))
+    return entry.skipped, entry.note, *known, in_head, *of_record, *of_examples
 
 
 def _is_shared(path: tuple[str, ...], value: Any) -> bool:

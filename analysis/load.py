@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from ..conf.errors import InputError
+from .compact import LazyRecord
 from .describe import (
     average,
     by_compressed_layers,
     compressed_layers,
     fewer_is_better,
+    has_current_intervals,
     longbench_rows,
     setting,
     tie_rule,
@@ -93,12 +95,16 @@ class Run:
         record: ``record.json``; :func:`load` leaves out :data:`NOT_LOADED`, which :meth:`whole_record` has.
         label: name for tables; see :func:`load`.
         examples: score of each example, for tests between runs; None if ``samples.jsonl`` does not fit the record.
+        settings: ``group_key`` if it is known; None: it is made from the record.
+        is_current: :func:`has_current_intervals` of the record if it is known; None: the record is asked.
     """
 
     path: Path
     record: Mapping[str, Any]
     label: str
     examples: Examples | None = None
+    settings: str | None = None
+    is_current: bool | None = None
 
     @cached_property
     def is_full_cache(self) -> bool:
@@ -121,7 +127,11 @@ class Run:
     @cached_property
     def group_key(self) -> str:
         """:func:`settings_key` of the record."""
-        return settings_key(self.record)
+        return settings_key(self.record) if self.settings is None else self.settings
+
+    def built(self) -> Run:
+        """This run with its record as a dict of its own, where only some fields of it are in memory."""
+        return replace(self, record=self.record.whole()) if isinstance(self.record, LazyRecord) else self
 
     def samples(self) -> list[dict[str, Any]]:
         """Rows of ``samples.jsonl``, one per example."""
@@ -158,7 +168,8 @@ def load(folder: str | Path, *more: str | Path) -> tuple[list[Run], list[str]]:
                 text = f"{entry.note}; the run is shown, without tests of significance"
                 problems.append(f"note: {InputError('results_dir', path / SAMPLES, text)}")
             if entry.record is not None:
-                runs.append(Run(path, entry.record, entry.record["method_label"], entry.examples))
+                known = (entry.settings, entry.is_current)
+                runs.append(Run(path, entry.record, entry.record["method_label"], entry.examples, *known))
     runs, copies = _without_copies(runs)
     return ordered(_with_current_statistics(runs)), problems + copies
 
@@ -201,15 +212,12 @@ def _with_current_statistics(runs: Sequence[Run]) -> list[Run]:
 
 
 def _has_older_intervals(run: Run) -> bool:
-    if run.record["kind"] != "accuracy" or not run.done or run.examples is None:
-        return False
-    from .summaries import is_current  # here, because it imports scipy
-
-    return not is_current(run.record)
+    is_current = has_current_intervals(run.record) if run.is_current is None else run.is_current
+    return not is_current and run.examples is not None
 
 
 def _with_current_intervals(run: Run, by_hash: Mapping[str, Run]) -> Run:
-    from .summaries import with_current_statistics
+    from .summaries import with_current_statistics  # here, because it imports scipy
 
     assert run.examples is not None
     scores = run.examples.by_data_set()

@@ -16,24 +16,8 @@ Settings = Mapping[str, str]
 
 def ordered(runs: Iterable[Run]) -> list[Run]:
     """The runs group by group, by method and budget, with labels that tell them apart."""
-    runs = list(runs)
-    _find_groups(runs)
     known: dict[Hashable, Settings] = {}
     return [run for group in comparable(sorted(runs, key=_order)) for run in distinct(group, known)]
-
-
-def _find_groups(runs: Iterable[Run]) -> None:
-    """Work out each run's group, once for all runs that have the parts of their settings in common."""
-    known: dict[tuple[Any, ...], str] = {}
-    for run in runs:
-        record, identity = run.record, run.record["identity"]
-        # The parts are mappings, and the runs keep them; a number that is another object is just worked out again.
-        parts = [value if type(value) is str else id(value) for name, value in identity.items() if name != "method"]
-        place = (record["kind"], record["task"], record["model"], *identity, *parts)
-        if place in known:
-            vars(run)["group_key"] = known[place]
-        else:
-            known[place] = run.group_key
 
 
 def _order(run: Run) -> tuple[Any, ...]:

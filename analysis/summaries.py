@@ -49,12 +49,6 @@ def difference(scores: Groups, baseline: Groups, bounds: Bounds | None) -> dict[
     return asdict(paired_difference(scores, baseline, bounds))
 
 
-def is_current(record: Mapping[str, Any]) -> bool:
-    """Whether the intervals of an accuracy record are made by the rules of :mod:`.stats`."""
-    paired = record.get("paired", {}).get("difference")
-    return "method" in record["average"] and (paired is None or "method" in paired)
-
-
 def with_current_statistics(
     record: Mapping[str, Any], scores: Groups, baseline: Groups | None = None
 ) -> dict[str, Any]:

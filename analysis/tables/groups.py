@@ -76,6 +76,7 @@ class _Options(NamedTuple):
 
 def _tables_of(group: Sequence[Run], differences: Sequence[str], options: _Options) -> list[Table]:
     """Tables of a group; ``differences``: the settings in which its tables differ from those of other groups."""
+    group = [run.built() for run in group]  # which are in memory until these tables are written
     is_accuracy = group[0].record["kind"] == "accuracy"
     _, margin, tested, reference = options
     if options.by_budget:

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from kvbench.analysis.describe import has_current_intervals
 from kvbench.analysis.schema import identity_hash
-from kvbench.analysis.summaries import is_current, with_current_statistics
+from kvbench.analysis.summaries import with_current_statistics
 from kvbench.analysis.verify import main, read_rows, scores_of, verify
 
 REFERENCE = Path(__file__).resolve().parents[2] / "results/reference"
@@ -76,7 +77,7 @@ def test_intervals_of_today_are_computed_again_to_the_bit(scored, tmp_path) -> N
     assert found.differing == [] and found.intervals == {"t": 15, "midp": 4, "percentile bootstrap": 30}
     for folder in scored.values():
         record, lines = read(folder), (folder / "samples.jsonl").read_text().split("\n")[:-1]
-        assert is_current(record) and record["interval"] == {"method": "t", "level": 0.95, "resamples": None}
+        assert has_current_intervals(record) and record["interval"] == {"method": "t", "level": 0.95, "resamples": None}
         (folder / "samples.jsonl").write_text("\n".join(reversed(lines)) + "\n")
         again = with_current_statistics(record, scores_of(read_rows(folder, record), record))
         for part in ("scores", "average", "averages"):
