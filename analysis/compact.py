@@ -1,26 +1,25 @@
 """Records as a structure, which many of them have in common, and their values.
 
-    program, values = pack(record, refer)
-    record = Structure(program).build(...)
-    record = LazyRecord(some_fields, lambda: Structure(program).build(...))
+    template, values = pack(record, refer)
+    record = Structure(template).build(...)
+    record = LazyRecord(some_fields, lambda: Structure(template).build(...))
 
 JSON repeats the name of every field in every record, and writes a number with 17 digits: reading it takes most of the
-time of a large folder. Here a structure is a program: a list of steps, each of which makes one mapping or list from the
-values that are there; numbers are an array.
+time of a large folder. Here the values are lists and an array, and a structure is compiled: one expression makes all
+mappings of a record from its values.
 """
 
 from __future__ import annotations
 
+import ast
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import Any
 
-Slot = tuple[str, int]
-"""Kind of a value (:data:`KINDS`) and its number among those."""
-KINDS = ("number", "part", "other", "made")
-"""Floats; values that records share; all other values that are no container; results of earlier steps."""
+KINDS = ("number", "part", "other")
+"""Floats; values that records share; all other values that are no container."""
+Refer = Callable[[tuple[str, ...], Any], str | None]
 
 
 @dataclass(slots=True)
@@ -38,8 +37,8 @@ class Values:
     others: list[Any] = field(default_factory=list)
 
 
-def pack(record: Mapping[str, Any], refer: Callable[[tuple[str, ...], Any], str | None]) -> tuple[list[Any], Values]:
-    """Return the steps that make a record, as JSON can hold them, and its values.
+def pack(record: Mapping[str, Any], refer: Refer) -> tuple[dict[str, Any], Values]:
+    """Return a record with the places of its values in place of them, and the values.
 
     Args:
         record: A mapping of values that JSON can hold.
@@ -47,21 +46,14 @@ def pack(record: Mapping[str, Any], refer: Callable[[tuple[str, ...], Any], str 
             a reference to it, without white space; None for all other values.
     """
     values = Values()
-    steps: list[tuple[list[str] | None, list[Slot]]] = []
-    _slot(dict(record), (), values, steps, refer)
-    sizes = (len(values.numbers), len(values.parts), len(values.others))
-    first = dict(zip(KINDS, (0, sizes[0], sizes[0] + sizes[1], sum(sizes)), strict=True))
-    return [[names, [first[kind] + number for kind, number in slots]] for names, slots in steps], values
+    slots = _slots(dict(record), (), values, refer)
+    ends = (0, len(values.numbers), len(values.numbers) + len(values.parts))
+    template: dict[str, Any] = _with_places(slots, dict(zip(KINDS, ends, strict=True)))
+    return template, values
 
 
-def _slot(
-    value: Any,
-    path: tuple[str, ...],
-    values: Values,
-    steps: list[tuple[list[str] | None, list[Slot]]],
-    refer: Callable[[tuple[str, ...], Any], str | None],
-) -> Slot:
-    """Add a value to ``values``, or the steps that make it to ``steps``, and return its slot."""
+def _slots(value: Any, path: tuple[str, ...], values: Values, refer: Refer) -> Any:
+    """Add what is in a value to ``values``; returns it with (kind, number among those) of each."""
     reference = refer(path, value)
     if reference is not None:
         values.parts.append(reference)
@@ -69,45 +61,48 @@ def _slot(
     if type(value) is float:
         values.numbers.append(value)
         return "number", len(values.numbers) - 1
-    if isinstance(value, dict) and value:
-        steps.append((list(value), [_slot(v, (*path, name), values, steps, refer) for name, v in value.items()]))
-    elif isinstance(value, list) and any(type(inner) in (float, dict, list) for inner in value):
-        steps.append((None, [_slot(v, (*path, ""), values, steps, refer) for v in value]))
-    else:
-        values.others.append(value)
-        return "other", len(values.others) - 1
-    return "made", len(steps) - 1
+    if isinstance(value, dict) and (value or not path):
+        return {name: _slots(inner, (*path, name), values, refer) for name, inner in value.items()}
+    if isinstance(value, list) and any(type(inner) in (float, dict, list) for inner in value):
+        return [_slots(inner, (*path, ""), values, refer) for inner in value]
+    values.others.append(value)
+    return "other", len(values.others) - 1
+
+
+def _with_places(slots: Any, first: Mapping[str, int]) -> Any:
+    if isinstance(slots, dict):
+        return {name: _with_places(inner, first) for name, inner in slots.items()}
+    if isinstance(slots, list):
+        return [_with_places(inner, first) for inner in slots]
+    kind, number = slots
+    return first[kind] + number
 
 
 class Structure:
     """Makes records of one structure.
 
     Args:
-        program: As :func:`pack` returns it.
+        template: As :func:`pack` returns it.
+
+    Attributes:
+        build: Returns the record of a list of numbers, shared values and others, one after the other.
     """
 
-    def __init__(self, program: Any) -> None:
-        self._steps = [(None if names is None else tuple(names), _getter(places)) for names, places in program]
-
-    def build(self, values: list[Any]) -> dict[str, Any]:
-        """Return the record.
-
-        Args:
-            values: Numbers, shared values and others, one after the other; results of steps are appended to it.
-        """
-        for names, get in self._steps:
-            found = get(values)
-            values.append(list(found) if names is None else dict(zip(names, found)))  # noqa: B905 (strict is slow)
-        made: dict[str, Any] = values[-1]
-        return made
+    def __init__(self, template: Mapping[str, Any]) -> None:
+        arguments = ast.arguments([], [ast.arg("values")], None, [], [], None, [])
+        function = ast.Expression(ast.Lambda(arguments, _expression(template)))
+        # The expression consists of names of fields as constants, and of places: nothing in it can be called.
+        code = compile(ast.fix_missing_locations(function), "<structure of a record>", "eval")
+        self.build: Callable[[list[Any]], dict[str, Any]] = eval(code)
 
 
-def _getter(places: list[int]) -> Callable[[list[Any]], tuple[Any, ...]]:
-    """Return a function that takes the values at some places; ``itemgetter`` of one place gives no tuple."""
-    if len(places) == 1:
-        (place,) = places
-        return lambda values: (values[place],)
-    return itemgetter(*places)
+def _expression(template: Any) -> ast.expr:
+    """Source of a mapping, of a list, or of the value at a place."""
+    if isinstance(template, dict):
+        return ast.Dict([ast.Constant(name) for name in template], [_expression(v) for v in template.values()])
+    if isinstance(template, list):
+        return ast.List([_expression(inner) for inner in template], ast.Load())
+    return ast.Subscript(ast.Name("values", ast.Load()), ast.Constant(int(template)), ast.Load())
 
 
 class LazyRecord(Mapping[str, Any]):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,8 @@ from .schema import FIELDS, RECORD, RESULTS, SAMPLES, SCHEMA
 
 REFERENCE = "reference"
 """Folder of the committed runs below the results folder."""
+MAX_UNSHARED = 2000
+"""Number of folders from which on several processes search them."""
 NOT_LOADED = ("config", "curve", "repetitions", "validations")
 """Fields that :func:`read_entries` leaves out, because no table needs them and they are most of a record's size.
 
@@ -75,32 +79,46 @@ def read_entries(folder: Path) -> dict[str, Entry]:
 
 def _stamps(folder: Path) -> dict[str, str]:
     """Times and sizes of the files of each run folder below a folder, in the order of their paths."""
-    root, found, left = os.fspath(folder), {}, [""]
-    while left:
-        below = left.pop()
-        path, is_run = os.path.join(root, below), False
-        try:
-            with os.scandir(path) as entries:
-                for entry in entries:
-                    if entry.is_dir(follow_symlinks=False):
-                        left.append(f"{below}/{entry.name}" if below else entry.name)
-                    elif entry.name == RECORD:
-                        is_run = not entry.is_dir()
-        except OSError:
-            continue
-        if not below and REFERENCE in left:
-            left.remove(REFERENCE)
-        if is_run:
-            found[below] = f"{_stamp(os.path.join(path, RECORD))} {_stamp(os.path.join(path, SAMPLES))}"
+    root = os.fspath(folder)
+    found, left = _scanned(root, [""], MAX_UNSHARED)
+    work = [partial(_scanned, root, left[start : start + BATCH]) for start in range(0, len(left), BATCH)]
+    for more, _ in each_result(work):
+        found |= more
     return dict(sorted(found.items(), key=lambda item: item[0].replace("/", "\0")))  # by the names of the folders
 
 
-def _stamp(path: str) -> str:
+def _scanned(root: str, folders: Sequence[str], limit: float = math.inf) -> tuple[dict[str, str], list[str]]:
+    """Search some folders below ``root`` and all below them, level by level.
+
+    Returns:
+        Times and sizes by run folder, and the folders that are left once ``limit`` are known that were not searched.
+    """
+    found: dict[str, str] = {}
+    left = deque(folders)
+    while left and len(left) < limit:
+        below = left.popleft()
+        path, files = os.path.join(root, below), {}
+        try:
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if not entry.is_dir(follow_symlinks=False):
+                        files[name] = entry
+                    elif below or name != REFERENCE:
+                        left.append(f"{below}/{name}" if below else name)
+        except OSError:
+            continue
+        if RECORD in files and not files[RECORD].is_dir():
+            found[below] = f"{_stamp(files[RECORD])} {_stamp(files.get(SAMPLES))}"
+    return found, list(left)
+
+
+def _stamp(file: os.DirEntry[str] | None) -> str:
     try:
-        status = os.stat(path)
+        status = None if file is None else file.stat()
     except OSError:
-        return "-"
-    return f"{status.st_mtime_ns}:{status.st_size}"
+        status = None
+    return "-" if status is None else f"{status.st_mtime_ns}:{status.st_size}"
 
 
 def _entries(folder: Path, names: Sequence[str]) -> Encoded:

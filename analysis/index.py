@@ -113,6 +113,7 @@ class Index:
             if not self._path.is_file():
                 return {}
             with closing(sqlite3.connect(f"{self._path.as_uri()}?mode=ro", uri=True)) as base:
+                base.execute("BEGIN")  # the parts of all entries, even while another process adds some
                 self._parts = {digest: json.loads(text) for digest, text in base.execute("SELECT * FROM parts")}
                 cursor = base.execute("SELECT * FROM entries")
                 while rows := cursor.fetchmany(BATCH):
@@ -215,14 +216,14 @@ def _columns(entry: Entry, parts: dict[str, str]) -> tuple[Any, ...]:
         return digest
 
     def packed(record: Mapping[str, Any]) -> tuple[str, Values]:
-        program, values = pack(record, lambda path, value: refer(value) if _is_shared(path, value) else None)
-        return refer(program), values
+        template, values = pack(record, lambda path, value: refer(value) if _is_shared(path, value) else None)
+        return refer(template), values
 
     def text(value: Any) -> str:
         return json.dumps(value, separators=(",", ":"))
 
     examples, record = entry.examples, entry.record
-    of_examples = (None, None, None)
+    of_examples: tuple[Any, ...] = (None, None, None)
     if examples is not None:
         of_examples = refer(examples.keys), examples.scores.tobytes(), examples.new_tokens.tobytes()
     if record is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 from ..describe import setting
@@ -221,7 +222,7 @@ class _Columns:
 
 def _keys(done: Sequence[Run], field: str) -> list[str]:
     """Names in a field of any of the runs, in the order of the first run that has them."""
-    return list(dict.fromkeys(name for run in done for name in run.record.get(field, {})))
+    return list(dict.fromkeys(chain.from_iterable(run.record.get(field, ()) for run in done)))
 
 
 def _mean_bytes(held: Mapping[str, Any]) -> Cell:

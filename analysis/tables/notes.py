@@ -39,8 +39,7 @@ def narrow_storage(runs: Sequence[Run]) -> list[str]:
 
 def made_by(runs: Sequence[Run]) -> list[str]:
     """Who made a table's rows, where a reader must know: changed files, or more than one version of something."""
-    shared = {id(maker): maker for run in runs for maker in makers(run.record)}  # one object for many runs
-    made = list(shared.values())
+    made = list({id(maker): maker for run in runs_by_makers(runs) for maker in makers(run.record)}.values())
     notes = []
     if any(m.get("git", {}).get("dirty") for m in made):
         notes.append("Made by code that differs from its commit.")
@@ -80,6 +79,12 @@ def makers(record: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     return [session for session, end in zip(sessions, ends, strict=True) if end > session["after_examples"]]
 
 
+def runs_by_makers(runs: Sequence[Run]) -> list[Run]:
+    """One run for each process or processes, since thousands of records share the mappings that describe them."""
+    fields = ("sessions", "provenance", "data")
+    return list({tuple(id(run.record.get(name)) for name in fields): run for run in runs}.values())
+
+
 def different_layers(runs: Sequence[Run]) -> list[str]:
     """Which runs compressed which layers, where not all are alike."""
     layers = by_compressed_layers(runs)
@@ -105,23 +110,25 @@ def tie_rules(runs: Sequence[Run]) -> list[str]:
 def missing_sets(runs: Sequence[Run]) -> list[str]:
     """Which runs lack a data set that others have: their means are of other data."""
     done = [run for run in runs if run.done]
-    every = {name for run in done for name in run.record["scores"]}
-    lacking = [run.label for run in done if every - run.record["scores"].keys()]
+    every = set().union(*(run.record["scores"] for run in done))
+    lacking = [run.label for run in done if len(run.record["scores"]) < len(every)]
     return [f"Some data sets are missing, so these means are of other data: {', '.join(lacking)}."] if lacking else []
 
 
 def ways_of_reading(runs: Sequence[Run]) -> list[str]:
     """How prompts were prefilled, if it differs, in 16 bits: chunks and a shared prefill each round differently."""
     dtype = runs[0].record["identity"]["dtype"]
-    records = [run.record for run in runs if run.done]
-    chunks = sorted({maker.get("chunk_size") or 0 for record in records for maker in makers(record)})
-    methods = sorted({1 + count for record in records if (count := co_batched(record)) is not None})
+    if dtype == "float32":
+        return []
+    done = [run for run in runs if run.done]
+    chunks = sorted({m.get("chunk_size") or 0 for run in runs_by_makers(done) for m in makers(run.record)})
+    methods = sorted({1 + count for run in done if (count := co_batched(run.record)) is not None})
     ways = []
     if len(chunks) > 1:
         ways.append(f"in chunks of {', '.join(str(size) if size else 'all' for size in chunks)} tokens")
     if len(methods) > 1:
         ways.append(f"by {', '.join(map(str, methods))} methods in a command")
-    if dtype == "float32" or not ways:
+    if not ways:
         return []
     return [f"Prompts were prefilled {' and '.join(ways)}: in {dtype} each is another rounding."]
 
