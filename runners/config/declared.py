@@ -1,8 +1,8 @@
 """Types and bounds of options, read from the source of the classes that declare them.
 
 ``--help`` and the first check of a command use it, because importing those classes takes seconds, for most import
-torch. Only annotations are
-evaluated: types of :mod:`typing`, the constraints of :mod:`...conf.options`, literals, and names for them.
+torch. Only annotations are evaluated: types of :mod:`typing`, the constraints of :mod:`...conf.options`, literals, and
+names for them.
 """
 
 from __future__ import annotations

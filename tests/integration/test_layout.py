@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMON = tuple(f"kvbench.conf.{name}" for name in ("errors", "identity", "options", "user_cache", "wording"))
+COMMON = tuple(
+    f"kvbench.conf.{name}" for name in ("errors", "identity", "options", "user_cache", "versions", "wording")
+)
 
 
 @dataclass(frozen=True)
