@@ -21,7 +21,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -90,6 +90,12 @@ def calculation(grid: Grid) -> list[str]:
     return lines
 
 
+def formulas(grid: Grid) -> list[str]:
+    """The formulas of all models without numbers, each once."""
+    first = (calculation(replace(grid, rows=[row], tokens=grid.tokens[:1])) for row in grid.rows)
+    return list(dict.fromkeys(line for lines in first for line in lines if not line.startswith(" ")))
+
+
 def table(grid: Grid) -> list[str]:
     """Lines of a Markdown table, aligned so that it reads well as plain text; MLA's latents have a row of their own."""
     cells = [["model" if grid.by_model else "batch", *(f"{in_k(tokens)} tokens" for tokens in grid.tokens)]]
@@ -104,8 +110,13 @@ def table(grid: Grid) -> list[str]:
     return [f"| {row} |" for row in rows]
 
 
+def formula_and_table(grid: Grid) -> list[str]:
+    """Lines of the formulas, then of the table."""
+    return [*formulas(grid), "", *table(grid)]
+
+
 def page(grid: Grid, body: list[str]) -> str:
-    """``body`` between its title and what the models are."""
+    """A text between its title and what the models are."""
     models = dict.fromkeys(f"* {config}" for config, _ in grid.rows)
     return "\n".join([f"{grid.title} (k = 1024)", "", *body, "", *models, ""])
 
@@ -212,7 +223,7 @@ def write(path: Path, grid: Grid) -> None:
     require(path.suffix in endings, "-o", path, f"must end in {', '.join(endings)}")
     file = io.BytesIO()
     if path.suffix in (".csv", ".md"):
-        file.write((csv_table(grid) if path.suffix == ".csv" else page(grid, table(grid))).encode())
+        file.write((csv_table(grid) if path.suffix == ".csv" else page(grid, formula_and_table(grid))).encode())
     else:
         from matplotlib import rc_context
 
@@ -266,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"wrote {args.output}")
         else:
             single = len(grid.rows) == len(grid.tokens) == 1
-            print(page(grid, calculation(grid) if single else table(grid)), end="")
+            print(page(grid, calculation(grid) if single else formula_and_table(grid)), end="")
     except (InputError, argparse.ArgumentError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -318,16 +318,20 @@ def test_a_shape_makes_the_published_number_of_parameters(name: str, parameters:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
+FORMULA = "KV bytes = batch x layers x kv_heads x tokens x head_dim x 2 x bits/8"
+
+
 def test_the_default_is_a_table_of_llama2_7b(capsys: pytest.CaptureFixture[str]) -> None:
     output = run(capsys)
     assert output.startswith("KV cache of llama2-7b in float16")
     assert cells(output)["batch"] == ["4k tokens", "32k tokens", "128k tokens"]
     assert cells(output)["1"] == ["2 GiB", "16 GiB", "64 GiB"]
+    assert [line for line in output.splitlines() if "bits" in line] == [FORMULA]
 
 
 def test_a_single_point_is_written_out(capsys: pytest.CaptureFixture[str]) -> None:
     lines = run(capsys, "--tokens", "32k", "--batch", 2).splitlines()
-    assert "KV bytes = batch x layers x kv_heads x tokens x head_dim x 2 x bits/8" in lines
+    assert FORMULA in lines
     assert "         = 2 x 32 x 32 x 32768 x 128 x 2 x 16/8" in lines
     assert "         = 34,359,738,368 bytes = 32 GiB; 512 KiB per token" in lines
 
@@ -354,7 +358,9 @@ def test_mla_is_shown_as_latents_and_as_expanded(capsys: pytest.CaptureFixture[s
     assert lines[6] == "         = 2 x 61 x 1024 x (512 + 64) x 16/8"
     assert lines[7] == "         = 143,917,056 bytes = 137 MiB; 68.6 KiB per token"
     assert "MLA: query heads 128, KV heads 128, expanded keys 192 and values 128 wide, latent 512 + 64" in lines[-1]
-    rows = cells(run(capsys, *model, "--tokens", "1k,2k", "--batch", 2))
+    output = run(capsys, *model, "--tokens", "1k,2k", "--batch", 2)
+    assert output.splitlines()[2:5] == [lines[2], lines[5], ""]
+    rows = cells(output)
     assert (rows["2"], rows["2, latent"]) == (["9.53 GiB", "19.1 GiB"], ["137 MiB", "274 MiB"])
     run(capsys, *model, "--tokens", "1k", "-o", tmp_path / "kv.csv")
     run(capsys, "--tokens", "1k", "-o", tmp_path / "llama.csv")
@@ -378,6 +384,7 @@ def test_models_are_compared_at_one_batch(capsys: pytest.CaptureFixture[str], tm
     assert rows["mine"] == ["3 KiB", "96 MiB"]  # 6 layers x 2 x 64 numbers x 2 bytes, twice
     assert rows["other"] == ["384 bytes", "12 MiB"]
     assert "batch 2, in bfloat16" in output
+    assert output.count("bits/8") == output.count(FORMULA) == 1
     assert "MHA: query heads 8, KV heads 8" in output
     assert "MQA: query heads 8, KV heads 1" in output
     assert "GQA: query heads 32, KV heads 8" in output
