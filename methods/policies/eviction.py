@@ -128,8 +128,8 @@ class EvictionPolicy(PromptEviction):
                 first = keys.shape[2] - length
                 stored.append((keys[index, :, first:], values[index, :, first:]))
             ids = torch.stack([prompts[row] for row in rows])  # [R, T]
-            every = scores_by_repetition(self.scorer, model, plan, stored, ids)
-            for state, scores, budget in zip(states, every, budgets, strict=True):
+            scores_of_policies = scores_by_repetition(self.scorer, model, plan, stored, ids)
+            for state, scores, budget in zip(states, scores_of_policies, budgets, strict=True):
                 recent = self.recent_of(budget)
                 sinks = min(self.sinks, budget - recent)
                 candidates = scores[..., sinks : length - recent]  # [R, H, N]
@@ -186,9 +186,10 @@ class EvictionPolicy(PromptEviction):
         real = None if step.valid is None else step.valid[:, 0]  # [B]
         if self.schedule.evicts_oldest:
             assert state.limit is not None and state.recent is not None
-            alike = state.limit.new_zeros((*state.limit.shape, storage.slots), dtype=torch.float32)  # [B, 1 or H, S]
-            older = (state.limit - state.recent)[..., None]  # [B, 1 or H, 1], tokens before the ring
-            evict_one(state, storage, alike, older, compact_now=step.valid is not None)
+            shape = (*state.limit.shape, storage.slots)
+            equal_scores = state.limit.new_zeros(shape, dtype=torch.float32)  # [B, 1 or H, S]
+            n_evictable = (state.limit - state.recent)[..., None]  # [B, 1 or H, 1], tokens before the ring
+            evict_one(state, storage, equal_scores, n_evictable, compact_now=step.valid is not None)
         elif self.follows_attention:
             # Score by the attention weights of this step: the running scores get an entry for the new token.
             weights, previous = step_weights(state, storage), state.scores  # weights [B, H, g, S]
@@ -262,8 +263,9 @@ class EvictionPolicy(PromptEviction):
         if interval is None:
             return [kept + new_tokens for kept in prompt_kept]
         limits = self.limits(prompt_length, layers)
-        since = new_tokens % interval
-        return [min(kept + new_tokens - since, limit) + since for kept, limit in zip(prompt_kept, limits, strict=True)]
+        n_unevicted = new_tokens % interval  # generated since the last eviction
+        evicted = [min(kept + new_tokens - n_unevicted, limit) for kept, limit in zip(prompt_kept, limits, strict=True)]
+        return [kept + n_unevicted for kept in evicted]
 
     def state_tensors(self, state: EvictionState) -> list[torch.Tensor]:
         random = None if state.merging is None else state.merging.random

@@ -75,11 +75,11 @@ class PromptEviction(CachePolicy):
     def _check_protected(self) -> None:
         sinks, recent, budget = self.sinks, self.recent, self.budget
         if isinstance(budget, int):
-            last = self.recent_of(budget) if isinstance(recent, float) else recent
-            parts = [f"method.recent={recent}"] if last else []
+            n_recent = self.recent_of(budget) if isinstance(recent, float) else recent
+            parts = [f"method.recent={recent}"] if n_recent else []
             protected = " and ".join([*parts, f"method.sinks={sinks}"] if sinks else parts)
-            allowed = f"must be at least {sinks + last}, the tokens that are kept whatever their scores ({protected})"
-            require(sinks + last <= budget, "method.budget", budget, allowed)
+            allowed = f"must be at least {sinks + n_recent}, the tokens kept whatever their scores ({protected})"
+            require(sinks + n_recent <= budget, "method.budget", budget, allowed)
         window, interval = self.scorer.observation_window, self.schedule.interval
         if self.schedule.evicts_oldest:
             allowed = "must be above 0: method/schedule=ring keeps that many of the newest tokens"
@@ -115,8 +115,8 @@ class PromptEviction(CachePolicy):
         if self.allocator != Uniform():
             out["allocator"] = self.allocator.identity()
         if self.schedule != scorer.default_schedule:
-            only = scorer.tracks_attention and self.schedule == AfterPrefill()
-            out |= {"prefill_only": True} if only else {"schedule": self.schedule.identity()}
+            prefill_only = scorer.tracks_attention and self.schedule == AfterPrefill()
+            out |= {"prefill_only": True} if prefill_only else {"schedule": self.schedule.identity()}
         version = {"version": scorer.version} if scorer.version > 1 else {}
         return out | version | {"ties": ranking.RULE}
 
