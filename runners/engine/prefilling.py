@@ -102,7 +102,7 @@ def _check(
             "use batch_size=1 and runner.chunk_size=null",
         )
     if chunk is not None and cache.states is not None:
-        allowed = "a model with recurrent layers cannot run a prompt in chunks: null"
+        allowed = "must be null: a model with recurrent layers runs a prompt in one forward"
         raise InputError("runner.chunk_size", chunk, allowed)
 
 
