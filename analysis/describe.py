@@ -32,10 +32,10 @@ def has_current_intervals(record: Mapping[str, Any]) -> bool:
 
 def average(record: Mapping[str, Any], name: str | None = None) -> Mapping[str, Any]:
     """A run's mean score with its interval as it is shown, or that of the data set ``name``."""
-    found: Mapping[str, Any] = record["average"] if name is None else record["scores"][name]
+    estimate: Mapping[str, Any] = record["average"] if name is None else record["scores"][name]
     if not fewer_is_better(record):
-        return found
-    return {**found, **{k: None if found[k] is None else math.exp(found[k]) for k in ("mean", "low", "high")}}
+        return estimate
+    return {**estimate, **{k: None if estimate[k] is None else math.exp(estimate[k]) for k in ("mean", "low", "high")}}
 
 
 def tie_rule(record: Mapping[str, Any]) -> str | None:
@@ -81,14 +81,14 @@ def by_compressed_layers(runs: Iterable[Run]) -> dict[str, list[str]]:
 
     A method with an architecture of its own (``method.sharing``) differs in its layers by definition, and is left out.
     """
-    found: dict[str, list[str]] = {}
+    labels: dict[str, list[str]] = {}
     for run in runs:
         if run.record["identity"]["method"].get("sharing") is not None:
             continue
         layers = compressed_layers(run.record)
         if layers is not None:
-            found.setdefault(layers, []).append(run.label)
-    return found
+            labels.setdefault(layers, []).append(run.label)
+    return labels
 
 
 def longbench_rows(record: Mapping[str, Any]) -> str | None:

@@ -20,15 +20,15 @@ def published_table(runs: Sequence[Run]) -> Table:
     for claim in claims():
         head = [Cell(claim.paper), Cell(claim.claim), Cell(f"{claim.published:g} {claim.unit}", claim.published)]
         head.append(Cell(claim.published_on))
-        found = answers(claim, runs)
-        for run, value in found:
+        matches = answers(claim, runs)
+        for run, value in matches:
             share = value / claim.published
             said, remark = verdict(claim.published, value, None, None, claim.differences(run.record))
             ours = [Cell(f"{value:.3g} {claim.unit}" if value < 1000 else f"{value:,.0f} {claim.unit}", value)]
             words = f"{said} ({remark})" if remark else said
             rows.append([*head, *ours, Cell(device(run)), Cell(f"{share:.2f}", share), Cell(words)])
             used.append(run)
-        if not found:
+        if not matches:
             rows.append([*head, Cell("-"), Cell("-"), Cell("-"), Cell(NOT_RUN)])
     columns = ["paper", "claim", "published", "on", "ours", "device", "ours / published", "verdict"]
     table = Table("Published figures of speed and memory, and ours", columns, rows, used)

@@ -63,13 +63,13 @@ def matching(option: str, wanted: str, known: Sequence[str], shown: Sequence[str
     """
     matched: set[str] = set()
     for pattern in (part.strip() for part in wanted.split(",")):
-        found = {name for name in known if fnmatchcase(name, pattern)}
-        if not found:
+        names = {name for name in known if fnmatchcase(name, pattern)}
+        if not names:
             options = list(known if shown is None else shown)
             raise InputError(
                 option, pattern, f"is in none of these results: {_listed(options)}{near(pattern, options)}"
             )
-        matched |= found
+        matched |= names
     return matched
 
 

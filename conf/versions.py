@@ -19,10 +19,10 @@ CURRENT_VERSIONS: Mapping[str, int] = {
 
 def older_parts(identity: Mapping[str, Any]) -> list[str]:
     """Return the keys of the parts of a recorded identity whose version is older than today's, inner parts last."""
-    found = []
+    older = []
     for key, value in identity.items():
         if isinstance(value, Mapping):
             if value.get("version", 1) < CURRENT_VERSIONS.get(str(value.get("class")), 1):
-                found.append(key)
-            found += older_parts(value)
-    return found
+                older.append(key)
+            older += older_parts(value)
+    return older

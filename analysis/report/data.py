@@ -96,18 +96,18 @@ def at(record: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-def estimate(found: Any) -> list[float | int | None] | None:
+def estimate(recorded: Any) -> list[float | int | None] | None:
     """``[mean, low, high, n]`` of an estimate of a record; None without a finite mean."""
-    if not isinstance(found, Mapping) or number(found.get("mean")) is None:
+    if not isinstance(recorded, Mapping) or number(recorded.get("mean")) is None:
         return None
-    return [number(found.get(key)) for key in ("mean", "low", "high", "n")]
+    return [number(recorded.get(key)) for key in ("mean", "low", "high", "n")]
 
 
-def spread(found: Any) -> list[float | int | None] | None:
+def spread(recorded: Any) -> list[float | int | None] | None:
     """``[median, min, max]`` of a repeated measurement."""
-    if not isinstance(found, Mapping) or number(found.get("median")) is None:
+    if not isinstance(recorded, Mapping) or number(recorded.get("median")) is None:
         return None
-    return [number(found.get(key)) for key in ("median", "min", "max")]
+    return [number(recorded.get(key)) for key in ("median", "min", "max")]
 
 
 def _looks(runs: Iterable[Run]) -> dict[str, dict[str, str]]:
@@ -157,8 +157,8 @@ def _group(group: Sequence[Run]) -> dict[str, Any]:
 def _tests(group: Sequence[Run]) -> dict[str, list[float | int | None]]:
     """``[p, won, tied, lost]`` against the full cache by hash: p-values after Holm's rule over the group."""
     sign = -1 if fewer_is_better(group[0].record) else 1
-    made = tests_of(group, FULL_CACHE.run_for).paired
-    return {key: [number(p), *((one.won, one.tied, one.lost)[::sign])] for key, (one, p) in made.items()}
+    compared = tests_of(group, FULL_CACHE.run_for).paired
+    return {key: [number(p), *((one.won, one.tied, one.lost)[::sign])] for key, (one, p) in compared.items()}
 
 
 def _run(run: Run, group: Mapping[str, Any], folders: Sequence[Path]) -> dict[str, Any]:

@@ -152,8 +152,8 @@ class _Columns:
         if self.reference.is_full_cache:
             recorded: Mapping[str, Any] | None = run.record.get("paired", {}).get("difference")
             return recorded
-        found = self.tests.paired.get(run.record["hash"])
-        return None if found is None else asdict(found[0].difference)
+        pair = self.tests.paired.get(run.record["hash"])
+        return None if pair is None else asdict(pair[0].difference)
 
     def _against_reference(self, run: Run, form: str) -> list[Cell]:
         """The paired difference, with a mark if it is significant, its interval, and p where it has a column."""
@@ -161,11 +161,11 @@ class _Columns:
         if difference is None:
             return [MISSING, MISSING] if self.reference.is_full_cache else [MISSING, MISSING, MISSING]
         cell = score(difference, form)
-        found = self.tests.paired.get(run.record["hash"])
-        if found is not None:
-            cell = cell._replace(p=found[1], text=cell.text + (DAGGER if self.tests.is_significant(run) else ""))
+        pair = self.tests.paired.get(run.record["hash"])
+        if pair is not None:
+            cell = cell._replace(p=pair[1], text=cell.text + (DAGGER if self.tests.is_significant(run) else ""))
         cells = [cell, interval(difference, form)]
-        return cells if self.reference.is_full_cache or found is None else [*cells, number(found[1], 4)]
+        return cells if self.reference.is_full_cache or pair is None else [*cells, number(pair[1], 4)]
 
     def _within(self, run: Run, margin: float) -> Cell:
         """Whether a run loses less than the margin against the reference."""
@@ -181,16 +181,18 @@ class _Columns:
             return []
         cells = []
         if self.tests.paired:
-            found = self.tests.paired.get(run.record["hash"])
-            cells.append(MISSING if found is None else self._flips(found[0]))
+            pair = self.tests.paired.get(run.record["hash"])
+            cells.append(MISSING if pair is None else self._flips(pair[0]))
         if self.tests.drift:
             drift = self.tests.drift.get(run.record["hash"])
             cells.append(MISSING if drift is None else score(asdict(drift), "+.1f"))
         return cells
 
-    def _flips(self, found: Comparison) -> Cell:
-        won, lost = (found.lost, found.won) if self.loss else (found.won, found.lost)  # a larger loss is lost
-        return Cell(f"{won}/{found.tied}/{lost}")
+    def _flips(self, comparison: Comparison) -> Cell:
+        won, lost = comparison.won, comparison.lost
+        if self.loss:  # a larger loss is lost
+            won, lost = lost, won
+        return Cell(f"{won}/{comparison.tied}/{lost}")
 
     def notes(self) -> list[str]:
         """What the marks and the further columns are."""

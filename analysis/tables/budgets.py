@@ -23,7 +23,7 @@ def budget_tables(runs: Sequence[Run], tested: bool = True, reference: Reference
         tested: whether differences are tested, and the best are bold.
         reference: method that the others are compared with.
     """
-    made = []
+    tables = []
     for group in comparable([r for r in runs if r.record["kind"] == "accuracy" and r.done]):
         by_curve: dict[str, dict[int, Run]] = {}
         others = []
@@ -35,10 +35,10 @@ def budget_tables(runs: Sequence[Run], tested: bool = True, reference: Reference
                 others.append(run)
         tests = tests_of(group, reference.run_for) if tested else Tests()
         if by_curve:
-            made.append(_by_budget(group, dict(sorted(by_curve.items())), tests, reference, is_alone=not others))
+            tables.append(_by_budget(group, dict(sorted(by_curve.items())), tests, reference, is_alone=not others))
         if others:
-            made.append(_without_budget(group, others, tests, reference))
-    return made
+            tables.append(_without_budget(group, others, tests, reference))
+    return tables
 
 
 def _by_budget(

@@ -122,7 +122,7 @@ def _format(args: argparse.Namespace) -> Callable[[Iterable[Table]], Iterator[st
         raise InputError("--margin", f"{args.margin:g}", "needs a row a run: leave out --by-budget and --published")
     if args.width < MIN_WIDTH:
         raise InputError("--width", f"{args.width:g}", f"must be at least {MIN_WIDTH:g} points")
-    return (lambda made: latex_page(made, args.width)) if name == "latex" else FORMATS[name]
+    return (lambda tables: latex_page(tables, args.width)) if name == "latex" else FORMATS[name]
 
 
 MIN_WIDTH = 200.0
@@ -133,10 +133,10 @@ def _wanted(args: argparse.Namespace, runs: Sequence[Run]) -> Iterator[Table]:
     if args.published:
         from ..published import published_table  # it builds on this package
 
-        made: Iterator[Table] = iter([published_table(runs)])
+        tables: Iterator[Table] = iter([published_table(runs)])
     else:
-        made = each_table(runs, args.by_budget, args.margin, Reference(args.against))
-    return made if args.columns is None else _with_columns(args.columns, list(made))
+        tables = each_table(runs, args.by_budget, args.margin, Reference(args.against))
+    return tables if args.columns is None else _with_columns(args.columns, list(tables))
 
 
 def _markdown_in_processes(args: argparse.Namespace, runs: Sequence[Run]) -> Iterator[str]:
@@ -151,14 +151,14 @@ def _markdown_in_processes(args: argparse.Namespace, runs: Sequence[Run]) -> Ite
         yield ("\n\n" if number else "") + part
 
 
-def _with_columns(wanted: str, made: Sequence[Table]) -> Iterator[Table]:
+def _with_columns(wanted: str, tables: Sequence[Table]) -> Iterator[Table]:
     """The tables with the first column and those that are wanted; tables that have none of them are left out.
 
     A heading that is in a table twice (``95 % interval``) is in it twice again.
     """
-    names = list(dict.fromkeys(chain.from_iterable(table.columns[1:] for table in made)))
+    names = list(dict.fromkeys(chain.from_iterable(table.columns[1:] for table in tables)))
     folded = matching("--columns", wanted.lower(), [name.lower() for name in names])
-    for table in made:
+    for table in tables:
         places = [i for i, name in enumerate(table.columns) if i == 0 or name.lower() in folded]
         if len(places) > 1:
             yield table.with_columns(places)

@@ -61,8 +61,8 @@ def _rows(
         if not run.done:
             rows.append(out_of_memory_row(run, len(columns)))
             continue
-        found = numbers(run)
-        rows.append([label(run), *([MISSING] * (len(columns) - 2) if found is None else found), run_hash(run)])
+        cells = numbers(run)
+        rows.append([label(run), *([MISSING] * (len(columns) - 2) if cells is None else cells), run_hash(run)])
     return rows
 
 
@@ -88,8 +88,8 @@ def _times(record: Mapping[str, Any], metered: bool, reads: bool, compresses: bo
 def _memory(record: Mapping[str, Any], reads: bool = False) -> list[Cell]:
     """Bytes of the cache, with ``reads`` those that the last step read, and both phases' peaks."""
     held = ["kv_bytes_stored", "kv_bytes_read_per_step"][: 1 + reads]
-    found = [record["bytes"].get(key) for key in held]
-    cells = [MISSING if size is None else number(size / MIB, 2) for size in found]
+    sizes = [record["bytes"].get(key) for key in held]
+    cells = [MISSING if size is None else number(size / MIB, 2) for size in sizes]
     return [*cells, peak(record, "peak_prefill"), peak(record, "peak_decode")]
 
 
@@ -121,14 +121,14 @@ def search_table(runs: Sequence[Run]) -> Table:
 
 def _largest(record: Mapping[str, Any]) -> list[Cell] | None:
     """Numbers of a search; None for a run that is none, of another table."""
-    paired, found = record.get("paired", {}), record.get("search")
-    if found is None:
+    paired, search = record.get("paired", {}), record.get("search")
+    if search is None:
         return None
-    size = found["measured_at"]
+    size = search["measured_at"]
     return [
         Cell(f"{size:,}", size, better=1),
         _ratio(paired, "largest_ratio"),
-        Cell(found["stopped_by"]),
+        Cell(search["stopped_by"]),
         metric(record, "output_tokens_per_s", 1, 1),
         _ratio(paired, "output_tokens_per_s_ratio"),
         metric(record, "total_tokens_per_s", 1, 1),

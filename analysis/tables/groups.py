@@ -80,18 +80,18 @@ def _tables_of(group: Sequence[Run], differences: Sequence[str], options: _Optio
     is_accuracy = group[0].record["kind"] == "accuracy"
     _, margin, tested, reference = options
     if options.by_budget:
-        made = budget_tables(group, tested, reference)
+        group_tables = budget_tables(group, tested, reference)
     elif is_accuracy:
-        made = [accuracy_table(group, tested=tested, margin=margin, reference=reference)]
+        group_tables = [accuracy_table(group, tested=tested, margin=margin, reference=reference)]
     else:
-        made = [KINDS[group[0].record["kind"]](group)]
+        group_tables = [KINDS[group[0].record["kind"]](group)]
     common = ", ".join([setting(group[0].record, group), *differences])
-    for table in made:
+    for table in group_tables:
         table.setting = common
         if not tested and is_accuracy:
             table.notes.append(f"Differences are not tested among more than {MAX_TESTED} runs: choose some.")
         table.title = ", ".join([table.title, *differences])
-    return made
+    return group_tables
 
 
 def differences_of(groups: Sequence[Sequence[Run]]) -> dict[str, list[str]]:
@@ -103,9 +103,9 @@ def differences_of(groups: Sequence[Sequence[Run]]) -> dict[str, list[str]]:
     for firsts in alike.values():
         settings = [_settings(run) for run in firsts]
         keys = sorted(set().union(*settings))
-        varying = [key for key in keys if len({own.get(key) for own in settings}) > 1]
-        for run, own in zip(firsts, settings, strict=True):
-            out[run.group_key] = [f"{key.rpartition('.')[2]} {own.get(key, 'not given')}" for key in varying]
+        varying = [key for key in keys if len({run_settings.get(key) for run_settings in settings}) > 1]
+        for run, run_settings in zip(firsts, settings, strict=True):
+            out[run.group_key] = [f"{key.rpartition('.')[2]} {run_settings.get(key, 'not given')}" for key in varying]
     return out
 
 

@@ -62,10 +62,10 @@ def latex(table: Table, width: float = TEXT_WIDTH) -> str:
     return "\n".join([*runs, setter(table, layout)])
 
 
-def latex_page(made: Iterable[Table], width: float = TEXT_WIDTH) -> Iterator[str]:
+def latex_page(tables: Iterable[Table], width: float = TEXT_WIDTH) -> Iterator[str]:
     """All tables, after a comment with the packages that they need."""
     yield "% needs \\usepackage{array,booktabs,graphicx,longtable}"
-    for table in made:
+    for table in tables:
         text = latex(table, width)
         if has_other_script(text):
             yield "\n\n% Characters that pdflatex lacks: use xelatex or lualatex with a font that has them."

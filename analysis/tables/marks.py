@@ -91,8 +91,8 @@ class Tests:
 
     def is_significant(self, run: Run) -> bool:
         """Whether a run's mean score differs from its reference's."""
-        found = self.paired.get(run.record["hash"])
-        return found is not None and found[1] < 1 - LEVEL
+        pair = self.paired.get(run.record["hash"])
+        return pair is not None and pair[1] < 1 - LEVEL
 
     def best(self, runs: Sequence[Run], name: str | None = None) -> set[str]:
         """Return the hashes of the best run and of all not significantly different from it; empty if that is every run.

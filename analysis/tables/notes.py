@@ -19,14 +19,14 @@ PARTS = {"selection": "policy"}
 def guards(record: Mapping[str, Any]) -> list[str]:
     """What the scores of a group must not be taken for; said in every form of output."""
     examples = sum(record["data"].get("examples", {}).values())
-    found = []
+    warnings = []
     if longbench_rows(record) == "mini":
-        found.append("Scores on the small bundled set, not LongBench scores.")
+        warnings.append("Scores on the small bundled set, not LongBench scores.")
     elif longbench_rows(record) == "subset":
-        found.append("A part of LongBench's rows: not to be compared with published LongBench scores.")
+        warnings.append("A part of LongBench's rows: not to be compared with published LongBench scores.")
     if record["kind"] == "accuracy" and examples < FEW_EXAMPLES:
-        found.append(f"{examples} examples say little: mind the intervals.")
-    return found
+        warnings.append(f"{examples} examples say little: mind the intervals.")
+    return warnings
 
 
 def narrow_storage(runs: Sequence[Run]) -> list[str]:
@@ -39,14 +39,14 @@ def narrow_storage(runs: Sequence[Run]) -> list[str]:
 
 def made_by(runs: Sequence[Run]) -> list[str]:
     """Who made a table's rows, where a reader must know: changed files, or more than one version of something."""
-    made = list({id(maker): maker for run in runs_by_makers(runs) for maker in makers(run.record)}.values())
+    sessions = list({id(maker): maker for run in runs_by_makers(runs) for maker in makers(run.record)}.values())
     notes = []
-    if any(m.get("git", {}).get("dirty") for m in made):
+    if any(m.get("git", {}).get("dirty") for m in sessions):
         notes.append("Made by code that differs from its commit.")
-    hardware = [m.get("hardware", {}) for m in made]
+    hardware = [m.get("hardware", {}) for m in sessions]
     for what, versions in (
-        ("of more than one commit", {str(m.get("git", {}).get("sha"))[:7] for m in made}),
-        ("of more than one torch", {m.get("packages", {}).get("torch") for m in made}),
+        ("of more than one commit", {str(m.get("git", {}).get("sha"))[:7] for m in sessions}),
+        ("of more than one torch", {m.get("packages", {}).get("torch") for m in sessions}),
         ("on more than one processor", {h.get("gpu") or h.get("cpu") for h in hardware}),
     ):
         if len(versions) > 1:

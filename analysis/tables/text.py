@@ -42,7 +42,7 @@ END = "\0"
 
 
 def _md(text: str) -> str:
-    return MARKUP.sub(lambda found: "\\" + found[0], " ".join(text.split()))
+    return MARKUP.sub(lambda match: "\\" + match[0], " ".join(text.split()))
 
 
 def _md_all(texts: Sequence[str]) -> list[str]:
@@ -51,7 +51,7 @@ def _md_all(texts: Sequence[str]) -> list[str]:
     if joined.count(END) >= len(texts):
         return [_md(text) for text in texts]
     words = " ".join(joined.split()).replace(f" {END}", END).replace(f"{END} ", END)
-    return MARKUP.sub(lambda found: "\\" + found[0], words).split(END)
+    return MARKUP.sub(lambda match: "\\" + match[0], words).split(END)
 
 
 def _padded(texts: Sequence[str], to_left: bool) -> list[str]:
@@ -67,9 +67,9 @@ def _width(text: str) -> int:
     return len(text) if text.isascii() else sum(2 if east_asian_width(c) in "WF" else 1 for c in text)
 
 
-def markdown_page(made: Iterable[Table]) -> Iterator[str]:
+def markdown_page(tables: Iterable[Table]) -> Iterator[str]:
     """The tables below one another."""
-    for number, table in enumerate(made):
+    for number, table in enumerate(tables):
         yield ("\n\n" if number else "") + markdown(table)
 
 
@@ -83,11 +83,11 @@ STYLE = (
 )
 
 
-def html_page(made: Iterable[Table]) -> Iterator[str]:
+def html_page(tables: Iterable[Table]) -> Iterator[str]:
     """A page of its own with all tables."""
     yield '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>kvbench tables</title>'
     yield f"\n<style>{STYLE}</style>"
-    for table in made:
+    for table in tables:
         yield "\n" + html_table(table)
     yield "\n</html>"
 
@@ -139,10 +139,10 @@ CSV_COLUMNS = (
 )
 
 
-def csv_page(made: Iterable[Table]) -> Iterator[str]:
+def csv_page(tables: Iterable[Table]) -> Iterator[str]:
     """Long form: one row for each number of each table, with its interval and its run."""
     yield _csv_line(CSV_COLUMNS)
-    for table in made:
+    for table in tables:
         for run, row in zip(table.runs, table.rows, strict=True):
             head, tail = _csv_head(run, table), _csv_tail(run)
             for column, cell in zip(table.columns, row, strict=True):
@@ -160,8 +160,8 @@ def _csv_head(run: Run, table: Table) -> list[object]:
 
 def _csv_tail(run: Run) -> list[object]:
     record = run.record
-    identity, made = record["identity"], record.get("provenance", {})
-    commit = made.get("git", {}).get("sha") or ""
+    identity, provenance = record["identity"], record.get("provenance", {})
+    commit = provenance.get("git", {}).get("sha") or ""
     where = os.path.relpath(run.path)
     origin = [identity["dtype"], identity["device"], commit, record.get("finished", ""), record["hash"], where]
     return [" ".join(warnings_of(run)), *origin]

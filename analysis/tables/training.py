@@ -31,10 +31,10 @@ def at_best_rate(runs: Sequence[Run], reported: bool = False) -> dict[str, list[
             for lr, tried in by_lr.items()
         }
         best = min(judged, key=lambda lr: fmean(r.record["validation"]["loss"] for r in judged[lr]))
-        found = sorted(by_lr[best], key=lambda run: run.record["identity"]["seed"])
+        trainings = sorted(by_lr[best], key=lambda run: run.record["identity"]["seed"])
         if reported and len(by_lr) > 1:
-            found = [run for run in found if run.record["identity"]["seed"] not in shared] or found
-        out[label] = found
+            trainings = [run for run in trainings if run.record["identity"]["seed"] not in shared] or trainings
+        out[label] = trainings
     return out
 
 
@@ -55,8 +55,8 @@ def train_table(runs: Sequence[Run]) -> Table:
     for label, best in at_best_rate(runs, reported=True).items():
         choosing[label] = {run.record["identity"]["seed"] for run in whole[label] if run not in best}
         lr = best[0].record["training"]["lr"]
-        found = [run.record["validation"] for run in best]
-        losses = [v["loss"] for v in found]
+        validations = [run.record["validation"] for run in best]
+        losses = [v["loss"] for v in validations]
         training = [run.record["training"] for run in best]
         fixed = best[0].record["bytes"]["kv_bytes_fixed"]
         a_token = best[0].record["bytes"]["kv_bytes_per_token"]
@@ -67,8 +67,8 @@ def train_table(runs: Sequence[Run]) -> Table:
                 Cell(f"{a_token}" + (f" + {fixed}" if fixed else ""), a_token, better=-1),
                 Cell(f"{fmean(losses):.4f}", fmean(losses), min(losses), max(losses), len(losses), -1, measured=True),
                 Cell(f"{min(losses):.4f} - {max(losses):.4f}"),
-                number(fmean(v["perplexity"] for v in found), 3),
-                number(fmean(v["accuracy"] for v in found), 3),
+                number(fmean(v["perplexity"] for v in validations), 3),
+                number(fmean(v["accuracy"] for v in validations), 3),
                 Cell(f"{lr:g}", lr),
                 Cell(" ".join(f"{x:g}" for x in sorted(tried[label]))),
                 Cell(" ".join(str(run.record["identity"]["seed"]) for run in best)),
