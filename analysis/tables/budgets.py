@@ -16,7 +16,8 @@ from .reference import FULL_CACHE, Reference
 def budget_tables(runs: Sequence[Run], tested: bool = True, reference: Reference = FULL_CACHE) -> list[Table]:
     """Scores of each group of comparable runs: a row a method and a column a budget, and runs without such a budget.
 
-    Budgets are those in tokens; a run whose budget is a fraction of the prompt is in the second table.
+    Budgets are those in tokens, and fractions of the prompt that several methods have; a run whose fraction one method
+    alone has is in the second table.
 
     Args:
         runs: of any kind.
@@ -25,11 +26,15 @@ def budget_tables(runs: Sequence[Run], tested: bool = True, reference: Reference
     """
     tables = []
     for group in comparable([r for r in runs if r.record["kind"] == "accuracy" and r.done]):
-        by_curve: dict[str, dict[int, Run]] = {}
+        by_curve: dict[str, dict[float, Run]] = {}
         others = []
+        methods: dict[float, set[str]] = {}
+        for run in group:
+            methods.setdefault(run.record["budget"], set()).add(run.record["method"])
         for run in group:
             budget = run.record["budget"]
-            if isinstance(budget, int) and not run.is_full_cache:
+            is_column = isinstance(budget, int) or (budget is not None and len(methods[budget]) > 1)
+            if is_column and not run.is_full_cache:
                 by_curve.setdefault(run.curve, {})[budget] = run
             else:
                 others.append(run)
@@ -43,7 +48,7 @@ def budget_tables(runs: Sequence[Run], tested: bool = True, reference: Reference
 
 def _by_budget(
     group: Sequence[Run],
-    by_curve: Mapping[str, Mapping[int, Run]],
+    by_curve: Mapping[str, Mapping[float, Run]],
     tests: Tests,
     reference: Reference,
     is_alone: bool,
@@ -81,7 +86,7 @@ def _equal_bytes(runs: Sequence[Run]) -> list[list[Run]]:
     return [[ordered[i] for i in places] for places in members_of(ordered, blocks)]
 
 
-def _bytes_kept(by_curve: Mapping[str, Mapping[int, Run]], budgets: Sequence[int]) -> str:
+def _bytes_kept(by_curve: Mapping[str, Mapping[float, Run]], budgets: Sequence[float]) -> str:
     """Share of the full cache's bytes at each budget: of most methods, and of those that keep another share."""
     parts = []
     for budget in budgets:
