@@ -15,7 +15,8 @@ from .notes import different_layers, guards, made_by, missing_sets, tie_rules, w
 def budget_tables(runs: Sequence[Run], tested: bool = True) -> list[Table]:
     """Scores of each group of comparable runs: a row a method and a column a budget, and the runs that have none.
 
-    Budgets are those in tokens; a fraction of the prompt stands with the runs that have no budget.
+    Budgets are those in tokens, and fractions of the prompt that several methods have; a fraction that one method alone
+    has stands with the runs that have no budget.
 
     Args:
         runs: of any kind.
@@ -23,11 +24,15 @@ def budget_tables(runs: Sequence[Run], tested: bool = True) -> list[Table]:
     """
     made = []
     for group in comparable([r for r in runs if r.record["kind"] == "accuracy" and r.done]):
-        by_curve: dict[str, dict[int, Run]] = {}
+        by_curve: dict[str, dict[float, Run]] = {}
         others = []
+        methods: dict[float, set[str]] = {}
+        for run in group:
+            methods.setdefault(run.record["budget"], set()).add(run.record["method"])
         for run in group:
             budget = run.record["budget"]
-            if isinstance(budget, int) and not run.is_full_cache:
+            is_column = isinstance(budget, int) or (budget is not None and len(methods[budget]) > 1)
+            if is_column and not run.is_full_cache:
                 by_curve.setdefault(run.curve, {})[budget] = run
             else:
                 others.append(run)
@@ -39,7 +44,9 @@ def budget_tables(runs: Sequence[Run], tested: bool = True) -> list[Table]:
     return made
 
 
-def _by_budget(group: Sequence[Run], by_curve: Mapping[str, Mapping[int, Run]], tests: Tests, is_alone: bool) -> Table:
+def _by_budget(
+    group: Sequence[Run], by_curve: Mapping[str, Mapping[float, Run]], tests: Tests, is_alone: bool
+) -> Table:
     budgets = sorted({b for row in by_curve.values() for b in row})
     best = {
         hash_
@@ -71,7 +78,7 @@ def _equal_bytes(runs: Sequence[Run]) -> list[list[Run]]:
     return [[ordered[i] for i in places] for places in members_of(ordered, blocks)]
 
 
-def _bytes_kept(by_curve: Mapping[str, Mapping[int, Run]], budgets: Sequence[int]) -> str:
+def _bytes_kept(by_curve: Mapping[str, Mapping[float, Run]], budgets: Sequence[float]) -> str:
     """Share of the full cache's bytes at each budget: of most methods, and of those that keep another share."""
     parts = []
     for budget in budgets:

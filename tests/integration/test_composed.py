@@ -229,10 +229,22 @@ def test_a_mapping_names_the_methods_that_texts_name():
 
 
 @pytest.mark.slow
-def test_every_entry_of_all_methods_is_a_method_of_its_own():
-    entries = plain_data(compose(["runner=all_methods"]).runner.pair_with)
+@pytest.mark.parametrize(("runner", "count"), [("all_methods", 63), ("equal_bytes", 144)])
+def test_every_entry_of_a_runner_is_a_method_of_its_own(runner, count):
+    entries = plain_data(compose([f"runner={runner}"]).runner.pair_with)
     methods = [method for entry in entries for method in paired_methods(entry, None)]
-    assert len({str(method.identity()) for method in methods}) == len(methods) == 63
+    assert len({str(method.identity()) for method in methods}) == len(methods) == count
+
+
+@pytest.mark.slow
+def test_equal_bytes_has_every_training_free_method():
+    """A method that is added without an entry there would be missing from the joint table."""
+    entries = plain_data(compose(["runner=equal_bytes"]).runner.pair_with)
+    has = {entry if isinstance(entry, str) else entry["method"] for entry in entries}
+    names = [name for group, name in choices() if group == "method"]
+    trained = {name for name in names if "sharing" in compose([f"method={name}"]).method}
+    not_scored_or_packaged = {"no_cache", "transformers", "hf_quantized"}
+    assert has == set(names) - trained - not_scored_or_packaged
 
 
 def test_the_folder_of_the_configuration_is_listed_once_for_all_entries(monkeypatch):
