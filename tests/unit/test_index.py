@@ -138,6 +138,21 @@ def test_labels_of_many_runs_of_one_method_take_linear_time():
     assert len({run.label for run in labelled}) == 4000 and "(window=6)" in labelled[6].label
 
 
+def test_settings_of_a_scorer_are_told_where_two_runs_differ_in_them():
+    """Expected attention with its library's epsilon and with its evaluation's; the allocator has a label of its own."""
+    runs = []
+    for epsilon, parts in ((0.0, ""), (0.01, ""), (0.01, " + adaptive")):
+        record = accuracy("expected_attention", 1024, 5.0)
+        record["method_label"] += parts
+        record["identity"]["method"]["selection"] = {"class": "ExpectedAttention", "budget": 1024, "epsilon": epsilon}
+        runs.append(Run(Path(str(len(runs))), record, record["method_label"]))
+    assert [run.label for run in distinct(runs)] == [
+        "expected_attention 1024 (epsilon=0.0)",
+        "expected_attention 1024 (epsilon=0.01)",
+        "expected_attention 1024 + adaptive",
+    ]
+
+
 def test_a_first_reading_in_batches_holds_common_parts_once(cache, results, reads, monkeypatch):
     """A folder of 100,000 records does not fit in memory with a whole record each."""
     monkeypatch.setattr(entries, "BATCH", 1)
