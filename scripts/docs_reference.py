@@ -75,6 +75,8 @@ RECORD_FIELDS = {
     "average.low": "lower end of the 95 % interval",
     "average.high": "upper end of the 95 % interval",
     "average.n": "number of examples",
+    "average.method": "construction of the interval; empty where there is none",
+    "average.reason": "why there is no interval; empty where there is one",
     "averages": "further averages that the task defines",
     "interval": "how the interval of `average` was made: [statistics](../explanation/statistics.md)",
     "interval.method": "its construction; each estimate names its own",
