@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import time
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import pytest
 from records import accuracy, efficiency, save
 
 from kvbench.analysis import entries
-from kvbench.analysis.compact import Structure, pack
+from kvbench.analysis.compact import LazyRecord, Structure, pack
 from kvbench.analysis.examples import _rows
+from kvbench.analysis.index import Index
 from kvbench.analysis.load import Run, load
 from kvbench.analysis.ordering import distinct
 from kvbench.analysis.processes import each_result
@@ -57,6 +59,42 @@ def test_a_second_reading_gives_the_same_and_reads_no_record(cache, results, rea
     reads.clear()
     assert as_data(load(results)) == first == plain
     assert reads == []
+
+
+def test_a_command_builds_the_records_that_it_shows(cache, results, monkeypatch, capsys):
+    """A page of one method builds one record of three, whose fields are in their order."""
+    load(results)
+    built = []
+    whole = Index._record
+    monkeypatch.setattr(Index, "_record", lambda *args: built.append(whole(*args)) or built[-1])
+    assert command.main([str(results), "--methods", "snapkv", "--format", "csv"]) == 0
+    (path,) = results.glob("*/snapkv/*/record.json")
+    recorded = json.loads(path.read_text())
+    assert {record["hash"] for record in built} == {recorded["hash"]}
+    kept = {name: value for name, value in recorded.items() if name not in entries.NOT_LOADED}
+    assert json.dumps(built[0]) == json.dumps(kept)
+    assert "snapkv 128" in capsys.readouterr().out
+
+
+def test_a_record_that_is_built_later_is_a_mapping_like_any_other():
+    whole = {"kind": "accuracy", "unit": None, "scores": {"x": 1.5}}
+    record = LazyRecord({"kind": "accuracy"}, lambda: dict(whole))
+    assert record.whole() == whole and record.whole() is not record.whole()
+    assert "scores" in record and "other" not in record and record.get("other", 3) == 3
+    with pytest.raises(KeyError):
+        record["other"]
+    assert record == whole and list(record) == list(whole) and {**record} == whole and str(record) == str(whole)
+    assert pickle.loads(pickle.dumps(record)) == whole
+
+
+def test_folders_searched_by_processes_are_the_same(tmp_path, monkeypatch):
+    save(tmp_path, *(accuracy("snapkv", budget, 20.0) for budget in range(1, 30)))
+    (tmp_path / "reference").mkdir()
+    (tmp_path / "reference" / "record.json").write_text("{}")
+    alone = entries._stamps(tmp_path)
+    monkeypatch.setattr(entries, "MAX_UNSHARED", 20)
+    monkeypatch.setattr(entries, "BATCH", 5)
+    assert list(entries._stamps(tmp_path).items()) == list(alone.items()) and len(alone) == 29
 
 
 def test_what_changed_is_read_again_and_what_is_gone_is_forgotten(cache, results, reads):
