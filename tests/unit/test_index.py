@@ -20,6 +20,8 @@ from kvbench.analysis.ordering import distinct
 from kvbench.analysis.processes import each_result
 from kvbench.analysis.tables import command
 
+REFERENCE = Path(__file__).resolve().parents[2] / "results/reference"
+
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
@@ -59,6 +61,20 @@ def test_a_second_reading_gives_the_same_and_reads_no_record(cache, results, rea
     reads.clear()
     assert as_data(load(results)) == first == plain
     assert reads == []
+
+
+@pytest.mark.parametrize("name", ["pareto_quick", "memory_8k", "family/recall", "needle_agnostic"])
+def test_committed_runs_give_the_same_page_from_the_index(name, cache, tmp_path, monkeypatch):
+    """Records of all kinds, with intervals of the older rule, by every way to read them."""
+    pages = {}
+    for reading, least in (("without", 10**6), ("first", 1), ("second", 1)):
+        monkeypatch.setattr(entries, "MIN_RECORDS", least)
+        for ending in ("md", "csv"):
+            page = tmp_path / f"{reading}.{ending}"
+            assert command.main([str(REFERENCE / name), "-o", str(page)]) == 0
+            pages[reading, ending] = page.read_bytes()
+    for ending in ("md", "csv"):
+        assert pages["without", ending] == pages["first", ending] == pages["second", ending]
 
 
 def test_a_command_builds_the_records_that_it_shows(cache, results, monkeypatch, capsys):
