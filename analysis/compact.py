@@ -140,6 +140,9 @@ class LazyRecord(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._kept())
 
+    def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return self._kept() | dict(other)
+
     def __repr__(self) -> str:
         return repr(self._kept())
 

@@ -108,9 +108,16 @@ def _scanned(root: str, folders: Sequence[str], limit: float = math.inf) -> tupl
                         left.append(f"{below}/{name}" if below else name)
         except OSError:
             continue
-        if RECORD in files and not files[RECORD].is_dir():
+        if RECORD in files and not _is_folder(files[RECORD]):
             found[below] = f"{_stamp(files[RECORD])} {_stamp(files.get(SAMPLES))}"
     return found, list(left)
+
+
+def _is_folder(file: os.DirEntry[str]) -> bool:
+    try:
+        return file.is_dir()
+    except OSError:  # a link to itself
+        return True
 
 
 def _stamp(file: os.DirEntry[str] | None) -> str:

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..conf.errors import InputError
 from .compact import LazyRecord, Structure, Values, pack
 from .describe import has_current_intervals
 from .examples import Examples
@@ -174,15 +175,20 @@ class Index:
             structure, numbers, parts, others, *examples = columns
             record = None
             if head is not None:
-                build = partial(self._record, structure, numbers, parts, others)
+                build = partial(self._record, path, structure, numbers, parts, others)
                 record = LazyRecord(self._built(*head), build)
             key = None if settings is None else self._parts[settings]
             known = None if is_current is None else bool(is_current)
             entries[path] = Entry(record, self._examples(*examples), skipped, note, key, known)
         return entries
 
-    def _record(self, structure: str, numbers: bytes, parts: str, others: str) -> dict[str, Any]:
-        return self._built(structure, array("d", numbers), parts.split(), json.loads(others))
+    def _record(self, path: str, structure: str, numbers: bytes, parts: str, others: str) -> dict[str, Any]:
+        try:
+            return self._built(structure, array("d", numbers), parts.split(), json.loads(others))
+        except (ValueError, LookupError, TypeError):
+            self._path.unlink(missing_ok=True)
+            allowed = f"is damaged at {path} and has been deleted: run the command again"
+            raise InputError("results_dir", self._path, allowed) from None
 
     def _built(
         self, structure: str, numbers: Sequence[float], parts: Sequence[str], others: Sequence[Any]

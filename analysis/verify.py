@@ -74,11 +74,12 @@ def verify(folder: Path) -> Verification:
         except OSError as error:
             found.differing.append(f"{path}: cannot be read: {error.strerror}")
     folders = {record["hash"]: place for place, record in records.items() if isinstance(record["hash"], str)}
+    by_hash = {key: (place, records[place]) for key, place in folders.items()}
     for place, record in records.items():
         problems: list[str] = []
         try:
             problems += _of_identity(place, record)
-            source = _compare(place, record, {key: (p, records[p]) for key, p in folders.items()}, problems, found)
+            source = _compare(place, record, by_hash, problems, found)
             found.counts[source] += 1
         except InputError as error:
             problems.append(f"{error.value} {error.allowed}".removeprefix(f"{place}/"))

@@ -169,13 +169,13 @@ def profile() -> Iterator[Task]:
 
     @torch.inference_mode()
     def kernels_of(work: Callable[[], Any], times: int) -> Row:
-        synchronize()
-        start = time.perf_counter()
         with profiling(activities=[activity]) as profiler:
+            synchronize()
+            start = time.perf_counter()
             for _ in range(times):
                 work()
             synchronize()
-        seconds = (time.perf_counter() - start) / times
+            seconds = (time.perf_counter() - start) / times
         spent: dict[str, float] = {}
         for event in profiler.key_averages():
             own = event.self_device_time_total if IS_CUDA else event.self_cpu_time_total

@@ -199,7 +199,7 @@ class _Columns:
         notes = []
         if not self.reference.is_full_cache:
             name = self.reference.name
-            notes.append(f"vs {name}: paired on the same examples, at the row's budget where {name} has several.")
+            notes.append(f"vs {name}: paired on the same examples, at the row's budget if {name} has several budgets.")
         if any(p < 1 - LEVEL for _, p in self.tests.paired.values()):
             notes.append(significant(self.reference.words))
         if self.margin is not None:

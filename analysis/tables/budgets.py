@@ -42,7 +42,7 @@ def budget_tables(runs: Sequence[Run], tested: bool = True, reference: Reference
         if by_curve:
             tables.append(_by_budget(group, dict(sorted(by_curve.items())), tests, reference, is_alone=not others))
         if others:
-            tables.append(_without_budget(group, others, tests, reference))
+            tables.append(_others(group, others, tests, reference, is_second=bool(by_curve)))
     return tables
 
 
@@ -110,7 +110,8 @@ def _range(low: float, high: float) -> str:
     return texts[0] if texts[0] == texts[1] else f"{texts[0]} to {texts[1]}"
 
 
-def _without_budget(group: Sequence[Run], others: Sequence[Run], tests: Tests, reference: Reference) -> Table:
+def _others(group: Sequence[Run], others: Sequence[Run], tests: Tests, reference: Reference, is_second: bool) -> Table:
+    """A row a run, of the runs that are in no column of budgets."""
     column = "perplexity" if fewer_is_better(group[0].record) else "score"
     others, blocks = in_blocks(others)
     best = {hash_ for block in _equal_bytes(others) for hash_ in tests.best(block)}
@@ -121,8 +122,15 @@ def _without_budget(group: Sequence[Run], others: Sequence[Run], tests: Tests, r
     notes = guards(group[0].record) + missing_sets(group) + ([BLOCKS, BEST] if best else [])
     notes += [significant(reference.words)] if any(map(tests.is_significant, others)) else []
     notes += ways_of_reading(group) + older_versions(others) + made_by(group)
-    kind = "the full cache" if all(run.is_full_cache for run in others) else "methods without a budget in tokens"
-    return Table(f"{title(group)}, {kind}", ["method", column, "KV kept"], rows, others, notes, blocks=blocks)
+    kind = "the full cache" if all(run.is_full_cache for run in others) else "other methods"
+    return Table(
+        f"{title(group)}, {kind}" if is_second else title(group),
+        ["method", column, "KV kept"],
+        rows,
+        others,
+        notes,
+        blocks=blocks,
+    )
 
 
 def _marked(run: Run, tests: Tests, best: set[str]) -> Cell:

@@ -127,10 +127,10 @@ def ways_of_reading(runs: Sequence[Run]) -> list[str]:
     if len(chunks) > 1:
         ways.append(f"in chunks of {', '.join(str(size) if size else 'all' for size in chunks)} tokens")
     if len(methods) > 1:
-        ways.append(f"by {', '.join(map(str, methods))} methods in a command")
+        ways.append(f"for {', '.join(map(str, methods))} methods at once")
     if not ways:
         return []
-    return [f"Prompts were prefilled {' and '.join(ways)}: in {dtype} each is another rounding."]
+    return [f"Prefill ran {' and '.join(ways)}: in {dtype} each way rounds differently."]
 
 
 def ways_of_decoding(runs: Sequence[Run]) -> list[str]:

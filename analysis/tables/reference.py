@@ -36,14 +36,14 @@ class Reference:
         if self.is_full_cache:
             return
         scored = [run for run in runs if run.record["kind"] == "accuracy" and run.done]
-        names = sorted({name for run in scored for name in (run.record["method"], run.curve, run.label)})
+        names = sorted({name for run in scored for name in (_without_settings(run), run.curve, run.label)})
         if self.name not in names:
-            methods = ", ".join(sorted({run.record["method"] for run in scored})) or "no scored run"
+            methods = ", ".join(sorted(set(map(_without_settings, scored)))) or "no scored run"
             raise InputError(
                 "--against", self.name, f"is in none of these results: they have {methods}{near(self.name, names)}"
             )
-        few = f"compares at most {MAX_TESTED} runs: choose some with --tasks, --models or --methods"
-        require(len(runs) <= MAX_TESTED, "--against", self.name, few)
+        allowed = f"compares at most {MAX_TESTED} runs: choose some with --tasks, --models or --methods"
+        require(len(runs) <= MAX_TESTED, "--against", self.name, allowed)
 
     def run_for(self, run: Run, runs: Sequence[Run]) -> Run | None:
         """Return the run that a row is compared with.
@@ -64,20 +64,26 @@ class Reference:
         else:
             candidates = self._candidates(run, runs)
         if len(candidates) > 1:
-            labels = ", ".join(other.label for other in candidates)
-            raise InputError("--against", self.name, f"is more than one method here: name one of {labels}")
+            curves = list(dict.fromkeys(other.curve for other in candidates))
+            names = ", ".join(curves if len(curves) > 1 else (other.label for other in candidates))
+            raise InputError("--against", self.name, f"is more than one method here: name one of {names}")
         return next((other for other in candidates if other is not run), None)
 
     def _candidates(self, run: Run, runs: Sequence[Run]) -> list[Run]:
-        exact = [other for other in runs if other.label == self.name]
-        if exact:
-            return exact
+        same_label = [other for other in runs if other.label == self.name]
+        if same_label:
+            return same_label
         of_method = [other for other in runs if other.curve == self.name] or [
-            other for other in runs if other.record["method"] == self.name
+            other for other in runs if _without_settings(other) == self.name
         ]
-        budget = run.record["budget"]
-        same = [other for other in of_method if other.record["budget"] == budget]
-        return same or [other for other in of_method if other.record["budget"] is None]
+        budget = str(run.record["budget"])  # a budget of 1.0 is the whole prompt, and one of 1 is a token
+        same_budget = [other for other in of_method if str(other.record["budget"]) == budget]
+        return same_budget or [other for other in of_method if other.record["budget"] is None]
+
+
+def _without_settings(run: Run) -> str:
+    """The name of a curve without the settings that tell it from others of its method."""
+    return run.curve.partition(" (")[0]
 
 
 FULL_CACHE = Reference()

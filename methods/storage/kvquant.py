@@ -206,9 +206,9 @@ class KeyCodec(OutlierCodec):
 
     def kernel_problem(self, dim: int) -> str | None:
         if self.outliers > MAX_KERNEL_OUTLIERS:
-            return f"{self.outliers} > {MAX_KERNEL_OUTLIERS} outliers"
+            return f"more than {MAX_KERNEL_OUTLIERS} outliers"
         if code_bytes_problem(dim // 2, self.bits) or dim % 2:
-            return f"half of {dim} codes of {self.bits} bits"
+            return f"half a key ({dim / 2:g} codes of {self.bits} bits) does not fill whole bytes"
         assert self.rotary is not None
         if self.rotary.dim and (self.rotary.interleaved or self.rotary.dim < dim):
             return "RoPE that is interleaved or of some channels alone"

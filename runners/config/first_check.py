@@ -32,7 +32,7 @@ def check_declared_values(config: DictConfig) -> None:
     plain = plain_data(config)
     _check_part({**plain, "_target_": SETTINGS}, "")
     runner = plain.get("runner")
-    if not isinstance(runner, Mapping) or runner.get("_target_") not in PAIRED_RUNNERS:
+    if "method" not in plain or not isinstance(runner, Mapping) or runner.get("_target_") not in PAIRED_RUNNERS:
         return
     budgets = _as_list(runner.get("budgets"))
     for budget in budgets or []:
@@ -53,7 +53,7 @@ def _check_part(values: Any, key: str) -> None:
     target = values.get("_target_")
     types = declared_types(target) if isinstance(target, str) and target.startswith("kvbench.") else {}
     prefix = f"{key}." if key else ""
-    for name in values.keys() & types.keys():
+    for name in (name for name in values if name in types):
         check_value(values[name], prefix + name, types[name])
     for name, value in values.items():
         if isinstance(value, Mapping) and "_target_" in value:

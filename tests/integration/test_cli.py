@@ -108,6 +108,7 @@ BAD_INPUT = [
     (["--config-name=foo"], ["--config-name=foo", "must be config"]),
     (["~method"], ["method=(nothing)", "leave ~method out"]),
     (["~seed"], ["seed=(nothing)", "leave ~seed out"]),
+    (["~method", "runner.budgets=[64]"], ["method=(nothing)", "must be given"]),
     (["~method.name"], ["method.name=(nothing)", "must be given"]),
     (["~method.scorer"], ["method.scorer=(nothing)", "must be given"]),
     (["method/scorer@foo=snapkv"], ["method/scorer@foo", "did you mean to override method/scorer?"]),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,7 @@ def test_a_record_that_is_built_later_is_a_mapping_like_any_other():
         record["other"]
     assert record == whole and list(record) == list(whole) and {**record} == whole and str(record) == str(whole)
     assert pickle.loads(pickle.dumps(record)) == whole
+    assert record | {"unit": "points"} == {**whole, "unit": "points"}
 
 
 def test_folders_searched_by_processes_are_the_same(tmp_path, monkeypatch):
@@ -159,6 +162,23 @@ def test_a_damaged_index_is_made_again(cache, results, reads, content):
     reads.clear()
     assert as_data(load(results)) == expected
     assert reads == []
+
+
+def test_a_damaged_entry_is_one_line_and_the_index_is_made_again(cache, results, capsys):
+    expected = as_data(load(results))
+    (path,) = (cache / "kvbench").glob("index-*.sqlite")
+    with closing(sqlite3.connect(path)) as base, base:
+        base.execute("UPDATE entries SET others = '[' WHERE path LIKE '%snapkv%'")
+    assert command.main([str(results)]) == 2
+    assert "is damaged at" in capsys.readouterr().err and not path.exists()
+    assert as_data(load(results)) == expected
+
+
+def test_a_record_that_links_to_itself_stops_no_command(results):
+    loop = results / "loop" / "record.json"
+    loop.parent.mkdir()
+    loop.symlink_to(loop)
+    assert len(load(results)[0]) == 3
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -326,12 +326,20 @@ def test_against_names_one_method_of_the_results(tmp_path, capsys):
     folder = save(tmp_path, *two, accuracy("h2o", 128, 18.0))
     for name, message in (
         ("snapvk", "is in none of these results: they have h2o, snapkv; did you mean snapkv"),
-        ("snapkv", "is more than one method here: name one of snapkv 128 (window="),
+        ("snapkv", "is more than one method here: name one of snapkv (window="),
     ):
         assert main([str(folder), "--against", name]) == 2
         assert capsys.readouterr().err.startswith(f"error: --against={name}: {message}")
-    assert main([str(folder), "--against", "snapkv 128 (window=16)", "--columns", "vs*"]) == 0
-    assert "vs snapkv 128 (window=16)" in capsys.readouterr().out
+    for name in ("snapkv 128 (window=16)", "snapkv (window=16)"):
+        assert main([str(folder), "--against", name, "--columns", "vs*"]) == 0
+        assert f"vs {name}" in capsys.readouterr().out
+
+
+def test_against_takes_no_method_in_another_storage(tmp_path, capsys):
+    packed = accuracy("snapkv", 128, 19.0) | {"method_label": "snapkv 128 + kivi4"}
+    folder = save(tmp_path, packed, accuracy("h2o", 128, 18.0))
+    assert main([str(folder), "--against", "snapkv"]) == 2
+    assert "they have h2o, snapkv + kivi4; did you mean" in capsys.readouterr().err
 
 
 def test_a_margin_says_which_methods_are_within_it(tmp_path, capsys):
@@ -535,7 +543,7 @@ def test_rows_of_an_older_version_of_a_part_are_marked(tmp_path, capsys):
     assert [row[1].text[-1] for row in by_curve.rows] == ["‡", "]"]
     assert any("of the policy," in note for note in by_curve.notes)
     assert [row[0].text for row in others.rows] == ["kivi4‡", "kivi4 new"]
-    assert others.title == f"{by_curve.title}, methods without a budget in tokens"
+    assert others.title == f"{by_curve.title}, other methods"
     assert any("of the storage," in note for note in others.notes)
     assert main([str(tmp_path / "a"), "--format", "csv"]) == 0
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
@@ -578,7 +586,7 @@ def test_rows_that_other_processes_made_are_told(tmp_path):
 
 
 def test_prompts_read_in_several_ways_are_told_in_16_bits(tmp_path):
-    """Chunk size and shared prefills are not in a run's identity; in bfloat16 each is another rounding."""
+    """Chunk size and shared prefills are not in a run's identity; in bfloat16 each way rounds differently."""
 
     def notes(folder, dtype, chunks=(None, None), others=(1, 1)):
         runs = [accuracy("full", None, 22.0), accuracy("snapkv", 128, 20.0)]
@@ -588,12 +596,12 @@ def test_prompts_read_in_several_ways_are_told_in_16_bits(tmp_path):
             record["rode_with"] = ["x"] * count
         of_all = made(tmp_path / folder, *runs)
         by_budget = budget_tables(load(tmp_path / folder)[0])
-        said = [[n for t in group for n in t.notes if "another rounding" in n] for group in (of_all, by_budget)]
+        said = [[n for t in group for n in t.notes if "rounds differently" in n] for group in (of_all, by_budget)]
         assert said[0] == said[1]
         return " ".join(said[0])
 
     assert "in chunks of all, 512 tokens" in notes("a", "bfloat16", chunks=(None, 512))
-    assert "by 1, 6 methods in a command" in notes("b", "bfloat16", others=(0, 5))
+    assert "for 1, 6 methods at once" in notes("b", "bfloat16", others=(0, 5))
     assert notes("c", "bfloat16") == notes("d", "float32", chunks=(None, 512), others=(0, 5)) == ""
 
 
