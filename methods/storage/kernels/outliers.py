@@ -195,9 +195,9 @@ def outlier_attention(
         return splits
 
     default = outlier_tiling(max(2 * pairs, width))
-    optional = (keys.bits, values.bits, rule.softcap is None, keys.inv_freq is None)
-    optional += (keys.outliers.shape[-1], values.outliers.shape[-1], keys.sink.shape[1])
+    optional = (keys.bits, values.bits, rule.softcap is None, keys.inv_freq is None, keys.sink.shape[1])
+    counts = (keys.outliers.shape[-1], values.outliers.shape[-1])
     sizes = (keys.dim, values.dim, batch * heads, rows, triton.next_power_of_2(capacity))
     with on_device(query):
-        run(tuned(("outliers", query.dtype, *sizes, *optional), default, tilings(default), run))
+        run(tuned(("outliers", query.dtype, *sizes, *counts, *optional), default, tilings(default), run))
     return out
