@@ -33,7 +33,8 @@ def budget_tables(runs: Sequence[Run], tested: bool = True, reference: Reference
             methods.setdefault(run.record["budget"], set()).add(run.record["method"])
         for run in group:
             budget = run.record["budget"]
-            is_column = isinstance(budget, int) or (budget is not None and len(methods[budget]) > 1)
+            is_share = isinstance(budget, float) and budget < 1  # 1.0 is the whole prompt, which has no column
+            is_column = isinstance(budget, int) or (is_share and len(methods[budget]) > 1)
             if is_column and not run.is_full_cache:
                 by_curve.setdefault(run.curve, {})[budget] = run
             else:

@@ -644,14 +644,16 @@ def test_by_budget_is_a_row_a_method_and_a_column_a_budget(tmp_path, capsys):
 
 
 def test_a_fraction_of_the_prompt_is_a_column_where_several_methods_have_it(tmp_path):
-    """A share that one method alone has would be a column of one cell."""
+    """A share that one method alone has would be a column of one cell; 1.0 is another budget than one token."""
     runs = [("snapkv", 0.125, 10.0), ("h2o", 0.125, 12.0), ("snapkv", 0.25, 20.0), ("h2o", 0.25, 15.0)]
-    shown = [accuracy(name, budget, mean) for name, budget, mean in [*runs, ("pyramid_infer", 0.6, 18.0)]]
+    runs += [("pyramid_infer", 0.6, 18.0), ("h2o", 1, 2.0), ("h2o", 1.0, 21.0), ("snapkv", 1.0, 21.0)]
+    shown = [accuracy(name, budget, mean) for name, budget, mean in runs]
     save(tmp_path, accuracy("full", None, 22.0), *shown)
     of_budgets, others = budget_tables(load(tmp_path)[0])
-    assert of_budgets.columns == ["method / budget", "0.125", "0.25"]
+    assert of_budgets.columns == ["method / budget", "0.125", "0.25", "1"]
     assert texts(of_budgets, "h2o")["0.25"].startswith("15.0 [14, 16]")
-    assert [row[0].text for row in others.rows] == ["full", "pyramid_infer 0.6"]
+    assert texts(of_budgets, "h2o")["1"].startswith("2.0 [1, 3]")
+    assert [row[0].text for row in others.rows] == ["full", "pyramid_infer 0.6", "h2o 1.0", "snapkv 1.0"]
 
 
 def test_samples_are_split_at_line_feeds_alone(tmp_path):
