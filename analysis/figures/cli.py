@@ -23,7 +23,7 @@ from ..selection import add_selection, select
 from .catalog import KINDS, MAIN_KINDS, builders
 from .output import FORMATS, INDEX, plan, update_manifest, write_all
 from .spec import Context, FigureSpec, Options, context_of
-from .style import WIDTH_INCHES, Style
+from .style import MAX_CURVES_OF_A_PAGE, WIDTH_INCHES, Style
 
 OPTIONAL = [kind for kind in KINDS if kind not in MAIN_KINDS]
 EPILOG = "figures:\n" + "\n".join(
@@ -99,6 +99,9 @@ def _plot(args: argparse.Namespace) -> int:
         done.append(job)
         for file in job.entry["files"]:
             print(f"{status} {args.output / file}")
+        curves = len({point.curve for point in job.spec.points})
+        if style.name == "paper" and curves > MAX_CURVES_OF_A_PAGE:
+            print(f"note: {job.name} has {curves} methods and may be higher than a page: choose some with --methods")
     if done:
         for path in update_manifest(args.output, done, source, kinds):
             print(f"removed {path}")

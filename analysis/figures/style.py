@@ -18,6 +18,7 @@ DPI = {"paper": 300, "slides": 150, "screen": 160}
 WIDTH_INCHES = {"paper": (3.25, 6.75), "slides": (6.0, 12.0), "screen": (4.6, 9.4)}
 TEXT_PT = {"paper": MIN_TEXT_PT, "slides": 14.0, "screen": 9.0}
 MAX_HEIGHT_INCHES = 9.0  # of a figure in a paper, which must fit on a page
+MAX_CURVES_OF_A_PAGE = 24  # a figure of more is higher than a page, for each has an entry in a legend
 
 
 @dataclass(frozen=True)

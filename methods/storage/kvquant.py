@@ -209,14 +209,14 @@ class KeyCodec(OutlierCodec):
             return f"more than {MAX_KERNEL_OUTLIERS} outliers"
         if code_bytes_problem(dim // 2, self.bits) or dim % 2:
             return f"half a key ({dim / 2:g} codes of {self.bits} bits) does not fill whole bytes"
-        assert self.rotary is not None
-        if self.rotary.dim and (self.rotary.interleaved or self.rotary.dim < dim):
+        rotary = self.rotary
+        if rotary is not None and rotary.dim and (rotary.interleaved or rotary.dim < dim):
             return "RoPE that is interleaved or of some channels alone"
         return None
 
     def kernel_operands(self, planes: Sequence[torch.Tensor], constants: Constants) -> OutlierOperands:
-        assert self.rotary is not None
-        inv_freq = self.rotary.inv_freq(planes[0].device) if self.rotary.dim else None
+        rotary = self.rotary
+        inv_freq = None if rotary is None or not rotary.dim else rotary.inv_freq(planes[0].device)
         return self.operands(planes, constants, constants[1], constants[2], inv_freq)
 
     def segment_bytes(self, dim: int) -> int:

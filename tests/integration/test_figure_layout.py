@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from kvbench.analysis.figures import KINDS, FigureSpec, Style, draw, figures
-from kvbench.analysis.figures.style import MAX_HEIGHT_INCHES, MIN_TEXT_PT, text_inches, wrapped
+from kvbench.analysis.figures.style import MAX_CURVES_OF_A_PAGE, MAX_HEIGHT_INCHES, MIN_TEXT_PT, text_inches, wrapped
 from kvbench.analysis.load import load
 
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "reference"
@@ -48,7 +48,8 @@ def problems(spec: FigureSpec, figure: Figure, style: Style) -> Iterator[str]:
     page = figure.bbox.padded(TOLERANCE_PX)
     if abs(figure.get_figwidth() - style.inches) > 1e-6:
         yield f"{figure.get_figwidth()} inches wide"
-    if style.name == "paper" and figure.get_figheight() > MAX_HEIGHT_INCHES:
+    is_for_a_page = style.name == "paper" and len({point.curve for point in spec.points}) <= MAX_CURVES_OF_A_PAGE
+    if is_for_a_page and figure.get_figheight() > MAX_HEIGHT_INCHES:
         yield f"{figure.get_figheight():.2f} inches high"
     for text, box in zip(texts, boxes, strict=True):
         if not (page.contains(box.x0, box.y0) and page.contains(box.x1, box.y1)):

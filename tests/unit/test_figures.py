@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from records import accuracy, efficiency, estimate, save
 
-from kvbench.analysis.figures import KINDS, FigureSpec, Options, Style, draw, figures, quality
+from kvbench.analysis.figures import KINDS, FigureSpec, Options, Style, cli, draw, figures, quality
 from kvbench.analysis.figures.cli import main
 from kvbench.analysis.figures.front import front_line, front_members
 from kvbench.analysis.figures.naming import file_names
@@ -140,6 +140,17 @@ def test_many_settings_of_one_family_are_several_panels(tmp_path: Path) -> None:
     spec = only(made(tmp_path, *runs), "pareto")
     sizes = [sum(p.panel == panel for p in spec.points) for panel in sorted({p.panel for p in spec.points})]
     assert sum(sizes) == 19 and max(sizes) <= 8
+
+
+def test_a_figure_of_more_curves_than_fit_on_a_page_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save(tmp_path / "runs", *(accuracy(name, 64, 20.0) for name in ("snapkv", "h2o", "tova", "random")))
+    arguments = [str(folder), "-o", str(tmp_path / "figures"), "--figure", "pareto", "--style", "paper"]
+    for most, is_said in ((4, False), (3, True)):
+        monkeypatch.setattr(cli, "MAX_CURVES_OF_A_PAGE", most)
+        assert main(arguments) == 0
+        assert ("has 4 methods and may be higher than a page" in capsys.readouterr().out) == is_said
 
 
 # speed, lengths, batches ----------------------------------------------------------------------------------------------

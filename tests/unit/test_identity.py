@@ -74,6 +74,10 @@ def rebuilt(kind: type[HasIdentity], recorded: dict[str, Any]) -> HasIdentity:
             values[name] = rebuilt(part, values[name])
     if not issubclass(kind, Scorer):
         return kind(**values)
+    if "scorer" in values:  # of a wrapper
+        inner = values["scorer"]
+        (part,) = (part for part in targets().values() if part.id == inner["class"])
+        values["scorer"] = part(**{k: v for k, v in inner.items() if k not in ("class", "version", "ties")})
     own = {f.name for f in fields(kind)}
     policy = {k: v for k, v in values.items() if k not in own}
     if kind.recent_recorded_as in policy:
