@@ -29,7 +29,7 @@ from ..cache.rotary import Rotary
 from .base import StorageCapabilities
 from .codec import Constants, TokenCodec
 from .coded import CodedStorage
-from .lloyd_max import code_bytes_problem, lloyd_max, look_up, lookup_table, nearest_codes, pack_planes
+from .lloyd_max import channels_of, code_bytes_problem, lloyd_max, look_up, lookup_table, nearest_codes, pack_planes
 from .packed import FLOAT16_MAX
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class OutlierCodec(TokenCodec):
         self, planes: Sequence[torch.Tensor], middle: torch.Tensor, half: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
         """Return vectors [N, n, D] with their outliers, of ranges that broadcast to them."""
-        table = self._constant("table", planes[0].device, self.dim_of(planes[0]), dtype)
+        table = self._constant("table", planes[0].device, channels_of(planes[0], self.bits), dtype)
         x = look_up(planes[: self.code_planes], table)
         x = x.mul_(half.to(dtype)).add_(middle.to(dtype))
         outliers, channels = planes[self.code_planes : self.code_planes + 2]
@@ -141,14 +141,10 @@ class OutlierCodec(TokenCodec):
         """Return what the kernel reads; arguments as in :class:`.kernels.outliers.OutlierOperands`."""
         from .kernels.outliers import OutlierOperands
 
-        dim, high = self.dim_of(planes[0]), planes[1] if self.bits == 3 else None
+        dim, high = channels_of(planes[0], self.bits), planes[1] if self.bits == 3 else None
         outliers, channels = planes[self.code_planes : self.code_planes + 2]
         levels = self._constant("levels", planes[0].device, dim, torch.float32)
         return OutlierOperands(dim, planes[0], high, outliers, channels, middle, half, constants[0], levels, inv_freq)
-
-    def dim_of(self, codes: torch.Tensor) -> int:
-        """Return the number of channels of the first plane [..., bytes]."""
-        return codes.shape[-1] * (2 if self.bits == 4 else 4)
 
     def token_bytes(self, dim: int) -> int:
         return dim * self.bits // 8 + 3 * self.outliers

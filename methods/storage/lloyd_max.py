@@ -84,6 +84,11 @@ def look_up(planes: Sequence[torch.Tensor], table: torch.Tensor) -> torch.Tensor
     return torch.nn.functional.embedding(index, table).flatten(-2)
 
 
+def channels_of(codes: torch.Tensor, bits: int) -> int:
+    """Return the number of channels whose codes are in the first plane of :func:`pack_planes`, [..., bytes]."""
+    return codes.shape[-1] * (2 if bits == 4 else 4)  # of 3 bits, the first plane has two
+
+
 def code_bytes_problem(dim: int, bits: int) -> bool:
     """Return whether the codes of ``dim`` channels leave a byte partly unused."""
     return dim % (8 if bits == 3 else 8 // bits) != 0

@@ -26,7 +26,7 @@ from ...conf.options import OneOf
 from .base import StorageCapabilities
 from .codec import Constants, KernelOperands, TokenCodec
 from .coded import CodedStorage
-from .lloyd_max import code_bytes_problem, lloyd_max, look_up, lookup_table, nearest_codes, pack_planes
+from .lloyd_max import channels_of, code_bytes_problem, lloyd_max, look_up, lookup_table, nearest_codes, pack_planes
 from .packed import FLOAT16_MAX
 
 Gain = Literal["norm", "unit", "least_squares", "unbiased"]
@@ -133,17 +133,14 @@ class TurboCodec(TokenCodec):
     def decode(
         self, planes: Sequence[torch.Tensor], constants: Constants, dtype: torch.dtype, start: int = 0
     ) -> torch.Tensor:
-        table = self._constant("table", planes[0].device, self._dim(planes), dtype)
+        table = self._constant("table", planes[0].device, channels_of(planes[0], self.bits), dtype)
         numbers = look_up(planes[:-1], table)  # [N, n, D]
         return numbers.mul_(planes[-1].to(dtype)[..., None])
 
     def kernel_operands(self, planes: Sequence[torch.Tensor], constants: Constants) -> KernelOperands:
-        dim = self._dim(planes)
+        dim = channels_of(planes[0], self.bits)
         levels = self._constant("levels", planes[0].device, dim, torch.float32)
         return KernelOperands(planes[0], dim, planes[-1], levels, planes[1] if self.bits == 3 else None)
-
-    def _dim(self, planes: Sequence[torch.Tensor]) -> int:
-        return planes[0].shape[-1] * (2 if self.bits == 4 else 4)
 
     def _matrix(self, x: torch.Tensor) -> torch.Tensor:
         return self._constant("rotation", x.device, x.shape[-1], x.dtype)
