@@ -2,9 +2,7 @@
 
 Tokens are ranked by score, then by the tie-breaking score if the method has one (SnapKV's scores before pooling), then
 by the lower index. Ties are common: max pooling gives a peak and its neighbours equal scores. ``topk``, ``argsort`` and
-``argmin`` order equal entries differently on different devices.
-
-Scores are ranked in float32. No function here syncs with the device.
+``argmin`` order equal entries differently on different devices. Scores are ranked in float32; nothing syncs with a GPU.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ RULE = "score, unpooled score, index"
 """The ranking criteria in order. It is part of a run's identity, because another rule keeps other tokens."""
 LARGEST_SUBNORMAL = torch.finfo(torch.float32).tiny - torch.finfo(torch.float32).smallest_normal * 2**-23
 """Some devices flush such numbers to zero, so they and all smaller ones rank as zero."""
+SYNC_FREE = ("cpu",)  # devices whose results the host may read without waiting
 
 
 def keep_slots(scores: torch.Tensor, count: int, ties: torch.Tensor | None = None) -> torch.Tensor:
@@ -54,6 +53,8 @@ def keep_mask(scores: torch.Tensor, count: int | torch.Tensor, ties: torch.Tenso
         threshold = ranked.gather(-1, (count - 1).clamp(min=0))  # [..., 1], key of the last kept token
     else:
         threshold = keys.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+        if keys.device.type in SYNC_FREE and (kept := keys >= threshold).count_nonzero() == count * threshold.numel():
+            return kept  # no equal keys to choose between
     above, equal = keys > threshold, keys == threshold  # [..., N]
     remaining = count - above.sum(-1, keepdim=True)  # [..., 1], number of equal tokens to keep
     return above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= remaining))
@@ -75,8 +76,8 @@ def _keys(scores: torch.Tensor, ties: torch.Tensor | None) -> torch.Tensor:
     """Return integer keys that sort by score, then by ``ties``: int32, or int64 with ``ties``."""
     if ties is None:
         return _ordered_bits(scores)
-    halves = torch.stack([ties.float().expand_as(scores), scores.float()], dim=-1)  # [..., N, 2], low first
-    return _ordered_bits(halves).view(torch.int64).squeeze(-1).bitwise_xor_(1 << 31)  # the low half has no sign bit
+    high, low = _ordered_bits(torch.stack([scores.float(), ties.float().expand_as(scores)])).long()
+    return low.add_(high, alpha=2**32)
 
 
 def _ordered_bits(x: torch.Tensor) -> torch.Tensor:

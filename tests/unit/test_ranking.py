@@ -12,6 +12,7 @@ from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.cache.method import Method
 from kvbench.methods.cache.prompt import Prompt
 from kvbench.methods.cache.rotary import Rotary
+from kvbench.methods.policies import ranking
 from kvbench.methods.policies.allocators.adaptive import Adaptive
 from kvbench.methods.policies.decoding import evict_one
 from kvbench.methods.policies.eviction import EvictionPolicy
@@ -60,7 +61,9 @@ def two_stable_sorts(scores: torch.Tensor, count: int, ties: torch.Tensor | None
 @pytest.mark.parametrize("count", [0, 1, 7, 29, N - 1, N])
 @pytest.mark.parametrize("ties", [None, "random", "coarse", "equal"])
 @pytest.mark.parametrize("kind", ["random", "coarse", "bfloat16", "equal", "infinite"])
-def test_ranking_matches_two_stable_sorts(kind, ties, count):
+@pytest.mark.parametrize("sync_free", [("cpu",), ()])
+def test_ranking_matches_two_stable_sorts(monkeypatch, sync_free, kind, ties, count):
+    monkeypatch.setattr(ranking, "SYNC_FREE", sync_free)
     scores = make_scores(kind)
     tie_scores = None if ties is None else make_scores(ties, seed=1)
     kept = keep_slots(scores, count, tie_scores)
@@ -98,7 +101,8 @@ def test_lowest_ranked_slot_is_the_token_that_keep_slots_evicts(kind):
     assert torch.equal(~kept, torch.zeros_like(kept).scatter(-1, lowest_ranked_slot(scores), True))
 
 
-def test_ranking_does_not_sync_with_the_device(monkeypatch):
+def test_ranking_does_not_sync_with_a_gpu(monkeypatch):
+    monkeypatch.setattr(ranking, "SYNC_FREE", ())
     scores, ties, counts = make_scores("coarse"), make_scores("random", 1), torch.full((2, 3), 9)
     for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__int__", "__float__", "__bool__", "__index__"):
 
