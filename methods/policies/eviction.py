@@ -43,7 +43,7 @@ from .eviction_state import Candidates, EvictionState, StoredPrompt
 from .model_layer import ModelLayer
 from .policy import PolicyCapabilities, Step
 from .prompt_eviction import PromptEviction
-from .repetition import scores_by_repetition
+from .repetition import Repetition, scores_by_repetition
 from .scorers.base import DECODE_QUERIES
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ class EvictionPolicy(PromptEviction):
         plan: Plan,
         layers: Sequence[tuple[Any, LayerStorage]],
         prompts: Sequence[torch.Tensor],
+        earlier: list[Repetition],
     ) -> None:
         if not self.scorer.repeats_prompt:
             return
@@ -128,7 +129,7 @@ class EvictionPolicy(PromptEviction):
                 first = keys.shape[2] - length
                 stored.append((keys[index, :, first:], values[index, :, first:]))
             ids = torch.stack([prompts[row] for row in rows])  # [R, T]
-            scores_of_policies = scores_by_repetition(self.scorer, model, plan, stored, ids)
+            scores_of_policies = scores_by_repetition(self.scorer, model, plan, stored, ids, earlier)
             for state, scores, budget in zip(states, scores_of_policies, budgets, strict=True):
                 recent = self.recent_of(budget)
                 sinks = min(self.sinks, budget - recent)

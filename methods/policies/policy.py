@@ -163,6 +163,7 @@ class CachePolicy(HasIdentity):
         plan: Plan,
         layers: Sequence[tuple[Any, LayerStorage]],
         prompts: Sequence[torch.Tensor],
+        earlier: list[Any],
     ) -> None:
         """Compress the prompts with further forwards of the model; called once, by the engine, after the prefill.
 
@@ -171,6 +172,7 @@ class CachePolicy(HasIdentity):
             plan: Plan of the model.
             layers: State and storage of each layer on which the method works.
             prompts: Token ids of each row, without pads.
+            earlier: What the forwards of other members of a fan-out gave; the policy may use it and append its own.
         """
 
     def next_layer_tokens(self, state: Any) -> list[torch.Tensor | None]:

@@ -7,6 +7,7 @@ tokens, n queries of a block, C columns, D channels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -23,12 +24,32 @@ BLOCK_QUERIES = 512
 """Queries whose attention is computed at once."""
 
 
+@dataclass(frozen=True)
+class Repetition:
+    """Scores that a scorer gave to stored prompts; arguments as of :func:`scores_by_repetition`."""
+
+    scorer: Scorer
+    stored: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    ids: torch.Tensor
+    scores: list[torch.Tensor]
+
+    def is_of(self, scorer: Scorer, stored: Sequence[tuple[torch.Tensor, torch.Tensor]], ids: torch.Tensor) -> bool:
+        """Return whether the same scorer would see the same keys, values and prompts."""
+        pairs = zip(self.stored, stored, strict=True)
+        return (
+            self.scorer == scorer
+            and torch.equal(self.ids, ids)
+            and all(torch.equal(x, y) for one, other in pairs for x, y in zip(one, other, strict=True))
+        )
+
+
 def scores_by_repetition(
     scorer: Scorer,
     model: PreTrainedModel,
     plan: Plan,
     stored: Sequence[tuple[torch.Tensor, torch.Tensor]],
     ids: torch.Tensor,
+    earlier: list[Repetition],
 ) -> list[torch.Tensor]:
     """Return the largest attention that each token receives from the tokens that repeat it, [R, H_kv, T] per layer.
 
@@ -38,10 +59,14 @@ def scores_by_repetition(
         plan: Plan of the model.
         stored: Keys and values [R, H_kv, T, D] of each layer, which are not modified.
         ids: [R, T], the prompts.
+        earlier: What other members of a fan-out repeated. Several budgets of one scorer need the forwards once; the
+            result is appended.
 
     Raises:
         InputError: The model cannot be run behind its cache.
     """
+    if (same := next((r for r in earlier if r.is_of(scorer, stored, ids)), None)) is not None:
+        return same.scores
     length = ids.shape[1]
     repetitions = scorer.repetitions(length)
     _check(scorer, model, plan, length, max(len(r.tokens) + len(r.instruction) for r in repetitions))
@@ -57,6 +82,7 @@ def scores_by_repetition(
             use_cache=True,
             logits_to_keep=1,
         )
+    earlier.append(Repetition(scorer, stored, ids, cache.scores))
     return cache.scores
 
 

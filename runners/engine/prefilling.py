@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
@@ -77,12 +79,13 @@ def _compress_after_prefill(
     """Let the policy of each cache compress the prompts with further forwards, if it needs any."""
     lengths = [input_ids.shape[1]] * input_ids.shape[0] if mask is None else mask.sum(1).tolist()
     prompts = [ids[len(ids) - n :] for ids, n in zip(input_ids, lengths, strict=True)]
+    earlier: list[Any] = []
     for member in getattr(cache, "members", [cache]):
         layers = [layer for layer in member.layers if isinstance(layer, CacheLayer) and layer.span is None]
         if layers:
             pairs = [(layer.state, layer.storage) for layer in layers]
             with compression(input_ids.device):
-                layers[0].policy.after_prefill(model, cache.plan, pairs, prompts)
+                layers[0].policy.after_prefill(model, cache.plan, pairs, prompts, earlier)
 
 
 def _check(

@@ -137,6 +137,29 @@ def test_rows_and_members_of_a_fan_out_are_each_alone():
                 torch.testing.assert_close(decode(model, cache, tokens[row : row + 1])[0], step[3 * number + row])
 
 
+@torch.inference_mode()
+def test_members_of_a_fan_out_repeat_a_prompt_once_if_they_score_the_same():
+    """Two budgets score alike; other chunks, and keys of 8 bits, do not."""
+    model, ids = tiny_model(), prompt_ids(45, 1)
+    settings = ["budget=20 scorer.chunk=15", "budget=30 scorer.chunk=15", "budget=20 scorer.chunk=45"]
+    methods = [named_method(f"kvzip {one}") for one in settings]
+    methods.append(named_method("kvzip budget=20 scorer.chunk=15 allocator=uniform storage=fp8"))
+    caches = [method.new_cache(model) for method in methods]
+    forwards = []
+    hook = model.register_forward_hook(lambda *_: forwards.append(None))
+    prefill(model, FanOutCache(caches), ids)
+    hook.remove()
+    assert (
+        len(forwards) == 1 + 3 + 1 + 3
+    )  # the prompt; three chunks of 15, once; one chunk of 45; three over 8-bit keys
+    for method, cache in zip(methods, caches, strict=True):
+        alone = method.new_cache(model)
+        prefill(model, alone, ids)
+        for layer, other in zip(cache.layers, alone.layers, strict=True):
+            for x, y in zip(layer.storage.read(), other.storage.read(), strict=True):
+                assert (x is None and y is None) or torch.equal(x, y)
+
+
 def test_without_the_engine_the_prompt_cannot_be_given_again():
     model = tiny_model()
     cache = named_method("kvzip budget=20").new_cache(model)
