@@ -33,6 +33,7 @@ from kvbench.methods.storage.kernels import (
     dense,
     kivi,
     merged,
+    merged_codes,
     online,
     outliers,
     prompt,
@@ -64,6 +65,20 @@ Keys, values and codes are loaded 16 bytes at a time. The other loads are scales
 masks, counters, lookups and the query. A load stands once for each copy of a loop that the compiler makes to load tiles
 ahead. The tile is in tokens.
 
+## What was tried for MiniCache with codes
+
+Registers at 2, 4 and 8 bits, by the same compiler. A tile multiplies codes and, for the tokens that are retained
+unquantized, their own keys and values: in two products each, because float16 does not hold every retained number.
+
+| idea | tile, warps, tiles ahead | registers | spills |
+|---|---|---|---|
+| as KIVI's kernel | 128 or 64, 8, 2 or 3 | 252, 178, 179 | none |
+| fewer warps | 64, 4, 2 | 190, 250, 255 | none |
+| smaller tiles: loads of 8 bytes at 2 bits | 32, 8, 2 | 127, 128, 164 | none |
+| no tiles ahead | 64, 8, 1 | 134, 128, 178 | 24 bytes at 4 bits |
+| more warps | 64, 16, 2 | 126, 128, 128 | 8 bytes at 8 bits |
+| chosen: more warps and three tiles ahead | 64, 16, 3 | 126, 128, 128 | none |
+
 ## What was tried for KIVI's kernel
 
 Registers at 2, 4 and 8 bits, by the same compiler; more than 128 leave one block of eight warps or three of four on a
@@ -80,7 +95,7 @@ multiprocessor, and spilled registers cost memory traffic.
 | the same, with the query padded to 16 rows | 64, 4 | 168, 164, 162 | none |
 | dequantized, in smaller tiles: loads of 8 bytes at 2 bits | 32, 4 | 84, 80, 96 | none |
 | dequantized, by more warps: loads of 8 bytes at 2 bits | 64, 8 | 97, 97, 110 | none |
-| chosen: the last one, with tiles of 128 tokens at 2 bits | 128 or 64, 8 | 114, 97, 110 | none |
+| chosen: the last one, with tiles of 128 tokens at 2 bits, and constant strides | 128 or 64, 8 | 113, 105, 97 | none |
 
 Products of codes needed sums over all channels for the zeros, each of which goes through shared memory, and four
 copies of the output's sums. Dequantized numbers need neither: two operations of two numbers each, and the scale of a
@@ -257,6 +272,24 @@ def merged_entry(name: str, retained: float = 0.05) -> Entry:
     )
 
 
+def merged_codes_entry(name: str, bits: int, retained: float = 0.05) -> Entry:
+    """As :func:`merged_entry`, with directions in codes: blocks of 128 tokens, groups of 32."""
+    merged_types = dict(merged_entry(name).types)
+    types = {n: t for n, t in merged_types.items() if "directions" not in n}
+    types |= dict.fromkeys(("key_codes", "value_codes"), "*i32")
+    types |= dict.fromkeys(("key_scales", "key_zeros", "value_scales", "value_zeros"), "*fp16")
+    tiling = merged_codes.default_tiling(128, 32)
+    sizes = {
+        "D": 128, "DV": 128, "ROWS": padded(1), "WIDE": 128, "WIDE_V": 128, "TOKENS": tiling.tokens, "BITS": bits,
+        "GROUP": 32, "GROUP_V": 32, "ALIGN": 128 * bits // 32, "HALF": True, "HALF_NEW": True, "HAS_VALID": True,
+        "CAPPED": False,
+    }  # fmt: skip
+    codes = 128 * bits / 8 + 2 * 2 * 128 / 32
+    moved = 2 * 32 * TOKENS * (codes + retained * 128 * 2 + (1 - retained) * 2 + 4) + TOKENS
+    unaligned = ("rows", "heads", "new_count", "code_d", "scale_d", "key_entry_n", "value_entry_n")
+    return Entry(name, merged_codes.split_merged_codes, types, sizes, tiling, moved, unaligned=unaligned)
+
+
 def coded_entry(name: str, kind: int, token_scales: bool = True, heads: int = 32, rows: int = 1) -> Entry:
     """A split of FP8 numbers (``kind`` -4 or -5) or of indices of ``kind`` bits; bfloat16, head_dim 128."""
     tiling = default_tiling(128, 2)
@@ -400,6 +433,7 @@ def entries() -> list[Entry]:
         kivi_entry("KIVI, 4 bits, other tiles", 4, tiling=Tiling(128, 8, 2)),
         kivi_entry("KIVI, 2 bits, other tiles", 2, tiling=Tiling(64, 8, 2)),
         merged_entry("MiniCache, one layer of a pair"),
+        *(merged_codes_entry(f"MiniCache with codes of {bits} bits", bits) for bits in (2, 4, 8)),
         coded_entry("FP8 (e4m3), a scale per token", -4),
         coded_entry("FP8 (e4m3), a scale per head", -4, token_scales=False),
         coded_entry("FP8 (e5m2), a scale per token", -5),

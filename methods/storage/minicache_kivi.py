@@ -12,8 +12,9 @@ KV head, D channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, ClassVar
 
 import torch
@@ -41,6 +42,7 @@ from .packed import (
 from .segmented import SegmentedLayer
 from .segments import Groups, Segments
 from .static import ALL_ROWS, StaticSegments
+from .step_attention import packed_problem
 
 
 class QuantizedDirections(Directions):
@@ -54,7 +56,6 @@ class QuantizedDirections(Directions):
     """
 
     takes_tokens_at = False
-    kernel_problem = "quantized shared directions"
 
     def __init__(self, x: torch.Tensor, bits: int, group: int, is_keys: bool, capacity: int = 0):
         self.bits, self.group, self.is_keys = bits, group, is_keys
@@ -92,6 +93,21 @@ class QuantizedDirections(Directions):
         batch, heads = weights.shape[:2]
         codes = Quantized(*(t.flatten(0, 1) for t in self._codes.used.tensors()))
         return weights_times_values(weights.flatten(0, 1), codes, self.bits).unflatten(0, (batch, heads))
+
+    def kernel_problem(self, block: int) -> str | None:
+        codes = self._codes.used
+        size = codes.codes.shape[3] * 8 // self.bits // codes.scale.shape[3]  # tokens (or channels) in a group
+        return packed_problem(self.bits, block, size)
+
+    def kernel(self, block: int) -> Callable[..., torch.Tensor]:
+        from .kernels.merged_codes import merged_codes_attention
+
+        return partial(merged_codes_attention, bits=self.bits, block=block)
+
+    def slots(self, length: int) -> Quantized:
+        codes = self._codes.used
+        assert length == self._codes.tokens, "quantized directions are those of whole blocks"
+        return codes
 
     def take(self, index: torch.Tensor) -> Directions:
         out = object.__new__(QuantizedDirections)

@@ -17,7 +17,6 @@ import torch
 from ...conf.errors import InputError
 from ..cache.products import CHUNK_ELEMENTS
 from .buffer import Buffer
-from .step_attention import runs_kernels
 
 GROUP_CHUNK_ELEMENTS = 2 * CHUNK_ELEMENTS
 """Elements per chunk of a block's groups; larger, because splitting the rows of a block costs time."""
@@ -173,10 +172,6 @@ def query_times_keys(query: torch.Tensor, keys: Quantized, bits: int) -> torch.T
     Returns:
         [N, G, blocks * n], float32 or wider.
     """
-    if query.is_cuda and runs_kernels(query.device):
-        from .kernels.products import query_times_keys as kernel
-
-        return kernel(query, keys, bits)
     acc_dtype = torch.promote_types(query.dtype, torch.float32)
     query = query.to(acc_dtype)
     segments, blocks, dim, width = keys.codes.shape
@@ -209,10 +204,6 @@ def weights_times_values(weights: torch.Tensor, values: Quantized, bits: int) ->
     Returns:
         [N, G, D], float32 or wider.
     """
-    if weights.is_cuda and runs_kernels(weights.device):
-        from .kernels.products import weights_times_values as kernel
-
-        return kernel(weights, values, bits)
     acc_dtype = torch.promote_types(weights.dtype, torch.float32)
     weights = weights.to(acc_dtype)
     segments, _, width = values.codes.shape

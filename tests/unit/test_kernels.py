@@ -12,10 +12,11 @@ import torch
 from kvbench.methods.cache.logits import LogitRule
 
 pytest.importorskip("triton")
-from kvbench.methods.storage import kivi, quest, static_kivi, step_attention
+from kvbench.methods.storage import kivi, minicache_kivi, quest, static_kivi, step_attention
 from kvbench.methods.storage.kernels import dense
 from kvbench.methods.storage.kernels.launch import Tiling
 from kvbench.methods.storage.minicache import pair
+from kvbench.methods.storage.minicache.static import static_pair
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -267,6 +268,78 @@ def test_merged_kernel_matches_float64(gamma, padded, group, dtype, monkeypatch)
             out = both.attend(layer, query, rule).flatten(1, 2)[:, :, None]
             expected, _ = exact(query.flatten(1, 2)[:, :, None], *both.read(layer), visible, rule)
             torch.testing.assert_close(out.double(), expected, rtol=0, atol=TOLERANCE[dtype])
+
+
+def check_merged_codes(bits, length, dtype, rows=1, dim=64, block=32, gamma=0.1, softcap=None, sinks=False, blocks=0):
+    """Growing and static pairs with packed directions against attention in float64 over what they restore."""
+    heads, rule = 2, LogitRule(2 * dim**-0.5, softcap, numbers(2 * rows, seed=4) if sinks else None)
+    storage = minicache_kivi.MiniCacheKivi(gamma=gamma, bits=bits, group=32, residual=block)
+
+    def directions(x, is_keys, capacity):
+        return minicache_kivi.QuantizedDirections(x, bits, storage.group, is_keys, capacity)
+
+    both = pair.Pair(storage.t, gamma, storage.retention, block, directions)
+    steps = blocks * block + 2
+    both.reserved = steps if blocks else 0
+    for layer in range(2):
+        both.append(layer, *(numbers(2, heads, length, dim, seed=2 * layer + i, dtype=dtype) for i in range(2)), None)
+    both.merge()
+    fixed = static_pair([(slice(None), both)], 2, steps)
+    for step in range(steps):
+        for layer in range(2):
+            new = [numbers(2, heads, 1, dim, seed=50 + 4 * step + 2 * layer + i, dtype=dtype) for i in range(2)]
+            for one in (both, fixed):
+                one.append(layer, *new, None)
+                if step not in (0, steps - 1):
+                    continue
+                query = numbers(2, heads, rows, dim, seed=20, dtype=dtype)
+                keys, values = one.read(layer)
+                visible = one.visible(layer)
+                if visible is None:
+                    visible = torch.ones(2, 1, keys.shape[2], dtype=torch.bool, device=DEVICE)
+                assert visible.sum() == 2 * (length + step + 1)
+                out = one.attend(layer, query, rule).flatten(1, 2)[:, :, None]
+                expected, _ = exact(query.flatten(1, 2)[:, :, None], keys, values, visible, rule)
+                torch.testing.assert_close(out.double(), expected, rtol=0, atol=TOLERANCE[dtype])
+        both.merge()
+        fixed.merge()
+        fixed.between_steps()
+
+
+MERGED_CODES = [  # bits, tokens, dtype, and other options
+    (4, 100, F32, {"blocks": 1}),  # over a merge
+    (2, 100, F32, {"rows": 3, "dim": 96, "softcap": 3.0, "sinks": True}),
+    (8, 70, BF16, {"block": 64, "gamma": 1.0}),
+    (4, 140, BF16, {"rows": 4, "block": 128, "dim": 128, "gamma": 0.0}),
+    (2, 150, F16, {"block": 128, "dim": 32, "gamma": 0.3}),
+]
+
+
+@pytest.mark.parametrize("case", MERGED_CODES, ids=str)
+def test_merged_codes_kernel_matches_float64(case, monkeypatch):
+    monkeypatch.setattr(pair, "uses_kernel", lambda *_, layout_problem=None: layout_problem is None)
+    bits, length, dtype, options = case
+    check_merged_codes(bits, length, dtype, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("length", [32, 33, 128, 500, 3000])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_merged_codes_kernel_over_the_grid(bits, length, rows, monkeypatch):
+    monkeypatch.setattr(pair, "uses_kernel", lambda *_, layout_problem=None: layout_problem is None)
+    for i, dtype in enumerate((F32, F16, BF16)):
+        dim, block = ((64, 32), (96, 64), (128, 128))[(i + rows) % 3]
+        if length < block:
+            continue
+        options = {"softcap": 3.0} if i == 0 else {"sinks": True}
+        check_merged_codes(bits, length, dtype, rows, dim, block, **options)
+
+
+@pytest.mark.parametrize(("block", "group", "problem"), [(32, 32, None), (48, 16, "48 codes"), (32, 8, "8 codes")])
+def test_layouts_that_the_kernel_for_merged_codes_does_not_read(block, group, problem):
+    found = minicache_kivi.QuantizedDirections(numbers(1, 1, block, 32), 2, group, True).kernel_problem(block)
+    assert (found is None) if problem is None else (problem in found)
 
 
 def test_a_split_is_a_multiple_of_a_tile_and_fills_the_device():

@@ -66,58 +66,6 @@ def test_packed_products_match_dequantized_products(case, bits, piece, monkeypat
     )
 
 
-@pytest.mark.parametrize(
-    ("bits", "dtype"), [(2, torch.float32), (4, torch.float32), (4, torch.float16), (8, torch.float32)]
-)
-@pytest.mark.parametrize("case", [(2, 3, 96, 1, 160, 32, 32), CASES[3]], ids=str)
-def test_kernels_match_pytorch(case, bits, dtype):
-    """Half precision rounds the dequantized numbers, as with a dequantized cache."""
-    pytest.importorskip("triton")
-    from kvbench.methods.storage.kernels import products
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    segments, rows, dim, blocks, block, tokens, channels = case
-    keys = quantize(numbers(segments, blocks, dim, block), bits, tokens)
-    stored = quantize(numbers(segments, 200, dim, seed=1), bits, channels)
-    query, weights = (
-        numbers(segments, rows, dim, seed=2).to(dtype),
-        numbers(segments, rows, 200, seed=3).abs().to(dtype),
-    )
-    for kernel, plain, left, right, tokens_held in (
-        (products.query_times_keys, query_times_keys, query, keys, blocks),
-        (products.weights_times_values, weights_times_values, weights[..., :150], stored, 180),
-    ):
-        outs = []
-        for where, product in (("cpu", plain), (device, kernel)):
-            # Views of buffers with room; cut on the device, for a copy of a view has no room.
-            part = (t.to(where)[:, :tokens_held] for t in right.tensors())
-            outs.append(product(left.to(where), Quantized(*part), bits).cpu())
-        error = (outs[1] - outs[0]).abs().max() / outs[0].abs().max()
-        assert error < {torch.float32: 2e-5, torch.float16: 2e-3}[dtype]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("segments", [1, 8, 64])
-@pytest.mark.parametrize("bits", [2, 4])
-def test_the_kernels_on_the_device(bits, segments, dtype):
-    """Against PyTorch on the CPU, which computes in float32; half precision rounds the expanded numbers."""
-    pytest.importorskip("triton")
-    from kvbench.methods.storage.kernels import products as kernels
-
-    shapes = ((16, 128, 128), (2048, 128), (4, 128), (4, 2000))
-    x = [numbers(segments, *shape, seed=i).to(dtype).cuda() for i, shape in enumerate(shapes)]
-    keys, values = quantize(x[0], bits, 32), quantize(x[1], bits, 32)
-    on_cpu = [Quantized(*(t.cpu() for t in q.tensors())) for q in (keys, values)]
-    for kernel, plain, left, right, copied in (
-        (kernels.query_times_keys, query_times_keys, x[2], keys, on_cpu[0]),
-        (kernels.weights_times_values, weights_times_values, x[3], values, on_cpu[1]),
-    ):
-        expected = plain(left.cpu(), copied, bits)
-        error = (kernel(left, right, bits).cpu() - expected).abs().max() / expected.abs().max()
-        assert error < {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
-
-
 @pytest.mark.parametrize("length", [1, 100, 128, 300, 1000])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_kivi_attention_matches_attention_over_read(length, bits):

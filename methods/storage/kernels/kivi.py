@@ -59,7 +59,7 @@ def within_words(i, BITS: tl.constexpr):
 
 
 @triton.jit
-def key_products(q, codes, scales, zeros, start, code_b, code_d, D: tl.constexpr,
+def key_products(q, codes, scales, zeros, start, D: tl.constexpr,
                  ROWS: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
                  BITS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
     """Multiply queries [ROWS, WIDE] with one tile of packed keys: [ROWS, TOKENS] float32, tokens in word order."""
@@ -68,7 +68,7 @@ def key_products(q, codes, scales, zeros, start, code_b, code_d, D: tl.constexpr
     d, w, j = tl.arange(0, WIDE)[:, None], tl.arange(0, WORDS), tl.arange(0, GROUPS)
     b, first = start // BLOCK, start % BLOCK
     word, group = tl.multiple_of(first // (32 // BITS), WORDS), tl.multiple_of(first // GROUP, GROUPS)
-    words = tl.load(codes + b * code_b + d * code_d + (word + w)[None], mask=d < D, other=0)  # [WIDE, WORDS]
+    words = tl.load(codes + (b * D + d) * (BLOCK * BITS // 32) + (word + w)[None], mask=d < D, other=0)  # [WIDE, WORDS]
     place = (b * D + d) * (BLOCK // GROUP) + (group + j)[None]  # [WIDE, GROUPS]
     scale, zero = tl.load(scales + place, mask=d < D, other=0.0), tl.load(zeros + place, mask=d < D, other=0.0)
     k = dequantized(words, scale, zero, BITS, GROUP, HALF)  # [WIDE, TOKENS]
@@ -76,13 +76,13 @@ def key_products(q, codes, scales, zeros, start, code_b, code_d, D: tl.constexpr
 
 
 @triton.jit
-def attend_packed(logits, t, end, codes, scales, zeros, code_t, top, total, acc, DV: tl.constexpr,
+def attend_packed(logits, t, end, codes, scales, zeros, top, total, acc, DV: tl.constexpr,
                   WIDE_V: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
     """Add packed values of tokens ``t`` before ``end`` to an online softmax with sums ``acc`` [ROWS, WIDE_V]."""
     j, w = tl.arange(0, WIDE_V // GROUP)[None], tl.arange(0, WIDE_V * BITS // 32)[None]
     is_held = t < end
     is_code, has_scale = is_held[:, None] & (w < DV * BITS // 32), is_held[:, None] & (j < DV // GROUP)
-    words = tl.load(codes + t[:, None] * code_t + w, mask=is_code, other=0)  # [TOKENS, words]
+    words = tl.load(codes + t[:, None] * (DV * BITS // 32) + w, mask=is_code, other=0)  # [TOKENS, words]
     place = t[:, None] * (DV // GROUP) + j  # [TOKENS, groups]
     scale, zero = tl.load(scales + place, mask=has_scale, other=0.0), tl.load(zeros + place, mask=has_scale, other=0.0)
     return attend_tile(logits, is_held[None], dequantized(words, scale, zero, BITS, GROUP, HALF), top, total, acc, HALF)
@@ -91,7 +91,7 @@ def attend_packed(logits, t, end, codes, scales, zeros, code_t, top, total, acc,
 @triton.jit
 def attend_recent(
     q, scaled, key_codes, key_scales, key_zeros, keys, values, packed, rounded, ends, sums, maxima, totals,
-    scaling, softcap, rows, ring, code_b, code_d,
+    scaling, softcap, rows, ring,
     D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, WIDE_V: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     HALF: tl.constexpr, HALF_RECENT: tl.constexpr, CAPPED: tl.constexpr, ON_DEVICE: tl.constexpr,
@@ -104,7 +104,7 @@ def attend_recent(
         start = tl.multiple_of(start, TOKENS)
         t = start + within_words(i, BITS)
         is_held = (t >= rounded) & (t < packed)
-        x = key_products(scaled, key_codes, key_scales, key_zeros, start, code_b, code_d,
+        x = key_products(scaled, key_codes, key_scales, key_zeros, start,
                          D, ROWS, WIDE, TOKENS, BLOCK, BITS, GROUP, HALF)  # fmt: skip
         slot = t % ring if ON_DEVICE else t - rounded
         v = tl.load(values + slot[:, None] * DV + c[None], mask=is_held[:, None] & (c[None] < DV), other=0.0)
@@ -128,7 +128,7 @@ def split_kivi(
     query, key_codes, key_scales, key_zeros, value_codes, value_scales, value_zeros, keys, values,
     packed, rounded, ends, sums, maxima, totals,
     scaling, softcap, chunk, rows, ring,
-    code_n, code_b, code_d, scale_n, vcode_n, vcode_t, vscale_n, key_n, value_n,
+    code_n, scale_n, vcode_n, vscale_n, key_n, value_n,
     D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, WIDE_V: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, GROUP_V: tl.constexpr,
     HALF: tl.constexpr, HALF_RECENT: tl.constexpr, CAPPED: tl.constexpr, ON_DEVICE: tl.constexpr,
@@ -157,11 +157,11 @@ def split_kivi(
     high = tl.where(is_last, 0, tl.minimum(part * chunk + chunk, rounded))
     for start in range(part * chunk, high, TOKENS):  # packed keys and values
         start = tl.multiple_of(start, TOKENS)
-        x = key_products(scaled, key_codes, key_scales, key_zeros, start, code_b, code_d,
+        x = key_products(scaled, key_codes, key_scales, key_zeros, start,
                          D, ROWS, WIDE, TOKENS, BLOCK, BITS, GROUP, HALF)  # fmt: skip
         top, total, acc = attend_packed(
             logits_of(x, 1.0, softcap, CAPPED), start + within_words(i, BITS), rounded, value_codes + n * vcode_n,
-            value_scales + n * vscale_n, value_zeros + n * vscale_n, vcode_t, top, total, acc,
+            value_scales + n * vscale_n, value_zeros + n * vscale_n, top, total, acc,
             DV, WIDE_V, BITS, GROUP_V, HALF)  # fmt: skip
     if not is_last:
         c = within_words(tl.arange(0, WIDE_V), BITS)
@@ -169,7 +169,7 @@ def split_kivi(
     else:
         attend_recent(
             q, scaled, key_codes, key_scales, key_zeros, keys + n * key_n, values + n * value_n, packed, rounded, ends,
-            sums, maxima, totals, scaling, softcap, rows, ring, code_b, code_d,
+            sums, maxima, totals, scaling, softcap, rows, ring,
             D, DV, ROWS, WIDE, WIDE_V, TOKENS, BLOCK, BITS, GROUP, HALF, HALF_RECENT, CAPPED, ON_DEVICE)  # fmt: skip
 
 
@@ -201,7 +201,7 @@ class PackedSegments:
 def default_tiling(block: int, group: int, bits: int) -> Tiling:
     """Return the tiling for blocks of ``block`` tokens in groups of ``group``; a tile has whole groups of one block.
 
-    Rows of 32 bytes or more of packed keys are loaded 16 bytes at a time; eight warps keep a tile in 111 registers.
+    Rows of 32 bytes or more of packed keys are loaded 16 bytes at a time; eight warps keep a tile in 113 registers.
     """
     tokens = 128 if bits == 2 else 64
     return Tiling(min(block, max(group, tokens)), 8, 2 if bits == 2 else 3, 2)
@@ -237,12 +237,13 @@ def _split(query: torch.Tensor, stored: PackedSegments, rule: LogitRule, tiling:
     chunk = tiling.chunk(segments, tokens, tokens, query.device)
     splits = Splits.empty(segments, triton.cdiv(tokens, chunk) + 1, rows, value_dim, query.device)
     key_words, value_words = blocks.codes.view(torch.int32), old.codes.view(torch.int32)
+    assert key_words[0].is_contiguous() and value_words[0].is_contiguous(), "free slots are behind those of a segment"
     on_host = isinstance(stored.length, int)
     split_kivi[(segments, splits.maxima.shape[1])](
         query, key_words, blocks.scale, blocks.zero, value_words, old.scale, old.zero, stored.keys, stored.values,
         stored.packed, stored.rounded, stored.length, splits.sums, splits.maxima, splits.totals,
         rule.scaling, rule.softcap or 1.0, chunk, rows, stored.values.shape[1],
-        *key_words.stride()[:3], blocks.scale.stride(0), *value_words.stride()[:2], old.scale.stride(0),
+        key_words.stride(0), blocks.scale.stride(0), value_words.stride(0), old.scale.stride(0),
         stored.keys.stride(0), stored.values.stride(0),
         D=dim, DV=value_dim, ROWS=triton.next_power_of_2(rows), WIDE=padded(dim), WIDE_V=padded(value_dim),
         TOKENS=tiling.tokens, BLOCK=block, BITS=bits, GROUP=group, GROUP_V=channels,

@@ -10,6 +10,7 @@ Legend: N segments (heads of all rows), B rows, H heads, rows: query heads per K
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 import triton
@@ -19,6 +20,8 @@ from ...cache.logits import LogitRule
 from .launch import Tiling, default_tiling, half_operands, on_device, padded, tilings, tuned
 from .online import LOWEST, attend_tile, logits_of, product, softmax_step, store_split
 from .splits import Splits, join
+
+T = TypeVar("T")
 
 
 @triton.jit
@@ -30,6 +33,26 @@ def merged_tile(directions, magnitudes, unmerged, entries, t, inside, c, D: tl.c
     merged = directions + t.to(tl.int64)[:, None] * D + c[None]
     retained = unmerged + entry.to(tl.int64)[:, None] * D + c[None]
     return tl.where(is_retained[:, None], retained, merged), magnitude
+
+
+@triton.jit
+def attend_new(q, keys, values, valid, length, count, scaling, softcap, top, total, acc, D: tl.constexpr,
+               DV: tl.constexpr, TOKENS: tl.constexpr, HALF: tl.constexpr, HAS_VALID: tl.constexpr,
+               CAPPED: tl.constexpr):  # fmt: skip
+    """Add ``count`` new tokens, after ``length`` merged ones, to an online softmax with sums ``acc`` [ROWS, WIDE_V]."""
+    ROWS: tl.constexpr = q.shape[0]
+    d, c = tl.arange(0, q.shape[1]), tl.arange(0, acc.shape[1])
+    for start in range(0, count, TOKENS):
+        t = start + tl.arange(0, TOKENS)
+        inside = t < count
+        k = tl.load(keys + t[None] * D + d[:, None], mask=inside[None] & (d[:, None] < D), other=0.0)
+        v = tl.load(values + t[:, None] * DV + c[None], mask=inside[:, None] & (c[None] < DV), other=0.0)
+        visible = inside
+        if HAS_VALID:
+            visible = tl.load(valid + length + t, mask=inside, other=0) != 0
+        x = product(q, k, tl.zeros((ROWS, TOKENS), tl.float32), HALF)
+        top, total, acc = attend_tile(logits_of(x, scaling, softcap, CAPPED), visible[None], v, top, total, acc, HALF)
+    return top, total, acc
 
 
 @triton.jit
@@ -69,41 +92,31 @@ def split_merged(
                                         t, inside, c, DV)  # fmt: skip
         v = tl.load(places, mask=inside[:, None] & (c[None] < DV), other=0.0)
         acc = product((weights * magnitude[None]).to(v.dtype), v, acc * rescale[:, None], HALF)
-    for start in range(0, tl.where(is_last, new_count, 0), TOKENS):
-        t = start + tl.arange(0, TOKENS)
-        inside = t < new_count
-        place = new_keys + n * new_key_n + t[None] * D + d[:, None]
-        k = tl.load(place, mask=inside[None] & (d[:, None] < D), other=0.0)
-        place = new_values + n * new_value_n + t[:, None] * DV + c[None]
-        v = tl.load(place, mask=inside[:, None] & (c[None] < DV), other=0.0)
-        visible = inside
-        if HAS_VALID:
-            visible = tl.load(valid + length + t, mask=inside, other=0) != 0
-        x = product(q, k, tl.zeros((ROWS, TOKENS), tl.float32), HALF)
-        top, total, acc = attend_tile(logits_of(x, scaling, softcap, CAPPED), visible[None], v, top, total, acc, HALF)
+    top, total, acc = attend_new(
+        q, new_keys + n * new_key_n, new_values + n * new_value_n, valid, length, tl.where(is_last, new_count, 0),
+        scaling, softcap, top, total, acc, D, DV, TOKENS, HALF, HAS_VALID, CAPPED)  # fmt: skip
     store_split(sums, maxima, totals, top, total, acc, n, part, parts, rows, c, DV, ROWS)
 
 
 @dataclass(frozen=True)
-class MergedVectors:
+class MergedVectors(Generic[T]):
     """Merged keys (or values) of one layer.
 
     Attributes:
-        directions: [B, H, S, D].
+        directions: [B, H, S, D], or codes.
         magnitudes: [B, H, S].
         retained: [B, H, R] int32, slots of the retained tokens, -1 for unused entries.
         unmerged: [B, H, R, D], the retained tokens.
     """
 
-    directions: torch.Tensor
+    directions: T
     magnitudes: torch.Tensor
     retained: torch.Tensor
     unmerged: torch.Tensor
 
-    def entries(self) -> torch.Tensor:
+    def entries(self, slots: int) -> torch.Tensor:
         """Return the index of each slot's retained token, [N, S + 1] int32, or -1; the last slot is a dummy."""
         retained = self.retained.flatten(0, 1)  # [N, R]
-        slots = self.directions.shape[2]
         index = torch.where(retained >= 0, retained, slots).long()
         entry = torch.arange(retained.shape[1], dtype=torch.int32, device=retained.device).expand_as(retained)
         empty = torch.full((len(retained), slots + 1), -1, dtype=torch.int32, device=retained.device)
@@ -112,8 +125,8 @@ class MergedVectors:
 
 def merged_attention(
     query: torch.Tensor,
-    keys: MergedVectors,
-    values: MergedVectors,
+    keys: MergedVectors[torch.Tensor],
+    values: MergedVectors[torch.Tensor],
     new: tuple[torch.Tensor, torch.Tensor] | None,
     valid: torch.Tensor | None,
     rule: LogitRule,
@@ -136,9 +149,9 @@ def merged_attention(
     out = torch.empty(batch, query.shape[1], 1, value_dim, dtype=query.dtype, device=device)
     new_keys, new_values = (x[:, :, :0] for x in (keys.unmerged, values.unmerged)) if new is None else new
     mask = None if valid is None else valid.contiguous().view(torch.uint8)
-    tensors = [_flat(x) for x in (keys.directions, values.directions, keys.magnitudes, values.magnitudes)]
-    tensors += [_flat(keys.unmerged), _flat(values.unmerged), keys.entries(), values.entries()]
-    tensors += [_flat(new_keys), _flat(new_values)]
+    tensors = [flat(x) for x in (keys.directions, values.directions, keys.magnitudes, values.magnitudes)]
+    tensors += [flat(keys.unmerged), flat(values.unmerged), keys.entries(length), values.entries(length)]
+    tensors += [flat(new_keys), flat(new_values)]
 
     def run(tiling: Tiling) -> None:
         chunk = tiling.chunk(segments, length, length, device)
@@ -161,7 +174,7 @@ def merged_attention(
     return out
 
 
-def _flat(x: torch.Tensor) -> torch.Tensor:
+def flat(x: torch.Tensor) -> torch.Tensor:
     """Return x [B, H, ...] as [N, ...] with contiguous segments; a view if the layout allows."""
     x = x.flatten(0, 1)
     return x if len(x) == 0 or x[0].is_contiguous() else x.contiguous()

@@ -5,8 +5,9 @@ Legend: B batch rows, H KV heads, G query heads per KV head, n new tokens, R cap
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +24,6 @@ class Directions:
 
     takes_tokens_at: ClassVar[bool] = True
     """Whether :meth:`put_at` is implemented."""
-    kernel_problem: ClassVar[str | None] = None
-    """Why the kernel for merged tokens does not read these directions; None: it does."""
 
     def __init__(self, x: torch.Tensor, capacity: int = 0):
         self._x = Buffer(x, 2, capacity)
@@ -60,6 +59,20 @@ class Directions:
     def weighted(self, weights: torch.Tensor) -> torch.Tensor:
         """Sum the directions with weights [B, H, G, tokens]: [B, H, G, D]."""
         return torch.matmul(weights, self._x.used)
+
+    def kernel_problem(self, block: int) -> str | None:
+        """Return why no kernel reads these directions, merged ``block`` tokens at a time; None: one does."""
+        return None
+
+    def kernel(self, block: int) -> Callable[..., torch.Tensor]:
+        """Return the kernel that reads these directions, merged ``block`` tokens at a time."""
+        from ..kernels.merged import merged_attention
+
+        return merged_attention
+
+    def slots(self, length: int) -> Any:
+        """Return the first ``length`` directions as the kernel reads them."""
+        return self._x.whole[:, :, :length]
 
     def take(self, index: torch.Tensor) -> Directions:
         """Return a copy of some rows."""

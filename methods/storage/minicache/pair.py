@@ -141,18 +141,18 @@ class Pair(Growing):
         assert keys is not None and values is not None
         widths = keys.unmerged.shape[4], values.unmerged.shape[4]
         flat = query.flatten(1, 2)[:, :, None]  # [B, H * G, 1, D]
-        if not uses_kernel(flat, query.shape[1], *widths, layout_problem=keys.directions.kernel_problem):
+        problem = keys.directions.kernel_problem(self.block) or values.directions.kernel_problem(self.block)
+        if not uses_kernel(flat, query.shape[1], *widths, layout_problem=problem):
             return None
-        from ..kernels.merged import MergedVectors, merged_attention
+        from ..kernels.merged import MergedVectors
 
         stored = [
-            MergedVectors(
-                m.directions.tensors()[0][:, :, : self.length], m.magnitudes.used[layer], m.retained, m.unmerged[layer]
-            )
+            MergedVectors(m.directions.slots(self.length), m.magnitudes.used[layer], m.retained, m.unmerged[layer])
             for m in (keys, values)
         ]
         recent = None if new is None else (new[0].used, new[1].used)
-        out = merged_attention(flat, stored[0], stored[1], recent, self.visible(layer), rule)
+        kernel = keys.directions.kernel(self.block)
+        out = kernel(flat, *stored, recent, self.visible(layer), rule)
         return out[:, :, 0].unflatten(1, query.shape[1:3])
 
     def merge(self) -> None:
