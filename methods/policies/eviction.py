@@ -110,7 +110,7 @@ class EvictionPolicy(PromptEviction):
         plan: Plan,
         layers: Sequence[tuple[Any, LayerStorage]],
         prompts: Sequence[torch.Tensor],
-        earlier: list[Repetition],
+        earlier: list[Repetition] | None = None,
     ) -> None:
         if not self.scorer.repeats_prompt:
             return

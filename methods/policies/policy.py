@@ -163,7 +163,7 @@ class CachePolicy(HasIdentity):
         plan: Plan,
         layers: Sequence[tuple[Any, LayerStorage]],
         prompts: Sequence[torch.Tensor],
-        earlier: list[Any],
+        earlier: list[Any] | None = None,
     ) -> None:
         """Compress the prompts with further forwards of the model; called once, by the engine, after the prefill.
 
@@ -172,7 +172,7 @@ class CachePolicy(HasIdentity):
             plan: Plan of the model.
             layers: State and storage of each layer on which the method works.
             prompts: Token ids of each row, without pads.
-            earlier: What the forwards of other members of a fan-out gave; the policy may use it and append its own.
+            earlier: Results of other members of a fan-out, which the policy may use and append to; None: it is alone.
         """
 
     def next_layer_tokens(self, state: Any) -> list[torch.Tensor | None]:

@@ -2,7 +2,7 @@
 
 Tokens are ranked by score, then by the tie-breaking score if the method has one (SnapKV's scores before pooling), then
 by the lower index. Ties are common: max pooling gives a peak and its neighbours equal scores. ``topk``, ``argsort`` and
-``argmin`` order equal entries differently on different devices. Scores are ranked in float32; nothing syncs with a GPU.
+``argmin`` order equal entries differently on different devices. Scores are ranked in float32; nothing waits for a GPU.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ RULE = "score, unpooled score, index"
 """The ranking criteria in order. It is part of a run's identity, because another rule keeps other tokens."""
 LARGEST_SUBNORMAL = torch.finfo(torch.float32).tiny - torch.finfo(torch.float32).smallest_normal * 2**-23
 """Some devices flush such numbers to zero, so they and all smaller ones rank as zero."""
-SYNC_FREE = ("cpu",)  # devices whose results the host may read without waiting
+HOST_TYPES = ("cpu",)  # device types whose results can be read without waiting
 
 
 def keep_slots(scores: torch.Tensor, count: int, ties: torch.Tensor | None = None) -> torch.Tensor:
     """Return the indices of the ``count`` highest-ranked tokens.
 
     Args:
-        scores: [..., N]; the largest are kept. Infinite scores are allowed; NaN ranks highest.
+        scores: [..., N]; the largest are kept. Infinite scores are allowed; a positive NaN ranks highest.
         count: Number of tokens to keep, 0 <= count <= N.
         ties: [..., N] tie-breaking scores, of which the larger is kept; None: the lower index is kept.
 
@@ -53,7 +53,7 @@ def keep_mask(scores: torch.Tensor, count: int | torch.Tensor, ties: torch.Tenso
         threshold = ranked.gather(-1, (count - 1).clamp(min=0))  # [..., 1], key of the last kept token
     else:
         threshold = keys.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-        if keys.device.type in SYNC_FREE and (kept := keys >= threshold).count_nonzero() == count * threshold.numel():
+        if keys.device.type in HOST_TYPES and (kept := keys >= threshold).count_nonzero() == count * threshold.numel():
             return kept  # no equal keys to choose between
     above, equal = keys > threshold, keys == threshold  # [..., N]
     remaining = count - above.sum(-1, keepdim=True)  # [..., 1], number of equal tokens to keep

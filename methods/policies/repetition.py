@@ -26,20 +26,20 @@ BLOCK_QUERIES = 512
 
 @dataclass(frozen=True)
 class Repetition:
-    """Scores that a scorer gave to stored prompts; arguments as of :func:`scores_by_repetition`."""
+    """Result of :func:`scores_by_repetition` and the arguments that it depends on."""
 
     scorer: Scorer
     stored: Sequence[tuple[torch.Tensor, torch.Tensor]]
     ids: torch.Tensor
     scores: list[torch.Tensor]
 
-    def is_of(self, scorer: Scorer, stored: Sequence[tuple[torch.Tensor, torch.Tensor]], ids: torch.Tensor) -> bool:
+    def matches(self, scorer: Scorer, stored: Sequence[tuple[torch.Tensor, torch.Tensor]], ids: torch.Tensor) -> bool:
         """Return whether the same scorer would see the same keys, values and prompts."""
         pairs = zip(self.stored, stored, strict=True)
         return (
             self.scorer == scorer
             and torch.equal(self.ids, ids)
-            and all(torch.equal(x, y) for one, other in pairs for x, y in zip(one, other, strict=True))
+            and all(torch.equal(x, y) for ours, theirs in pairs for x, y in zip(ours, theirs, strict=True))
         )
 
 
@@ -49,7 +49,7 @@ def scores_by_repetition(
     plan: Plan,
     stored: Sequence[tuple[torch.Tensor, torch.Tensor]],
     ids: torch.Tensor,
-    earlier: list[Repetition],
+    earlier: list[Repetition] | None = None,
 ) -> list[torch.Tensor]:
     """Return the largest attention that each token receives from the tokens that repeat it, [R, H_kv, T] per layer.
 
@@ -59,13 +59,13 @@ def scores_by_repetition(
         plan: Plan of the model.
         stored: Keys and values [R, H_kv, T, D] of each layer, which are not modified.
         ids: [R, T], the prompts.
-        earlier: What other members of a fan-out repeated. Several budgets of one scorer need the forwards once; the
-            result is appended.
+        earlier: Results of other members of a fan-out, to which this one is appended: several budgets of one scorer
+            need the forwards once. None: there are no other members.
 
     Raises:
         InputError: The model cannot be run behind its cache.
     """
-    if (same := next((r for r in earlier if r.is_of(scorer, stored, ids)), None)) is not None:
+    if (same := next((r for r in earlier or () if r.matches(scorer, stored, ids)), None)) is not None:
         return same.scores
     length = ids.shape[1]
     repetitions = scorer.repetitions(length)
@@ -82,7 +82,8 @@ def scores_by_repetition(
             use_cache=True,
             logits_to_keep=1,
         )
-    earlier.append(Repetition(scorer, stored, ids, cache.scores))
+    if earlier is not None:
+        earlier.append(Repetition(scorer, stored, ids, cache.scores))
     return cache.scores
 
 

@@ -104,7 +104,7 @@ class QuantizedDirections(Directions):
 
         return partial(merged_codes_attention, bits=self.bits, block=block)
 
-    def slots(self, length: int) -> Quantized:
+    def first(self, length: int) -> Quantized:
         codes = self._codes.used
         assert length == self._codes.tokens, "quantized directions are those of whole blocks"
         return codes

@@ -1,8 +1,8 @@
 """Groupwise quantization to packed codes, and the two attention products over them.
 
 The attention of a decode step needs ``query x keys`` and ``weights x values``. Both are computed from the packed codes,
-one chunk at a time, so that the dequantized cache is never in memory: by a Triton kernel on CUDA (``kernels/``), in
-PyTorch on other devices.
+one chunk at a time, so that the dequantized cache is never in memory. On CUDA a kernel that reads the layout computes
+the whole attention instead (``kernels/``).
 
 Legend: N segments (heads of all rows), G queries of a segment, D channels.
 """

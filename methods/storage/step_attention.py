@@ -13,6 +13,9 @@ from ..cache.kernel_use import KERNEL_DTYPES, STEP_ATTENTION, device_problem, st
 from ..cache.logits import LogitRule
 from ..cache.products import cached_attention, query_key_products
 
+MIN_BLOCK_TOKENS = 16
+"""Smallest tile of tokens that the kernels for packed codes multiply."""
+
 
 def uses_kernel(query: torch.Tensor, heads: int, *widths: int, layout_problem: str | None = None) -> bool:
     """Return whether a kernel supports a call, and record it.
@@ -122,17 +125,18 @@ def write_token(
     valid.index_fill_(2, slot, True)
 
 
-def packed_problem(bits: int, *groups: int) -> str | None:
-    """Return why the kernel for packed codes does not support a layout; None: it does.
+def packed_problem(bits: int, block: int, *groups: int) -> str | None:
+    """Return why the kernels for packed codes do not support a layout; None: they do.
 
     Args:
         bits: Bits per code.
-        groups: Sizes that are divided into tiles: tokens per block, tokens and channels per group.
+        block: Tokens per block, which is divided into tiles.
+        groups: Tokens and channels per group.
     """
-    for size in groups:
+    for size in (block, *groups):
         if size & (size - 1) or size * bits % 32:
-            return f"groups of {size} codes of {bits} bits"
-    return None
+            return f"blocks or groups of {size} codes of {bits} bits"
+    return f"blocks of {block} tokens" if block < MIN_BLOCK_TOKENS else None
 
 
 def ragged_step_attention(

@@ -79,8 +79,9 @@ def _compress_after_prefill(
     """Let the policy of each cache compress the prompts with further forwards, if it needs any."""
     lengths = [input_ids.shape[1]] * input_ids.shape[0] if mask is None else mask.sum(1).tolist()
     prompts = [ids[len(ids) - n :] for ids, n in zip(input_ids, lengths, strict=True)]
-    earlier: list[Any] = []
-    for member in getattr(cache, "members", [cache]):
+    members = getattr(cache, "members", [cache])
+    earlier: list[Any] | None = [] if len(members) > 1 else None
+    for member in members:
         layers = [layer for layer in member.layers if isinstance(layer, CacheLayer) and layer.span is None]
         if layers:
             pairs = [(layer.state, layer.storage) for layer in layers]

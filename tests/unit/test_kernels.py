@@ -23,6 +23,12 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Largest difference from float64 on the same inputs; outputs are of magnitude 1."""
 
 
+def supported(*_, layout_problem: str | None = None) -> bool:
+    """Stand-in for ``uses_kernel``: by the kernel on the CPU too; never silently by PyTorch."""
+    assert layout_problem is None
+    return True
+
+
 def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
@@ -189,7 +195,7 @@ def test_paged_kernel_over_the_grid(lengths, page, group):
 def kernels_in_storage(monkeypatch):
     """Storages use the kernels on the CPU as well."""
     for module in (kivi, static_kivi):
-        monkeypatch.setattr(module, "uses_kernel", lambda *_, layout_problem=None: layout_problem is None)
+        monkeypatch.setattr(module, "uses_kernel", supported)
 
 
 def check_kivi(bits, length, dtype, rows=1, dim=64, residual=32, softcap=None, sinks=False, steps=(0,)):
@@ -252,7 +258,7 @@ def test_kivi_kernel_over_the_grid(bits, length, rows, kernels_in_storage):
 @pytest.mark.parametrize(("gamma", "padded", "group"), [(0.0, False, 1), (0.3, True, 3), (1.0, False, 2)])
 def test_merged_kernel_matches_float64(gamma, padded, group, dtype, monkeypatch):
     """Both layers of a pair, with tokens retained in keys or in values, pads, and a new token."""
-    monkeypatch.setattr(pair, "uses_kernel", lambda *_, layout_problem=None: layout_problem is None)
+    monkeypatch.setattr(pair, "uses_kernel", supported)
     heads, dim, length = 2, 32, 90
     both = pair.Pair(0.6, gamma, "top_ratio")
     valid = torch.arange(length, device=DEVICE)[None] >= torch.tensor([[0], [11]], device=DEVICE)
@@ -317,7 +323,7 @@ MERGED_CODES = [  # bits, tokens, dtype, and other options
 
 @pytest.mark.parametrize("case", MERGED_CODES, ids=str)
 def test_merged_codes_kernel_matches_float64(case, monkeypatch):
-    monkeypatch.setattr(pair, "uses_kernel", lambda *_, layout_problem=None: layout_problem is None)
+    monkeypatch.setattr(pair, "uses_kernel", supported)
     bits, length, dtype, options = case
     check_merged_codes(bits, length, dtype, **options)
 
@@ -327,7 +333,7 @@ def test_merged_codes_kernel_matches_float64(case, monkeypatch):
 @pytest.mark.parametrize("length", [32, 33, 128, 500, 3000])
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_merged_codes_kernel_over_the_grid(bits, length, rows, monkeypatch):
-    monkeypatch.setattr(pair, "uses_kernel", lambda *_, layout_problem=None: layout_problem is None)
+    monkeypatch.setattr(pair, "uses_kernel", supported)
     for i, dtype in enumerate((F32, F16, BF16)):
         dim, block = ((64, 32), (96, 64), (128, 128))[(i + rows) % 3]
         if length < block:
@@ -336,9 +342,13 @@ def test_merged_codes_kernel_over_the_grid(bits, length, rows, monkeypatch):
         check_merged_codes(bits, length, dtype, rows, dim, block, **options)
 
 
-@pytest.mark.parametrize(("block", "group", "problem"), [(32, 32, None), (48, 16, "48 codes"), (32, 8, "8 codes")])
-def test_layouts_that_the_kernel_for_merged_codes_does_not_read(block, group, problem):
-    found = minicache_kivi.QuantizedDirections(numbers(1, 1, block, 32), 2, group, True).kernel_problem(block)
+@pytest.mark.parametrize(
+    ("block", "group", "problem"), [(32, 32, None), (48, 16, "48 codes"), (32, 2, "2 codes"), (8, 8, "8 tokens")]
+)
+@pytest.mark.parametrize("is_keys", [True, False])
+def test_layouts_that_the_kernel_for_merged_codes_does_not_read(block, group, problem, is_keys):
+    directions = minicache_kivi.QuantizedDirections(numbers(1, 1, block, 32), 4, group, is_keys)
+    found = directions.kernel_problem(block)
     assert (found is None) if problem is None else (problem in found)
 
 

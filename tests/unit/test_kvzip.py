@@ -139,7 +139,7 @@ def test_rows_and_members_of_a_fan_out_are_each_alone():
 
 @torch.inference_mode()
 def test_members_of_a_fan_out_repeat_a_prompt_once_if_they_score_the_same():
-    """Two budgets score alike; other chunks, and keys of 8 bits, do not."""
+    """Two budgets score alike; other chunks, and a storage of 8 bits, do not."""
     model, ids = tiny_model(), prompt_ids(45, 1)
     settings = ["budget=20 scorer.chunk=15", "budget=30 scorer.chunk=15", "budget=20 scorer.chunk=45"]
     methods = [named_method(f"kvzip {one}") for one in settings]

@@ -1,8 +1,4 @@
-"""Attention over packed numbers: against the expanded ones in float64, in PyTorch and by the Triton kernels.
-
-The kernels run on a CUDA device where there is one, and otherwise in Triton's interpreter (see conftest.py). Triton
-3.6's cannot run them with NumPy 2.5 or later.
-"""
+"""Attention over packed codes in PyTorch, against attention over the dequantized numbers in float64."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def two_stable_sorts(scores: torch.Tensor, count: int, ties: torch.Tensor | None
 @pytest.mark.parametrize("kind", ["random", "coarse", "bfloat16", "equal", "infinite"])
 @pytest.mark.parametrize("sync_free", [("cpu",), ()])
 def test_ranking_matches_two_stable_sorts(monkeypatch, sync_free, kind, ties, count):
-    monkeypatch.setattr(ranking, "SYNC_FREE", sync_free)
+    monkeypatch.setattr(ranking, "HOST_TYPES", sync_free)
     scores = make_scores(kind)
     tie_scores = None if ties is None else make_scores(ties, seed=1)
     kept = keep_slots(scores, count, tie_scores)
@@ -102,7 +102,7 @@ def test_lowest_ranked_slot_is_the_token_that_keep_slots_evicts(kind):
 
 
 def test_ranking_does_not_sync_with_a_gpu(monkeypatch):
-    monkeypatch.setattr(ranking, "SYNC_FREE", ())
+    monkeypatch.setattr(ranking, "HOST_TYPES", ())
     scores, ties, counts = make_scores("coarse"), make_scores("random", 1), torch.full((2, 3), 9)
     for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__int__", "__float__", "__bool__", "__index__"):
 

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from ...cache.logits import LogitRule
 from ..packed import Quantized
-from .launch import Tiling, half_operands, on_device, padded, tuned
+from .launch import Tiling, block_tilings, half_operands, on_device, padded, tuned
 from .online import LOWEST, attend_tile, logits_of, product, store_split
 from .splits import Splits, join
 
@@ -217,13 +217,12 @@ def kivi_attention(query: torch.Tensor, stored: PackedSegments, rule: LogitRule)
     def run(tiling: Tiling) -> None:
         join(_split(query, stored, rule, tiling), rule.sinks, out, heads)
 
-    default = default_tiling(block, block // stored.blocks.scale.shape[3], stored.bits)
-    sizes = {max(default.tokens // 2, block // stored.blocks.scale.shape[3]), default.tokens}
-    candidates = [default, *(Tiling(t, w, s, p) for t in sizes for w in (4, 8) for s in (1, 2, 3) for p in (1, 2, 4))]
+    group = block // stored.blocks.scale.shape[3]
+    default = default_tiling(block, group, stored.bits)
     size = triton.next_power_of_2(max(1, stored.old.codes.shape[1]))
     key = ("kivi", stored.bits, query.dtype, query.shape, stored.shape, value_dim, size, rule.softcap is None)
     with on_device(query):
-        run(tuned(key, default, candidates, run))
+        run(tuned(key, default, block_tilings(default, group), run))
     return out
 
 
@@ -237,7 +236,7 @@ def _split(query: torch.Tensor, stored: PackedSegments, rule: LogitRule, tiling:
     chunk = tiling.chunk(segments, tokens, tokens, query.device)
     splits = Splits.empty(segments, triton.cdiv(tokens, chunk) + 1, rows, value_dim, query.device)
     key_words, value_words = blocks.codes.view(torch.int32), old.codes.view(torch.int32)
-    assert key_words[0].is_contiguous() and value_words[0].is_contiguous(), "free slots are behind those of a segment"
+    assert key_words[0].is_contiguous() and value_words[0].is_contiguous(), "a segment must be contiguous"
     on_host = isinstance(stored.length, int)
     split_kivi[(segments, splits.maxima.shape[1])](
         query, key_words, blocks.scale, blocks.zero, value_words, old.scale, old.zero, stored.keys, stored.values,

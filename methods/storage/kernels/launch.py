@@ -70,6 +70,12 @@ def tilings(default: Tiling) -> list[Tiling]:
     return [default, *(c for c in candidates if c != default and c.tokens * c.stages <= 4 * default.tokens)]
 
 
+def block_tilings(default: Tiling, group: int) -> list[Tiling]:
+    """Return the candidates of the tuning for blocks of packed codes: a tile has whole groups of ``group`` tokens."""
+    sizes, warps = {max(MIN_DOT_SIZE, default.tokens // 2, group), default.tokens}, (default.warps // 2, default.warps)
+    return [default, *(Tiling(t, w, s, p) for t in sizes for w in warps for s in (1, 2, 3) for p in (1, 2, 4))]
+
+
 _tuned: dict[tuple[object, ...], Tiling] = {}
 
 

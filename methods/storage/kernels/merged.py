@@ -10,7 +10,7 @@ Legend: N segments (heads of all rows), B rows, H heads, rows: query heads per K
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import triton
@@ -21,7 +21,7 @@ from .launch import Tiling, default_tiling, half_operands, on_device, padded, ti
 from .online import LOWEST, attend_tile, logits_of, product, softmax_step, store_split
 from .splits import Splits, join
 
-T = TypeVar("T")
+Layout = TypeVar("Layout")
 
 
 @triton.jit
@@ -99,17 +99,17 @@ def split_merged(
 
 
 @dataclass(frozen=True)
-class MergedVectors(Generic[T]):
+class MergedVectors(Generic[Layout]):
     """Merged keys (or values) of one layer.
 
     Attributes:
-        directions: [B, H, S, D], or codes.
+        directions: [B, H, S, D]; or codes, for :mod:`.merged_codes`.
         magnitudes: [B, H, S].
         retained: [B, H, R] int32, slots of the retained tokens, -1 for unused entries.
         unmerged: [B, H, R, D], the retained tokens.
     """
 
-    directions: T
+    directions: Layout
     magnitudes: torch.Tensor
     retained: torch.Tensor
     unmerged: torch.Tensor
@@ -147,18 +147,16 @@ def merged_attention(
     value_dim, device = values.directions.shape[3], query.device
     query, segments, rows = query.contiguous(), batch * heads, query.shape[1] // heads
     out = torch.empty(batch, query.shape[1], 1, value_dim, dtype=query.dtype, device=device)
-    new_keys, new_values = (x[:, :, :0] for x in (keys.unmerged, values.unmerged)) if new is None else new
     mask = None if valid is None else valid.contiguous().view(torch.uint8)
-    tensors = [flat(x) for x in (keys.directions, values.directions, keys.magnitudes, values.magnitudes)]
-    tensors += [flat(keys.unmerged), flat(values.unmerged), keys.entries(length), values.entries(length)]
-    tensors += [flat(new_keys), flat(new_values)]
+    tensors = [flat(keys.directions), flat(values.directions), *operands(keys, values, new, length)]
+    new_count = tensors[-1].shape[1]
 
     def run(tiling: Tiling) -> None:
         chunk = tiling.chunk(segments, length, length, device)
         splits = Splits.empty(segments, triton.cdiv(length, chunk) + 1, rows, value_dim, device)
         split_merged[(segments, splits.maxima.shape[1])](
             query, *tensors, mask, splits.sums, splits.maxima, splits.totals,
-            rule.scaling, rule.softcap or 1.0, length, new_keys.shape[2], chunk, rows, heads,
+            rule.scaling, rule.softcap or 1.0, length, new_count, chunk, rows, heads,
             *(x.stride(0) for x in tensors), 0 if mask is None else mask.stride(0),
             D=dim, DV=value_dim, ROWS=padded(rows), WIDE=padded(dim), WIDE_V=padded(value_dim), TOKENS=tiling.tokens,
             HALF=half_operands(query.dtype), HAS_VALID=mask is not None, CAPPED=rule.softcap is not None,
@@ -172,6 +170,15 @@ def merged_attention(
     with on_device(query):
         run(tuned(key, default, tilings(default), run))
     return out
+
+
+def operands(
+    keys: MergedVectors[Any], values: MergedVectors[Any], new: tuple[torch.Tensor, torch.Tensor] | None, length: int
+) -> list[torch.Tensor]:
+    """Return magnitudes, retained tokens, their entries, and new tokens, of keys and of values each: [N, ...]."""
+    new_keys, new_values = (x[:, :, :0] for x in (keys.unmerged, values.unmerged)) if new is None else new
+    stored = (keys.magnitudes, values.magnitudes, keys.unmerged, values.unmerged)
+    return [*map(flat, stored), keys.entries(length), values.entries(length), flat(new_keys), flat(new_values)]
 
 
 def flat(x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Attention of one token per row of a MiniCache layer whose shared directions are packed codes, in one launch.
+"""Attention of one token per row of a MiniCache layer whose shared directions are packed codes, by one kernel.
 
 As :mod:`.merged`, with the directions of keys in groups of tokens and those of values in groups of channels, as in
 :mod:`.kivi`: a tile of codes is dequantized in registers. Retained tokens and new tokens are unquantized.
@@ -15,10 +15,60 @@ import triton.language as tl
 from ...cache.logits import LogitRule
 from ..packed import Quantized
 from .kivi import dequantized, within_words
-from .launch import Tiling, half_operands, on_device, padded, tuned
-from .merged import MergedVectors, attend_new, flat
+from .launch import Tiling, block_tilings, half_operands, on_device, padded, tuned
+from .merged import MergedVectors, attend_new, operands
 from .online import LOWEST, logits_of, product, softmax_step, store_split
 from .splits import Splits, join
+
+LARGEST = tl.constexpr(65504.0)
+"""Largest number of float16, to which products of weights and magnitudes are clamped."""
+
+
+@triton.jit
+def key_logits(q, scaled, scaling, codes, scales, zeros, scale_d, magnitudes, unmerged, entries, start, t,
+               D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr,
+               HALF_NEW: tl.constexpr):  # fmt: skip
+    """Return the scaled products of queries [ROWS, WIDE] with the keys of one tile, [ROWS, TOKENS] float32.
+
+    Args:
+        q, scaled: Queries, and queries times ``scaling`` in the dtype of dequantized directions.
+        codes: Pointers to the channels [WIDE, 1].
+        scales, zeros: Of a channel ``scale_d`` apart.
+        magnitudes, unmerged, entries: See :class:`.merged.MergedVectors`.
+        start, t: First token of the tile, and its tokens in word order.
+    """
+    ROWS: tl.constexpr = q.shape[0]
+    TOKENS: tl.constexpr = t.shape[0]
+    d = tl.arange(0, q.shape[1])[:, None]
+    word, group = tl.arange(0, TOKENS * BITS // 32)[None], tl.arange(0, TOKENS // GROUP)[None]
+    words = tl.load(codes + (start // (32 // BITS) + word), mask=d < D, other=0)
+    place = d * scale_d + (start // GROUP + group)  # [WIDE, groups]
+    scale, zero = tl.load(scales + place, mask=d < D, other=0.0), tl.load(zeros + place, mask=d < D, other=0.0)
+    direction = dequantized(words, scale, zero, BITS, GROUP, HALF)  # [WIDE, TOKENS]
+    magnitude = tl.load(magnitudes + t).to(tl.float32)
+    merged = product(scaled, direction, tl.zeros((ROWS, TOKENS), tl.float32), HALF) * magnitude[None]
+    entry = tl.load(entries + t)[None]
+    k = tl.load(unmerged + entry.to(tl.int64) * D + d, mask=(entry >= 0) & (d < D), other=0.0)
+    retained = product(q, k, tl.zeros((ROWS, TOKENS), tl.float32), HALF_NEW) * scaling
+    return tl.where(entry >= 0, retained, merged)
+
+
+@triton.jit
+def add_values(weights, acc, codes, scales, zeros, magnitudes, unmerged, entries, t, c, DV: tl.constexpr,
+               BITS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, HALF_NEW: tl.constexpr):  # fmt: skip
+    """Add the values of tokens ``t``, with weights [ROWS, TOKENS], to ``acc`` [ROWS, WIDE_V] of channels ``c``."""
+    word, group = tl.arange(0, c.shape[0] * BITS // 32)[None], tl.arange(0, c.shape[0] // GROUP)[None]
+    words = tl.load(codes + t[:, None] * (DV * BITS // 32) + word, mask=word < DV * BITS // 32, other=0)
+    place = t[:, None] * (DV // GROUP) + group  # [TOKENS, groups]
+    scale = tl.load(scales + place, mask=group < DV // GROUP, other=0.0)
+    zero = tl.load(zeros + place, mask=group < DV // GROUP, other=0.0)
+    direction = dequantized(words, scale, zero, BITS, GROUP, HALF)  # [TOKENS, WIDE_V]
+    magnitude, entry = tl.load(magnitudes + t).to(tl.float32), tl.load(entries + t)
+    merged = tl.where(entry[None] >= 0, 0.0, tl.minimum(weights * magnitude[None], LARGEST))
+    acc = product(merged.to(direction.dtype), direction, acc, HALF)
+    place = unmerged + entry.to(tl.int64)[:, None] * DV + c[None]
+    v = tl.load(place, mask=(entry[:, None] >= 0) & (c[None] < DV), other=0.0)
+    return product(tl.where(entry[None] >= 0, weights, 0.0).to(v.dtype), v, acc, HALF_NEW)
 
 
 @triton.jit
@@ -37,6 +87,7 @@ def split_merged_codes(
     """Attend over one split of the merged tokens; the last program over the new tokens, which are not merged yet.
 
     The number of merged tokens is a multiple of TOKENS. Tokens of a tile, and channels of a value, are in word order.
+    A channel's codes of keys are ``code_d * ALIGN`` words apart.
     """
     n, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     g, d = tl.arange(0, ROWS), tl.arange(0, WIDE)
@@ -56,46 +107,29 @@ def split_merged_codes(
         if HALF:
             scaled = scaled.to(tl.float16)
         c, i = within_words(tl.arange(0, WIDE_V), BITS), within_words(tl.arange(0, TOKENS), BITS)
-        w, j = tl.arange(0, TOKENS * BITS // 32), tl.arange(0, TOKENS // GROUP)
-        vw, vj = tl.arange(0, WIDE_V * BITS // 32)[None], tl.arange(0, WIDE_V // GROUP_V)[None]
-        codes = key_codes + n * code_n + d[:, None] * tl.multiple_of(code_d, ALIGN)
-        group = n * scale_n + d[:, None] * scale_d
+        codes = key_codes + n * code_n + d[:, None] * (code_d * ALIGN)
         for start in range(part * chunk, tl.minimum(part * chunk + chunk, length), TOKENS):
             start = tl.multiple_of(start, TOKENS)
             t = start + i
-            entry = tl.load(key_entries + n * key_entry_n + t)
-            is_retained = entry >= 0
-            magnitude = tl.load(key_magnitudes + n * key_magnitude_n + t).to(tl.float32)
-            words = tl.load(codes + (start // (32 // BITS) + w)[None], mask=d[:, None] < D, other=0)
-            place = group + (start // GROUP + j)[None]  # [WIDE, groups]
-            scale = tl.load(key_scales + place, mask=d[:, None] < D, other=0.0)
-            zero = tl.load(key_zeros + place, mask=d[:, None] < D, other=0.0)
-            k = dequantized(words, scale, zero, BITS, GROUP, HALF)  # [WIDE, TOKENS]
-            x = product(scaled, k, tl.zeros((ROWS, TOKENS), tl.float32), HALF) * magnitude[None]
-            place = key_unmerged + n * key_unmerged_n + entry.to(tl.int64)[None] * D + d[:, None]
-            k = tl.load(place, mask=is_retained[None] & (d[:, None] < D), other=0.0)
-            retained = product(q, k, tl.zeros((ROWS, TOKENS), tl.float32), HALF_NEW) * scaling
-            x = tl.where(is_retained[None], retained, x)
+            x = key_logits(
+                q, scaled, scaling, codes, key_scales + n * scale_n, key_zeros + n * scale_n, scale_d,
+                key_magnitudes + n * key_magnitude_n, key_unmerged + n * key_unmerged_n, key_entries + n * key_entry_n,
+                start, t, D, BITS, GROUP, HALF, HALF_NEW)  # fmt: skip
             visible = t < length
             if HAS_VALID:
                 visible = tl.load(valid + t) != 0
             weights, rescale, top, total = softmax_step(logits_of(x, 1.0, softcap, CAPPED), visible[None], top, total)
-
-            entry = tl.load(value_entries + n * value_entry_n + t)
-            is_retained = entry >= 0
-            magnitude = tl.load(value_magnitudes + n * value_magnitude_n + t).to(tl.float32)
-            place = value_codes + n * vcode_n + t[:, None] * (DV * BITS // 32) + vw  # [TOKENS, words]
-            words = tl.load(place, mask=vw < DV * BITS // 32, other=0)
-            place = n * vscale_n + t[:, None] * (DV // GROUP_V) + vj  # [TOKENS, groups]
-            scale = tl.load(value_scales + place, mask=vj < DV // GROUP_V, other=0.0)
-            zero = tl.load(value_zeros + place, mask=vj < DV // GROUP_V, other=0.0)
-            v = dequantized(words, scale, zero, BITS, GROUP_V, HALF)  # [TOKENS, WIDE_V]
-            merged = tl.where(is_retained[None], 0.0, weights * magnitude[None])
-            acc = product(merged.to(v.dtype), v, acc * rescale[:, None], HALF)
-            place = value_unmerged + n * value_unmerged_n + entry.to(tl.int64)[:, None] * DV + c[None]
-            v = tl.load(place, mask=is_retained[:, None] & (c[None] < DV), other=0.0)
-            acc = product(tl.where(is_retained[None], weights, 0.0).to(v.dtype), v, acc, HALF_NEW)
+            acc = add_values(
+                weights, acc * rescale[:, None], value_codes + n * vcode_n, value_scales + n * vscale_n,
+                value_zeros + n * vscale_n, value_magnitudes + n * value_magnitude_n,
+                value_unmerged + n * value_unmerged_n, value_entries + n * value_entry_n,
+                t, c, DV, BITS, GROUP_V, HALF, HALF_NEW)  # fmt: skip
         store_split(sums, maxima, totals, top, total, acc, n, part, parts, rows, c, DV, ROWS)
+
+
+def word_alignment(stride: int) -> int:
+    """Return 4 if rows of codes that are ``stride`` words apart can be loaded 16 bytes at a time, else 1."""
+    return 4 if stride % 4 == 0 else 1
 
 
 def default_tiling(block: int, group: int) -> Tiling:
@@ -135,48 +169,34 @@ def merged_codes_attention(
     length, value_dim, device = width * 8 // bits, values.unmerged.shape[3], query.device
     query, segments, rows = query.contiguous(), batch * heads, query.shape[1] // heads
     out = torch.empty(batch, query.shape[1], 1, value_dim, dtype=query.dtype, device=device)
-    new_keys, new_values = (x[:, :, :0] for x in (keys.unmerged, values.unmerged)) if new is None else new
     mask = None if valid is None else valid.contiguous().view(torch.uint8)
-    codes = [_words(x.directions.codes) for x in (keys, values)]
-    scales = [_rows(x) for part in (keys, values) for x in (part.directions.scale, part.directions.zero)]
-    tensors = [flat(x) for x in (keys.magnitudes, values.magnitudes, keys.unmerged, values.unmerged)]
-    tensors += [keys.entries(length), values.entries(length), flat(new_keys), flat(new_values)]
-    assert codes[1][0].is_contiguous() and scales[2][0].is_contiguous(), "free slots are behind those of a segment"
-    group, stride = length // keys.directions.scale.shape[3], codes[0].stride(1)
+    codes = [x.directions.codes.flatten(0, 1).view(torch.int32) for x in (keys, values)]
+    scales = [y.flatten(0, 1) for x in (keys, values) for y in (x.directions.scale, x.directions.zero)]
+    tensors = operands(keys, values, new, length)
+    contiguous = (codes[1], scales[2], scales[3])
+    assert all(x[0].is_contiguous() for x in contiguous), "a segment must be contiguous"
+    group, align = length // keys.directions.scale.shape[3], word_alignment(codes[0].stride(1))
 
     def run(tiling: Tiling) -> None:
         chunk = tiling.chunk(segments, length, length, device)
         splits = Splits.empty(segments, triton.cdiv(length, chunk) + 1, rows, value_dim, device)
         split_merged_codes[(segments, splits.maxima.shape[1])](
             query, *codes, *scales, *tensors, mask, splits.sums, splits.maxima, splits.totals,
-            rule.scaling, rule.softcap or 1.0, length, new_keys.shape[2], chunk, rows, heads,
-            *codes[0].stride()[:2], *scales[0].stride()[:2], codes[1].stride(0), scales[2].stride(0),
+            rule.scaling, rule.softcap or 1.0, length, tensors[-1].shape[1], chunk, rows, heads,
+            codes[0].stride(0), codes[0].stride(1) // align, *scales[0].stride()[:2],
+            codes[1].stride(0), scales[2].stride(0),
             *(x.stride(0) for x in tensors), 0 if mask is None else mask.stride(0),
             D=dim, DV=value_dim, ROWS=padded(rows), WIDE=padded(dim), WIDE_V=padded(value_dim), TOKENS=tiling.tokens,
             BITS=bits, GROUP=group, GROUP_V=value_dim // values.directions.scale.shape[3],
-            ALIGN=min(16, stride & -stride), HALF=query.dtype != torch.float32, HALF_NEW=half_operands(query.dtype),
+            ALIGN=align, HALF=query.dtype != torch.float32, HALF_NEW=half_operands(query.dtype),
             HAS_VALID=mask is not None, CAPPED=rule.softcap is not None,
             num_warps=tiling.warps, num_stages=tiling.stages,
         )  # fmt: skip
         join(splits, rule.sinks, out, heads)
 
     default = default_tiling(block, group)
-    sizes = {max(default.tokens // 2, group), default.tokens}
-    candidates = [default, *(Tiling(t, w, s, p) for t in sizes for w in (8, 16) for s in (1, 2, 3) for p in (1, 2, 4))]
     size = triton.next_power_of_2(length)
     key = ("merged codes", bits, query.dtype, dim, value_dim, segments, rows, size, mask is None, rule.softcap is None)
     with on_device(query):
-        run(tuned(key, default, candidates, run))
+        run(tuned(key, default, block_tilings(default, group), run))
     return out
-
-
-def _words(codes: torch.Tensor) -> torch.Tensor:
-    """Return codes [B, H, ..., bytes] as [N, ..., words] int32; a view if every row begins at a word."""
-    begin_at_words = all(stride % 4 == 0 for stride in codes.stride()[:-1]) and codes.storage_offset() % 4 == 0
-    return _rows(codes if begin_at_words else codes.contiguous()).view(torch.int32)
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """Return x [B, H, ...] as [N, ...] with contiguous rows; a view if the layout allows."""
-    x = x.flatten(0, 1)
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -70,7 +70,7 @@ class Directions:
 
         return merged_attention
 
-    def slots(self, length: int) -> Any:
+    def first(self, length: int) -> Any:
         """Return the first ``length`` directions as the kernel reads them."""
         return self._x.whole[:, :, :length]
 

@@ -147,7 +147,7 @@ class Pair(Growing):
         from ..kernels.merged import MergedVectors
 
         stored = [
-            MergedVectors(m.directions.slots(self.length), m.magnitudes.used[layer], m.retained, m.unmerged[layer])
+            MergedVectors(m.directions.first(self.length), m.magnitudes.used[layer], m.retained, m.unmerged[layer])
             for m in (keys, values)
         ]
         recent = None if new is None else (new[0].used, new[1].used)
