@@ -31,7 +31,7 @@ class KVCache(TransformersCache):
     Attributes:
         layers: Cache layers; ``plan`` maps the layers of the model to them.
         plan: See :class:`.sharing.plan.Plan`.
-        passes: Encoding passes over layers with a higher KV source; 0: one per token; None: set by the model's config.
+        passes: Encoding passes if layers read keys of a higher layer; 0: one per token; None: as in the model's config.
         is_warmup_pass: Set during non-final encoding passes, in which the cache must not be modified.
         prompt_length: Columns of the whole prompt, set before a chunked prefill; None: those of the first forward.
         tokens_seen: [B] int64, real tokens of each row so far, which is the position of the next token.
@@ -45,7 +45,7 @@ class KVCache(TransformersCache):
         recomputes: Whether every step recomputes the whole sequence (``no_cache.py``).
         separate_prefills: Caches that prefill one after another in place of this one (``fan_out.py``).
         states: States of the model's recurrent layers, or None.
-        on_first_forward: Called with the cache in the first forward, or None (``narrowing.py``).
+        on_first_forward: Called with the cache in the first forward, or None; ``narrowing.py`` sets it.
     """
 
     recomputes, copies = False, 1
@@ -230,8 +230,8 @@ class KVCache(TransformersCache):
     def max_new_columns(self) -> int | None:
         """Maximum number of new columns in the next forward; None: unlimited.
 
-        Where layers of the model share a cache layer, a forward must end at each eviction, which follows the last of
-        them, and wherever a lower layer needs the keys of a higher one.
+        Where layers of the model share a cache layer, tokens are evicted after the last of these layers, and a forward
+        must end there. It must also end where a lower layer needs the keys of a higher one.
         """
         limits = []
         for number, layer in enumerate(self.layers):
@@ -285,7 +285,7 @@ class KVCache(TransformersCache):
 
     @property
     def kv_bytes_read_per_step(self) -> int:
-        """Bytes that the last decode step read, each layer's once per layer of the model that attends over it."""
+        """Bytes that the last decode step read; a layer's count once for each layer of the model that reads it."""
         read = [layer.step_bytes_read * self.plan.cache_layer.count(i) for i, layer in enumerate(self.layers)]
         return sum(read, self.states.nbytes if self.states else 0)
 

@@ -55,7 +55,7 @@ class CacheLayer(PrefillLayer):
     ):
         super().__init__(layer_idx, num_layers, policy.capabilities.observation_window, span)
         self.policy, self.state, self.storage = policy, state, storage
-        if policy.capabilities.evicts_while_decoding:  # a compaction frees slots before the buffer has to grow further
+        if policy.capabilities.evicts_while_decoding:  # slots to allocate ahead: a compaction then frees them again
             storage.growth = COMPACTION_INTERVAL_STEPS
         self.in_prefill = not policy.capabilities.prefills_by_steps
 
@@ -177,8 +177,8 @@ class CacheLayer(PrefillLayer):
         """Append the new tokens and attend.
 
         Several layers of the model may share this cache layer (KV sharing): only the owner appends, and the policy
-        evicts after the last of them has attended. The owner appends before its attention, or after it if no token
-        attends to itself (``strictly_causal``).
+        evicts after the last of them has attended. The owner appends before its attention. If no token
+        attends to itself (``strictly_causal``), it appends afterwards.
 
         Args:
             step: Queries of the new tokens.

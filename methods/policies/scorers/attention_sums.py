@@ -5,8 +5,8 @@ Algorithm 1 and appendix A:
 1. The score of a token is the sum of the attention weights it has received from all queries so far, starting with the
    column sums of the prompt's causal attention matrix.
 2. Each decode step adds the new query's attention weights (:meth:`AttentionSums.update`).
-3. After each step the token with the smallest sum is evicted (:func:`..decoding.evict_one`), except for the most recent
-   tokens, which take half of the budget.
+3. After each step the token with the smallest sum is evicted (:func:`..decoding.evict_one`). The most recent tokens,
+   half of the budget, are never evicted.
 
 The scores are sums, because the authors found averages to be worse (appendix B.2). The published code is for
 multi-head attention; with grouped-query attention (GQA) the weights are averaged over the query heads of a KV head.

@@ -8,8 +8,8 @@ Section 3 and Listing 1 of the paper:
 4. Keep the top-scoring tokens of each head and the window itself (:class:`..prompt_eviction.PromptEviction`).
 
 By default the prompt is compressed once and all generated tokens are kept. The published code repeats each KV
-head for its query heads before compression, so its cache takes H_q / H_kv times the bytes of the same number of tokens
-per KV head. ``granularity=query_head`` reproduces this and counts those bytes.
+head for its query heads before compression, so a token takes H_q / H_kv times the bytes that it takes here.
+``granularity=query_head`` reproduces this and counts those bytes.
 
 Legend: R rows of one prompt length, H_q query heads, H_kv KV heads, H stored heads, w window, T prompt tokens.
 """
