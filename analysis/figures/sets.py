@@ -78,7 +78,8 @@ def _draw(
     x_label: str,
 ) -> None:
     style = sheet.style
-    columns = min(len(panels), (3 if len(panels) != 4 else 2) if style.is_wide else 2)
+    narrow = 2 if len(panels) <= 6 else 1  # the legends of more do not fit side by side
+    columns = min(len(panels), (3 if len(panels) != 4 else 2) if style.is_wide else narrow)
     row = ROW_EMS if len(panels) <= columns else ROW_EMS * 0.65
     grid = sheet.grid(len(panels), columns, len(names) * row * style.em)
     for number, (ax, (title, curves)) in enumerate(zip(grid, panels, strict=True)):
