@@ -78,8 +78,11 @@ def _draw(
     x_label: str,
 ) -> None:
     style = sheet.style
-    narrow = 2 if len(panels) <= 6 else 1  # the legends of more do not fit side by side
-    columns = min(len(panels), (3 if len(panels) != 4 else 2) if style.is_wide else narrow)
+    if style.is_wide:
+        columns = 2 if len(panels) == 4 else 3
+    else:
+        columns = 2 if len(panels) <= 6 else 1  # the legends of more do not fit side by side
+    columns = min(len(panels), columns)
     row = ROW_EMS if len(panels) <= columns else ROW_EMS * 0.65
     grid = sheet.grid(len(panels), columns, len(names) * row * style.em)
     for number, (ax, (title, curves)) in enumerate(zip(grid, panels, strict=True)):

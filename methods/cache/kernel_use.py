@@ -33,6 +33,8 @@ MAX_KERNEL_CHANNELS = 256
 """Largest head dimension that the attention kernels support."""
 MAX_KERNEL_GROUP = 64
 """Largest number of query heads per KV head that the kernels of decode steps support."""
+MIN_DOT_SIZE = 16
+"""Smallest side of a matrix that kernels multiply; the query heads of a KV head are padded to it."""
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_COMPUTE_CAPABILITY = (8, 0)
 

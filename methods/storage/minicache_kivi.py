@@ -58,14 +58,13 @@ class QuantizedDirections(Directions):
     takes_tokens_at = False
 
     def __init__(self, x: torch.Tensor, bits: int, group: int, is_keys: bool, capacity: int = 0):
-        self.bits, self.group, self.is_keys = bits, group, is_keys
+        self.bits, self.is_keys = bits, is_keys
+        self.group = group if is_keys else value_group_size(group, x.shape[3], bits)  # tokens or channels
         self._codes = QuantizedBuffer(self._quantized(x), 3 if is_keys else 2, x.shape[2], capacity)
 
     def _quantized(self, x: torch.Tensor) -> Quantized:
         """Quantize x [B, H, n, D]; the result is [B, H, D, n] for keys and [B, H, n, D] for values."""
-        if self.is_keys:
-            return quantize(x.transpose(2, 3), self.bits, self.group)
-        return quantize(x, self.bits, value_group_size(self.group, x.shape[3], self.bits))
+        return quantize(x.transpose(2, 3) if self.is_keys else x, self.bits, self.group)
 
     def append(self, x: torch.Tensor, capacity: int) -> None:
         self._codes.append(self._quantized(x), x.shape[2], capacity)
@@ -95,9 +94,7 @@ class QuantizedDirections(Directions):
         return weights_times_values(weights.flatten(0, 1), codes, self.bits).unflatten(0, (batch, heads))
 
     def kernel_problem(self, block: int) -> str | None:
-        codes = self._codes.used
-        size = codes.codes.shape[3] * 8 // self.bits // codes.scale.shape[3]  # tokens (or channels) in a group
-        return packed_problem(self.bits, block, size)
+        return packed_problem(self.bits, block, self.group)
 
     def kernel(self, block: int) -> Callable[..., torch.Tensor]:
         from .kernels.merged_codes import merged_codes_attention
@@ -105,9 +102,8 @@ class QuantizedDirections(Directions):
         return partial(merged_codes_attention, bits=self.bits, block=block)
 
     def first(self, length: int) -> Quantized:
-        codes = self._codes.used
         assert length == self._codes.tokens, "quantized directions are those of whole blocks"
-        return codes
+        return self._codes.used
 
     def take(self, index: torch.Tensor) -> Directions:
         out = object.__new__(QuantizedDirections)

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import torch
 
-from ..cache.kernel_use import KERNEL_DTYPES, STEP_ATTENTION, device_problem, step_attention_problem, uses_kernel_on
+from ..cache.kernel_use import (
+    KERNEL_DTYPES,
+    MIN_DOT_SIZE,
+    STEP_ATTENTION,
+    device_problem,
+    step_attention_problem,
+    uses_kernel_on,
+)
 from ..cache.logits import LogitRule
 from ..cache.products import cached_attention, query_key_products
-
-MIN_BLOCK_TOKENS = 16
-"""Smallest tile of tokens that the kernels for packed codes multiply."""
 
 
 def uses_kernel(query: torch.Tensor, heads: int, *widths: int, layout_problem: str | None = None) -> bool:
@@ -136,7 +140,7 @@ def packed_problem(bits: int, block: int, *groups: int) -> str | None:
     for size in (block, *groups):
         if size & (size - 1) or size * bits % 32:
             return f"blocks or groups of {size} codes of {bits} bits"
-    return f"blocks of {block} tokens" if block < MIN_BLOCK_TOKENS else None
+    return f"blocks of {block} tokens" if block < MIN_DOT_SIZE else None
 
 
 def ragged_step_attention(

@@ -149,9 +149,8 @@ def test_members_of_a_fan_out_repeat_a_prompt_once_if_they_score_the_same():
     hook = model.register_forward_hook(lambda *_: forwards.append(None))
     prefill(model, FanOutCache(caches), ids)
     hook.remove()
-    assert (
-        len(forwards) == 1 + 3 + 1 + 3
-    )  # the prompt; three chunks of 15, once; one chunk of 45; three over 8-bit keys
+    # The prompt; three chunks of 15, once for both budgets; one chunk of 45; three over tokens of 8 bits.
+    assert len(forwards) == 1 + 3 + 1 + 3
     for method, cache in zip(methods, caches, strict=True):
         alone = method.new_cache(model)
         prefill(model, alone, ids)

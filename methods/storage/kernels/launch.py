@@ -18,10 +18,10 @@ import triton
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
+from ...cache.kernel_use import MIN_DOT_SIZE
+
 AUTOTUNE = "KVBENCH_AUTOTUNE"
 """Environment variable that turns on tuning."""
-MIN_DOT_SIZE = 16
-"""Minimum size of ``tl.dot`` operands; the query heads of a KV head are padded to it."""
 MAX_SPLITS = 128
 """Maximum number of splits of a head's tokens."""
 PROCESSORS_WITHOUT_DEVICE = 132

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 
 from ...cache.band import Band
+from ...cache.kernel_use import MIN_DOT_SIZE
 from ...cache.logits import LogitRule
-from .launch import MIN_DOT_SIZE, half_operands, on_device, padded
+from .launch import half_operands, on_device, padded
 from .online import LOG2_E, LOWEST, attend_tile, logits_of, product
 
 BLOCK, WARPS = 128, 8
