@@ -1,9 +1,10 @@
-"""Attention of one token per row of a MiniCache layer whose shared directions are packed codes, by one kernel.
+"""Attention of one token per row of a MiniCache layer whose shared directions are packed codes.
 
 As :mod:`.merged`, with the directions of keys in groups of tokens and those of values in groups of channels, as in
 :mod:`.kivi`: a tile of codes is dequantized in registers. Retained tokens and new tokens are unquantized.
 
-Legend: N segments (heads of all rows), B rows, H heads, rows: query heads per KV head, S merged tokens, D channels.
+Legend: N segments (heads of all rows), B rows, H heads, rows: query heads per KV head, S tokens (merged or retained), D
+channels.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ LARGEST = tl.constexpr(65504.0)
 def key_logits(q, scaled, scaling, codes, scales, zeros, scale_d, magnitudes, unmerged, entries, start, t,
                D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr,
                HALF_NEW: tl.constexpr):  # fmt: skip
-    """Return the scaled products of queries [ROWS, WIDE] with the keys of one tile, [ROWS, TOKENS] float32.
+    """Return the scaled logits of queries [ROWS, WIDE] and the keys of one tile, [ROWS, TOKENS] float32.
 
     Args:
         q, scaled: Queries, and queries times ``scaling`` in the dtype of dequantized directions.
-        codes: Pointers to the channels [WIDE, 1].
-        scales, zeros: Of a channel ``scale_d`` apart.
+        codes: Pointers [WIDE, 1] to the first word of each channel.
+        scales, zeros: Pointers; consecutive channels are ``scale_d`` elements apart.
         magnitudes, unmerged, entries: See :class:`.merged.MergedVectors`.
-        start, t: First token of the tile, and its tokens in word order.
+        start, t: First token of the tile, and its tokens in the order of :func:`.kivi.within_words`.
     """
     ROWS: tl.constexpr = q.shape[0]
     TOKENS: tl.constexpr = t.shape[0]
@@ -84,10 +85,11 @@ def split_merged_codes(
     TOKENS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, GROUP_V: tl.constexpr, ALIGN: tl.constexpr,
     HALF: tl.constexpr, HALF_NEW: tl.constexpr, HAS_VALID: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """Attend over one split of the merged tokens; the last program over the new tokens, which are not merged yet.
+    """Attend over one split of the tokens; the last program attends over the new tokens, which are not merged yet.
 
-    The number of merged tokens is a multiple of TOKENS. Tokens of a tile, and channels of a value, are in word order.
-    A channel's codes of keys are ``code_d * ALIGN`` words apart.
+    ``length`` is a multiple of TOKENS. Tokens of a tile, and channels of a value, are in the order of
+    :func:`.kivi.within_words`. Consecutive channels of keys are ``code_d * ALIGN`` words apart, from which the compiler
+    knows how the loads are aligned.
     """
     n, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     g, d = tl.arange(0, ROWS), tl.arange(0, WIDE)
@@ -103,7 +105,7 @@ def split_merged_codes(
             top, total, acc, D, DV, TOKENS, HALF_NEW, HAS_VALID, CAPPED)  # fmt: skip
         store_split(sums, maxima, totals, top, total, acc, n, part, parts, rows, c, DV, ROWS)
     else:
-        scaled = q.to(tl.float32) * scaling  # before it is rounded to float16, whose largest number is 65504
+        scaled = q.to(tl.float32) * scaling  # in float32, so that rounding to float16 does not overflow
         if HALF:
             scaled = scaled.to(tl.float16)
         c, i = within_words(tl.arange(0, WIDE_V), BITS), within_words(tl.arange(0, TOKENS), BITS)
@@ -133,9 +135,9 @@ def word_alignment(stride: int) -> int:
 
 
 def default_tiling(block: int, group: int) -> Tiling:
-    """Return the tiling for blocks of ``block`` tokens in groups of ``group``; a tile has whole groups of one block.
+    """Return the tiling; a tile is a multiple of ``group`` tokens and divides a block of ``block`` tokens.
 
-    Codes, retained tokens and two sums need many registers: 16 warps keep a tile in 128, which fills a multiprocessor.
+    Codes and retained tokens need many registers: 16 warps of 128 registers a thread use all of a multiprocessor.
     """
     return Tiling(min(block, max(group, 64)), 16, 3, 1)
 
