@@ -32,7 +32,7 @@ from ..models.base import ModelSource
 from ..tasks.base import Described
 from ..tasks.workload import Search, Workload
 from .config.settings import Settings
-from .engine.compiled import MAX_ROWS
+from .engine.compiled import MAX_ROWS, has_compiler
 from .measure.gains import add_gains
 from .measure.job import Job
 from .measure.lock import measurement_lock
@@ -62,7 +62,8 @@ class EfficiencyRunner(PairedRunner):
         memory_limit_gib: Memory that a search may use, in the device's allocator or in the whole process; None: all
             available memory.
         cuda_graph: Capture a decode step as a CUDA graph and replay it, if its shapes are static.
-        compile: Compile the decode steps with torch.compile; on a CPU, for one or two rows (:mod:`.engine.compiled`).
+        compile: Compile the decode steps; on a CPU, for one or two rows (:mod:`.engine.compiled`). None: if that is
+            possible and there is a compiler.
         fuse_projections: On CUDA, compute queries, keys and values of a decode step by one matrix product, and gate and
             up of an MLP by one (:mod:`.engine.fused_weights`).
     """
@@ -71,7 +72,7 @@ class EfficiencyRunner(PairedRunner):
     repeats: PositiveInt = 5
     memory_limit_gib: PositiveFloat | None = None
     cuda_graph: bool = True
-    compile: bool = False
+    compile: bool | None = None
     fuse_projections: bool = True
 
     def data_group(self) -> str:
@@ -135,10 +136,14 @@ class EfficiencyRunner(PairedRunner):
         if self.memory_limit_gib is not None and not searches:
             allowed = "is for workload=max_batch and max_context"
             raise InputError("runner.memory_limit_gib", self.memory_limit_gib, allowed)
-        if self.compile and (settings.torch_device != "cpu" or searches or settings.batch_size > MAX_ROWS):
+        if self.compile and not _can_compile(task, settings):
             limits = f"device=cpu, workload=shape or workload=sharegpt, and batch_size of at most {MAX_ROWS}"
             raise InputError("runner.compile", True, f"is for {limits}")
         return task
+
+    def _compiles(self, task: Workload | Search, settings: Settings) -> bool:
+        """Whether decode steps are compiled, of models and methods for which that is possible."""
+        return _can_compile(task, settings) and has_compiler() if self.compile is None else self.compile
 
     def _conditions(self, task: Workload | Search, settings: Settings, made_by: dict[str, Any]) -> dict[str, Any]:
         """The part of a run's identity that decides its times: batch size, machine, options and code."""
@@ -151,7 +156,7 @@ class EfficiencyRunner(PairedRunner):
                 "repeats": self.repeats,
                 "chunk_size": self.chunk_size,
                 "cuda_graph": self.cuda_graph,
-                **({"compile": True} if self.compile else {}),
+                **({"compile": True} if self._compiles(task, settings) else {}),
                 **({} if self.fuse_projections else {"fuse_projections": False}),
                 **({"memory_limit_gib": self.memory_limit_gib} if searches else {}),
             },
@@ -173,7 +178,7 @@ class EfficiencyRunner(PairedRunner):
             self.warmups,
             self.repeats,
             self.cuda_graph,
-            self.compile,
+            self._compiles(task, settings),
             self.fuse_projections,
         )
 
@@ -215,3 +220,8 @@ class EfficiencyRunner(PairedRunner):
                 break
         log.unlink()
         return "done", {**results, "batch_size": batch_size, "search": {**result, "measured_at": value}}
+
+
+def _can_compile(task: Workload | Search, settings: Settings) -> bool:
+    is_on_cpu, is_search = settings.torch_device == "cpu", isinstance(task, Search)
+    return is_on_cpu and not is_search and settings.batch_size <= MAX_ROWS

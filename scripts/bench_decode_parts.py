@@ -7,8 +7,8 @@ and without both, in turn. Then a product with every weight, for one row and for
 torch.nn.Linear has it, with the weights in blocks, and with those that meet the same input joined as well (as the
 engine has it), beside the time of only adding the same weights up. Then the attention of one layer over caches that lie
 cold in memory, in several forms in turn, beside adding up again; of whole heads and of heads in two parts at other
-lengths too, and of a single head. ``--compile`` adds what torch.compile makes of the products, written as sums, of the
-attention, and of a step as ``runner.compile`` has it (needs a C++ compiler).
+lengths too, and of a single head. ``--compile`` adds what torch.compile makes of the products, written as sums, and of
+the attention, the kernel in C++ for the attention, and a step as ``runner.compile`` has it (needs a C++ compiler).
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from bench_engine import finish, random_ids
 
 from kvbench.methods.cache.cache import KVCache
 from kvbench.methods.cache.cpu_threads import split_kv_attention
+from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.cache.method import Method
+from kvbench.methods.storage.kernels import cpu
 from kvbench.models.embedded import Embedded
 from kvbench.runners.engine import DecodeStep, decode, decode_step, prefill
 from kvbench.runners.engine.compiled import Affine, CompiledDecoder, compile_decoder, product
@@ -82,6 +84,11 @@ def sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Products and sums as they stand in the definition: for a compiler."""
     weights = ((k[:, :, :, None] * q[:, :, None]).sum(-1) * SCALE).softmax(2)
     return (weights[..., None] * v[:, :, :, None]).sum(2)
+
+
+def cpp_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The kernel that compiled steps use."""
+    return cpu.attention(q.flatten(1, 2)[:, :, None], k, v, LogitRule(SCALE))[0].view_as(q)
 
 
 def adding_up(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -243,7 +250,7 @@ def main() -> None:
     heads_or_parts = dict(list(forms.items())[:2])
     forms |= {f.__name__: f for f in (batched_products, products_by_head, products_by_query)}
     if args.compile:
-        forms["sums_compiled"] = torch.compile(sums, dynamic=True)
+        forms |= {"sums_compiled": torch.compile(sums, dynamic=True), "cpp_kernel": cpp_kernel}
     kv_heads: int = config.num_key_value_heads
     caches = made_caches(config, args.prompt_tokens + 1, dtype, kv_heads)
     expected = whole_heads(*caches[0])

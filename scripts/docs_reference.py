@@ -130,8 +130,9 @@ RECORD_FIELDS = {
     "interleaved.ttft_ms": "TTFT of each repetition",
     "interleaved.tpot_ms": "TPOT of each repetition",
     "decode": "how the steps ran: eager, compiled, cuda graph; on CUDA `eager: ` and why a step cannot be captured",
-    "attention": "what computed their attention: triton, or pytorch with the reason if no kernel supports a CUDA call",
-    "kernels": "what computed each operation that has a Triton kernel, in the same words",
+    "attention": "what computed their attention: triton, c++ (compiled steps on a CPU), or pytorch, with the reason if "
+    "the kernel does not support a call",
+    "kernels": "what computed each operation that has a kernel, in the same words",
     "kernels.step_attention": "attention of decode steps, as `attention`",
     "kernels.step_operations": "norms, residuals, RoPE and activation of decode steps",
     "kernels.projections": "q, k and v, and gate and up, of decode steps on CUDA: fused, or separate products",

@@ -32,7 +32,8 @@ FORMS = {
 """Products of a step with the weights (``bench_decode_parts.py``)."""
 
 ATTENTION = {
-    "whole_heads": "PyTorch's flash kernel, a head a thread (what the engine does here)",
+    "cpp_kernel": "the kernel in C++ (what compiled steps do)",
+    "whole_heads": "PyTorch's flash kernel, a head a thread (what other steps do here)",
     "in_2_parts": "the same in two parts, joined by their log-sum-exp",
     "in_8_parts": "in eight parts",
     "batched_products": "two batched matrix products",
@@ -52,7 +53,7 @@ ENGINE = {
     "read_bandwidth_gb_per_s": "bandwidth of reading, GB/s",
     "copy_bandwidth_gb_per_s": "bandwidth of a copy, GB/s",
     "decode_bandwidth_over_read_bandwidth_compiled_short": (
-        "decode bandwidth of `full` (weights + KV per step) / bandwidth of reading, 512 tokens, `runner.compile=true`"
+        "decode bandwidth of `full` (weights + KV per step) / bandwidth of reading, 512 tokens, compiled"
     ),
     "decode_bandwidth_over_read_bandwidth_compiled": "the same, 4096 tokens",
     "decode_bandwidth_over_read_bandwidth_short": "without compiling, 512 tokens",
@@ -165,7 +166,9 @@ def attention(results: Results) -> Made:
     """Milliseconds and GB/s of one layer's attention, a column a file of ``bench_decode_parts.py``."""
 
     def cell(result: Mapping[str, Any], key: str) -> str:
-        ms = result["attention_ms"][key]
+        ms = result["attention_ms"].get(key)
+        if ms is None:
+            return ""
         return f"{ms:.2f} ({result['attention_bytes'] / ms / 1e6:.1f})"
 
     return ["attention of one layer, ms (GB/s)", *results], (

@@ -1,7 +1,8 @@
-"""Which implementation computes an operation: a Triton kernel on CUDA if one supports the call, otherwise PyTorch.
+"""Which implementation computes an operation: a kernel if one supports the call, otherwise PyTorch.
 
-Both compute the same. A record says for each operation which one was used (:func:`implementations`), with the reason
-if no kernel supports a call on CUDA, and the log says it once.
+Kernels are in Triton on CUDA, and in C++ on a CPU whose steps are compiled. All compute the same. A record says for
+each operation which one was used (:func:`implementations`), with the reason if no kernel supports a call, and the log
+says it once.
 
 Legend: B batch rows, H KV heads, H_q query heads, D channels.
 """
@@ -10,13 +11,15 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import torch
 
 from .logits import LogitRule
 
-TRITON, PYTORCH = "triton", "pytorch"
+TRITON, CPP, PYTORCH = "triton", "c++", "pytorch"
 
 STEP_ATTENTION = "step_attention"
 """Attention of decode steps."""
@@ -39,6 +42,23 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_COMPUTE_CAPABILITY = (8, 0)
 
 _used: dict[str, set[str]] = {}
+_has_cpu_kernels = False
+
+
+@contextmanager
+def cpu_kernels() -> Iterator[None]:
+    """Attention of decode steps on a CPU by a kernel in C++, where it supports the call; needs a compiler."""
+    global _has_cpu_kernels
+    before, _has_cpu_kernels = _has_cpu_kernels, True
+    try:
+        yield
+    finally:
+        _has_cpu_kernels = before
+
+
+def runs_cpu_kernels(device: torch.device) -> bool:
+    """Whether a device is a CPU and its kernels are in use; see :func:`cpu_kernels`."""
+    return _has_cpu_kernels and device.type == "cpu"
 
 
 def forget_implementations() -> None:
@@ -47,10 +67,10 @@ def forget_implementations() -> None:
 
 
 def implementations() -> dict[str, str]:
-    """Return what computed each operation since the last forget: ``triton``, ``pytorch`` or ``pytorch (reason)``.
+    """Return what computed each operation since the last forget.
 
-    Products that have the same input are ``fused`` or ``separate``.
-    An operation that ran in several ways has them joined by ``and``.
+    It is ``triton``, ``c++``, ``pytorch`` or ``pytorch (reason)``; of products that have the same input, ``fused`` or
+    ``separate``. An operation that ran in several ways has them joined by ``and``.
     """
     return {operation: " and ".join(sorted(used)) for operation, used in sorted(_used.items())}
 
@@ -60,21 +80,24 @@ def record_implementation(operation: str, text: str) -> None:
     _used.setdefault(operation, set()).add(text)
 
 
-def uses_kernel_on(device: torch.device, operation: str, problem: str | None) -> bool:
+def uses_kernel_on(device: torch.device, operation: str, problem: str | None, kernel: str = TRITON) -> bool:
     """Return whether a kernel computes an operation, and record it.
 
     Args:
         device: Device of the tensors.
         operation: Name of the operation, for records.
-        problem: Why no kernel supports the call on CUDA; None: one does.
+        problem: Why no kernel supports the call; None: one does, if the device runs ``kernel``.
+        kernel: Kind of the kernel.
     """
     used = _used.setdefault(operation, set())
-    if device.type != "cuda":
+    if device.type != "cuda" and kernel == TRITON:
         used.add(PYTORCH)
         return False
-    text = TRITON if problem is None else f"{PYTORCH} ({problem})"
+    text = kernel if problem is None else f"{PYTORCH} ({problem})"
     if problem is not None and text not in used:
-        logging.getLogger(__name__).warning("%s: PyTorch instead of a Triton kernel: %s", operation, problem)
+        logging.getLogger(__name__).warning(
+            "%s: PyTorch instead of a %s kernel: %s", operation, kernel.title(), problem
+        )
     used.add(text)
     return problem is None
 

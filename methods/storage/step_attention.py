@@ -1,6 +1,6 @@
-"""Attention of a decode step: by a Triton kernel on CUDA if it supports the call, otherwise by PyTorch.
+"""Attention of a decode step: by a kernel if one supports the call, otherwise by PyTorch.
 
-Both compute the same; :mod:`..cache.kernel_use` records which one was used.
+All compute the same; :mod:`..cache.kernel_use` records which one was used.
 
 Legend: B batch rows, H stored heads, H_q query heads, S slots, D or D_v channels.
 """
@@ -10,10 +10,13 @@ from __future__ import annotations
 import torch
 
 from ..cache.kernel_use import (
+    CPP,
     KERNEL_DTYPES,
     MIN_DOT_SIZE,
     STEP_ATTENTION,
+    TRITON,
     device_problem,
+    runs_cpu_kernels,
     step_attention_problem,
     uses_kernel_on,
 )
@@ -22,7 +25,7 @@ from ..cache.products import cached_attention, query_key_products
 
 
 def uses_kernel(query: torch.Tensor, heads: int, *widths: int, layout_problem: str | None = None) -> bool:
-    """Return whether a kernel supports a call, and record it.
+    """Return whether a Triton kernel supports a call, and record it.
 
     Args:
         query: [B, H_q, 1, D].
@@ -32,6 +35,15 @@ def uses_kernel(query: torch.Tensor, heads: int, *widths: int, layout_problem: s
     """
     problem = (layout_problem or step_attention_problem(query, heads, *widths)) if query.is_cuda else None
     return uses_kernel_on(query.device, STEP_ATTENTION, problem)
+
+
+def kernel_of(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> str | None:
+    """Return which kernel computes a call, :data:`TRITON` or :data:`CPP`, or None, and record it."""
+    if runs_cpu_kernels(query.device):
+        from .kernels.cpu import problem
+
+        return CPP if uses_kernel_on(query.device, STEP_ATTENTION, problem(query, keys, values), CPP) else None
+    return TRITON if uses_kernel(query, keys.shape[1], keys.shape[3], values.shape[3]) else None
 
 
 def runs_kernels(device: torch.device) -> bool:
@@ -60,11 +72,16 @@ def step_attention(
     Returns:
         [B, H_q, 1, D_v].
     """
-    if not uses_kernel(query, keys.shape[1], keys.shape[3], values.shape[3]):
-        return cached_attention(query, keys, values, rule, valid)
-    from .kernels.dense import attention, rectangular
+    kernel = kernel_of(query, keys, values)
+    if kernel == CPP:
+        from .kernels import cpu
 
-    return attention(query, rectangular(keys, values, valid, end), rule)[0]
+        return cpu.attention(query, keys, values, rule, valid)[0]
+    if kernel == TRITON:
+        from .kernels.dense import attention, rectangular
+
+        return attention(query, rectangular(keys, values, valid, end), rule)[0]
+    return cached_attention(query, keys, values, rule, valid)
 
 
 def step_attention_with_weights(
@@ -86,7 +103,14 @@ def step_attention_with_weights(
         (output [B, H_q, 1, D_v]; weights [B, H, g, S] in float32 with g = H_q / H, or their mean [B, H, 1, S] if a
         kernel averages them).
     """
-    if uses_kernel(query, keys.shape[1], keys.shape[3], values.shape[3]):
+    kernel = kernel_of(query, keys, values)
+    if kernel == CPP:
+        from .kernels import cpu
+
+        out, heads_weights = cpu.attention(query, keys, values, rule, visible, weights=True)
+        assert heads_weights is not None
+        return out, heads_weights
+    if kernel == TRITON:
         from .kernels.dense import attention, rectangular
 
         kind = "mean" if may_average else "heads"

@@ -9,7 +9,7 @@ captured after the prefill, and every token is a replay over buffers of fixed si
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,6 +19,8 @@ from ...methods.cache.cache import KVCache
 from .model_properties import has_dynamic_rope, is_spread
 from .step import CUDA_GRAPH, DecodeStep
 
+MAX_DEVICE_COPY_BYTES = 1 << 20
+"""Largest tensor that is saved on the device before the step that warms a capture up; larger ones go to the host."""
 LOW_MEMORY_BYTES = 4 << 30
 """Free device memory below which the allocator's cache is emptied before a capture."""
 
@@ -39,7 +41,7 @@ class CapturedStep(DecodeStep):
         super().__init__(step.cache)
         self._token = token.clone()
         self.cache.make_static(steps)
-        before = [(tensor, tensor.clone()) for tensor in self.cache.static_state()]
+        before = saved(self.cache.static_state())
         step.forward(self._token)  # libraries allocate their workspaces before the capture
         for tensor, value in before:  # undo the step
             tensor.copy_(value)
@@ -56,6 +58,12 @@ class CapturedStep(DecodeStep):
         self.cache.skip(1)  # a replay runs no Python
         self.cache.between_steps()
         return self._logits
+
+
+def saved(tensors: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each tensor with a copy of its contents; a method that merges values changes all of them, which fit once."""
+    is_large = [tensor.nbytes > MAX_DEVICE_COPY_BYTES for tensor in tensors]
+    return [(x, x.to("cpu", copy=True) if large else x.clone()) for x, large in zip(tensors, is_large, strict=True)]
 
 
 def capture_problem(model: PreTrainedModel, cache: KVCache) -> str | None:

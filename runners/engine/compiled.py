@@ -1,15 +1,21 @@
-"""Decode steps of a Llama-like decoder through torch.compile, for one or two rows on a CPU (``runner.compile``).
+"""Decode steps of a Llama-like decoder through a compiler, for one or two rows on a CPU (``runner.compile``).
 
 With so few rows a product with a weight costs little more than reading the weight, and a library's matrix products are
 far from that speed (docs/explanation/engine.md). Written as sums, products become loops that read each weight
-once from front to back, and the small operations around them are fused into the same loops. Two functions are compiled
-for all layers, one for the part before the attention and one for the part after it, and one for the output layer.
-Attention is computed by the cache and is not compiled.
+once from front to back, and the small operations around them are fused into the same loops. torch.compile makes two
+functions for all layers, one for the part before the attention and one for the part after it, and one for the output
+layer. Attention is computed by the cache, with a kernel in C++ where it supports the storage
+(:mod:`...methods.storage.kernels.cpu`).
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -19,8 +25,10 @@ from transformers import PreTrainedModel
 from ...conf.errors import InputError
 from ...methods.cache.cache import KVCache
 from ...methods.cache.forward import LayerCall
+from ...methods.cache.kernel_use import cpu_kernels
 from ...methods.cache.logits import LogitRule
 from ...methods.cache.rotary import rope
+from ...methods.storage.kernels import cpu
 from .fused_decode import supports_fused_decode
 from .fused_weights import Affine, fuse
 from .step import COMPILED, DecodeStep
@@ -32,6 +40,14 @@ R = TypeVar("R")
 
 MAX_ROWS = 2
 """With more rows, oneDNN's matrix products are faster than sums (measured: docs/explanation/engine.md)."""
+
+COMPILER_ERRORS = ("InvalidCxxCompiler", "CppCompileError")
+
+
+def has_compiler() -> bool:
+    """Whether there are a C++ compiler and Python's headers, which torch.compile needs on a CPU."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    return shutil.which(compiler) is not None and Path(sysconfig.get_paths()["include"], "Python.h").exists()
 
 
 class LayerWeights(NamedTuple):
@@ -101,7 +117,8 @@ class CompiledDecoder:
         cos_sin = base.rotary_emb(x, position_ids=cache.next_positions()[:, None])
         for number, weights in enumerate(self.layers):
             query, key, value = self._before(x, weights, cos_sin)
-            out = cache.attend(number, LayerCall(query, key, value, self._rule), None)
+            with cpu_kernels():
+                out = cache.attend(number, LayerCall(query, key, value, self._rule), None)
             x = self._after(out.contiguous(), x, weights)  # one layout, to avoid recompiling
         logits: torch.Tensor = self._head(x, self._last_norm, self.output)
         return logits
@@ -111,20 +128,25 @@ class CompiledDecoder:
         """Compile for this number of rows, unless already compiled.
 
         Raises:
-            InputError: There is no C++ compiler.
+            InputError: There is no C++ compiler, or it fails.
         """
         base = self.model.model
         x = base.embed_tokens(torch.zeros(rows, 1, dtype=torch.int64))
         cos_sin = base.rotary_emb(x, position_ids=torch.zeros(rows, 1, dtype=torch.int64))
         try:
-            query, _, _ = self._before(x, self.layers[0], cos_sin)
+            query, key, value = self._before(x, self.layers[0], cos_sin)
+            if cpu.problem(query, key, value) is None:
+                cpu.attention(query, key, value, self._rule)
             x = self._after(query.contiguous(), x, self.layers[0])
             self._head(x, self._last_norm, self.output)
         except Exception as error:
-            if "InvalidCxxCompiler" not in f"{type(error).__name__} {error}":
+            kind = next((k for k in COMPILER_ERRORS if k in f"{type(error).__name__} {error}"), None)
+            if kind is None:
                 raise
-            problem = "needs a C++ compiler that torch finds: g++, clang++, or the one that CXX names"
-            raise InputError("runner.compile", True, problem) from error
+            problem = "needs a C++ compiler that torch finds and that works: g++, clang++, or the one that CXX names"
+            raise InputError(
+                "runner.compile", True, f"{problem} ({kind}); false: steps that are not compiled"
+            ) from error
 
 
 def _compile(part: Callable[P, R]) -> Callable[P, R]:

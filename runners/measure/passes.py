@@ -12,6 +12,7 @@ method shares no process with another one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ...methods.policies.transformers_generate import TransformersGenerate
@@ -87,7 +88,8 @@ class Passes:
         else:
             energy = self._energy(job)
             self._process.close()
-            memory = in_memory_process(memory_pass, job, job.device)
+            # Not compiled: a compiler would be in the peaks of the process.
+            memory = in_memory_process(memory_pass, replace(job, compile=False), job.device)
         return {**times, **memory, **energy, **_limit(times)}
 
     def _times(self, job: Job, other: Job | None) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class Timed:
         mode: Mode of the decode steps, as records name it; see :class:`..engine.step.DecodeStep`.
         preparation: Time to compile or capture a step before the first one; a server does this once when it starts,
             so it is in no other number.
-        kernels: What computed each operation that has a Triton kernel; see :mod:`...methods.cache.kernel_use`.
+        kernels: What computed each operation that has a kernel; see :mod:`...methods.cache.kernel_use`.
         compression: Part of ``ttft`` that follows the prompt's attention (:mod:`...methods.cache.compression`); None
             for a method without such a part.
     """

@@ -3,8 +3,6 @@
 import copy
 import functools
 import json
-import os
-import shutil
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from tiny_models import SHAPE, left_pad, prompt_ids, tiny_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from kvbench.conf.errors import InputError
+from kvbench.methods.cache.kernel_use import CPP, PYTORCH, STEP_ATTENTION
 from kvbench.methods.cache.method import Method
 from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.no_cache import NoCache
@@ -23,17 +22,16 @@ from kvbench.methods.storage.kivi import Kivi
 from kvbench.models.random import RandomModel
 from kvbench.models.tiny import TinyModel
 from kvbench.runners.engine import decode, decode_step, prefill
-from kvbench.runners.engine.compiled import MAX_ROWS, Affine, can_compile, compile_decoder, product
+from kvbench.runners.engine.compiled import MAX_ROWS, Affine, can_compile, compile_decoder, has_compiler, product
 from kvbench.runners.engine.step import COMPILED, EAGER, FUSED
+from kvbench.runners.measure import passes
 from kvbench.runners.measure.fresh import in_fresh_process
 from kvbench.runners.measure.job import Job
 from kvbench.runners.measure.session import load
 from kvbench.runners.measure.time_pass import time_pass
 from kvbench.tasks.shape import Shape
 
-needs_compiler = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler"
-)
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler")
 
 
 @functools.cache
@@ -187,16 +185,24 @@ def test_weights_are_held_once_and_a_model_of_another_build_is_laid_out():
     assert shared.compiled is None and bare.compiled is None
 
 
+TIMES = {
+    "bytes_read_per_step": 1,
+    "bandwidth": {"copy_bytes_per_s": 1},
+    "metrics": {"tpot_ms": {"repetitions": [1.0]}},
+}
 TINY_RUN = ("run", "runner=efficiency", "method=full", "model=random", "workload.prompt_tokens=20")
 MEASURE = (*TINY_RUN, "runner.compile=true")
+
+
+ONCE = ("workload.new_tokens=4", "runner.warmups=0", "runner.repeats=1")
 
 
 @needs_compiler
 @pytest.mark.usefixtures("forked")
 def test_a_record_says_that_steps_were_compiled_and_an_older_run_stays_the_same_run(tmp_path):
-    ask = (*MEASURE[:-1], "workload.new_tokens=4", "runner.warmups=0", "runner.repeats=1", f"results_dir={tmp_path}")
-    for wanted in ("true", "false"):
-        done = kvbench(*ask, f"runner.compile={wanted}")
+    """Compiled by default."""
+    for wanted in ("null", "false"):
+        done = kvbench(*TINY_RUN, *ONCE, f"results_dir={tmp_path}", f"runner.compile={wanted}")
         assert done.returncode == 0, done.stderr
     records = [json.loads(path.read_text()) for path in tmp_path.rglob("record.json")]
     found = {r["decode"]: r for r in records}
@@ -207,6 +213,26 @@ def test_a_record_says_that_steps_were_compiled_and_an_older_run_stays_the_same_
     assert settings[COMPILED]["compile"] is True and "compile" not in settings[EAGER]
     first = found[COMPILED]["repetitions"][0][0]
     assert first["recording_s"] > first["decode_s"] > 0  # compiling is in no other number
+    assert [found[how]["kernels"][STEP_ATTENTION] for how in (COMPILED, EAGER)] == [CPP, PYTORCH]
+
+
+@pytest.mark.usefixtures("forked")
+def test_without_a_compiler_steps_are_eager_by_default(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    assert not has_compiler()
+    done = kvbench(*TINY_RUN, *ONCE, "runner.pair_with=[]", f"results_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    (record,) = (json.loads(path.read_text()) for path in tmp_path.rglob("record.json"))
+    assert record["decode"] == EAGER and "compile" not in record["identity"]["runner"]
+
+
+def test_memory_is_measured_without_the_compiler(monkeypatch):
+    """On a CPU the peak is that of the process."""
+    measured = []
+    monkeypatch.setattr(passes, "in_memory_process", lambda _, job, device: measured.append(job) or {})
+    monkeypatch.setattr(passes.Passes, "_times", lambda self, job, other: TIMES)
+    passes.Passes().measure(job(RandomModel("tiny")))
+    assert [job.compile for job in measured] == [False]
 
 
 @pytest.mark.slow
@@ -222,5 +248,5 @@ def test_what_compiled_steps_are_not_for_is_refused(tmp_path, more):
     done = kvbench(*MEASURE, *more, f"results_dir={tmp_path}")
     assert done.returncode == 2 and done.stderr.startswith("error: runner.compile=True: is for device=cpu")
     assert len(done.stderr.splitlines()) == 1 and not any(tmp_path.iterdir())
-    done = kvbench(*MEASURE[:-1], "runner.compile=2", f"results_dir={tmp_path}")
+    done = kvbench(*TINY_RUN, "runner.compile=2", f"results_dir={tmp_path}")
     assert done.returncode == 2 and "runner.compile=2: must be true or false" in done.stderr

@@ -22,6 +22,7 @@ from kvbench.methods.cache.cache import KVCache
 from kvbench.methods.cache.method import Method
 from kvbench.methods.storage.fp8 import Fp8
 from kvbench.runners.engine import decode, decode_step, prefill
+from kvbench.runners.engine.captured import saved
 from kvbench.runners.engine.step import CUDA_GRAPH, DecodeStep
 
 DEVICE = os.environ.get("KVBENCH_CUDA_TEST_DEVICE", "cuda")
@@ -230,3 +231,11 @@ def test_generate_gives_the_tokens_of_the_cpu(text):
         assert out[1] == out[0]
     else:
         assert [row[:1] for row in out[1]] == [row[:1] for row in out[0]]
+
+
+@pytest.mark.skipif(not IS_CUDA, reason="the device's memory is measured")
+def test_large_tensors_are_saved_for_a_capture_without_memory_of_the_device():
+    tensor = torch.zeros(1 << 24, device=DEVICE)
+    before = torch.cuda.memory_allocated(DEVICE)
+    ((_, copied),) = saved([tensor])
+    assert copied.device.type == "cpu" and torch.cuda.memory_allocated(DEVICE) == before

@@ -40,7 +40,14 @@ from kvbench.tasks.workload import Request
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = ("workload.prompt_tokens=300", "workload.new_tokens=5")
-TINY = ("model=random", "model.shape=tiny", "runner=efficiency", "device=cpu", "runner.repeats=2")
+TINY = (
+    "model=random",
+    "model.shape=tiny",
+    "runner=efficiency",
+    "device=cpu",
+    "runner.repeats=2",
+    "runner.compile=false",
+)
 
 
 def job_of(method: Method) -> Job:

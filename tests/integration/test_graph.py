@@ -94,7 +94,7 @@ def stand_in(monkeypatch, cache):
     return made
 
 
-@pytest.mark.parametrize("text", [*STATIC[:2], *STATIC[4:]])
+@pytest.mark.parametrize("text", [*STATIC[:2], *STATIC[4:], "cam budget=24"])
 @torch.inference_mode()
 def test_replayed_steps_are_counted_and_fed_as_eager_ones(monkeypatch, text):
     model, method = tiny_model(), named_method(text)
@@ -113,6 +113,17 @@ def test_replayed_steps_are_counted_and_fed_as_eager_ones(monkeypatch, text):
     assert torch.equal(cache.tokens_seen, plain.tokens_seen)
     assert [layer.seen for layer in cache.layers] == [layer.seen for layer in plain.layers]
     assert cache.kv_bytes_logical == plain.kv_bytes_logical
+
+
+def test_what_a_step_changes_is_restored_from_copies_of_its_own():
+    """Large tensors' are on the host (test_cuda.py shows that they take no memory of the device)."""
+    small, large = torch.arange(4.0), torch.arange(float(captured.MAX_DEVICE_COPY_BYTES))
+    expected = [small.clone(), large.clone()]
+    copies = captured.saved([small, large])
+    for tensor, copied in copies:
+        tensor.zero_()
+        tensor.copy_(copied)
+    assert all(torch.equal(x, y) for x, y in zip((small, large), expected, strict=True))
 
 
 FANS = {

@@ -290,6 +290,7 @@ def test_pads_and_free_slots_are_no_logical_bytes():
 def test_generate_is_a_row_of_the_same_table_and_is_not_scored(tmp_path):
     ask = ("run", "model=random", "runner=efficiency", "method=transformers", "method.cache=static", "device=cpu")
     ask += ("runner.warmups=0", "runner.repeats=1", "workload.prompt_tokens=100", "workload.new_tokens=3")
+    ask += ("runner.compile=false",)
     done = kvbench(*ask, f"results_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     records = {r["method_label"]: r for r in map(json.loads, (p.read_text() for p in tmp_path.rglob("record.json")))}

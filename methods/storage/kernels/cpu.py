@@ -1,0 +1,116 @@
+"""Attention of one token per row on a CPU, by a kernel in C++ that is compiled for the processor at hand.
+
+For the steps of ``runner.compile`` (:mod:`....runners.engine.compiled`), which need a compiler. It computes what
+:func:`..step_attention.step_attention` computes in PyTorch, in one pass over the stored numbers: the query heads of a
+KV head share each load, and a head's tokens are divided over the threads (``step_attention.cpp``; figures:
+docs/explanation/engine.md). The part of torch that compiles its own CPU code builds it, and keeps it on disk.
+
+Legend: B batch rows, H KV heads, H_q query heads, S slots, D or D_v channels.
+"""
+
+from __future__ import annotations
+
+import functools
+from ctypes import CDLL, c_float, c_int, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+
+from ...cache.logits import LogitRule
+
+SCALARS = {torch.float32: "float", torch.bfloat16: "uint16_t"}
+LANES = 16
+"""Numbers of a vector, of which channels must be a multiple."""
+MAX_GROUP = 16
+"""Largest number of query heads per KV head; the sums of more would not stay in registers."""
+MAX_CHANNELS = 256
+MIN_PART_TOKENS = 256
+"""Smallest number of tokens that is worth a part of its own."""
+
+
+def problem(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> str | None:
+    """Return why the kernel does not support a call; None: it does.
+
+    Args:
+        query: [B, H_q, 1, D].
+        keys: [B, H, S, D].
+        values: [B, H, S, D_v].
+    """
+    if query.dtype not in SCALARS or keys.dtype != query.dtype or values.dtype != query.dtype:
+        return f"{str(keys.dtype).removeprefix('torch.')} tensors"
+    widths = keys.shape[3], values.shape[3]
+    if any(width % LANES or width > MAX_CHANNELS for width in widths):
+        return f"head_dim {' and '.join(map(str, dict.fromkeys(widths)))}"
+    if query.shape[1] // keys.shape[1] > MAX_GROUP:
+        return f"{query.shape[1] // keys.shape[1]} > {MAX_GROUP} query heads per KV head"
+    return None if all(x.stride(3) == 1 for x in (query, keys, values)) else "channels that are not neighbours"
+
+
+def attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rule: LogitRule,
+    valid: torch.Tensor | None = None,
+    *,
+    weights: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of a call without a :func:`problem`.
+
+    Args:
+        query: [B, H_q, 1, D].
+        keys: [B, H, S, D], S at least 1.
+        values: [B, H, S, D_v].
+        rule: How logits are computed.
+        valid: [B, 1 or H, S] bool, True where a slot holds a token; None: everywhere.
+        weights: Whether to return the attention weights as well.
+
+    Returns:
+        (output [B, H_q, 1, D_v]; weights [B, H, H_q / H, S] in float32, or None).
+    """
+    (rows, heads, slots, _), query_heads = keys.shape, query.shape[1]
+    out = query.new_empty(rows, query_heads, 1, values.shape[3])
+    logits = query.new_empty(rows, heads, query_heads // heads, slots, dtype=torch.float32) if weights else None
+    sinks = None if rule.sinks is None else rule.sinks.to(torch.float32).contiguous()
+    if valid is not None:
+        valid = valid.expand(rows, heads, slots)
+        valid = valid if valid.stride(2) == 1 else valid.contiguous()
+    threads = torch.get_num_threads()
+    library = compiled(keys.shape[3], values.shape[3], query_heads // heads, query.dtype)
+    library.step_attention(
+        *(None if x is None else x.data_ptr() for x in (query, keys, values, valid, sinks, out, logits)),
+        *(rows, heads, slots),
+        *query.stride()[:2],
+        *keys.stride()[:3],
+        *values.stride()[:3],
+        *((0, 0) if valid is None else valid.stride()[:2]),
+        rule.scaling,
+        rule.softcap or 0.0,
+        parts_of_head(rows * heads, slots, threads),
+        threads,
+    )
+    return out, logits
+
+
+def parts_of_head(heads: int, slots: int, threads: int) -> int:
+    """Number of parts of a head's tokens, so that threads have equally many of them, or at least four each."""
+    most = max(1, slots // MIN_PART_TOKENS)
+    return next((n for n in range(1, most) if heads * n % threads == 0 or heads * n >= 4 * threads), most)
+
+
+@functools.cache
+def compiled(key_channels: int, value_channels: int, group: int, dtype: torch.dtype) -> CDLL:
+    """The kernel for these sizes, compiled by the first process that needs it.
+
+    Raises:
+        Exception: There is no compiler, or it fails.
+    """
+    from torch._inductor.codecache import CppCodeCache
+
+    sizes = {"KEY_CHANNELS": key_channels, "VALUE_CHANNELS": value_channels, "GROUP": group, "SCALAR": SCALARS[dtype]}
+    macros = "".join(f"#define {name} {value}\n" for name, value in sizes.items())
+    source = Path(__file__).with_name("step_attention.cpp").read_text(encoding="utf-8")
+    library = CppCodeCache.load(macros + source, extra_flags=("-march=native", "-ffp-contract=fast"))
+    library.step_attention.argtypes = [*[c_void_p] * 7, *[c_int64] * 13, *[c_float] * 2, c_int64, c_int]
+    library.step_attention.restype = None
+    return library
