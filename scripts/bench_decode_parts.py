@@ -29,6 +29,7 @@ from bench_engine import finish, random_ids
 
 from kvbench.methods.cache.cache import KVCache
 from kvbench.methods.cache.cpu_threads import split_kv_attention
+from kvbench.methods.cache.forward import LayerCall
 from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.cache.method import Method
 from kvbench.methods.storage.kernels import cpu
@@ -125,8 +126,8 @@ def steps_without(model: Any, ids: torch.Tensor, repeats: int) -> dict[str, floa
     token = prefill(model, cache, ids).argmax(-1)
     real = KVCache.attend, PrepackedLinear.forward
 
-    def no_attention(self: KVCache, layer: int, query: torch.Tensor, *rest: Any) -> torch.Tensor:
-        return query
+    def no_attention(self: KVCache, layer: int, call: LayerCall, *rest: Any) -> torch.Tensor:
+        return call.query
 
     def no_linear(self: PrepackedLinear, x: torch.Tensor) -> torch.Tensor:
         return x.new_zeros(*x.shape[:-1], self.out_features)
