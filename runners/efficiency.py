@@ -28,11 +28,12 @@ from typing import Any
 from ..conf.errors import InputError
 from ..conf.options import NonNegativeInt, PositiveFloat, PositiveInt
 from ..methods.cache.method import Method
+from ..methods.storage.kernels.cpp import has_compiler
 from ..models.base import ModelSource
 from ..tasks.base import Described
 from ..tasks.workload import Search, Workload
 from .config.settings import Settings
-from .engine.compiled import MAX_ROWS, has_compiler
+from .engine.compiled import MAX_ROWS
 from .measure.gains import add_gains
 from .measure.job import Job
 from .measure.lock import measurement_lock

@@ -7,8 +7,8 @@ and without both, in turn. Then a product with every weight, for one row and for
 torch.nn.Linear has it, with the weights in blocks, and with those that meet the same input joined as well (as the
 engine has it), beside the time of only adding the same weights up. Then the attention of one layer over caches that lie
 cold in memory, in several forms in turn, beside adding up again; of whole heads and of heads in two parts at other
-lengths too, and of a single head. ``--compile`` adds what torch.compile makes of the products, written as sums, and of
-the attention, the kernel in C++ for the attention, and a step as ``runner.compile`` has it (needs a C++ compiler).
+lengths too, and of a single head. ``--compile`` adds the kernels in C++ for the products and the attention, what
+torch.compile makes of the latter, and a step as ``runner.compile`` has it (needs a C++ compiler).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from kvbench.methods.cache.method import Method
 from kvbench.methods.storage.kernels import cpu
 from kvbench.models.embedded import Embedded
 from kvbench.runners.engine import DecodeStep, decode, decode_step, prefill
-from kvbench.runners.engine.compiled import Affine, CompiledDecoder, compile_decoder, product
+from kvbench.runners.engine.compiled import MAX_ROWS, Affine, CompiledDecoder, compile_decoder, product
 from kvbench.runners.engine.prepacked import PrepackedLinear
 from kvbench.runners.engine.weights import prepack_linear_weights
 from kvbench.runners.measure.bandwidth import read_bandwidth
@@ -155,18 +155,17 @@ def steps_without(model: Any, ids: torch.Tensor, repeats: int) -> dict[str, floa
 
 
 def products(plain: Any, joined: Any, compiled: CompiledDecoder | None, repeats: int) -> dict[str, dict[int, float]]:
-    """Milliseconds of a product with every weight that a step reads, for so many rows; sums for few alone."""
+    """Milliseconds of a product with every weight that a step reads, for so many rows; in C++ for few alone."""
     layers = {
         "linear": [m for m in plain.modules() if isinstance(m, torch.nn.Linear)],
         "blocked": [PrepackedLinear(m) for m in plain.modules() if isinstance(m, torch.nn.Linear)],
         "joined": [m for m in joined.modules() if isinstance(m, PrepackedLinear)],
     }
-    sums: list[Affine] = []
+    weights: list[Affine] = []
     if compiled is not None:
-        sums = [w for one in compiled.layers for w in (one.query_key_value, one.output, one.gate_and_up, one.down)]
-        sums.append(compiled.output)
-    product_compiled = torch.compile(product, dynamic=False)
-    found: dict[str, dict[int, float]] = {name: {} for name in (*layers, "sums_compiled", "adding_up")}
+        weights = [w for one in compiled.layers for w in (one.query_key_value, one.output, one.gate_and_up, one.down)]
+        weights.append(compiled.output)
+    found: dict[str, dict[int, float]] = {name: {} for name in (*layers, "cpp", "adding_up")}
     for rows in ROWS:
         inputs = {m.in_features: torch.randn(rows, m.in_features, dtype=plain.dtype) for m in layers["linear"]}
 
@@ -178,14 +177,14 @@ def products(plain: Any, joined: Any, compiled: CompiledDecoder | None, repeats:
             for layer in layers["linear"]:
                 layer.weight.sum()
 
-        def of_sums(inputs: dict[int, torch.Tensor] = inputs) -> None:
-            for by in sums:
-                product_compiled(inputs[by.weight.shape[1]][:, None], by)
+        def of_kernel(inputs: dict[int, torch.Tensor] = inputs) -> None:
+            for by in weights:
+                product(inputs[by.weight.shape[1]], by)
 
         forms: dict[str, Callable[[], None]] = {n: partial(of, n) for n in layers} | {"adding_up": adding}
-        if sums and rows <= 8:
-            of_sums()
-            forms["sums_compiled"] = of_sums
+        if weights and rows <= MAX_ROWS:
+            of_kernel()
+            forms["cpp"] = of_kernel
         times: dict[str, list[float]] = {name: [] for name in forms}
         for _ in range(5 * repeats if rows <= 16 else repeats):
             for name, form in forms.items():

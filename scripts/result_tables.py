@@ -26,7 +26,7 @@ FORMS = {
     "linear": "`torch.nn.Linear`",
     "blocked": "in blocks",
     "joined": "in blocks, those with the same input joined (what the engine does)",
-    "sums_compiled": "compiled sums, joined",
+    "cpp": "kernel in C++, joined (what compiled steps do)",
     "adding_up": "adding up",
 }
 """Products of a step with the weights (``bench_decode_parts.py``)."""
@@ -147,7 +147,7 @@ def weights(results: Results) -> Made:
     for result in results.values():
         dtype = result["settings"]["dtype"]
         for key, name in FORMS.items():
-            times = result["weights_ms"][key]
+            times = result["weights_ms"].get(key, {})
             rows.append([f"{name}, {dtype}", *(_digits(times[n]) if n in times else "" for n in counts)])
     return ["ms, by rows", *counts], rows
 

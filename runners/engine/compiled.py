@@ -1,22 +1,19 @@
-"""Decode steps of a Llama-like decoder through a compiler, for one or two rows on a CPU (``runner.compile``).
+"""Decode steps of a Llama-like decoder in C++, for one or two rows on a CPU (``runner.compile``).
 
 With so few rows a product with a weight costs little more than reading the weight, and a library's matrix products are
-far from that speed (docs/explanation/engine.md). Written as sums, products become loops that read each weight
-once from front to back, and the small operations around them are fused into the same loops. torch.compile makes two
-functions for all layers, one for the part before the attention and one for the part after it, and one for the output
-layer. Attention is computed by the cache, with a kernel in C++ where it supports the storage
-(:mod:`...methods.storage.kernels.cpu`).
+far from that speed (docs/explanation/engine.md). ``decoder.cpp`` reads each weight once, from front to back, and
+computes the small operations in between. A layer is two calls, before and after its attention, which the cache
+computes, by a kernel too where it supports the storage (:mod:`...methods.storage.kernels.cpu`).
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
-import sysconfig
-from collections.abc import Callable
+import ctypes
+import functools
+from collections.abc import Iterator
+from ctypes import CDLL, c_double, c_int, c_int64, c_void_p
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,27 +24,18 @@ from ...methods.cache.cache import KVCache
 from ...methods.cache.forward import LayerCall
 from ...methods.cache.kernel_use import cpu_kernels
 from ...methods.cache.logits import LogitRule
-from ...methods.cache.rotary import rope
 from ...methods.storage.kernels import cpu
+from ...methods.storage.kernels.cpp import SCALARS, CompilerError, compile_kernels
 from .fused_decode import supports_fused_decode
 from .fused_weights import Affine, fuse
 from .step import COMPILED, DecodeStep
 from .step_operations import is_changed
 from .weights import copy_mapped_tensors
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
 MAX_ROWS = 2
-"""With more rows, oneDNN's matrix products are faster than sums (measured: docs/explanation/engine.md)."""
-
-COMPILER_ERRORS = ("InvalidCxxCompiler", "CppCompileError")
-
-
-def has_compiler() -> bool:
-    """Whether there are a C++ compiler and Python's headers, which torch.compile needs on a CPU."""
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    return shutil.which(compiler) is not None and Path(sysconfig.get_paths()["include"], "Python.h").exists()
+"""With more rows, oneDNN's matrix products are faster (measured: docs/explanation/engine.md)."""
+ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_pytorch_tanh": 2}
+"""Names in a model's configuration, and numbers in ``decoder.cpp``."""
 
 
 class LayerWeights(NamedTuple):
@@ -55,11 +43,19 @@ class LayerWeights(NamedTuple):
 
     attention_norm: torch.Tensor
     query_key_value: Affine
-    head_norms: tuple[torch.Tensor, torch.Tensor] | None
+    head_norms: tuple[torch.Tensor | None, torch.Tensor | None]
     output: Affine
     mlp_norm: torch.Tensor
     gate_and_up: Affine
     down: Affine
+
+
+class _Sizes(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("hidden", "heads", "kv_heads", "head_dim", "intermediate")),
+        *((name, c_int64) for name in ("activation", "threads")),
+        ("epsilon", c_double),
+    ]
 
 
 class CompiledDecoder:
@@ -80,95 +76,91 @@ class CompiledDecoder:
         self.model: Any = model
         self.layers = [_weights_of(layer) for layer in self.model.model.layers]
         self.output, self._last_norm = _affine(self.model.lm_head), self.model.model.norm.weight.detach()
-        first = self.model.model.layers[0]
-        self._rule, epsilon, act = LogitRule(first.self_attn.scaling), model.config.rms_norm_eps, first.mlp.act_fn
-        head_dim, heads = first.self_attn.head_dim, model.config.num_attention_heads
-
-        def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-            x32 = x.float()
-            return weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype)
-
-        def before_attention(
-            x: torch.Tensor, weights: LayerWeights, cos_sin: tuple[torch.Tensor, torch.Tensor]
-        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            qkv = product(rms_norm(x, weights.attention_norm), weights.query_key_value)
-            qkv = qkv.view(*x.shape[:-1], -1, head_dim).transpose(1, 2)  # [rows, heads, 1, D]
-            kv_heads = (qkv.shape[1] - heads) // 2
-            query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
-            if weights.head_norms is not None:
-                query, key = rms_norm(query, weights.head_norms[0]), rms_norm(key, weights.head_norms[1])
-            return rope(query, cos_sin), rope(key, cos_sin), value
-
-        def after_attention(out: torch.Tensor, x: torch.Tensor, weights: LayerWeights) -> torch.Tensor:
-            x = x + product(out.transpose(1, 2).reshape(*x.shape[:-1], -1), weights.output)
-            gate, up = product(rms_norm(x, weights.mlp_norm), weights.gate_and_up).chunk(2, dim=-1)
-            return x + product(act(gate) * up, weights.down)
-
-        def head(x: torch.Tensor, norm: torch.Tensor, output: Affine) -> torch.Tensor:
-            return product(rms_norm(x, norm), output)[:, -1]
-
-        self._before, self._after, self._head = _compile(before_attention), _compile(after_attention), _compile(head)
+        self._pointers = [_pointers(weights) for weights in self.layers]
+        self._output_pointers = _pointers(self.output)
+        config, attention = model.config, self.model.model.layers[0].self_attn
+        self._rule = LogitRule(attention.scaling)
+        self._sizes = _Sizes(
+            *(config.hidden_size, config.num_attention_heads, config.num_key_value_heads, attention.head_dim),
+            *(config.intermediate_size, ACTIVATIONS[config.hidden_act], torch.get_num_threads()),
+            config.rms_norm_eps,
+        )
 
     @torch.inference_mode()
     def __call__(self, cache: KVCache, token: torch.Tensor) -> torch.Tensor:
         """[rows] int64, at most :data:`MAX_ROWS` rows -> logits [rows, vocabulary]."""
-        base = self.model.model
+        base, sizes, at_sizes, rows = self.model.model, self._sizes, ctypes.byref(self._sizes), len(token)
+        kernels = compiled_kernels(rows, self.output.weight.dtype)
         x = base.embed_tokens(token[:, None])
-        cos_sin = base.rotary_emb(x, position_ids=cache.next_positions()[:, None])
-        for number, weights in enumerate(self.layers):
-            query, key, value = self._before(x, weights, cos_sin)
-            with cpu_kernels():
-                out = cache.attend(number, LayerCall(query, key, value, self._rule), None)
-            x = self._after(out.contiguous(), x, weights)  # one layout, to avoid recompiling
-        logits: torch.Tensor = self._head(x, self._last_norm, self.output)
+        cos, sin = (c.contiguous() for c in base.rotary_emb(x, position_ids=cache.next_positions()[:, None]))
+        with cpu_kernels():
+            for number, layer in enumerate(self._pointers):
+                query = x.new_empty(rows, sizes.heads, 1, sizes.head_dim)
+                key, value = (x.new_empty(rows, sizes.kv_heads, 1, sizes.head_dim) for _ in range(2))
+                before = (x, cos, sin, query, key, value)
+                kernels.before_attention(layer, at_sizes, *(t.data_ptr() for t in before))
+                out = cache.attend(number, LayerCall(query, key, value, self._rule), None).contiguous()
+                result = torch.empty_like(x)
+                kernels.after_attention(layer, at_sizes, out.data_ptr(), x.data_ptr(), result.data_ptr())
+                x = result
+        logits = x.new_empty(rows, len(self.output.weight))
+        output = self._last_norm.data_ptr(), self._output_pointers
+        kernels.head(*output, at_sizes, x.data_ptr(), logits.data_ptr(), logits.shape[1])
         return logits
 
-    @torch.inference_mode()
     def prepare(self, rows: int) -> None:
         """Compile for this number of rows, unless already compiled.
 
         Raises:
             InputError: There is no C++ compiler, or it fails.
         """
-        base = self.model.model
-        x = base.embed_tokens(torch.zeros(rows, 1, dtype=torch.int64))
-        cos_sin = base.rotary_emb(x, position_ids=torch.zeros(rows, 1, dtype=torch.int64))
+        sizes, dtype = self._sizes, self.output.weight.dtype
+        sizes.threads = torch.get_num_threads()
+        one = torch.empty(1, 1, 1, sizes.head_dim, dtype=dtype)
+        query, key = one.expand(1, sizes.heads, 1, -1), one.expand(1, sizes.kv_heads, 1, -1)
         try:
-            query, key, value = self._before(x, self.layers[0], cos_sin)
-            if cpu.problem(query, key, value) is None:
-                cpu.attention(query, key, value, self._rule)
-            x = self._after(query.contiguous(), x, self.layers[0])
-            self._head(x, self._last_norm, self.output)
-        except Exception as error:
-            kind = next((k for k in COMPILER_ERRORS if k in f"{type(error).__name__} {error}"), None)
-            if kind is None:
-                raise
-            problem = "needs a C++ compiler that torch finds and that works: g++, clang++, or the one that CXX names"
-            raise InputError(
-                "runner.compile", True, f"{problem} ({kind}); false: steps that are not compiled"
-            ) from error
+            compiled_kernels(rows, dtype)
+            if cpu.problem(query, key, key) is None:
+                cpu.compiled(sizes.head_dim, sizes.head_dim, sizes.heads // sizes.kv_heads, dtype)
+        except CompilerError as error:
+            problem = "needs a C++ compiler that works: g++, clang++, or the one that CXX names"
+            raise InputError("runner.compile", True, f"{problem} ({error}); false: steps without it") from error
 
 
-def _compile(part: Callable[P, R]) -> Callable[P, R]:
-    """Compile as a full graph: a graph break is an error instead of a silently slower step."""
-    # The limit counts all model classes, dtypes and numbers of rows of a process together.
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(part, dynamic=False, fullgraph=True)
+@functools.cache
+def compiled_kernels(rows: int, dtype: torch.dtype) -> CDLL:
+    """The functions of ``decoder.cpp`` for so many rows.
+
+    Raises:
+        CompilerError: There is no compiler, or it fails.
+    """
+    library = compile_kernels(Path(__file__).with_name("decoder.cpp"), dtype, ROWS=rows)
+    functions = {
+        "before_attention": [c_void_p] * 8,
+        "after_attention": [c_void_p] * 5,
+        "head": [*[c_void_p] * 5, c_int64],
+        "product": [*[c_void_p] * 3, c_int64, c_int64, c_int],
+    }
+    for name, arguments in functions.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, None
+    return library
 
 
 def product(x: torch.Tensor, by: Affine) -> torch.Tensor:
-    """A linear layer on x [rows, 1, in_features], written as sums in float32 or wider for the compiler."""
-    acc_dtype = torch.promote_types(x.dtype, torch.float32)
-    weight = by.weight.to(acc_dtype)
-    out = torch.stack([(weight * row.to(acc_dtype)).sum(-1) for row in x.squeeze(1)])  # [rows, out_features]
-    if by.bias is not None:
-        out = out + by.bias
-    return out.to(x.dtype)[:, None]
+    """A linear layer: [rows, in_features] -> [rows, out_features], with at most :data:`MAX_ROWS` rows."""
+    out = x.new_empty(len(x), len(by.weight))
+    pointers = _pointers(by), x.data_ptr(), out.data_ptr()
+    kernels = compiled_kernels(len(x), x.dtype)
+    kernels.product(*pointers, x.shape[1], out.shape[1], torch.get_num_threads())
+    return out
 
 
 def can_compile(model: PreTrainedModel) -> bool:
     """Whether a compiled step computes what ``model(...)`` does: a Llama-like decoder on the CPU without hooks."""
     if model.device.type != "cpu" or not supports_fused_decode(model):
+        return False
+    if model.config.hidden_act not in ACTIVATIONS or {p.dtype for p in model.parameters()} - SCALARS.keys():
         return False
     modules = list(model.modules())
     return not any(map(is_changed, modules)) and all(type(m) is nn.Linear for m in modules if hasattr(m, "in_features"))
@@ -205,7 +197,7 @@ def _weights_of(layer: Any) -> LayerWeights:
     return LayerWeights(
         layer.input_layernorm.weight.detach(),
         fuse((attention.q_proj, attention.k_proj, attention.v_proj)),
-        None if norms is None else (norms[0].weight.detach(), norms[1].weight.detach()),
+        (None, None) if norms is None else (norms[0].weight.detach(), norms[1].weight.detach()),
         _affine(attention.o_proj),
         layer.post_attention_layernorm.weight.detach(),
         fuse((mlp.gate_proj, mlp.up_proj)),
@@ -215,3 +207,18 @@ def _weights_of(layer: Any) -> LayerWeights:
 
 def _affine(layer: nn.Linear) -> Affine:
     return Affine(layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
+
+
+def _pointers(weights: Any) -> Any:
+    """A C struct of pointers to tensors, in the order of a (nested) tuple of them; null for None."""
+    tensors = list(_flat(weights))
+    assert all(x is None or x.is_contiguous() for x in tensors)
+    return (c_void_p * len(tensors))(*(None if x is None else x.data_ptr() for x in tensors))
+
+
+def _flat(weights: Any) -> Iterator[torch.Tensor | None]:
+    for part in weights:
+        if isinstance(part, tuple):
+            yield from _flat(part)
+        else:
+            yield part

@@ -1,4 +1,4 @@
-"""``scripts/bench_decode_parts.py``: what it leaves out of a step is left out, and its forms of attention are attention."""
+"""``scripts/bench_decode_parts.py``: steps without a part run, and its forms of attention are attention."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from tiny_models import prompt_ids, tiny_model
 
 from kvbench.methods.cache.cache import KVCache
-from kvbench.runners.engine.compiled import has_compiler
+from kvbench.methods.storage.kernels.cpp import has_compiler
 from kvbench.runners.engine.prepacked import PrepackedLinear
 from kvbench.runners.engine.weights import prepack_linear_weights
 

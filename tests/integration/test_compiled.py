@@ -18,11 +18,12 @@ from kvbench.methods.policies.no_cache import NoCache
 from kvbench.methods.policies.scorers.attention_sums import AttentionSums
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.sharing.yoco import YOCO
+from kvbench.methods.storage.kernels.cpp import has_compiler
 from kvbench.methods.storage.kivi import Kivi
 from kvbench.models.random import RandomModel
 from kvbench.models.tiny import TinyModel
 from kvbench.runners.engine import decode, decode_step, prefill
-from kvbench.runners.engine.compiled import MAX_ROWS, Affine, can_compile, compile_decoder, has_compiler, product
+from kvbench.runners.engine.compiled import MAX_ROWS, Affine, can_compile, compile_decoder, product
 from kvbench.runners.engine.step import COMPILED, EAGER, FUSED
 from kvbench.runners.measure import passes
 from kvbench.runners.measure.fresh import in_fresh_process
@@ -31,7 +32,7 @@ from kvbench.runners.measure.session import load
 from kvbench.runners.measure.time_pass import time_pass
 from kvbench.tasks.shape import Shape
 
-needs_compiler = pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
 
 
 @functools.cache
@@ -49,19 +50,19 @@ def pair(family: str, dtype: torch.dtype):
     return plain, other, compile_decoder(other)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 2])
-def test_a_product_written_as_sums_is_the_layer(dtype, bias, rows):
-    """Against float64, no further than one rounding of the result and float32's of 300 terms."""
+def test_a_product_is_the_layer(dtype, bias, rows):
+    """Against float64, no further than one rounding of the result and float32's of 300 terms, which fill no vectors."""
     torch.manual_seed(0)
-    x, weight = torch.randn(rows, 1, 300).to(dtype), torch.randn(50, 300).to(dtype)
+    x, weight = torch.randn(rows, 300).to(dtype), torch.randn(50, 300).to(dtype)
     by = Affine(weight, torch.randn(50).to(dtype) if bias else None)
     exact = torch.nn.functional.linear(x.double(), weight.double(), by.bias.double() if bias else None)
     out = product(x, by)
-    assert out.dtype == dtype and out.shape == (rows, 1, 50)
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(out.double(), exact, rtol=eps, atol=300 * (2**-24 if dtype != torch.float64 else eps))
+    assert out.dtype == dtype and out.shape == (rows, 50)
+    torch.testing.assert_close(out.double(), exact, rtol=torch.finfo(dtype).eps, atol=300 * 2**-24)
 
 
 @needs_compiler
@@ -127,8 +128,7 @@ def test_every_cache_takes_compiled_steps(method):
     assert step.mode == COMPILED
     for _ in range(20):
         expected = decode(plain, caches[0], token)
-        with torch._dynamo.config.patch(error_on_recompile=True):  # a clock would have it in the steps' time
-            found = step(token)
+        found = step(token)
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
         token = expected.argmax(-1)
     assert caches[0].kv_bytes_stored == caches[1].kv_bytes_stored
@@ -161,8 +161,8 @@ def test_layers_of_a_class_of_their_own_are_not_passed_by():
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(x)
 
-    model = copy.deepcopy(tiny_model("llama"))
-    assert can_compile(model)
+    model = copy.deepcopy(tiny_model("llama")).float()
+    assert can_compile(model) and not can_compile(tiny_model("llama"))  # which is in float64
     model.model.layers[1].self_attn.o_proj.__class__ = Adapted
     assert not can_compile(model)
 

@@ -119,6 +119,20 @@ def test_no_weights_are_package_data() -> None:
     assert sum(path.stat().st_size for path in files) < WHEEL_LIMIT_MB * 10**6
 
 
+def test_sources_of_kernels_are_package_data() -> None:
+    folders, data = (PROJECT["tool"]["setuptools"][key] for key in ("package-dir", "package-data"))
+    packed = {
+        path
+        for package, patterns in data.items()
+        for pattern in patterns
+        for path in (ROOT / folder_of(package, folders)).glob(pattern)
+    }
+    sources = {
+        path for top in ("methods", "runners") for kind in ("cpp", "h") for path in (ROOT / top).rglob(f"*.{kind}")
+    }
+    assert sources and sources <= packed
+
+
 @pytest.mark.slow
 def test_the_wheel_is_small_and_has_every_module(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]

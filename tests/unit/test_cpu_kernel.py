@@ -9,8 +9,8 @@ from kvbench.methods.cache import kernel_use
 from kvbench.methods.cache.kernel_use import CPP, PYTORCH, STEP_ATTENTION, cpu_kernels
 from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.storage.kernels import cpu
+from kvbench.methods.storage.kernels.cpp import has_compiler
 from kvbench.methods.storage.step_attention import step_attention, step_attention_with_weights
-from kvbench.runners.engine.compiled import has_compiler
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="the kernel needs a C++ compiler")
 

@@ -3,7 +3,7 @@
 For the steps of ``runner.compile`` (:mod:`....runners.engine.compiled`), which need a compiler. It computes what
 :func:`..step_attention.step_attention` computes in PyTorch, in one pass over the stored numbers: the query heads of a
 KV head share each load, and a head's tokens are divided over the threads (``step_attention.cpp``; figures:
-docs/explanation/engine.md). The part of torch that compiles its own CPU code builds it, and keeps it on disk.
+docs/explanation/engine.md).
 
 Legend: B batch rows, H KV heads, H_q query heads, S slots, D or D_v channels.
 """
@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from ...cache.logits import LogitRule
+from .cpp import SCALARS, compile_kernels
 
-SCALARS = {torch.float32: "float", torch.bfloat16: "uint16_t"}
 LANES = 16
 """Numbers of a vector, of which channels must be a multiple."""
 MAX_GROUP = 16
@@ -103,14 +103,10 @@ def compiled(key_channels: int, value_channels: int, group: int, dtype: torch.dt
     """The kernel for these sizes, compiled by the first process that needs it.
 
     Raises:
-        Exception: There is no compiler, or it fails.
+        CompilerError: There is no compiler, or it fails.
     """
-    from torch._inductor.codecache import CppCodeCache
-
-    sizes = {"KEY_CHANNELS": key_channels, "VALUE_CHANNELS": value_channels, "GROUP": group, "SCALAR": SCALARS[dtype]}
-    macros = "".join(f"#define {name} {value}\n" for name, value in sizes.items())
-    source = Path(__file__).with_name("step_attention.cpp").read_text(encoding="utf-8")
-    library = CppCodeCache.load(macros + source, extra_flags=("-march=native", "-ffp-contract=fast"))
+    sizes = {"KEY_CHANNELS": key_channels, "VALUE_CHANNELS": value_channels, "GROUP": group}
+    library = compile_kernels(Path(__file__).with_name("step_attention.cpp"), dtype, **sizes)
     library.step_attention.argtypes = [*[c_void_p] * 7, *[c_int64] * 13, *[c_float] * 2, c_int64, c_int]
     library.step_attention.restype = None
     return library

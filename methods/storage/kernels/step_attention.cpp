@@ -1,65 +1,15 @@
-// Attention of one token per row over stored keys and values on a CPU; see cpu.py, which puts the macros in front.
+// Attention of one token per row over stored keys and values on a CPU; cpu.py defines the macros.
 //
 // KEY_CHANNELS, VALUE_CHANNELS: channels, multiples of 16.  GROUP: query heads per KV head.
-// SCALAR: float, or uint16_t for bfloat16.
 //
 // A step reads each stored number once, so the kernel has to be as fast as the memory: the query heads of a KV head
-// share every load, and a head's tokens are divided into parts, so that all threads have the same number of them. Vectors
-// are the compiler's (GCC's and Clang's), of 16 floats, which it splits where registers are shorter.
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
+// share every load, and a head's tokens are divided into parts, so that all threads have the same number of them.
 
 namespace {
 
-constexpr int LANES = 16;
 constexpr int BLOCK = 64;  // tokens between two updates of the maximum
 // Value channels whose sums stay in registers, of which there are 32 with AVX-512.
 constexpr int STEP = std::max(1, std::min<int>(VALUE_CHANNELS, 256 / GROUP) / LANES) * LANES;
-
-typedef float Vector __attribute__((vector_size(4 * LANES)));
-typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-
-inline Vector load(const float* x) {
-  Vector y;
-  std::memcpy(&y, x, sizeof y);
-  return y;
-}
-
-inline Vector load(const uint16_t* x) {  // bfloat16 is the upper half of a float
-  Halves halves;
-  std::memcpy(&halves, x, sizeof halves);
-  return (Vector)(__builtin_convertvector(halves, Integers) << 16);
-}
-
-inline void store(float* x, Vector y) { std::memcpy(x, &y, sizeof y); }
-
-inline void store_rounded(float* x, float y) { *x = y; }
-
-inline void store_rounded(uint16_t* x, float y) {  // to nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &y, sizeof bits);
-  *x = y != y ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-// exp(x) for x <= 0 up to 2 units in the last place, and 0 below -87: 2^n times a polynomial (Cephes' coefficients).
-inline Vector exponential(Vector x) {
-  const Vector shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 leaves the nearest integer in the low bits
-  const Vector n = shifted - 12582912.0f;
-  const Vector r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  Vector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const Vector y = p * (Vector)(((Integers)shifted << 23) + 0x3f800000);
-  return x > -87.0f ? y : Vector{};
-}
 
 // Sums of neighbours: of a in the first half, of b in the second. Four levels of it turn 16 vectors into their 16 sums.
 inline Vector folded(Vector a, Vector b) {
@@ -158,10 +108,8 @@ void attend_to(const Head& head, int64_t begin, int64_t end, Part& part) {
         store(&row[t], weight);
         sums += weight;
       }
-      float sum = 0;
-      for (int i = 0; i < LANES; i++) sum += sums[i];
       const float scale = std::exp(part.max[g] - max);
-      part.sum[g] = part.sum[g] * scale + sum;
+      part.sum[g] = part.sum[g] * scale + sum_of(sums);
       part.max[g] = max;
       if (scale != 1)
         for (int d = 0; d < VALUE_CHANNELS; d += LANES) store(&part.out[g][d], load(&part.out[g][d]) * scale);
