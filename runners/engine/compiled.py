@@ -99,7 +99,7 @@ class CompiledDecoder:
                 key, value = (x.new_empty(rows, sizes.kv_heads, 1, sizes.head_dim) for _ in range(2))
                 before = (x, cos, sin, query, key, value)
                 kernels.before_attention(layer, at_sizes, *(t.data_ptr() for t in before))
-                out = cache.attend(number, LayerCall(query, key, value, self._rule), None).contiguous()
+                out = cache.attend(number, LayerCall(query, key, value, self._rule), None).to(x.dtype).contiguous()
                 result = torch.empty_like(x)
                 kernels.after_attention(layer, at_sizes, out.data_ptr(), x.data_ptr(), result.data_ptr())
                 x = result
