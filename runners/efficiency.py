@@ -28,7 +28,7 @@ from typing import Any
 from ..conf.errors import InputError
 from ..conf.options import NonNegativeInt, PositiveFloat, PositiveInt
 from ..methods.cache.method import Method
-from ..methods.storage.kernels.cpp import has_compiler
+from ..methods.storage.kernels.cpp import compiler_problem
 from ..models.base import ModelSource
 from ..tasks.base import Described
 from ..tasks.workload import Search, Workload
@@ -98,6 +98,8 @@ class EfficiencyRunner(PairedRunner):
         announce_needs(methods)
         data = task.source()
         log.info(f"workload: {data.name}")
+        if self.compile is None and _can_compile(task, settings) and (problem := compiler_problem()):
+            log.warning(f"decode steps are not compiled, which is slower: {problem}")
         made_by = provenance.collect(settings.torch_device)
         conditions = self._conditions(task, settings, made_by)
         sources = [source.for_sharing(m.sharing, m.name) for m in methods]
@@ -144,7 +146,9 @@ class EfficiencyRunner(PairedRunner):
 
     def _compiles(self, task: Workload | Search, settings: Settings) -> bool:
         """Whether decode steps are compiled, of models and methods for which that is possible."""
-        return _can_compile(task, settings) and has_compiler() if self.compile is None else self.compile
+        if self.compile is None:
+            return _can_compile(task, settings) and compiler_problem() is None
+        return self.compile
 
     def _conditions(self, task: Workload | Search, settings: Settings, made_by: dict[str, Any]) -> dict[str, Any]:
         """The part of a run's identity that decides its times: batch size, machine, options and code."""

@@ -4,11 +4,11 @@
 
 One process, the default model, one sequence. First a step as it is, without its attention, without its linear layers,
 and without both, in turn. Then a product with every weight, for one row and for more (a prompt's, at last), as
-torch.nn.Linear has it, with the weights in blocks, and with those that meet the same input joined as well (as the
-engine has it), beside the time of only adding the same weights up. Then the attention of one layer over caches that lie
-cold in memory, in several forms in turn, beside adding up again; of whole heads and of heads in two parts at other
-lengths too, and of a single head. ``--compile`` adds the kernels in C++ for the products and the attention, what
-torch.compile makes of the latter, and a step as ``runner.compile`` has it (needs a C++ compiler).
+torch.nn.Linear has it, with the weights in blocks, and with those that meet the same input joined as well (as steps
+that are not compiled have it), beside the time of only adding the same weights up. Then the attention of one layer over
+caches that lie cold in memory, in several forms in turn, beside adding up again; of whole heads and of heads in two
+parts at other lengths too, and of a single head. ``--compile`` adds the kernels in C++ for the products and the
+attention, what torch.compile makes of the latter, and a step as ``runner.compile`` has it (needs a C++ compiler).
 """
 
 from __future__ import annotations

@@ -130,10 +130,10 @@ RECORD_FIELDS = {
     "interleaved.ttft_ms": "TTFT of each repetition",
     "interleaved.tpot_ms": "TPOT of each repetition",
     "decode": "how the steps ran: eager, compiled, cuda graph; on CUDA `eager: ` and why a step cannot be captured",
-    "attention": "what computed their attention: triton, c++ (compiled steps on a CPU), or pytorch, with the reason if "
-    "the kernel does not support a call",
+    "attention": "the same as `kernels.step_attention`",
     "kernels": "what computed each operation that has a kernel, in the same words",
-    "kernels.step_attention": "attention of decode steps, as `attention`",
+    "kernels.step_attention": "attention of decode steps: triton, c++ (compiled steps on a CPU), or pytorch, with the "
+    "reason if the kernel does not support a call",
     "kernels.step_operations": "norms, residuals, RoPE and activation of decode steps",
     "kernels.projections": "q, k and v, and gate and up, of decode steps on CUDA: fused, or separate products",
     "kernels.prompt_scores": "sums of a prompt's attention for scorers",

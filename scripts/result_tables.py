@@ -1,6 +1,6 @@
 """Tables of the committed results that are no records, and of two views that ``kvbench table`` does not have.
 
-    python scripts/result_tables.py engine results/reference/engine/*-epyc.json results/reference/engine/*-quieter.json
+    python scripts/result_tables.py engine results/reference/engine/*-epyc.json
     python scripts/result_tables.py distance results/reference/tiny_recall results/reference/recall_window
 
 Each prints one table as Markdown. Nothing is measured and torch is not imported; the pages that show the tables name
@@ -25,7 +25,7 @@ from kvbench.analysis.tables import MIB, at_best_rate
 FORMS = {
     "linear": "`torch.nn.Linear`",
     "blocked": "in blocks",
-    "joined": "in blocks, those with the same input joined (what the engine does)",
+    "joined": "in blocks, those with the same input joined (steps that are not compiled)",
     "cpp": "kernel in C++, joined (what compiled steps do)",
     "adding_up": "adding up",
 }

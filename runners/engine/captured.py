@@ -61,7 +61,7 @@ class CapturedStep(DecodeStep):
 
 
 def saved(tensors: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Each tensor with a copy of its contents; a method that merges values changes all of them, which fit once."""
+    """Each tensor with a copy; large ones are copied to the host, since the device may not have memory for both."""
     is_large = [tensor.nbytes > MAX_DEVICE_COPY_BYTES for tensor in tensors]
     return [(x, x.to("cpu", copy=True) if large else x.clone()) for x, large in zip(tensors, is_large, strict=True)]
 

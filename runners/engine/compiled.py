@@ -2,8 +2,9 @@
 
 With so few rows a product with a weight costs little more than reading the weight, and a library's matrix products are
 far from that speed (docs/explanation/engine.md). ``decoder.cpp`` reads each weight once, from front to back, and
-computes the small operations in between. A layer is two calls, before and after its attention, which the cache
-computes, by a kernel too where it supports the storage (:mod:`...methods.storage.kernels.cpu`).
+computes the small operations between the products. Each layer takes two calls: one before its attention and one after
+it. The cache computes the attention, by a kernel in C++ if it has one for the storage
+(:mod:`...methods.storage.kernels.cpu`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from ...conf.errors import InputError
 from ...methods.cache.cache import KVCache
@@ -33,9 +35,9 @@ from .step_operations import is_changed
 from .weights import copy_mapped_tensors
 
 MAX_ROWS = 2
-"""With more rows, oneDNN's matrix products are faster (measured: docs/explanation/engine.md)."""
+"""oneDNN's matrix products of four rows and more are faster than those of ``decoder.cpp``."""
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_pytorch_tanh": 2}
-"""Names in a model's configuration, and numbers in ``decoder.cpp``."""
+"""Numbers in ``decoder.cpp`` of activations, by their names in a model's configuration."""
 
 
 class LayerWeights(NamedTuple):
@@ -62,7 +64,7 @@ class CompiledDecoder:
     """Compiled decode steps of one model: the logits of :func:`..decoding.decode`, up to rounding.
 
     Weights with the same input are concatenated in one tensor, and the layers' own weights become views of it: each
-    weight is stored once, and the model can be used as before.
+    weight is stored once, and the model can be used as before. Weights that are replaced later are not seen.
 
     Args:
         model: Model that :func:`can_compile`; changed in place.
@@ -105,7 +107,7 @@ class CompiledDecoder:
                 x = result
         logits = x.new_empty(rows, len(self.output.weight))
         output = self._last_norm.data_ptr(), self._output_pointers
-        kernels.head(*output, at_sizes, x.data_ptr(), logits.data_ptr(), logits.shape[1])
+        kernels.output_logits(*output, at_sizes, x.data_ptr(), logits.data_ptr(), logits.shape[1])
         return logits
 
     def prepare(self, rows: int) -> None:
@@ -138,7 +140,7 @@ def compiled_kernels(rows: int, dtype: torch.dtype) -> CDLL:
     functions = {
         "before_attention": [c_void_p] * 8,
         "after_attention": [c_void_p] * 5,
-        "head": [*[c_void_p] * 5, c_int64],
+        "output_logits": [*[c_void_p] * 5, c_int64],
         "product": [*[c_void_p] * 3, c_int64, c_int64, c_int],
     }
     for name, arguments in functions.items():
@@ -160,9 +162,18 @@ def can_compile(model: PreTrainedModel) -> bool:
     """Whether a compiled step computes what ``model(...)`` does: a Llama-like decoder on the CPU without hooks."""
     if model.device.type != "cpu" or not supports_fused_decode(model):
         return False
-    if model.config.hidden_act not in ACTIVATIONS or {p.dtype for p in model.parameters()} - SCALARS.keys():
+    dtypes, config = {p.dtype for p in model.parameters()}, model.config
+    if len(dtypes) != 1 or not dtypes < SCALARS.keys() or config.hidden_act not in ACTIVATIONS:
         return False
     modules = list(model.modules())
+    epsilons = {getattr(m, "variance_epsilon", None) for m in modules if m.__class__.__name__.endswith("Norm")}
+    norms = {type(m) for m in modules if hasattr(m, "variance_epsilon")}
+    base: Any = model.model
+    activations = {type(layer.mlp.act_fn) for layer in base.layers}
+    if epsilons != {config.rms_norm_eps} or norms != {type(base.layers[0].input_layernorm)}:
+        return False
+    if activations != {type(ACT2FN[config.hidden_act])} or type(base.norm) not in norms:
+        return False
     return not any(map(is_changed, modules)) and all(type(m) is nn.Linear for m in modules if hasattr(m, "in_features"))
 
 

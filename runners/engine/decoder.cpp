@@ -1,7 +1,8 @@
-// A decode step of a Llama-like decoder on a CPU but for its attention; compiled.py defines ROWS, the number of sequences.
+// A decode step of a Llama-like decoder on a CPU, without its attention; compiled.py defines ROWS, the number of
+// sequences.
 //
-// With so few rows a step takes as long as reading the weights, so every weight is read once, from front to back, by one
-// thread; what lies between the products is computed from numbers that are still in the cache. All sums are in float.
+// With so few rows a step takes as long as reading the weights, so each row of a weight is read once, from front to
+// back, by one thread, and multiplied with all ROWS vectors. Products are summed in float, norms in double.
 
 namespace {
 
@@ -163,8 +164,8 @@ extern "C" void after_attention(const Layer& layer, const Sizes& sizes, const SC
 }
 
 // Logits [ROWS][outputs] of the last layer's result x [ROWS][hidden].
-extern "C" void head(const SCALAR* norm, const Affine& output, const Sizes& sizes, const SCALAR* x, SCALAR* logits,
-                     int64_t outputs) {
+extern "C" void output_logits(const SCALAR* norm, const Affine& output, const Sizes& sizes, const SCALAR* x,
+                              SCALAR* logits, int64_t outputs) {
   Floats normed = floats_of(x, ROWS * sizes.hidden);
   rms_norms(normed, norm, sizes);
 #pragma omp parallel for num_threads(sizes.threads) schedule(static)

@@ -3,22 +3,26 @@
 import copy
 import functools
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from local_model import kvbench
 from tiny_models import SHAPE, left_pad, prompt_ids, tiny_model
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from kvbench.conf.errors import InputError
-from kvbench.methods.cache.kernel_use import CPP, PYTORCH, STEP_ATTENTION
+from kvbench.methods.cache.kernel_use import CPP, PYTORCH, STEP_ATTENTION, forget_implementations, implementations
 from kvbench.methods.cache.method import Method
 from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.no_cache import NoCache
 from kvbench.methods.policies.scorers.attention_sums import AttentionSums
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.sharing.yoco import YOCO
-from kvbench.methods.storage.kernels.cpp import has_compiler
+from kvbench.methods.storage.kernels.cpp import compiler_problem
 from kvbench.methods.storage.kivi import Kivi
 from kvbench.models.random import RandomModel
 from kvbench.models.tiny import TinyModel
@@ -32,7 +36,7 @@ from kvbench.runners.measure.session import load
 from kvbench.runners.measure.time_pass import time_pass
 from kvbench.tasks.shape import Shape
 
-needs_compiler = pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(compiler_problem() is not None, reason="needs a C++ compiler")
 
 
 @functools.cache
@@ -126,11 +130,14 @@ def test_every_cache_takes_compiled_steps(method):
     prefill(other, caches[1], ids)
     step = decode_step(other, caches[1], token, 20, compiled=compiled)
     assert step.mode == COMPILED
+    forget_implementations()
     for _ in range(20):
         expected = decode(plain, caches[0], token)
         found = step(token)
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
         token = expected.argmax(-1)
+    if method.name != "kivi4":  # whose codes are attended to in PyTorch
+        assert CPP in implementations()[STEP_ATTENTION]
     assert caches[0].kv_bytes_stored == caches[1].kv_bytes_stored
 
 
@@ -154,17 +161,75 @@ def test_what_cannot_be_compiled_runs_as_it_is():
             handle.remove()
 
 
-def test_layers_of_a_class_of_their_own_are_not_passed_by():
-    """An adapter's, for one: its class is not the library's, its weight is."""
+class Adapted(torch.nn.Linear):
+    """An adapter's layer: its class is not the library's, its weight is."""
 
-    class Adapted(torch.nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return 2 * super().forward(x)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
 
+
+class OtherNorm(LlamaRMSNorm):
+    """A norm of one's own."""
+
+
+CHANGES = {
+    "linear layer": lambda model: setattr(model.model.layers[1].self_attn.o_proj, "__class__", Adapted),
+    "norm": lambda model: setattr(model.model.norm, "__class__", OtherNorm),
+    "epsilon": lambda model: setattr(model.model.layers[1].post_attention_layernorm, "variance_epsilon", 1e-3),
+    "activation": lambda model: setattr(model.model.layers[1].mlp, "act_fn", torch.nn.ReLU()),
+    "unknown activation": lambda model: setattr(model.config, "hidden_act", "relu"),
+    "one dtype": lambda model: model.model.norm.to(torch.bfloat16),
+    "float64": lambda model: model.double(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_model_that_computes_something_else_is_not_compiled(change):
     model = copy.deepcopy(tiny_model("llama")).float()
-    assert can_compile(model) and not can_compile(tiny_model("llama"))  # which is in float64
-    model.model.layers[1].self_attn.o_proj.__class__ = Adapted
+    assert can_compile(model)
+    change(model)
     assert not can_compile(model)
+
+
+def config_of(**different):
+    """A model with biases, odd sizes, and heads that are wider than their share of the hidden state."""
+    torch.manual_seed(0)
+    sizes = SHAPE | {"hidden_size": 52, "intermediate_size": 77, "head_dim": 16, "initializer_range": 0.3}
+    config = LlamaConfig(**sizes | {"attention_bias": True, "mlp_bias": True} | different)
+    model = LlamaForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_pytorch_tanh"])
+@torch.inference_mode()
+def test_every_part_of_a_layer_is_the_model_s(act, threads):
+    """One row and two, one of them padded, in float32 and bfloat16, against the model in float64."""
+    plain = config_of(hidden_act=act)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
+            model = copy.deepcopy(plain).to(dtype)
+            truth = copy.deepcopy(model).double()
+            decoder = compile_decoder(model)
+            for ids, mask in ((prompt_ids(25), None), left_pad([prompt_ids(30, 1), prompt_ids(12, 2)])):
+                caches = [Method("full").new_cache(m) for m in (truth, model)]
+                token = prefill(truth, caches[0], ids, mask).argmax(-1)
+                prefill(model, caches[1], ids, mask)
+                step = decode_step(model, caches[1], token, 3, compiled=decoder)
+                assert step.mode == COMPILED
+                for _ in range(3):
+                    expected = decode(truth, caches[0], token)
+                    error = (step(token) - expected).abs().max() / expected.abs().max()
+                    assert error < tolerance
+                    token = expected.argmax(-1)
+    finally:
+        torch.set_num_threads(before)
 
 
 def job(source, method: Method | None = None) -> Job:
@@ -216,13 +281,21 @@ def test_a_record_says_that_steps_were_compiled_and_an_older_run_stays_the_same_
     assert [found[how]["kernels"][STEP_ATTENTION] for how in (COMPILED, EAGER)] == [CPP, PYTORCH]
 
 
-@pytest.mark.usefixtures("forked")
-def test_without_a_compiler_steps_are_eager_by_default(tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", str(tmp_path / "none"))
-    assert not has_compiler()
-    done = kvbench(*TINY_RUN, *ONCE, "runner.pair_with=[]", f"results_dir={tmp_path}")
+@pytest.mark.parametrize("fails", [False, True], ids=["missing", "failing"])
+def test_without_a_compiler_that_works_steps_are_eager_by_default(tmp_path, fails):
+    """In a process of its own, with nothing compiled from before."""
+    compiler = tmp_path / "compiler"
+    if fails:
+        compiler.write_text("#!/bin/sh\nexit 1\n")
+        compiler.chmod(0o755)
+    results = tmp_path / "results"
+    ask = [*TINY_RUN, *ONCE, "runner.pair_with=[]", f"results_dir={results}"]
+    env = os.environ | {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "kvbench.runners.command", *ask]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    (record,) = (json.loads(path.read_text()) for path in tmp_path.rglob("record.json"))
+    assert done.stderr.count("decode steps are not compiled, which is slower") == 1
+    (record,) = (json.loads(path.read_text()) for path in results.rglob("record.json"))
     assert record["decode"] == EAGER and "compile" not in record["identity"]["runner"]
 
 

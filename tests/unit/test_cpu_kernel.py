@@ -9,16 +9,17 @@ from kvbench.methods.cache import kernel_use
 from kvbench.methods.cache.kernel_use import CPP, PYTORCH, STEP_ATTENTION, cpu_kernels
 from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.storage.kernels import cpu
-from kvbench.methods.storage.kernels.cpp import has_compiler
+from kvbench.methods.storage.kernels.cpp import compiler_problem
 from kvbench.methods.storage.step_attention import step_attention, step_attention_with_weights
 
-pytestmark = pytest.mark.skipif(not has_compiler(), reason="the kernel needs a C++ compiler")
+pytestmark = pytest.mark.skipif(compiler_problem() is not None, reason="the kernel needs a C++ compiler")
 
 SHAPES = {  # rows, KV heads, query heads per KV head, channels of keys and of values
     "smollm2": (1, 3, 3, 64, 64),
     "llama 3": (1, 2, 4, 128, 128),
     "one head": (2, 1, 8, 64, 64),
     "no groups": (2, 5, 1, 96, 96),
+    "channels in two passes": (1, 2, 3, 128, 128),
     "wide": (1, 2, 2, 256, 256),
     "unequal widths": (2, 2, 1, 192, 128),
     "many query heads": (1, 1, 16, 80, 16),
@@ -89,6 +90,30 @@ def test_bfloat16_is_rounded_to_nearest():
     assert torch.equal(out[0, 0, 0], values[0, 0].float().mean(0).bfloat16())
 
 
+@pytest.mark.parametrize("poison", [float("nan"), 3e38], ids=["nan", "overflow"])
+@pytest.mark.parametrize("slot", [0, 5, 70, 199])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_a_number_that_is_not_finite_is_not_hidden(slot, poison, softcap):
+    """As in PyTorch: NaN in one key makes the result NaN, and so does a logit that overflows, if nothing caps it."""
+    query, keys, values = tensors("smollm2", 200, torch.float32)
+    query = query.abs()
+    keys[:, :, slot] = poison
+    rule = LogitRule(1.0, softcap)
+    found, weights = cpu.attention(query, keys, values, rule, weights=True)
+    expected = step_attention(query, keys, values, rule)
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert bool(found.isnan().any()) == (softcap is None or poison != poison)
+    assert torch.equal(weights.isnan().any(-1).flatten(), expected.isnan().any(-1).flatten())
+
+
+def test_without_a_token_or_a_sink_the_output_is_zero():
+    """As :func:`cached_attention`, which is what a call without weights is in PyTorch."""
+    query, keys, values = tensors("smollm2", 70, torch.float32)
+    nothing = torch.zeros(1, 1, 70, dtype=torch.bool)
+    out, _ = cpu.attention(query, keys, values, LogitRule(1.0), nothing)
+    assert torch.equal(out, step_attention(query, keys, values, LogitRule(1.0), nothing)) and not out.any()
+
+
 def test_a_sink_that_is_all_there_is_leaves_nothing():
     query, keys, values = tensors("smollm2", 70, torch.float32)
     nothing = torch.zeros(1, 1, 70, dtype=torch.bool)
@@ -114,6 +139,7 @@ def test_threads_have_equally_many_parts_or_four_and_more():
     assert cpu.parts_of_head(3, 4096, 2) == 2
     assert cpu.parts_of_head(8, 4096, 2) == 1
     assert cpu.parts_of_head(3, 512, 2) == 2 and cpu.parts_of_head(3, 300, 2) == 1
+    assert cpu.parts_of_head(3, 512, 5) == 2  # no parts of less than 256 tokens
     for heads in range(1, 12):
         for threads in range(1, 40):
             parts = heads * cpu.parts_of_head(heads, 1 << 16, threads)
@@ -127,7 +153,7 @@ def test_threads_have_equally_many_parts_or_four_and_more():
         (lambda q, k, v: (q.half(), k.half(), v.half()), "float16 tensors"),
         (lambda q, k, v: (q[..., :20], k[..., :20], v[..., :20]), "head_dim 20"),
         (lambda q, k, v: (q.repeat(1, 8, 1, 1), k, v), "24 > 16 query heads per KV head"),
-        (lambda q, k, v: (q, k.mT.contiguous().mT, v), "channels that are not neighbours"),
+        (lambda q, k, v: (q, k.mT.contiguous().mT, v), "channels that are not contiguous"),
     ],
 )
 def test_what_it_does_not_support_is_computed_in_pytorch_with_a_reason(change, reason, caplog):

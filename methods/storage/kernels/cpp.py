@@ -1,35 +1,40 @@
-"""Kernels in C++ for a CPU: compiled for the processor at hand, by the part of torch that compiles its own CPU code.
+"""Kernels in C++ for a CPU, compiled for the processor at hand by the part of torch that compiles its own CPU code.
 
 It finds the compiler and torch's OpenMP threads, and keeps what it has compiled on disk.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
+import functools
+import hashlib
+import platform
 from ctypes import CDLL
 from pathlib import Path
 
 import torch
 
 SCALARS = {torch.float32: "float", torch.bfloat16: "uint16_t"}
-"""Types that kernels read, by the dtype of the tensors."""
-FLAGS = ("-march=native", "-ffp-contract=fast")
+"""Types in memory that kernels read, by dtype."""
+FLAGS = ("-ffp-contract=fast",)
 VECTORS = Path(__file__).with_name("vectors.h")
 
 
 class CompilerError(Exception):
-    """There is no C++ compiler, or it failed."""
+    """There is no C++ compiler, or it failed; the message is one line."""
 
 
-def has_compiler() -> bool:
-    """Whether there is a C++ compiler: the one that ``CXX`` names, or else the system's usual one."""
-    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")) is not None
+@functools.cache
+def compiler_problem() -> str | None:
+    """Why kernels cannot be compiled here; None: they can. Found out once per process by compiling a small file."""
+    try:
+        _compile(f"#define SCALAR float\n{VECTORS.read_text(encoding='utf-8')}")
+    except CompilerError as error:
+        return str(error)
+    return None
 
 
 def compile_kernels(source: Path, dtype: torch.dtype, **macros: int) -> CDLL:
-    """The functions of a source file, behind ``vectors.h``.
+    """Compile and load a source file that includes the functions of ``vectors.h``.
 
     Args:
         source: The file.
@@ -37,15 +42,29 @@ def compile_kernels(source: Path, dtype: torch.dtype, **macros: int) -> CDLL:
         macros: Values of macros.
 
     Raises:
-        CompilerError: In one line.
+        CompilerError: There is no compiler, or it fails.
     """
+    defined = {**macros, "SCALAR": SCALARS[dtype]}
+    text = "".join(f"#define {name} {value}\n" for name, value in defined.items())
+    return _compile(text + VECTORS.read_text(encoding="utf-8") + source.read_text(encoding="utf-8"))
+
+
+def _compile(text: str) -> CDLL:
     from torch._inductor.codecache import CppCodeCache
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
-    defined = {**macros, "SCALAR": SCALARS[dtype]}
-    text = "".join(f"#define {name} {value}\n" for name, value in defined.items())
-    text += VECTORS.read_text(encoding="utf-8") + source.read_text(encoding="utf-8")
     try:
-        return CppCodeCache.load(text, extra_flags=FLAGS)
-    except (InvalidCxxCompiler, CppCompileError) as error:
+        return CppCodeCache.load(f"// {_processor()}\n{text}", extra_flags=FLAGS)
+    except (InvalidCxxCompiler, CppCompileError, OSError) as error:
         raise CompilerError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+
+
+@functools.cache
+def _processor() -> str:
+    """Identifies the processor: what was compiled for another one must not be found in a cache that machines share."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = [platform.processor()]
+    kept = sorted({line for line in lines if line.partition("\t")[0].strip() in ("flags", "Features", "model name")})
+    return f"{platform.machine()} {hashlib.sha256(repr(kept or lines[:1]).encode()).hexdigest()[:16]}"

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import torch
 
+from ...cache.kernel_use import MAX_KERNEL_CHANNELS
 from ...cache.logits import LogitRule
 from .cpp import SCALARS, compile_kernels
 
 LANES = 16
-"""Numbers of a vector, of which channels must be a multiple."""
+"""Numbers in a vector; head dimensions must be multiples of it."""
 MAX_GROUP = 16
 """Largest number of query heads per KV head; the sums of more would not stay in registers."""
-MAX_CHANNELS = 256
 MIN_PART_TOKENS = 256
 """Smallest number of tokens that is worth a part of its own."""
 
@@ -39,11 +39,11 @@ def problem(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> st
     if query.dtype not in SCALARS or keys.dtype != query.dtype or values.dtype != query.dtype:
         return f"{str(keys.dtype).removeprefix('torch.')} tensors"
     widths = keys.shape[3], values.shape[3]
-    if any(width % LANES or width > MAX_CHANNELS for width in widths):
+    if any(width % LANES or width > MAX_KERNEL_CHANNELS for width in widths):
         return f"head_dim {' and '.join(map(str, dict.fromkeys(widths)))}"
     if query.shape[1] // keys.shape[1] > MAX_GROUP:
         return f"{query.shape[1] // keys.shape[1]} > {MAX_GROUP} query heads per KV head"
-    return None if all(x.stride(3) == 1 for x in (query, keys, values)) else "channels that are not neighbours"
+    return None if all(x.stride(3) == 1 for x in (query, keys, values)) else "channels that are not contiguous"
 
 
 def attention(
@@ -55,7 +55,7 @@ def attention(
     *,
     weights: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of a call without a :func:`problem`.
+    """Attention of a call without a :func:`problem`; 0 where a query attends to no token and no sink.
 
     Args:
         query: [B, H_q, 1, D].
@@ -93,7 +93,10 @@ def attention(
 
 
 def parts_of_head(heads: int, slots: int, threads: int) -> int:
-    """Number of parts of a head's tokens, so that threads have equally many of them, or at least four each."""
+    """Number of parts of each head's tokens, at least :data:`MIN_PART_TOKENS` in each.
+
+    The smallest with which all threads have equally many parts, or at least four; if there is none, the largest.
+    """
     most = max(1, slots // MIN_PART_TOKENS)
     return next((n for n in range(1, most) if heads * n % threads == 0 or heads * n >= 4 * threads), most)
 

@@ -3,13 +3,13 @@
 // KEY_CHANNELS, VALUE_CHANNELS: channels, multiples of 16.  GROUP: query heads per KV head.
 //
 // A step reads each stored number once, so the kernel has to be as fast as the memory: the query heads of a KV head
-// share every load, and a head's tokens are divided into parts, so that all threads have the same number of them.
+// share every load, and the tokens of a KV head are divided into parts, which the threads share.
 
 namespace {
 
 constexpr int BLOCK = 64;  // tokens between two updates of the maximum
-// Value channels whose sums stay in registers, of which there are 32 with AVX-512.
-constexpr int STEP = std::max(1, std::min<int>(VALUE_CHANNELS, 256 / GROUP) / LANES) * LANES;
+// Value channels that are summed at a time: their sums stay in registers, of which there are 32 with AVX-512.
+constexpr int CHANNELS = std::max(1, std::min<int>(VALUE_CHANNELS, 256 / GROUP) / LANES) * LANES;
 
 // Sums of neighbours: of a in the first half, of b in the second. Four levels of it turn 16 vectors into their 16 sums.
 inline Vector folded(Vector a, Vector b) {
@@ -26,8 +26,8 @@ struct Head {
   float query[GROUP][KEY_CHANNELS];  // times the scaling
   const SCALAR *keys, *values;
   const bool* valid;  // or null
-  float* logits;      // or null; of the first query, the others' follow after `row` of them
-  int64_t key_stride, value_stride, row;
+  float* logits;      // of the first query, or null; those of the next one are `logits_stride` further
+  int64_t key_stride, value_stride, logits_stride;
   float softcap;  // 0: none
 };
 
@@ -96,8 +96,14 @@ void attend_to(const Head& head, int64_t begin, int64_t end, Part& part) {
       if (head.valid)
         for (int t = 0; t < count; t++)
           if (!head.valid[first + t]) row[t] = -INFINITY;
-      if (head.logits) std::copy(row, row + count, head.logits + g * head.row + first);
-      const float max = std::max(part.max[g], *std::max_element(row, row + count));
+      if (head.logits) std::copy(row, row + count, head.logits + g * head.logits_stride + first);
+      float max = part.max[g];
+      bool is_nan = false;
+      for (int t = 0; t < count; t++) {
+        max = row[t] > max ? row[t] : max;
+        is_nan |= row[t] != row[t];
+      }
+      if (is_nan) max = NAN;  // as in softmax, one NaN makes the result NaN
       if (max == -INFINITY) {  // no token yet
         std::fill(row, row + count, 0.0f);
         continue;
@@ -114,9 +120,10 @@ void attend_to(const Head& head, int64_t begin, int64_t end, Part& part) {
       if (scale != 1)
         for (int d = 0; d < VALUE_CHANNELS; d += LANES) store(&part.out[g][d], load(&part.out[g][d]) * scale);
     }
-    constexpr int WHOLE = VALUE_CHANNELS / STEP * STEP, REST = VALUE_CHANNELS - WHOLE;
-    for (int from = 0; from < WHOLE; from += STEP) add_values<STEP / LANES>(head, first, count, from, weights, part);
-    if constexpr (REST > 0) add_values<REST / LANES>(head, first, count, WHOLE, weights, part);
+    constexpr int WHOLE = VALUE_CHANNELS / CHANNELS * CHANNELS, LAST = VALUE_CHANNELS - WHOLE;
+    for (int from = 0; from < WHOLE; from += CHANNELS)
+      add_values<CHANNELS / LANES>(head, first, count, from, weights, part);
+    if constexpr (LAST > 0) add_values<LAST / LANES>(head, first, count, WHOLE, weights, part);
   }
 }
 
@@ -124,7 +131,7 @@ void attend_to(const Head& head, int64_t begin, int64_t end, Part& part) {
 void join(const Head& head, const Part* parts, int64_t count, int64_t tokens, const float* sinks, SCALAR* out) {
   for (int g = 0; g < GROUP; g++) {
     float max = sinks ? sinks[g] : -INFINITY;
-    for (int64_t p = 0; p < count; p++) max = std::max(max, parts[p].max[g]);
+    for (int64_t p = 0; p < count; p++) max = parts[p].max[g] != parts[p].max[g] ? NAN : std::max(max, parts[p].max[g]);
     float sum = sinks ? std::exp(sinks[g] - max) : 0.0f, joined[VALUE_CHANNELS] = {};
     for (int64_t p = 0; p < count; p++) {
       if (parts[p].max[g] == -INFINITY) continue;
@@ -132,9 +139,10 @@ void join(const Head& head, const Part* parts, int64_t count, int64_t tokens, co
       sum += scale * parts[p].sum[g];
       for (int d = 0; d < VALUE_CHANNELS; d++) joined[d] += scale * parts[p].out[g][d];
     }
-    for (int d = 0; d < VALUE_CHANNELS; d++) store_rounded(out + g * VALUE_CHANNELS + d, joined[d] / sum);
+    for (int d = 0; d < VALUE_CHANNELS; d++)
+      store_rounded(out + g * VALUE_CHANNELS + d, sum == 0 ? 0.0f : joined[d] / sum);  // 0 if there is no token
     if (!head.logits) continue;
-    float* row = head.logits + g * head.row;
+    float* row = head.logits + g * head.logits_stride;
     int64_t t = 0;
     for (; t + LANES <= tokens; t += LANES) store(row + t, exponential(load(row + t) - max) / sum);
     for (; t < tokens; t++) row[t] = std::exp(row[t] - max) / sum;
@@ -166,7 +174,7 @@ extern "C" void step_attention(const SCALAR* query, const SCALAR* keys, const SC
     x.logits = logits ? logits + i * GROUP * tokens : nullptr;
     x.key_stride = key_token;
     x.value_stride = value_token;
-    x.row = tokens;
+    x.logits_stride = tokens;
     x.softcap = softcap;
   }
 #pragma omp parallel num_threads(threads)

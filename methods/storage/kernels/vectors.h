@@ -1,7 +1,7 @@
-// Vectors of 16 floats for the CPU's kernels, which cpp.py puts in front of each of them.
+// Vectors of 16 floats; cpp.py puts this text before that of every kernel for a CPU.
 //
-// They are the compiler's own (GCC's and Clang's), which it splits where registers are shorter. SCALAR is the numbers'
-// type in memory: float, or uint16_t for bfloat16.
+// The vectors are types of the compiler (GCC or Clang), which splits them if the processor's registers are shorter.
+// SCALAR is the type of the numbers in memory: float, or uint16_t for bfloat16.
 
 #include <algorithm>
 #include <cmath>
@@ -53,7 +53,8 @@ inline float sum_of(Vector x) {
   return (x[0] + x[2]) + (x[1] + x[3]);
 }
 
-// exp(x) for x <= 0 up to 2 units in the last place, and 0 below -87: 2^n times a polynomial (Cephes' coefficients).
+// exp(x) for x <= 0 up to 2 units in the last place, 0 below -87, and NaN of NaN: 2^n times a polynomial (Cephes'
+// coefficients).
 inline Vector exponential(Vector x) {
   const Vector shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 leaves the nearest integer in the low bits
   const Vector n = shifted - 12582912.0f;
@@ -65,7 +66,7 @@ inline Vector exponential(Vector x) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   const Vector y = p * (Vector)(((Integers)shifted << 23) + 0x3f800000);
-  return x > -87.0f ? y : Vector{};
+  return x <= -87.0f ? Vector{} : y;
 }
 
 }  // namespace
