@@ -165,14 +165,12 @@ def can_compile(model: PreTrainedModel) -> bool:
     dtypes, config = {p.dtype for p in model.parameters()}, model.config
     if len(dtypes) != 1 or not dtypes < SCALARS.keys() or config.hidden_act not in ACTIVATIONS:
         return False
-    modules = list(model.modules())
-    epsilons = {getattr(m, "variance_epsilon", None) for m in modules if m.__class__.__name__.endswith("Norm")}
-    norms = {type(m) for m in modules if hasattr(m, "variance_epsilon")}
-    base: Any = model.model
-    activations = {type(layer.mlp.act_fn) for layer in base.layers}
-    if epsilons != {config.rms_norm_eps} or norms != {type(base.layers[0].input_layernorm)}:
+    modules, source = list(model.modules()), type(model).__module__
+    norms: list[Any] = [m for m in modules if "Norm" in type(m).__name__]
+    if any(type(norm).__module__ != source or norm.variance_epsilon != config.rms_norm_eps for norm in norms):
         return False
-    if activations != {type(ACT2FN[config.hidden_act])} or type(base.norm) not in norms:
+    base: Any = model.model
+    if {type(layer.mlp.act_fn) for layer in base.layers} != {type(ACT2FN[config.hidden_act])}:
         return False
     return not any(map(is_changed, modules)) and all(type(m) is nn.Linear for m in modules if hasattr(m, "in_features"))
 
