@@ -25,7 +25,7 @@ from matplotlib.legend import Legend
 from .style import Style, text_inches, wrapped
 
 MEASURE_DPI = 100
-EDGE_EMS = 0.4
+EDGE_EMS, GAP_EMS = 0.4, 1.0  # around the figure, and between two columns of panels
 HANDLE_EMS = 2.2
 HANDLE_PAD_EMS = 0.5
 COLUMN_GAP_EMS = 1.2
@@ -116,8 +116,8 @@ class Sheet:
     def finish(self, title: str = "") -> Figure:
         """Set all positions and the height; returns the figure."""
         self._label_outer_panels()
-        self._make_legends()
         margins = self._margins()
+        self._make_legends(margins)
         if self.hooks:
             self._place(margins, "", False)
             changed = [hook() for hook in self.hooks]
@@ -142,11 +142,13 @@ class Sheet:
                 ax.tick_params(labelbottom=False)
                 ax.set_xlabel("")
 
-    def _make_legends(self) -> None:
+    def _make_legends(self, margins: Sequence[tuple[float, ...]]) -> None:
         """Create each legend with as many columns as fit, long labels on several lines."""
-        em, width = self.style.em, self.style.inches
+        em = self.style.em
+        left, right, inner = self._column_inches(margins)
         for panel, (handles, labels) in self._legends.items():
-            room = width - 0.5 * em if panel is None else (width - 0.5 * em) / self._columns - em
+            column = 0 if panel is None else panel % self._columns
+            room = self.style.inches - 0.5 * em if panel is None else left[column] + inner + right[column]
             text_room = room - (HANDLE_EMS + HANDLE_PAD_EMS) * em
             texts = [wrapped(label, text_room, self.style.text_pt) for label in labels]
             columns = next(n for n in range(len(texts), 0, -1) if n == 1 or self._legend_inches(texts, n) <= room)
@@ -196,15 +198,24 @@ class Sheet:
             found.append(tuple(max(0.0, side) / MEASURE_DPI for side in sides))
         return found
 
+    @property
+    def _side_inches(self) -> float:
+        """Width left of the first column: the edge, and the label of all rows."""
+        return (EDGE_EMS + (1.7 if self._shared_labels[1] else 0.0)) * self.style.em
+
+    def _column_inches(self, margins: Sequence[tuple[float, ...]]) -> tuple[list[float], list[float], float]:
+        """Return what stands left and right of the axes of each column, and the width of one pair of axes."""
+        columns, em = self._columns, self.style.em
+        left, right = ([max(m[side] for m in margins[c::columns]) for c in range(columns)] for side in (0, 1))
+        outside = self._side_inches + (EDGE_EMS + GAP_EMS * (columns - 1)) * em + sum(left) + sum(right)
+        return left, right, (self.style.inches - outside) / columns
+
     def _place(self, margins: Sequence[tuple[float, ...]], title: str, last: bool) -> None:
         """Set the height of the figure and the positions of everything in it; ``margins`` of each pair of axes."""
         em, width = self.style.em, self.style.inches
         columns, rows = self._columns, len(self._heights)
-        edge, gap = EDGE_EMS * em, 1.0 * em
-        side = edge + (1.7 * em if self._shared_labels[1] else 0.0)
-        left = [max(m[0] for m in margins[c::columns]) for c in range(columns)]
-        right = [max(m[1] for m in margins[c::columns]) for c in range(columns)]
-        panel = (width - edge - side - sum(left) - sum(right) - gap * (columns - 1)) / columns
+        edge, gap, side = EDGE_EMS * em, GAP_EMS * em, self._side_inches
+        left, right, panel = self._column_inches(margins)
         in_row = [margins[r * columns : (r + 1) * columns] for r in range(rows)]
         legends = [
             max((self._below(n) for n in range(r * columns, min((r + 1) * columns, len(self._axes)))), default=0.0)
@@ -243,9 +254,8 @@ class Sheet:
                 cell_left = min(x0[c] - left[c], width - edge - self._extent(self._legend[number])[0])
                 self._move(self._legend[number], cell_left, below[row] + 0.4 * em, height)
         if None in self._legend:
-            self._move(
-                self._legend[None], max(edge, (width - self._extent(self._legend[None])[0]) / 2), legend_top, height
-            )
+            middle = max(edge, (width - self._extent(self._legend[None])[0]) / 2)
+            self._move(self._legend[None], middle, legend_top, height)
         if self._bar:
             self._place_bar(bar_top, height)
         self._write_shared_labels(last, side, (tops[0], panels_bottom), height)
