@@ -163,7 +163,7 @@ def can_compile(model: PreTrainedModel) -> bool:
     if model.device.type != "cpu" or not supports_fused_decode(model):
         return False
     dtypes, config = {p.dtype for p in model.parameters()}, model.config
-    if len(dtypes) != 1 or not dtypes < SCALARS.keys() or config.hidden_act not in ACTIVATIONS:
+    if len(dtypes) != 1 or not dtypes <= SCALARS.keys() or config.hidden_act not in ACTIVATIONS:
         return False
     modules, source = list(model.modules()), type(model).__module__
     norms: list[Any] = [m for m in modules if "Norm" in type(m).__name__]

@@ -51,6 +51,16 @@ inline void apply(const Affine& affine, int64_t row, const float* x, int64_t inp
     for (int r = 0; r < ROWS; r++) out[r] += load_one(affine.bias[row]);
 }
 
+// y [ROWS][outputs] = x [ROWS][inputs] times a weight, rounded.
+void apply_all(const Affine& affine, const Floats& x, int64_t inputs, SCALAR* y, int64_t outputs, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < outputs; row++) {
+    float out[ROWS];
+    apply(affine, row, x.data(), inputs, out);
+    for (int r = 0; r < ROWS; r++) store_rounded(y + r * outputs + row, out[r]);
+  }
+}
+
 Floats floats_of(const SCALAR* x, int64_t count) {
   Floats y(count);
   for (int64_t i = 0; i < count; i++) y[i] = load_one(x[i]);
@@ -81,15 +91,9 @@ inline float activate(float x, int64_t kind) {
 
 }  // namespace
 
-// y [ROWS][outputs] = x [ROWS][inputs] times a weight.
+// A product by itself.
 extern "C" void product(const Affine& affine, const SCALAR* x, SCALAR* y, int64_t inputs, int64_t outputs, int threads) {
-  const Floats floats = floats_of(x, ROWS * inputs);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < outputs; row++) {
-    float out[ROWS];
-    apply(affine, row, floats.data(), inputs, out);
-    for (int r = 0; r < ROWS; r++) store_rounded(y + r * outputs + row, out[r]);
-  }
+  apply_all(affine, floats_of(x, ROWS * inputs), inputs, y, outputs, threads);
 }
 
 // Queries [ROWS][heads][head_dim], keys and values [ROWS][kv_heads][head_dim] of x [ROWS][hidden], with RoPE by the
@@ -168,10 +172,5 @@ extern "C" void output_logits(const SCALAR* norm, const Affine& output, const Si
                               SCALAR* logits, int64_t outputs) {
   Floats normed = floats_of(x, ROWS * sizes.hidden);
   rms_norms(normed, norm, sizes);
-#pragma omp parallel for num_threads(sizes.threads) schedule(static)
-  for (int64_t row = 0; row < outputs; row++) {
-    float out[ROWS];
-    apply(output, row, normed.data(), sizes.hidden, out);
-    for (int r = 0; r < ROWS; r++) store_rounded(logits + r * outputs + row, out[r]);
-  }
+  apply_all(output, normed, sizes.hidden, logits, outputs, sizes.threads);
 }

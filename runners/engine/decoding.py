@@ -40,8 +40,8 @@ def decode_step(
         compiled: The model's compiled decoder, if it has been compiled.
     """
     rows = token.shape[0]
-    is_of_model = compiled is not None and compiled.model is model
-    if compiled is not None and is_of_model and rows <= MAX_ROWS and can_compile(model) and not cache.recomputes:
+    is_supported = rows <= MAX_ROWS and not cache.recomputes
+    if compiled is not None and compiled.model is model and is_supported and can_compile(model):
         return CompiledStep(compiled, cache, rows)
     step = uncaptured_step(model, cache)
     if not capture or model.device.type != "cuda":
