@@ -82,9 +82,14 @@ def label_of(arm: str, task: str) -> str:
     return own.get(arm, arm)
 
 
-def install(task: str, results: str) -> None:
-    """Copy each architecture's model, seed 0 at its best learning rate, into the repository."""
-    for label, (run, *_) in best(results).items():
+def install(task: str, arms: list[str], results: str) -> None:
+    """Copy each architecture's model, seed 0 at its best learning rate, into the repository; one without it stays."""
+    trained = best(results)
+    for label in [label_of(arm, task) for arm in arms]:
+        if label not in trained or not (trained[label][0].path / "model").is_dir():
+            print(f"{label}: {results} has no model of seed 0 at the best rate; models/tiny/{task}/{label} stays")
+            continue
+        run = trained[label][0]
         lr = run.record["training"]["lr"]
         target = ROOT / "models" / "tiny" / task / label
         shutil.rmtree(target, ignore_errors=True)
@@ -103,11 +108,11 @@ def main() -> None:
     parser.add_argument("--install", action="store_true", help="train nothing; copy what is done to models/tiny")
     args = parser.parse_args()
     results = str(Path(args.results).resolve())
-    if args.install:
-        install(args.task, results)
-        return
     # With two query heads grouped-query attention is multi-query attention.
     arms = args.only.split(",") if args.only else [arm for arm in ARMS if (args.task, arm) != ("recall", "gqa")]
+    if args.install:
+        install(args.task, arms, results)
+        return
     for arm in arms:
         for lr in RATES[args.task]:
             train(args.task, arm, lr, 0, results)
