@@ -133,7 +133,7 @@ class CacheLayer(PrefillLayer):
         keys, values = (x.new_zeros(batch, x.shape[1], width, x.shape[3]) for x in (first.keys, first.values))
         valid = torch.zeros(batch, heads, width, dtype=torch.bool, device=keys.device)
         lengths = torch.zeros(batch, dtype=torch.int64, device=keys.device)
-        scores = None if first.scores is None else first.scores.new_zeros(*keys.shape[:3])
+        scores = None if first.scores is None else first.scores.new_zeros(batch, first.scores.shape[1], width)
         for g in groups:
             start = width - g.keys.shape[2]
             keys[g.rows.index, :, start:] = g.keys

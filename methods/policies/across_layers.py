@@ -12,22 +12,35 @@ import torch.nn.functional as F
 
 from .allocators.base import Allocator
 from .eviction_state import Candidates, EvictionState, slots_in_use
+from .prompt_ranks import prompt_ranks
 from .ranking import keep_mask
 from .scorers.base import Scorer
 
 
-def compress_stored(allocator: Allocator, scorer: Scorer, states: Sequence[EvictionState]) -> None:
-    """Distribute the budget over layers and heads and compress the stored prompt of each layer."""
+def compress_stored(
+    allocator: Allocator, scorer: Scorer, states: Sequence[EvictionState], keeps_ranks: bool = False
+) -> None:
+    """Distribute the budget over layers and heads and compress the stored prompt of each layer.
+
+    Args:
+        allocator: Allocator of the policy.
+        scorer: Scorer of the policy.
+        states: State of each layer.
+        keeps_ranks: See :class:`.schedules.base.Schedule`; the ranks replace ``state.scores`` where prompts are ranked.
+    """
     prompts = [state.prompt for state in states if state.prompt is not None]
     assert len(prompts) == len(states)
     masks = [slots_in_use(p.storage, p.storage.read()[0].shape[1]).clone() for p in prompts]  # [B, H, S] per layer
     for group in zip(*(state.candidates for state in states), strict=True):  # all layers, rows of one prompt length
         budgets = _budgets(allocator, group)
-        for prompt, keep, c, budget in zip(prompts, masks, group, budgets, strict=True):
+        for state, prompt, keep, c, budget in zip(states, prompts, masks, group, budgets, strict=True):
             ranked, ties_of_ranked = scorer.ranking_scores(c.scores, c.ties, budget)
             best = keep_mask(ranked, budget, ties_of_ranked)  # [R, H, N]
             rows = prompt.lengths == c.length
             keep[rows, :, keep.shape[2] - c.length :] = F.pad(best, (c.sinks, c.recent), value=True)
+            if keeps_ranks and state.scores is not None:
+                rank = prompt_ranks(ranked, ties_of_ranked, c.sinks, c.recent)  # [R, H, T]
+                state.scores[rows, :, keep.shape[2] - c.length :] = rank
     for state, prompt, keep in zip(states, prompts, masks, strict=True):
         state.evict(prompt.storage, keep, compact_now=True)
         state.candidates = []

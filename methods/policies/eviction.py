@@ -8,7 +8,8 @@ that the kept tokens do not depend on the device or the batch.
 The base class :class:`.prompt_eviction.PromptEviction` compresses the prompt. This class evicts tokens while decoding,
 if the schedule has an ``interval``:
 
-1. One token per step, if the interval is 1 and the scorer follows the attention (H2O, TOVA) or the oldest is evicted.
+1. One token per step, if the interval is 1 and the scorer follows the attention (H2O, TOVA), or the oldest or the
+   lowest-ranked of the prompt is evicted.
 2. Otherwise down to the limit after every ``interval`` steps: by the running scores of a scorer that follows the
    attention, or by scoring the stored tokens again (``rescores``).
 
@@ -32,17 +33,12 @@ from ..storage.base import LayerStorage
 from ..storage.dense import COMPACTION_INTERVAL_STEPS
 from .across_layers import compress_stored
 from .budget import resolve_budget
-from .decoding import (
-    attend_with_weights,
-    evict_one,
-    evict_to_limit,
-    rescore,
-    step_weights,
-)
+from .decoding import attend_with_weights, evict_one, evict_to_limit, rescore, step_weights
 from .eviction_state import Candidates, EvictionState, StoredPrompt
 from .model_layer import ModelLayer
 from .policy import PolicyCapabilities, Step
 from .prompt_eviction import PromptEviction
+from .prompt_ranks import with_newest
 from .repetition import Repetition, scores_by_repetition
 from .scorers.base import DECODE_QUERIES
 
@@ -101,7 +97,7 @@ class EvictionPolicy(PromptEviction):
             if any(other.prompt is None for other in state.layers):  # wait for the last layer that shares the budget
                 return
             ready = state.layers
-            compress_stored(self.allocator, self.scorer, ready)
+            compress_stored(self.allocator, self.scorer, ready, self.schedule.evicts_by == "rank")
         self._end_prefill(ready)
 
     def after_prefill(
@@ -135,7 +131,7 @@ class EvictionPolicy(PromptEviction):
                 sinks = min(self.sinks, budget - recent)
                 candidates = scores[..., sinks : length - recent]  # [R, H, N]
                 state.candidates.append(Candidates(candidates, None, budget - sinks - recent, sinks, recent))
-        compress_stored(self.allocator, self.scorer, states)
+        compress_stored(self.allocator, self.scorer, states, self.schedule.evicts_by == "rank")
         for _, storage in layers:
             storage.write(*storage.read())  # copy into buffers sized for the kept and the reserved tokens
         self._end_prefill(states)
@@ -185,12 +181,16 @@ class EvictionPolicy(PromptEviction):
         if self.schedule.interval is None:
             return
         real = None if step.valid is None else step.valid[:, 0]  # [B]
-        if self.schedule.evicts_oldest:
+        if self.schedule.evicts_by == "age":
             assert state.limit is not None and state.recent is not None
             shape = (*state.limit.shape, storage.slots)
             equal_scores = state.limit.new_zeros(shape, dtype=torch.float32)  # [B, 1 or H, S]
             n_evictable = (state.limit - state.recent)[..., None]  # [B, 1 or H, 1], tokens before the ring
             evict_one(state, storage, equal_scores, n_evictable, compact_now=step.valid is not None)
+        elif self.schedule.evicts_by == "rank":
+            state.store_scores(with_newest(state, storage))
+            assert state.scores is not None
+            evict_one(state, storage, state.scores, self.sinks, compact_now=step.valid is not None)
         elif self.follows_attention:
             # Score by the attention weights of this step: the running scores get an entry for the new token.
             weights, previous = step_weights(state, storage), state.scores  # weights [B, H, g, S]
@@ -227,6 +227,11 @@ class EvictionPolicy(PromptEviction):
         if not self.scorer.accumulates and not state.is_static:
             state.scores = None
 
+    @property
+    def _stores_scores(self) -> bool:
+        """Whether the cache holds a score or rank of each token while decoding."""
+        return self.schedule.evicts_by == "rank" or (self.scorer.accumulates and self.follows_attention)
+
     # static steps -------------------------------------------------------------------------------------------------
 
     def make_static(self, state: EvictionState, storage: LayerStorage, steps: int) -> None:
@@ -240,7 +245,7 @@ class EvictionPolicy(PromptEviction):
         extra_slots = COMPACTION_INTERVAL_STEPS if self._evicts_in_step else interval
         state.move_scores(storage.make_static_within(state.limit, extra_slots, mask_heads))
         state.is_static = True
-        if self.follows_attention and (self.scorer.accumulates or not self._evicts_in_step):
+        if self._stores_scores or (self.follows_attention and not self._evicts_in_step):
             scores = torch.zeros(batch, mask_heads, storage.slots, device=state.limit.device)
             if state.scores is not None:
                 scores[..., : state.scores.shape[2]] = state.scores
@@ -274,16 +279,17 @@ class EvictionPolicy(PromptEviction):
 
     def logical_state_bytes(self, state: EvictionState, tokens: torch.Tensor) -> int:
         fixed = sum(x.nbytes for x in self.state_tensors(state) if x is not state.scores)
-        if state.scores is None or not self.scorer.accumulates:
+        if state.scores is None or not self._stores_scores:
             return fixed
-        return fixed + state.scores.element_size() * int(tokens.expand(-1, state.scores.shape[1]).sum())
+        heads = state.scores.shape[1]
+        return fixed + state.scores.element_size() * int(tokens[:, :heads].expand(-1, heads).sum())
 
     def state_bytes(self, shape: KVShape, heads: int, prompt_length: int, new_tokens: int) -> int:
-        """Return the bytes of accumulated scores, one float32 per token and head, stored queries and generators."""
+        """Return the bytes of stored scores, one float32 per token and head, of stored queries and of generators."""
         if self.schedule.interval is None:
             return 0
         tokens = sum(self.kept_tokens(prompt_length, new_tokens, shape.layers))
-        scores = 4 * heads * tokens if self.scorer.accumulates and self.follows_attention else 0
+        scores = 4 * (1 if self.scorer.scores_heads_alike else heads) * tokens if self._stores_scores else 0
         query_bytes = shape.query_heads * shape.head_dim * shape.element_bytes
         generators = 8 * shape.layers if self.scorer.merges_values else 0
         return scores + generators + shape.layers * self._queries_held * query_bytes

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...conf.errors import InputError
 from ...conf.options import NonNegativeInt
 from ..cache.method import Method
 from .allocators.base import Allocator
@@ -15,6 +14,7 @@ from .eviction import EvictionPolicy
 from .policy import CachePolicy
 from .schedules.base import Schedule
 from .schedules.every_step import EveryStep
+from .schedules.hold import Hold
 from .scorers.base import Scorer
 
 
@@ -24,7 +24,8 @@ class EvictionMethod(Method):
 
     Attributes:
         scorer, allocator, schedule, sinks, recent: See :class:`.eviction.EvictionPolicy`.
-        hold_budget: Evict at every decode step whatever the schedule, so that the budget is never exceeded.
+        hold_budget: Evict at every decode step whatever the schedule, so that the budget is never exceeded: as the
+            scorer does while decoding, or by :class:`.schedules.hold.Hold`.
     """
 
     policy: CachePolicy = field(init=False)
@@ -51,7 +52,4 @@ class EvictionMethod(Method):
         schedule = self.schedule or self.scorer.default_schedule
         if schedule.interval == 1:
             return schedule
-        if self.scorer.prefill_only:
-            problem = f"method/scorer={self.scorer.name} cannot score tokens again while decoding"
-            raise InputError("method.hold_budget", True, f"{problem}; use method/schedule=ring with method.recent")
-        return EveryStep()
+        return Hold() if schedule.interval is None and not self.scorer.tracks_attention else EveryStep()

@@ -58,7 +58,8 @@ class EvictionState:
         limit: [B, 1 or H] int64, tokens that each row (or head) may store after an eviction.
         max_limit: The largest limit, on the host.
         recent: [B, 1] int64, number of last tokens that are never evicted.
-        scores: [B, H, S] float32, running scores of a scorer that accumulates; None: no running scores.
+        scores: [B, H, S] float32, running scores of a scorer that accumulates, or ranks (:mod:`.prompt_ranks`); None:
+            neither.
         queries: [B, H_q, w, D], last queries for re-scoring, the newest last; None: not stored.
         seen: Number of real tokens that each row has seen.
         steps: Decode steps so far.

@@ -98,7 +98,7 @@ class Kept:
     Attributes:
         slots: int64 [R, H, C], positions in the prompt, increasing per head where valid; None: all tokens.
         valid: bool [R, H, C], False for left padding of heads that keep fewer than C tokens; None: no padding.
-        scores: float32 [R, H, C], running scores of the kept tokens; None: no running scores.
+        scores: float32 [R, H, C], running scores or ranks of the kept tokens; None: neither.
     """
 
     slots: torch.Tensor | None = None

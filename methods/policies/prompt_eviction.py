@@ -24,6 +24,7 @@ from .eviction_state import Candidates, EvictionState
 from .merging import Merging
 from .model_layer import ModelLayer
 from .policy import CachePolicy, Kept
+from .prompt_ranks import prompt_ranks
 from .ranking import indices_of, keep_mask
 from .schedules.after_prefill import AfterPrefill
 from .schedules.base import Schedule
@@ -81,7 +82,7 @@ class PromptEviction(CachePolicy):
             allowed = f"must be at least {sinks + n_recent}, the tokens kept whatever their scores ({protected})"
             require(sinks + n_recent <= budget, "method.budget", budget, allowed)
         window, interval = self.scorer.observation_window, self.schedule.interval
-        if self.schedule.evicts_oldest:
+        if self.schedule.evicts_by == "age":
             allowed = "must be above 0: method/schedule=ring keeps that many of the newest tokens"
             require(recent > 0, "method.recent", recent, allowed)
         if self.rescores and self.scorer.prefill_only:
@@ -89,7 +90,7 @@ class PromptEviction(CachePolicy):
                 "method/schedule",
                 self.schedule.id,
                 f"scores tokens again while decoding, and method/scorer={self.scorer.name} needs the complete prompt; "
-                "use after_prefill or ring",
+                "use after_prefill, hold or ring",
             )
         if self.scorer.merges_values and not self.follows_attention:
             raise InputError(
@@ -127,20 +128,21 @@ class PromptEviction(CachePolicy):
         return EvictionState(layer, self.scorer.new_state(layer), merging=merging)
 
     def select(self, prompt: Prompt, state: EvictionState | None = None) -> Kept:
+        keeps_ranks = self.schedule.evicts_by == "rank"
         if self.scorer.repeats_prompt:  # compressed after the prefill of all layers
-            return Kept()
+            return Kept(scores=self._ages(prompt) if keeps_ranks else None)
         if state is not None and state.merging is not None:
             state.merging.add_prompts(prompt)
         budget = self.layer_budgets(prompt.length, prompt.num_layers)[prompt.layer_idx]
         keeps_scores = self.scorer.accumulates and self.follows_attention
-        if prompt.length <= budget and not keeps_scores:
+        if prompt.length <= budget and not keeps_scores and not keeps_ranks:
             return Kept()
         recent = self.recent_of(budget)
         prompt, scorer_state = (
             replace(prompt, protected=recent, kept=budget),
             None if state is None else state.scorer_state,
         )
-        if prompt.length <= budget:
+        if prompt.length <= budget and not keeps_ranks:
             return Kept(scores=self.scorer.score(prompt, scorer_state))
 
         # The first `sinks` and the last `recent` tokens are kept whatever their scores.
@@ -151,7 +153,9 @@ class PromptEviction(CachePolicy):
             position = torch.arange(prompt.length, device=prompt.keys.device)  # [T]
             slots = torch.cat([position[:sinks], position[end:]]).expand(rows, heads, -1)  # [R, H, C]
             scores = self.scorer.score(prompt, scorer_state) if keeps_scores else None
-            return Kept(slots, scores=None if scores is None else scores.gather(-1, slots))
+            if keeps_ranks:
+                scores = self._ages(prompt)
+            return Kept(slots, scores=None if scores is None else scores.gather(-1, slots[:, : scores.shape[1]]))
 
         # Score the tokens in between.
         scores, ties = self.scorer.score(prompt, scorer_state), self.scorer.tie_scores(prompt, scorer_state)
@@ -163,27 +167,44 @@ class PromptEviction(CachePolicy):
         if self.allocator.spans_layers:  # after the last layer, in across_layers.py
             assert state is not None
             state.candidates.append(Candidates(candidates, tie_candidates, free, sinks, recent))
+            if keeps_ranks:
+                return Kept(scores=self._ages(prompt))
             return Kept(scores=scores if keeps_scores else None)
         ragged = self.allocator.heads_differ
         count = self.allocator.head_budgets(candidates, free, tie_candidates) if ragged else free  # [R, H], or a number
         candidates, tie_candidates = self.scorer.ranking_scores(candidates, tie_candidates, count)
         keep = F.pad(keep_mask(candidates, count, tie_candidates), (sinks, recent), value=True)  # [R, H or 1, T]
+        if keeps_ranks:
+            scores = prompt_ranks(candidates, tie_candidates, sinks, recent)
         if ragged:
             slots, valid = slots_to_keep(keep)  # [R, H, C]
         else:
             slots, valid = indices_of(keep, budget).expand(rows, heads, -1), None  # [R, H, C]
-        return Kept(slots, valid, scores.gather(-1, slots) if keeps_scores else None)
+        if not (keeps_scores or keeps_ranks):
+            return Kept(slots, valid)
+        return Kept(slots, valid, scores.gather(-1, slots[:, : scores.shape[1]]))
+
+    def _ages(self, prompt: Prompt) -> torch.Tensor:
+        """Return ranks [R, H, T] of a prompt that evict the oldest token first."""
+        rows, kv_heads = prompt.keys.shape[:2]
+        heads = prompt.query.shape[1] if self.scorer.stores_query_heads else kv_heads
+        none = prompt.keys.new_zeros(rows, 1 if self.scorer.scores_heads_alike else heads, 0)
+        return prompt_ranks(none, None, 0, prompt.length)
 
     @property
     def follows_attention(self) -> bool:
         """Whether each decode step updates the scores by its attention weights."""
-        return self.scorer.tracks_attention and self.schedule.interval is not None and not self.schedule.evicts_oldest
+        return self.scorer.tracks_attention and self._scores_while_decoding
 
     @property
     def rescores(self) -> bool:
         """Whether stored tokens are scored again while decoding, as if they were a prompt."""
-        rescores = self.schedule.interval is not None and not self.schedule.evicts_oldest
-        return rescores and not self.scorer.tracks_attention
+        return self._scores_while_decoding and not self.scorer.tracks_attention
+
+    @property
+    def _scores_while_decoding(self) -> bool:
+        schedule = self.schedule
+        return schedule.interval is not None and schedule.evicts_by == "score"
 
     def recent_of(self, budget: int) -> int:
         """Return the number of last tokens that are always kept within a layer's budget."""

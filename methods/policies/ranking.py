@@ -46,7 +46,7 @@ def keep_mask(scores: torch.Tensor, count: int | torch.Tensor, ties: torch.Tenso
     """
     if isinstance(count, int) and count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    keys = _keys(scores, ties)
+    keys = sort_keys(scores, ties)
     if isinstance(count, torch.Tensor):
         count = count[..., None]
         ranked = keys.sort(dim=-1, descending=True).values
@@ -72,7 +72,7 @@ def lowest_ranked_slot(scores: torch.Tensor) -> torch.Tensor:
     return torch.where(lowest, index, 0).amax(-1, keepdim=True)
 
 
-def _keys(scores: torch.Tensor, ties: torch.Tensor | None) -> torch.Tensor:
+def sort_keys(scores: torch.Tensor, ties: torch.Tensor | None) -> torch.Tensor:
     """Return integer keys that sort by score, then by ``ties``: int32, or int64 with ``ties``."""
     if ties is None:
         return _ordered_bits(scores)

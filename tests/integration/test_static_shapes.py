@@ -165,7 +165,7 @@ def products() -> list[str]:
         name = scorer if scorer in yamls("method") else "snapkv"  # not every scorer has snapkv's schedule
         part = method_of(f"{name} scorer={scorer}{settings}").policy.scorer
         heads_alike = part.scores_heads_alike
-        if part.prefill_only:
+        if part.repeats_prompt:  # makes its product in test_contract.py
             continue
         for allocator in allocators.values():
             differ = allocator.startswith(("adaptive", "global"))
@@ -173,7 +173,9 @@ def products() -> list[str]:
                 continue
             parts = f"scorer={scorer}{settings} allocator={allocator} recent=6 sinks=1"
             storage = "ragged" if (differ or heads_alike) and not part.merges_values else "dense"
-            out += [f"snapkv budget=22 storage={storage} schedule={s} {parts}" for s in schedules.values()]
+            fitting = [s for s in schedules.values() if s == "hold" or not part.prefill_only]
+            fitting = [s for s in fitting if s != "hold" or not part.merges_values]
+            out += [f"snapkv budget=22 storage={storage} schedule={s} {parts}" for s in fitting]
     return out
 
 

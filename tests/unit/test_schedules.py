@@ -19,6 +19,7 @@ from kvbench.methods.policies.model_layer import ModelLayer
 from kvbench.methods.policies.policy import Step
 from kvbench.methods.policies.schedules.every_n import EveryN
 from kvbench.methods.policies.schedules.every_step import EveryStep
+from kvbench.methods.policies.schedules.hold import Hold
 from kvbench.methods.policies.scorers.attention_sums import AttentionSums
 from kvbench.methods.policies.scorers.key_norm import KeyNorm
 from kvbench.methods.policies.scorers.last_query import LastQuery
@@ -117,6 +118,56 @@ def test_every_n_matches_the_naive_simulator(scorer, rule, window, interval, sin
             real = slice(None) if valid is None else valid.expand(1, 2, -1)[0, h]
             assert torch.equal(keys[0, h][real], torch.stack([head.keys[t] for t in head.held])), f"step {i}, head {h}"
     assert policy.kept_tokens(LENGTH, STEPS, 1) == [len(heads[0].held)] == [BUDGET + STEPS % interval]
+
+
+@pytest.mark.parametrize("sinks", [0, 2])
+@pytest.mark.parametrize("length", [LENGTH, BUDGET - 2])
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize(
+    ("scorer", "rule"),
+    [("snapkv", SnapKV(window=4, kernel=1)), ("sums", AttentionSums()), ("norm", KeyNorm())],
+)
+def test_hold_evicts_what_ranked_lowest_in_the_prompt(scorer, rule, length, sinks, static):
+    """Against lists: the prompt's tokens by their scores, then the prompt's last and the generated ones by age."""
+    recent, steps = 4, 17  # more steps than tokens with a score
+    policy = EvictionPolicy(rule, BUDGET, schedule=Hold(), sinks=sinks, recent=recent)
+    q, k, v = (torch.randn(1, 2, length, D, dtype=torch.float64) for _ in range(3))
+    q = 3 * q
+    heads = []
+    for h in range(2):
+        head = Head(q[0, h], k[0, h])
+        scores = head.scores(scorer, 4)
+        heads.append((head.keys, sorted(range(sinks, length - recent), key=lambda t, s=scores: s[t])))
+    storage, state = DenseLayer(), policy.new_state(ModelLayer(0, 0, 1, lambda: None))
+    state.layers = [state]
+    queries = q if scorer == "sums" else q[:, :, length - 4 :]
+    kept = policy.select(Prompt(queries, k, v, LogitRule(SCALE), 0, 1), state)
+    index = torch.arange(length).expand(1, 2, -1) if kept.slots is None else kept.slots
+    storage.write(*(x.gather(2, index[..., None].expand(-1, -1, -1, D)) for x in (k, v)))
+    policy.after_prompt(state, storage, torch.tensor([length]), kept.scores)
+    if static:
+        policy.make_static(state, storage, steps)
+    first, last = list(range(sinks)), list(range(length - recent, length))
+    held = [[*first, *sorted(scored[max(0, length - BUDGET) :]), *last] for _, scored in heads]
+    for i in range(steps):
+        new_q, new_k, new_v = (torch.randn(1, 2, 1, D, dtype=torch.float64) for _ in range(3))
+        storage.append(new_k, new_v)
+        step = Step(3 * new_q, LogitRule(SCALE))
+        policy.attend(state, storage, step)
+        policy.after_attention(state, storage, step)
+        if static:
+            storage.between_steps()
+            policy.between_steps(state, storage)
+        keys, _, valid = storage.read()
+        for h, (known, scored) in enumerate(heads):
+            known[length + i] = new_k[0, h, 0]
+            held[h].append(length + i)
+            if len(held[h]) > BUDGET:
+                by_rank = [t for t in scored if t in held[h]] + [t for t in held[h] if t >= length - recent]
+                held[h].remove(by_rank[0])
+            real = slice(None) if valid is None else valid.expand(1, 2, -1)[0, h]
+            assert torch.equal(keys[0, h][real], torch.stack([known[t] for t in held[h]])), f"step {i}, head {h}"
+    assert policy.kept_tokens(length, steps, 1) == [len(held[0])] == [BUDGET]
 
 
 def run(model, method, prompts, steps=12):
@@ -222,7 +273,11 @@ def test_rescoring_is_refused_for_shared_layers():
     assert [int(t.max()) for t in cache.tokens_held] == [11] * len(cache.layers)
 
 
-HELD = ["snapkv scorer.window=4", "key_diff", "ada_kv scorer.window=4", "rkv", "random recent=4", "h2o", "snapstream"]
+HELD = [
+    *("snapkv scorer.window=4", "key_diff", "ada_kv scorer.window=4", "rkv", "random recent=4", "h2o"),
+    *("kvzip", "criticalkv scorer.scorer.window=4", "compactor", "key_norm allocator=global storage=ragged", "lagkv"),
+    *("snapstream", "chunkkv scorer.scorer.window=4", "tova schedule=hold", "h2o schedule=hold"),
+]
 
 
 @pytest.mark.parametrize("text", HELD)
@@ -234,24 +289,25 @@ def test_a_held_budget_is_never_exceeded(text, lengths):
     prefill(model, cache, ids, mask)
     for step in range(8):
         decode(model, cache, torch.arange(3 + step, 3 + step + len(lengths)))
-        for held in cache.tokens_held:
-            expected = torch.tensor([min(14, n + step + 1) for n in lengths])
-            assert torch.equal(held.double().mean(1), expected.double())
+        held = torch.stack([n.double().mean(1) for n in cache.tokens_held])  # [layers, B]
+        if method.policy.capabilities.heads_differ and method.policy.allocator.spans_layers:
+            held = held.mean(0, keepdim=True)
+        expected = torch.tensor([min(14, n + step + 1) for n in lengths]).double()
+        assert torch.equal(held, expected.expand_as(held))
     shape = model_shape(model)
     assert cache.kv_bytes_logical == sum(method.bytes_formula(shape, n, 8) for n in lengths)
 
 
-def test_a_held_budget_is_a_schedule_of_every_step():
-    held, typed = named_method("snapkv hold_budget=true"), named_method("snapkv schedule=every_step")
-    assert held.label == typed.label == "snapkv 1024 + every_step" and held.identity() == typed.identity()
-    assert named_method("snapkv").identity() != held.identity()
+def test_holding_a_budget_is_a_schedule():
+    held, typed = named_method("snapkv hold_budget=true"), named_method("snapkv schedule=hold")
+    assert held.label == typed.label == "snapkv 1024 + hold" and held.identity() == typed.identity()
+    schedules = ("after_prefill", "hold", "every_step", "ring recent=32")
+    assert len({str(named_method(f"snapkv schedule={x}").identity()) for x in schedules}) == 4
+    assert named_method("rkv hold_budget=true").label == "rkv 1024 + every_step"  # scores again while decoding anyway
     assert named_method("tova hold_budget=true").identity() == named_method("tova").identity()
     assert named_method("compactor hold_budget=true schedule=ring").label == "compactor 1024 + ring"
 
 
-def test_a_budget_that_cannot_be_held_is_refused():
-    with pytest.raises(InputError) as error:
-        named_method("compactor hold_budget=true")
-    assert str(error.value).startswith("method.hold_budget=True: method/scorer=compactor cannot score tokens again")
+def test_a_budget_is_held_or_not():
     with pytest.raises(InputError, match=r"^method\.hold_budget=often: must be true or false"):
         named_method("snapkv hold_budget=often")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from ....conf.identity import HasIdentity
 
@@ -12,8 +12,8 @@ class Schedule(HasIdentity):
 
     key_prefix: ClassVar[str] = "method.schedule."
 
-    evicts_oldest: ClassVar[bool] = False
-    """Whether the oldest of the recent tokens is evicted at each step, whatever its score."""
+    evicts_by: ClassVar[Literal["score", "age", "rank"]] = "score"
+    """What decides while decoding: current scores; age, at each step; or the prompt's ranking, which is stored."""
 
     @property
     def interval(self) -> int | None:

@@ -19,7 +19,7 @@ class Ring(Schedule):
     """A ring of the most recent tokens after the tokens that the prompt's compression has kept."""
 
     id: ClassVar[str] = "ring"
-    evicts_oldest: ClassVar[bool] = True
+    evicts_by = "age"
 
     @property
     def interval(self) -> int:
