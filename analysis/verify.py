@@ -31,6 +31,7 @@ from .summaries import with_current_statistics
 TOLERANCE = 1e-9
 """Largest relative difference: numbers may have been added up in another order."""
 KV_BYTES = tuple(f"kv_bytes_{kind}" for kind in ("stored", "stored_end", "logical", "formula", "full"))
+STEP_BYTES = tuple(f"kv_bytes_{kind}" for kind in ("mean", "read_mean", "full_mean"))
 OTHER_FOLDER = "of differences to a run that is not here"
 UNNAMED_SETS = "of averages whose data sets the record does not name"
 
@@ -174,7 +175,7 @@ def read_rows(place: Path, record: Mapping[str, Any]) -> Rows:
             continue
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("dataset", "id")):
             raise InputError("RESULTS", f"{path}:{number}", "is no row of an example")
-        for key in ("score", "prompt_tokens", *KV_BYTES):
+        for key in ("score", "prompt_tokens", *KV_BYTES, *(key for key in STEP_BYTES if key in row)):
             value = row.get(key)
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise InputError("RESULTS", f"{path}:{number}", f"has {key}={value!r}, which is no number")
@@ -205,7 +206,11 @@ def _of_samples(record: Mapping[str, Any], rows: Rows, baseline: Any, found: Ver
         return
     stored, full = (sum(row[key] for row in rows) for key in ("kv_bytes_stored", "kv_bytes_full"))
     expected: dict[str, Any] = {
-        "bytes": {**{key: fmean(row[key] for row in rows) for key in KV_BYTES}, "kv_ratio": stored / full},
+        "bytes": {
+            **{key: fmean(row[key] for row in rows) for key in KV_BYTES},
+            "kv_ratio": stored / full,
+            **_means_over_steps(rows),
+        },
         "prompt_tokens": fmean(row["prompt_tokens"] for row in rows),
         "averages": {name: made for name, made in computed["averages"].items() if "of" in record["averages"][name]},
         **({"interval": computed["interval"]} if "method" in record["average"] else {}),
@@ -218,6 +223,14 @@ def _of_samples(record: Mapping[str, Any], rows: Rows, baseline: Any, found: Ver
     for path, estimate in _estimates(record):
         if estimate["low"] is not None and not estimate["low"] - 1e-9 <= estimate["mean"] <= estimate["high"] + 1e-9:
             yield f"{path} has its mean {estimate['mean']:g} outside of [{estimate['low']:g}, {estimate['high']:g}]"
+
+
+def _means_over_steps(rows: Rows) -> dict[str, float]:
+    """Bytes that are recorded as means over the steps; rows of older runs lack them."""
+    if not all(key in row for row in rows for key in STEP_BYTES):
+        return {}
+    means = {key: fmean(row[key] for row in rows) for key in STEP_BYTES}
+    return {**means, "kv_ratio_mean": means["kv_bytes_mean"] / means["kv_bytes_full_mean"]}
 
 
 def _count_intervals(record: Mapping[str, Any], expected: Mapping[str, Any], found: Verification) -> None:

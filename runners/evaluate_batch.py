@@ -50,7 +50,18 @@ class Item:
         """Lengths of the prompts that a method compresses, or of the text's beginning if there is no other."""
         if not self.scored:
             return [len(self.prompt)]
-        return [len(c.context) for c in self.scored if not c.beginning] or [len(c.context) for c in self.scored]
+        return [len(c.context) for c in self._compressed]
+
+    @property
+    def _compressed(self) -> list[Continuations]:
+        return [c for c in self.scored if not c.beginning] or list(self.scored)
+
+    def steps(self, new_tokens: int) -> list[tuple[int, int]]:
+        """Tokens of the compressed prompt, and tokens that followed it, when each token was predicted."""
+        if self.scored:
+            pairs = [(len(c.context), given, asked) for c in self._compressed for given, asked in c.asked]
+            return [(prompt, len(given) + i) for prompt, given, asked in pairs for i in range(len(asked))]
+        return [(len(self.prompt), len(self.question) + i) for i in range(max(1, new_tokens))]
 
 
 @dataclass

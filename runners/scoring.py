@@ -23,6 +23,7 @@ from .progress import Progress, status_line
 from .progress import Work as BatchWork
 from .records.runs import BASELINE
 from .records.scored_run import ScoredRun
+from .records.step_bytes import step_bytes
 
 log = logging.getLogger(__name__)
 
@@ -179,6 +180,7 @@ class Scoring:
             **({"question_tokens": len(item.question)} if item.question else {}),
             "kv_bytes_formula": round(fmean(run.method.bytes_formula(shape, n) for n in lengths)),
             "kv_bytes_full": round(fmean(BASELINE.bytes_formula(full, n) for n in lengths)),
+            **step_bytes(run.method, loaded.model, item.steps(answer.fields["new_tokens"])),
             **{k: example.meta[k] for k in ("length", "row", "depth") if k in example.meta},
         }
 

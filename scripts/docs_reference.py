@@ -106,6 +106,10 @@ RECORD_FIELDS = {
     "bytes.kv_bytes_formula_end": "the same after the last step",
     "bytes.kv_bytes_full": "bytes of the full cache for the same tokens",
     "bytes.kv_ratio": "stored / full",
+    "bytes.kv_bytes_mean": "bytes held when a token was predicted, by the method's formula: mean over these tokens",
+    "bytes.kv_bytes_read_mean": "bytes of the cache that a step reads, likewise",
+    "bytes.kv_bytes_full_mean": "bytes of the full cache for the same tokens, likewise",
+    "bytes.kv_ratio_mean": "mean / full mean: the share of the full cache's bytes that was held over the whole answer",
     "bytes.weight_bytes": "bytes of the model's weights",
     "bytes.kv_bytes_read_per_step": "bytes of the cache that the last step read: counted where a method reads a part "
     "of it (`quest`), else by formula; once for every layer of the model that attends to them",

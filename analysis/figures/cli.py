@@ -52,9 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     add_selection(parser)
     add(
         "--x",
-        choices=("bytes", "share", "budget"),
+        choices=("bytes", "share", "read", "budget"),
         default="bytes",
-        help="x axis of pareto: memory by default (bytes)",
+        help="x axis of pareto: memory by default (bytes); read: bytes of the cache that a step reads",
     )
     add(
         "--y",

@@ -173,6 +173,11 @@ def _memory(group: Sequence[Run], context: Context) -> tuple[str, list[float | N
         ]
         reason = "holds no cache, which has no place on a logarithmic axis"
         label = f"{what}, % of the full one"
+    elif context.options.x == "read":
+        sizes = [run.record["bytes"] for run in group]
+        xs = [100 * size.get("kv_bytes_read_mean", 0.0) / size.get("kv_bytes_full_mean", 1.0) or None for size in sizes]
+        reason = "reads no cache, or its record does not say how much"
+        label = "KV cache that a step reads, % of the full one"
     else:
         xs = [size / MIB or None for size in held]
         reason = "holds no cache, which has no place on a logarithmic axis"

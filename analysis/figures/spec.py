@@ -53,7 +53,7 @@ class Options:
     """What is on the axes.
 
     Attributes:
-        x: ``bytes`` (MiB a sequence), ``share`` (of the full cache) or ``budget``.
+        x: ``bytes`` (MiB a sequence), ``share`` (of the full cache), ``read`` (share that a step reads) or ``budget``.
         y: ``difference`` to the full cache, or ``score``.
         every_budget: Whether figures of one budget are made for each budget.
     """

@@ -11,6 +11,7 @@ from ..describe import setting
 from ..load import Run, average, fewer_is_better
 from ..stats import LEVEL, Comparison, Estimate, non_inferior
 from .cells import MIB, MISSING, Cell, Table, interval, label, number, out_of_memory_row, run_hash, score
+from .held import READ, percent, reads_another_part, share_held, share_read
 from .longbench import family, paper_order, short_name
 from .marks import (
     BEST,
@@ -77,6 +78,7 @@ class _Columns:
         loss: Whether scores are losses, shown as perplexity.
         is_whole: Whether there are columns for examples won and lost, and for output length.
         has_mean_bytes: Whether records have the mean bytes over the decode steps.
+        has_read_bytes: Whether a step of any method reads other bytes than are held.
         floor: Data sets on which the full cache scores nothing.
         tests: Comparisons of the runs.
         margin: Loss against the reference that counts as none; None: there is no such column.
@@ -88,6 +90,7 @@ class _Columns:
     loss: bool
     is_whole: bool
     has_mean_bytes: bool
+    has_read_bytes: bool
     floor: set[str]
     tests: Tests
     margin: float | None
@@ -103,7 +106,9 @@ class _Columns:
             names = []
         has_mean = any(run.record["bytes"].get("kv_bytes_mean") is not None for run in done)
         full = next((run for run in done if run.is_full_cache), None)
-        return cls(names, _keys(done, "averages"), loss, by_set, has_mean, at_the_floor(full), tests, margin, reference)
+        has_read = reads_another_part(done)
+        averages, floor = _keys(done, "averages"), at_the_floor(full)
+        return cls(names, averages, loss, by_set, has_mean, has_read, floor, tests, margin, reference)
 
     @property
     def heads(self) -> list[str]:
@@ -115,7 +120,7 @@ class _Columns:
         heads += ["won/tied/lost"] if self.is_whole and self.tests.paired else []
         heads += [f"tokens vs {self.reference.name}"] if self.is_whole and self.tests.drift else []
         heads += ["KV MiB", "mean KV MiB"] if self.has_mean_bytes else ["KV MiB"]
-        return [*heads, "KV kept", "run"]
+        return [*heads, "KV kept", *(["KV read"] if self.has_read_bytes else []), "run"]
 
     def row(self, run: Run) -> list[Cell]:
         record = run.record
@@ -132,7 +137,8 @@ class _Columns:
             *self._examples(run),
             number(held["kv_bytes_stored"] / MIB, 2),
             *([_mean_bytes(held)] if self.has_mean_bytes else []),
-            number(100 * held["kv_ratio"], 1, " %"),
+            percent(share_held(run)),
+            *([percent(share_read(run))] if self.has_read_bytes else []),
             run_hash(run),
         ]
 
@@ -218,7 +224,9 @@ class _Columns:
         if self.is_whole and self.tests.drift:
             notes.append(f"tokens vs {self.reference.name}: change of the output's length.")
         if self.has_mean_bytes:
-            notes.append("mean KV MiB: over the decode steps; KV MiB: after the prompt.")
+            notes.append("KV MiB: after the prompt; mean KV MiB and KV kept: mean over the predicted tokens.")
+        if self.has_read_bytes:
+            notes.append(READ)
         return notes
 
 

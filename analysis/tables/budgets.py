@@ -7,7 +7,8 @@ from typing import Any
 
 from ..load import Run, average, comparable, fewer_is_better
 from .accuracy import title
-from .cells import Cell, Table, fixed, label, number, older_sign
+from .cells import Cell, Table, fixed, label, older_sign
+from .held import READ, percent, reads_another_part, share_held, share_read
 from .marks import BEST, BLOCKS, DAGGER, EQUAL_BYTES, Tests, in_blocks, members_of, significant, tests_of
 from .notes import different_layers, guards, made_by, missing_sets, older_versions, tie_rules, ways_of_reading
 from .reference import FULL_CACHE, Reference
@@ -91,15 +92,15 @@ def _bytes_kept(by_curve: Mapping[str, Mapping[float, Run]], budgets: Sequence[f
     """Share of the full cache's bytes at each budget: of most methods, and of those that keep another share."""
     parts = []
     for budget in budgets:
-        shares = {
-            curve: 100 * row[budget].record["bytes"]["kv_ratio"] for curve, row in by_curve.items() if budget in row
-        }
+        shares = {curve: 100 * share_held(row[budget]) for curve, row in by_curve.items() if budget in row}
         middle = sorted(shares.values())[len(shares) // 2]
         usual = [share for share in shares.values() if _is_near(share, middle)]
         text = f"{budget}: {_range(min(usual), max(usual))} %"
         odd = [f"{curve} {share:.1f} %" for curve, share in shares.items() if not _is_near(share, middle)]
         parts.append(f"{text} ({', '.join(odd)})" if odd else text)
-    return f"Bytes kept of the full cache: {', '.join(parts)}."
+    runs = [run for row in by_curve.values() for run in row.values()]
+    when = ", mean over the predicted tokens" if all("kv_ratio_mean" in run.record["bytes"] for run in runs) else ""
+    return f"Bytes kept of the full cache{when}: {', '.join(parts)}."
 
 
 def _is_near(share: float, middle: float) -> bool:
@@ -116,17 +117,20 @@ def _others(group: Sequence[Run], others: Sequence[Run], tests: Tests, reference
     column = "perplexity" if fewer_is_better(group[0].record) else "score"
     others, blocks = in_blocks(others)
     best = {hash_ for block in _equal_bytes(others) for hash_ in tests.best(block)}
+    has_read = reads_another_part(others)
     rows = [
-        [label(run), _with_interval(run, tests, best), number(100 * run.record["bytes"]["kv_ratio"], 1, " %")]
+        [label(run), _with_interval(run, tests, best), percent(share_held(run))]
+        + ([percent(share_read(run))] if has_read else [])
         for run in others
     ]
     notes = guards(group[0].record) + missing_sets(group) + ([BLOCKS, BEST] if best else [])
     notes += [significant(reference.words)] if any(map(tests.is_significant, others)) else []
+    notes += [READ] if has_read else []
     notes += ways_of_reading(group) + older_versions(others) + made_by(group)
     kind = "the full cache" if all(run.is_full_cache for run in others) else "other methods"
     return Table(
         f"{title(group)}, {kind}" if is_second else title(group),
-        ["method", column, "KV kept"],
+        ["method", column, "KV kept", *(["KV read"] if has_read else [])],
         rows,
         others,
         notes,

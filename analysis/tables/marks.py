@@ -14,6 +14,7 @@ from ..load import Run, fewer_is_better
 from ..stats import LEVEL, Comparison, Estimate, Groups, not_worse_than_best, paired_difference
 from ..summaries import compare_all, score_bounds, shares_examples
 from .cells import Cell, Table
+from .held import held_bytes
 
 EQUAL_BYTES = 0.05
 """Largest relative difference of the bytes of methods that are compared as if they kept the same."""
@@ -54,13 +55,6 @@ def in_blocks(runs: Sequence[Run]) -> tuple[list[Run], list[int]]:
     ordered = [full, *(sorted(block, key=lambda run: run.label) for block in blocks), lost]
     numbered = [(run, number) for number, block in enumerate(ordered) for run in block]
     return [run for run, _ in numbered], [number for _, number in numbered]
-
-
-def held_bytes(run: Run) -> float:
-    """Bytes that a method's cache takes: their mean over the decode steps, or after the prompt in older records."""
-    held = run.record["bytes"]
-    mean = held.get("kv_bytes_mean")
-    return float(held["kv_bytes_stored"] if mean is None else mean)
 
 
 def members_of(runs: Sequence[Run], blocks: Sequence[int]) -> list[list[int]]:

@@ -9,6 +9,7 @@ from typing import Any
 from ...conf.errors import InputError
 from ...tasks.base import PERCENT, Example, Task
 from .record import START_OVER, RunFolder, example_key
+from .step_bytes import STEP_BYTES
 
 KV_BYTES = tuple(f"kv_bytes_{kind}" for kind in ("stored", "stored_end", "logical", "formula", "full"))
 MEASURED = ("score", "prompt_tokens", *KV_BYTES)
@@ -55,7 +56,7 @@ def _problem_of(row: Mapping[str, Any], task: Task, label: str) -> str | None:
         return "has a dataset or an id that is no text"
     if row["method"] != label:
         return f"is of {row['method']}, not of {label}"
-    for key in MEASURED:
+    for key in (*MEASURED, *(key for key in STEP_BYTES if key in row)):
         value = row[key]
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
             return f"has {key}={value!r}, which is no number of 0 or more"

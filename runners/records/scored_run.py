@@ -16,6 +16,7 @@ from ...tasks.base import PERCENT, Example, Source, Task
 from ..config.settings import Settings
 from .runs import MethodRun, find_reusable_runs, finished_baseline, record_head
 from .samples import KV_BYTES, checked_rows
+from .step_bytes import means_over_steps
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +121,7 @@ class ScoredRun(MethodRun):
             "bytes": {
                 **{key: fmean(r[key] for r in rows) for key in KV_BYTES},
                 "kv_ratio": sum(r["kv_bytes_stored"] for r in rows) / sum(r["kv_bytes_full"] for r in rows),
+                **means_over_steps(rows),
             },
             "prompt_tokens": fmean(r["prompt_tokens"] for r in rows),
         }

@@ -93,6 +93,15 @@ def test_mean_bytes_are_the_axis_where_every_record_has_them(tmp_path: Path) -> 
     assert "after the prompt" in only(made(tmp_path / "some", *records), "pareto").x_label
 
 
+def test_bytes_that_a_step_reads_can_be_the_axis(tmp_path: Path) -> None:
+    records = [json.loads(json.dumps(record)) for record in SWEEP]
+    for record, read in zip(records[1:], (0.25, 0.5), strict=True):
+        record["bytes"] |= {"kv_bytes_read_mean": 2**26 * read, "kv_bytes_full_mean": 2.0**26}
+    spec = only(made(tmp_path, *records, x="read"), "pareto")
+    assert [p.x for p in spec.points] == [25.0, 50.0] and "a step reads" in spec.x_label
+    assert "reads no cache, or its record does not say how much" in " ".join(spec.caption)
+
+
 def test_a_run_without_a_cache_is_named_with_its_number(tmp_path: Path) -> None:
     nothing = accuracy("no_cache", None, 22.0)
     nothing["bytes"]["kv_bytes_stored"] = 0.0

@@ -254,6 +254,23 @@ def test_the_mean_bytes_over_the_steps_decide_where_they_are_known(tmp_path):
     assert texts(table, "h2o 256")["mean KV MiB"] == "4.00"
 
 
+def test_shares_held_and_read_over_the_steps_stand_in_the_table(tmp_path):
+    """A method that holds everything and reads a fourth, beside one that grows from an eighth to a fourth."""
+    full, quest, growing = accuracy("full", None, 25.0), accuracy("quest", None, 24.0), accuracy("snapkv", 512, 20.0)
+    for record, held, read in ((full, 1.0, 1.0), (quest, 1.03, 0.25), (growing, 0.1875, 0.1875)):
+        means = {"kv_bytes_mean": held, "kv_bytes_read_mean": read, "kv_bytes_full_mean": 1.0}
+        record["bytes"] |= {key: 2**26 * value for key, value in means.items()} | {"kv_ratio_mean": held}
+    (table,) = made(tmp_path / "three", full, quest, growing)
+    shown = [(texts(table, name)["KV kept"], texts(table, name)["KV read"]) for name in ("quest", "snapkv 512")]
+    assert shown == [("103.0 %", "25.0 %"), ("18.8 %", "18.8 %")]
+    assert any(note.startswith("KV read: ") for note in table.notes)
+    (table,) = made(tmp_path / "two", full, growing)
+    assert "KV read" not in table.columns  # what is read is what is held
+    budgets, others = budget_tables(load(save(tmp_path / "budgets", full, quest, growing))[0])
+    assert "Bytes kept of the full cache, mean over the predicted tokens: 512: 18.8 %." in budgets.notes[0]
+    assert [cell.text for cell in others.rows[1]][2:] == ["103.0 %", "25.0 %"]
+
+
 def test_what_cannot_be_told_from_the_best_is_bold_with_it(tmp_path):
     """Two methods that differ by chance, and one that is worse beyond doubt."""
     (table,) = made(

@@ -1,0 +1,52 @@
+"""Bytes that a cache held and that the steps read, as means over the steps of an example, by the method's formula.
+
+The formula is the one that tests compare with measured bytes, method by method. It knows the generated tokens of each
+example of a batch, where a measurement knows only the whole batch, and costs no time on the device.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ...methods.cache.layout import full_shape, model_shape
+from ...methods.cache.method import Method
+from .runs import BASELINE
+
+STEP_BYTES = ("kv_bytes_mean", "kv_bytes_read_mean", "kv_bytes_full_mean")
+"""Fields of ``samples.jsonl`` and of a record's ``bytes``; runs of before 2026-11-28 lack them."""
+
+
+def step_bytes(method: Method, model: PreTrainedModel, steps: Iterable[tuple[int, int]]) -> dict[str, int]:
+    """Return the fields :data:`STEP_BYTES` of one example, in bytes of one sequence.
+
+    Args:
+        method: The method of the run.
+        model: The model, of which only the configuration and the dtype matter.
+        steps: For each predicted token, the tokens of the compressed prompt and the tokens that followed it, when the
+            token was predicted.
+    """
+    counts = Counter(steps)
+    shape, full = model_shape(model), full_shape(model, method.sharing)
+    formulas: tuple[Callable[[int, int], int], ...] = (
+        lambda prompt, new: method.bytes_formula(shape, prompt, new),
+        lambda prompt, new: method.bytes_read_formula(model, prompt, new),
+        lambda prompt, new: BASELINE.bytes_formula(full, prompt, new),
+    )
+    weights = list(counts.values())
+    return {
+        name: round(fmean((formula(*step) for step in counts), weights))
+        for name, formula in zip(STEP_BYTES, formulas, strict=True)
+    }
+
+
+def means_over_steps(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the fields :data:`STEP_BYTES` and ``kv_ratio_mean`` of a record, if all of its rows have the former."""
+    if not all(key in row for row in rows for key in STEP_BYTES):
+        return {}
+    means = {key: fmean(row[key] for row in rows) for key in STEP_BYTES}
+    return {**means, "kv_ratio_mean": means["kv_bytes_mean"] / means["kv_bytes_full_mean"]}
