@@ -65,9 +65,10 @@ def train(task: str, arm: str, lr: float, seed: int, results: str) -> None:
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def best(results: str) -> dict[str, list[Run]]:
-    """Finished trainings by label, each at the learning rate that suits it, seed 0 first."""
-    return at_best_rate([run for run in load(Path(results))[0] if run.record["kind"] == "train"])
+def best(task: str, results: str) -> dict[str, list[Run]]:
+    """Finished trainings on a task by label, each at the learning rate that suits it, seed 0 first."""
+    runs = [run for run in load(Path(results))[0] if run.record["kind"] == "train"]
+    return at_best_rate([run for run in runs if run.record["task"].split("-")[0] == task])
 
 
 def label_of(arm: str, task: str) -> str:
@@ -84,7 +85,7 @@ def label_of(arm: str, task: str) -> str:
 
 def install(task: str, arms: list[str], results: str) -> None:
     """Copy each architecture's model, seed 0 at its best learning rate, into the repository; one without it stays."""
-    trained = best(results)
+    trained = best(task, results)
     for label in [label_of(arm, task) for arm in arms]:
         if label not in trained or not (trained[label][0].path / "model").is_dir():
             print(f"{label}: {results} has no model of seed 0 at the best rate; models/tiny/{task}/{label} stays")
@@ -118,7 +119,7 @@ def main() -> None:
             train(args.task, arm, lr, 0, results)
     for seed in range(1, args.seeds + 1):
         for arm in arms:
-            (first, *_) = best(results)[label_of(arm, args.task)]
+            (first, *_) = best(args.task, results)[label_of(arm, args.task)]
             train(args.task, arm, first.record["training"]["lr"], seed, results)
 
 
