@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import torch
 from contract_settings import marked_slow
 from local_model import Done, kvbench, save_local_model, save_rows
 from processes import start as start_process
+from transformers import AutoModelForCausalLM
 
 from kvbench.analysis.verify import verify
 from kvbench.runners.command import main
@@ -26,6 +28,8 @@ from kvbench.runners.records import record
 from kvbench.runners.records.record import RunFolder
 from kvbench.tasks.longbench import LongBench
 from kvbench.tasks.longbench_spec import SPECS
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -524,6 +528,32 @@ def run_full(world: Path, results: Path, status: int = 0) -> Done:
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     return done
+
+
+def test_the_bytes_over_the_steps_are_added_to_runs_that_lack_them(world, finished, tmp_path, monkeypatch, capsys):
+    """To what the runner writes itself; a run whose bytes are other ones by formula is left as it is."""
+    spec = importlib.util.spec_from_file_location("add_step_bytes", ROOT / "scripts/add_step_bytes.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    made, older = finished[0], tmp_path / "older"
+    shutil.copytree(made, older)
+    model = AutoModelForCausalLM.from_pretrained(str(world / "model"))
+    monkeypatch.setattr(script, "MODEL", "model")
+    monkeypatch.setattr(script, "loaded", lambda dtype: model)
+    for folder in folders(older).values():
+        record = json.loads((folder / "record.json").read_text())
+        for key in ("kv_bytes_mean", "kv_bytes_read_mean", "kv_bytes_full_mean", "kv_ratio_mean"):
+            del record["bytes"][key]
+        (folder / "record.json").write_text(json.dumps(record))
+        wrong = 1 if record["method_label"] == "full" else 0
+        kept = [{k: v for k, v in row.items() if not k.endswith("_mean")} for row in rows(folder)]
+        kept[0]["kv_bytes_formula"] += wrong
+        (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    script.main([str(older)])
+    assert "full has other bytes by formula today\n1 runs completed" in capsys.readouterr().out
+    one, other = (folders(place)["snapkv 40"] for place in (made, older))
+    assert rows(one) == rows(other)
+    assert json.loads((one / "record.json").read_text()) == json.loads((other / "record.json").read_text())
 
 
 @pytest.fixture(scope="module")
