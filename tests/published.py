@@ -31,10 +31,15 @@ def pyramidkv(beta: int = 20, allocator: type[Pyramid] = Pyramid, **options: Any
 
 
 def ada_kv(
-    floor: float = 0.2, layers: str = "uniform", beta: int = 20, allocator: type[Adaptive] = Adaptive, **options: Any
+    floor: float = 0.2,
+    layers: str = "uniform",
+    beta: int = 20,
+    rule: str = "floor",
+    allocator: type[Adaptive] = Adaptive,
+    **options: Any,
 ) -> EvictionPolicy:
     """``method=ada_kv``, but for its storage."""
-    return snapkv(**options, allocator=allocator(floor, layers, beta))
+    return snapkv(**options, allocator=allocator(floor, layers, beta, rule))
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,9 @@ class RoundedDownPyramid(Pyramid):
 class RoundedByHeadAdaptive(Adaptive):
     """Each head's budget is rounded by itself, as in Ada-KV's published code: the total is some tokens off."""
 
-    def head_budgets(self, scores: torch.Tensor, budget: int, ties: torch.Tensor | None = None) -> torch.Tensor:
+    def head_budgets(
+        self, scores: torch.Tensor, budget: int, ties: torch.Tensor | None = None, protected: int = 0
+    ) -> torch.Tensor:
         _, heads, count = scores.shape
         best = keep_mask(scores.flatten(1), heads * budget, None if ties is None else ties.flatten(1))
         won = best.unflatten(1, (heads, count)).sum(-1).double()

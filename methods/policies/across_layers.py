@@ -51,5 +51,5 @@ def _budgets(allocator: Allocator, group: Sequence[Candidates]) -> list[torch.Te
     if allocator.spans_layers:
         return allocator.cache_budgets([c.scores for c in group], group[0].free, [c.ties for c in group])
     if allocator.heads_differ:
-        return [allocator.head_budgets(c.scores, c.free, c.ties) for c in group]
+        return [allocator.head_budgets(c.scores, c.free, c.ties, c.sinks + c.recent) for c in group]
     return [torch.full(c.scores.shape[:2], c.free, device=c.scores.device) for c in group]

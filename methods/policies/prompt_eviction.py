@@ -171,7 +171,9 @@ class PromptEviction(CachePolicy):
                 return Kept(scores=self._ages(prompt))
             return Kept(scores=scores if keeps_scores else None)
         ragged = self.allocator.heads_differ
-        count = self.allocator.head_budgets(candidates, free, tie_candidates) if ragged else free  # [R, H], or a number
+        count: torch.Tensor | int = free
+        if ragged:
+            count = self.allocator.head_budgets(candidates, free, tie_candidates, sinks + recent)  # [R, H]
         candidates, tie_candidates = self.scorer.ranking_scores(candidates, tie_candidates, count)
         keep = F.pad(keep_mask(candidates, count, tie_candidates), (sinks, recent), value=True)  # [R, H or 1, T]
         if keeps_ranks:

@@ -11,10 +11,12 @@ from tiny_models import prompt_ids, tiny_model
 from kvbench.conf.errors import InputError
 from kvbench.methods.cache.kv_shape import kv_shape
 from kvbench.methods.cache.method import Method
+from kvbench.methods.policies.allocators.adaptive import Adaptive
 from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.storage.dense import Dense
 from kvbench.methods.storage.ragged import Ragged
+from kvbench.runners.config.methods import named_method
 from kvbench.runners.engine import decode, prefill
 
 
@@ -64,6 +66,52 @@ def test_head_budgets_add_up_and_respect_the_floor(floor, base, seed):
     assert int(caps.max()) <= 30
 
 
+SAFEGUARD_EXAMPLE = torch.tensor([[[0.4, 0.3, 0.2, 0.1], [0.05, 0.04, 0.03, 0.02]]])
+
+
+@pytest.mark.parametrize(("floor", "counts"), [(0.0, [4, 0]), (0.5, [3, 1]), (1.0, [2, 2])])
+def test_safeguard_worked_example(floor, counts):
+    assert Adaptive(floor, rule="safeguard").head_budgets(SAFEGUARD_EXAMPLE, 2).tolist() == [counts]
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.2, 0.37, 1.0])
+@pytest.mark.parametrize("protected", [0, 3, 30])
+@pytest.mark.parametrize("budget", [0, 1, 3, 10, 24])
+def test_safeguarded_budgets_are_those_of_a_naive_choice(floor, protected, budget):
+    """The best tokens of each head, the protected ones first, then the best of all others; with many ties."""
+    g = torch.Generator().manual_seed(budget)
+    scores, ties = torch.randint(0, 4, (2, 5, 30), generator=g).float(), torch.rand(2, 5, 30, generator=g)
+    found = Adaptive(floor, rule="safeguard").head_budgets(scores, budget, ties, protected)
+    n_safe = max(int(floor * (budget + protected)), 1) if floor else 0
+    n_safe = min(max(n_safe - protected, 0), budget)
+    for row in range(2):
+        ranked = [sorted(range(30), key=lambda t, h=h: (-scores[row, h, t], -ties[row, h, t])) for h in range(5)]
+        others = [(-scores[row, h, t], -ties[row, h, t], h) for h in range(5) for t in ranked[h][n_safe:]]
+        best = [h for _, _, h in sorted(others)[: 5 * (budget - n_safe)]]
+        assert found[row].tolist() == [n_safe + best.count(h) for h in range(5)]
+        assert int(found[row].sum()) == 5 * budget and int(found[row].min()) >= n_safe
+
+
+def test_a_safeguard_of_all_and_a_single_head_are_uniform():
+    scores = torch.rand(2, 5, 30, generator=torch.Generator().manual_seed(0))
+    assert Adaptive(1.0, rule="safeguard").head_budgets(scores, 7).tolist() == [[7] * 5] * 2
+    assert Adaptive(0.2, rule="safeguard").head_budgets(scores[:, :1], 7).tolist() == [[7]] * 2
+
+
+def test_a_safeguarded_head_with_larger_scores_gets_more_of_the_budget():
+    scores = torch.rand(1, 4, 30, generator=torch.Generator().manual_seed(0))
+    before, raised = Adaptive(0.2, rule="safeguard").head_budgets(scores, 8), scores.clone()
+    raised[:, 2] += 0.3
+    assert Adaptive(0.2, rule="safeguard").head_budgets(raised, 8)[0, 2] > before[0, 2]
+
+
+def test_the_rule_is_chosen_by_name_and_recorded():
+    method = named_method("ada_kv budget=64 allocator.rule=safeguard")
+    assert method.policy.allocator == Adaptive(0.2, rule="safeguard")
+    assert method.identity()["selection"]["allocator"]["rule"] == "safeguard"
+    assert "rule" not in named_method("ada_kv budget=64").identity()["selection"]["allocator"]
+
+
 def test_equal_heads_share_equally():
     scores = torch.rand(1, 1, 30, generator=torch.Generator().manual_seed(0)).expand(1, 4, 30)
     assert ada_kv(budget=40, floor=0.0).allocator.head_budgets(scores, 8).tolist() == [[8, 8, 8, 8]]
@@ -108,7 +156,9 @@ def test_heads_differ_and_only_dense_storage_is_padded():
     assert torch.allclose(decode(model, caches["ragged"], token), decode(model, caches["dense"], token), atol=1e-9)
 
 
-@pytest.mark.parametrize("options", [{"floor": 1.2}, {"floor": "x"}, {"floor": True}, {"layers": "cone"}, {"beta": 0}])
+@pytest.mark.parametrize(
+    "options", [{"floor": 1.2}, {"floor": "x"}, {"floor": True}, {"layers": "cone"}, {"beta": 0}, {"rule": "x"}]
+)
 def test_bad_settings(options):
     with pytest.raises(InputError, match=r"method\.allocator\."):
         ada_kv(**options)

@@ -59,23 +59,6 @@ def kept(policy: EvictionPolicy, prompt: Prompt, layer: ModelLayer) -> list[list
     return [slots[real].tolist() for slots, real in zip(chosen.slots[0], valid, strict=True)]
 
 
-@pytest.mark.parametrize(
-    ("scorer", "name", "in_stage_one"),
-    [
-        (SNAPKV, "snapkv w=8 k=5", 16),  # of 48 / 2 the window takes 8
-        (ExpectedAttention(value_norm=False), "expected_attention no vnorm", 20),  # and the sinks 4
-    ],
-    ids=lambda x: getattr(x, "name", None),
-)
-def test_criticalkv_keeps_what_kvpress_keeps(scorer, name, in_stage_one):
-    """kvpress counts protected tokens in the first stage, here it is a share of the others."""
-    for index, layer in enumerate(ENTRIES["layers"]):
-        prompt = newer_prompt(layer, min(96, scorer.observation_window), index)
-        free = 48 - scorer.protected_sinks() - int(scorer.protected_recent())
-        policy = EvictionPolicy(CriticalKV(scorer, first_stage=(in_stage_one + 0.5) / free), 48)
-        assert kept(policy, prompt, golden_layer(layer)) == layer["kept"][f"criticalkv over {name} r=0.5"]
-
-
 def test_norms_of_projected_values_are_kvpress():
     for layer in ENTRIES["layers"]:
         prompt = newer_prompt(layer, 8)
@@ -83,13 +66,6 @@ def test_norms_of_projected_values_are_kvpress():
         state = scorer.new_state(golden_layer(layer))
         norms = scorer.tie_scores(prompt, state) / (scorer.score(prompt, state) + 1e-4)
         torch.testing.assert_close(norms[0], torch.tensor(layer["criticalkv |v W_O|_1"]), rtol=1e-4, atol=0)
-
-
-def test_scores_without_value_norm_are_kvpress():
-    for layer in ENTRIES["layers"]:
-        scores = ExpectedAttention(value_norm=False).score(newer_prompt(layer, 96), GOLDEN_ROPE)[0]
-        expected = torch.tensor(layer["scores"]["expected_attention r=0.5 no vnorm"])
-        torch.testing.assert_close(scores[:, 4:], expected[:, 4:], rtol=1e-3, atol=1e-7)
 
 
 def random_case(groups: int = 2, heads: int = 2, length: int = 45) -> tuple[Prompt, list[torch.Tensor]]:

@@ -10,6 +10,7 @@ from tiny_models import prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
 from kvbench.methods.cache.method import Method
+from kvbench.methods.policies.allocators.pyramid import Pyramid
 from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.runners.engine import prefill
@@ -59,6 +60,22 @@ def test_layers_store_their_budgets():
     prefill(model, cache, prompt_ids(90))
     held = [int(t[0, 0]) for t in cache.tokens_held]
     assert held == list(method.policy.layer_budgets(90, 3)) == [32, 20, 8]
+
+
+@pytest.mark.parametrize("budget", [9, 40, 64, 500, 2048, 4000])
+@pytest.mark.parametrize("length", [8192, 5000, 300])
+def test_budgets_that_count_protected_tokens_are_kvpress_up_to_rounding(budget, length):
+    """Its formula: also where it is uniform, since the last layer would keep less than the window of 8."""
+    if length < budget:
+        return
+    low, high = budget / 20, 2 * budget - budget / 20
+    if high >= length - 8:
+        low, high = 2 * budget - (length - 8), length - 8
+    flat = not length >= high >= low >= 8
+    expected = [budget if flat else high - layer * (high - low) / 31 for layer in range(32)]
+    found = Pyramid(20, protected_tokens="counted").layer_budgets(budget, 8, length, 32)
+    assert sum(found) == 32 * budget
+    assert all(abs(ours - theirs) < 1.5 for ours, theirs in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("options", [{"beta": 0}, {"beta": 1.5}, {"beta": True}, {"window": 2000}])

@@ -34,13 +34,16 @@ class Allocator(HasIdentity):
         """
         return [budget] * layers
 
-    def head_budgets(self, scores: torch.Tensor, budget: int, ties: torch.Tensor | None = None) -> torch.Tensor:
+    def head_budgets(
+        self, scores: torch.Tensor, budget: int, ties: torch.Tensor | None = None, protected: int = 0
+    ) -> torch.Tensor:
         """Return the number of candidates that each head of a layer keeps; only if ``heads_differ``.
 
         Args:
             scores: [R, H, N]; the largest are kept.
             budget: Mean over the heads.
             ties: [R, H, N] tie-breaking scores; then the lower head and the lower index are kept first.
+            protected: Number of other tokens that every head keeps, the sinks and the last ones.
 
         Returns:
             [R, H] int64 with a sum of H * ``budget`` per row.
