@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 MAX_KERNEL_OUTLIERS = 8
 """Largest number of outliers of a vector that the kernel reads: each costs it an operation for every number."""
+CHANNELS_PER_OUTLIER = 100
+"""Channels of which one is stored apart: the paper's share of 1 %."""
 
 
 @cache
@@ -58,6 +60,11 @@ def gaussian_levels(bits: int, share: float) -> torch.Tensor:
     return lloyd_max(bits, torch.special.ndtr, lambda t: -density(t), density, top, spread=top) / top
 
 
+def outliers_of(outliers: int | None, dim: int) -> int:
+    """Return m, the number of outliers of vectors of ``dim`` channels; ``outliers``: see :class:`KVQuant`."""
+    return -(-dim // CHANNELS_PER_OUTLIER) if outliers is None else outliers
+
+
 class OutlierCodec(TokenCodec):
     """Codec whose vectors have m outliers: codes, the outliers in float16, and their channels.
 
@@ -65,7 +72,7 @@ class OutlierCodec(TokenCodec):
         bits, outliers, sinks: See :class:`KVQuant`.
     """
 
-    def __init__(self, bits: int, outliers: int, sinks: int):
+    def __init__(self, bits: int, outliers: int | None, sinks: int):
         self.bits, self.outliers, self.sinks = bits, outliers, sinks
         self.code_planes = 2 if bits == 3 else 1
         self.planes = self.code_planes + 2
@@ -89,7 +96,10 @@ class OutlierCodec(TokenCodec):
             allowed = f"does not fill whole bytes with the model's head_dim of {dim}"
             raise InputError("method.storage.bits", self.bits, allowed)
         allowed = f"must be below the model's head_dim of {dim}, which must be at most 256"
-        require(self.outliers < dim <= 256, "method.storage.outliers", self.outliers, allowed)
+        require(self._count(dim) < dim <= 256, "method.storage.outliers", self.outliers, allowed)
+
+    def _count(self, dim: int) -> int:
+        return outliers_of(self.outliers, dim)
 
     @abstractmethod
     def ranges(self, x: torch.Tensor, position: torch.Tensor) -> Constants:
@@ -121,7 +131,7 @@ class OutlierCodec(TokenCodec):
     def _constant(self, name: str, device: torch.device, dim: int, dtype: torch.dtype) -> torch.Tensor:
         key = (name, device, dim, dtype)
         if key not in self._on_device:
-            levels = gaussian_levels(self.bits, self.outliers / dim)
+            levels = gaussian_levels(self.bits, self._count(dim) / dim)
             self._on_device[key] = (levels if name == "levels" else lookup_table(levels)).to(device, dtype)
         return self._on_device[key]
 
@@ -147,7 +157,7 @@ class OutlierCodec(TokenCodec):
         return OutlierOperands(dim, planes[0], high, outliers, channels, middle, half, constants[0], levels, inv_freq)
 
     def token_bytes(self, dim: int) -> int:
-        return dim * self.bits // 8 + 3 * self.outliers
+        return dim * self.bits // 8 + 3 * self._count(dim)
 
 
 def largest(deviation: torch.Tensor, count: int) -> torch.Tensor:
@@ -162,7 +172,7 @@ class KeyCodec(OutlierCodec):
         rotary: Rotation of a layer's keys; None: not known yet.
     """
 
-    def __init__(self, bits: int, outliers: int, sinks: int, rotary: Rotary | None = None):
+    def __init__(self, bits: int, outliers: int | None, sinks: int, rotary: Rotary | None = None):
         super().__init__(bits, outliers, sinks)
         self.rotary = rotary
 
@@ -179,7 +189,7 @@ class KeyCodec(OutlierCodec):
         raw = self._rotated(x.float(), -position).masked_fill(~is_counted[..., None], float("inf"))
         raw = raw.sort(dim=1).values  # [N, S, D], padding last
         last = is_counted.sum(1, keepdim=True).clamp(min=1) - 1  # [N, 1]
-        tail = self.outliers / x.shape[-1] / 2
+        tail = self._count(x.shape[-1]) / x.shape[-1] / 2
         ends = ((tail * last).floor().long(), ((1 - tail) * last).ceil().long())
         low, high = (raw.gather(1, i[..., None].expand(-1, -1, x.shape[-1]))[:, 0] for i in ends)  # [N, D]
         low, high = (torch.where(x.isfinite(), x, 0) for x in (low, high))  # a prompt without further tokens
@@ -190,7 +200,7 @@ class KeyCodec(OutlierCodec):
         raw = self._rotated(x.float(), -position)  # [N, n, D]
         middle, half = (c.float()[:, None] for c in constants[1:])  # [N, 1, D]
         normalized = (raw - middle) / half
-        return self.encode_numbers(raw, normalized, largest(normalized.abs(), self.outliers))
+        return self.encode_numbers(raw, normalized, largest(normalized.abs(), self._count(x.shape[-1])))
 
     def decode(
         self, planes: Sequence[torch.Tensor], constants: Constants, dtype: torch.dtype, start: int = 0
@@ -201,7 +211,7 @@ class KeyCodec(OutlierCodec):
         return self.with_sink(self._rotated(raw, position), constants, start)
 
     def kernel_problem(self, dim: int) -> str | None:
-        if self.outliers > MAX_KERNEL_OUTLIERS:
+        if self._count(dim) > MAX_KERNEL_OUTLIERS:
             return f"more than {MAX_KERNEL_OUTLIERS} outliers"
         if code_bytes_problem(dim // 2, self.bits) or dim % 2:
             return f"half a key ({dim / 2:g} codes of {self.bits} bits) does not fill whole bytes"
@@ -222,7 +232,7 @@ class KeyCodec(OutlierCodec):
 class ValueCodec(OutlierCodec):
     """Codec of values: per token, over the channels that are no outliers."""
 
-    def __init__(self, bits: int, outliers: int, sinks: int):
+    def __init__(self, bits: int, outliers: int | None, sinks: int):
         super().__init__(bits, outliers, sinks)
         self.planes += 2
 
@@ -233,7 +243,7 @@ class ValueCodec(OutlierCodec):
         x = x.float()
         # In float64, so that the order of a sum, which depends on the batch, decides no outlier.
         deviation = (x - x.double().mean(-1, keepdim=True)).abs()
-        channels = largest(deviation, self.outliers)  # [N, n, m]
+        channels = largest(deviation, self._count(x.shape[-1]))  # [N, n, m]
         low = x.scatter(-1, channels, float("inf")).amin(-1)  # [N, n]
         high = x.scatter(-1, channels, float("-inf")).amax(-1)
         middle, half = _ranges_of(low, high)
@@ -265,13 +275,14 @@ class KVQuant(CodedStorage):
 
     Attributes:
         bits: Bits per code: 2, 3 or 4.
-        outliers: Numbers of each key and each value that are stored apart, m.
+        outliers: Numbers of each key and each value that are stored apart, m; None: 1 % of its channels, the paper's
+            share, rounded up (1 of 64 channels, 2 of 128).
         sinks: 1: the first token is not quantized; 0: it is.
     """
 
     id: ClassVar[str] = "KVQuant"
     bits: Annotated[int, OneOf((2, 3, 4))] = 4
-    outliers: PositiveInt = 1
+    outliers: PositiveInt | None = None
     sinks: Annotated[int, Bounds(ge=0, le=1)] = 1
 
     @property

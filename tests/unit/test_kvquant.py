@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
+from packed_codes import unpack_codes
 from tiny_models import prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
-from kvbench.methods.cache.kv_shape import kv_shape
+from kvbench.methods.cache.kv_shape import KVShape, kv_shape
 from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.cache.method import Method
 from kvbench.methods.cache.products import cached_attention
@@ -70,54 +72,103 @@ def half_precision(x: float) -> float:
     return float(torch.tensor(x).half())
 
 
-def naive(keys: torch.Tensor, values: torch.Tensor, bits: int, m: int, sinks: int, prompt: int):
-    """Dequantize keys and values of one head [T, D] in loops over single numbers, in float64."""
-    levels = gaussian_levels(bits, m / DIM).tolist()
-    raw = [turned(k, -p) for p, k in enumerate(keys)]
+def quantized(
+    vector: list[float], ranges: list[list[float]], deviations: list[float], m: int, levels: list[float]
+) -> tuple[list[float], list[int], list[bool]]:
+    """Return the numbers, the codes, and which numbers are on a boundary that float32 may cross, of one vector."""
+    order = sorted(range(DIM), key=lambda c: -deviations[c])
+    outliers, in_doubt = order[:m], [False] * DIM
+    if deviations[order[m - 1]] - deviations[order[m]] < 1e-5:
+        in_doubt[order[m - 1]] = in_doubt[order[m]] = True
+    numbers, codes = [], []
+    for channel, (x, (middle, half)) in enumerate(zip(vector, ranges, strict=True)):
+        distances = [abs(level - (x - middle) / half) for level in levels]
+        best, second = sorted(range(len(levels)), key=distances.__getitem__)[:2]
+        in_doubt[channel] |= distances[second] - distances[best] < 1e-5
+        numbers.append(half_precision(x) if channel in outliers else levels[best] * half + middle)
+        codes.append(best)
+    return numbers, codes, in_doubt
+
+
+def key_ranges(raw: torch.Tensor, m: int, sinks: int, prompt: int) -> list[list[float]]:
+    """Middle and half of the range of each channel, from the keys before RoPE of one head [T, D]."""
     ranges = []
     for channel in range(DIM):
         ordered = sorted(float(raw[p][channel]) for p in range(sinks, prompt))
         tail, last = m / DIM / 2, len(ordered) - 1
         low, high = ordered[math.floor(tail * last)], ordered[math.ceil((1 - tail) * last)]
-        ranges.append((half_precision((low + high) / 2), half_precision((high - low) / 2) or 1.0))
+        ranges.append([(low + high) / 2, (high - low) / 2])
+    return ranges
 
-    def rounded(vector: list[float], own: list[tuple[float, float]], outliers: list[int]) -> torch.Tensor:
-        out = []
-        for channel, (x, (middle, half)) in enumerate(zip(vector, own, strict=True)):
-            code = min(levels, key=lambda level, y=(x - middle) / half: abs(level - y))
-            out.append(half_precision(x) if channel in outliers else code * half + middle)
-        return torch.tensor(out).double()
 
-    read_keys, read_values = [], []
-    for p, (k, v) in enumerate(zip(raw, values.double().tolist(), strict=True)):
-        far = sorted(range(DIM), key=lambda c, k=k: -abs((float(k[c]) - ranges[c][0]) / ranges[c][1]))[:m]
-        read_keys.append(keys[p].double() if p < sinks else turned(rounded(k.tolist(), ranges, far), p))
-        mean = sum(v) / DIM
-        far = sorted(range(DIM), key=lambda c, v=v, mean=mean: -abs(v[c] - mean))[:m]
-        rest = [x for c, x in enumerate(v) if c not in far]
-        own = (half_precision((min(rest) + max(rest)) / 2), half_precision((max(rest) - min(rest)) / 2))
-        read_values.append(values[p].double() if p < sinks else rounded(v, [own] * DIM, far))
-    return torch.stack(read_keys), torch.stack(read_values)
+def value_range(vector: list[float], m: int) -> tuple[list[float], list[float]]:
+    """Middle and half of the range of the numbers that are no outliers, and the deviations from the mean."""
+    deviations = [abs(x - sum(vector) / DIM) for x in vector]
+    order = sorted(range(DIM), key=lambda c: -deviations[c])
+    rest = [vector[c] for c in order[m:]]
+    return [(min(rest) + max(rest)) / 2, (max(rest) - min(rest)) / 2], deviations
 
 
 @pytest.mark.parametrize(("bits", "outliers", "sinks"), [(2, 1, 1), (3, 2, 1), (4, 1, 0)])
-def test_stored_numbers_match_a_naive_construction(bits, outliers, sinks):
-    """Of a padded prompt and of tokens that follow one by one, with ranges that stay those of the prompt."""
+def test_codes_and_stored_numbers_match_a_naive_construction(bits, outliers, sinks):
+    """Of a padded prompt and of tokens that follow one by one, with ranges that stay those of the prompt.
+
+    Ranges are compared up to their rounding to float16; codes are those for the ranges as stored. A number on a
+    boundary may get a neighbouring level, all others must be equal.
+    """
     keys, values = numbers(2, 2, 46, DIM), numbers(2, 2, 46, DIM, seed=1)
     keys[..., 3] *= 20
     valid = torch.arange(40) >= torch.tensor([[0], [9]])[..., None]
     layer = layer_with(keys[:, :, :40], values[:, :, :40], valid, bits=bits, outliers=outliers, sinks=sinks)
     for t in range(40, 46):
         layer.append(keys[:, :, t : t + 1], values[:, :, t : t + 1])
-    read = layer.read()
-    for b, pad in enumerate((0, 9)):
-        for h in range(2):
-            expected = naive(keys[b, h, pad:], values[b, h, pad:], bits, outliers, sinks, 40 - pad)
-            for found, wanted in zip(read[:2], expected, strict=True):
-                close = (found[b, h, pad:] - wanted).abs() <= 1e-4 * wanted.abs().amax(-1, keepdim=True)
-                assert close.all(-1).float().mean() > 0.97  # a number on a boundary may fall on either side in float32
+    read, levels, n = layer.read(), gaussian_levels(bits, outliers / DIM).tolist(), 2 if bits == 3 else 1
+    step, doubts, total = max(b - a for a, b in itertools.pairwise(levels)), 0, 0
+    for index, segments in layer._groups:
+        (key_constants, _), planes = segments.coded.constants, segments.coded.planes
+        key_planes, value_planes = planes[: n + 2], planes[n + 2 :]
+        for i, (b, h) in enumerate(divmod(int(head), 2) for head in index):
+            pad = 9 * b
+            raw = torch.stack([turned(k, -p) for p, k in enumerate(keys[b, h, pad:])])
+            stored = torch.stack([c[i].double() for c in key_constants[1:]], dim=-1)  # [D, 2]
+            expected = torch.tensor(key_ranges(raw, outliers, sinks, 40 - pad)).double()
+            torch.testing.assert_close(stored, expected, rtol=2**-10, atol=2**-14)
+            for p in range(46 - pad):
+                value = values[b, h, pad + p].double().tolist()
+                own, value_deviations = value_range(value, outliers)
+                value_stored = [float(plane[i, p]) for plane in value_planes[-2:]]
+                assert value_stored == pytest.approx(own, rel=2**-10, abs=2**-14)
+                deviations = ((raw[p] - stored[:, 0]) / stored[:, 1]).abs().tolist()
+                for found, x, parts, ranges, deviation in (
+                    (turned(read[0][b, h, pad + p], -p), raw[p], key_planes, stored.tolist(), deviations),
+                    (read[1][b, h, pad + p].double(), value, value_planes, [value_stored] * DIM, value_deviations),
+                ):
+                    out, codes, in_doubt = quantized(list(map(float, x)), ranges, deviation, outliers, levels)
+                    clear = ~torch.tensor(in_doubt)
+                    doubts, total = doubts + sum(in_doubt), total + DIM
+                    off = (unpack_codes([x[i, p] for x in parts[:n]], bits, DIM) - torch.tensor(codes)).abs()
+                    assert not off[clear].any() and int(off.max()) <= 1
+                    if p >= sinks:
+                        out, scale = torch.tensor(out).double(), 1e-5 * max(map(abs, out))
+                        torch.testing.assert_close(found[clear], out[clear], rtol=0, atol=scale)
+                        width = torch.tensor([half * step for _, half in ranges]).double()
+                        assert ((found - out).abs() <= width + scale).all()
+    assert doubts < 0.002 * total
     if sinks:
         assert torch.equal(read[0][0, :, 0], keys[0, :, 0]) and torch.equal(read[1][1, :, 9], values[1, :, 9])
+
+
+@pytest.mark.parametrize(("dim", "outliers"), [(16, 1), (64, 1), (96, 1), (128, 2), (256, 3)])
+def test_one_percent_of_the_channels_are_outliers_by_default(dim, outliers):
+    keys, values = numbers(1, 1, 30, dim), numbers(1, 1, 30, dim, seed=1)
+    default, explicit = (layer_with(keys, values, rotary=False, **kw) for kw in ({}, {"outliers": outliers}))
+    for x, y in zip(default.read(), explicit.read(), strict=True):
+        assert x is y is None or torch.equal(x, y)
+    assert default.logical_bytes == explicit.logical_bytes
+    shape = KVShape(layers=1, kv_heads=1, head_dim=dim, element_bytes=4, query_heads=1)
+    formulas = [KVQuant(outliers=m).bytes_formula([30], 1, shape) for m in (None, outliers)]
+    assert formulas[0] == formulas[1] == default.logical_bytes
+    assert KVQuant().identity()["outliers"] is None
 
 
 def test_a_large_channel_leaves_the_others_as_they_are():

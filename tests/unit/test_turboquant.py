@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from packed_codes import unpack_codes
 from tiny_models import prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
@@ -111,11 +112,7 @@ def test_codes_match_a_naive_construction(bits, gain, rotation, dim):
     *planes, stored = codec.encode(x[None], [])
     assert [p.dtype for p in planes] == [torch.uint8] * (2 if bits == 3 else 1)
     assert sum(p[0, 0].nbytes for p in planes) == dim * bits // 8 == codec.token_bytes(dim) - 2
-    found = torch.zeros_like(codes)
-    for plane, width, shift in zip(planes, (2, 1) if bits == 3 else (bits,), (0, 2), strict=False):
-        for channel in range(dim):
-            byte = plane[0, :, channel * width // 8].long()
-            found[:, channel] |= (byte >> channel * width % 8 & 2**width - 1) << shift
+    found = unpack_codes(planes, bits, dim)[0]
     assert torch.equal(found[clear], codes[clear])
     torch.testing.assert_close(stored[0].double(), gains.double(), rtol=2**-11, atol=0)
     expected = codebook(dim, bits)[codes] @ rotation_matrix(dim, rotation) * stored[0].double()[:, None]
