@@ -60,11 +60,6 @@ def gaussian_levels(bits: int, share: float) -> torch.Tensor:
     return lloyd_max(bits, torch.special.ndtr, lambda t: -density(t), density, top, spread=top) / top
 
 
-def outliers_of(outliers: int | None, dim: int) -> int:
-    """Return m, the number of outliers of vectors of ``dim`` channels; ``outliers``: see :class:`KVQuant`."""
-    return -(-dim // CHANNELS_PER_OUTLIER) if outliers is None else outliers
-
-
 class OutlierCodec(TokenCodec):
     """Codec whose vectors have m outliers: codes, the outliers in float16, and their channels.
 
@@ -99,7 +94,8 @@ class OutlierCodec(TokenCodec):
         require(self._count(dim) < dim <= 256, "method.storage.outliers", self.outliers, allowed)
 
     def _count(self, dim: int) -> int:
-        return outliers_of(self.outliers, dim)
+        """Return m, the number of outliers of vectors of ``dim`` channels."""
+        return -(-dim // CHANNELS_PER_OUTLIER) if self.outliers is None else self.outliers
 
     @abstractmethod
     def ranges(self, x: torch.Tensor, position: torch.Tensor) -> Constants:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from golden import NEWER_LENGTH, newer_entries, newer_prompt
+from golden import NEWER_LENGTH, golden_prompt, newer_entries, newer_prompt
 
 from kvbench.methods.cache.prompt import ALL_QUERIES, Prompt
 from kvbench.methods.cache.rotary import Rotary
@@ -237,5 +237,32 @@ def test_every_entry_is_read():
         by_others = {name for name in names - set(CASES) - set(NOT_HERE) if name.startswith(tuple(READ_BY))}
         assert names == set(CASES) | set(NOT_HERE) | by_others
         assert set(entry["margin"]) <= names
-    for start, file in READ_BY.items():
-        assert start in (Path(__file__).parent / file).read_text(encoding="utf-8")
+    assert_read_by(READ_BY)
+
+
+def test_every_entry_of_the_first_file_is_read(golden):
+    files = {
+        "snapkv_": "test_snapkv.py",
+        "pyramidkv ": "test_pyramidkv.py",
+        "h2o_prefill ": "test_evicting.py",
+        "tova ": "test_evicting.py",
+        "streamingllm ": "test_golden_newer.py",
+        "adakv floor=": "test_ada_kv.py",
+        "minicache slerp ": "test_minicache.py",
+        "pyramidinfer prefill KV lengths": "test_pyramid_infer.py",
+        "kivi": "test_kivi.py",
+    }
+    others = {"inputs", "tie_note"}  # and margins, by which it was seen that no float decides
+    assert all(name in others or name.startswith((*files, "tie_margin ")) for name in golden)
+    assert_read_by(files)
+
+
+def assert_read_by(files: dict[str, str]) -> None:
+    """Check that each name, or its start, is in the text of the test's file."""
+    for start, file in files.items():
+        assert start in (Path(__file__).parent / file).read_text(encoding="utf-8"), start
+
+
+def test_position_keeps_the_tokens_of_streaming_llm(golden):
+    kept = EvictionPolicy(Position(), 12, sinks=4).select(golden_prompt(window=1)).slots
+    assert kept is not None and kept[0].tolist() == golden["streamingllm sinks=4 recent=8"]

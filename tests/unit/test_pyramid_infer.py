@@ -20,18 +20,19 @@ from kvbench.methods.storage.dense import Dense
 from kvbench.methods.storage.ragged import Ragged
 from kvbench.runners.engine import decode, generate, prefill
 
-# Lengths of 512 tokens in 32 layers, as the published code gives them for the paper's 7B setting.
-GOLDEN_7B = [
-    *(512, 512, 511, 510, 509, 507, 504, 500, 495, 489, 481, 472, 462, 450, 437, 423),
-    *(408, 392, 376, 359, 342, 325, 308, 292, 276, 261, 246, 232, 219, 207, 196, 186),
-]
 
-
-def test_golden_lengths():
-    assert list(PyramidInfer().layer_lengths(512, 32)) == GOLDEN_7B
-    larger = PyramidInfer(prefill_decay_ratio=0.8, interval=2).layer_lengths(512, 40)
-    assert list(larger[-5:]) == [180] * 5
-    assert sum(larger) / (40 * 512) == pytest.approx(0.7229, abs=1e-4)
+@pytest.mark.parametrize(
+    ("name", "options", "length", "layers"),
+    [
+        ("7B cfg: L=32 p=.9 interval=1 recent=.2 min=64 T=512", {}, 512, 32),
+        ("13B cfg: L=40 p=.8 interval=2 T=512", {"prefill_decay_ratio": 0.8, "interval": 2}, 512, 40),
+        ("70B cfg: L=80 p=.9 interval=3 T=512 (formula only)", {"interval": 3}, 512, 80),
+        ("7B cfg T=4096 (formula only)", {}, 4096, 32),
+    ],
+)
+def test_golden_lengths(golden, name, options, length, layers):
+    lengths = golden["pyramidinfer prefill KV lengths per layer (formula == official code output)"][name]
+    assert list(PyramidInfer(**options).layer_lengths(length, layers)) == lengths
 
 
 @pytest.mark.parametrize(("p", "ratio"), [(0.9, 0.757), (0.8, 0.666), (0.7, 0.629), (0.5, 0.580), (0.2, 0.556)])
@@ -54,7 +55,7 @@ def test_bytes_after_256_tokens_with_either_trigger():
     assert sum(own) / (32 * 768) == pytest.approx(0.772, abs=5e-4)
     assert sum(published) / (32 * 768) == pytest.approx(0.313, abs=3e-3)
     assert published[-1] == 136
-    assert all(ours >= at_prompt for ours, at_prompt in zip(own, GOLDEN_7B, strict=True))
+    assert all(ours >= at_prompt for ours, at_prompt in zip(own, PyramidInfer().layer_lengths(512, 32), strict=True))
 
 
 def rotated(x: torch.Tensor, position: int, theta: float) -> torch.Tensor:
