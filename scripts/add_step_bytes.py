@@ -90,7 +90,7 @@ def problem(path: Path, record: Mapping[str, Any], rows: Rows) -> str | None:
     """Why a run cannot be completed."""
     if record["model"] != MODEL:
         return "is of another model"
-    if record["task"] == "perplexity":
+    if not any(row["new_tokens"] for row in rows):
         return "is scored by likelihoods: its rows do not say how many tokens followed the prompt"
     return None
 
