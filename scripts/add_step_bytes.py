@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+import yaml
 
 from kvbench.conf.errors import InputError
 from kvbench.methods.cache.layout import model_shape
@@ -39,7 +39,7 @@ def known_methods() -> dict[str, list[Method]]:
     found: dict[str, list[Method]] = {}
     for name in ("equal_bytes", "all_methods"):
         path = files("kvbench.conf").joinpath("runner", f"{name}.yaml")
-        for entry in OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")))["pair_with"]:
+        for entry in yaml.safe_load(path.read_text(encoding="utf-8"))["pair_with"]:
             for method in paired_methods(entry, None):
                 found.setdefault(method.label, []).append(method)
     return found
