@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -71,8 +72,18 @@ def distinct(group: Sequence[Run], known: dict[Hashable, Settings] | None = None
     out = []
     for run, curve, own in zip(group, curves, settings, strict=True):
         told = ", ".join(f"{key.rpartition('.')[2]}={own[key]}" for key in varying[curve] if key in own)
-        out.append(replace(run, label=f"{run.label} ({told})") if told else run)
+        out.append(replace(run, label=_with_settings(run.label, told)) if told else run)
     return out
+
+
+def _with_settings(label: str, settings: str) -> str:
+    """A label and further settings in parentheses, in those at its end if it has some."""
+    return f"{label[:-1]}, {settings})" if label.endswith(")") else f"{label} ({settings})"
+
+
+def without_settings(label: str) -> str:
+    """A label without what stands in parentheses: the settings of a method that tell it from others of its name."""
+    return re.sub(r" \([^()]*\)", "", label)
 
 
 def _varying(settings: Sequence[Settings]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 
@@ -12,6 +13,8 @@ from .load import Run
 
 MOST_NAMES = 20
 """Names in a message."""
+COMMA = re.compile(r",(?![^()]*\))")
+"""A comma between two names; one in parentheses is part of a label: ``expected_attention (epsilon 0.01, adaptive)``."""
 
 
 def add_selection(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +65,7 @@ def matching(option: str, wanted: str, known: Sequence[str], shown: Sequence[str
         InputError: a pattern that matches none.
     """
     matched: set[str] = set()
-    for pattern in (part.strip() for part in wanted.split(",")):
+    for pattern in (part.strip() for part in COMMA.split(wanted)):
         names = {name for name in known if fnmatchcase(name, pattern)}
         if not names:
             options = list(known if shown is None else shown)

@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import count
 
+from ..ordering import without_settings
+
 FAMILIES = {
     "baseline": "Baselines",
     "attention": "Eviction by attention",
@@ -201,13 +203,18 @@ def method_key(method: str, curve: str) -> str:
 
 def display_name(curve: str) -> str:
     """Return a run's label as figures write it: ``SnapKV + KIVI-4``, ``KIVI-2 (residual=32)``."""
-    head, _, settings = curve.partition(" (")
     for pattern, name in SETTING_NAMES:
-        head = re.sub(pattern, name, head)
-        settings = re.sub(pattern, name, settings)
+        curve = re.sub(pattern, name, curve)
+    return "".join(
+        part.replace("_", " ") if part.startswith("(") else _with_names_of_methods(part)
+        for part in re.split(r"(\([^()]*\))", curve)  # outside and inside parentheses
+    )
+
+
+def _with_names_of_methods(text: str) -> str:
     for key in sorted(METHODS, key=len, reverse=True):
-        head = re.sub(rf"(?<![\w-]){key}(?![\w-])", METHODS[key].name, head)
-    return f"{head} ({settings.replace('_', ' ')}" if settings else head
+        text = re.sub(rf"(?<![\w-]){key}(?![\w-])", METHODS[key].name, text)
+    return text
 
 
 def looks_of(curves: Iterable[tuple[str, str]]) -> dict[str, Look]:
@@ -235,7 +242,7 @@ def looks_of(curves: Iterable[tuple[str, str]]) -> dict[str, Look]:
 
 def _setting_number(curve: str, known: tuple[str, ...], taken: set[int]) -> int:
     """Return the place of a setting among those of its method: a fixed one if it is known, else the next free one."""
-    head = curve.partition(" (")[0]
+    head = without_settings(curve)
     if head in known and known.index(head) not in taken:
         return known.index(head)
     return next(number for number in count(len(known)) if number not in taken)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ...conf.errors import InputError, require
 from ...conf.wording import near
 from ..load import Run
+from ..ordering import without_settings
 from .marks import MAX_TESTED
 
 
@@ -83,7 +84,7 @@ class Reference:
 
 def _without_settings(run: Run) -> str:
     """The name of a curve without the settings that tell it from others of its method."""
-    return run.curve.partition(" (")[0]
+    return without_settings(run.curve)
 
 
 FULL_CACHE = Reference()

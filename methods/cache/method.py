@@ -266,16 +266,23 @@ class Method(Options):
     def _changed_parts(self) -> str:
         """Return the parts of an eviction policy that differ from the method's YAML: `` + adaptive + every 128``.
 
-        The scorer that another one builds on is always named: ``chunkkv 64 over key_diff``.
+        The scorer that another one builds on is always named: ``chunkkv 64 over key_diff``. If a scorer declares
+        ``labelled_parameters``, these and the allocator are always named: ``expected_attention 64 (epsilon 0.01, adaptive)``.
         """
-        defaults, labels = parts_of(self.name), []
-        for kind, attribute in (("scorer", "name"), ("allocator", "id"), ("schedule", "id")):
-            part = getattr(self.policy, kind, None)
-            if part is not None and getattr(part, attribute) != defaults.get(kind, getattr(part, attribute)):
-                labels.append(f" + {part.label if kind == 'schedule' else getattr(part, attribute)}")
-            while kind == "scorer" and (part := getattr(part, "scorer", None)) is not None:
-                labels.append(f" over {part.name}")
-        return "".join(labels)
+        scorer, allocator, schedule = (getattr(self.policy, kind, None) for kind in ("scorer", "allocator", "schedule"))
+        if scorer is None or allocator is None or schedule is None:
+            return ""
+        defaults, named = parts_of(self.name), [scorer]
+        while (inner := getattr(named[-1], "scorer", None)) is not None:
+            named.append(inner)
+        text = "" if scorer.name == defaults.get("scorer", scorer.name) else f" + {scorer.name}"
+        text += "".join(f" over {inner.name}" for inner in named[1:])
+        settings = [f"{key} {getattr(part, key)}" for part in named for key in part.labelled_parameters]
+        if settings:
+            text += f" ({', '.join([*settings, allocator.id])})"
+        elif allocator.id != defaults.get("allocator", allocator.id):
+            text += f" + {allocator.id}"
+        return text if schedule.id == defaults.get("schedule", schedule.id) else f"{text} + {schedule.label}"
 
     @property
     def effective_budget(self) -> int | float | None:

@@ -62,7 +62,7 @@ VARIANTS = [
     "ada_kv scorer.window=8 schedule=every_n schedule.n=4",
     "key_diff recent=8 allocator=pyramid sinks=3",
     "key_diff allocator=adaptive allocator.floor=0.0 storage=ragged",
-    "expected_attention allocator=adaptive storage=ragged",
+    "expected_attention allocator=uniform storage=dense",
     "expected_attention schedule=every_n schedule.n=4",
     "key_norm scorer=position sinks=4 schedule=every_step",
     "random allocator=adaptive allocator.layers=pyramid storage=ragged recent=8",
@@ -135,7 +135,7 @@ def differs_in_the_scorer_alone(name: str) -> bool:
     return parts[0] == parts[1] and make(name).storage == make("snapkv").storage and make(name).sharing is None
 
 
-SCORERS = {"chunkkv", "cur", "expected_attention", "finch", "key_diff", "key_norm", "lagkv", "random"}
+SCORERS = {"chunkkv", "cur", "finch", "key_diff", "key_norm", "lagkv", "random"}
 """SnapKV's steps and buffers with other scorers: tests of what follows the compression are slow."""
 
 

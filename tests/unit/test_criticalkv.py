@@ -220,5 +220,5 @@ def test_criticalkv_combines_with_a_ring_and_with_other_scorers():
     assert [int(t.max()) for t in cache.tokens_held] == [24] * 3
     text = "criticalkv budget=24 scorer@method.scorer.scorer=expected_attention scorer.scorer.value_norm=false sinks=4"
     method = named_method(text)
-    assert method.label == "criticalkv 24 over expected_attention"
+    assert method.label == "criticalkv 24 over expected_attention (epsilon 0.01, uniform)"
     assert method.policy.scorer.scorer == ExpectedAttention(value_norm=False)

@@ -21,6 +21,7 @@ from kvbench.analysis.figures.registry import (
     looks_of,
     method_key,
 )
+from kvbench.analysis.figures.spec import named
 
 ROOT = Path(__file__).resolve().parents[2]
 MIN_LAB_DISTANCE = 25.0
@@ -116,6 +117,13 @@ def test_a_known_setting_looks_the_same_alone_and_beside_others() -> None:
     assert drawn(both["snapkv"]) == drawn(METHODS["snapkv"])
 
 
+def test_settings_in_a_label_look_as_the_method_does_and_apart() -> None:
+    adaptive, uniform = "expected_attention (epsilon 0.01, adaptive)", "expected_attention (epsilon 0.01, uniform)"
+    looks = looks_of([("expected_attention", curve) for curve in (uniform, adaptive)])
+    assert drawn(looks[adaptive]) == drawn(METHODS["expected_attention"]) != drawn(looks[uniform])
+    assert named(looks[adaptive], 1024) == "Expected Attention 1024 (epsilon 0.01, adaptive)"
+
+
 def test_unknown_methods_are_grey_and_differ_in_marker() -> None:
     looks = looks_of([(f"method_{i}", f"method_{i}") for i in range(len(PLOTLY_SYMBOLS))])
     assert {look.color for look in looks.values()} == {GREY}
@@ -132,6 +140,13 @@ def test_unknown_methods_are_grey_and_differ_in_marker() -> None:
         ("snapkv", "snapkv + adaptive", "snapkv", "SnapKV + adaptive"),
         ("key_diff", "key_diff + every 32", "key_diff", "KeyDiff + every 32"),
         ("chunkkv", "chunkkv over key_diff", "chunkkv", "ChunkKV over KeyDiff"),
+        (
+            "expected_attention",
+            "expected_attention (epsilon 0.01, adaptive) + kivi4",
+            "expected_attention",
+            "Expected Attention (epsilon 0.01, adaptive) + KIVI-4",
+        ),
+        ("snapkv", "snapkv (window=8) + fp8", "snapkv", "SnapKV (window=8) + FP8"),
         ("kivi", "kivi2 (residual=32)", "kivi", "KIVI-2 (residual=32)"),
         ("minicache", "minicache_kivi4 (start=20)", "minicache_kivi4", "MiniCache + KIVI-4 (start=20)"),
         (

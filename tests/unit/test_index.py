@@ -18,7 +18,7 @@ from kvbench.analysis.compact import LazyRecord, Structure, pack
 from kvbench.analysis.examples import _rows
 from kvbench.analysis.index import Index
 from kvbench.analysis.load import Run, load
-from kvbench.analysis.ordering import distinct
+from kvbench.analysis.ordering import distinct, without_settings
 from kvbench.analysis.processes import each_result
 from kvbench.analysis.tables import command
 
@@ -225,6 +225,21 @@ def test_settings_of_a_scorer_are_told_where_two_runs_differ_in_them():
         "expected_attention 1024 (epsilon=0.01)",
         "expected_attention 1024 + adaptive",
     ]
+
+
+def test_settings_join_those_that_a_label_has():
+    """A second number of future positions, beside a label that names epsilon and allocation."""
+    runs = []
+    for future in (64, 512):
+        record = accuracy("expected_attention", 1024, 5.0)
+        record["method_label"] += " (epsilon 0.01, adaptive)"
+        record["identity"]["method"]["selection"] = {"class": "ExpectedAttention", "budget": 1024, "future": future}
+        runs.append(Run(Path(str(len(runs))), record, record["method_label"]))
+    assert [run.label for run in distinct(runs)] == [
+        "expected_attention 1024 (epsilon 0.01, adaptive, future=64)",
+        "expected_attention 1024 (epsilon 0.01, adaptive, future=512)",
+    ]
+    assert {without_settings(run.curve) for run in distinct(runs)} == {"expected_attention"}
 
 
 def test_a_first_reading_in_batches_holds_common_parts_once(cache, results, reads, monkeypatch):

@@ -237,7 +237,8 @@ def test_chunkkv_is_chosen_over_a_scorer_by_name(inner):
     method = named_method(f"chunkkv budget=64 scorer@method.scorer.scorer={inner} scorer.chunk=10 sinks=2")
     chosen = named_method(f"snapkv scorer={inner} sinks=2").policy.scorer
     assert method.policy.scorer == ChunkKV(chosen, 10)
-    assert method.label == f"chunkkv 64 over {inner}"
+    settings = " (epsilon 0.01, uniform)" if inner == "expected_attention" else ""
+    assert method.label == f"chunkkv 64 over {inner}{settings}"
     assert method.identity()["selection"]["scorer"] == chosen.identity()
     same = configured_method(
         "chunkkv", {"budget": 64, "scorer@method.scorer.scorer": inner, "scorer": {"chunk": 10}, "sinks": 2}

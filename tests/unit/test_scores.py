@@ -13,12 +13,14 @@ from kvbench.conf.errors import InputError
 from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.cache.prompt import Prompt
 from kvbench.methods.cache.rotary import Rotary
+from kvbench.methods.policies.allocators.adaptive import Adaptive
 from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.eviction_state import EvictionState
 from kvbench.methods.policies.model_layer import ModelLayer
 from kvbench.methods.policies.scorers.expected_attention import ExpectedAttention
 from kvbench.methods.policies.scorers.key_diff import KeyDiff
 from kvbench.methods.policies.scorers.random_tokens import RandomTokens
+from kvbench.methods.storage.ragged import Ragged
 from kvbench.runners.config.methods import named_method
 
 D = 16  # of the tiny models
@@ -130,7 +132,9 @@ def test_expected_attention_is_the_papers_closed_form(sinks, epsilon, future):
 
 def test_epsilon_is_the_authors_and_gives_long_values_a_chance():
     """Their evaluation's 0.01, on the command line as in Python; 0, their class's default, ranks by attention first."""
-    assert ExpectedAttention().epsilon == named_method("expected_attention").policy.scorer.epsilon == 0.01
+    policy = named_method("expected_attention").policy
+    assert ExpectedAttention().epsilon == policy.scorer.epsilon == 0.01
+    assert policy.allocator == Adaptive(floor=0.2) and named_method("expected_attention").storage == Ragged()
     prompt, _ = random_prompt()
     state, keys, values = ROTARY, 3 * prompt.keys, prompt.values.clone()  # attention that peaks
     prompt = Prompt(prompt.query, keys, values, prompt.rule, 1, 3)
@@ -142,6 +146,22 @@ def test_epsilon_is_the_authors_and_gives_long_values_a_chance():
         for e in (0.0, 0.01)
     }
     assert least in kept[0.01] and least not in kept[0.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("expected_attention", "expected_attention 1024 (epsilon 0.01, adaptive)"),
+        ("expected_attention budget=0.5 allocator=uniform storage=dense scorer.epsilon=0", "(epsilon 0, uniform)"),
+        ("expected_attention schedule=every_n schedule.n=32", "(epsilon 0.01, adaptive) + every 32"),
+        ("expected_attention storage=kivi4", "(epsilon 0.01, adaptive) + kivi4"),
+        ("snapkv scorer=expected_attention", "snapkv 1024 + expected_attention (epsilon 0.01, uniform)"),
+        ("ada_kv", "ada_kv 1024"),
+        ("key_diff allocator=adaptive storage=ragged", "key_diff 1024 + adaptive"),
+    ],
+)
+def test_labels_name_epsilon_and_allocation(text, label):
+    assert named_method(text).label.endswith(label)
 
 
 def test_expected_attention_ranks_as_sampled_queries_do():

@@ -36,6 +36,17 @@ def test_rows_are_chosen(results, capsys, options, expected):
     assert rows(capsys) == expected
 
 
+def test_a_label_with_commas_in_parentheses_is_one_name(tmp_path, capsys):
+    runs = [accuracy("expected_attention", budget, 20.0) for budget in (64, 128)]
+    for run in runs:
+        run["method_label"] = f"expected_attention {run['budget']} (epsilon 0.01, adaptive)"
+    save(tmp_path, accuracy("full", None, 22.0), accuracy("snapkv", 64, 19.0), *runs)
+    assert main([str(tmp_path), "--methods", "expected_attention 64 (epsilon 0.01, adaptive),full"]) == 0
+    assert rows(capsys) == ["full", "expected_attention 64 (epsilon 0.01, adaptive)"]
+    assert main([str(tmp_path), "--methods", "expected_attention (epsilon 0.01, adaptive)"]) == 0
+    assert rows(capsys) == [f"expected_attention {budget} (epsilon 0.01, adaptive)" for budget in (64, 128)]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

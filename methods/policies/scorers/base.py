@@ -50,6 +50,8 @@ class Scorer(HasIdentity):
     """Whether the scores come from further forwards after the prefill (:meth:`repetitions`)."""
     merges_values: ClassVar[bool] = False
     """Whether values of tokens evicted while decoding are added to kept ones (:class:`..merging.MergingScorer`)."""
+    labelled_parameters: ClassVar[tuple[str, ...]] = ()
+    """Parameters that a method's label always names, with its allocator, because results depend on them that much."""
     ranks_in_stages: ClassVar[bool] = False
     """Whether the ranking depends on the number of tokens to keep (:meth:`ranking_scores`)."""
 

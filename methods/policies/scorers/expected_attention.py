@@ -12,9 +12,10 @@ norm of their value and only the peaks of a by a. This is the setting of the aut
 to 0.
 
 The paper uses the norm of the value after the output projection. Here, as in the authors' library, it is the norm of
-the value itself, so that only the cache is needed. Their evaluation distributes a layer's budget over its heads
-(``method/allocator=adaptive``); here every head gets the same budget by default. Their library also compresses while
-decoding (``method/schedule=every_n``).
+the value itself, so that only the cache is needed. ``method=expected_attention`` is the method of their evaluation, which
+also distributes a layer's budget over its heads (``method/allocator=adaptive``); with the same budget for every head it
+is ``method/allocator=uniform method/storage=dense``. Their library also compresses while decoding
+(``method/schedule=every_n``).
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class ExpectedAttention(Scorer):
     id: ClassVar[str] = "ExpectedAttention"
     name: ClassVar[str] = "expected_attention"
     recent_recorded_as: ClassVar[str] = "window"
+    labelled_parameters: ClassVar[tuple[str, ...]] = ("epsilon",)
     omitted_at: ClassVar[Mapping[str, Any]] = {"value_norm": True}
     future: PositiveInt = 512
     sinks: NonNegativeInt = 4
