@@ -15,7 +15,7 @@ from ..methods.cache.fan_out import FanOutCache
 from ..methods.cache.method import Method
 from ..models.base import LoadedModel
 from ..models.pretrained import input_device
-from ..tasks.base import Continuations, Example, Likelihood, Reply, Task, cut_at, question_tokens
+from ..tasks.base import Continuations, Example, Likelihood, Reply, Task, cut_at, find_question, question_tokens
 from .engine import Sampling, generate, left_padded, score
 from .records.runs import BASELINE
 
@@ -198,6 +198,7 @@ class _SharedPrefill:
         self.tokenizer = loaded.tokenizer
         self.caches = [method.new_cache(loaded.model) for method in methods]
         self.cache = self.caches[0] if len(self.caches) == 1 else FanOutCache(self.caches)
+        self._observes_question = any(method.policy.capabilities.observes_question for method in methods)
         self._prompt_bytes: list[tuple[int, int]] = []  # stored and logical bytes of each cache after the prompt
 
     def replies(self, items: Sequence[Item], sampling: Sampling) -> list[list[Answer]]:
@@ -218,6 +219,7 @@ class _SharedPrefill:
             chunk_size=self.chunk_size,
             after_prefill=self._record_prompt_bytes,
             question=torch.tensor(questions, device=self.device) if questions[0] else None,
+            question_tokens=None if questions[0] else self._question_tokens(items),
             until=(lambda row, tokens: stops(tokens, ends[row], self.tokenizer)) if any(ends) else None,
             after_step=self._advance,
         )
@@ -226,6 +228,12 @@ class _SharedPrefill:
             [self._reply(item, next(rows), self._bytes(number, len(items))) for item in items]
             for number in range(len(self.caches))
         ]
+
+    def _question_tokens(self, items: Sequence[Item]) -> list[int] | None:
+        """Return the number of last tokens of each prompt that are its question, if a method needs to know."""
+        if not self._observes_question:
+            return None
+        return [find_question(item.prompt, item.example.question, self.tokenizer) or 0 for item in items]
 
     def likelihoods(self, contexts: Sequence[Continuations]) -> list[list[Scored]]:
         """Return, for each context, the likelihoods of its continuations under every method."""

@@ -256,29 +256,40 @@ def cut_at(text: str, stop_strings: Sequence[str]) -> str:
 
 
 def question_tokens(ids: Sequence[int], question: str, tokenizer: Any) -> int:
+    """The same as :func:`find_question`.
+
+    Raises:
+        InputError: the question is not at the end of the prompt, or nothing is in front of it.
+    """
+    count = find_question(ids, question, tokenizer)
+    if count is None:
+        allowed = "needs a prompt with a context and a question behind it: use with_context for this task"
+        raise InputError("runner.question", "after_compression", allowed)
+    return count
+
+
+def find_question(ids: Sequence[int], question: str, tokenizer: Any) -> int | None:
     """How many of a prompt's last tokens hold the question and all that a chat template puts behind it.
 
     A token that lies across the border counts as the question's. Blanks are passed over, for some tokenizers move them.
 
-    Raises:
-        InputError: the question is not at the end of the prompt, or nothing is in front of it.
+    Returns:
+        the number, or None if the question is not at the end of the prompt, or nothing is in front of it.
     """
     wanted = "".join(question.split())
 
     def holds(count: int) -> bool:
         return wanted in "".join(tokenizer.decode(ids[len(ids) - count :]).split())
 
-    allowed = "needs a prompt with a context and a question behind it: use with_context for this task"
     if not wanted or not holds(len(ids)):
-        raise InputError("runner.question", "after_compression", allowed)
+        return None
     least, most = 0, 1  # the former does not hold it
     while not holds(most):
         least, most = most, min(2 * most, len(ids))
     while most - least > 1:
         middle = (least + most) // 2
         least, most = (least, middle) if holds(middle) else (middle, most)
-    require(most < len(ids), "runner.question", "after_compression", allowed)
-    return most
+    return most if most < len(ids) else None
 
 
 def require_fit(ids: Sequence[int], limit: int | None, example: Example) -> None:

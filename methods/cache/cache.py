@@ -119,13 +119,13 @@ class KVCache(TransformersCache):
                 f"a text of {seen} tokens cannot grow past that length with keys of the other frequencies; use prompts "
                 "that are longer, or that stay below it with their new tokens (task.max_length), or method=no_cache",
             )
-        valid, rows = None, [Rows(0, None, text_seeds=self.text_seeds)]
+        valid, rows = None, [Rows(0, None, None, self.text_seeds, self.question_tokens)]
         in_prompt = in_prefill or (self.prompt_length is not None and self.get_seq_length() < self.prompt_length)
         if padding_mask is not None and (in_prompt or n > 1):  # a single token after the prompt is never a pad
             mask = padding_mask.bool()
             valid = None if bool(mask[:, -n:].all()) else mask[:, -n:]
             if in_prefill:
-                rows = rows_by_padding(mask, self.text_seeds)
+                rows = rows_by_padding(mask, self.text_seeds, self.question_tokens)
         if self.is_warmup_pass:
             return NewTokens(rows, valid, self.prompt_length)
         if self.tokens_seen is None:

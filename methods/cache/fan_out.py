@@ -40,6 +40,11 @@ class FanOutLayer(PrefillLayer):
     def method_names(self) -> str:
         return ", ".join(dict.fromkeys(member.method_names() for member in self.members))
 
+    def observe_questions(self, tokens: int) -> None:
+        for member in self.members:
+            member.observe_questions(tokens)
+        self.observation_window = max(member.observation_window for member in self.members)
+
     def finish_prefill(self, prompts: list[tuple[Rows, Prompt]]) -> None:
         for member in self.members:
             member.finish_prefill([(rows, prompt.last_queries(member.observation_window)) for rows, prompt in prompts])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,16 +56,33 @@ class Rows:
         index: Row indices [R] int64; None: the whole batch.
         tokens_seen: Real tokens of the full text if earlier layers dropped some; None: nothing was dropped.
         text_seeds: [R] int64, see :func:`text_seeds`; None: unknown.
+        question_tokens: Number of last tokens of each of the R prompts that are its question; None: unknown.
     """
 
     pads: int
     index: torch.Tensor | None
     tokens_seen: int | None = None
     text_seeds: torch.Tensor | None = None
+    question_tokens: Sequence[int] | None = None
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """Select these rows of a batch-first tensor."""
         return x if self.index is None else x[self.index]
+
+    def by_question(self, device: torch.device) -> list[Rows]:
+        """Split into rows whose questions have one length, with indices on ``device``."""
+        if self.question_tokens is None or len(set(self.question_tokens)) == 1:
+            return [self]
+        groups: dict[int, list[int]] = {}
+        for row, count in enumerate(self.question_tokens):
+            groups.setdefault(count, []).append(row)
+        out = []
+        for count, chosen in sorted(groups.items()):
+            index = torch.tensor(chosen, device=device)
+            seeds = None if self.text_seeds is None else self.text_seeds[index.to(self.text_seeds.device)]
+            index = index if self.index is None else self.index[index]
+            out.append(replace(self, index=index, text_seeds=seeds, question_tokens=[count] * len(chosen)))
+        return out
 
 
 @dataclass
@@ -92,12 +110,15 @@ class NewTokens:
         return replace(self, rows=rows, valid=None if self.valid is None else self.valid.to(device))
 
 
-def rows_by_padding(mask: torch.Tensor, text_seeds: torch.Tensor | None = None) -> list[Rows]:
+def rows_by_padding(
+    mask: torch.Tensor, text_seeds: torch.Tensor | None = None, question_tokens: Sequence[int] | None = None
+) -> list[Rows]:
     """Group batch rows by their number of leading pads.
 
     Args:
         mask: [B, columns so far] bool, True for a real token.
         text_seeds: See :attr:`Rows.text_seeds`, [B].
+        question_tokens: See :attr:`Rows.question_tokens`, of B prompts.
 
     Raises:
         ValueError: A pad follows a real token. Prompts must be padded on the left.
@@ -108,12 +129,17 @@ def rows_by_padding(mask: torch.Tensor, text_seeds: torch.Tensor | None = None) 
         raise ValueError("kvbench caches need left padding (tokenizer.padding_side='left')")
     counts = pads.tolist()
     if len(set(counts)) == 1:
-        return [Rows(counts[0], None, text_seeds=text_seeds)]
+        return [Rows(counts[0], None, None, text_seeds, question_tokens)]
     groups: dict[int, list[int]] = {}
     for row, count in enumerate(counts):
         groups.setdefault(count, []).append(row)
-    rows = [Rows(count, torch.tensor(index, device=mask.device)) for count, index in sorted(groups.items())]
-    return rows if text_seeds is None else [replace(r, text_seeds=r.take(text_seeds)) for r in rows]
+    out = []
+    for count, chosen in sorted(groups.items()):
+        rows = Rows(count, torch.tensor(chosen, device=mask.device))
+        seeds = None if text_seeds is None else rows.take(text_seeds)
+        questions = None if question_tokens is None else [question_tokens[row] for row in chosen]
+        out.append(replace(rows, text_seeds=seeds, question_tokens=questions))
+    return out
 
 
 SEED_FACTOR = 6364136223846793005

@@ -94,6 +94,10 @@ class CacheLayer(PrefillLayer):
     def method_names(self) -> str:
         return type(self.policy).__name__
 
+    def observe_questions(self, tokens: int) -> None:
+        if self.capabilities.observes_question:
+            self.observation_window = max(self.observation_window, tokens)
+
     def finish_prefill(self, prompts: list[tuple[Rows, Prompt]]) -> None:
         """Select the tokens to keep in each group of rows, then store all groups as one batch."""
         groups = []
@@ -104,6 +108,7 @@ class CacheLayer(PrefillLayer):
                 keys, values = repeat_heads(keys, prompt.groups), repeat_heads(values, prompt.groups)  # [R, H_q, T, D]
             if kept.slots is not None:
                 keys, values = (take_slots(x, kept.slots) for x in (keys, values))
+                keys = self.policy.stored_keys(keys, kept.slots, prompt.length, self.state)
             groups.append(KeptRows(rows, prompt.length, keys, values, kept.valid, kept.scores))  # [R, H, C, D]
         lengths, scores = self._store(groups)
         queries = self._last_queries(prompts) if self.policy.capabilities.stored_queries else None

@@ -266,8 +266,8 @@ class Method(Options):
     def _changed_parts(self) -> str:
         """Return the parts of an eviction policy that differ from the method's YAML: `` + adaptive + every 128``.
 
-        The scorer that another one builds on is always named: ``chunkkv 64 over key_diff``. If a scorer declares
-        ``labelled_parameters``, these and the allocator are always named: ``expected_attention 64 (epsilon 0.01, adaptive)``.
+        The scorer that another one builds on is always named: ``chunkkv 64 over key_diff``. With the parameters that a
+        scorer declares as ``labelled_parameters``, the allocator is named, too: ``(epsilon 0.01, adaptive)``.
         """
         scorer, allocator, schedule = (getattr(self.policy, kind, None) for kind in ("scorer", "allocator", "schedule"))
         if scorer is None or allocator is None or schedule is None:

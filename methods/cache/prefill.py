@@ -64,6 +64,10 @@ class PrefillLayer(StaticSteps, ABC):
     def finish_prefill(self, prompts: list[tuple[Rows, Prompt]]) -> None:
         """Compress and store the whole prompt; called once, with all rows of the batch."""
 
+    @abstractmethod
+    def observe_questions(self, tokens: int) -> None:
+        """Widen the observation window to questions of up to ``tokens`` tokens, if the policy needs their queries."""
+
     def prefill(self, call: LayerCall, new: NewTokens, use: KVAccess) -> torch.Tensor:
         """Attend over the prompt so far, and compress it after its last chunk and last reader.
 
@@ -198,6 +202,7 @@ class PrefillLayer(StaticSteps, ABC):
         # KVCache.check_prompt reads the flags of all layers at once, so that no layer syncs with the device here.
         self.is_finite = (keys.sum(dtype=torch.float32) + values.sum(dtype=torch.float32)).isfinite()
         whole = Prompt(query, keys, values, rule, self.layer_idx, self.num_layers, strictly_causal, logsumexp=logsumexp)
+        rows = [part for r in rows for part in r.by_question(keys.device)]
         with compression(keys.device):
             self.finish_prefill([(r, _without_pads(whole, r)) for r in rows])
 
@@ -210,4 +215,5 @@ def _without_pads(whole: Prompt, r: Rows) -> Prompt:
     logsumexp = None if whole.logsumexp is None else r.take(whole.logsumexp)[:, :, start:]
     queries = queries[:, :, start:]  # [R, H_q, min(W, T), D]
     part = replace(whole, query=queries, keys=keys, values=values, logsumexp=logsumexp, memo={})
-    return replace(part, seen=r.tokens_seen, text_seeds=r.text_seeds)
+    question_tokens = None if r.question_tokens is None else r.question_tokens[0] or None
+    return replace(part, seen=r.tokens_seen, text_seeds=r.text_seeds, question_tokens=question_tokens)

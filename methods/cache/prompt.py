@@ -31,6 +31,7 @@ class Prompt:
         kept: Number of tokens that the layer keeps, as the mean over its heads; None: T.
         seen: Tokens of the text so far, if more than T (while decoding, or if the layer gets only some); None: T.
         text_seeds: [R] int64, hashes of the rows' tokens, for scorers that draw random numbers; None: unknown.
+        question_tokens: Number of last tokens that are the question; None: unknown, or there is none.
         logsumexp: [R, H_q, W] float32, log-sum-exp of each query's logits over the tokens that it attends to; None: not
             known.
         memo: Results of :meth:`cached`, shared by the methods that share the prefill.
@@ -48,6 +49,7 @@ class Prompt:
     seen: int | None = None
     logsumexp: torch.Tensor | None = None
     text_seeds: torch.Tensor | None = None
+    question_tokens: int | None = None
     memo: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def cached(self, name: str, compute: Callable[[Prompt], torch.Tensor]) -> torch.Tensor:

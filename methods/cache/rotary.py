@@ -40,10 +40,11 @@ class Rotary:
         return self._inv_freq
 
     def rotate(self, x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
-        """Rotate x [B, H, n, D] by ``by`` [B, n] positions (int64, may be negative)."""
+        """Rotate x [B, H, n, D] by ``by`` [B, n] or [B, H, n] positions (int64, may be negative)."""
         if not self.dim:
             return x
-        angle = by[:, None, :, None].to(torch.float32) * self.inv_freq(x.device)  # [B, 1, n, dim / 2]
+        by = by[:, None] if by.dim() == 2 else by
+        angle = by[..., None].to(torch.float32) * self.inv_freq(x.device)  # [B, 1 or H, n, dim / 2]
         cos, sin = angle.cos(), angle.sin()
         rotary, unrotated = x[..., : self.dim], x[..., self.dim :]
         if self.interleaved:

@@ -23,6 +23,7 @@ class TransformersCache(Cache):
         first_layer: The first layer of the model that attends in a forward.
         tokens_seen: [B] int64, real tokens of each row so far; None before the first forward.
         text_seeds: [B] int64, hashes of the prompts' tokens, set by the engine before the prefill; None: unknown.
+        question_tokens: Tokens of each prompt's question, its last ones; None: unknown.
         states: States of the model's recurrent layers; None: it has none.
     """
 
@@ -30,6 +31,7 @@ class TransformersCache(Cache):
     first_layer: int
     tokens_seen: torch.Tensor | None
     text_seeds: torch.Tensor | None = None
+    question_tokens: Sequence[int] | None = None
     states: RecurrentStates | None
     layers: list[Any]  # not only transformers' layer classes
 

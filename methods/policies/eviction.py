@@ -58,7 +58,9 @@ class EvictionPolicy(PromptEviction):
         return PolicyCapabilities(
             observation_window=self.scorer.observation_window,
             evicts_while_decoding=interval is not None,
+            observes_question=self.scorer.observes_question,
             ranks_tokens=True,
+            keeps_positions=not self.scorer.repositions,
             heads_differ=self.allocator.heads_differ,
             merges_values=self.scorer.merges_values,
             drops_stored=interval is not None or self.allocator.spans_layers or self.scorer.repeats_prompt,

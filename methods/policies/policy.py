@@ -38,6 +38,8 @@ class PolicyCapabilities:
     Attributes:
         keeps_everything: Every layer and head stores all tokens.
         observation_window: Number of last prompt queries that :meth:`CachePolicy.select` needs.
+        observes_question: :meth:`CachePolicy.select` needs the queries of the prompt's question instead, if its length
+            is known.
         evicts_while_decoding: Tokens may be evicted after a step.
         prefills_by_steps: The prompt is processed with the result of token-by-token steps, not as a whole.
         attends_whole_prompt: Every layer attends over the complete prompt, so the first generated token is the full
@@ -58,6 +60,7 @@ class PolicyCapabilities:
 
     keeps_everything: bool = False
     observation_window: int = 0
+    observes_question: bool = False
     evicts_while_decoding: bool = False
     prefills_by_steps: bool = False
     attends_whole_prompt: bool = True
@@ -136,6 +139,17 @@ class CachePolicy(HasIdentity):
     def select(self, prompt: Prompt, state: Any = None) -> Kept:
         """Return the prompt tokens to keep."""
         return Kept()
+
+    def stored_keys(self, keys: torch.Tensor, slots: torch.Tensor, length: int, state: Any) -> torch.Tensor:
+        """Return the keys to store for the kept tokens, [R, H, C, D]: as they are, or rotated to other positions.
+
+        Args:
+            keys: [R, H, C, D], keys of the kept tokens.
+            slots: [R, H, C], their positions in the prompt; see :attr:`Kept.slots`.
+            length: T, the number of prompt tokens.
+            state: State of this layer.
+        """
+        return keys
 
     def after_prompt(
         self,

@@ -66,6 +66,11 @@ class PromptEviction(CachePolicy):
                 object.__setattr__(self, name, value)
         super().__post_init__()
         self._check_protected()
+        if self.allocator.spans_layers and scorer.repositions:
+            problem = (
+                "moves keys before they are stored, and method/allocator=global chooses among stored ones; use false"
+            )
+            raise InputError("method.scorer.reposition", True, problem)
         if self.allocator.heads_differ and scorer.scores_heads_alike:
             raise InputError(
                 "method/allocator",
@@ -137,7 +142,7 @@ class PromptEviction(CachePolicy):
         keeps_scores = self.scorer.accumulates and self.follows_attention
         if prompt.length <= budget and not keeps_scores and not keeps_ranks:
             return Kept()
-        recent = self.recent_of(budget)
+        recent = self.recent_of(budget, prompt.question_tokens)
         prompt, scorer_state = (
             replace(prompt, protected=recent, kept=budget),
             None if state is None else state.scorer_state,
@@ -193,6 +198,9 @@ class PromptEviction(CachePolicy):
         none = prompt.keys.new_zeros(rows, 1 if self.scorer.scores_heads_alike else heads, 0)
         return prompt_ranks(none, None, 0, prompt.length)
 
+    def stored_keys(self, keys: torch.Tensor, slots: torch.Tensor, length: int, state: EvictionState) -> torch.Tensor:
+        return self.scorer.stored_keys(keys, slots, length, state.scorer_state)
+
     @property
     def follows_attention(self) -> bool:
         """Whether each decode step updates the scores by its attention weights."""
@@ -208,9 +216,12 @@ class PromptEviction(CachePolicy):
         schedule = self.schedule
         return schedule.interval is not None and schedule.evicts_by == "score"
 
-    def recent_of(self, budget: int) -> int:
+    def recent_of(self, budget: int, question_tokens: int | None = None) -> int:
         """Return the number of last tokens that are always kept within a layer's budget."""
-        recent = int(self.recent * budget) if isinstance(self.recent, float) else self.recent
+        recent = self.recent
+        if question_tokens is not None and self.scorer.observes_question and recent == self.scorer.protected_recent():
+            recent = question_tokens
+        recent = int(recent * budget) if isinstance(recent, float) else recent
         return min(recent, budget)
 
     def layer_budgets(self, prompt_length: int, layers: int) -> Sequence[int]:

@@ -42,13 +42,14 @@ def generate(
     chunk_size: int | None = None,
     after_prefill: Callable[[], None] | None = None,
     question: torch.Tensor | None = None,
+    question_tokens: Sequence[int] | None = None,
     until: Callable[[int, list[int]], bool] | None = None,
     after_step: Callable[[int], None] | None = None,
 ) -> Generation:
     """Prefill, then decode until every row has ended.
 
     Args:
-        model, cache, input_ids, attention_mask, chunk_size: See :func:`prefill`.
+        model, cache, input_ids, attention_mask, chunk_size, question_tokens: See :func:`prefill`.
         max_new_tokens: Largest number of tokens per row; >= 1.
         stop_ids: A row ends when it would produce one of these. Empty: all rows run to ``max_new_tokens`` (which is
             how speed is measured).
@@ -62,7 +63,7 @@ def generate(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
     sampler = Sampler(sampling or Sampling(), stop_ids, min_new_tokens, input_ids.shape[0], input_ids.device)
-    logits = prefill(model, cache, input_ids, attention_mask, chunk_size)
+    logits = prefill(model, cache, input_ids, attention_mask, chunk_size, question_tokens)
     if after_prefill is not None:
         after_prefill()
     if question is not None:

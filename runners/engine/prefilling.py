@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ...methods.cache.cache import KVCache
 from ...methods.cache.compression import compression
 from ...methods.cache.forward import text_seeds
 from ...methods.cache.layer import CacheLayer
+from ...methods.cache.prefill import PrefillLayer
 from ...models.kvshare.model import KVShareLlamaForCausalLM
 from .eager import forward_without_cache
 from .layerwise import layers_run_in_chunks
@@ -25,6 +27,7 @@ def prefill(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     chunk_size: int | None = None,
+    question_tokens: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """Run the prompts through the model, and compress what the cache stores of them.
 
@@ -36,6 +39,8 @@ def prefill(
         chunk_size: Number of columns per forward (same result, less memory); None: all at once. Where layers are
             independent, each layer runs the whole prompt in such chunks and is compressed before the next one starts,
             so the peak is the compressed cache, one layer's keys and values, and the hidden states.
+        question_tokens: Number of last tokens of each of the B prompts that are its question (0: it has none), for
+            methods that compress by them; None: unknown.
 
     Returns:
         Logits of the last token, [rows, vocabulary]; rows are ``cache.copies`` x B.
@@ -51,7 +56,7 @@ def prefill(
         raise InputError("cache", state, "has been used; make a new one for each prompt")
     if cache.separate_prefills:
         each = cache.separate_prefills
-        return cache.join([prefill(model, one, input_ids, attention_mask, chunk_size) for one in each])
+        return cache.join([prefill(model, x, input_ids, attention_mask, chunk_size, question_tokens) for x in each])
     length = input_ids.shape[1]
     mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
     if cache.recomputes:
@@ -59,6 +64,8 @@ def prefill(
     chunk = None if chunk_size is None or chunk_size >= length else chunk_size
     cache.prompt_length = length
     cache.text_seeds = text_seeds(input_ids, mask)
+    if question_tokens is not None:
+        _observe_questions(cache, question_tokens, input_ids.shape[0])
     if chunk is not None and cache.layers_are_independent and decoder_layers(model) is not None:
         _check(model, cache, mask, input_ids.shape[0], chunk, by_layer=True)
         with layers_run_in_chunks(model, cache, chunk):
@@ -71,6 +78,15 @@ def prefill(
     cache.finish_prefill()
     _compress_after_prefill(model, cache, input_ids, mask)
     return logits.repeat(cache.copies, 1)
+
+
+def _observe_questions(cache: KVCache, question_tokens: Sequence[int], batch: int) -> None:
+    if len(question_tokens) != batch:
+        raise ValueError(f"question_tokens has {len(question_tokens)} numbers for {batch} prompts")
+    cache.question_tokens = question_tokens
+    for layer in cache.layers:
+        if isinstance(layer, PrefillLayer):
+            layer.observe_questions(max(question_tokens))
 
 
 def _compress_after_prefill(

@@ -61,6 +61,16 @@ class Scorer(HasIdentity):
         return 0
 
     @property
+    def observes_question(self) -> bool:
+        """Whether the queries of the question take the place of that window, where the question's length is known."""
+        return False
+
+    @property
+    def repositions(self) -> bool:
+        """Whether the keys of kept prompt tokens are stored at other positions (:meth:`stored_keys`)."""
+        return False
+
+    @property
     def stores_query_heads(self) -> bool:
         """Whether keys and values are scored and stored per query head instead of per KV head."""
         return False
@@ -85,6 +95,10 @@ class Scorer(HasIdentity):
             state: State of this layer, from :meth:`new_state`.
         """
         raise NotImplementedError
+
+    def stored_keys(self, keys: torch.Tensor, slots: torch.Tensor, length: int, state: Any) -> torch.Tensor:
+        """Return the keys to store for kept prompt tokens; see :meth:`..policy.CachePolicy.stored_keys`."""
+        return keys
 
     def tie_scores(self, prompt: Prompt, state: Any) -> torch.Tensor | None:
         """Return scores [R, H, T] that order tokens with equal scores; None: the lower index is kept first."""

@@ -64,6 +64,14 @@ class ChunkKV(Scorer):
         return self.scorer.observation_window
 
     @property
+    def observes_question(self) -> bool:
+        return self.scorer.observes_question
+
+    @property
+    def repositions(self) -> bool:
+        return self.scorer.repositions
+
+    @property
     def stores_query_heads(self) -> bool:
         return self.scorer.stores_query_heads
 
@@ -76,10 +84,14 @@ class ChunkKV(Scorer):
     def new_state(self, layer: ModelLayer) -> Any:
         return self.scorer.new_state(layer)
 
+    def stored_keys(self, keys: torch.Tensor, slots: torch.Tensor, length: int, state: Any) -> torch.Tensor:
+        return self.scorer.stored_keys(keys, slots, length, state)
+
     def score(self, prompt: Prompt, state: Any) -> torch.Tensor:
         scores = self.scorer.score(prompt, state).float().sum(dim=1, keepdim=True)  # [R, 1, T]
         length, chunk = prompt.length, self.chunk if prompt.length >= self.chunk else 1
-        recent = self.protected_recent()
+        is_question = self.observes_question and prompt.question_tokens is not None
+        recent = prompt.question_tokens if is_question else self.protected_recent()
         first, end = self.protected_sinks(), length - (recent if isinstance(recent, int) else 0)
         if end <= first:  # the other scorer protects all tokens
             return scores
