@@ -67,9 +67,7 @@ class PromptEviction(CachePolicy):
         super().__post_init__()
         self._check_protected()
         if self.allocator.spans_layers and scorer.repositions:
-            problem = (
-                "moves keys before they are stored, and method/allocator=global chooses among stored ones; use false"
-            )
+            problem = "moves keys as they are stored, and method/allocator=global chooses among stored ones; use false"
             raise InputError("method.scorer.reposition", True, problem)
         if self.allocator.heads_differ and scorer.scores_heads_alike:
             raise InputError(

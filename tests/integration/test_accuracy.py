@@ -511,6 +511,23 @@ def test_a_question_after_compression_is_another_task_with_the_same_prompts(worl
     assert not all(predictions["snapkv 40"])
 
 
+def test_finch_takes_the_length_of_the_question_from_the_task(world, tmp_path):
+    """With the question in the prompt, as with a window of its length; after compression, as with the window."""
+    asked = len("Next line of code:\n")  # a token is a byte here
+    for question, window, other in (("with_context", asked, 32), ("after_compression", 32, asked)):
+        texts = ["finch", *(f"finch scorer.question=false scorer.window={w}" for w in (window, other))]
+        results, entries = tmp_path / question, [f"{text} budget=40" for text in texts[1:]]
+        given = ("method=finch", f"runner.pair_with={json.dumps(entries)}", f"runner.question={question}")
+        run(world, results, *given, "task.datasets=[lcc]")
+        predictions = {}
+        for path in results.glob("*/*/finch/*/record.json"):
+            selection = json.loads(path.read_text())["identity"]["method"]["selection"]
+            key = "question" if selection.get("question") else selection["window"]
+            predictions[key] = [row["prediction"] for row in rows(path.parent)]
+        assert set(predictions) == {"question", asked, 32}
+        assert predictions["question"] == predictions[window] != predictions[other]
+
+
 def test_a_prompt_whose_question_was_cut_off_cannot_be_asked_after_compression(world, tmp_path):
     done = run(world, tmp_path, "runner.question=after_compression", "task.max_length=30", status=2)
     assert "runner.question=after_compression: needs a prompt with a context and a question" in done.stderr

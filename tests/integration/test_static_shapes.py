@@ -171,7 +171,8 @@ def products() -> list[str]:
             differ = allocator.startswith(("adaptive", "global"))
             if differ and heads_alike:  # refused: there are no heads to compare
                 continue
-            parts = f"scorer={scorer}{settings} allocator={allocator} recent=6 sinks=1"
+            moved = " scorer.reposition=false" if part.repositions and allocator == "global" else ""  # refused
+            parts = f"scorer={scorer}{settings}{moved} allocator={allocator} recent=6 sinks=1"
             storage = "ragged" if (differ or heads_alike) and not part.merges_values else "dense"
             fitting = [s for s in schedules.values() if s == "hold" or not part.prefill_only]
             fitting = [s for s in fitting if s != "hold" or not part.merges_values]

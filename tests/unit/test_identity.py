@@ -65,9 +65,14 @@ def recorded_parts() -> list[tuple[str, dict[str, Any]]]:
 
 
 def rebuilt(kind: type[HasIdentity], recorded: dict[str, Any]) -> HasIdentity:
-    """The part of a recorded identity; what the record lacks has its default. A scorer's is its policy's."""
+    """The part of a recorded identity. A scorer's is its policy's.
+
+    What the record lacks has the value at which it is not recorded, or its default.
+    """
     names = {key: name for name, key in kind.recorded_as.items()}
-    values = {names.get(k, k): v for k, v in recorded.items() if k not in ("class", "version", "ties")}
+    values = {**kind.omitted_at} | {
+        names.get(k, k): v for k, v in recorded.items() if k not in ("class", "version", "ties")
+    }
     for name in ("allocator", "schedule"):
         if name in values:
             (part,) = (part for part in targets().values() if part.id == values[name]["class"])

@@ -1,4 +1,4 @@
-"""LagKV, FINCH and ChunkKV: their rules in plain loops; published sets are in ``test_golden_newer.py``."""
+"""LagKV and ChunkKV: their rules in plain loops; published sets are in ``test_golden_newer.py``."""
 
 from __future__ import annotations
 
@@ -148,42 +148,6 @@ def test_lagkv_keeps_sinks_and_the_last_tokens_while_decoding():
     for layer, sinks in zip(cache.layers, before, strict=True):
         keys = layer.storage.read()[0]
         assert keys.shape[2] == 10 and torch.equal(keys[:, :, :4], sinks)
-
-
-# FINCH ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-def test_finch_is_kvpress(published, normalize):
-    name = f"finch r=0.5 question=8 normalize={normalize}"
-    for layer in published:
-        prompt = prompt_of(layer, 8)
-        scores = FINCH(window=8, normalize=normalize).score(prompt)[0, :, :88]
-        assert torch.allclose(scores, torch.tensor(layer["scores"][name])[:, :88], rtol=1e-4, atol=0)
-        assert kept(FINCH(window=8, normalize=normalize), prompt, 48) == layer["kept"][name]
-
-
-@pytest.mark.parametrize(("window", "normalize"), [(8, True), (3, False), (60, True)])
-def test_finch_is_the_naive_average(window, normalize):
-    """Also where the question is longer than the prompt."""
-    prompt = random_prompt(window=window)
-    length, w = prompt.length, prompt.query.shape[2]
-    ours = FINCH(window=window, normalize=normalize).score(prompt)
-    for h in range(2):
-        total = torch.zeros(length, dtype=torch.float64)
-        for query_head in (2 * h, 2 * h + 1):
-            for i in range(w):
-                position = length - w + i
-                logits = prompt.keys[0, h, : position + 1] @ prompt.query[0, query_head, i] / math.sqrt(D)
-                total[: position + 1] += logits.softmax(0) * (position if normalize else 1)
-        assert torch.allclose(ours[0, h].double(), total / (2 * w), rtol=1e-5, atol=1e-9)
-
-
-def test_finch_without_normalization_is_snapkv_without_pooling():
-    prompt = random_prompt(window=8)
-    ours, snapkv = FINCH(window=8, normalize=False), SnapKV(window=8, kernel=1)
-    assert kept(ours, prompt, 20) == kept(snapkv, prompt, 20)
-    assert kept(ours, prompt, 20)[0][-8:] == list(range(37, 45))
 
 
 # ChunkKV --------------------------------------------------------------------------------------------------------------
