@@ -241,7 +241,8 @@ def rotary_of(model: PreTrainedModel, layer_idx: int, method: str) -> Rotary:
             "method",
             method,
             f"re-positions tokens, and RoPE of constant frequencies does not explain the keys of layer {layer_idx} of "
-            f"{type(model).__name__}; use another method or, for streaming_llm, method.policy.reposition=false",
+            f"{type(model).__name__}; use another method or, for streaming_llm, method.policy.reposition=false, "
+            "for finch method.scorer.reposition=false",
         )
     return rotary
 
