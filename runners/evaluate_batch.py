@@ -206,6 +206,8 @@ class _SharedPrefill:
         example = items[0].example
         input_ids, mask = self._padded([item.prompt for item in items])
         questions = [item.question for item in items]
+        asked = items if self._observes_question and not questions[0] else []  # with the question in the prompt
+        question_tokens = [find_question(x.prompt, x.example.question, self.tokenizer) or 0 for x in asked]
         ends = [item.example.stop_strings for item in items]
         result = generate(
             self.loaded.model,
@@ -219,7 +221,7 @@ class _SharedPrefill:
             chunk_size=self.chunk_size,
             after_prefill=self._record_prompt_bytes,
             question=torch.tensor(questions, device=self.device) if questions[0] else None,
-            question_tokens=None if questions[0] else self._question_tokens(items),
+            question_tokens=question_tokens or None,
             until=(lambda row, tokens: stops(tokens, ends[row], self.tokenizer)) if any(ends) else None,
             after_step=self._advance,
         )
@@ -228,12 +230,6 @@ class _SharedPrefill:
             [self._reply(item, next(rows), self._bytes(number, len(items))) for item in items]
             for number in range(len(self.caches))
         ]
-
-    def _question_tokens(self, items: Sequence[Item]) -> list[int] | None:
-        """Return the number of last tokens of each prompt that are its question, if a method needs to know."""
-        if not self._observes_question:
-            return None
-        return [find_question(item.prompt, item.example.question, self.tokenizer) or 0 for item in items]
 
     def likelihoods(self, contexts: Sequence[Continuations]) -> list[list[Scored]]:
         """Return, for each context, the likelihoods of its continuations under every method."""
