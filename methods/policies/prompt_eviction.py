@@ -127,6 +127,8 @@ class PromptEviction(CachePolicy):
     # prefill ------------------------------------------------------------------------------------------------------
 
     def new_state(self, layer: ModelLayer) -> EvictionState:
+        if self.scorer.repositions:
+            layer.rotary()  # measured, or refused, before the prefill
         merging = Merging(self.scorer, layer.place) if self.scorer.merges_values else None  # type: ignore[arg-type]
         return EvictionState(layer, self.scorer.new_state(layer), merging=merging)
 
@@ -197,7 +199,10 @@ class PromptEviction(CachePolicy):
         return prompt_ranks(none, None, 0, prompt.length)
 
     def stored_keys(self, keys: torch.Tensor, slots: torch.Tensor, length: int, state: EvictionState) -> torch.Tensor:
-        return self.scorer.stored_keys(keys, slots, length, state.scorer_state)
+        if not self.scorer.repositions:
+            return keys
+        last = torch.arange(length - slots.shape[-1], length, device=slots.device)  # [C], the last positions
+        return state.layer.rotary().rotate(keys, last - slots)
 
     @property
     def follows_attention(self) -> bool:

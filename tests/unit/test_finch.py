@@ -19,6 +19,7 @@ from kvbench.methods.cache.method import Method
 from kvbench.methods.cache.prompt import Prompt
 from kvbench.methods.cache.rotary import Rotary
 from kvbench.methods.policies.eviction import EvictionPolicy
+from kvbench.methods.policies.model_layer import ModelLayer
 from kvbench.methods.policies.scorers.base import Scorer
 from kvbench.methods.policies.scorers.finch import FINCH
 from kvbench.methods.policies.scorers.snapkv import SnapKV
@@ -120,6 +121,14 @@ def test_every_chunk_keeps_its_share(chunk, budget, shares):
         assert positions == sorted(best) + list(range(37, 45))
 
 
+def test_chunks_of_equal_tokens_keep_their_first_ones():
+    same = torch.ones(1, 2, 40, D)
+    prompt = Prompt(same[:, :, :8], same, same, LogitRule(0.25), 0, 1)
+    assert (
+        kept(FINCH(window=8, chunk_length=10), prompt, 20) == [[*range(5), *range(10, 15), 20, 21, *range(32, 40)]] * 2
+    )
+
+
 # positions
 
 
@@ -130,11 +139,12 @@ def rotate_to(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 def stored(layer: dict[str, Any], scorer: FINCH, budget: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Kept positions [H, C] of a published layer, and the keys that are stored for them [H, C, D]."""
-    prompt = prompt_of(layer, 8)
-    slots = EvictionPolicy(scorer, budget).select(prompt).slots
+    prompt, policy = prompt_of(layer, 8), EvictionPolicy(scorer, budget)
+    state = policy.new_state(ModelLayer(0, 0, 1, lambda: ROTARY))
+    slots = policy.select(prompt, state).slots
     assert slots is not None
     keys = prompt.keys.gather(2, slots[..., None].expand(-1, -1, -1, D))
-    return slots[0], scorer.stored_keys(keys, slots, prompt.length, ROTARY)[0]
+    return slots[0], policy.stored_keys(keys, slots, prompt.length, state)[0]
 
 
 def test_moved_keys_are_kvpress(published):

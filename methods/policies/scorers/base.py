@@ -50,6 +50,10 @@ class Scorer(HasIdentity):
     """Whether the scores come from further forwards after the prefill (:meth:`repetitions`)."""
     merges_values: ClassVar[bool] = False
     """Whether values of tokens evicted while decoding are added to kept ones (:class:`..merging.MergingScorer`)."""
+    observes_question: ClassVar[bool] = False
+    """Whether the prompt's question, where its length is known, takes the place of the observation window."""
+    repositions: ClassVar[bool] = False
+    """Whether the policy stores the keys of kept prompt tokens at consecutive positions."""
     labelled_parameters: ClassVar[tuple[str, ...]] = ()
     """Parameters that a method's label always names, with its allocator, because results depend on them that much."""
     ranks_in_stages: ClassVar[bool] = False
@@ -59,16 +63,6 @@ class Scorer(HasIdentity):
     def observation_window(self) -> int:
         """Number of last prompt queries that :meth:`score` needs; :data:`ALL_QUERIES`: all of them."""
         return 0
-
-    @property
-    def observes_question(self) -> bool:
-        """Whether the queries of the question take the place of that window, where the question's length is known."""
-        return False
-
-    @property
-    def repositions(self) -> bool:
-        """Whether the keys of kept prompt tokens are stored at other positions (:meth:`stored_keys`)."""
-        return False
 
     @property
     def stores_query_heads(self) -> bool:
@@ -95,10 +89,6 @@ class Scorer(HasIdentity):
             state: State of this layer, from :meth:`new_state`.
         """
         raise NotImplementedError
-
-    def stored_keys(self, keys: torch.Tensor, slots: torch.Tensor, length: int, state: Any) -> torch.Tensor:
-        """Return the keys to store for kept prompt tokens; see :meth:`..policy.CachePolicy.stored_keys`."""
-        return keys
 
     def tie_scores(self, prompt: Prompt, state: Any) -> torch.Tensor | None:
         """Return scores [R, H, T] that order tokens with equal scores; None: the lower index is kept first."""

@@ -64,11 +64,13 @@ class ChunkKV(Scorer):
         return self.scorer.observation_window
 
     @property
-    def observes_question(self) -> bool:
+    def observes_question(self) -> bool:  # type: ignore[override]
+        """As the other scorer."""
         return self.scorer.observes_question
 
     @property
-    def repositions(self) -> bool:
+    def repositions(self) -> bool:  # type: ignore[override]
+        """As the other scorer."""
         return self.scorer.repositions
 
     @property
@@ -83,9 +85,6 @@ class ChunkKV(Scorer):
 
     def new_state(self, layer: ModelLayer) -> Any:
         return self.scorer.new_state(layer)
-
-    def stored_keys(self, keys: torch.Tensor, slots: torch.Tensor, length: int, state: Any) -> torch.Tensor:
-        return self.scorer.stored_keys(keys, slots, length, state)
 
     def score(self, prompt: Prompt, state: Any) -> torch.Tensor:
         scores = self.scorer.score(prompt, state).float().sum(dim=1, keepdim=True)  # [R, 1, T]

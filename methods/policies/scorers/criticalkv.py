@@ -66,11 +66,13 @@ class CriticalKV(Scorer):
         return self.scorer.observation_window
 
     @property
-    def observes_question(self) -> bool:
+    def observes_question(self) -> bool:  # type: ignore[override]
+        """As the other scorer."""
         return self.scorer.observes_question
 
     @property
-    def repositions(self) -> bool:
+    def repositions(self) -> bool:  # type: ignore[override]
+        """As the other scorer."""
         return self.scorer.repositions
 
     @property
@@ -85,9 +87,6 @@ class CriticalKV(Scorer):
 
     def new_state(self, layer: ModelLayer) -> tuple[Any, ModelLayer]:
         return self.scorer.new_state(layer), layer
-
-    def stored_keys(self, keys: torch.Tensor, slots: torch.Tensor, length: int, state: Any) -> torch.Tensor:
-        return self.scorer.stored_keys(keys, slots, length, state[0])
 
     def score(self, prompt: Prompt, state: tuple[Any, ModelLayer]) -> torch.Tensor:
         scores = self.scorer.score(prompt, state[0]).float()  # [R, H or 1, T]

@@ -13,26 +13,21 @@ The published code reads the prompt in segments, scores what it holds again with
 in all heads; the normalization in it is without effect. Here, as in kvpress, the whole prompt is scored once and per KV
 head. With the heads of a layer alike: ``method=chunkkv`` over this scorer, ``method.scorer.chunk=1``.
 
-Legend: R rows of one prompt length, H stored heads, H_q query heads, T prompt tokens, C kept tokens, D channels.
+Legend: R rows of one prompt length, H stored heads, H_q query heads, T prompt tokens, C kept tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from ....conf.options import PositiveInt
 from ...cache.prompt import Prompt
 from ...cache.prompt_attention import window_sums
-from ..ranking import keep_mask
 from .base import Scorer
-
-if TYPE_CHECKING:
-    from ...cache.rotary import Rotary
-    from ..model_layer import ModelLayer
 
 
 @dataclass(frozen=True)
@@ -63,20 +58,19 @@ class FINCH(Scorer):
         return self.window
 
     @property
-    def observes_question(self) -> bool:
+    def observes_question(self) -> bool:  # type: ignore[override]
+        """As ``question`` says."""
         return self.question
 
     @property
-    def repositions(self) -> bool:
+    def repositions(self) -> bool:  # type: ignore[override]
+        """As ``reposition`` says."""
         return self.reposition
 
     def protected_recent(self) -> int:
         return self.window
 
-    def new_state(self, layer: ModelLayer) -> Rotary | None:
-        return layer.rotary() if self.reposition else None
-
-    def score(self, prompt: Prompt, state: Rotary | None = None) -> torch.Tensor:
+    def score(self, prompt: Prompt, state: Any = None) -> torch.Tensor:
         asked = prompt.question_tokens if self.question else None
         prompt = prompt.last_queries(self.window if asked is None else asked)
         w, position = prompt.query.shape[2], None
@@ -101,12 +95,7 @@ class FINCH(Scorer):
             stop = min(start + size, end)  # of the candidates
             n_protected = start + size - max(stop, start)
             count = shares[chunk][0] + (chunk in rounded_up) - n_protected
-            if count > 0:
-                best[..., start:stop] = keep_mask(scores[..., start:stop], count)
+            if count > 0:  # of equal scores the lower index is first
+                order = scores[..., start:stop].argsort(dim=-1, descending=True, stable=True)
+                best[..., start:stop].scatter_(-1, order[..., :count], True)
         return best
-
-    def stored_keys(self, keys: torch.Tensor, slots: torch.Tensor, length: int, state: Rotary | None) -> torch.Tensor:
-        if state is None:
-            return keys
-        last = torch.arange(length - slots.shape[-1], length, device=slots.device)  # [C]
-        return state.rotate(keys, last - slots)
