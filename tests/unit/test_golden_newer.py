@@ -159,7 +159,7 @@ for text, scorer in (("knorm", KeyNorm()), ("expected_attention epsilon=0.01", E
             CASES[f"adakv over {text} r={share} alpha={floor}"] = Case(scorer, budget, adaptive)
 
 READ_BY = {
-    "finch r=0.5 question=8 normalize=": "test_newer_scorers.py",
+    "finch r=0.5 question=8 ": "test_finch.py",
     "rkv ": "test_reasoning_scorers.py",
     "kvzip": "test_kvzip.py",
     "criticalkv |v W_O|_1": "test_criticalkv.py",
@@ -172,7 +172,6 @@ NOT_HERE = {
     "block over keydiff r=0.5 block=16": "prefill in blocks with eviction in between is no schedule here",
     "merging over knorm r=0.5: values of the kept tokens (ascending), rows 0..5": "no merging by similarity of keys",
     "simlayerkv statistic n_last=1 n_initial=4 n_recent=32": "SimLayerKV is not here",
-    "finch r=0.5 question=8 chunk=24": "a budget per chunk is no allocator here",
 }
 """Entry -> why nothing here can be compared with it."""
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 from golden import newer_entries
-from golden import newer_prompt as prompt_of
 from tiny_models import prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError

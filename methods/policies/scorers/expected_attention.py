@@ -13,7 +13,7 @@ to 0.
 
 The paper uses the norm of the value after the output projection. Here, as in the authors' library, it is the norm of
 the value itself, so that only the cache is needed. ``method=expected_attention`` is the method of their evaluation,
-which also distributes a layer's budget over its heads (``method/allocator=adaptive``); with the same budget for every
+which also distributes a layer's budget over its heads (``method/allocator=safeguard``); with the same budget for every
 head it is ``method/allocator=uniform method/storage=dense``. Their library also compresses while decoding
 (``method/schedule=every_n``).
 """
