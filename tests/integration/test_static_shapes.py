@@ -168,7 +168,7 @@ def products() -> list[str]:
         if part.repeats_prompt:  # makes its product in test_contract.py
             continue
         for allocator in allocators.values():
-            differ = allocator.startswith(("adaptive", "global"))
+            differ = allocator.startswith(("adaptive", "safeguard", "global"))
             if differ and heads_alike:  # refused: there are no heads to compare
                 continue
             moved = " scorer.reposition=false" if part.repositions and allocator == "global" else ""  # refused
