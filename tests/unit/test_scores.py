@@ -134,10 +134,7 @@ def test_epsilon_is_the_authors_and_gives_long_values_a_chance():
     """Their evaluation's 0.01, on the command line as in Python; 0, their class's default, ranks by attention first."""
     policy = named_method("expected_attention").policy
     assert ExpectedAttention().epsilon == policy.scorer.epsilon == 0.01
-    assert (
-        policy.allocator == Adaptive(floor=0.2, rule="safeguard")
-        and named_method("expected_attention").storage == Ragged()
-    )
+    assert policy.allocator == Adaptive(floor=0.2) and named_method("expected_attention").storage == Ragged()
     prompt, _ = random_prompt()
     state, keys, values = ROTARY, 3 * prompt.keys, prompt.values.clone()  # attention that peaks
     prompt = Prompt(prompt.query, keys, values, prompt.rule, 1, 3)
