@@ -15,6 +15,10 @@ CURRENT_VERSIONS: Mapping[str, int] = {
     "RandomTokens": 2,  # scores depend on the prompt
 }
 """Version by the part's ``id``, which records have as ``class``."""
+RESCORING_VERSIONS: Mapping[str, int] = {
+    "RandomTokens": 3,  # drawn anew for each text at each eviction
+}
+"""Version of scorers whose scores while decoding are newer than those of a prompt."""
 
 
 def older_parts(identity: Mapping[str, Any]) -> list[str]:
@@ -22,7 +26,14 @@ def older_parts(identity: Mapping[str, Any]) -> list[str]:
     older = []
     for key, value in identity.items():
         if isinstance(value, Mapping):
-            if value.get("version", 1) < CURRENT_VERSIONS.get(str(value.get("class")), 1):
+            if value.get("version", 1) < _current_version(value):
                 older.append(key)
             older += older_parts(value)
     return older
+
+
+def _current_version(part: Mapping[str, Any]) -> int:
+    """Return today's version of a recorded part; a record names the schedule of a scorer if it has another one."""
+    name, schedule = str(part.get("class")), part.get("schedule")
+    rescores = isinstance(schedule, Mapping) and schedule.get("class") in ("every_step", "every_n")
+    return max(CURRENT_VERSIONS.get(name, 1), RESCORING_VERSIONS.get(name, 1) if rescores else 1)

@@ -17,6 +17,9 @@ from .policy import Step
 from .ranking import keep_mask, lowest_ranked_slot
 from .scorers.base import Scorer
 
+HEAD_SEED_STEP = 86_028_121
+"""Difference of the seeds of two heads that are scored again as if they were rows."""
+
 
 def attend_with_weights(
     storage: LayerStorage, step: Step, may_average: bool = False
@@ -135,13 +138,14 @@ def rescore(
     mask = torch.ones(batch, 1, slots, dtype=torch.bool, device=keys.device) if valid is None else valid
     if not heads_differ:
         mask = mask[:, :1]
-    queries, seen = state.queries, torch.tensor(state.seen)
+    queries, seen, text_seeds = state.queries, torch.tensor(state.seen), state.text_seeds
     if heads_differ:  # [B, H, ...] -> [B * H, 1, ...]
         mask = mask.expand(-1, heads, -1).reshape(batch * heads, 1, slots)
         keys, values = (x.flatten(0, 1)[:, None] for x in (keys, values))
         if queries is not None:
             queries = queries.unflatten(1, (heads, -1)).flatten(0, 1)
         seen = seen.repeat_interleave(heads)
+        text_seeds = (text_seeds[:, None] + HEAD_SEED_STEP * torch.arange(heads, device=text_seeds.device)).flatten()
     counts = mask[:, 0].sum(-1)  # [rows]
     over = counts > state.limit.expand(batch, heads if heads_differ else 1).flatten()
     if not bool(over.any()):
@@ -157,7 +161,8 @@ def rescore(
         else:
             w = min(queries.shape[2], count, tokens_seen)
             query = queries[rows][:, :, queries.shape[2] - w :]
-        prompt = Prompt(query, k, v, state.rule, state.layer.place, state.layer.count, seen=tokens_seen)
+        place = (state.layer.place, state.layer.count)
+        prompt = Prompt(query, k, v, state.rule, *place, seen=tokens_seen, text_seeds=text_seeds[rows])
         scores = _scatter(scores, scorer.score(prompt, state.scorer_state), rows, slot, mask, float("-inf"))
         tie_scores = scorer.tie_scores(prompt, state.scorer_state)
         if tie_scores is not None:

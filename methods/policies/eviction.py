@@ -156,9 +156,10 @@ class EvictionPolicy(PromptEviction):
             tokens = state.prompt.storage.tokens  # [B, 1 or H]
             state.limit = torch.where(lengths[:, None] > state.limit, tokens, state.limit)
         state.max_limit = max(limits) if not self.allocator.heads_differ else int(state.limit.max())
-        state.queries, state.seen = state.prompt.queries, lengths.tolist()
+        state.queries = state.prompt.queries
+        state.begin_texts(lengths)
         if state.merging is not None:
-            state.merging.begin(lengths)
+            state.merging.begin(state.text_seeds)
 
     def after_append(self, state: EvictionState, slots: torch.Tensor) -> None:
         state.move_scores(slots)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..cache.logits import LogitRule
+from ..cache.prompt import Prompt
 from ..storage.base import LayerStorage
 from .merging import Merging
 from .model_layer import ModelLayer
@@ -62,6 +63,8 @@ class EvictionState:
             neither.
         queries: [B, H_q, w, D], last queries for re-scoring, the newest last; None: not stored.
         seen: Number of real tokens that each row has seen.
+        prompt_seeds: Hashes [R] of the prompts of each length, until :meth:`begin_texts`.
+        text_seeds: [B] int64, hashes of all prompts, 0 where unknown.
         steps: Decode steps so far.
         is_static: Whether the layer's tensors have their final shapes and are modified in place.
         rule: How the layer's logits are computed; known after the first step.
@@ -80,6 +83,8 @@ class EvictionState:
     scores: torch.Tensor | None = None
     queries: torch.Tensor | None = None
     seen: list[int] = field(default_factory=list)
+    prompt_seeds: dict[int, torch.Tensor] = field(default_factory=dict)
+    text_seeds: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     steps: int = 0
     is_static: bool = False
     rule: LogitRule | None = None
@@ -88,6 +93,18 @@ class EvictionState:
     prompt: StoredPrompt | None = None
     candidates: list[Candidates] = field(default_factory=list)
     weights: list[torch.Tensor] = field(default_factory=list)
+
+    def add_prompts(self, prompt: Prompt) -> None:
+        """Note the hashes of the prompts of one length, if they are known."""
+        if prompt.text_seeds is not None:
+            self.prompt_seeds[prompt.length] = prompt.text_seeds
+
+    def begin_texts(self, lengths: torch.Tensor) -> None:
+        """Count the tokens of all prompts, whose lengths are ``lengths`` [B], and put their hashes in order."""
+        self.seen, self.text_seeds = lengths.tolist(), torch.zeros_like(lengths)
+        for length, seeds in self.prompt_seeds.items():
+            self.text_seeds[lengths == length] = seeds.to(lengths.device)
+        self.prompt_seeds = {}
 
     def store_scores(self, scores: torch.Tensor) -> None:
         """Store the scores [B, 1 or H, S] of a step, in place if static."""

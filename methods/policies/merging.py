@@ -15,7 +15,6 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from ..cache.prompt import Prompt
 from ..storage.base import LayerStorage
 from ..storage.buffer import take_slots
 
@@ -54,28 +53,16 @@ class Merging:
     Attributes:
         scorer: Number of receivers, and the rule that says which tokens are merged.
         layer: Index of the layer.
-        text_seeds: Seeds of the rows of each prompt length, until :meth:`begin`.
         random: [B] int64, states of the rows' random number generators.
     """
 
     scorer: MergingScorer
     layer: int
-    text_seeds: dict[int, torch.Tensor] = field(default_factory=dict)
     random: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
-    def add_prompts(self, prompt: Prompt) -> None:
-        """Note the seeds of the rows of one prompt length."""
-        keys, seeds = prompt.keys, prompt.text_seeds
-        unknown = torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device)
-        self.text_seeds[prompt.length] = unknown if seeds is None else seeds.to(keys.device)
-
-    def begin(self, lengths: torch.Tensor) -> None:
-        """Seed the generators of all rows, whose prompts have ``lengths`` [B]."""
-        seeds = torch.zeros_like(lengths)
-        for length, of_rows in self.text_seeds.items():
-            seeds[lengths == length] = of_rows
-        seeds += (self.scorer.seed * SEED_STEP + self.layer) % 2**63
-        self.random, self.text_seeds = _mixed(seeds), {}
+    def begin(self, text_seeds: torch.Tensor) -> None:
+        """Seed the generators of all rows from the hashes [B] of their prompts."""
+        self.random = _mixed(text_seeds + (self.scorer.seed * SEED_STEP + self.layer) % 2**63)
 
     def merge_one(
         self,

@@ -121,8 +121,8 @@ class PromptEviction(CachePolicy):
         if self.schedule != scorer.default_schedule:
             prefill_only = scorer.tracks_attention and self.schedule == AfterPrefill()
             out |= {"prefill_only": True} if prefill_only else {"schedule": self.schedule.identity()}
-        version = {"version": scorer.version} if scorer.version > 1 else {}
-        return out | version | {"ties": ranking.RULE}
+        number = max(scorer.version, scorer.rescoring_version) if self.rescores else scorer.version
+        return out | ({"version": number} if number > 1 else {}) | {"ties": ranking.RULE}
 
     # prefill ------------------------------------------------------------------------------------------------------
 
@@ -136,8 +136,8 @@ class PromptEviction(CachePolicy):
         keeps_ranks = self.schedule.evicts_by == "rank"
         if self.scorer.repeats_prompt:  # compressed after the prefill of all layers
             return Kept(scores=self._ages(prompt) if keeps_ranks else None)
-        if state is not None and state.merging is not None:
-            state.merging.add_prompts(prompt)
+        if state is not None:
+            state.add_prompts(prompt)
         budget = self.layer_budgets(prompt.length, prompt.num_layers)[prompt.layer_idx]
         keeps_scores = self.scorer.accumulates and self.follows_attention
         if prompt.length <= budget and not keeps_scores and not keeps_ranks:

@@ -12,10 +12,12 @@ from golden import newer_entries
 from tiny_models import left_pad, prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
+from kvbench.conf.versions import older_parts
 from kvbench.methods.cache.fan_out import FanOutCache
 from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.cache.prompt import Prompt
 from kvbench.methods.cache.rotary import Rotary
+from kvbench.methods.policies import eviction
 from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.model_layer import ModelLayer
 from kvbench.methods.policies.schedules.every_step import EveryStep
@@ -26,7 +28,7 @@ from kvbench.methods.policies.scorers.duo_attention import DuoAttention
 from kvbench.methods.policies.scorers.leverage import Leverage
 from kvbench.methods.policies.scorers.random_tokens import RandomTokens
 from kvbench.runners.config.methods import named_method
-from kvbench.runners.engine import prefill
+from kvbench.runners.engine import decode, prefill
 
 ENTRIES = newer_entries()
 LAYERS: list[dict[str, Any]] = ENTRIES["layers"]
@@ -245,3 +247,57 @@ def test_the_engine_passes_a_hash_of_the_tokens_on(monkeypatch):
             prefill(model, method.new_cache(model), prompt)
         alone = [int(seeds) for seeds in seen[:: len(model.model.layers)]]
         assert together == [alone[2], *alone[:2]] and len(set(alone)) == 3
+
+
+def draws_while_decoding(method, prompts: list[torch.Tensor], steps: int = 5) -> list[torch.Tensor]:
+    """What ``random`` draws at each step in the last layer, after the prefill: [B, heads, slots] of each step."""
+    model, scores = tiny_model(), []
+    rescore = eviction.rescore
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eviction, "rescore", lambda *args: scores.append(rescore(*args)) or scores[-1])
+        cache = method.new_cache(model)
+        prefill(model, cache, *left_pad(prompts))
+        assert not scores
+        for step in range(steps):
+            decode(model, cache, torch.full((len(prompts),), 5 + step))
+    layers = len(model.model.layers)
+    return [drawn for drawn, _ in scores[layers - 1 :: layers]]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("more", ["", "allocator=adaptive storage=ragged recent=0"])
+def test_random_scores_while_decoding_are_drawn_for_each_text_and_step(more):
+    """All texts and all steps once had the draws of seed 0, and heads that are scored alone those of one another."""
+    method = named_method(f"random budget=20 recent=4 schedule=every_step {more}")
+    draws = draws_while_decoding(method, [prompt_ids(30, 1), prompt_ids(30, 2)])
+    assert len(draws) == 5
+    for step, drawn in enumerate(draws):
+        finite = [[head[head.isfinite()] for head in row] for row in drawn]
+        vectors = [head for row in finite for head in row] + ([] if step == 0 else earlier)
+        for i, x in enumerate(vectors):
+            for y in vectors[:i]:
+                n = min(len(x), len(y), 5)
+                assert n and not torch.equal(x[:n], y[:n])
+        earlier = [head for row in finite for head in row]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("schedule", ["every_step", "every_n schedule.n=2"])
+def test_random_draws_of_a_batch_are_those_of_single_texts(schedule):
+    method = named_method(f"random budget=20 recent=4 schedule={schedule}")
+    prompts = [prompt_ids(30, 1), prompt_ids(41, 2), prompt_ids(30, 3)]
+    together = draws_while_decoding(method, prompts)
+    assert together
+    for row, prompt in enumerate(prompts):
+        for drawn, alone in zip(together, draws_while_decoding(method, [prompt]), strict=True):
+            assert torch.equal(drawn[row][drawn[row].isfinite()], alone[0][alone[0].isfinite()])
+
+
+def test_the_version_of_random_says_whether_it_draws_while_decoding():
+    """Draws for a prompt did not change with those while decoding."""
+    of_prompt, ring = (named_method(f"random budget=40 {more}").identity() for more in ("", "schedule=ring"))
+    decoding = named_method("random budget=40 schedule=every_step").identity()
+    assert of_prompt["selection"]["version"] == ring["selection"]["version"] == 2
+    assert decoding["selection"]["version"] == 3
+    assert not older_parts(of_prompt) and not older_parts(ring) and not older_parts(decoding)
+    assert older_parts({"selection": decoding["selection"] | {"version": 2}}) == ["selection"]

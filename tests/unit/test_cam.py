@@ -213,7 +213,7 @@ def test_a_merge_keeps_the_sum_of_values_and_the_keys(dtype):
     keys, values = (numbers(3, heads, slots, D, seed=i).to(dtype) for i in range(2))
     storage.write(keys, values)
     merging = Merging(Fixed(receivers=7), 0)
-    merging.begin(torch.tensor([40] * 3))
+    merging.begin(torch.zeros(3, dtype=torch.int64))
     kept = numbers(3, heads, slots, seed=3) > 0
     kept[..., -1] = True
     kept[0, 0, 5:-1] = False  # one receiver for many
@@ -228,8 +228,7 @@ def test_merges_are_bernoulli_with_the_ratio_of_the_attention():
     """Frequencies over many rows within four standard errors; rows, heads, layers and events are not correlated."""
     rows, probabilities = 20_000, torch.tensor([0.0, 0.05, 0.3, 0.8, 1.0, 2.5])
     merging = Merging(CaM(receivers=2), 1)
-    merging.text_seeds[9] = torch.arange(rows)
-    merging.begin(torch.full((rows,), 9))
+    merging.begin(torch.arange(rows))
     scores = torch.ones(rows, len(probabilities), 4)
     scores[..., 1] = probabilities * 3  # of the receivers in slots 2 and 3: 5 and 1
     scores[..., 2] = 5.0

@@ -56,6 +56,8 @@ class Scorer(HasIdentity):
     """Whether the policy stores the keys of kept prompt tokens at consecutive positions."""
     labelled_parameters: ClassVar[tuple[str, ...]] = ()
     """Parameters that a method's label always names, with its allocator, because results depend on them that much."""
+    rescoring_version: ClassVar[int] = 1
+    """Version where tokens are scored again while decoding, if that is newer than ``version``."""
     ranks_in_stages: ClassVar[bool] = False
     """Whether the ranking depends on the number of tokens to keep (:meth:`ranking_scores`)."""
 
