@@ -79,6 +79,7 @@ HEAD = {
     "needs?": Text,
     "data": {"examples?": Each(PositiveInt)},
     "finished?": Text,
+    "further_forwards?": {"forwards_per_prompt": NonNegativeFloat, "tokens_per_prompt": NonNegativeFloat},
     "unit?": Text,
     "shown?": Each(object),
     "rode_with?": ListOf(str),

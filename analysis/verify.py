@@ -212,6 +212,7 @@ def _of_samples(record: Mapping[str, Any], rows: Rows, baseline: Any, found: Ver
             **_means_over_steps(rows),
         },
         "prompt_tokens": fmean(row["prompt_tokens"] for row in rows),
+        **({"further_forwards": _further_forwards(rows)} if "further_forwards" in record else {}),
         "averages": {name: made for name, made in computed["averages"].items() if "of" in record["averages"][name]},
         **({"interval": computed["interval"]} if "method" in record["average"] else {}),
         **with_older_intervals(record, computed, scores, baseline),
@@ -231,6 +232,12 @@ def _means_over_steps(rows: Rows) -> dict[str, float]:
         return {}
     means = {key: fmean(row[key] for row in rows) for key in STEP_BYTES}
     return {**means, "kv_ratio_mean": means["kv_bytes_mean"] / means["kv_bytes_full_mean"]}
+
+
+def _further_forwards(rows: Rows) -> dict[str, float]:
+    """Return the field ``further_forwards`` of a record."""
+    keys = {"forwards_per_prompt": "further_forwards", "tokens_per_prompt": "further_forward_tokens"}
+    return {field: fmean(row[key] for row in rows) for field, key in keys.items()}
 
 
 def _count_intervals(record: Mapping[str, Any], expected: Mapping[str, Any], found: Verification) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 CURRENT_VERSIONS: Mapping[str, int] = {
+    "KVzip": 2,  # a request in words; the chat template's beginning stays
     "Kivi": 2,  # scales in float16 for every dtype
     "MiniCacheKivi": 2,  # the same
     "RandomTokens": 2,  # scores depend on the prompt

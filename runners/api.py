@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..conf.errors import InputError
 from ..methods.cache.attention import kvbench_attention, use_kvbench_attention
@@ -35,7 +35,9 @@ def method(name: str, /, **options: Any) -> Method:
 
 
 @contextmanager
-def compress(model: PreTrainedModel, method: str | Method, /, **options: Any) -> Iterator[KVCache]:
+def compress(
+    model: PreTrainedModel, method: str | Method, /, tokenizer: PreTrainedTokenizerBase | None = None, **options: Any
+) -> Iterator[KVCache]:
     """A fresh KV cache for one batch of ``model``, to use inside a ``with`` block.
 
         with kvbench.compress(model, "snapkv", budget=512) as cache:
@@ -48,6 +50,7 @@ def compress(model: PreTrainedModel, method: str | Method, /, **options: Any) ->
     Args:
         model: A causal language model of transformers.
         method: A name, as for :func:`method`, or a method.
+        tokenizer: The model's tokenizer, for methods that put words to the model (``kvzip``).
         options: See :func:`method`; only with a name.
 
     Raises:
@@ -55,10 +58,12 @@ def compress(model: PreTrainedModel, method: str | Method, /, **options: Any) ->
     """
     chosen = _chosen(method, options)
     with kvbench_attention(model):
-        yield chosen.new_cache(model)
+        yield chosen.new_cache(model, tokenizer)
 
 
-def cache(method: str | Method, model: PreTrainedModel, /, **options: Any) -> KVCache:
+def cache(
+    method: str | Method, model: PreTrainedModel, /, tokenizer: PreTrainedTokenizerBase | None = None, **options: Any
+) -> KVCache:
     """A fresh KV cache for one batch of ``model``, without a block around it.
 
         cache = kvbench.cache("snapkv", model, budget=512)
@@ -70,6 +75,7 @@ def cache(method: str | Method, model: PreTrainedModel, /, **options: Any) -> KV
     Args:
         method: A name, as for :func:`method`, or a method.
         model: A causal language model of transformers.
+        tokenizer: See :func:`compress`.
         options: See :func:`method`; only with a name.
 
     Raises:
@@ -77,7 +83,7 @@ def cache(method: str | Method, model: PreTrainedModel, /, **options: Any) -> KV
     """
     chosen = _chosen(method, options)
     with kvbench_attention(model):
-        made = chosen.new_cache(model)
+        made = chosen.new_cache(model, tokenizer)
     use_kvbench_attention(model)
     return made
 

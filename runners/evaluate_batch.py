@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ..models.pretrained import input_device
 from ..tasks.base import Continuations, Example, Likelihood, Reply, Task, cut_at, find_question, question_tokens
 from .engine import Sampling, generate, left_padded, score
 from .records.runs import BASELINE
+from .records.samples import FURTHER_FORWARDS
 
 
 @dataclass(frozen=True)
@@ -166,18 +167,21 @@ def evaluate_batch(
 
 @dataclass(frozen=True)
 class Scored:
-    """Likelihoods of the continuations of one context under one method."""
+    """Likelihoods of the continuations of one context under one method, its bytes and its further forwards."""
 
     context: Continuations
     likelihoods: list[Likelihood]
     kv_bytes: dict[str, int]
+    forwards: dict[str, int]
 
 
 def _combined(task: Task, item: Item, scores: Sequence[Scored]) -> Answer:
-    """Combine the scores of an item's contexts; bytes are the mean over the compressed contexts, if there are any."""
+    """Combine an item's contexts: bytes are the mean over the compressed ones, if any; further forwards are added."""
     prediction = task.read_off(item.example, [one for score in scores for one in score.likelihoods])
     stored = [s.kv_bytes for s in scores if not s.context.beginning] or [s.kv_bytes for s in scores]
     fields = {key: sum(kv_bytes[key] for kv_bytes in stored) // len(stored) for key in stored[0]}
+    for key in FURTHER_FORWARDS if any(s.forwards for s in scores) else ():
+        fields[key] = sum(s.forwards.get(key, 0) for s in scores)
     return Answer({"prediction": prediction, "new_tokens": 0, **fields}, None)
 
 
@@ -196,7 +200,7 @@ class _SharedPrefill:
         self._advance = advance
         self.loaded, self.device, self.chunk_size = loaded, device, chunk_size
         self.tokenizer = loaded.tokenizer
-        self.caches = [method.new_cache(loaded.model) for method in methods]
+        self.caches = [method.new_cache(loaded.model, loaded.tokenizer) for method in methods]
         self.cache = self.caches[0] if len(self.caches) == 1 else FanOutCache(self.caches)
         self._observes_question = any(method.policy.capabilities.observes_question for method in methods)
         self._prompt_bytes: list[tuple[int, int]] = []  # stored and logical bytes of each cache after the prompt
@@ -227,7 +231,10 @@ class _SharedPrefill:
         )
         rows = iter(result.tokens)
         return [
-            [self._reply(item, next(rows), self._bytes(number, len(items))) for item in items]
+            [
+                self._reply(item, next(rows), self._bytes(number, len(items)) | self._forwards(number, row))
+                for row, item in enumerate(items)
+            ]
             for number in range(len(self.caches))
         ]
 
@@ -238,13 +245,13 @@ class _SharedPrefill:
         rows = score(self.loaded.model, self.cache, input_ids, mask, [c.asked for c in contexts], **options)
         kv_bytes = [self._bytes(number, len(contexts)) for number in range(len(self.caches))]
         return [
-            [Scored(c, rows[number * len(contexts) + i], kv_bytes[number]) for number in range(len(self.caches))]
+            [Scored(c, rows[n * len(contexts) + i], kv_bytes[n], self._forwards(n, i)) for n in range(len(self.caches))]
             for i, c in enumerate(contexts)
         ]
 
-    def _reply(self, item: Item, tokens: list[int], kv_bytes: dict[str, int]) -> Answer:
+    def _reply(self, item: Item, tokens: list[int], costs: dict[str, int]) -> Answer:
         prediction = cut_at(self._text(tokens), item.example.stop_strings)
-        return Answer({"prediction": prediction, "new_tokens": len(tokens), **kv_bytes}, Reply(prediction, tokens))
+        return Answer({"prediction": prediction, "new_tokens": len(tokens), **costs}, Reply(prediction, tokens))
 
     def _padded(self, prompts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
         return left_padded(prompts, self.tokenizer.pad_token_id, self.device)
@@ -256,6 +263,11 @@ class _SharedPrefill:
     def _record_prompt_bytes(self) -> None:
         self._prompt_bytes = [(c.kv_bytes_stored, c.kv_bytes_logical) for c in self.caches]
         self._advance(0)
+
+    def _forwards(self, number: int, row: int) -> dict[str, int]:
+        """Return the forwards that a cache took for a row after the prefill; empty for a method that makes none."""
+        forwards = self.caches[number].further_forwards
+        return dict(zip(FURTHER_FORWARDS, astuple(forwards[row]), strict=True)) if forwards else {}
 
     def _bytes(self, number: int, rows: int) -> dict[str, int]:
         """Return the mean bytes per row of a cache, after the prefill and at the end."""

@@ -68,6 +68,10 @@ RECORD_FIELDS = {
     "cache_layers.full_attention": "layers that attend to all tokens",
     "wall_s": "seconds that this run and those that shared its prefill took",
     "prompt_tokens": "mean over the examples",
+    "further_forwards": "forwards of the model that the compression takes after the prefill, mean over the prompts; "
+    "only where a method makes any (`kvzip`). Their time is in `metrics.compression_ms` of an efficiency run",
+    "further_forwards.forwards_per_prompt": "number of forwards; those that another budget shares count for each",
+    "further_forwards.tokens_per_prompt": "tokens that they give to the model again, the request's included",
     "unit": "unit of the scores where it is not percent",
     "scores": "mean, 95 % interval and number of examples of each data set",
     "average": "mean over the data sets, each with the same weight",
@@ -189,6 +193,7 @@ NEWER_FIELDS = {
     "bytes.kv_bytes_read_per_step": "efficiency",
     "metrics.compression_ms": "efficiency",
     "needs": "accuracy efficiency train",
+    **dict.fromkeys((f for f in RECORD_FIELDS if f.split(".")[0] == "further_forwards"), "accuracy efficiency"),
     **dict.fromkeys((f for f in RECORD_FIELDS if f.split(".")[0] == "kernels"), "efficiency"),
 }
 """Fields that the committed records are too old to have, with the kinds of runs that have them."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from ..conf.chat import in_chat_template, plain_tokens
 from ..conf.errors import InputError, require
 from ..conf.identity import HasIdentity
 from ..conf.wording import is_list
@@ -231,23 +232,7 @@ def prompt_tokens(prompt: str, tokenizer: Any, chat: bool, answer_prefix: str = 
     """
     if not chat or not getattr(tokenizer, "chat_template", None):
         return list(tokenizer(prompt + answer_prefix, truncation=False, verbose=False).input_ids)
-    try:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            tokenize=False,
-            add_generation_prompt=True,
-            # Templates that do not know it ignore it; a generation limit of 32 tokens leaves no room to think aloud.
-            enable_thinking=False,
-        )
-    except Exception as error:  # whatever a template of the model's makers, or of the user, does in jinja's sandbox
-        template = " ".join(str(tokenizer.chat_template).split())[:60]
-        raise InputError("model.chat_template", template, f"fails: {type(error).__name__}: {error}") from error
-    return plain_tokens(text + answer_prefix, tokenizer)
-
-
-def plain_tokens(text: str, tokenizer: Any) -> list[int]:
-    """Token ids of text alone; a template has written its special tokens itself, and a second <s> would be wrong."""
-    return list(tokenizer(text, truncation=False, add_special_tokens=False, verbose=False).input_ids)
+    return plain_tokens(in_chat_template(prompt, tokenizer) + answer_prefix, tokenizer)
 
 
 def cut_at(text: str, stop_strings: Sequence[str]) -> str:

@@ -22,9 +22,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+from ..conf.chat import plain_tokens
 from ..conf.errors import InputError, require
 from ..conf.options import Bounds, Entries, PositiveInt, Share, Text, Wording
-from .base import Example, Source, Task, plain_tokens, prompt_tokens
+from .base import Example, Source, Task, prompt_tokens
 from .longbench_metrics import rouge
 
 Lengths = Annotated[

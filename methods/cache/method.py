@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...conf.errors import InputError
 from ...conf.options import Options
@@ -69,8 +69,10 @@ class Method(Options):
 
     @property
     def needs(self) -> str:
-        """Requirement of the method that a reader of its results must know; empty: none."""
-        return self.storage.capabilities.needs
+        """Requirements of the method that a reader of its results must know; empty: none."""
+        parts = [self.policy.capabilities.needs, self.storage.capabilities.needs]
+        parts.append("" if self.sharing is None else self.sharing.needs)
+        return "; ".join(part for part in parts if part)
 
     @property
     def shares_prompt(self) -> bool:
@@ -161,15 +163,19 @@ class Method(Options):
         """See :attr:`.sharing.base.Sharing.passes`; methods can share a prefill only if their values are equal."""
         return None if self.sharing is None else self.sharing.passes
 
-    def new_cache(self, model: PreTrainedModel) -> KVCache:
+    def new_cache(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> KVCache:
         """Switch ``model`` to kvbench's attention function and return an empty cache for one batch.
 
         There is one cache layer for each layer that owns keys and values; its tokens are scored by the queries of all
         layers that attend over them. Local-attention layers keep their window and recurrent layers their state,
         whatever the method.
 
+        Args:
+            model: The model.
+            tokenizer: The model's tokenizer; None: there is none, or the method needs none.
+
         Raises:
-            InputError: The model is not supported, or the method does not work on its layers.
+            InputError: The model is not supported, or the method does not work on its layers or needs a tokenizer.
         """
         use_kvbench_attention(model)
         config = model.config.get_text_config()
@@ -185,7 +191,7 @@ class Method(Options):
             else self.storage.new_layers(count)
         )
         owners = [owner for owner, kind in zip(plan.owners, plan.layer_types, strict=True) if kind == FULL]
-        described = [self._model_layer(model, owner, place, count) for place, owner in enumerate(owners)]
+        described = [self._model_layer(model, owner, place, count, tokenizer) for place, owner in enumerate(owners)]
         for store, layer in zip(stores, described, strict=True):
             store.bind(layer.rotary)
         storage, states = iter(stores), iter(self.policy.new_states(described))
@@ -211,10 +217,13 @@ class Method(Options):
             narrow_between_layers(model, cache, self.name)
         return cache
 
-    def _model_layer(self, model: PreTrainedModel, owner: int, place: int, count: int) -> ModelLayer:
+    def _model_layer(
+        self, model: PreTrainedModel, owner: int, place: int, count: int, tokenizer: Any = None
+    ) -> ModelLayer:
         """A layer of the model as its policy sees it; see :class:`..policies.model_layer.ModelLayer`."""
         rotary = partial(rotary_of, model, owner, self.name)
-        return ModelLayer(owner, place, count, rotary, partial(output_weights_of, model, owner, self.name))
+        output_weights = partial(output_weights_of, model, owner, self.name)
+        return ModelLayer(owner, place, count, rotary, output_weights, tokenizer)
 
     def bytes_formula(self, shape: KVShape, prompt_length: int, new_tokens: int = 0) -> int:
         """Return the expected bytes of one sequence after a prompt and ``new_tokens`` generated tokens."""

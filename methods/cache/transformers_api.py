@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache
@@ -13,6 +13,9 @@ from ..sharing.plan import Plan
 from .attention import register_update, tag
 from .forward import LayerCall
 from .recurrent import RecurrentStates
+
+if TYPE_CHECKING:
+    from ..policies.policy import FurtherForwards
 
 
 class TransformersCache(Cache):
@@ -26,6 +29,7 @@ class TransformersCache(Cache):
         text_seeds: [B] int64, hashes of the prompts' tokens, set by the engine before the prefill; None: unknown.
         question_tokens: Tokens of each prompt's question, its last ones; None: unknown.
         states: States of the model's recurrent layers; None: it has none.
+        further_forwards: Forwards that the compression of each row took after the prefill, if the policy makes any.
     """
 
     plan: Plan
@@ -35,6 +39,7 @@ class TransformersCache(Cache):
     question_tokens: Sequence[int] | None = None
     states: RecurrentStates | None
     layers: list[Any]  # not only transformers' layer classes
+    further_forwards: Sequence[FurtherForwards] = ()
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any

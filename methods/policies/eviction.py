@@ -36,10 +36,10 @@ from .budget import resolve_budget
 from .decoding import attend_with_weights, evict_one, evict_to_limit, rescore, step_weights
 from .eviction_state import Candidates, EvictionState, StoredPrompt
 from .model_layer import ModelLayer
-from .policy import PolicyCapabilities, Step
+from .policy import FurtherForwards, PolicyCapabilities, Step
 from .prompt_eviction import PromptEviction
 from .prompt_ranks import with_newest
-from .repetition import Repetition, scores_by_repetition
+from .repetition import RepetitionResult, scores_by_repetition
 from .scorers.base import DECODE_QUERIES
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class EvictionPolicy(PromptEviction):
             stored_queries=self._queries_held,
             max_step_tokens=None if interval is None else 1,
             static_problem=None,
+            needs=self.scorer.needs,
         )
 
     @property
@@ -108,13 +109,13 @@ class EvictionPolicy(PromptEviction):
         plan: Plan,
         layers: Sequence[tuple[Any, LayerStorage]],
         prompts: Sequence[torch.Tensor],
-        earlier: list[Repetition] | None = None,
-    ) -> None:
+        earlier: list[RepetitionResult] | None = None,
+    ) -> list[FurtherForwards]:
         if not self.scorer.repeats_prompt:
-            return
+            return []
         # Score the stored tokens by further forwards; the rows of one prompt length are one batch.
         states = [state for state, _ in layers]
-        lengths = [len(prompt) for prompt in prompts]
+        lengths, forwards = [len(prompt) for prompt in prompts], [FurtherForwards()] * len(prompts)
         for length in sorted(set(lengths)):
             budgets = self.layer_budgets(length, len(states))
             if length <= resolve_budget(self.budget, length):
@@ -127,8 +128,11 @@ class EvictionPolicy(PromptEviction):
                 first = keys.shape[2] - length
                 stored.append((keys[index, :, first:], values[index, :, first:]))
             ids = torch.stack([prompts[row] for row in rows])  # [R, T]
-            scores_of_policies = scores_by_repetition(self.scorer, model, plan, stored, ids, earlier)
-            for state, scores, budget in zip(states, scores_of_policies, budgets, strict=True):
+            request = states[0].scorer_state
+            layer_scores, of_rows = scores_by_repetition(self.scorer, request, model, plan, stored, ids, earlier)
+            for row, one in zip(rows, of_rows, strict=True):
+                forwards[row] = one
+            for state, scores, budget in zip(states, layer_scores, budgets, strict=True):
                 recent = self.recent_of(budget)
                 sinks = min(self.sinks, budget - recent)
                 candidates = scores[..., sinks : length - recent]  # [R, H, N]
@@ -137,6 +141,7 @@ class EvictionPolicy(PromptEviction):
         for _, storage in layers:
             storage.write(*storage.read())  # copy into buffers sized for the kept and the reserved tokens
         self._end_prefill(states)
+        return forwards
 
     def _end_prefill(self, states: Sequence[EvictionState]) -> None:
         """Prepare layers whose prompt is compressed for the decode steps."""

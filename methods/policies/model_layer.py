@@ -24,6 +24,7 @@ class ModelLayer:
         output_weights: Returns the output projections [H_q, D, hidden] of the layers of the model that attend over the
             keys, one per query head, such that the output is the sum of ``head @ weight``; raises InputError if there
             are none.
+        tokenizer: The model's tokenizer; None: not known.
     """
 
     index: int
@@ -31,6 +32,7 @@ class ModelLayer:
     count: int
     rotary: Callable[[], Rotary]
     output_weights: Callable[[], list[torch.Tensor]] = list
+    tokenizer: Any = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelLayer:
         """Return self: copies of a cache belong to the same model."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cache.attention import use_kvbench_attention
 from ..cache.cache import KVCache
@@ -51,6 +51,10 @@ class NoCache(Method):
     """The method ``no_cache``, the baseline that shows what a KV cache saves."""
 
     @property
+    def needs(self) -> str:
+        return "a forward over the whole text for each token"
+
+    @property
     def shares_prompt(self) -> bool:
         return False
 
@@ -58,7 +62,7 @@ class NoCache(Method):
     def shares_steps(self) -> bool:
         return False
 
-    def new_cache(self, model: PreTrainedModel) -> KVCache:
+    def new_cache(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> KVCache:
         use_kvbench_attention(model)
         reset_rope(model)
         return NoCacheState(layout_of(model).plan)

@@ -56,6 +56,7 @@ class PolicyCapabilities:
         max_step_tokens: Maximum new tokens of a step, because tokens may be evicted after it; None: any number. More
             tokens fed at once are processed in several steps.
         static_problem: Why a decode step cannot run over fixed shapes; None: it can, if the storage supports it.
+        needs: What the policy needs beyond a model and a prompt, shown when a run starts and recorded; empty: nothing.
     """
 
     keeps_everything: bool = False
@@ -75,6 +76,20 @@ class PolicyCapabilities:
     stored_queries: int = 0
     max_step_tokens: int | None = None
     static_problem: str | None = "the policy has no steps of fixed shapes"
+    needs: str = ""
+
+
+@dataclass(frozen=True)
+class FurtherForwards:
+    """Forwards of the model that the compression of one prompt takes after the prefill.
+
+    Attributes:
+        count: Number of forwards.
+        tokens: Number of tokens of them all.
+    """
+
+    count: int = 0
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -178,7 +193,7 @@ class CachePolicy(HasIdentity):
         layers: Sequence[tuple[Any, LayerStorage]],
         prompts: Sequence[torch.Tensor],
         earlier: list[Any] | None = None,
-    ) -> None:
+    ) -> list[FurtherForwards]:
         """Compress the prompts with further forwards of the model; called once, by the engine, after the prefill.
 
         Args:
@@ -187,7 +202,11 @@ class CachePolicy(HasIdentity):
             layers: State and storage of each layer on which the method works.
             prompts: Token ids of each row, without pads.
             earlier: Results of other members of a fan-out, which the policy may use and append to; None: it is alone.
+
+        Returns:
+            The forwards for each row, those shared with another member included; empty for a policy without any.
         """
+        return []
 
     def next_layer_tokens(self, state: Any) -> list[torch.Tensor | None]:
         """Return the prompt tokens that are forwarded to the next layer; only if ``narrows_prompt``.

@@ -18,26 +18,32 @@ from ..cache.forward import LayerCall
 from ..cache.products import cached_attention
 from ..cache.rotary import DYNAMIC_ROPE_TYPES
 from ..sharing.plan import Plan
-from .scorers.base import Scorer
+from .policy import FurtherForwards
+from .request import Request
+from .scorers.base import Repetitions, Scorer
 
+Stored = Sequence[tuple[torch.Tensor, torch.Tensor]]
+"""Keys and values [R, H_kv, T, D] of each layer."""
+PREFIX_SCORE = 2.0
+"""Score of what always stays, above that of any attention."""
 BLOCK_QUERIES = 512
 """Queries whose attention is computed at once."""
 
 
 @dataclass(frozen=True)
-class Repetition:
-    """Result of :func:`scores_by_repetition` and the arguments that it depends on."""
+class RepetitionResult:
+    """Result of :func:`_scores_by_repetition` and the arguments that it depends on."""
 
-    scorer: Scorer
-    stored: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    repetitions: Repetitions
+    stored: Stored
     ids: torch.Tensor
     scores: list[torch.Tensor]
 
-    def matches(self, scorer: Scorer, stored: Sequence[tuple[torch.Tensor, torch.Tensor]], ids: torch.Tensor) -> bool:
-        """Return whether the same scorer would see the same keys, values and prompts."""
+    def matches(self, repetitions: Repetitions, stored: Stored, ids: torch.Tensor) -> bool:
+        """Return whether the same forwards would see the same keys, values and prompts."""
         pairs = zip(self.stored, stored, strict=True)
         return (
-            self.scorer == scorer
+            self.repetitions == repetitions
             and torch.equal(self.ids, ids)
             and all(torch.equal(x, y) for ours, theirs in pairs for x, y in zip(ours, theirs, strict=True))
         )
@@ -45,60 +51,93 @@ class Repetition:
 
 def scores_by_repetition(
     scorer: Scorer,
+    request: Request,
     model: PreTrainedModel,
     plan: Plan,
-    stored: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    stored: Stored,
     ids: torch.Tensor,
-    earlier: list[Repetition] | None = None,
-) -> list[torch.Tensor]:
-    """Return the largest attention that each token receives from the tokens that repeat it, [R, H_kv, T] per layer.
+    earlier: list[RepetitionResult] | None = None,
+) -> tuple[list[torch.Tensor], list[FurtherForwards]]:
+    """Return the largest attention that each token receives from the tokens that repeat it, and what that took.
+
+    Tokens that a chat template has before the user's text are above all others (:data:`PREFIX_SCORE`).
 
     Args:
-        scorer: Says which tokens each forward repeats (:meth:`.scorers.base.Scorer.repetitions`).
+        scorer: Says what each forward repeats (:meth:`.scorers.base.Scorer.repetitions`).
+        request: State of the scorer.
         model: The model.
         plan: Plan of the model.
         stored: Keys and values [R, H_kv, T, D] of each layer, which are not modified.
         ids: [R, T], the prompts.
-        earlier: Results of other members of a fan-out, to which this one is appended: several budgets of one scorer
+        earlier: Results of other members of a fan-out, to which new ones are appended: several budgets of one scorer
             need the forwards once. None: there are no other members.
+
+    Returns:
+        Scores [R, H_kv, T] of each layer, and the forwards of each row.
 
     Raises:
         InputError: The model cannot be run behind its cache.
     """
-    if (same := next((r for r in earlier or () if r.matches(scorer, stored, ids)), None)) is not None:
+    n_prefix = len(request.prefix or ())
+    prefixes = [request.prefix_length(prompt) for prompt in ids[:, :n_prefix].tolist()]
+    scores = [torch.zeros(keys.shape[:3], device=keys.device) for keys, _ in stored]
+    forwards = [FurtherForwards()] * len(prefixes)
+    for prefix in dict.fromkeys(prefixes):
+        rows = [row for row, other in enumerate(prefixes) if other == prefix]
+        index = slice(None) if len(rows) == len(prefixes) else rows  # no copy of a batch whose rows are alike
+        repetitions = scorer.repetitions(ids.shape[1], prefix, request)
+        part = [(keys[index], values[index]) for keys, values in stored]
+        of_rows = _scores_by_repetition(repetitions, model, plan, part, ids[index], earlier)
+        for all_rows, new in zip(scores, of_rows, strict=True):
+            all_rows[index] = new
+            all_rows[index, :, : prefix or 0] = PREFIX_SCORE
+        took = FurtherForwards(len(repetitions.forwards), sum(r.tokens for r in repetitions.forwards))
+        forwards = [took if row in rows else other for row, other in enumerate(forwards)]
+    return scores, forwards
+
+
+def _scores_by_repetition(
+    repetitions: Repetitions,
+    model: PreTrainedModel,
+    plan: Plan,
+    stored: Stored,
+    ids: torch.Tensor,
+    earlier: list[RepetitionResult] | None,
+) -> list[torch.Tensor]:
+    """Return the scores of prompts for which the same forwards are made; see :func:`scores_by_repetition`."""
+    if (same := next((r for r in earlier or () if r.matches(repetitions, stored, ids)), None)) is not None:
         return same.scores
     length = ids.shape[1]
-    repetitions = scorer.repetitions(length)
-    _check(scorer, model, plan, length, max(len(r.tokens) + len(r.instruction) for r in repetitions))
-    cache = RepetitionCache(plan, stored, min(scorer.protected_sinks(), length))
-    for r in repetitions:
-        instruction = ids.new_tensor(list(r.instruction)).expand(ids.shape[0], -1)  # [R, tokens]
-        repeated = torch.cat([instruction, ids[:, r.tokens.start : r.tokens.stop]], dim=1)  # [R, N]
+    _check(repetitions, model, plan, length)
+    cache = RepetitionCache(plan, stored, repetitions.sinks)
+    for r in repetitions.forwards:
+        new = r.input_ids(ids)  # [R, N]
         cache.start, cache.end = r.scored.start, r.scored.stop
         model(
-            input_ids=repeated,
-            position_ids=length + torch.arange(repeated.shape[1], device=ids.device).expand_as(repeated),
+            input_ids=new,
+            position_ids=length + torch.arange(new.shape[1], device=ids.device).expand_as(new),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
     if earlier is not None:
-        earlier.append(Repetition(scorer, stored, ids, cache.scores))
+        earlier.append(RepetitionResult(repetitions, stored, ids, cache.scores))
     return cache.scores
 
 
-def _check(scorer: Scorer, model: PreTrainedModel, plan: Plan, length: int, longest: int) -> None:
-    """Raise InputError if the model cannot repeat ``longest`` tokens behind a prompt of ``length``."""
+def _check(repetitions: Repetitions, model: PreTrainedModel, plan: Plan, length: int) -> None:
+    """Raise InputError if the model cannot make the forwards behind a prompt of ``length`` tokens."""
+    name, longest = repetitions.name, max(r.tokens for r in repetitions.forwards)
     if not plan.is_uniform:
         problem = "repeats the prompt behind the cache: use it on a model all of whose layers keep all tokens"
-        raise InputError("method/scorer", scorer.name, problem)
+        raise InputError("method/scorer", name, problem)
     if any(getattr(module, "rope_type", None) in DYNAMIC_ROPE_TYPES for module in model.modules()):
         problem = "repeats the prompt behind the cache, and the model's RoPE depends on the length of the text"
-        raise InputError("method/scorer", scorer.name, problem)
+        raise InputError("method/scorer", name, problem)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and length + longest > positions:
         problem = f"repeats {longest} tokens behind a prompt of {length}, and the model has {positions} positions"
-        raise InputError("method/scorer", scorer.name, f"{problem}; use smaller chunks or shorter prompts")
+        raise InputError("method/scorer", name, f"{problem}; use smaller chunks or shorter prompts")
 
 
 class RepetitionCache(KVCache):
@@ -114,7 +153,7 @@ class RepetitionCache(KVCache):
         start, end: The tokens that the current forward repeats.
     """
 
-    def __init__(self, plan: Plan, stored: Sequence[tuple[torch.Tensor, torch.Tensor]], sinks: int) -> None:
+    def __init__(self, plan: Plan, stored: Stored, sinks: int) -> None:
         super().__init__([], plan)
         self.stored, self.sinks = list(stored), sinks
         self.start = self.end = sinks

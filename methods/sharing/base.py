@@ -81,6 +81,11 @@ class Sharing(HasIdentity, ABC):
         return None
 
     @property
+    def needs(self) -> str:
+        """What the architecture needs beyond a model and a prompt; empty: nothing."""
+        return ""
+
+    @property
     def shares_heads(self) -> bool:
         """Whether the number of KV heads differs from the plain model's."""
         return False

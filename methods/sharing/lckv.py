@@ -45,6 +45,11 @@ class LCKV(Encoded):
     def label(self) -> str:
         return f"lckv-w{self.warmup}" + ("-paper" if self.style == "paper" else "")
 
+    @property
+    def needs(self) -> str:
+        passes = f"{self.passes} passes" if self.passes else "a pass for each token"
+        return f"{passes} over a prompt in the layers that share keys and values"
+
     def source(self, layers: int) -> list[int]:
         if self.warmup > layers - 2:
             raise InputError(

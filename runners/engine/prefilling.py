@@ -102,7 +102,8 @@ def _compress_after_prefill(
         if layers:
             pairs = [(layer.state, layer.storage) for layer in layers]
             with compression(input_ids.device):
-                layers[0].policy.after_prefill(model, cache.plan, pairs, prompts, earlier)
+                forwards = layers[0].policy.after_prefill(model, cache.plan, pairs, prompts, earlier)
+            member.further_forwards = forwards
 
 
 def _check(

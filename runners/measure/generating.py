@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,15 @@ from transformers import DynamicCache, StaticCache
 
 from ...methods.cache.cache import stored_bytes
 from ...methods.cache.kernel_use import STEP_ATTENTION
+from ...methods.policies.policy import FurtherForwards
 from ...methods.policies.transformers_generate import TransformersGenerate
 from .job import Batch, LoadedJob
 
 
 class GeneratedCache:
     """A cache of transformers with the byte counts of a :class:`...methods.cache.cache.KVCache`; made for one batch."""
+
+    further_forwards: Sequence[FurtherForwards] = ()
 
     def __init__(self) -> None:
         self._held: Any = None  # of transformers, whose attributes differ between versions

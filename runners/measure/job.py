@@ -110,7 +110,7 @@ class LoadedJob:
 
     def new_cache(self) -> KVCache:
         """A fresh cache of the job's method."""
-        return self.job.method.new_cache(self.model)
+        return self.job.method.new_cache(self.model, self.loaded.tokenizer)
 
     def with_workload(self, workload: Workload, batch_size: int) -> LoadedJob:
         """Return the job with other requests for the same model."""

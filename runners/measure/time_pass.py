@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from statistics import fmean, median
 from typing import Any
 
@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 from ...methods.cache.compression import marked_by
 from ...methods.cache.kernel_use import PYTORCH, STEP_ATTENTION, forget_implementations
 from ...methods.cache.method import Method
+from ...methods.policies.policy import FurtherForwards
 from ..engine.step import EAGER
+from ..records.samples import further_forwards
 from .bandwidth import copy_bandwidth
 from .clock import Stopwatch
 from .job import Batch, Job, LoadedJob
@@ -35,6 +37,7 @@ class Timed:
         kernels: What computed each operation that has a kernel; see :mod:`...methods.cache.kernel_use`.
         compression: Part of ``ttft`` that follows the prompt's attention (:mod:`...methods.cache.compression`); None
             for a method without such a part.
+        further: Forwards within ``compression``, of each row; empty for a method that makes none.
     """
 
     ttft: float
@@ -43,6 +46,7 @@ class Timed:
     preparation: float = 0.0
     kernels: Mapping[str, str] = field(default_factory=dict)
     compression: float | None = None
+    further: Sequence[FurtherForwards] = ()
 
     @property
     def decoding(self) -> float:
@@ -119,6 +123,7 @@ def _fields(
             ]
             for timed in repetitions
         ],
+        **further_forwards([astuple(forwards) for timed in repetitions[0] for forwards in timed.further]),
         "decode": " and ".join(sorted({t.mode for timed in repetitions for t in timed})),
         "attention": kernels.get(STEP_ATTENTION, PYTORCH),
         "kernels": kernels,
@@ -151,7 +156,7 @@ def time_batch(loaded: LoadedJob, batch: Batch) -> Timed:
     ttft, preparation, *steps = watch.seconds()
     in_attention = loaded.job.method.policy.capabilities.prefills_by_steps
     compression = None if in_attention else compressions.seconds_between_pairs()
-    return Timed(ttft, steps, mode, preparation, loaded.kernels_used, compression)
+    return Timed(ttft, steps, mode, preparation, loaded.kernels_used, compression, cache.further_forwards)
 
 
 def metrics(work: Sequence[Batch], repetitions: Sequence[Sequence[Timed]]) -> dict[str, dict[str, Any] | None]:

@@ -15,7 +15,7 @@ from ...analysis.summaries import difference, summarize
 from ...tasks.base import PERCENT, Example, Source, Task
 from ..config.settings import Settings
 from .runs import MethodRun, find_reusable_runs, finished_baseline, record_head
-from .samples import KV_BYTES, checked_rows
+from .samples import FURTHER_FORWARDS, KV_BYTES, checked_rows, further_forwards
 from .step_bytes import means_over_steps
 
 log = logging.getLogger(__name__)
@@ -124,6 +124,7 @@ class ScoredRun(MethodRun):
                 **means_over_steps(rows),
             },
             "prompt_tokens": fmean(r["prompt_tokens"] for r in rows),
+            **further_forwards([[row[key] for key in FURTHER_FORWARDS if key in row] for row in rows]),
         }
 
 

@@ -48,7 +48,8 @@ VARIANTS = [
     "snapkv_d scorer.window=8 schedule.n=3",
     "rkv schedule.n=4",
     "scissorhands scorer.history=8 schedule.n=8",
-    "kvzip scorer.chunk=25 allocator=uniform storage=dense schedule=ring recent=9",
+    "kvzip scorer.chunk=25 scorer.instruction_first=null scorer.instruction_next=null allocator=uniform storage=dense "
+    "schedule=ring recent=9",
     "snapkv schedule=every_step scorer.window=8 sinks=2 allocator=pyramid",
     "streaming_llm policy.mode=prefill_evict",
     "streaming_llm policy.mode=prefill_evict policy.reposition=false",
@@ -392,7 +393,7 @@ def test_bytes_are_the_formulas(text, kv_heads):
     model = model_for(text, kv_heads=kv_heads)
     method, shape = make(text), kv_shape(model.config, model.dtype)
     capabilities = method.policy.capabilities
-    for length, batch in ((SHORT, 1), (BUDGET, 1), (LONG, 1), (LONG, 3)):
+    for length, batch in ((SHORT, 1), (BUDGET, 1), (LONG, 1), (LONG, 4)):
         ids = torch.cat([prompt_ids(length, seed) for seed in range(batch)])
         cache = method.new_cache(model)
         prefill(model, cache, ids)

@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = tuple(
-    f"kvbench.conf.{name}" for name in ("errors", "identity", "options", "user_cache", "versions", "wording")
+    f"kvbench.conf.{name}" for name in ("chat", "errors", "identity", "options", "user_cache", "versions", "wording")
 )
 
 

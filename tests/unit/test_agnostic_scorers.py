@@ -271,14 +271,11 @@ def test_random_scores_while_decoding_are_drawn_for_each_text_and_step(more):
     method = named_method(f"random budget=20 recent=4 schedule=every_step {more}")
     draws = draws_while_decoding(method, [prompt_ids(30, 1), prompt_ids(30, 2)])
     assert len(draws) == 5
-    for step, drawn in enumerate(draws):
-        finite = [[head[head.isfinite()] for head in row] for row in drawn]
-        vectors = [head for row in finite for head in row] + ([] if step == 0 else earlier)
-        for i, x in enumerate(vectors):
-            for y in vectors[:i]:
-                n = min(len(x), len(y), 5)
-                assert n and not torch.equal(x[:n], y[:n])
-        earlier = [head for row in finite for head in row]
+    vectors = [head[head.isfinite()] for drawn in draws for row in drawn for head in row]
+    for i, x in enumerate(vectors):
+        for y in vectors[:i]:
+            n = min(len(x), len(y), 5)
+            assert n and not torch.equal(x[:n], y[:n])
 
 
 @torch.inference_mode()

@@ -62,6 +62,10 @@ class CriticalKV(Scorer):
             raise InputError("method/scorer@method.scorer.scorer", self.scorer.name, allowed)
 
     @property
+    def needs(self) -> str:
+        return "; ".join(part for part in (self.scorer.needs, "the weights of the output projections") if part)
+
+    @property
     def observation_window(self) -> int:
         return self.scorer.observation_window
 

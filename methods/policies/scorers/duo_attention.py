@@ -44,6 +44,10 @@ class DuoAttention(Scorer):
     positions: PositiveInt = 500
 
     @property
+    def needs(self) -> str:
+        return "mean queries and keys of the prompt itself, in place of a calibration"
+
+    @property
     def observation_window(self) -> int:
         return ALL_QUERIES
 

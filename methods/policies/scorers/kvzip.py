@@ -1,39 +1,33 @@
 """KVzip (Kim et al., 2025, arXiv 2505.23416): keep what the model needs to repeat the prompt, whatever the question.
 
 Section 3. After the prefill, the prompt is given to the model once more, behind the full cache, in chunks of ``chunk``
-tokens (:mod:`..repetition`). Each forward begins with ``instruction`` and the last ``repeated`` tokens of the previous
-chunk. The score of a token of the chunk is the largest attention weight that it receives from any of the repeated
-tokens and any query head of its group, in a softmax over the first ``sinks`` tokens, the chunk and the repeated tokens
-themselves. The layers attend over the whole cache meanwhile, and nothing is appended to it.
+tokens (:mod:`..repetition`). As in the authors' code, a request to repeat it is before each chunk (:mod:`..request`):
+``instruction_first`` before the first one; ``instruction_next`` and the last ``repeated`` tokens of the previous chunk
+before the others. Where the prompt is in the model's chat template, the request ends as the user's turn does, so that
+the chunk is the model's answer, and what the template has before the user's text is not repeated and always stays.
 
-Scores are maxima of attention weights, comparable between heads and layers (``method/allocator=global``, as
-published). The authors precede the chunks by a request in words, to repeat the context. A cache knows token ids only,
-so that ``instruction`` is a list of ids, empty by default.
+The score of a token of the chunk is the largest attention weight that it receives from any of the new tokens and any
+query head of its group, in a softmax over the tokens before the first chunk, the chunk and the new tokens themselves.
+The layers attend over the whole cache meanwhile, and nothing is appended to it. Scores are maxima of attention weights,
+comparable between heads and layers (``method/allocator=global``, as published).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
+from ....conf.errors import InputError
 from ....conf.options import NonNegativeInt, PositiveInt
-from .base import Scorer
+from ....conf.versions import CURRENT_VERSIONS
+from ..request import Request, request_of
+from .base import Repetition, Repetitions, Scorer
 
+if TYPE_CHECKING:
+    from ..model_layer import ModelLayer
 
-@dataclass(frozen=True)
-class Repetition:
-    """A forward after the prefill that gives tokens of the prompt to the model again (:mod:`..repetition`).
-
-    Attributes:
-        tokens: Positions of the tokens that are repeated.
-        scored: Positions of the tokens that are scored by it.
-        instruction: Token ids before the repeated ones.
-    """
-
-    tokens: range
-    scored: range
-    instruction: Sequence[int] = ()
+FIRST = "Write down the text above once more, word for word."
+NEXT = "Write down the part of the text above once more, word for word, that begins with:"
 
 
 @dataclass(frozen=True)
@@ -42,31 +36,48 @@ class KVzip(Scorer):
 
     Attributes:
         chunk: Prompt tokens that a forward repeats.
-        repeated: Last tokens of the previous chunk with which a forward begins.
+        repeated: Last tokens of the previous chunk that are repeated before a chunk.
         sinks: Number of first tokens that are always kept; they take part in each softmax and are not repeated.
-        instruction: Token ids with which a forward begins.
+        instruction_first: Request before the first chunk, after an empty line; None or empty: none.
+        instruction_next: Request before each other chunk, followed by the ``repeated`` tokens.
     """
 
     id: ClassVar[str] = "KVzip"
     name: ClassVar[str] = "kvzip"
+    version: ClassVar[int] = CURRENT_VERSIONS["KVzip"]
     prefill_only: ClassVar[bool] = True
     repeats_prompt: ClassVar[bool] = True
     chunk: PositiveInt = 2000
     repeated: NonNegativeInt = 8
     sinks: NonNegativeInt = 4
-    instruction: Sequence[NonNegativeInt] = ()
+    instruction_first: str | None = FIRST
+    instruction_next: str | None = NEXT
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "instruction", tuple(self.instruction))
+    @property
+    def needs(self) -> str:
+        texts = self.instruction_first or self.instruction_next
+        return "further forwards over the prompt" + (", and a tokenizer for its request" if texts else "")
 
     def protected_sinks(self) -> int:
         return self.sinks
 
-    def repetitions(self, length: int) -> list[Repetition]:
-        out: list[Repetition] = []
-        for start in range(min(self.sinks, length - 1), length, self.chunk):
-            end = min(length, start + self.chunk)
-            first = max(0, start - self.repeated) if out else start
-            out.append(Repetition(range(first, end), range(start, end), self.instruction))
-        return out
+    def new_state(self, layer: ModelLayer) -> Request:
+        for name in ("instruction_first", "instruction_next"):
+            if layer.tokenizer is None and (text := getattr(self, name)):
+                problem = "is text, and there is no tokenizer: set it to null, or pass tokenizer=... in Python"
+                raise InputError(f"method.scorer.{name}", text, problem)
+        if layer.tokenizer is None:
+            return Request()
+        return request_of(layer.tokenizer, self.instruction_first, self.instruction_next)
+
+    def repetitions(self, length: int, prefix: int | None, request: Request) -> Repetitions:
+        reply = () if prefix is None else request.reply
+        first = max(self.sinks, prefix or 0)
+        forwards: list[Repetition] = []
+        for start in range(min(first, length - 1), length, self.chunk):
+            scored, repeated = range(start, min(length, start + self.chunk)), range(0)
+            asked = request.first
+            if forwards:
+                asked, repeated = request.following, range(max(0, start - self.repeated), start)
+            forwards.append(Repetition(scored, asked, repeated, reply if asked else ()))
+        return Repetitions(self.name, min(first, length), forwards)

@@ -1,0 +1,58 @@
+"""Request to repeat a prompt, in a model's tokens and chat template (KVzip, arXiv 2505.23416, its authors' code)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...conf.chat import in_chat_template, plain_tokens
+from ...conf.errors import InputError
+
+USER_TEXT = "what the user says"
+"""Text by which the beginning and the end of the user's turn are found in a chat template."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Token ids around the tokens that a forward repeats; by default none.
+
+    Attributes:
+        first, following: Requests before the first part of a prompt and before the others.
+        prefix: What the chat template has before the user's text (system prompt and user tag); None: no template.
+        reply: What it has after the text: the end of the user's turn and the beginning of the model's.
+    """
+
+    first: tuple[int, ...] = ()
+    following: tuple[int, ...] = ()
+    prefix: tuple[int, ...] | None = None
+    reply: tuple[int, ...] = ()
+
+    def prefix_length(self, prompt: Sequence[int]) -> int | None:
+        """Return how many tokens of a prompt are before the user's text; None: it is not in the chat template.
+
+        The last token of the prefix may be another one in a prompt, joined with the beginning of the user's text.
+        """
+        if self.prefix is None:
+            return None
+        pairs = list(zip(self.prefix, prompt, strict=False))
+        equal = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+        return equal if equal >= max(len(self.prefix) - 1, min(len(self.prefix), 1)) else None
+
+
+def request_of(tokenizer: Any, first: str | None, following: str | None) -> Request:
+    """Return a request in words as token ids; None or empty text: none.
+
+    An empty line is put before each text.
+
+    Raises:
+        InputError: The chat template cannot be used.
+    """
+    texts = [tuple(plain_tokens("\n\n" + text, tokenizer)) if text else () for text in (first, following)]
+    if not getattr(tokenizer, "chat_template", None):
+        return Request(*texts)
+    before, found, after = in_chat_template(USER_TEXT, tokenizer).partition(USER_TEXT)
+    if not found:
+        template = " ".join(str(tokenizer.chat_template).split())[:60]
+        raise InputError("model.chat_template", template, "leaves out what the user says")
+    return Request(*texts, *(tuple(plain_tokens(text, tokenizer)) for text in (before, after)))
