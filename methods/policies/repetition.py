@@ -19,8 +19,8 @@ from ..cache.products import cached_attention
 from ..cache.rotary import DYNAMIC_ROPE_TYPES
 from ..sharing.plan import Plan
 from .policy import FurtherForwards
-from .request import Request
-from .scorers.base import Repetitions, Scorer
+from .request import Repetitions, Request
+from .scorers.base import Scorer
 
 Stored = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """Keys and values [R, H_kv, T, D] of each layer."""

@@ -115,6 +115,31 @@ def test_a_run_leaves_one_record_per_method_and_one_row_per_example(finished):
         assert {p.name for p in folder.iterdir()} == {"record.json", "samples.jsonl", "sessions.jsonl"}
 
 
+@pytest.mark.parametrize("size", [1, 4])
+def test_what_kvzip_needs_is_the_first_line_and_its_forwards_are_in_rows_and_record(world, tmp_path, size):
+    done = run(world, tmp_path, "method=kvzip", "task.datasets=[lcc]", f"batch_size={size}", "method.scorer.chunk=200")
+    needs = "further forwards over the prompt, and a tokenizer for its request"
+    assert (done.stdout + done.stderr).splitlines()[0] == f"kvzip 40: needs {needs}"
+    kvzip, full = (folders(tmp_path)[label] for label in ("kvzip 40", "full"))
+    made = json.loads((kvzip / "record.json").read_text())
+    assert made["needs"] == needs
+    samples = rows(kvzip)
+    for row in samples:
+        assert row["further_forwards"] == -(-(row["prompt_tokens"] - 4) // 200) > 1
+        assert row["further_forward_tokens"] > row["prompt_tokens"]
+    means = {
+        "forwards_per_prompt": sum(row["further_forwards"] for row in samples) / len(samples),
+        "tokens_per_prompt": sum(row["further_forward_tokens"] for row in samples) / len(samples),
+    }
+    assert made["further_forwards"] == pytest.approx(means)
+    assert not verify(tmp_path).differing
+    other = json.loads((full / "record.json").read_text())
+    assert "needs" not in other and "further_forwards" not in other | rows(full)[0]
+    made["further_forwards"]["tokens_per_prompt"] += 1
+    (kvzip / "record.json").write_text(json.dumps(made))
+    assert any("further_forwards.tokens_per_prompt" in line for line in verify(tmp_path).differing)
+
+
 def test_bytes_are_measured_and_agree_with_the_formula(finished):
     """2 layers x 2 heads x 40 tokens x 16 channels x 2 (K and V) x 4 bytes."""
     results, _ = finished

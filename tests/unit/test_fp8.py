@@ -27,6 +27,8 @@ EXPONENT_BITS = {"e4m3": 4, "e5m2": 5}
 LARGEST = {"e4m3": 448.0, "e5m2": 57344.0}
 SETTINGS = [("e4m3", "token"), ("e4m3", "one"), ("e4m3", "tensor"), ("e4m3", "head"), ("e5m2", "one"), ("e5m2", "head")]
 
+DUO = "mean queries and keys of the prompt itself, in place of a calibration"
+
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -230,12 +232,37 @@ def test_what_a_method_needs_is_stated():
     assert head.label == "snapkv 64 + fp8_e5m2_head"
 
 
+@pytest.mark.parametrize(
+    ("text", "needs"),
+    [
+        ("full", ""),
+        ("snapkv", ""),
+        ("chunkkv", ""),
+        ("chunkkv scorer@method.scorer.scorer=duo_attention sinks=128 recent=256", DUO),
+        ("duo_attention", DUO),
+        ("criticalkv", "the weights of the output projections"),
+        ("kvzip", "further forwards over the prompt, and a tokenizer for its request"),
+        ("no_cache", "a forward over the whole text for each token"),
+        ("cla", ""),
+        ("lckv", "9 passes over a prompt in the layers that share keys and values"),
+        ("lckv sharing.encode=exact", "a pass for each token over a prompt in the layers that share keys and values"),
+        ("snapkv storage=turboquant", "a head_dim that is a power of two"),
+        ("criticalkv storage=turboquant", "the weights of the output projections; a head_dim that is a power of two"),
+    ],
+)
+def test_what_each_part_needs_is_stated(text, needs):
+    assert named_method(text).needs == needs
+
+
 def test_needs_are_announced_and_recorded(caplog, tmp_path):
     """Before anything else of a run, once each; a method without needs has no field."""
-    methods = [named_method(text) for text in ("full", "fp8 storage.scale=head", "fp8 storage.scale=head")]
+    methods = [named_method(text) for text in ("full", "fp8 storage.scale=head", "fp8 storage.scale=head", "kvzip")]
     with caplog.at_level("INFO"):
         announce_needs(methods)
-    assert caplog.messages == ["fp8_head: needs scales from the prompt's largest keys and values"]
+    assert caplog.messages == [
+        "fp8_head: needs scales from the prompt's largest keys and values",
+        "kvzip 1024: needs further forwards over the prompt, and a tokenizer for its request",
+    ]
     settings = Settings(results_dir=str(tmp_path))
     folder = RunFolder(tmp_path, "data", "model", "fp8", {"kind": "accuracy", "method": {}, "model": {"name": "tiny"}})
     heads = [record_head("done", folder, m, Source("data", "here", None, {}, ""), settings) for m in methods[:2]]

@@ -24,10 +24,10 @@ from kvbench.runners.records.record import identity_hash
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = sorted((ROOT / "results").rglob("record.json"))
-NEWER = {"ties": "", "version": 0, "score_dtype": "float32"}
-"""Keys that some records were made before. ``ties`` and ``version`` are meant to change the hash."""
+NEWER = {"ties": "", "version": 0, "score_dtype": "float32", "instruction_first": "", "instruction_next": ""}
+"""Keys that some records were made before. All but ``score_dtype`` are meant to change the hash."""
 
-ABSENT = {"prefill_only": False}
+ABSENT = {"prefill_only": False, "instruction": []}
 """Keys that some records have with the value at which others, and those of today, leave them out."""
 RETIRED = ("PyramidKV", "AdaKV")
 """Now SnapKV with an allocator. Their records are older than the rule for ties, so no run of today has their hash."""
@@ -70,9 +70,8 @@ def rebuilt(kind: type[HasIdentity], recorded: dict[str, Any]) -> HasIdentity:
     What the record lacks has the value at which it is not recorded, or its default.
     """
     names = {key: name for name, key in kind.recorded_as.items()}
-    values = {**kind.omitted_at} | {
-        names.get(k, k): v for k, v in recorded.items() if k not in ("class", "version", "ties")
-    }
+    removed = ("class", "version", "ties", "instruction")
+    values = {**kind.omitted_at} | {names.get(k, k): v for k, v in recorded.items() if k not in removed}
     for name in ("allocator", "schedule"):
         if name in values:
             (part,) = (part for part in targets().values() if part.id == values[name]["class"])

@@ -5,8 +5,6 @@ Legend: R rows of one prompt length, B batch rows, H stored heads, g query heads
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -18,53 +16,10 @@ from ..schedules.base import Schedule
 
 if TYPE_CHECKING:
     from ..model_layer import ModelLayer
-    from ..request import Request
+    from ..request import Repetitions, Request
 
 DECODE_QUERIES = 128
 """Number of last queries for a scorer with :data:`ALL_QUERIES` when tokens are re-scored while decoding."""
-
-
-@dataclass(frozen=True)
-class Repetition:
-    """A forward after the prefill that gives tokens of the prompt to the model again (:mod:`..repetition`).
-
-    Attributes:
-        scored: Positions of the prompt tokens that are given again, last, and scored.
-        request: Token ids before all others.
-        repeated: Positions of prompt tokens that follow the request and are not scored.
-        reply: Token ids between these and the scored tokens.
-    """
-
-    scored: range
-    request: Sequence[int] = ()
-    repeated: range = range(0)
-    reply: Sequence[int] = ()
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens of the forward."""
-        return len(self.request) + len(self.repeated) + len(self.reply) + len(self.scored)
-
-    def input_ids(self, prompts: torch.Tensor) -> torch.Tensor:
-        """Return the tokens of the forward, [R, tokens], for prompts [R, T]."""
-        request, reply = (prompts.new_tensor(x).expand(len(prompts), -1) for x in (self.request, self.reply))
-        repeated, scored = (prompts[:, x.start : x.stop] for x in (self.repeated, self.scored))
-        return torch.cat([request, repeated, reply, scored], dim=1)
-
-
-@dataclass(frozen=True)
-class Repetitions:
-    """All further forwards for prompts of one length.
-
-    Attributes:
-        name: Name of the scorer.
-        sinks: Number of first tokens that no forward gives again and that are in the softmax of each.
-        forwards: The forwards.
-    """
-
-    name: str
-    sinks: int
-    forwards: Sequence[Repetition]
 
 
 class Scorer(HasIdentity):

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, ClassVar
 from ....conf.errors import InputError
 from ....conf.options import NonNegativeInt, PositiveInt
 from ....conf.versions import CURRENT_VERSIONS
-from ..request import Request, request_of
-from .base import Repetition, Repetitions, Scorer
+from ..request import Repetition, Repetitions, Request, request_of
+from .base import Scorer
 
 if TYPE_CHECKING:
     from ..model_layer import ModelLayer
