@@ -39,7 +39,7 @@ from .model_layer import ModelLayer
 from .policy import FurtherForwards, PolicyCapabilities, Step
 from .prompt_eviction import PromptEviction
 from .prompt_ranks import with_newest
-from .repetition import RepetitionResult, scores_by_repetition
+from .repetition import RepetitionResult, scores_by_repetition, stored_prompts
 from .scorers.base import DECODE_QUERIES
 
 if TYPE_CHECKING:
@@ -121,12 +121,7 @@ class EvictionPolicy(PromptEviction):
             if length <= resolve_budget(self.budget, length):
                 continue
             rows = [row for row, n in enumerate(lengths) if n == length]
-            index = slice(None) if len(rows) == len(lengths) else rows  # no copy of a batch of one length
-            stored = []
-            for _, storage in layers:
-                keys, values, _ = storage.read()  # [B, H, S, D]
-                first = keys.shape[2] - length
-                stored.append((keys[index, :, first:], values[index, :, first:]))
+            stored = stored_prompts([storage for _, storage in layers], rows, length)
             ids = torch.stack([prompts[row] for row in rows])  # [R, T]
             request = states[0].scorer_state
             layer_scores, of_rows = scores_by_repetition(self.scorer, request, model, plan, stored, ids, earlier)

@@ -18,6 +18,7 @@ from ..cache.forward import LayerCall
 from ..cache.products import cached_attention
 from ..cache.rotary import DYNAMIC_ROPE_TYPES
 from ..sharing.plan import Plan
+from ..storage.base import LayerStorage
 from .policy import FurtherForwards
 from .request import Repetitions, Request
 from .scorers.base import Scorer
@@ -47,6 +48,13 @@ class RepetitionResult:
             and torch.equal(self.ids, ids)
             and all(torch.equal(x, y) for ours, theirs in pairs for x, y in zip(ours, theirs, strict=True))
         )
+
+
+def stored_prompts(storages: Sequence[LayerStorage], rows: list[int], length: int) -> Stored:
+    """Return keys and values of each layer for ``rows``, whose prompts have ``length`` tokens."""
+    read = [storage.read()[:2] for storage in storages]  # [B, H_kv, S, D]
+    index = slice(None) if len(rows) == len(read[0][0]) else rows  # no copy of a batch of one length
+    return [(keys[index, :, -length:], values[index, :, -length:]) for keys, values in read]
 
 
 def scores_by_repetition(

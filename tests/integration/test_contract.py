@@ -41,7 +41,7 @@ VARIANTS = [
     "snapkv schedule=ring scorer.window=8 recent=9 allocator=adaptive storage=ragged",
     "snapkv schedule=hold scorer.window=8 sinks=2 allocator=pyramid storage=fp8",
     "criticalkv schedule=hold scorer.scorer.window=8 scorer.scorer.kernel=1 allocator=global storage=ragged",
-    "kvzip schedule=hold scorer.chunk=25",
+    "kvzip schedule=hold scorer.chunk=25 scorer.instruction_first=null scorer.instruction_next=null",
     "tova schedule=hold",
     "random schedule=hold allocator=adaptive storage=ragged",
     "criticalkv scorer.scorer.window=8 allocator=global storage=ragged",

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from kvbench.conf.errors import InputError
-from kvbench.runners.evaluate_batch import stops
+from kvbench.runners.stopping import stops
 from kvbench.tasks.base import Example, Reply, cut_at, question_tokens
 from kvbench.tasks.lm_eval import LmEval
 from kvbench.tasks.sharegpt import ShareGPT

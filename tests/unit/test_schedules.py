@@ -275,7 +275,13 @@ def test_rescoring_is_refused_for_shared_layers():
 
 HELD = [
     *("snapkv scorer.window=4", "key_diff", "ada_kv scorer.window=4", "rkv", "random recent=4", "h2o"),
-    *("kvzip", "criticalkv scorer.scorer.window=4", "compactor", "key_norm allocator=global storage=ragged", "lagkv"),
+    *(
+        "kvzip scorer.instruction_first=null scorer.instruction_next=null",
+        "criticalkv scorer.scorer.window=4",
+        "compactor",
+        "key_norm allocator=global storage=ragged",
+        "lagkv",
+    ),
     *("snapstream", "chunkkv scorer.scorer.window=4", "tova schedule=hold", "h2o schedule=hold"),
 ]
 
