@@ -24,6 +24,7 @@ from ..policies.local import LocalAttention
 from ..policies.model_layer import ModelLayer
 from ..policies.names import parts_of, token_methods
 from ..policies.policy import CachePolicy, KeepEverything
+from ..policies.request import request_of
 from ..sharing.base import Sharing
 from ..sharing.kv_map import FULL, LINEAR
 from ..sharing.plan import Plan, plan_of
@@ -223,7 +224,7 @@ class Method(Options):
         """A layer of the model as its policy sees it; see :class:`..policies.model_layer.ModelLayer`."""
         rotary = partial(rotary_of, model, owner, self.name)
         output_weights = partial(output_weights_of, model, owner, self.name)
-        return ModelLayer(owner, place, count, rotary, output_weights, tokenizer)
+        return ModelLayer(owner, place, count, rotary, output_weights, partial(request_of, tokenizer))
 
     def bytes_formula(self, shape: KVShape, prompt_length: int, new_tokens: int = 0) -> int:
         """Return the expected bytes of one sequence after a prompt and ``new_tokens`` generated tokens."""

@@ -68,7 +68,7 @@ class EvictionPolicy(PromptEviction):
             stored_queries=self._queries_held,
             max_step_tokens=None if interval is None else 1,
             static_problem=None,
-            needs=self.scorer.needs,
+            needs=self._needs,
         )
 
     @property

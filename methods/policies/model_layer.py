@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .request import Request, request_of
+
 if TYPE_CHECKING:
     from ..cache.rotary import Rotary
+
+WITHOUT_TOKENIZER = partial(request_of, None)
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class ModelLayer:
         output_weights: Returns the output projections [H_q, D, hidden] of the layers of the model that attend over the
             keys, one per query head, such that the output is the sum of ``head @ weight``; raises InputError if there
             are none.
-        tokenizer: The model's tokenizer; None: not known.
+        request: Encodes a request in words (:func:`.request.request_of`); raises InputError if there is no tokenizer.
     """
 
     index: int
@@ -32,7 +37,7 @@ class ModelLayer:
     count: int
     rotary: Callable[[], Rotary]
     output_weights: Callable[[], list[torch.Tensor]] = list
-    tokenizer: Any = None
+    request: Callable[[str | None, str | None], Request] = WITHOUT_TOKENIZER
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelLayer:
         """Return self: copies of a cache belong to the same model."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from ...conf.errors import InputError, require
 from ...conf.options import NonNegativeInt
+from ...conf.versions import RESCORING_VERSIONS
 from ..cache.prompt import ALL_QUERIES, Prompt
 from ..storage.base import slots_to_keep
 from . import ranking
@@ -121,8 +122,18 @@ class PromptEviction(CachePolicy):
         if self.schedule != scorer.default_schedule:
             prefill_only = scorer.tracks_attention and self.schedule == AfterPrefill()
             out |= {"prefill_only": True} if prefill_only else {"schedule": self.schedule.identity()}
-        number = max(scorer.version, scorer.rescoring_version) if self.rescores else scorer.version
+        number = max(scorer.version, RESCORING_VERSIONS.get(scorer.id, 1) if self.rescores else 1)
         return out | ({"version": number} if number > 1 else {}) | {"ties": ranking.RULE}
+
+    @property
+    def _needs(self) -> str:
+        """What the scorer and the one that it builds on need."""
+        scorer: Scorer | None = self.scorer
+        parts: list[str] = []
+        while scorer is not None:
+            parts.append(scorer.needs)
+            scorer = getattr(scorer, "scorer", None)
+        return "; ".join(part for part in parts if part)
 
     # prefill ------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Forwards that repeat a prompt, and the request to do so in a model's chat template (KVzip, arXiv 2505.23416)."""
+"""Request to repeat a prompt, in a model's tokens and chat template (KVzip, arXiv 2505.23416, its authors' code)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ...conf.chat import in_chat_template, plain_tokens
-from ...conf.errors import InputError
+from ...conf.errors import InputError, require
 
 USER_TEXT = "what the user says"
 """Text by which the beginning and the end of the user's turn are found in a chat template."""
@@ -43,13 +41,20 @@ class Request:
 
 
 def request_of(tokenizer: Any, first: str | None, following: str | None) -> Request:
-    """Return a request in words as token ids; None or empty text: none.
+    """Return a request in words as token ids; an empty line is put before each text.
 
-    An empty line is put before each text.
+    Args:
+        tokenizer: The model's tokenizer; None: not known.
+        first, following: Requests before the first part of a prompt and before the others; None or empty text: none.
 
     Raises:
-        InputError: The chat template cannot be used.
+        InputError: There is text and no tokenizer, or the chat template cannot be used.
     """
+    if tokenizer is None:
+        for key, text in (("instruction_first", first), ("instruction_next", following)):
+            problem = "is text, and there is no tokenizer: set it to null, or pass tokenizer=... in Python"
+            require(not text, f"method.scorer.{key}", text, problem)
+        return Request()
     texts = [tuple(plain_tokens("\n\n" + text, tokenizer)) if text else () for text in (first, following)]
     if not getattr(tokenizer, "chat_template", None):
         return Request(*texts)
@@ -58,46 +63,3 @@ def request_of(tokenizer: Any, first: str | None, following: str | None) -> Requ
         template = " ".join(str(tokenizer.chat_template).split())[:60]
         raise InputError("model.chat_template", template, "leaves out what the user says")
     return Request(*texts, *(tuple(plain_tokens(text, tokenizer)) for text in (before, after)))
-
-
-@dataclass(frozen=True)
-class Repetition:
-    """A forward after the prefill that gives tokens of the prompt to the model again (:mod:`..repetition`).
-
-    Attributes:
-        scored: Positions of the prompt tokens that are given again, last, and scored.
-        request: Token ids before all others.
-        repeated: Positions of prompt tokens that follow the request and are not scored.
-        reply: Token ids between these and the scored tokens.
-    """
-
-    scored: range
-    request: Sequence[int] = ()
-    repeated: range = range(0)
-    reply: Sequence[int] = ()
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens of the forward."""
-        return len(self.request) + len(self.repeated) + len(self.reply) + len(self.scored)
-
-    def input_ids(self, prompts: torch.Tensor) -> torch.Tensor:
-        """Return the tokens of the forward, [R, tokens], for prompts [R, T]."""
-        request, reply = (prompts.new_tensor(x).expand(len(prompts), -1) for x in (self.request, self.reply))
-        repeated, scored = (prompts[:, x.start : x.stop] for x in (self.repeated, self.scored))
-        return torch.cat([request, repeated, reply, scored], dim=1)
-
-
-@dataclass(frozen=True)
-class Repetitions:
-    """All further forwards for prompts of one length.
-
-    Attributes:
-        name: Name of the scorer.
-        sinks: Number of first tokens that no forward gives again and that are in the softmax of each.
-        forwards: The forwards.
-    """
-
-    name: str
-    sinks: int
-    forwards: Sequence[Repetition]

@@ -24,6 +24,7 @@ from kvbench.methods.cache.cache import KVCache
 from kvbench.methods.cache.method import Method
 from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.policy import FurtherForwards
+from kvbench.methods.policies.repetition import RepetitionCache
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.models.base import LoadedModel
 from kvbench.models.random import RandomModel
@@ -108,14 +109,11 @@ def test_further_forwards_are_timed_with_the_compression_and_counted():
     """Each takes 0.05 s more here; four of 10 tokens for two prompts of 4 + 40, none for one within the budget."""
     model = tiny_model()
     method = named_method("kvzip budget=20 scorer.chunk=10 scorer.instruction_first=null scorer.instruction_next=null")
-    calls = []
 
-    def wait(*_: object) -> None:
-        calls.append(1)
-        if 1 < len(calls) <= 5:
-            time.sleep(0.05)
+    def wait(_: object, args: object, options: dict) -> None:
+        time.sleep(0.05 * isinstance(options.get("past_key_values"), RepetitionCache))
 
-    hook = model.register_forward_pre_hook(wait)
+    hook = model.register_forward_pre_hook(wait, with_kwargs=True)
     timed = time_batch(loaded_job(model, method), batch_of((44, 3), (44, 3)))
     hook.remove()
     assert 0.2 <= timed.compression <= timed.ttft

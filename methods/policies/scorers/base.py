@@ -16,7 +16,7 @@ from ..schedules.base import Schedule
 
 if TYPE_CHECKING:
     from ..model_layer import ModelLayer
-    from ..request import Repetitions, Request
+    from .kvzip import Repetitions
 
 DECODE_QUERIES = 128
 """Number of last queries for a scorer with :data:`ALL_QUERIES` when tokens are re-scored while decoding."""
@@ -29,6 +29,8 @@ class Scorer(HasIdentity):
 
     name: ClassVar[str]
     """Name on the command line (``method/scorer=``)."""
+    needs: ClassVar[str] = ""
+    """What the scorer needs beyond a model and a prompt, shown when a run starts and recorded; empty: nothing."""
     default_recent: ClassVar[int | float] = 0
     """Default for the policy's ``recent``: a number of tokens, or a share of the budget."""
     recent_recorded_as: ClassVar[str] = ""
@@ -56,15 +58,8 @@ class Scorer(HasIdentity):
     """Whether the policy stores the keys of kept prompt tokens at consecutive positions."""
     labelled_parameters: ClassVar[tuple[str, ...]] = ()
     """Parameters that a method's label always names, with its allocator, because results depend on them that much."""
-    rescoring_version: ClassVar[int] = 1
-    """Version where tokens are scored again while decoding, if that is newer than ``version``."""
     ranks_in_stages: ClassVar[bool] = False
     """Whether the ranking depends on the number of tokens to keep (:meth:`ranking_scores`)."""
-
-    @property
-    def needs(self) -> str:
-        """What the scorer needs beyond a model and a prompt, shown when a run starts and recorded; empty: nothing."""
-        return ""
 
     @property
     def observation_window(self) -> int:
@@ -101,14 +96,8 @@ class Scorer(HasIdentity):
         """Return scores [R, H, T] that order tokens with equal scores; None: the lower index is kept first."""
         return None
 
-    def repetitions(self, length: int, prefix: int | None, request: Request) -> Repetitions:
-        """Return the further forwards for a prompt of ``length`` tokens; only if ``repeats_prompt``.
-
-        Args:
-            length: Tokens of the prompt.
-            prefix: Tokens of it that the chat template has before the user's text; None: it is not in the template.
-            request: The scorer's state, from :meth:`new_state`.
-        """
+    def repetitions(self, length: int, prefix: int | None, state: Any) -> Repetitions:
+        """Return the further forwards for a prompt; only if ``repeats_prompt``. See :class:`.kvzip.KVzip`."""
         raise NotImplementedError
 
     def ranking_scores(
@@ -125,14 +114,11 @@ class Scorer(HasIdentity):
         return scores, ties
 
     def update(self, scores: torch.Tensor | None, weights: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-        """Return the scores after a decode step; only if ``tracks_attention``.
+        """Return the scores [B, H or 1, S] float32 after a decode step; only if ``tracks_attention``.
 
         Args:
             scores: [B, H, S] float32 before the step, zero for the new token; None unless ``accumulates``.
             weights: [B, H, g, S] float32, attention weights of the new token's query heads over all slots.
             real: [B] bool, False for a row whose new token is a pad; None: no pads.
-
-        Returns:
-            [B, H or 1, S] float32.
         """
         raise NotImplementedError

@@ -60,10 +60,6 @@ class ChunkKV(Scorer):
         return self.scorer.may_be_negative
 
     @property
-    def needs(self) -> str:
-        return self.scorer.needs
-
-    @property
     def observation_window(self) -> int:
         return self.scorer.observation_window
 

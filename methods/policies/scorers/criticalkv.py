@@ -45,6 +45,7 @@ class CriticalKV(Scorer):
     name: ClassVar[str] = "criticalkv"
     prefill_only: ClassVar[bool] = True
     ranks_in_stages: ClassVar[bool] = True
+    needs: ClassVar[str] = "the weights of the output projections"
     scorer: Scorer
     first_stage: Share = 0.5
     epsilon: NonNegativeFloat = 1e-4
@@ -60,10 +61,6 @@ class CriticalKV(Scorer):
         for problem in (text for text, holds in problems.items() if holds):
             allowed = f"{problem}; method/scorer=criticalkv multiplies scores that are attention, such as snapkv's"
             raise InputError("method/scorer@method.scorer.scorer", self.scorer.name, allowed)
-
-    @property
-    def needs(self) -> str:
-        return "; ".join(part for part in (self.scorer.needs, "the weights of the output projections") if part)
 
     @property
     def observation_window(self) -> int:
@@ -106,8 +103,8 @@ class CriticalKV(Scorer):
         self, scores: torch.Tensor, ties: torch.Tensor | None, count: int | torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         assert ties is not None
-        first = self.first_stage * count
-        first = first.long() if isinstance(first, torch.Tensor) else int(first)
+        share = self.first_stage * count
+        first = share.long() if isinstance(share, torch.Tensor) else int(share)
         return ties.masked_fill(keep_mask(scores, first), float("inf")), None
 
     def _norms(self, prompt: Prompt, layer: ModelLayer) -> torch.Tensor:

@@ -41,11 +41,8 @@ class DuoAttention(Scorer):
     name: ClassVar[str] = "duo_attention"
     default_recent: ClassVar[int | float] = 256
     prefill_only: ClassVar[bool] = True
+    needs: ClassVar[str] = "mean queries and keys of the prompt itself, in place of a calibration"
     positions: PositiveInt = 500
-
-    @property
-    def needs(self) -> str:
-        return "mean queries and keys of the prompt itself, in place of a calibration"
 
     @property
     def observation_window(self) -> int:

@@ -14,20 +14,65 @@ comparable between heads and layers (``method/allocator=global``, as published).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ....conf.errors import InputError
+import torch
+
 from ....conf.options import NonNegativeInt, PositiveInt
 from ....conf.versions import CURRENT_VERSIONS
-from ..request import Repetition, Repetitions, Request, request_of
 from .base import Scorer
 
 if TYPE_CHECKING:
     from ..model_layer import ModelLayer
+    from ..request import Request
 
 FIRST = "Write down the text above once more, word for word."
 NEXT = "Write down the part of the text above once more, word for word, that begins with:"
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """A forward after the prefill that gives tokens of the prompt to the model again (:mod:`..repetition`).
+
+    Attributes:
+        scored: Positions of the prompt tokens that are given again, last, and scored.
+        request: Token ids before all others.
+        repeated: Positions of prompt tokens that follow the request and are not scored.
+        reply: Token ids between these and the scored tokens.
+    """
+
+    scored: range
+    request: Sequence[int] = ()
+    repeated: range = range(0)
+    reply: Sequence[int] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of the forward."""
+        return len(self.request) + len(self.repeated) + len(self.reply) + len(self.scored)
+
+    def input_ids(self, prompts: torch.Tensor) -> torch.Tensor:
+        """Return the tokens of the forward, [R, tokens], for prompts [R, T]."""
+        request, reply = (prompts.new_tensor(x).expand(len(prompts), -1) for x in (self.request, self.reply))
+        repeated, scored = (prompts[:, x.start : x.stop] for x in (self.repeated, self.scored))
+        return torch.cat([request, repeated, reply, scored], dim=1)
+
+
+@dataclass(frozen=True)
+class Repetitions:
+    """All further forwards for prompts of one length.
+
+    Attributes:
+        name: Name of the scorer.
+        sinks: Number of first tokens that no forward gives again and that are in the softmax of each.
+        forwards: The forwards.
+    """
+
+    name: str
+    sinks: int
+    forwards: Sequence[Repetition]
 
 
 @dataclass(frozen=True)
@@ -54,7 +99,7 @@ class KVzip(Scorer):
     instruction_next: str | None = NEXT
 
     @property
-    def needs(self) -> str:
+    def needs(self) -> str:  # type: ignore[override]
         texts = self.instruction_first or self.instruction_next
         return "further forwards over the prompt" + (", and a tokenizer for its request" if texts else "")
 
@@ -62,22 +107,23 @@ class KVzip(Scorer):
         return self.sinks
 
     def new_state(self, layer: ModelLayer) -> Request:
-        for name in ("instruction_first", "instruction_next"):
-            if layer.tokenizer is None and (text := getattr(self, name)):
-                problem = "is text, and there is no tokenizer: set it to null, or pass tokenizer=... in Python"
-                raise InputError(f"method.scorer.{name}", text, problem)
-        if layer.tokenizer is None:
-            return Request()
-        return request_of(layer.tokenizer, self.instruction_first, self.instruction_next)
+        return layer.request(self.instruction_first, self.instruction_next)
 
-    def repetitions(self, length: int, prefix: int | None, request: Request) -> Repetitions:
-        reply = () if prefix is None else request.reply
+    def repetitions(self, length: int, prefix: int | None, state: Request) -> Repetitions:
+        """Return the further forwards for a prompt.
+
+        Args:
+            length: Tokens of the prompt.
+            prefix: Tokens of it that the chat template has before the user's text; None: it is not in the template.
+            state: The request.
+        """
+        reply = () if prefix is None else state.reply
         first = max(self.sinks, prefix or 0)
         forwards: list[Repetition] = []
         for start in range(min(first, length - 1), length, self.chunk):
             scored, repeated = range(start, min(length, start + self.chunk)), range(0)
-            asked = request.first
+            asked = state.first
             if forwards:
-                asked, repeated = request.following, range(max(0, start - self.repeated), start)
+                asked, repeated = state.following, range(max(0, start - self.repeated), start)
             forwards.append(Repetition(scored, asked, repeated, reply if asked else ()))
         return Repetitions(self.name, min(first, length), forwards)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from ....conf.options import NonNegativeInt
-from ....conf.versions import CURRENT_VERSIONS, RESCORING_VERSIONS
+from ....conf.versions import CURRENT_VERSIONS
 from ...cache.prompt import Prompt
 from .base import Scorer
 
@@ -29,7 +29,6 @@ class RandomTokens(Scorer):
     id: ClassVar[str] = "RandomTokens"
     name: ClassVar[str] = "random"
     version: ClassVar[int] = CURRENT_VERSIONS["RandomTokens"]
-    rescoring_version: ClassVar[int] = RESCORING_VERSIONS["RandomTokens"]
     recent_recorded_as: ClassVar[str] = "window"
     default_recent: ClassVar[int | float] = 32  # SnapKV's window, so that the scores are the only difference
     seed: NonNegativeInt = 0
