@@ -100,6 +100,7 @@ class KVzip(Scorer):
 
     @property
     def needs(self) -> str:  # type: ignore[override]
+        """Forwards, and a tokenizer where there is a request in words."""
         texts = self.instruction_first or self.instruction_next
         return "further forwards over the prompt" + (", and a tokenizer for its request" if texts else "")
 
