@@ -13,6 +13,7 @@ CURRENT_VERSIONS: Mapping[str, int] = {
     "KVzip": 2,  # a request in words; the chat template's beginning stays
     "Kivi": 2,  # scales in float16 for every dtype
     "MiniCacheKivi": 2,  # the same
+    "RKV": 2,  # products in float32; a key without similar ones leaves out no token
     "RandomTokens": 2,  # scores depend on the prompt
 }
 """Version by the part's ``id``, which records have as ``class``."""

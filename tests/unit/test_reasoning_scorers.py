@@ -1,8 +1,9 @@
-"""R-KV, Scissorhands and the ring of SnapStream: kept sets of the authors, and their rules in plain loops."""
+"""R-KV, SnapKV-D, Scissorhands and SnapStream's ring: kept sets of the authors, and their rules in plain loops."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,6 +30,13 @@ from kvbench.runners.engine import decode, prefill
 
 LAYERS = newer_entries()["layers"]
 D = 16
+RKV_BASELINE = SnapKV(window=8, kernel=7, pooling="max", group_reduce="max_logits", softmax="prefix")
+
+
+def golden_importance(layer: dict) -> torch.Tensor:
+    """Importance of the tokens before the window by the authors' code, [H_kv, 88]."""
+    (name,) = (key for key in layer if key.startswith("rkv attention"))
+    return torch.tensor(layer[name])
 
 
 def kept(scorer: Scorer, prompt: Prompt, budget: int) -> list[list[int]]:
@@ -59,20 +67,23 @@ def test_rkv_keeps_what_the_authors_code_keeps(monkeypatch, weight, name, block)
     monkeypatch.setattr(rkv, "BLOCK_KEYS", block)
     for layer in LAYERS:
         prompt = newer_prompt(layer, 8)
-        assert kept(RKV(weight=weight), prompt, 40) == layer["kept"][f"rkv budget=40 w=8 k=7 {name}"]
+        ours = kept(RKV(weight=weight, shields_first=True), prompt, 40)
+        assert ours == layer["kept"][f"rkv budget=40 w=8 k=7 {name}"]
 
 
 def test_rkv_parts_are_the_authors():
     for layer in LAYERS:
         prompt = newer_prompt(layer, 8)
-        importance, redundancy = RKV(weight=1.0).score(prompt)[0, :, :88], -RKV(weight=0.0).score(prompt)[0, :, :88]
-        (name,) = (key for key in layer if key.startswith("rkv attention"))
-        torch.testing.assert_close(importance, torch.tensor(layer[name]), rtol=1e-4, atol=1e-8)
+        redundancy = -RKV(weight=0.0, shields_first=True).score(prompt)[0, :, :88]
+        for importance in (RKV(weight=1.0).score(prompt), RKV_BASELINE.score(prompt) / 8):
+            torch.testing.assert_close(importance[0, :, :88], golden_importance(layer), rtol=1e-4, atol=1e-8)
         expected = torch.tensor(layer["rkv similarity softmax (threshold 0.5, last)"])[:, :88]
         torch.testing.assert_close(redundancy, expected, rtol=1e-4, atol=0)
 
 
-def naive_rkv(prompt: Prompt, h: int, weight: float, similarity: float, kernel: int) -> list[float]:
+def naive_rkv(
+    prompt: Prompt, h: int, weight: float, similarity: float, kernel: int, shields_first: bool
+) -> list[float]:
     """Scores of the tokens before the window, of KV head ``h``, in loops."""
     length, w = prompt.length, prompt.query.shape[2]
     keys = [prompt.keys[0, h, t].tolist() for t in range(length)]
@@ -85,27 +96,40 @@ def naive_rkv(prompt: Prompt, h: int, weight: float, similarity: float, kernel: 
                 0.0 if i == j else product / math.sqrt(sum(a * a for a in keys[i]) * sum(b * b for b in keys[j]))
             )
         similar = [j for j in range(length) if row[j] > similarity]
-        row[similar[-1] if similar else 0] = 0.0
+        if similar or shields_first:
+            row[similar[-1] if similar else 0] = 0.0
         columns = [c + x / length for c, x in zip(columns, row, strict=True)]
     exps = [math.exp(c) for c in columns]
+    pooled = naive_sums(prompt, h, "max_logits", "prefix", kernel)
+    return [weight * pooled[t] / w - (1 - weight) * exps[t] / sum(exps) for t in range(length - w)]
+
+
+def naive_sums(prompt: Prompt, h: int, group_reduce: str, softmax: str, kernel: int) -> list[float]:
+    """Attention of the window to the tokens before it, of KV head ``h``, summed and max-pooled, in loops."""
+    length, w, heads = prompt.length, prompt.query.shape[2], (2 * h, 2 * h + 1)
     received = [0.0] * (length - w)
     for i in range(w):
-        logits = []
-        for t in range(length - w):
-            each = [float(prompt.query[0, j, i] @ prompt.keys[0, h, t]) / math.sqrt(D) for j in (2 * h, 2 * h + 1)]
-            logits.append(math.exp(max(each)))
-        received = [r + x / sum(logits) / w for r, x in zip(received, logits, strict=True)]
+        seen = length - w + (i + 1 if softmax == "all" else 0)
+        logits = [
+            [float(prompt.query[0, j, i] @ prompt.keys[0, h, t]) / math.sqrt(D) for t in range(seen)] for j in heads
+        ]
+        if group_reduce == "max_logits":
+            logits = [[max(pair) for pair in zip(*logits, strict=True)]]
+        for row in logits:
+            total = sum(map(math.exp, row))
+            received = [r + math.exp(x) / total / len(logits) for r, x in zip(received, row, strict=False)]
     half = kernel // 2
-    pooled = [max(received[max(0, t - half) : t + half + 1]) for t in range(length - w)]
-    return [weight * pooled[t] - (1 - weight) * exps[t] / sum(exps) for t in range(length - w)]
+    return [max(received[max(0, t - half) : t + half + 1]) for t in range(length - w)]
 
 
+@pytest.mark.parametrize("shields_first", [False, True])
 @pytest.mark.parametrize(("weight", "similarity", "kernel"), [(0.07, 0.5, 7), (0.5, 0.2, 3), (0.9, 0.0, 1)])
-def test_rkv_is_the_naive_score(weight, similarity, kernel):
+def test_rkv_is_the_naive_score(weight, similarity, kernel, shields_first):
     prompt = random_prompt()
-    ours = RKV(8, kernel, weight, similarity).score(prompt)[0]
+    ours = RKV(8, kernel, weight, similarity, shields_first).score(prompt)[0]
     for h in range(2):
-        assert ours[h, :37].tolist() == pytest.approx(naive_rkv(prompt, h, weight, similarity, kernel), rel=1e-4)
+        expected = naive_rkv(prompt, h, weight, similarity, kernel, shields_first)
+        assert ours[h, :37].tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_rkv_of_a_repeated_key_keeps_the_later_one():
@@ -117,10 +141,90 @@ def test_rkv_of_a_repeated_key_keeps_the_later_one():
     assert scores[3] < scores[5] < scores[7] == scores[4]
 
 
+def test_keys_without_similar_ones_do_not_shield_the_first_token():
+    """All cosines are 0.4, so all tokens are as redundant.
+
+    With the published side effect every other key leaves out the first one, whose mean cosine is 0 instead of 0.36.
+    """
+    keys = (torch.eye(10) * 0.6 + torch.full((10, 10), 0.4)).double()
+    keys = torch.linalg.cholesky(keys)[None, None]
+    prompt = Prompt(torch.zeros(1, 1, 2, 10, dtype=torch.float64), keys, keys, LogitRule(1.0), 0, 1)
+    plain, published = (-RKV(2, 1, 0.0, 0.5, shields).score(prompt)[0, 0, :8] for shields in (False, True))
+    assert plain.tolist() == pytest.approx([0.1] * 8, rel=1e-5)
+    total = 1 + 9 * math.exp(0.36)
+    assert published.tolist() == pytest.approx([1 / total, *[math.exp(0.36) / total] * 7], rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rkv_multiplies_in_float32(dtype):
+    """Large logits: products rounded to the dtype of the model would change the scores by whole percents."""
+    prompt = random_prompt()
+    rounded = replace(prompt, query=(4 * prompt.query).to(dtype), keys=prompt.keys.to(dtype), memo={})
+    exact = replace(rounded, query=rounded.query.float(), keys=rounded.keys.float(), memo={})
+    for scorer in (RKV(), RKV(weight=1.0), RKV_BASELINE, SnapKV(8, group_reduce="max_logits")):
+        assert torch.equal(scorer.score(rounded), scorer.score(exact))
+
+
 def test_rkv_evicts_every_128_steps_by_default():
     assert RKV().default_schedule.interval == named_method("rkv").schedule.interval == 128
-    assert named_method("snapkv_d").schedule.interval == 128
-    assert named_method("snapkv_d").policy.scorer == named_method("snapkv").policy.scorer
+
+
+# SnapKV-D -------------------------------------------------------------------------------------------------------------
+
+
+def test_snapkv_d_has_the_papers_settings():
+    method = named_method("snapkv_d")
+    assert method.policy.scorer == SnapKV(window=64, kernel=5, pooling="avg")
+    assert method.policy.recent == 64 and method.schedule.interval == 1
+
+
+def test_the_baseline_of_the_rkv_repository_is_snapkv_d_with_rkvs_importance():
+    text = "scorer.window=8 scorer.kernel=7 scorer.pooling=max scorer.group_reduce=max_logits scorer.softmax=prefix"
+    method = named_method(f"snapkv_d budget=40 schedule.n=128 {text}")
+    assert method.policy.scorer == RKV_BASELINE and method.policy.recent == 8 and method.schedule.interval == 128
+    for layer in LAYERS:
+        importance = golden_importance(layer)  # [H_kv, 88]
+        for h, ours in enumerate(kept(RKV_BASELINE, newer_prompt(layer, 8), 40)):
+            worst = sorted(importance[h].tolist(), reverse=True)[31]
+            assert ours[32:] == list(range(88, 96)) and min(float(importance[h, t]) for t in ours[:32]) == worst
+
+
+@pytest.mark.parametrize("kernel", [1, 7])
+@pytest.mark.parametrize("softmax", ["prefix", "all"])
+@pytest.mark.parametrize("group_reduce", ["max_logits", "mean"])
+def test_softmax_and_logits_of_groups_are_the_naive_ones(group_reduce, softmax, kernel):
+    prompt = random_prompt()
+    ours = SnapKV(8, kernel, "max", group_reduce=group_reduce, softmax=softmax).score(prompt)[0]
+    for h in range(2):
+        expected = naive_sums(prompt, h, group_reduce, softmax, kernel)
+        assert ours[h, :37].tolist() == pytest.approx(expected, rel=1e-9) and not ours[h, 37:].any()
+
+
+def test_the_largest_logits_are_not_the_largest_weights():
+    prompt = random_prompt()
+    by_weight, by_logit = (SnapKV(8, 1, group_reduce=how).score(prompt)[0, :, :37] for how in ("max", "max_logits"))
+    assert (by_weight.sort().indices != by_logit.sort().indices).any()
+
+
+def test_the_largest_logits_of_a_group_need_a_group():
+    with pytest.raises(InputError, match=r"^method\.scorer\.group_reduce=max_logits: must be mean, max or sum"):
+        SnapKV(granularity="query_head", group_reduce="max_logits")
+
+
+def test_a_budget_within_the_window_holds_the_most_recent_tokens():
+    """1/32 of 1,100 tokens is 34, below the window of 64; as a number of tokens it is refused."""
+    model, method = tiny_model(), named_method("snapkv_d budget=0.03125")
+    cache = method.new_cache(model)
+    prefill(model, cache, prompt_ids(1100))
+    for i in range(3):
+        decode(model, cache, torch.tensor([3 + i]))
+    full = named_method("full").new_cache(model)
+    prefill(model, full, prompt_ids(1100))
+    keys = full.layers[0].storage.read()[0]  # the first layer's do not depend on what is held
+    assert torch.equal(cache.layers[0].storage.read()[0][:, :, -34:-3], keys[:, :, -31:])
+    assert [int(t.max()) for t in cache.tokens_held] == [34] * 3
+    with pytest.raises(InputError, match=r"^method\.budget=34: must be at least 64, [^\n]*\(method\.recent=64\)$"):
+        named_method("snapkv_d budget=34")
 
 
 # Scissorhands ---------------------------------------------------------------------------------------------------------

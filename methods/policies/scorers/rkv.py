@@ -6,8 +6,8 @@ Section 3. The score of a token is ``weight * I - (1 - weight) * U``, with
   the softmax is over the tokens before the window only, and its mean over the queries is max-pooled;
 * the redundancy U: the softmax over all tokens of the mean cosine of a token's key with the other keys. For each key,
   the last of the keys more similar to it than ``similarity`` is left out, so that of several similar tokens the most
-  recent one is not held to be redundant. As in the published code, a key without similar ones leaves out the first
-  token instead.
+  recent one is not held to be redundant. In the published code a key without similar ones leaves out the first token
+  instead (``shields_first``), a side effect of its index arithmetic.
 
 The authors compress every 128 tokens while decoding, and the prompt. The products of all pairs of keys are computed in
 blocks, in memory linear in the number of tokens; the time is quadratic.
@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from ....conf.errors import require
 from ....conf.options import PositiveInt, Share
 from ...cache.prompt import Prompt
-from ..pooling import pool
 from ..schedules.base import Schedule
 from ..schedules.every_n import EveryN
 from .base import Scorer
+from .snapkv import SnapKV
 
 BLOCK_KEYS = 512
 """Rows of the matrix of cosines that are computed at once."""
@@ -45,6 +45,7 @@ class RKV(Scorer):
         kernel: Width of the max-pooling, odd; 1 disables it.
         weight: Weight of the importance (lambda); the redundancy has the rest.
         similarity: Cosine above which two keys are similar.
+        shields_first: Keys without similar ones leave out the first token, as in the published code.
     """
 
     id: ClassVar[str] = "RKV"
@@ -55,6 +56,7 @@ class RKV(Scorer):
     kernel: PositiveInt = 7
     weight: Share = 0.07
     similarity: Share = 0.5
+    shields_first: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,18 +72,11 @@ class RKV(Scorer):
 
     def score(self, prompt: Prompt, state: Any = None) -> torch.Tensor:
         observed = prompt.query.shape[2]
-        importance = prompt.cached(f"importance {self.kernel}", self._importance)  # [R, H_kv, T - w]
-        redundancy = prompt.cached(f"redundancy {self.similarity}", self._redundancy)[..., : prompt.length - observed]
-        return F.pad(self.weight * importance - (1 - self.weight) * redundancy, (0, observed))  # [R, H_kv, T]
-
-    def _importance(self, prompt: Prompt) -> torch.Tensor:
-        """Return the pooled attention of the window to the tokens before it, [R, H_kv, T - w]."""
-        rows, _, w, dim = prompt.query.shape
-        heads, end = prompt.keys.shape[1], prompt.length - w
-        queries = prompt.query.reshape(rows, heads, -1, dim)
-        logits = (queries @ prompt.keys[:, :, :end].mT).float()  # [R, H_kv, g * w, T - w]
-        logits = prompt.rule.logits(logits).unflatten(2, (-1, w)).amax(dim=2)  # [R, H_kv, w, T - w]
-        return pool(logits.softmax(dim=-1).mean(dim=2), self.kernel, "max")
+        sums = SnapKV(self.window, self.kernel, "max", group_reduce="max_logits", softmax="prefix").score(prompt)
+        name = f"redundancy {self.similarity} {self.shields_first}"
+        redundancy = prompt.cached(name, self._redundancy)  # [R, H_kv, T]
+        scores = self.weight * sums / observed - (1 - self.weight) * redundancy
+        return F.pad(scores[..., : prompt.length - observed], (0, observed))
 
     def _redundancy(self, prompt: Prompt) -> torch.Tensor:
         """Return the redundancy of all tokens, [R, H_kv, T]."""
@@ -95,6 +90,10 @@ class RKV(Scorer):
             cosines = rows @ directions.mT  # [R, H_kv, n, T]
             diagonal = torch.arange(rows.shape[2], device=keys.device)
             cosines[:, :, diagonal, start + diagonal] = 0.0
-            last_similar = ((cosines > self.similarity) * column).amax(dim=-1, keepdim=True)  # [R, H_kv, n, 1]
-            sums += cosines.scatter(-1, last_similar, 0.0).sum(dim=2)
+            is_similar = cosines > self.similarity
+            last_similar = (is_similar * column).amax(dim=-1, keepdim=True)  # [R, H_kv, n, 1], 0 without one
+            remaining = torch.zeros_like(cosines[..., :1])
+            if not self.shields_first:  # without a similar key, the first token keeps its cosine
+                remaining = cosines[..., :1].masked_fill(is_similar.any(dim=-1, keepdim=True), 0.0)
+            sums += cosines.scatter(-1, last_similar, remaining).sum(dim=2)
         return (sums / length).softmax(dim=-1)

@@ -11,11 +11,15 @@ By default the prompt is compressed once and all generated tokens are kept. The 
 head for its query heads before compression, so a token takes H_q / H_kv times the bytes that it takes here.
 ``granularity=query_head`` reproduces this and counts those bytes.
 
+SnapKV-D (arXiv 2512.12008) applies the same scores at every decode step. The baseline of that kind in the R-KV
+repository has another softmax: ``group_reduce=max_logits softmax=prefix``, the importance of :mod:`.rkv`.
+
 Legend: R rows of one prompt length, H_q query heads, H_kv KV heads, H stored heads, w window, T prompt tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -25,7 +29,7 @@ import torch.nn.functional as F
 from ....conf.errors import require
 from ....conf.options import PositiveInt
 from ...cache.prompt import Prompt
-from ...cache.prompt_attention import window_attention, window_sums
+from ...cache.prompt_attention import window_attention, window_attention_of_groups, window_sums
 from ..pooling import pool
 from .base import Scorer
 
@@ -40,24 +44,31 @@ class SnapKV(Scorer):
         kernel: Pooling width, odd; 1 disables pooling (paper: 7 for LongBench, 5 for needles).
         pooling: ``max`` or ``avg``.
         granularity: ``kv_head``: one score per KV head; ``query_head``: one per query head, as in the published code.
-        group_reduce: Reduction of scores over the query heads of a KV head: ``mean``, ``max`` or ``sum``.
+        group_reduce: Reduction of scores over the query heads of a KV head: ``mean``, ``max`` or ``sum``; or
+            ``max_logits``: the largest of their logits, before the softmax.
         score_dtype: Precision of the attention before the sum: ``float32``, or ``model``: the model's dtype, as in
             the published code.
+        softmax: Tokens in the softmax: ``all`` that a query sees, or ``prefix``: those before the window only.
     """
 
     id: ClassVar[str] = "SnapKV"
     name: ClassVar[str] = "snapkv"
+    omitted_at: ClassVar[Mapping[str, Any]] = {"softmax": "all"}
     window: PositiveInt = 32
     kernel: PositiveInt = 7
     pooling: Literal["max", "avg"] = "max"
     granularity: Literal["kv_head", "query_head"] = "kv_head"
-    group_reduce: Literal["mean", "max", "sum"] = "mean"
+    group_reduce: Literal["mean", "max", "sum", "max_logits"] = "mean"
     score_dtype: Literal["float32", "model"] = "float32"
+    softmax: Literal["all", "prefix"] = "all"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         allowed = "must be an odd number >= 1 (an even kernel would shift the scores)"
         require(self.kernel % 2 == 1, "method.scorer.kernel", self.kernel, allowed)
+        allowed = "must be mean, max or sum: with granularity=query_head no heads share their logits"
+        shares = self.group_reduce == "max_logits" and self.stores_query_heads
+        require(not shares, "method.scorer.group_reduce", self.group_reduce, allowed)
 
     @property
     def observation_window(self) -> int:
@@ -85,15 +96,22 @@ class SnapKV(Scorer):
 
     def _unpooled_scores(self, prompt: Prompt) -> torch.Tensor:
         """Return the attention that tokens receive from the window, per stored head: [R, H, T], zero for the window."""
-        sums = prompt.cached(f"window sums in {self.score_dtype}", self._window_sums)  # [R, H_q, T]
-        w = prompt.query.shape[2]
-        sums = sums[..., : prompt.length - w]  # [R, H_q, T - w]
-        scores = sums if self.stores_query_heads else prompt.reduce_groups(sums, self.group_reduce)
-        return F.pad(scores, (0, w))
+        largest_logits, w = self.group_reduce == "max_logits", prompt.query.shape[2]
+        form = f"{'largest logits, ' if largest_logits else ''}softmax over {self.softmax}"
+        sums = prompt.cached(f"window sums in {self.score_dtype}, {form}", self._window_sums)
+        sums = sums[..., : prompt.length - w]  # [R, H_q, T - w], or one row per KV head
+        is_reduced = self.stores_query_heads or largest_logits
+        return F.pad(sums if is_reduced else prompt.reduce_groups(sums, self.group_reduce), (0, w))
 
     def _window_sums(self, prompt: Prompt) -> torch.Tensor:
-        """Return the attention weights summed over the window's queries: [R, H_q, T]."""
-        if self.score_dtype == "float32":
+        """Return the attention weights summed over the window's queries: [R, H_q, T], or per KV head, or only T - w."""
+        largest_logits = self.group_reduce == "max_logits"
+        if self.softmax == "prefix" or largest_logits:
+            attention = window_attention_of_groups(prompt, largest_logits, self.softmax == "prefix")
+        elif self.score_dtype == "float32":
             return window_sums(prompt)
-        attention = prompt.cached("window_attention", window_attention).to(prompt.query.dtype)  # [R, H_q, w, T]
+        else:
+            attention = prompt.cached("window_attention", window_attention)  # [R, H_q, w, T]
+        if self.score_dtype == "model":
+            attention = attention.to(prompt.query.dtype)
         return attention.sum(dim=2).to(torch.promote_types(attention.dtype, torch.float32))
