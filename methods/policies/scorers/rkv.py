@@ -17,6 +17,7 @@ Legend: R rows of one prompt length, H_kv KV heads, g query heads per KV head, w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 
 from ....conf.errors import require
 from ....conf.options import PositiveInt, Share
+from ....conf.versions import CURRENT_VERSIONS
 from ...cache.prompt import Prompt
 from ..schedules.base import Schedule
 from ..schedules.every_n import EveryN
@@ -50,6 +52,8 @@ class RKV(Scorer):
 
     id: ClassVar[str] = "RKV"
     name: ClassVar[str] = "rkv"
+    version: ClassVar[int] = CURRENT_VERSIONS["RKV"]
+    omitted_at: ClassVar[Mapping[str, Any]] = {"shields_first": False}
     default_schedule: ClassVar[Schedule] = EveryN()
     may_be_negative: ClassVar[bool] = True
     window: PositiveInt = 8
