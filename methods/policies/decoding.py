@@ -97,7 +97,7 @@ def evict_one(
 def evict_to_limit(
     state: EvictionState, storage: LayerStorage, scores: torch.Tensor, ties: torch.Tensor | None, sinks: int
 ) -> None:
-    """Keep the highest-ranked tokens up to the limit and evict all others.
+    """Keep the highest-ranked tokens up to the limit and evict all others, from the rows that are due.
 
     Args:
         state: State of the layer.
@@ -116,6 +116,9 @@ def evict_to_limit(
     budget = torch.minimum(state.limit[:, :, None], count)[..., 0]  # [B, 1 or H]
     keep = keep_mask(ranked, budget.expand(*valid.shape[:2]), None if ties is None else ties.expand_as(valid))
     keep &= valid
+    due = state.is_due()
+    if not all(due):
+        keep = torch.where(torch.tensor(due, device=keep.device)[:, None, None], keep, valid)
     if state.merging is not None:
         state.merging.merge(storage, scores, valid, keep, in_place=state.is_static)
     state.evict(storage, keep, compact_now=True)
@@ -124,13 +127,13 @@ def evict_to_limit(
 def rescore(
     scorer: Scorer, state: EvictionState, storage: LayerStorage, heads_differ: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Score the stored tokens as if they were a prompt.
+    """Score the stored tokens of the rows that are due as if they were a prompt.
 
     Rows with equally many tokens are scored together; if heads differ, each head is treated as a row. This syncs with
     the device, so it runs between captured steps.
 
     Returns:
-        Scores and tie-breaking scores, [B, 1 or H, S] each; (None, None) if no row is over its limit.
+        Scores and tie-breaking scores, [B, 1 or H, S] each; (None, None) if no row that is due is over its limit.
     """
     assert state.limit is not None and state.rule is not None
     keys, values, valid = storage.read()
@@ -138,28 +141,33 @@ def rescore(
     mask = torch.ones(batch, 1, slots, dtype=torch.bool, device=keys.device) if valid is None else valid
     if not heads_differ:
         mask = mask[:, :1]
-    queries, seen, text_seeds = state.queries, torch.tensor(state.seen), state.text_seeds
+    queries, text_seeds = state.queries, state.text_seeds
+    rows_state = list(zip(state.is_due(), state.seen, state.windows, strict=True))
     if heads_differ:  # [B, H, ...] -> [B * H, 1, ...]
         mask = mask.expand(-1, heads, -1).reshape(batch * heads, 1, slots)
         keys, values = (x.flatten(0, 1)[:, None] for x in (keys, values))
         if queries is not None:
             queries = queries.unflatten(1, (heads, -1)).flatten(0, 1)
-        seen = seen.repeat_interleave(heads)
+        rows_state = [row for row in rows_state for _ in range(heads)]
         text_seeds = (text_seeds[:, None] + HEAD_SEED_STEP * torch.arange(heads, device=text_seeds.device)).flatten()
     counts = mask[:, 0].sum(-1)  # [rows]
-    over = counts > state.limit.expand(batch, heads if heads_differ else 1).flatten()
-    if not bool(over.any()):
+    over = (counts > state.limit.expand(batch, heads if heads_differ else 1).flatten()).tolist()
+    if not any(is_over and due for is_over, (due, _, _) in zip(over, rows_state, strict=True)):
         return None, None
+    groups: dict[tuple[int, int, int], list[int]] = {}  # rows by tokens stored, tokens seen and queries
+    for row, (count, (due, tokens_seen, window)) in enumerate(zip(counts.tolist(), rows_state, strict=True)):
+        if due:
+            groups.setdefault((count, tokens_seen, window), []).append(row)
     scores: torch.Tensor | None = None
     ties: torch.Tensor | None = None
-    for count, tokens_seen in sorted(set(zip(counts.tolist(), seen.tolist(), strict=True))):
-        rows = ((counts == count) & (seen.to(counts.device) == tokens_seen)).nonzero()[:, 0]
+    for (count, tokens_seen, window), members in sorted(groups.items()):
+        rows = torch.tensor(members, device=counts.device)
         slot = mask[rows].int().sort(dim=-1, stable=True).indices[..., slots - count :]  # [R, 1, T]
         k, v = (take_slots(x[rows], slot) for x in (keys, values))  # [R, H, T, D]
         if queries is None:
             query = k.new_zeros(len(rows), k.shape[1], 0, k.shape[3])
         else:
-            w = min(queries.shape[2], count, tokens_seen)
+            w = min(window, count, tokens_seen)
             query = queries[rows][:, :, queries.shape[2] - w :]
         place = (state.layer.place, state.layer.count)
         prompt = Prompt(query, k, v, state.rule, *place, seen=tokens_seen, text_seeds=text_seeds[rows])

@@ -18,6 +18,7 @@ Legend: B batch rows, H stored heads, g query heads per stored head, S slots, w 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +29,6 @@ import torch.nn.functional as F
 
 from ...conf.errors import InputError
 from ..cache.kv_shape import KVShape
-from ..cache.prompt import ALL_QUERIES
 from ..storage.base import LayerStorage
 from ..storage.dense import COMPACTION_INTERVAL_STEPS
 from .across_layers import compress_stored
@@ -40,7 +40,6 @@ from .policy import FurtherForwards, PolicyCapabilities, Step
 from .prompt_eviction import PromptEviction
 from .prompt_ranks import with_newest
 from .repetition import RepetitionResult, scores_by_repetition, stored_prompts
-from .scorers.base import DECODE_QUERIES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,19 +64,19 @@ class EvictionPolicy(PromptEviction):
             merges_values=self.scorer.merges_values,
             drops_stored=interval is not None or self.allocator.spans_layers or self.scorer.repeats_prompt,
             stores_query_heads=self.scorer.stores_query_heads,
-            stored_queries=self._queries_held,
+            stored_queries=self.scorer.queries_while_decoding(sys.maxsize) if self.rescores else 0,
             max_step_tokens=None if interval is None else 1,
             static_problem=None,
             needs=self._needs,
         )
 
-    @property
-    def _queries_held(self) -> int:
-        """Number of last queries that are stored to re-score tokens while decoding."""
-        window = self.scorer.observation_window
-        if not self.rescores:
-            return 0
-        return DECODE_QUERIES if window == ALL_QUERIES else window
+    def _steps_between(self, prompt_length: int) -> int:
+        """Return the decode steps between evictions after a prompt; only if the schedule evicts while decoding."""
+        return self.schedule.steps_between(resolve_budget(self.budget, prompt_length))
+
+    def _queries_held(self, prompt_length: int) -> int:
+        """Return the number of last queries that are stored to re-score tokens after a prompt."""
+        return self.scorer.queries_while_decoding(self._steps_between(prompt_length)) if self.rescores else 0
 
     def new_states(self, layers: Sequence[ModelLayer]) -> list[EvictionState]:
         states = super().new_states(layers)
@@ -156,8 +155,9 @@ class EvictionPolicy(PromptEviction):
             tokens = state.prompt.storage.tokens  # [B, 1 or H]
             state.limit = torch.where(lengths[:, None] > state.limit, tokens, state.limit)
         state.max_limit = max(limits) if not self.allocator.heads_differ else int(state.limit.max())
-        state.queries = state.prompt.queries
         state.begin_texts(lengths)
+        state.intervals = [self._steps_between(n) for n in state.seen]
+        state.store_prompt_queries(state.prompt.queries, [self._queries_held(n) for n in state.seen])
         if state.merging is not None:
             state.merging.begin(state.text_seeds)
 
@@ -214,13 +214,12 @@ class EvictionPolicy(PromptEviction):
     @property
     def _evicts_in_step(self) -> bool:
         """Whether each step evicts one token, by the step's own attention weights or by age."""
-        return self.schedule.interval == 1 and not self.rescores
+        return self.schedule.evicts_every_step and not self.rescores
 
     def _after_token(self, state: EvictionState, storage: LayerStorage, real: torch.Tensor | None = None) -> None:
-        """Count the step and, every ``interval`` steps, evict tokens down to the limit."""
+        """Count the step and evict tokens down to the limit from the rows for which it is the last of an interval."""
         state.count(real)
-        assert self.schedule.interval is not None
-        if self._evicts_in_step or state.steps % self.schedule.interval:
+        if self._evicts_in_step or not any(state.is_due()):
             return
         scores, ties = state.scores, None
         if self.rescores:
@@ -238,14 +237,13 @@ class EvictionPolicy(PromptEviction):
     # static steps -------------------------------------------------------------------------------------------------
 
     def make_static(self, state: EvictionState, storage: LayerStorage, steps: int) -> None:
-        interval = self.schedule.interval
-        if interval is None:
+        if self.schedule.interval is None:
             storage.make_static(steps)
             return
         assert state.limit is not None
         batch, heads = state.limit.shape[0], storage.read()[0].shape[1]
         mask_heads = 1 if self.scorer.scores_heads_alike else heads
-        extra_slots = COMPACTION_INTERVAL_STEPS if self._evicts_in_step else interval
+        extra_slots = COMPACTION_INTERVAL_STEPS if self._evicts_in_step else max(state.intervals)
         state.move_scores(storage.make_static_within(state.limit, extra_slots, mask_heads))
         state.is_static = True
         if self._stores_scores or (self.follows_attention and not self._evicts_in_step):
@@ -268,11 +266,10 @@ class EvictionPolicy(PromptEviction):
 
     def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int) -> Sequence[int]:
         prompt_kept = self.layer_budgets(prompt_length, layers)
-        interval = self.schedule.interval
-        if interval is None:
+        if self.schedule.interval is None:
             return [kept + new_tokens for kept in prompt_kept]
         limits = self.limits(prompt_length, layers)
-        n_unevicted = new_tokens % interval  # generated since the last eviction
+        n_unevicted = new_tokens % self._steps_between(prompt_length)  # generated since the last eviction
         evicted = [min(kept + new_tokens - n_unevicted, limit) for kept, limit in zip(prompt_kept, limits, strict=True)]
         return [kept + n_unevicted for kept in evicted]
 
@@ -281,7 +278,7 @@ class EvictionPolicy(PromptEviction):
         return [x for x in (state.scores, state.queries, random) if x is not None]
 
     def logical_state_bytes(self, state: EvictionState, tokens: torch.Tensor) -> int:
-        fixed = sum(x.nbytes for x in self.state_tensors(state) if x is not state.scores)
+        fixed = sum(x.nbytes for x in self.state_tensors(state) if x is not state.scores) - state.unused_query_bytes
         if state.scores is None or not self._stores_scores:
             return fixed
         heads = state.scores.shape[1]
@@ -295,4 +292,4 @@ class EvictionPolicy(PromptEviction):
         scores = 4 * (1 if self.scorer.scores_heads_alike else heads) * tokens if self._stores_scores else 0
         query_bytes = shape.query_heads * shape.head_dim * shape.element_bytes
         generators = 8 * shape.layers if self.scorer.merges_values else 0
-        return scores + generators + shape.layers * self._queries_held * query_bytes
+        return scores + generators + shape.layers * self._queries_held(prompt_length) * query_bytes

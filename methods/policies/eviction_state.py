@@ -62,6 +62,8 @@ class EvictionState:
         scores: [B, H, S] float32, running scores of a scorer that accumulates, or ranks (:mod:`.prompt_ranks`); None:
             neither.
         queries: [B, H_q, w, D], last queries for re-scoring, the newest last; None: not stored.
+        windows: Number of the last queries that re-score each row.
+        intervals: Number of decode steps between evictions of each row.
         seen: Number of real tokens that each row has seen.
         prompt_seeds: Hashes [R] of the prompts of each length, until :meth:`begin_texts`.
         text_seeds: [B] int64, hashes of all prompts, 0 where unknown.
@@ -82,6 +84,8 @@ class EvictionState:
     recent: torch.Tensor | None = None
     scores: torch.Tensor | None = None
     queries: torch.Tensor | None = None
+    windows: list[int] = field(default_factory=list)
+    intervals: list[int] = field(default_factory=list)
     seen: list[int] = field(default_factory=list)
     prompt_seeds: dict[int, torch.Tensor] = field(default_factory=dict)
     text_seeds: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
@@ -112,6 +116,25 @@ class EvictionState:
             self.scores.copy_(scores)
         else:
             self.scores = scores
+
+    def store_prompt_queries(self, queries: torch.Tensor | None, windows: list[int]) -> None:
+        """Store the last queries [B, H_q, w, D] of the prompt, as many as the row with the largest window needs."""
+        self.windows = windows
+        if queries is not None:
+            first = queries.shape[2] - max(windows)
+            self.queries = queries[:, :, first:].clone() if first else queries  # frees what is not stored
+
+    @property
+    def unused_query_bytes(self) -> int:
+        """Bytes of stored queries of rows with smaller windows than others."""
+        if self.queries is None:
+            return 0
+        unused = sum(self.queries.shape[2] - window for window in self.windows)
+        return unused * self.queries[0, :, :1].nbytes
+
+    def is_due(self) -> list[bool]:
+        """Return whether each row has reached the end of an interval with the current step."""
+        return [self.steps % interval == 0 for interval in self.intervals]
 
     def store_queries(self, query: torch.Tensor, real: torch.Tensor | None) -> None:
         """Append the query [B, H_q, 1, D] of a step, except in rows whose token is a pad (``real`` [B] False)."""

@@ -85,7 +85,6 @@ class PromptEviction(CachePolicy):
             protected = " and ".join([*parts, f"method.sinks={sinks}"] if sinks else parts)
             allowed = f"must be at least {sinks + n_recent}, the tokens kept whatever their scores ({protected})"
             require(sinks + n_recent <= budget, "method.budget", budget, allowed)
-        window, interval = self.scorer.observation_window, self.schedule.interval
         if self.schedule.evicts_by == "age":
             allowed = "must be above 0: method/schedule=ring keeps that many of the newest tokens"
             require(recent > 0, "method.recent", recent, allowed)
@@ -103,8 +102,9 @@ class PromptEviction(CachePolicy):
                 f"evicts no token by its attention while decoding, and method/scorer={self.scorer.name} merges such "
                 "tokens; use every_step or every_n",
             )
-        if interval is not None and self.rescores and 1 < window < ALL_QUERIES:
-            need = max(0, window - interval)
+        if self.rescores and 1 < self.scorer.observation_window < ALL_QUERIES:
+            steps = self.schedule.steps_between(budget if isinstance(budget, int) else 1)
+            need = max(0, self.scorer.queries_while_decoding(steps) - steps)
             allowed = f"must be at least {need}: the tokens of the queries that score again have to be there"
             require(isinstance(recent, float) or recent >= need, "method.recent", recent, allowed)
 

@@ -47,7 +47,7 @@ VARIANTS = [
     "criticalkv scorer.scorer.window=8 allocator=global storage=ragged",
     "snapkv_d scorer.window=8 schedule.n=3",
     "rkv schedule.n=4",
-    "scissorhands scorer.history=8 schedule.n=8",
+    "scissorhands schedule.n=0.1",
     "kvzip scorer.chunk=25 scorer.instruction_first=null scorer.instruction_next=null allocator=uniform storage=dense "
     "schedule=ring recent=9",
     "snapkv schedule=every_step scorer.window=8 sinks=2 allocator=pyramid",

@@ -92,6 +92,7 @@ WHILE_DECODING = [
     "h2o budget=24 schedule=every_n schedule.n=7",
     "tova budget=24 schedule=every_n schedule.n=3",
     "snapkv budget=24 scorer.window=8 schedule=every_n schedule.n=16",
+    "scissorhands budget=24 schedule.n=0.25 scorer.history=4",
     "key_diff budget=24 schedule=every_n schedule.n=5 allocator=pyramid",
     "key_norm budget=24 schedule=every_step sinks=1",
     "expected_attention budget=24 schedule=every_n schedule.n=9",

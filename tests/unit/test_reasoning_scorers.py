@@ -11,6 +11,7 @@ from golden import newer_entries, newer_prompt
 from tiny_models import left_pad, prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
+from kvbench.methods.cache.layout import model_shape
 from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.cache.method import Method
 from kvbench.methods.cache.prompt import Prompt
@@ -253,9 +254,33 @@ def test_scissorhands_keeps_the_newer_of_equal_tokens():
     assert kept(Scissorhands(8), prompt, 14) == [list(range(16, 30))]
 
 
-def test_scissorhands_history_is_within_the_schedule():
-    with pytest.raises(InputError, match=r"^method\.recent=10: must be at least 272"):
-        named_method("scissorhands scorer.history=400")
+def test_scissorhands_has_the_papers_settings():
+    method = named_method("scissorhands")
+    assert method.policy.scorer == Scissorhands(400) and method.schedule.n == 0.5 and method.policy.recent == 10
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        *(("budget=24", [12]), ("budget=24 scorer.history=5", [5]), ("budget=24 hold_budget=true", [1])),
+        *(("budget=0.5 recent=2", [6, 3]), ("budget=0.5 recent=2 scorer.history=4", [4, 3])),
+    ],
+)
+def test_scissorhands_stores_the_queries_since_the_last_eviction(text, rows):
+    """A prompt of 24 tokens, and with a budget that is a share of it one of 10 in the same batch."""
+    model, method = tiny_model(), named_method(f"scissorhands {text}")
+    cache, lengths = method.new_cache(model), (24, 10)[: len(rows)]
+    ids, mask = left_pad([prompt_ids(n, n) for n in lengths])
+    prefill(model, cache, ids, mask)
+    for _ in range(2):
+        shapes = {tuple(layer.state.queries.shape) for layer in cache.layers}
+        assert shapes == {(len(rows), 4, max(rows), 16)}
+        decode(model, cache, torch.arange(3, 3 + len(rows)))
+    shape = model_shape(model)
+    assert cache.kv_bytes_logical == sum(method.bytes_formula(shape, n, 2) for n in lengths)
+    query_bytes = shape.layers * 4 * 16 * shape.element_bytes
+    stored = [method.policy.state_bytes(shape, 2, n, 2) for n in lengths]
+    assert stored == [n * query_bytes for n in rows]
 
 
 # ring -----------------------------------------------------------------------------------------------------------------

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from sharing_models import shared_model
 from tiny_models import left_pad, prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
+from kvbench.methods.cache.cache import KVCache
 from kvbench.methods.cache.layout import model_shape
 from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.cache.method import Method
@@ -24,6 +27,7 @@ from kvbench.methods.policies.scorers.attention_sums import AttentionSums
 from kvbench.methods.policies.scorers.key_norm import KeyNorm
 from kvbench.methods.policies.scorers.last_query import LastQuery
 from kvbench.methods.policies.scorers.position import Position
+from kvbench.methods.policies.scorers.scissorhands import Scissorhands
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.policies.streaming_llm import StreamingLLM
 from kvbench.methods.sharing.cla import CLA
@@ -66,10 +70,12 @@ class Head:
         if scorer == "norm":
             return {t: -float(self.keys[t].norm()) for t in self.held}
         out = dict.fromkeys(self.held, 0.0)  # attention of the last queries, each over the held tokens up to its own
+        below = scorer == "below"  # how often it is below the mean; of equal tokens, the newer stays
+        out |= {t: t / 1000 for t in self.held if below}
         for back in range(window):
             seen = self.held[: len(self.held) - back]
             for t, weight in zip(seen, softmax_row(self.queries[-1 - back], [self.keys[t] for t in seen]), strict=True):
-                out[t] += weight
+                out[t] += -float(weight < 1 / len(seen)) if below else weight
         return out
 
     def evict(self, scorer: str, window: int, sinks: int, recent: int) -> None:
@@ -81,16 +87,19 @@ class Head:
         self.held = sorted([*self.held[:sinks], *best, *self.held[len(self.held) - recent :]])
 
 
-@pytest.mark.parametrize("interval", [1, 3, 5])
+@pytest.mark.parametrize(("n", "interval"), [(1, 1), (3, 3), (5, 5), (0.25, 3), (0.5, 6)])
 @pytest.mark.parametrize("sinks", [0, 2])
 @pytest.mark.parametrize(
     ("scorer", "rule", "window"),
-    [("snapkv", SnapKV(window=4, kernel=1), 4), ("sums", AttentionSums(), 0), ("norm", KeyNorm(), 0)],
+    [
+        *(("snapkv", SnapKV(window=4, kernel=1), 4), ("sums", AttentionSums(), 0), ("norm", KeyNorm(), 0)),
+        *(("below", Scissorhands(), 20), ("below", Scissorhands(4), 4)),
+    ],
 )
-def test_every_n_matches_the_naive_simulator(scorer, rule, window, interval, sinks):
+def test_every_n_matches_the_naive_simulator(scorer, rule, window, n, interval, sinks):
     """Stored tokens are within the budget after every n-th step, with up to n - 1 more in between."""
     recent = 4
-    policy = EvictionPolicy(rule, BUDGET, schedule=EveryN(interval), sinks=sinks, recent=recent)
+    policy = EvictionPolicy(rule, BUDGET, schedule=EveryN(n), sinks=sinks, recent=recent)
     g = torch.Generator().manual_seed(interval)
     q, k, v = (torch.randn(1, 2, LENGTH, D, generator=g, dtype=torch.float64) for _ in range(3))
     q = 3 * q
@@ -114,7 +123,7 @@ def test_every_n_matches_the_naive_simulator(scorer, rule, window, interval, sin
         for h, head in enumerate(heads):
             head.step(LENGTH + i, 3 * new_q[0, h, 0], new_k[0, h, 0])
             if (i + 1) % interval == 0:
-                head.evict(scorer, window, sinks, recent)
+                head.evict(scorer, min(window, interval) if scorer == "below" else window, sinks, recent)
             real = slice(None) if valid is None else valid.expand(1, 2, -1)[0, h]
             assert torch.equal(keys[0, h][real], torch.stack([head.keys[t] for t in head.held])), f"step {i}, head {h}"
     assert policy.kept_tokens(LENGTH, STEPS, 1) == [len(heads[0].held)] == [BUDGET + STEPS % interval]
@@ -196,6 +205,53 @@ def test_every_step_is_every_n_of_one(scorer):
         run(model, Method("x", EvictionPolicy(scorer, 11, schedule=s)), prompts)[0] for s in (EveryStep(), EveryN(1))
     )
     assert (a - b).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("scissorhands", "scissorhands scorer.history=3", "h2o schedule=every_n", "snapkv schedule=every_n"),
+        *("tova schedule=every_n", "ada_kv schedule=every_n", "h2o schedule=every_n allocator=adaptive storage=ragged"),
+    ],
+)
+def test_rows_with_budgets_of_their_own_evict_at_steps_of_their_own(text):
+    """Half of the prompt is kept; the rows evict every 10, 6 and 3 steps, as each of them alone."""
+    window = " scorer.window=4" if text.startswith(("snapkv", "ada_kv")) else ""
+    method = named_method(f"{text} budget=0.5 schedule.n=0.5 recent=3{window}")
+    model, lengths, steps = tiny_model(), (40, 24, 9), 21
+
+    def generated(lengths: Sequence[int]) -> tuple[torch.Tensor, list[list[float]], KVCache]:
+        cache, held = method.new_cache(model), []
+        logits = [prefill(model, cache, *left_pad([prompt_ids(n, n) for n in lengths]))]
+        for i in range(steps):
+            logits.append(decode(model, cache, torch.full((len(lengths),), 3 + i)))
+            held.append(cache.tokens_held[0].double().mean(1).tolist())
+        return torch.stack(logits, dim=1), held, cache
+
+    together, held, cache = generated(lengths)
+    for row, (length, budget, interval) in enumerate(zip(lengths, (20, 12, 5), (10, 6, 3), strict=True)):
+        alone, held_alone, _ = generated([length])
+        assert (together[row] - alone[0]).abs().max() < 1e-9
+        expected = [budget + (i + 1) % interval for i in range(steps)]
+        assert [h[row] for h in held] == [h[0] for h in held_alone] == expected
+        assert [sum(method.policy.kept_tokens(length, i + 1, 1)) for i in range(steps)] == expected
+    assert cache.kv_bytes_logical == sum(method.bytes_formula(model_shape(model), n, steps) for n in lengths)
+
+
+def test_a_share_of_the_budget_is_not_a_number_of_steps():
+    one, all_of_it = EveryN(1), EveryN(1.0)
+    assert one.evicts_every_step and not all_of_it.evicts_every_step
+    assert (one.steps_between(64), all_of_it.steps_between(64), EveryN(0.001).steps_between(64)) == (1, 64, 1)
+    assert EvictionPolicy(SnapKV(), 64, schedule=all_of_it).kept_tokens(100, 63, 1) == [127]
+    assert Method("snapkv", EvictionPolicy(SnapKV(), 64, schedule=EveryN(0.5))).label == "snapkv 64 + every 0.5 budgets"
+
+
+@pytest.mark.parametrize("n", [0, -3, 0.0, -0.5, 1.5, True, "half", None, float("nan")])
+def test_other_intervals_are_refused(n):
+    message = r"^method\.schedule\.n=.*: must be a whole number >= 1, or a share of the budget in \(0, 1\]"
+    with pytest.raises(InputError, match=message) as error:
+        EveryN(n)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.3, 1.0])

@@ -1,12 +1,22 @@
-"""Evict after the prefill and after every ``n`` decode steps; in between the cache grows by up to n tokens."""
+"""Evict after the prefill and after every ``n`` decode steps; in between the cache grows by up to n tokens.
+
+A number of steps is R-KV's rule (arXiv 2505.24133), a share of the budget is that of Scissorhands (arXiv 2305.17118),
+where half of a budget leaves at once.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from ....conf.options import PositiveInt
+from ....conf.options import Bounds, PositiveInt, Wording
 from .base import Schedule
+
+Interval = Annotated[
+    PositiveInt | Annotated[float, Bounds(gt=0, le=1)],
+    Wording("a whole number >= 1, or a share of the budget in (0, 1]"),
+]
+"""Decode steps (int), or their share of the budget (float in (0, 1])."""
 
 
 @dataclass(frozen=True)
@@ -14,16 +24,16 @@ class EveryN(Schedule):
     """Eviction at intervals while decoding.
 
     Attributes:
-        n: Decode steps between evictions.
+        n: Decode steps between evictions (int), or their share of the budget (float).
     """
 
     id: ClassVar[str] = "every_n"
-    n: PositiveInt = 128
+    n: Interval = 128
 
     @property
-    def interval(self) -> int:
+    def interval(self) -> int | float:
         return self.n
 
     @property
     def label(self) -> str:
-        return f"every {self.n}"
+        return f"every {self.n}" if isinstance(self.n, int) else f"every {self.n:g} budgets"

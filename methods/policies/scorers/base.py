@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ....conf.identity import HasIdentity
-from ...cache.prompt import Prompt
+from ...cache.prompt import ALL_QUERIES, Prompt
 from ..schedules.after_prefill import AfterPrefill
 from ..schedules.base import Schedule
 
@@ -65,6 +65,10 @@ class Scorer(HasIdentity):
     def observation_window(self) -> int:
         """Number of last prompt queries that :meth:`score` needs; :data:`ALL_QUERIES`: all of them."""
         return 0
+
+    def queries_while_decoding(self, steps: int) -> int:
+        """Return the number of last queries that score tokens again after ``steps`` decode steps; they are stored."""
+        return DECODE_QUERIES if self.observation_window == ALL_QUERIES else self.observation_window
 
     @property
     def stores_query_heads(self) -> bool:

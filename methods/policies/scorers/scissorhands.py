@@ -2,8 +2,9 @@
 
 Algorithm 2. A token loses a point for each of the last ``history`` queries whose attention weight for it is below
 1 / t, where t is the number of tokens that the query sees. The tokens with the fewest lost points are kept; of equal
-ones, the more recent. Many tokens are evicted at once (half of the cache in the paper), so that the history is new each
-time. With grouped queries the weights are averaged over the query heads of a group.
+ones, the more recent. Half of a budget is evicted at once (``method/schedule=every_n method.schedule.n=0.5``). While
+decoding the history reaches back to the last eviction: earlier queries saw tokens that have left since. With grouped
+queries the weights are averaged over the query heads of a group.
 
 Legend: R rows of one prompt length, H_kv KV heads, g query heads per KV head, n queries of a block, T tokens.
 """
@@ -26,18 +27,21 @@ class Scissorhands(Scorer):
     """Minus the number of queries that attend to a token less than on average.
 
     Attributes:
-        history: Number of last queries that are looked at.
+        history: Number of last queries that are looked at; while decoding, at most those since the last eviction.
     """
 
     id: ClassVar[str] = "Scissorhands"
     name: ClassVar[str] = "scissorhands"
     default_recent: ClassVar[int | float] = 10
     may_be_negative: ClassVar[bool] = True
-    history: PositiveInt = 128
+    history: PositiveInt = 400
 
     @property
     def observation_window(self) -> int:
         return self.history
+
+    def queries_while_decoding(self, steps: int) -> int:
+        return min(self.history, steps)
 
     def score(self, prompt: Prompt, state: Any = None) -> torch.Tensor:
         return prompt.cached("times below the mean attention", _times_below_mean)  # [R, H_kv, T]
