@@ -95,7 +95,7 @@ VARIANTS = [
     "lagkv scorer.lag=8 scorer.cross_scoring=true allocator=adaptive storage=ragged",
     "finch scorer.window=8 schedule=every_n schedule.n=3",
     "chunkkv scorer@method.scorer.scorer=key_diff scorer.chunk=5 schedule=every_n schedule.n=4",
-    "chunkkv scorer@method.scorer.scorer=expected_attention scorer.chunk=5 sinks=4",
+    "chunkkv scorer@method.scorer.scorer=expected_attention scorer.chunk=5",
     "chunkkv scorer.scorer.granularity=query_head scorer.chunk=5 scorer.scorer.window=8 allocator=pyramid",
 ]
 METHODS = NAMES + VARIANTS

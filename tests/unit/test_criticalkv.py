@@ -27,10 +27,13 @@ from kvbench.methods.policies.model_layer import ModelLayer
 from kvbench.methods.policies.schedules.every_n import EveryN
 from kvbench.methods.policies.schedules.ring import Ring
 from kvbench.methods.policies.scorers.chunkkv import ChunkKV
+from kvbench.methods.policies.scorers.compactor import Compactor
 from kvbench.methods.policies.scorers.criticalkv import CriticalKV
+from kvbench.methods.policies.scorers.cur import CUR
 from kvbench.methods.policies.scorers.expected_attention import ExpectedAttention
 from kvbench.methods.policies.scorers.key_diff import KeyDiff
 from kvbench.methods.policies.scorers.kvzip import KVzip
+from kvbench.methods.policies.scorers.lagkv import LagKV
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.sharing.cla import CLA
 from kvbench.runners.config.methods import named_method
@@ -202,6 +205,20 @@ def test_an_attention_output_that_is_changed_before_its_projection_is_refused():
         (lambda: CriticalKV(KVzip()), "kvzip: has no score during the prefill"),
         (lambda: CriticalKV(SNAPKV, first_stage=1.5), "first_stage=1.5: must be"),
         (
+            lambda: CriticalKV(ExpectedAttention()),
+            r"expected_attention: weighs .* add method.scorer.scorer.value_norm=false$",
+        ),
+        (lambda: CriticalKV(CUR()), "cur: weighs tokens by their values, .* add method.scorer.scorer.norms=key$"),
+        (lambda: CriticalKV(CUR("value")), "cur: weighs tokens by their values"),
+        (
+            lambda: CriticalKV(ChunkKV(ExpectedAttention())),
+            "chunkkv: weighs .* add method.scorer.scorer.scorer.value_norm=false$",
+        ),
+        (
+            lambda: named_method("criticalkv scorer@method.scorer.scorer=expected_attention"),
+            "method/scorer@method.scorer.scorer=expected_attention: weighs tokens by their values",
+        ),
+        (
             lambda: EvictionPolicy(CriticalKV(SNAPKV), 64, schedule=EveryN(4)),
             "method/schedule=every_n: scores tokens again while decoding, and method/scorer=criticalkv needs",
         ),
@@ -218,7 +235,48 @@ def test_criticalkv_combines_with_a_ring_and_with_other_scorers():
     cache = Method("x", ring).new_cache(tiny_model())
     prefill(tiny_model(), cache, prompt_ids(60))
     assert [int(t.max()) for t in cache.tokens_held] == [24] * 3
-    text = "criticalkv budget=24 scorer@method.scorer.scorer=expected_attention scorer.scorer.value_norm=false sinks=4"
+    text = "criticalkv budget=24 scorer@method.scorer.scorer=expected_attention scorer.scorer.value_norm=false"
     method = named_method(text)
     assert method.label == "criticalkv 24 over expected_attention (epsilon 0.01, uniform)"
-    assert method.policy.scorer.scorer == ExpectedAttention(value_norm=False)
+    assert method.policy.scorer.scorer == ExpectedAttention(value_norm=False) and method.policy.sinks == 4
+
+
+@pytest.mark.parametrize(
+    ("base", "settings", "expected"),
+    [
+        ("expected_attention", "scorer.scorer.value_norm=false", ExpectedAttention(value_norm=False)),
+        ("lagkv", "", LagKV()),
+        ("cur", "scorer.scorer.norms=key", CUR("key")),
+        ("snapkv", "", SnapKV()),
+    ],
+)
+@pytest.mark.parametrize("wrapper", ["criticalkv", "chunkkv"])
+def test_a_wrapped_scorer_has_its_own_sinks(wrapper, base, settings, expected):
+    text = f"{wrapper} scorer@method.scorer.scorer={base} {settings}"
+    method = named_method(text)
+    assert method.policy.scorer.scorer == expected and method.sinks == expected.protected_sinks()
+    assert "sinks" not in {**method.identity()["selection"], "scorer": None}  # the scorer's default
+    typed = named_method(f"{text} sinks=2").policy
+    assert typed.sinks == 2 and typed.scorer.scorer.protected_sinks() == (0 if base == "snapkv" else 2)
+
+
+def test_a_wrapped_compactor_has_its_own_sinks():
+    method = named_method("chunkkv scorer@method.scorer.scorer=compactor")
+    assert method.policy.scorer.scorer == Compactor() and (method.sinks, method.recent) == (8, 4)
+
+
+def test_an_unweighed_scorer_protects_the_same_tokens_below_criticalkv():
+    """With all of the budget in the first stage it keeps what it keeps alone, sinks out of the statistics."""
+    model, ids = tiny_model(), prompt_ids(60)
+    inner = "scorer@method.scorer.scorer=expected_attention scorer.scorer.value_norm=false scorer.first_stage=1.0"
+    texts = (
+        f"criticalkv budget=24 {inner}",
+        "expected_attention budget=24 scorer.value_norm=false allocator=uniform storage=dense",
+    )
+    keys = []
+    for text in (*texts, f"{texts[0]} sinks=0"):
+        cache = named_method(text).new_cache(model)
+        prefill(model, cache, ids)
+        keys.append([layer.storage.read()[0] for layer in cache.layers])
+    assert all(torch.equal(a, b) for a, b in zip(keys[0], keys[1], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(keys[0], keys[2], strict=True))

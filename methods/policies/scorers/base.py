@@ -61,6 +61,17 @@ class Scorer(HasIdentity):
     ranks_in_stages: ClassVar[bool] = False
     """Whether the ranking depends on the number of tokens to keep (:meth:`ranking_scores`)."""
 
+    def __post_init__(self) -> None:
+        """Give ``sinks`` the scorer's own number in place of None (``method.sinks=null``), then check the fields."""
+        if getattr(self, "sinks", 0) is None:
+            object.__setattr__(self, "sinks", getattr(type(self), "sinks"))  # noqa: B009  # the field's default
+        super().__post_init__()
+
+    @property
+    def weighs_values(self) -> str:
+        """Setting without which the norm of the value is a factor of the scores; "": it is none."""
+        return ""
+
     @property
     def observation_window(self) -> int:
         """Number of last prompt queries that :meth:`score` needs; :data:`ALL_QUERIES`: all of them."""
@@ -80,8 +91,9 @@ class Scorer(HasIdentity):
         return self.default_recent
 
     def protected_sinks(self) -> int:
-        """Return the default for the policy's ``sinks``."""
-        return 0
+        """Return the default for the policy's ``sinks``, which is the scorer's own field ``sinks`` if it has one."""
+        sinks: int = getattr(self, "sinks", 0)
+        return sinks
 
     def new_state(self, layer: ModelLayer) -> Any:
         """Return the scorer's state for a layer, made once per batch."""

@@ -60,6 +60,12 @@ class ChunkKV(Scorer):
         return self.scorer.may_be_negative
 
     @property
+    def weighs_values(self) -> str:
+        """As the other scorer, whose setting it is."""
+        setting = self.scorer.weighs_values
+        return f"scorer.{setting}" if setting else ""
+
+    @property
     def observation_window(self) -> int:
         return self.scorer.observation_window
 

@@ -55,7 +55,7 @@ class Compactor(Scorer):
     omitted_at: ClassVar[Mapping[str, Any]] = {"published_padding": False}
     chunk: PositiveInt = 256
     blending: NonNegativeFloat | None = None
-    sinks: NonNegativeInt = 8
+    sinks: NonNegativeInt | None = 8
     sketch: PositiveInt = 48
     ridge: PositiveFloat = 0.01
     seed: NonNegativeInt = 0
@@ -65,14 +65,11 @@ class Compactor(Scorer):
     def observation_window(self) -> int:
         return ALL_QUERIES
 
-    def protected_sinks(self) -> int:
-        return self.sinks
-
     def new_state(self, layer: ModelLayer) -> Rotary:
         return layer.rotary()
 
     def score(self, prompt: Prompt, state: Rotary) -> torch.Tensor:
-        start, end = self.sinks, prompt.length - prompt.protected
+        start, end = self.protected_sinks(), prompt.length - prompt.protected
         if end <= start:
             return prompt.keys.new_zeros((*prompt.keys.shape[:2], prompt.length), dtype=torch.float32)
         keys, values = (x[:, :, start:end] for x in (prompt.keys, prompt.values))

@@ -9,7 +9,7 @@ its projected value. Selection has two stages:
    after the output projection, averaged over the query heads of a group.
 
 An allocator compares heads by the other scorer's scores. A scorer with negative scores is refused: their product would
-prefer small values.
+prefer small values; so is one whose scores have the norm of the value as a factor, which would count twice.
 
 Legend: R rows of one prompt length, H_q query heads, H_kv KV heads, H stored heads, T tokens, D value channels.
 """
@@ -61,6 +61,9 @@ class CriticalKV(Scorer):
         for problem in (text for text, holds in problems.items() if holds):
             allowed = f"{problem}; method/scorer=criticalkv multiplies scores that are attention, such as snapkv's"
             raise InputError("method/scorer@method.scorer.scorer", self.scorer.name, allowed)
+        if setting := self.scorer.weighs_values:
+            problem = "weighs tokens by their values, as method/scorer=criticalkv does; add method.scorer.scorer."
+            raise InputError("method/scorer@method.scorer.scorer", self.scorer.name, problem + setting)
 
     @property
     def observation_window(self) -> int:

@@ -36,10 +36,11 @@ class CUR(Scorer):
     name: ClassVar[str] = "cur"
     norms: Literal["product", "mean", "key", "value"] = "product"
     local: PositiveInt | None = 16
-    sinks: NonNegativeInt = 4
+    sinks: NonNegativeInt | None = 4
 
-    def protected_sinks(self) -> int:
-        return self.sinks
+    @property
+    def weighs_values(self) -> str:
+        return "" if self.norms == "key" else "norms=key"
 
     def score(self, prompt: Prompt, state: Any = None) -> torch.Tensor:
         keys, values = (self._relative(x.float().square().sum(-1)) for x in (prompt.keys, prompt.values))

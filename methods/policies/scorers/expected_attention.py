@@ -52,7 +52,7 @@ class ExpectedAttention(Scorer):
     labelled_parameters: ClassVar[tuple[str, ...]] = ("epsilon",)
     omitted_at: ClassVar[Mapping[str, Any]] = {"value_norm": True}
     future: PositiveInt = 512
-    sinks: NonNegativeInt = 4
+    sinks: NonNegativeInt | None = 4
     epsilon: NonNegativeFloat = 0.01
     value_norm: bool = True
 
@@ -60,8 +60,9 @@ class ExpectedAttention(Scorer):
     def observation_window(self) -> int:
         return ALL_QUERIES
 
-    def protected_sinks(self) -> int:
-        return self.sinks
+    @property
+    def weighs_values(self) -> str:
+        return "value_norm=false" if self.value_norm else ""
 
     def new_state(self, layer: ModelLayer) -> Rotary:
         return layer.rotary()
@@ -72,7 +73,7 @@ class ExpectedAttention(Scorer):
     def _scores(self, prompt: Prompt, state: Rotary) -> torch.Tensor:
         """Return the scores [R, H_kv, T]."""
         rows, _, observed, dim = prompt.query.shape
-        sinks = min(self.sinks, prompt.length - 1)
+        sinks = min(self.protected_sinks(), prompt.length - 1)
         first = prompt.tokens_seen - observed  # position of the first observed query
         position = torch.arange(first, prompt.tokens_seen, device=prompt.query.device).expand(rows, -1)  # [R, W]
         queries = state.rotate(prompt.query.float(), -position)[:, :, max(0, sinks - first) :]  # before RoPE

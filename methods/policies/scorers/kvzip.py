@@ -94,7 +94,7 @@ class KVzip(Scorer):
     repeats_prompt: ClassVar[bool] = True
     chunk: PositiveInt = 2000
     repeated: NonNegativeInt = 8
-    sinks: NonNegativeInt = 4
+    sinks: NonNegativeInt | None = 4
     instruction_first: str | None = FIRST
     instruction_next: str | None = NEXT
 
@@ -103,9 +103,6 @@ class KVzip(Scorer):
         """Forwards, and a tokenizer where there is a request in words."""
         texts = self.instruction_first or self.instruction_next
         return "further forwards over the prompt" + (", and a tokenizer for its request" if texts else "")
-
-    def protected_sinks(self) -> int:
-        return self.sinks
 
     def new_state(self, layer: ModelLayer) -> Request:
         return layer.request(self.instruction_first, self.instruction_next)
@@ -119,7 +116,7 @@ class KVzip(Scorer):
             state: The request.
         """
         reply = () if prefix is None else state.reply
-        first = max(self.sinks, prefix or 0)
+        first = max(self.protected_sinks(), prefix or 0)
         forwards: list[Repetition] = []
         for start in range(min(first, length - 1), length, self.chunk):
             scored, repeated = range(start, min(length, start + self.chunk)), range(0)

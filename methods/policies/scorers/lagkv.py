@@ -37,12 +37,9 @@ class LagKV(Scorer):
     id: ClassVar[str] = "LagKV"
     name: ClassVar[str] = "lagkv"
     lag: PositiveInt = 128
-    sinks: NonNegativeInt = 4
+    sinks: NonNegativeInt | None = 4
     value_weight: NonNegativeFloat = 1.0
     cross_scoring: bool = False
-
-    def protected_sinks(self) -> int:
-        return self.sinks
 
     def score(self, prompt: Prompt, state: Any = None) -> torch.Tensor:
         return prompt.cached(repr(self), self._scores)
@@ -53,7 +50,7 @@ class LagKV(Scorer):
 
     def _scores(self, prompt: Prompt) -> torch.Tensor:
         """[R, H_kv, T]."""
-        start = min(self.sinks, prompt.length)
+        start = min(self.protected_sinks(), prompt.length)
         count = (prompt.length - start) // self.lag  # P, complete partitions
         if count < 2:  # no partition has a next one: the most recent tokens stay
             return _positions(prompt)
