@@ -1,8 +1,4 @@
-"""Evict after the prefill and after every ``n`` decode steps; in between the cache grows by up to n tokens.
-
-A number of steps is R-KV's rule (arXiv 2505.24133), a share of the budget is that of Scissorhands (arXiv 2305.17118),
-where half of a budget leaves at once.
-"""
+"""Evict after the prefill and after every ``n`` decode steps; in between the cache grows by up to n tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +20,7 @@ class EveryN(Schedule):
     """Eviction at intervals while decoding.
 
     Attributes:
-        n: Decode steps between evictions (int), or their share of the budget (float).
+        n: Decode steps between evictions (int, as in R-KV), or their share of the budget (float, as in Scissorhands).
     """
 
     id: ClassVar[str] = "every_n"

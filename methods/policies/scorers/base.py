@@ -92,8 +92,7 @@ class Scorer(HasIdentity):
 
     def protected_sinks(self) -> int:
         """Return the default for the policy's ``sinks``, which is the scorer's own field ``sinks`` if it has one."""
-        sinks: int = getattr(self, "sinks", 0)
-        return sinks
+        return int(getattr(self, "sinks", 0))
 
     def new_state(self, layer: ModelLayer) -> Any:
         """Return the scorer's state for a layer, made once per batch."""

@@ -28,10 +28,11 @@ from ....conf.errors import require
 from ....conf.options import PositiveInt, Share
 from ....conf.versions import CURRENT_VERSIONS
 from ...cache.prompt import Prompt
+from ...cache.prompt_attention import window_attention_of_groups
+from ..pooling import pool
 from ..schedules.base import Schedule
 from ..schedules.every_n import EveryN
 from .base import Scorer
-from .snapkv import SnapKV
 
 BLOCK_KEYS = 512
 """Rows of the matrix of cosines that are computed at once."""
@@ -76,11 +77,15 @@ class RKV(Scorer):
 
     def score(self, prompt: Prompt, state: Any = None) -> torch.Tensor:
         observed = prompt.query.shape[2]
-        sums = SnapKV(self.window, self.kernel, "max", group_reduce="max_logits", softmax="prefix").score(prompt)
-        name = f"redundancy {self.similarity} {self.shields_first}"
-        redundancy = prompt.cached(name, self._redundancy)  # [R, H_kv, T]
-        scores = self.weight * sums / observed - (1 - self.weight) * redundancy
-        return F.pad(scores[..., : prompt.length - observed], (0, observed))
+        importance = prompt.cached(f"importance {self.kernel}", self._importance)  # [R, H_kv, T - w]
+        redundancy = prompt.cached(f"redundancy {self.similarity} {self.shields_first}", self._redundancy)
+        scores = self.weight * importance - (1 - self.weight) * redundancy[..., : prompt.length - observed]
+        return F.pad(scores, (0, observed))  # [R, H_kv, T]
+
+    def _importance(self, prompt: Prompt) -> torch.Tensor:
+        """Return the pooled attention of the window to the tokens before it, [R, H_kv, T - w]."""
+        attention = window_attention_of_groups(prompt, largest_logits=True, prefix_only=True)  # [R, H_kv, w, T - w]
+        return pool(attention.mean(dim=2), self.kernel, "max")
 
     def _redundancy(self, prompt: Prompt) -> torch.Tensor:
         """Return the redundancy of all tokens, [R, H_kv, T]."""
