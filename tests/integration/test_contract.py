@@ -45,7 +45,7 @@ VARIANTS = [
     "tova schedule=hold",
     "random schedule=hold allocator=adaptive storage=ragged",
     "criticalkv scorer.scorer.window=8 allocator=global storage=ragged",
-    "snapkv_d scorer.window=16 schedule.n=3",
+    "snapkv_d scorer.window=20 schedule.n=3",
     "rkv schedule.n=4",
     "scissorhands schedule.n=0.1",
     "kvzip scorer.chunk=25 scorer.instruction_first=null scorer.instruction_next=null allocator=uniform storage=dense "
