@@ -1,4 +1,4 @@
-"""PyramidKV (Cai et al., 2024, arXiv 2406.02069, section 3.2): lower layers keep more tokens than higher ones.
+"""PyramidKV (Cai et al., 2024, arXiv 2406.02069, section 4.2.1): lower layers keep more tokens than higher ones.
 
 Let ``b`` be the budget without the protected tokens. The budgets decrease in an arithmetic progression from
 ``2b - b / beta`` in the first layer to ``b / beta`` in the last. For a prompt shorter than ``2b`` every layer keeps

@@ -1,6 +1,6 @@
 """SnapKV (Li et al., 2024, arXiv 2404.14469): score tokens by the attention of the prompt's last queries.
 
-Section 3 and Listing 1 of the paper:
+Section 4.1 and Listing 1 of the paper:
 
 1. Compute the attention weights of the last ``window`` queries over the whole prompt.
 2. Sum them over the queries: one score for each earlier token and head.
