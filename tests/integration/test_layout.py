@@ -273,26 +273,50 @@ def test_a_yaml_without_a_description_would_be_noticed() -> None:
     assert not any(map(description, ("name: x\n", "\n# late\n", "#\nname: x\n", "")))
 
 
-SOURCE = re.compile(r" # .+ \((paper|authors|library|ours): .+\)$")
+SOURCE = re.compile(r" # .+ \((paper|authors|library|ours): (.+)\)$")
+NUMBERED = r"\b(section|table|algorithm|appendix|figure|equation|listing)s?\b,? ([A-Z]\b|[A-Z]?[0-9]|table [0-9])"
+PLACE = re.compile(
+    rf"{NUMBERED}|\babstract\b|[\w.-]+/[\w.-]+@[0-9a-f]{{7}} [\w./-]+|\b(kvpress|transformers) [0-9.]+ [\w./]+\.py"
+    "|^its section was not at hand; "
+)
+"""Where a setting stands: a numbered part of a paper, a file of a repository at a commit, or a file of a release; or
+the plain words that the place is not known."""
+
+
+def says_where(line: str) -> bool:
+    """Whether a line ends with a source in which a reader can look: our own choices give a reason instead."""
+    source = SOURCE.search(line)
+    return bool(source) and (source[1] == "ours" or bool(PLACE.search(source[2])))
 
 
 def without_source(text: str) -> list[str]:
-    """Lines of a YAML file of a method or of its parts that set a default and do not say whose it is.
+    """Lines of a YAML file of a method or of its parts that set a default and do not say whose it is and where.
 
-    What refers to another key has its source there, and a budget of null is none.
+    What refers to another key has its source there, and a budget of null is none. The parts that a ``defaults`` list
+    chooses are defaults, too.
     """
     found = []
     for line in text.splitlines():
-        key, _, value = line.strip().partition(":")
-        is_default = re.match(r" *\w+:", line) and value.strip() and key not in ("_target_", "name")
-        if is_default and not value.strip().startswith(("${", "null # accepted")) and not SOURCE.search(line):
+        if line.lstrip().startswith("#"):
+            continue
+        is_part = line.lstrip().startswith("- ")
+        key, _, value = line.strip().removeprefix("- ").partition(":")
+        is_default = is_part or (value.strip() and key not in ("_target_", "name"))
+        is_elsewhere = key == "_self_" or value.strip().startswith(("${", "null # accepted"))
+        if is_default and not is_elsewhere and not says_where(line):
             found.append(line.strip())
     return found
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "conf/method").rglob("*.yaml")), ids=lambda path: path.stem)
-def test_every_default_of_a_method_says_whose_it_is(path: Path) -> None:
-    """A reader must not take our choice for the paper's: ``(paper: ...)``, ``(authors: ...)``, ``(ours: why)``."""
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "conf/method").rglob("*.yaml")), ids=lambda path: path.relative_to(ROOT / "conf").as_posix()
+)
+def test_every_default_of_a_method_says_whose_it_is_and_where(path: Path) -> None:
+    """A reader must not take our choice for the paper's, and must be able to look the paper's up.
+
+    The forms: ``(paper: section 3.2)``, ``(authors: OWNER/NAME@COMMIT FILE)``, ``(library: kvpress 0.5.5 FILE)``,
+    ``(paper: its section was not at hand; where it is from)`` and ``(ours: why)``.
+    """
     assert without_source(path.read_text(encoding="utf-8")) == []
 
 
@@ -301,6 +325,35 @@ def test_a_default_without_a_source_would_be_noticed() -> None:
     assert without_source(text) == ["budget: 64 # tokens", "sinks: 4 # first tokens"]
     assert without_source(text.replace("tokens", "tokens (paper: section 3)")) == []
     assert without_source("_target_: a.B\nbits: 4 # of a code\nrecent: 0\n") == ["bits: 4 # of a code", "recent: 0"]
+
+
+def test_a_part_without_a_source_would_be_noticed() -> None:
+    text = "defaults:\n  - scorer: snapkv\n  - override storage: kivi4\n  - snapkv\n  - _self_\n"
+    assert without_source(text) == ["- scorer: snapkv", "- override storage: kivi4", "- snapkv"]
+    assert without_source("defaults:\n  - scorer: h2o # sums (paper: algorithm 1)\n  - _self_\n") == []
+
+
+@pytest.mark.parametrize(
+    ("source", "is_place"),
+    [
+        ("(paper: section 3.2)", True),
+        ("(paper: appendix A)", True),
+        ("(authors: owner/name@0123abc eval/run.py)", True),
+        ("(library: kvpress 0.5.5 presses/cur_press.py)", True),
+        ("(paper: its section was not at hand; from memory)", True),
+        ("(ours: any number)", True),
+        ("(paper: 128)", False),
+        ("(paper: LongBench runs; 16 for needles)", False),
+        ("(paper: its appendix)", False),
+        ("(authors: their code's default)", False),
+        ("(authors: owner/name eval/run.py)", False),
+        ("(authors: owner/name@0123abc)", False),
+        ("(library: kvpress's default)", False),
+        ("(library: kvpress 0.5.5)", False),
+    ],
+)
+def test_a_source_names_a_place(source: str, is_place: bool) -> None:
+    assert says_where(f"window: 8 # last queries {source}") is is_place
 
 
 # docstrings -------------------------------------------------------------------------------------------------------
