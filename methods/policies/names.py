@@ -7,6 +7,9 @@ from functools import cache
 from importlib.resources import files
 
 EVICTION = "kvbench.methods.policies.eviction_method.EvictionMethod"
+BASE = re.compile(r"^defaults:\n  - (\w+)(?: #.*)?$", re.MULTILINE)
+PART = re.compile(r"^  - (?:override )?(scorer|allocator|schedule): (\w+)(?: #.*)?$", re.MULTILINE)
+"""The file on which a YAML builds, and a part that it chooses, each with the comment that says whose choice it is."""
 
 
 @cache
@@ -19,9 +22,8 @@ def parts_of(name: str) -> dict[str, str]:
     text = _texts().get(name)
     if text is None:
         return {}
-    base = re.search(r"^defaults:\n  - (\w+)$", text, re.MULTILINE)
-    own = dict(re.findall(r"^  - (?:override )?(scorer|allocator|schedule): (\w+)$", text, re.MULTILINE))
-    return (parts_of(base[1]) if base is not None else {}) | own
+    base = BASE.search(text)
+    return (parts_of(base[1]) if base is not None else {}) | dict(PART.findall(text))
 
 
 @cache
@@ -29,7 +31,7 @@ def token_methods() -> dict[str, bool]:
     """Return {name in ``conf/method``: whether its policy evicts tokens}."""
     evicts, bases = {}, {}
     for name, text in _texts().items():
-        base = re.search(r"^defaults:\n  - (\w+)$", text, re.MULTILINE)
+        base = BASE.search(text)
         evicts[name] = f"_target_: {EVICTION}\n" in text or re.search(r"^policy:\n", text, re.MULTILINE) is not None
         if base is not None:
             bases[name] = base[1]

@@ -146,7 +146,7 @@ def _text(name: str, roots: Sequence[Traversable]) -> str:
 
 def _with_bases(name: str, roots: Sequence[Traversable]) -> list[str]:
     """Return the name of a YAML file after those of the files of its group on which it builds."""
-    bases = re.findall(r"^  - (\w+)$", _text(name, roots), re.MULTILINE)
+    bases = re.findall(r"^  - (\w+)(?: #.*)?$", _text(name, roots), re.MULTILINE)
     folder = name.rpartition("/")[0]
     found = [_with_bases(f"{folder}/{base}.yaml", roots) for base in bases if base != "_self_"]
     return [*itertools.chain(*found), name]

@@ -9,7 +9,7 @@ import pytest
 from kvbench.conf.errors import InputError
 from kvbench.methods.cache.method import Method
 from kvbench.methods.policies.eviction import EvictionPolicy
-from kvbench.methods.policies.names import token_methods
+from kvbench.methods.policies.names import BASE, PART, parts_of, token_methods
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.methods.sharing.cla import CLA
 from kvbench.methods.storage.dense import Dense
@@ -27,6 +27,17 @@ def test_a_name_alone_is_no_full_cache(name):
             Method(name, budget=budget)
         call = f'kvbench.method("{name}"{", budget=64" if budget else ""})'
         assert call in str(error.value) and "\n" not in str(error.value)
+
+
+def test_parts_are_read_with_and_without_a_comment():
+    """The files are searched as text: a pattern that finds nothing would let every method pass for its name."""
+    assert parts_of("h2o") == {"scorer": "attention_sums", "allocator": "uniform", "schedule": "every_step"}
+    assert parts_of("snapkv_kivi4") == parts_of("snapkv") != {}
+    assert PART.findall("  - scorer: a\n  - override schedule: b # why (ours: c)\n  - storage: d\n") == [
+        ("scorer", "a"),
+        ("schedule", "b"),
+    ]
+    assert BASE.search("defaults:\n  - base # why\n") and not BASE.search("defaults:\n  - scorer: a\n")
 
 
 @pytest.mark.parametrize("name", NAMES)
