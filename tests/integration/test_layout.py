@@ -474,7 +474,7 @@ def test_a_scorer_is_read_without_the_rest_of_the_project() -> None:
         if name.startswith("methods.policies.scorers."):
             names = closure(name, graph) - {"conf.options"}
             lines = sum(len(modules[m].read_text(encoding="utf-8").splitlines()) for m in names)
-            assert lines < 710, (name, lines)
+            assert lines < 720, (name, lines)
 
 
 def names_in(tree: ast.AST) -> set[str]:
