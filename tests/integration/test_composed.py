@@ -229,7 +229,7 @@ def test_a_mapping_names_the_methods_that_texts_name():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("runner", "count"), [("all_methods", 63), ("equal_bytes", 144)])
+@pytest.mark.parametrize(("runner", "count"), [("all_methods", 63), ("equal_bytes", 169)])
 def test_every_entry_of_a_runner_is_a_method_of_its_own(runner, count):
     entries = plain_data(compose([f"runner={runner}"]).runner.pair_with)
     methods = [method for entry in entries for method in paired_methods(entry, None)]
