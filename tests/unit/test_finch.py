@@ -9,6 +9,7 @@ import pytest
 import torch
 from golden import newer_entries
 from golden import newer_prompt as prompt_of
+from random_prompts import D, kept, random_prompt
 from tiny_models import SHAPE, left_pad, prompt_ids, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -20,13 +21,11 @@ from kvbench.methods.cache.prompt import Prompt
 from kvbench.methods.cache.rotary import Rotary
 from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.model_layer import ModelLayer
-from kvbench.methods.policies.scorers.base import Scorer
 from kvbench.methods.policies.scorers.finch import FINCH
 from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.runners.config.methods import named_method
 from kvbench.runners.engine import decode, prefill
 
-D = 16
 ROTARY = Rotary(10000.0 ** (-torch.arange(0, D, 2) / D))
 
 
@@ -35,23 +34,6 @@ def published() -> list[dict[str, Any]]:
     """Of two layers: queries, keys and values, and what the published implementations score and keep of them."""
     layers: list[dict[str, Any]] = newer_entries()["layers"]
     return layers
-
-
-def random_prompt(length: int = 45, window: int = 8, heads: int = 2, groups: int = 2) -> Prompt:
-    g = torch.Generator().manual_seed(length)
-    query, keys, values = (
-        torch.randn(1, n, t, D, generator=g, dtype=torch.float64)
-        for n, t in ((heads * groups, min(window, length)), (heads, length), (heads, length))
-    )
-    return Prompt(2 * query, keys, values, LogitRule(D**-0.5), 0, 1)
-
-
-def kept(scorer: Scorer, prompt: Prompt, budget: int, **protected: int) -> list[list[int]]:
-    """Tokens that each head of the only row keeps."""
-    slots = EvictionPolicy(scorer, budget, **protected).select(prompt).slots
-    assert slots is not None
-    sets: list[list[int]] = slots[0].tolist()
-    return sets
 
 
 @pytest.mark.parametrize("normalize", [True, False])

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from golden import newer_entries
+from random_prompts import D, kept, random_prompt
 from tiny_models import prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
@@ -21,7 +22,6 @@ from kvbench.methods.cache.prompt import Prompt
 from kvbench.methods.policies.allocators.adaptive import Adaptive
 from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.scorers.attention_sums import AttentionSums
-from kvbench.methods.policies.scorers.base import Scorer
 from kvbench.methods.policies.scorers.chunkkv import ChunkKV
 from kvbench.methods.policies.scorers.expected_attention import ExpectedAttention
 from kvbench.methods.policies.scorers.finch import FINCH
@@ -33,31 +33,12 @@ from kvbench.methods.policies.scorers.snapkv import SnapKV
 from kvbench.runners.config.methods import configured_method, named_method
 from kvbench.runners.engine import decode, prefill
 
-D = 16
-
 
 @pytest.fixture(scope="session")
 def published() -> list[dict[str, Any]]:
     """Of two layers: queries, keys and values, and what the published implementations score and keep of them."""
     layers: list[dict[str, Any]] = newer_entries()["layers"]
     return layers
-
-
-def random_prompt(length: int = 45, window: int = 8, heads: int = 2, groups: int = 2) -> Prompt:
-    g = torch.Generator().manual_seed(length)
-    query, keys, values = (
-        torch.randn(1, n, t, D, generator=g, dtype=torch.float64)
-        for n, t in ((heads * groups, min(window, length)), (heads, length), (heads, length))
-    )
-    return Prompt(2 * query, keys, values, LogitRule(D**-0.5), 0, 1)
-
-
-def kept(scorer: Scorer, prompt: Prompt, budget: int, **protected: int) -> list[list[int]]:
-    """Tokens that each head of the only row keeps."""
-    slots = EvictionPolicy(scorer, budget, **protected).select(prompt).slots
-    assert slots is not None
-    sets: list[list[int]] = slots[0].tolist()
-    return sets
 
 
 # LagKV ----------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from golden import newer_entries, newer_prompt
+from random_prompts import D, kept, random_prompt
 from tiny_models import left_pad, prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
@@ -20,7 +21,6 @@ from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.schedules.ring import Ring
 from kvbench.methods.policies.scorers import rkv
 from kvbench.methods.policies.scorers.attention_sums import AttentionSums
-from kvbench.methods.policies.scorers.base import Scorer
 from kvbench.methods.policies.scorers.key_norm import KeyNorm
 from kvbench.methods.policies.scorers.rkv import RKV
 from kvbench.methods.policies.scorers.scissorhands import Scissorhands
@@ -30,7 +30,6 @@ from kvbench.runners.config.methods import named_method
 from kvbench.runners.engine import decode, prefill
 
 LAYERS = newer_entries()["layers"]
-D = 16
 RKV_BASELINE = SnapKV(window=8, kernel=7, pooling="max", group_reduce="max_logits", softmax="prefix")
 
 
@@ -38,23 +37,6 @@ def golden_importance(layer: dict) -> torch.Tensor:
     """Importance of the tokens before the window by the authors' code, [H_kv, 88]."""
     (name,) = (key for key in layer if key.startswith("rkv attention"))
     return torch.tensor(layer[name])
-
-
-def kept(scorer: Scorer, prompt: Prompt, budget: int) -> list[list[int]]:
-    """Tokens that each head of the only row keeps."""
-    slots = EvictionPolicy(scorer, budget).select(prompt).slots
-    assert slots is not None
-    sets: list[list[int]] = slots[0].tolist()
-    return sets
-
-
-def random_prompt(length: int = 45, window: int = 8, heads: int = 2, groups: int = 2) -> Prompt:
-    g = torch.Generator().manual_seed(length)
-    query, keys, values = (
-        torch.randn(1, n, t, D, generator=g, dtype=torch.float64)
-        for n, t in ((heads * groups, min(window, length)), (heads, length), (heads, length))
-    )
-    return Prompt(2 * query, keys, values, LogitRule(D**-0.5), 0, 1)
 
 
 # R-KV -----------------------------------------------------------------------------------------------------------------

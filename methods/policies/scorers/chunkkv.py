@@ -13,7 +13,7 @@ so that its caches have different lengths; here the budget is met exactly.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,18 +21,14 @@ import torch.nn.functional as F
 from ....conf.errors import InputError
 from ....conf.options import PositiveInt
 from ...cache.prompt import Prompt
-from .base import Scorer
-
-if TYPE_CHECKING:
-    from ..model_layer import ModelLayer
+from ..wrapping import WrappingScorer
 
 
 @dataclass(frozen=True)
-class ChunkKV(Scorer):
+class ChunkKV(WrappingScorer):
     """Scores of another scorer, averaged over chunks.
 
     Attributes:
-        scorer: The other scorer. What it observes and protects is what this one does.
         chunk: Tokens of a chunk, counted from the first token of the prompt; the last chunk may be shorter. The tokens
             of a prompt that is shorter than a chunk are ranked one by one.
     """
@@ -40,7 +36,6 @@ class ChunkKV(Scorer):
     id: ClassVar[str] = "ChunkKV"
     name: ClassVar[str] = "chunkkv"
     scores_heads_alike: ClassVar[bool] = True
-    scorer: Scorer
     chunk: PositiveInt = 20
 
     def __post_init__(self) -> None:
@@ -64,33 +59,6 @@ class ChunkKV(Scorer):
         """As the other scorer, whose setting it is."""
         setting = self.scorer.weighs_values
         return f"scorer.{setting}" if setting else ""
-
-    @property
-    def observation_window(self) -> int:
-        return self.scorer.observation_window
-
-    @property
-    def observes_question(self) -> bool:  # type: ignore[override]
-        """As the other scorer."""
-        return self.scorer.observes_question
-
-    @property
-    def repositions(self) -> bool:  # type: ignore[override]
-        """As the other scorer."""
-        return self.scorer.repositions
-
-    @property
-    def stores_query_heads(self) -> bool:
-        return self.scorer.stores_query_heads
-
-    def protected_recent(self) -> int | float:
-        return self.scorer.protected_recent()
-
-    def protected_sinks(self) -> int:
-        return self.scorer.protected_sinks()
-
-    def new_state(self, layer: ModelLayer) -> Any:
-        return self.scorer.new_state(layer)
 
     def score(self, prompt: Prompt, state: Any) -> torch.Tensor:
         scores = self.scorer.score(prompt, state).float().sum(dim=1, keepdim=True)  # [R, 1, T]

@@ -25,18 +25,17 @@ from ....conf.errors import InputError
 from ....conf.options import NonNegativeFloat, Share
 from ...cache.prompt import Prompt
 from ..ranking import keep_mask
-from .base import Scorer
+from ..wrapping import WrappingScorer
 
 if TYPE_CHECKING:
     from ..model_layer import ModelLayer
 
 
 @dataclass(frozen=True)
-class CriticalKV(Scorer):
+class CriticalKV(WrappingScorer):
     """Scores of another scorer, times the norm of the projected value in a second stage.
 
     Attributes:
-        scorer: The other scorer. What it observes and protects is what this one does.
         first_stage: Share of the budget that is filled by the other scorer alone.
         epsilon: Added to the scores before they are multiplied.
     """
@@ -46,7 +45,6 @@ class CriticalKV(Scorer):
     prefill_only: ClassVar[bool] = True
     ranks_in_stages: ClassVar[bool] = True
     needs: ClassVar[str] = "the weights of the output projections"
-    scorer: Scorer
     first_stage: Share = 0.5
     epsilon: NonNegativeFloat = 1e-4
 
@@ -64,30 +62,6 @@ class CriticalKV(Scorer):
         if setting := self.scorer.weighs_values:
             problem = "weighs tokens by their values, as method/scorer=criticalkv does; add method.scorer.scorer."
             raise InputError("method/scorer@method.scorer.scorer", self.scorer.name, problem + setting)
-
-    @property
-    def observation_window(self) -> int:
-        return self.scorer.observation_window
-
-    @property
-    def observes_question(self) -> bool:  # type: ignore[override]
-        """As the other scorer."""
-        return self.scorer.observes_question
-
-    @property
-    def repositions(self) -> bool:  # type: ignore[override]
-        """As the other scorer."""
-        return self.scorer.repositions
-
-    @property
-    def stores_query_heads(self) -> bool:
-        return self.scorer.stores_query_heads
-
-    def protected_recent(self) -> int | float:
-        return self.scorer.protected_recent()
-
-    def protected_sinks(self) -> int:
-        return self.scorer.protected_sinks()
 
     def new_state(self, layer: ModelLayer) -> tuple[Any, ModelLayer]:
         return self.scorer.new_state(layer), layer
