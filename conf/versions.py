@@ -38,4 +38,8 @@ def _current_version(part: Mapping[str, Any]) -> int:
     """Return today's version of a recorded part; a record names the schedule of a scorer if it has another one."""
     name, schedule = str(part.get("class")), part.get("schedule")
     rescores = isinstance(schedule, Mapping) and schedule.get("class") in ("every_step", "every_n")
-    return max(CURRENT_VERSIONS.get(name, 1), RESCORING_VERSIONS.get(name, 1) if rescores else 1)
+    versions, scorer = [CURRENT_VERSIONS.get(name, 1)], part if rescores else None
+    while isinstance(scorer, Mapping):  # a scorer may build on another one
+        versions.append(RESCORING_VERSIONS.get(str(scorer.get("class")), 1))
+        scorer = scorer.get("scorer")
+    return max(versions)

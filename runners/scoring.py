@@ -180,9 +180,14 @@ class Scoring:
             **({"question_tokens": len(item.question)} if item.question else {}),
             "kv_bytes_formula": round(fmean(run.method.bytes_formula(shape, n) for n in lengths)),
             "kv_bytes_full": round(fmean(BASELINE.bytes_formula(full, n) for n in lengths)),
-            **step_bytes(run.method, loaded.model, item.steps(answer.fields["new_tokens"])),
+            **step_bytes(run.method, loaded.model, item.steps(answer.fields["new_tokens"]), _padding(answer)),
             **{k: example.meta[k] for k in ("length", "row", "depth") if k in example.meta},
         }
+
+
+def _padding(answer: Answer) -> int:
+    """Bytes stored after the prompt beyond the real tokens."""
+    return max(0, answer.fields["kv_bytes_stored"] - answer.fields["kv_bytes_logical"])
 
 
 def _size(batch: Sequence[Item]) -> BatchWork:

@@ -1,8 +1,9 @@
 """Add the bytes over the steps to accuracy runs that were made before runs recorded them.
 
 ``kv_bytes_mean``, ``kv_bytes_read_mean`` and ``kv_bytes_full_mean`` follow from the method, the model and the numbers
-of tokens of each example, so no run is made again. A run is changed only if its method, made anew from the methods of
-``conf/runner``, has the bytes by formula that each of its rows recorded; what is left as it is, is printed.
+of tokens of each example, so no run is made again. A run is changed only if its method, found among those of
+``conf/runner`` or by its label, has the recorded identity, versions aside, and the bytes by formula that each of its
+rows recorded; what is left as it is, is printed.
 
     python scripts/add_step_bytes.py RESULTS
 """
@@ -74,16 +75,26 @@ def completed(record: Mapping[str, Any], rows: Rows) -> Rows | None:
     shape = model_shape(model)
     for method in candidates(record["method_label"]):
         made = []
+        if without_versions(method.identity()) != without_versions(record["identity"]["method"]):
+            continue
         for row in rows:
             question = row.get("question_tokens", 0)
             prompt = row["prompt_tokens"] - question
             if method.bytes_formula(shape, prompt) != row["kv_bytes_formula"]:
                 break
             steps = [(prompt, question + i) for i in range(max(1, row["new_tokens"]))]
-            made.append(row | step_bytes(method, model, steps))
+            padding = max(0, row["kv_bytes_stored"] - row["kv_bytes_logical"])
+            made.append(row | step_bytes(method, model, steps, padding))
         else:
             return made
     return None
+
+
+def without_versions(identity: Any) -> Any:
+    """An identity as JSON without the versions of its parts, which do not change its bytes."""
+    if not isinstance(identity, Mapping):
+        return list(identity) if isinstance(identity, tuple) else identity
+    return {key: without_versions(value) for key, value in identity.items() if key != "version"}
 
 
 def problem(path: Path, record: Mapping[str, Any], rows: Rows) -> str | None:

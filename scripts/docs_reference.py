@@ -110,7 +110,8 @@ RECORD_FIELDS = {
     "bytes.kv_bytes_formula_end": "the same after the last step",
     "bytes.kv_bytes_full": "bytes of the full cache for the same tokens",
     "bytes.kv_ratio": "stored / full",
-    "bytes.kv_bytes_mean": "bytes held when a token was predicted, by the method's formula: mean over these tokens",
+    "bytes.kv_bytes_mean": "bytes held when a token was predicted, mean over these tokens: by formula, with "
+    "the padding that was stored after the prompt",
     "bytes.kv_bytes_read_mean": "bytes of the cache that a step reads, likewise",
     "bytes.kv_bytes_full_mean": "bytes of the full cache for the same tokens, likewise",
     "bytes.kv_ratio_mean": "mean / full mean: the share of the full cache's bytes that was held over the whole answer",

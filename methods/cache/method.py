@@ -282,16 +282,14 @@ class Method(Options):
         scorer, allocator, schedule = (getattr(self.policy, kind, None) for kind in ("scorer", "allocator", "schedule"))
         if scorer is None or allocator is None or schedule is None:
             return ""
-        defaults, named = parts_of(self.name), [scorer]
-        while (inner := getattr(named[-1], "scorer", None)) is not None:
-            named.append(inner)
+        defaults, named = parts_of(self.name), scorer.chain()
         text = "" if scorer.name == defaults.get("scorer", scorer.name) else f" + {scorer.name}"
         text += "".join(f" over {inner.name}" for inner in named[1:])
         settings = [f"{key} {getattr(part, key)}" for part in named for key in part.labelled_parameters]
         if settings:
-            text += f" ({', '.join([*settings, allocator.id])})"
-        elif allocator.id != defaults.get("allocator", allocator.id):
-            text += f" + {allocator.id}"
+            text += f" ({', '.join([*settings, allocator.label])})"
+        elif allocator.label != defaults.get("allocator", allocator.label):
+            text += f" + {allocator.label}"
         return text if schedule.id == defaults.get("schedule", schedule.id) else f"{text} + {schedule.label}"
 
     @property

@@ -16,7 +16,7 @@ ALL_QUERIES = sys.maxsize
 
 @dataclass(frozen=True)
 class Prompt:
-    """The whole prompt at one layer, for the batch rows of one length, without pads.
+    """The whole prompt at one layer, for batch rows of one length, without pads.
 
     Attributes:
         query: [R, H_q, W, D], queries of the last W tokens, after RoPE. W is the policy's ``observation_window``, or T
@@ -30,6 +30,7 @@ class Prompt:
         protected: Number of last tokens that are kept whatever their scores.
         kept: Number of tokens that the layer keeps, as the mean over its heads; None: T.
         seen: Tokens of the text so far, if more than T (while decoding, or if the layer gets only some); None: T.
+        rows: [R] int64, places of the rows in the batch; None: they are the whole batch.
         text_seeds: [R] int64, hashes of the rows' tokens, for scorers that draw random numbers; None: unknown.
         question_tokens: Number of last tokens that are the question; None: unknown, or there is none.
         logsumexp: [R, H_q, W] float32, log-sum-exp of each query's logits over the tokens that it attends to; None: not
@@ -48,6 +49,7 @@ class Prompt:
     kept: int | None = None
     seen: int | None = None
     logsumexp: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
     text_seeds: torch.Tensor | None = None
     question_tokens: int | None = None
     memo: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict, compare=False, repr=False)

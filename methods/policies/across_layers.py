@@ -26,17 +26,17 @@ def compress_stored(
         allocator: Allocator of the policy.
         scorer: Scorer of the policy.
         states: State of each layer.
-        keeps_ranks: See :class:`.schedules.base.Schedule`; the ranks replace ``state.scores`` where prompts are ranked.
+        keeps_ranks: Whether the schedule evicts by the prompt's ranks, which replace ``state.scores``.
     """
     prompts = [state.prompt for state in states if state.prompt is not None]
     assert len(prompts) == len(states)
     masks = [slots_in_use(p.storage, p.storage.read()[0].shape[1]).clone() for p in prompts]  # [B, H, S] per layer
     for group in zip(*(state.candidates for state in states), strict=True):  # all layers, rows of one prompt length
         budgets = _budgets(allocator, group)
-        for state, prompt, keep, c, budget in zip(states, prompts, masks, group, budgets, strict=True):
+        for state, keep, c, budget in zip(states, masks, group, budgets, strict=True):
             ranked, ties_of_ranked = scorer.ranking_scores(c.scores, c.ties, budget)
             best = keep_mask(ranked, budget, ties_of_ranked)  # [R, H, N]
-            rows = prompt.lengths == c.length
+            rows = slice(None) if c.rows is None else c.rows
             keep[rows, :, keep.shape[2] - c.length :] = F.pad(best, (c.sinks, c.recent), value=True)
             if keeps_ranks and state.scores is not None:
                 rank = prompt_ranks(ranked, ties_of_ranked, c.sinks, c.recent)  # [R, H, T]

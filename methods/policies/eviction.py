@@ -122,6 +122,7 @@ class EvictionPolicy(PromptEviction):
             rows = [row for row, n in enumerate(lengths) if n == length]
             stored = stored_prompts([storage for _, storage in layers], rows, length)
             ids = torch.stack([prompts[row] for row in rows])  # [R, T]
+            index = torch.tensor(rows, device=ids.device)
             request = states[0].scorer_state
             layer_scores, of_rows = scores_by_repetition(self.scorer, request, model, plan, stored, ids, earlier)
             for row, one in zip(rows, of_rows, strict=True):
@@ -130,7 +131,7 @@ class EvictionPolicy(PromptEviction):
                 recent = self.recent_of(budget)
                 sinks = min(self.sinks, budget - recent)
                 candidates = scores[..., sinks : length - recent]  # [R, H, N]
-                state.candidates.append(Candidates(candidates, None, budget - sinks - recent, sinks, recent))
+                state.candidates.append(Candidates(index, candidates, None, budget - sinks - recent, sinks, recent))
         compress_stored(self.allocator, self.scorer, states, self.schedule.evicts_by == "rank")
         for _, storage in layers:
             storage.write(*storage.read())  # copy into buffers sized for the kept and the reserved tokens

@@ -19,15 +19,17 @@ from .model_layer import ModelLayer
 
 @dataclass(frozen=True)
 class Candidates:
-    """Unprotected tokens of one layer, for the rows of one prompt length.
+    """Unprotected tokens of one layer, for rows of one prompt length.
 
     Attributes:
+        rows: [R] int64, places of the rows in the batch; None: they are the whole batch.
         scores: [R, H, N].
         ties: [R, H, N] tie-breaking scores, or None.
         free: Number of candidates to keep, as the mean over layers and heads.
         sinks, recent: Number of protected tokens before and after the candidates.
     """
 
+    rows: torch.Tensor | None
     scores: torch.Tensor
     ties: torch.Tensor | None
     free: int
@@ -87,7 +89,7 @@ class EvictionState:
     windows: list[int] = field(default_factory=list)
     intervals: list[int] = field(default_factory=list)
     seen: list[int] = field(default_factory=list)
-    prompt_seeds: dict[int, torch.Tensor] = field(default_factory=dict)
+    prompt_seeds: list[tuple[torch.Tensor | None, torch.Tensor]] = field(default_factory=list)
     text_seeds: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     steps: int = 0
     is_static: bool = False
@@ -99,16 +101,16 @@ class EvictionState:
     weights: list[torch.Tensor] = field(default_factory=list)
 
     def add_prompts(self, prompt: Prompt) -> None:
-        """Note the hashes of the prompts of one length, if they are known."""
+        """Note the hashes of some of the prompts, if they are known."""
         if prompt.text_seeds is not None:
-            self.prompt_seeds[prompt.length] = prompt.text_seeds
+            self.prompt_seeds.append((prompt.rows, prompt.text_seeds))
 
     def begin_texts(self, lengths: torch.Tensor) -> None:
         """Count the tokens of all prompts, whose lengths are ``lengths`` [B], and put their hashes in order."""
         self.seen, self.text_seeds = lengths.tolist(), torch.zeros_like(lengths)
-        for length, seeds in self.prompt_seeds.items():
-            self.text_seeds[lengths == length] = seeds.to(lengths.device)
-        self.prompt_seeds = {}
+        for rows, seeds in self.prompt_seeds:
+            self.text_seeds[slice(None) if rows is None else rows] = seeds.to(lengths.device)
+        self.prompt_seeds = []
 
     def store_scores(self, scores: torch.Tensor) -> None:
         """Store the scores [B, 1 or H, S] of a step, in place if static."""

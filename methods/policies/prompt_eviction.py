@@ -122,18 +122,14 @@ class PromptEviction(CachePolicy):
         if self.schedule != scorer.default_schedule:
             prefill_only = scorer.tracks_attention and self.schedule == AfterPrefill()
             out |= {"prefill_only": True} if prefill_only else {"schedule": self.schedule.identity()}
-        number = max(scorer.version, RESCORING_VERSIONS.get(scorer.id, 1) if self.rescores else 1)
+        rescoring = [RESCORING_VERSIONS.get(part.id, 1) for part in scorer.chain()] if self.rescores else []
+        number = max([scorer.version, *rescoring])
         return out | ({"version": number} if number > 1 else {}) | {"ties": ranking.RULE}
 
     @property
     def _needs(self) -> str:
         """What the scorer and the one that it builds on need."""
-        scorer: Scorer | None = self.scorer
-        parts: list[str] = []
-        while scorer is not None:
-            parts.append(scorer.needs)
-            scorer = getattr(scorer, "scorer", None)
-        return "; ".join(part for part in parts if part)
+        return "; ".join(scorer.needs for scorer in self.scorer.chain() if scorer.needs)
 
     # prefill ------------------------------------------------------------------------------------------------------
 
@@ -182,7 +178,7 @@ class PromptEviction(CachePolicy):
         # Keep the highest-ranked candidates.
         if self.allocator.spans_layers:  # after the last layer, in across_layers.py
             assert state is not None
-            state.candidates.append(Candidates(candidates, tie_candidates, free, sinks, recent))
+            state.candidates.append(Candidates(prompt.rows, candidates, tie_candidates, free, sinks, recent))
             if keeps_ranks:
                 return Kept(scores=self._ages(prompt))
             return Kept(scores=scores if keeps_scores else None)

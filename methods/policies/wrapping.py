@@ -21,6 +21,9 @@ class WrappingScorer(Scorer):
 
     scorer: Scorer
 
+    def chain(self) -> list[Scorer]:
+        return [self, *self.scorer.chain()]
+
     @property
     def observation_window(self) -> int:
         return self.scorer.observation_window

@@ -18,10 +18,12 @@ from ...methods.cache.method import Method
 from .runs import BASELINE
 
 STEP_BYTES = ("kv_bytes_mean", "kv_bytes_read_mean", "kv_bytes_full_mean")
-"""Fields of ``samples.jsonl`` and of a record's ``bytes``; runs of before 2026-11-28 lack them."""
+"""Fields of ``samples.jsonl`` and of a record's ``bytes``; runs recorded before 2026-11-28 lack them."""
 
 
-def step_bytes(method: Method, model: PreTrainedModel, steps: Iterable[tuple[int, int]]) -> dict[str, int]:
+def step_bytes(
+    method: Method, model: PreTrainedModel, steps: Iterable[tuple[int, int]], padding: int = 0
+) -> dict[str, int]:
     """Return the fields :data:`STEP_BYTES` of one example, in bytes of one sequence.
 
     Args:
@@ -29,6 +31,9 @@ def step_bytes(method: Method, model: PreTrainedModel, steps: Iterable[tuple[int
         model: The model, of which only the configuration and the dtype matter.
         steps: For each predicted token, the tokens of the compressed prompt and the tokens that followed it, when the
             token was predicted.
+        padding: Bytes that the cache stored after the prompt beyond its real tokens: heads of different lengths in a
+            storage for equal ones, shorter prompts in a batch. They are held, and read, until the end. What is stored
+            later beyond the real tokens, room to grow and places of evicted tokens, is left out.
     """
     counts = Counter(steps)
     shape, full = model_shape(model), full_shape(model, method.sharing)
@@ -38,10 +43,9 @@ def step_bytes(method: Method, model: PreTrainedModel, steps: Iterable[tuple[int
         lambda prompt, new: BASELINE.bytes_formula(full, prompt, new),
     )
     weights = list(counts.values())
-    return {
-        name: round(fmean((formula(*step) for step in counts), weights))
-        for name, formula in zip(STEP_BYTES, formulas, strict=True)
-    }
+    means = [fmean((formula(*step) for step in counts), weights) for formula in formulas]
+    added = (padding, padding, 0)
+    return {name: round(mean + more) for name, mean, more in zip(STEP_BYTES, means, added, strict=True)}
 
 
 def means_over_steps(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -117,7 +117,8 @@ def test_criticalkv_worked_example():
     scores = torch.tensor([[[0.4, 0.3, 0.2, 0.1]]])
     products = (scores + 1e-4) * torch.tensor([1.0, 1.0, 1.0, 10.0])
     ranked, ties = CriticalKV(SNAPKV).ranking_scores(scores, products, 2)
-    assert ties is None and ranked[0, 0].topk(2).indices.sort().values.tolist() == [0, 3]
+    assert ranked[0, 0].topk(2).indices.sort().values.tolist() == [0, 3]
+    assert ties[0, 0].tolist() == pytest.approx([0.4, 0, 0, 0])  # the first stage is ranked by its own scores
     by_head, _ = CriticalKV(SNAPKV).ranking_scores(scores, products, torch.tensor([[2]]))
     assert torch.equal(by_head, ranked)
 

@@ -209,6 +209,29 @@ def test_the_question_is_the_window_of_each_row(chunk_size, others):
             assert torch.allclose(layer.storage.read()[0][1], keys, rtol=0, atol=1e-6)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("finch budget=16 scorer.window=8 hold_budget=true", "key_norm budget=16 allocator=global storage=ragged"),
+        *("duo_attention budget=16 sinks=2 recent=4", "random budget=16 recent=4 schedule=every_step", "cam budget=16"),
+    ],
+)
+def test_prompts_of_one_length_may_have_questions_of_several(text):
+    """What concerns one row, as its random draws and its place under a budget of all layers, stays its own."""
+    model, lengths, questions = tiny_model(), [30, 30, 30, 41], [5, 12, 5, 0]
+    prompts = [prompt_ids(n, seed) for seed, n in enumerate(lengths)]
+    together, alone = named_method(text).new_cache(model), [named_method(text).new_cache(model) for _ in prompts]
+    ids, mask = left_pad(prompts)
+    prefill(model, together, ids, mask, question_tokens=questions)
+    for cache, prompt, question in zip(alone, prompts, questions, strict=True):
+        prefill(model, cache, prompt, question_tokens=[question])
+    for step in range(6):
+        ours = decode(model, together, torch.arange(3, 7) + step)
+        theirs = [decode(model, cache, torch.tensor([3 + row + step])) for row, cache in enumerate(alone)]
+        assert torch.allclose(ours, torch.cat(theirs), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("wrapper", ["chunkkv", "criticalkv"])
 def test_a_wrapped_scorer_observes_the_question(wrapper):
     ids, text = prompt_ids(40), f"{wrapper} budget=16 scorer@method.scorer.scorer=finch scorer.scorer.window"

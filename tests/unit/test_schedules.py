@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -20,6 +21,8 @@ from kvbench.methods.policies.allocators.global_budget import Global
 from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.model_layer import ModelLayer
 from kvbench.methods.policies.policy import Step
+from kvbench.methods.policies.prompt_ranks import prompt_ranks
+from kvbench.methods.policies.ranking import keep_mask
 from kvbench.methods.policies.schedules.every_n import EveryN
 from kvbench.methods.policies.schedules.every_step import EveryStep
 from kvbench.methods.policies.schedules.hold import Hold
@@ -177,6 +180,56 @@ def test_hold_evicts_what_ranked_lowest_in_the_prompt(scorer, rule, length, sink
             real = slice(None) if valid is None else valid.expand(1, 2, -1)[0, h]
             assert torch.equal(keys[0, h][real], torch.stack([known[t] for t in held[h]])), f"step {i}, head {h}"
     assert policy.kept_tokens(length, steps, 1) == [len(held[0])] == [BUDGET]
+
+
+def test_ranks_are_the_order_in_which_a_smaller_budget_would_evict():
+    """Scores and tie-breaking scores with many equal ones, against the kept set of every count."""
+    g = torch.Generator().manual_seed(5)
+    scores, ties = (torch.randint(4, (2, 3, 20), generator=g).float() for _ in range(2))
+    for own_ties in (None, ties):
+        rank = prompt_ranks(scores, own_ties, 2, 4)
+        assert rank[..., 22:].tolist() == [[[20.0, 21.0, 22.0, 23.0]] * 3] * 2
+        for count in range(21):
+            assert torch.equal(rank[..., 2:22] >= 20 - count, keep_mask(scores, count, own_ties))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("kvzip", "criticalkv scorer.scorer.window=4", "lagkv scorer.lag=4", "snapkv scorer.window=4 scorer.kernel=7"),
+        *("key_diff allocator=adaptive storage=ragged", "key_norm allocator=global storage=ragged sinks=1"),
+    ],
+)
+def test_a_held_row_of_a_batch_loses_the_lowest_ranks_of_its_own_prompt(text):
+    """Ranks of a padded batch are those of single runs; each step evicts the lowest one of each head over its limit."""
+    if text == "kvzip":
+        text = "kvzip scorer.instruction_first=null scorer.instruction_next=null"
+    model, method = tiny_model(), named_method(f"{text} budget=14 hold_budget=true")
+    prompts = [prompt_ids(30, 1), prompt_ids(26, 2)]
+    together, alone = method.new_cache(model), [method.new_cache(model) for _ in prompts]
+    ids, mask = left_pad(prompts)
+    prefill(model, together, ids, mask)
+    for cache, prompt in zip(alone, prompts, strict=True):
+        prefill(model, cache, prompt)
+
+    def ranks(cache, layer, row, head):
+        one = cache.layers[layer]
+        valid, scores = one.storage.valid, one.state.scores[row]
+        mask = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid[row].expand_as(scores)
+        return scores[head][mask[head]].tolist()
+
+    held = {}
+    for layer, row, head in itertools.product(range(len(together.layers)), range(2), range(2)):
+        held[layer, row, head] = ranks(together, layer, row, head)
+        assert held[layer, row, head] == ranks(alone[row], layer, 0, head)
+    for step in range(6):
+        decode(model, together, torch.tensor([3 + step, 40 + step]))
+        for (layer, row, head), before in held.items():
+            after, sinks = [*before, max(before) + 1], method.policy.sinks
+            after.remove(min(after[sinks:]))
+            held[layer, row, head] = after
+            assert ranks(together, layer, row, head) == after
 
 
 def run(model, method, prompts, steps=12):

@@ -41,6 +41,21 @@ def test_means_over_the_steps_are_those_of_the_measured_bytes(text):
     assert made["kv_bytes_full_mean"] == bytes_a_token.kv_bytes_logical * (LENGTH + (1 + NEW) / 2)
 
 
+@torch.inference_mode()
+def test_padding_of_heads_of_different_lengths_is_held_over_all_steps():
+    """A storage for equal heads: its padding after the prompt is part of every step's bytes."""
+    model, method = tiny_model(), named_method("key_diff budget=12 allocator=adaptive allocator.floor=0.0")
+    cache = method.new_cache(model)
+    prefill(model, cache, prompt_ids(LENGTH))
+    padding = cache.kv_bytes_stored - cache.kv_bytes_logical
+    assert padding > 0
+    steps = [(LENGTH, step) for step in range(NEW)]
+    bare, made = (step_bytes(method, model, steps, n) for n in (0, padding))
+    assert made["kv_bytes_mean"] == bare["kv_bytes_mean"] + padding >= cache.kv_bytes_stored
+    assert made["kv_bytes_read_mean"] == bare["kv_bytes_read_mean"] + padding
+    assert made["kv_bytes_full_mean"] == bare["kv_bytes_full_mean"]
+
+
 def test_a_token_is_predicted_from_what_the_cache_holds_before_it():
     """The first one from the prompt alone, or from the question behind it; scored ones from the given ones before."""
     assert Item(None, [1] * 5, []).steps(3) == [(5, 0), (5, 1), (5, 2)]

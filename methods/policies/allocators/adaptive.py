@@ -46,6 +46,10 @@ class Adaptive(Allocator):
     beta: PositiveInt = 20
     rule: Literal["floor", "safeguard"] = "floor"
 
+    @property
+    def label(self) -> str:
+        return self.id if self.rule == "floor" else self.rule
+
     def layer_budgets(self, budget: int, protected: int, prompt_length: int, layers: int) -> Sequence[int]:
         if self.layers == "pyramid":
             return Pyramid(self.beta).layer_budgets(budget, protected, prompt_length, layers)

@@ -34,6 +34,11 @@ class Allocator(HasIdentity):
         """
         return [budget] * layers
 
+    @property
+    def label(self) -> str:
+        """Short name for tables."""
+        return self.id
+
     def head_budgets(
         self, scores: torch.Tensor, budget: int, ties: torch.Tensor | None = None, protected: int = 0
     ) -> torch.Tensor:

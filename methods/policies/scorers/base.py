@@ -67,6 +67,10 @@ class Scorer(HasIdentity):
             object.__setattr__(self, "sinks", getattr(type(self), "sinks"))  # noqa: B009  # the field's default
         super().__post_init__()
 
+    def chain(self) -> list[Scorer]:
+        """Return this scorer and those that it builds on, each of them on the next one."""
+        return [self]
+
     @property
     def weighs_values(self) -> str:
         """Setting without which the norm of the value is a factor of the scores; "": it is none."""

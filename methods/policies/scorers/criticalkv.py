@@ -82,7 +82,8 @@ class CriticalKV(WrappingScorer):
         assert ties is not None
         share = self.first_stage * count
         first = share.long() if isinstance(share, torch.Tensor) else int(share)
-        return ties.masked_fill(keep_mask(scores, first), float("inf")), None
+        in_first = keep_mask(scores, first)
+        return ties.masked_fill(in_first, float("inf")), scores.masked_fill(~in_first, 0.0)
 
     def _norms(self, prompt: Prompt, layer: ModelLayer) -> torch.Tensor:
         """Return the L1 norms of the projected values for each query head: [R, H_q, T] float32."""
