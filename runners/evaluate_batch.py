@@ -14,7 +14,7 @@ from ..methods.cache.fan_out import FanOutCache
 from ..methods.cache.method import Method
 from ..models.base import LoadedModel
 from ..models.pretrained import input_device
-from ..tasks.base import Continuations, Example, Likelihood, Reply, Task, cut_at, find_question, question_tokens
+from ..tasks.base import Continuations, Example, Likelihood, Reply, Task, cut_at, find_question, question_length
 from .engine import Sampling, generate, left_padded, score
 from .records.runs import BASELINE
 from .records.samples import FURTHER_FORWARDS
@@ -117,7 +117,7 @@ def encode(task: Task, example: Example, loaded: LoadedModel, limit: int | None,
         raise InputError(
             "runner.question", "after_compression", f"task={task.name} asks no questions: use with_context"
         )
-    count = question_tokens(ids, example.question, loaded.tokenizer)
+    count = question_length(ids, example.question, loaded.tokenizer)
     return Item(example, ids[:-count], ids[-count:])
 
 

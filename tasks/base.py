@@ -240,11 +240,11 @@ def cut_at(text: str, stop_strings: Sequence[str]) -> str:
     return text[: min((i for i in map(text.find, stop_strings) if i >= 0), default=len(text))]
 
 
-def question_tokens(ids: Sequence[int], question: str, tokenizer: Any) -> int:
-    """The same as :func:`find_question`.
+def question_length(ids: Sequence[int], question: str, tokenizer: Any) -> int:
+    """How many of a prompt's last tokens begin with its question; see :func:`find_question`.
 
     Raises:
-        InputError: the question is not at the end of the prompt, or nothing is in front of it.
+        InputError: the prompt lacks the question, or nothing is in front of it.
     """
     count = find_question(ids, question, tokenizer)
     if count is None:
@@ -254,12 +254,12 @@ def question_tokens(ids: Sequence[int], question: str, tokenizer: Any) -> int:
 
 
 def find_question(ids: Sequence[int], question: str, tokenizer: Any) -> int | None:
-    """How many of a prompt's last tokens hold the question and all that a chat template puts behind it.
+    """How many of a prompt's last tokens hold the question and all that follows it, such as a chat template's end.
 
     A token that lies across the border counts as the question's. Blanks are passed over, for some tokenizers move them.
 
     Returns:
-        the number, or None if the question is not at the end of the prompt, or nothing is in front of it.
+        the number, or None if the prompt lacks the question, or nothing is in front of it.
     """
     wanted = "".join(question.split())
 

@@ -99,7 +99,7 @@ class EvictionPolicy(PromptEviction):
             if any(other.prompt is None for other in state.layers):  # wait for the last layer that shares the budget
                 return
             ready = state.layers
-            compress_stored(self.allocator, self.scorer, ready, self.schedule.evicts_by == "rank")
+            compress_stored(self.allocator, self.scorer, ready, self.keeps_ranks)
         self._end_prefill(ready)
 
     def after_prefill(
@@ -132,7 +132,7 @@ class EvictionPolicy(PromptEviction):
                 sinks = min(self.sinks, budget - recent)
                 candidates = scores[..., sinks : length - recent]  # [R, H, N]
                 state.candidates.append(Candidates(index, candidates, None, budget - sinks - recent, sinks, recent))
-        compress_stored(self.allocator, self.scorer, states, self.schedule.evicts_by == "rank")
+        compress_stored(self.allocator, self.scorer, states, self.keeps_ranks)
         for _, storage in layers:
             storage.write(*storage.read())  # copy into buffers sized for the kept and the reserved tokens
         self._end_prefill(states)
@@ -191,7 +191,7 @@ class EvictionPolicy(PromptEviction):
             equal_scores = state.limit.new_zeros(shape, dtype=torch.float32)  # [B, 1 or H, S]
             n_evictable = (state.limit - state.recent)[..., None]  # [B, 1 or H, 1], tokens before the ring
             evict_one(state, storage, equal_scores, n_evictable, compact_now=step.valid is not None)
-        elif self.schedule.evicts_by == "rank":
+        elif self.keeps_ranks:
             state.store_scores(with_newest(state, storage))
             assert state.scores is not None
             evict_one(state, storage, state.scores, self.sinks, compact_now=step.valid is not None)
@@ -214,7 +214,7 @@ class EvictionPolicy(PromptEviction):
 
     @property
     def _evicts_in_step(self) -> bool:
-        """Whether each step evicts one token, by the step's own attention weights or by age."""
+        """Whether each step evicts one token: by its attention weights, by age or by the prompt's ranking."""
         return self.schedule.evicts_every_step and not self.rescores
 
     def _after_token(self, state: EvictionState, storage: LayerStorage, real: torch.Tensor | None = None) -> None:
@@ -230,11 +230,6 @@ class EvictionPolicy(PromptEviction):
         if not self.scorer.accumulates and not state.is_static:
             state.scores = None
 
-    @property
-    def _stores_scores(self) -> bool:
-        """Whether the cache holds a score or rank of each token while decoding."""
-        return self.schedule.evicts_by == "rank" or (self.scorer.accumulates and self.follows_attention)
-
     # static steps -------------------------------------------------------------------------------------------------
 
     def make_static(self, state: EvictionState, storage: LayerStorage, steps: int) -> None:
@@ -247,7 +242,7 @@ class EvictionPolicy(PromptEviction):
         extra_slots = COMPACTION_INTERVAL_STEPS if self._evicts_in_step else max(state.intervals)
         state.move_scores(storage.make_static_within(state.limit, extra_slots, mask_heads))
         state.is_static = True
-        if self._stores_scores or (self.follows_attention and not self._evicts_in_step):
+        if self.stores_scores or (self.follows_attention and not self._evicts_in_step):
             scores = torch.zeros(batch, mask_heads, storage.slots, device=state.limit.device)
             if state.scores is not None:
                 scores[..., : state.scores.shape[2]] = state.scores
@@ -280,7 +275,7 @@ class EvictionPolicy(PromptEviction):
 
     def logical_state_bytes(self, state: EvictionState, tokens: torch.Tensor) -> int:
         fixed = sum(x.nbytes for x in self.state_tensors(state) if x is not state.scores) - state.unused_query_bytes
-        if state.scores is None or not self._stores_scores:
+        if state.scores is None or not self.stores_scores:
             return fixed
         heads = state.scores.shape[1]
         return fixed + state.scores.element_size() * int(tokens[:, :heads].expand(-1, heads).sum())
@@ -290,7 +285,7 @@ class EvictionPolicy(PromptEviction):
         if self.schedule.interval is None:
             return 0
         tokens = sum(self.kept_tokens(prompt_length, new_tokens, shape.layers))
-        scores = 4 * (1 if self.scorer.scores_heads_alike else heads) * tokens if self._stores_scores else 0
+        scores = 4 * (1 if self.scorer.scores_heads_alike else heads) * tokens if self.stores_scores else 0
         query_bytes = shape.query_heads * shape.head_dim * shape.element_bytes
         generators = 8 * shape.layers if self.scorer.merges_values else 0
         return scores + generators + shape.layers * self._queries_held(prompt_length) * query_bytes

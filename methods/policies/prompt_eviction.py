@@ -56,7 +56,8 @@ class PromptEviction(CachePolicy):
     recent: Recent = field(default=None, kw_only=True)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        scorer = self.scorer
+        scorer, recent_is_given = self.scorer, self.recent is not None
+        object.__setattr__(self, "_recent_is_given", recent_is_given)
         defaults = {
             "schedule": scorer.default_schedule,
             "sinks": scorer.protected_sinks(),
@@ -113,7 +114,8 @@ class PromptEviction(CachePolicy):
         scorer = self.scorer
         out = {"class": scorer.id, "budget": self.budget, **scorer.parameters()}
         recent_key = scorer.recent_recorded_as
-        if recent_key or self.recent != scorer.protected_recent():
+        is_own = self.recent != scorer.protected_recent() or (scorer.observes_question and not self._observes_question)
+        if recent_key or is_own:
             out[recent_key or "recent"] = self.recent
         if self.sinks != scorer.protected_sinks():
             out["protected_sinks" if "sinks" in out else "sinks"] = self.sinks
@@ -140,21 +142,19 @@ class PromptEviction(CachePolicy):
         return EvictionState(layer, self.scorer.new_state(layer), merging=merging)
 
     def select(self, prompt: Prompt, state: EvictionState | None = None) -> Kept:
-        keeps_ranks = self.schedule.evicts_by == "rank"
         if self.scorer.repeats_prompt:  # compressed after the prefill of all layers
-            return Kept(scores=self._ages(prompt) if keeps_ranks else None)
+            return Kept(scores=self._ages(prompt) if self.keeps_ranks else None)
         if state is not None:
             state.add_prompts(prompt)
         budget = self.layer_budgets(prompt.length, prompt.num_layers)[prompt.layer_idx]
-        keeps_scores = self.scorer.accumulates and self.follows_attention
-        if prompt.length <= budget and not keeps_scores and not keeps_ranks:
+        if prompt.length <= budget and not self.stores_scores:
             return Kept()
         recent = self.recent_of(budget, prompt.question_tokens)
         prompt, scorer_state = (
             replace(prompt, protected=recent, kept=budget),
             None if state is None else state.scorer_state,
         )
-        if prompt.length <= budget and not keeps_ranks:
+        if prompt.length <= budget and not self.keeps_ranks:
             return Kept(scores=self.scorer.score(prompt, scorer_state))
 
         # The first `sinks` and the last `recent` tokens are kept whatever their scores.
@@ -164,10 +164,11 @@ class PromptEviction(CachePolicy):
         if budget == sinks + recent and not self.allocator.spans_layers:  # no other token can be kept
             position = torch.arange(prompt.length, device=prompt.keys.device)  # [T]
             slots = torch.cat([position[:sinks], position[end:]]).expand(rows, heads, -1)  # [R, H, C]
-            scores = self.scorer.score(prompt, scorer_state) if keeps_scores else None
-            if keeps_ranks:
-                scores = self._ages(prompt)
-            return Kept(slots, scores=None if scores is None else scores.gather(-1, slots[:, : scores.shape[1]]))
+            if not self.stores_scores:
+                return Kept(slots)
+            return _kept(
+                slots, None, self._ages(prompt) if self.keeps_ranks else self.scorer.score(prompt, scorer_state)
+            )
 
         # Score the tokens in between.
         scores, ties = self.scorer.score(prompt, scorer_state), self.scorer.tie_scores(prompt, scorer_state)
@@ -179,24 +180,21 @@ class PromptEviction(CachePolicy):
         if self.allocator.spans_layers:  # after the last layer, in across_layers.py
             assert state is not None
             state.candidates.append(Candidates(prompt.rows, candidates, tie_candidates, free, sinks, recent))
-            if keeps_ranks:
-                return Kept(scores=self._ages(prompt))
-            return Kept(scores=scores if keeps_scores else None)
+            stored = self._ages(prompt) if self.keeps_ranks else scores
+            return Kept(scores=stored if self.stores_scores else None)
         ragged = self.allocator.heads_differ
         count: torch.Tensor | int = free
         if ragged:
             count = self.allocator.head_budgets(candidates, free, tie_candidates, sinks + recent)  # [R, H]
         candidates, tie_candidates = self.scorer.ranking_scores(candidates, tie_candidates, count)
         keep = F.pad(keep_mask(candidates, count, tie_candidates), (sinks, recent), value=True)  # [R, H or 1, T]
-        if keeps_ranks:
+        if self.keeps_ranks:
             scores = prompt_ranks(candidates, tie_candidates, sinks, recent)
         if ragged:
             slots, valid = slots_to_keep(keep)  # [R, H, C]
         else:
             slots, valid = indices_of(keep, budget).expand(rows, heads, -1), None  # [R, H, C]
-        if not (keeps_scores or keeps_ranks):
-            return Kept(slots, valid)
-        return Kept(slots, valid, scores.gather(-1, slots[:, : scores.shape[1]]))
+        return _kept(slots, valid, scores) if self.stores_scores else Kept(slots, valid)
 
     def _ages(self, prompt: Prompt) -> torch.Tensor:
         """Return ranks [R, H, T] of a prompt that evict the oldest token first."""
@@ -210,6 +208,16 @@ class PromptEviction(CachePolicy):
             return keys
         last = torch.arange(length - slots.shape[-1], length, device=slots.device)  # [C], the last positions
         return state.layer.rotary().rotate(keys, last - slots)
+
+    @property
+    def keeps_ranks(self) -> bool:
+        """Whether each decode step evicts by the ranking of the prompt, which is then stored."""
+        return self.schedule.evicts_by == "rank"
+
+    @property
+    def stores_scores(self) -> bool:
+        """Whether the cache holds a running score or a rank of each token while decoding."""
+        return self.keeps_ranks or (self.scorer.accumulates and self.follows_attention)
 
     @property
     def follows_attention(self) -> bool:
@@ -226,10 +234,16 @@ class PromptEviction(CachePolicy):
         schedule = self.schedule
         return schedule.interval is not None and schedule.evicts_by == "score"
 
+    @property
+    def _observes_question(self) -> bool:
+        """Whether the last tokens that are always kept are the question's, where its length is known."""
+        given: bool = self._recent_is_given  # type: ignore[attr-defined]
+        return self.scorer.observes_question and not given
+
     def recent_of(self, budget: int, question_tokens: int | None = None) -> int:
         """Return the number of last tokens that are always kept within a layer's budget."""
         recent = self.recent
-        if question_tokens is not None and self.scorer.observes_question and recent == self.scorer.protected_recent():
+        if question_tokens is not None and self._observes_question:
             recent = question_tokens
         recent = int(recent * budget) if isinstance(recent, float) else recent
         return min(recent, budget)
@@ -243,3 +257,8 @@ class PromptEviction(CachePolicy):
         """Return the tokens that each layer may store per head after an eviction while decoding, on average."""
         budget = resolve_budget(self.budget, prompt_length)
         return self.allocator.layer_budgets(budget, self.recent_of(budget), prompt_length, layers)
+
+
+def _kept(slots: torch.Tensor, valid: torch.Tensor | None, scores: torch.Tensor) -> Kept:
+    """Return the kept tokens with their scores, of those [R, H or 1, T] of the prompt."""
+    return Kept(slots, valid, scores.gather(-1, slots[:, : scores.shape[1]]))

@@ -20,9 +20,9 @@ from ..cache.rotary import DYNAMIC_ROPE_TYPES
 from ..sharing.plan import Plan
 from ..storage.base import LayerStorage
 from .policy import FurtherForwards
+from .repeated_prompt import Repetitions
 from .request import Request
 from .scorers.base import Scorer
-from .scorers.kvzip import Repetitions
 
 Stored = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """Keys and values [R, H_kv, T, D] of each layer."""

@@ -18,7 +18,7 @@ from records import accuracy
 from kvbench.analysis.load import longbench_rows
 from kvbench.conf.errors import InputError
 from kvbench.runners.config.arguments import quote_texts
-from kvbench.tasks.base import question_tokens
+from kvbench.tasks.base import question_length
 from kvbench.tasks.jsonl import JsonlTask, choice_of, exact_match
 
 PROMPT = "Read.\n\n{context}\n\nQuestion: {question}\nAnswer:"
@@ -76,7 +76,7 @@ def test_the_question_is_the_prompt_from_its_field_on(tmp_path: Path, prompt: st
         task.require_question()
         tokenizer = with_chat_template(byte_tokenizer())
         ids = task.encode(example, tokenizer, None)
-        count = question_tokens(ids, example.question, tokenizer)
+        count = question_length(ids, example.question, tokenizer)
         assert tokenizer.decode(ids[-count:]).split() == f"{question}[assistant]".split()
     else:
         with pytest.raises(InputError, match=r"task\.prompt=.* must have \{question\} behind the field of a context"):

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kvbench.conf.errors import InputError
 from kvbench.runners.stopping import stops
-from kvbench.tasks.base import Example, Reply, cut_at, question_tokens
+from kvbench.tasks.base import Example, Reply, cut_at, question_length
 from kvbench.tasks.lm_eval import LmEval
 from kvbench.tasks.sharegpt import ShareGPT
 
@@ -179,12 +179,12 @@ def test_the_question_is_found_at_the_end_of_a_prompt(world, question):
     tokenizer = AutoTokenizer.from_pretrained(world / "model")
     text = f"A text. What is it? More text.\n\n{question}<|end|>assistant:"
     ids = tokenizer(text).input_ids
-    count = question_tokens(ids, question, tokenizer)
+    count = question_length(ids, question, tokenizer)
     assert tokenizer.decode(ids[-count:]).lstrip() == f"{question}<|end|>assistant:".lstrip()
-    assert question_tokens(ids, text[2:], tokenizer) == len(ids) - 2  # however little is in front of it
+    assert question_length(ids, text[2:], tokenizer) == len(ids) - 2  # however little is in front of it
     for wrong in ("Who is it?", "", text):
         with pytest.raises(InputError, match=r"runner.question=after_compression: needs a prompt with a context"):
-            question_tokens(ids, wrong, tokenizer)
+            question_length(ids, wrong, tokenizer)
 
 
 @pytest.mark.parametrize("question", ["with_context", "after_compression"])

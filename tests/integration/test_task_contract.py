@@ -20,7 +20,7 @@ from hydra.utils import instantiate
 
 from kvbench.runners.config.arguments import quote_texts
 from kvbench.runners.config.checks import target_class
-from kvbench.tasks.base import Continuations, Example, Task, question_tokens
+from kvbench.tasks.base import Continuations, Example, Task, question_length
 
 ROOT = Path(__file__).resolve().parents[2]
 YAMLS = sorted(p for p in files("kvbench.conf").joinpath("task").iterdir() if p.name.endswith(".yaml"))
@@ -125,7 +125,7 @@ def test_the_question_is_the_end_of_the_prompt(name: str) -> None:
     for example in examples:
         if example.question:
             ids = task.encode(example, tokenizer, None)
-            count = question_tokens(ids, example.question, tokenizer)
+            count = question_length(ids, example.question, tokenizer)
             assert 0 < count < len(ids)
             words = example.question.split()  # behind them may be the beginning of the reply
             assert tokenizer.decode(ids[-count:]).split()[: len(words)] == words

@@ -238,6 +238,9 @@ def test_the_last_token_before_the_users_text_may_be_joined_with_it():
         None,
         None,
     ]
+    assert (
+        Request(prefix=(5, 6), may_join=False).prefix_length((5, 1)) is None
+    )  # a special token is joined with nothing
     assert Request(prefix=(5,)).prefix_length((1, 2)) is None
     assert Request(prefix=()).prefix_length((1, 2)) == 0
     assert Request().prefix_length((1, 2)) is None

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from kvbench.conf.errors import InputError
 from kvbench.tasks import longbench_v2
-from kvbench.tasks.base import question_tokens
+from kvbench.tasks.base import question_length
 from kvbench.tasks.longbench import truncate_middle
 from kvbench.tasks.longbench_v2 import DOMAINS, NO_CONTEXT_PROMPT, PROMPT, LongBenchV2, answer_of, without_middle
 
@@ -202,7 +202,7 @@ def test_the_chat_template_is_used_unless_told_otherwise(tmp_path: Path, tokeniz
 def test_the_question_is_found_at_the_end_of_a_truncated_prompt(tmp_path: Path, chat_tokenizer: Any) -> None:
     task, example = one(tmp_path, context="word " * 500)
     ids = task.encode(example, chat_tokenizer, 800)
-    count = question_tokens(ids, example.question, chat_tokenizer)
+    count = question_length(ids, example.question, chat_tokenizer)
     assert chat_tokenizer.decode(ids[-count:]).strip() == example.question.strip() + "[assistant]"
 
 

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from test_needle import Words, smollm2_tokenizer
 
 from kvbench.conf.errors import InputError
-from kvbench.tasks.base import Example, question_tokens
+from kvbench.tasks.base import Example, question_length
 from kvbench.tasks.needle import CONTEXT
 from kvbench.tasks.ruler import EXAMPLES, FAMILIES, FILES, NOISE, Ruler, _distinct, _words
 
@@ -309,7 +309,7 @@ def test_the_question_is_all_behind_the_context(name: str, chat: bool, tokenizer
     example = task.examples()[0]
     ids = task.encode(example, tokenizer, None)
     assert example.prompt.endswith(CONTEXT + example.question)
-    count = question_tokens(ids, example.question, tokenizer)
+    count = question_length(ids, example.question, tokenizer)
     read, asked = tokenizer.decode(ids[:-count]), tokenizer.decode(ids[-count:])
     assert example.question.strip() in asked
     assert asked.endswith(example.meta["answer_prefix"])

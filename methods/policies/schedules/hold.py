@@ -1,9 +1,10 @@
 """Hold the budget while decoding: each step evicts the prompt token that ranked lowest after the prefill.
 
-The ranking is made once, from the complete prompt, and stored as one float32 per token and head. So a step costs no
-more than attention over the budget, no queries are stored, and any scorer can be used. Generated tokens rank above
-the prompt's, the newer the higher, as do the prompt's last ``method.recent`` tokens once newer ones have taken their
-place: when all other tokens of the prompt are gone, the oldest one is evicted. Sinks stay.
+The ranking is made once, from the complete prompt, and stored as one float32 per token and head. So a step costs
+attention over the budget (and up to 64 slots of evicted tokens), no queries are stored, and any scorer can be used.
+Generated tokens rank above the prompt's, and the prompt's last ``method.recent`` tokens above its others, newer ones
+higher. Sinks and the last ``method.recent`` tokens are never evicted. A scorer that gives a prompt to the model again
+(KVzip) does not for one within the budget, of which the oldest token is evicted first.
 """
 
 from __future__ import annotations

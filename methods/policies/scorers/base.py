@@ -16,7 +16,7 @@ from ..schedules.base import Schedule
 
 if TYPE_CHECKING:
     from ..model_layer import ModelLayer
-    from .kvzip import Repetitions
+    from ..repeated_prompt import Repetitions
 
 DECODE_QUERIES = 128
 """Number of last queries for a scorer with :data:`ALL_QUERIES` when tokens are re-scored while decoding."""
@@ -61,12 +61,6 @@ class Scorer(HasIdentity):
     ranks_in_stages: ClassVar[bool] = False
     """Whether the ranking depends on the number of tokens to keep (:meth:`ranking_scores`)."""
 
-    def __post_init__(self) -> None:
-        """Give ``sinks`` the scorer's own number in place of None (``method.sinks=null``), then check the fields."""
-        if getattr(self, "sinks", 0) is None:
-            object.__setattr__(self, "sinks", getattr(type(self), "sinks"))  # noqa: B009  # the field's default
-        super().__post_init__()
-
     def chain(self) -> list[Scorer]:
         """Return this scorer and those that it builds on, each of them on the next one."""
         return [self]
@@ -95,8 +89,8 @@ class Scorer(HasIdentity):
         return self.default_recent
 
     def protected_sinks(self) -> int:
-        """Return the default for the policy's ``sinks``, which is the scorer's own field ``sinks`` if it has one."""
-        return int(getattr(self, "sinks", 0))
+        """Return the default for the policy's ``sinks``."""
+        return 0
 
     def new_state(self, layer: ModelLayer) -> Any:
         """Return the scorer's state for a layer, made once per batch."""
@@ -116,7 +110,13 @@ class Scorer(HasIdentity):
         return None
 
     def repetitions(self, length: int, prefix: int | None, state: Any) -> Repetitions:
-        """Return the further forwards for a prompt; only if ``repeats_prompt``. See :class:`.kvzip.KVzip`."""
+        """Return the further forwards for a prompt; only if ``repeats_prompt``.
+
+        Args:
+            length: Tokens of the prompt.
+            prefix: Tokens of it that the chat template has before the user's text; None: it is not in the template.
+            state: See :meth:`score`.
+        """
         raise NotImplementedError
 
     def ranking_scores(

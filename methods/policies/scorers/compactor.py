@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from ....conf.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from ...cache.prompt import ALL_QUERIES, Prompt
-from .base import Scorer
+from ..own_sinks import ScorerWithSinks
 from .leverage import Leverage, standardized
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ POOLING_WIDTH = 3
 
 
 @dataclass(frozen=True)
-class Compactor(Scorer):
+class Compactor(ScorerWithSinks):
     """Standardized leverage plus standardized attention within chunks.
 
     Attributes:

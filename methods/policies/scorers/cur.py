@@ -16,14 +16,14 @@ import torch.nn.functional as F
 
 from ....conf.options import NonNegativeInt, PositiveInt
 from ...cache.prompt import Prompt
-from .base import Scorer
+from ..own_sinks import ScorerWithSinks
 
 SMALLEST_SUM = 1e-30
 """Sums below it are zero: a block of zero vectors has zero scores."""
 
 
 @dataclass(frozen=True)
-class CUR(Scorer):
+class CUR(ScorerWithSinks):
     """Squared norms of keys and values, relative to those of their neighbours.
 
     Attributes:

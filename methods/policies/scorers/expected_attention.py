@@ -12,10 +12,10 @@ norm of their value and only the peaks of a by a. This is the setting of the aut
 to 0.
 
 The paper uses the norm of the value after the output projection. Here, as in the authors' library, it is the norm of
-the value itself, so that only the cache is needed. ``method=expected_attention`` is the method of their evaluation,
-which also distributes a layer's budget over its heads (``method/allocator=safeguard``); with the same budget for every
-head it is ``method/allocator=uniform method/storage=dense``. Their library also compresses while decoding
-(``method/schedule=every_n``).
+the value itself, so that only the cache is needed. Their evaluation also distributes a layer's budget over its heads,
+by kvpress' rule (``method/allocator=safeguard``); ``method=expected_attention`` does so by Ada-KV's. With the same
+budget for every head it is ``method/allocator=uniform method/storage=dense``. Their library also compresses while
+decoding (``method/schedule=every_n``).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 
 from ....conf.options import NonNegativeFloat, NonNegativeInt, PositiveInt
 from ...cache.prompt import ALL_QUERIES, Prompt
-from .base import Scorer
+from ..own_sinks import ScorerWithSinks
 
 if TYPE_CHECKING:
     from ...cache.rotary import Rotary
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ExpectedAttention(Scorer):
+class ExpectedAttention(ScorerWithSinks):
     """Expected attention in closed form.
 
     Attributes:

@@ -14,15 +14,13 @@ comparable between heads and layers (``method/allocator=global``, as published).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
 from ....conf.options import NonNegativeInt, PositiveInt
 from ....conf.versions import CURRENT_VERSIONS
-from .base import Scorer
+from ..own_sinks import ScorerWithSinks
+from ..repeated_prompt import Repetition, Repetitions
 
 if TYPE_CHECKING:
     from ..model_layer import ModelLayer
@@ -33,50 +31,7 @@ NEXT = "Write down the part of the text above once more, word for word, that beg
 
 
 @dataclass(frozen=True)
-class Repetition:
-    """A forward after the prefill that gives tokens of the prompt to the model again (:mod:`..repetition`).
-
-    Attributes:
-        scored: Positions of the prompt tokens that are given again, last, and scored.
-        request: Token ids before all others.
-        repeated: Positions of prompt tokens that follow the request and are not scored.
-        reply: Token ids between these and the scored tokens.
-    """
-
-    scored: range
-    request: Sequence[int] = ()
-    repeated: range = range(0)
-    reply: Sequence[int] = ()
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens of the forward."""
-        return len(self.request) + len(self.repeated) + len(self.reply) + len(self.scored)
-
-    def input_ids(self, prompts: torch.Tensor) -> torch.Tensor:
-        """Return the tokens of the forward, [R, tokens], for prompts [R, T]."""
-        request, reply = (prompts.new_tensor(x).expand(len(prompts), -1) for x in (self.request, self.reply))
-        repeated, scored = (prompts[:, x.start : x.stop] for x in (self.repeated, self.scored))
-        return torch.cat([request, repeated, reply, scored], dim=1)
-
-
-@dataclass(frozen=True)
-class Repetitions:
-    """All further forwards for prompts of one length.
-
-    Attributes:
-        name: Name of the scorer.
-        sinks: Number of first tokens that no forward gives again and that are in the softmax of each.
-        forwards: The forwards.
-    """
-
-    name: str
-    sinks: int
-    forwards: Sequence[Repetition]
-
-
-@dataclass(frozen=True)
-class KVzip(Scorer):
+class KVzip(ScorerWithSinks):
     """Largest attention from tokens that repeat the prompt.
 
     Attributes:
@@ -108,13 +63,6 @@ class KVzip(Scorer):
         return layer.request(self.instruction_first, self.instruction_next)
 
     def repetitions(self, length: int, prefix: int | None, state: Request) -> Repetitions:
-        """Return the further forwards for a prompt.
-
-        Args:
-            length: Tokens of the prompt.
-            prefix: Tokens of it that the chat template has before the user's text; None: it is not in the template.
-            state: The request.
-        """
         reply = () if prefix is None else state.reply
         first = max(self.protected_sinks(), prefix or 0)
         forwards: list[Repetition] = []

@@ -19,11 +19,11 @@ import torch
 
 from ....conf.options import NonNegativeFloat, NonNegativeInt, PositiveInt
 from ...cache.prompt import Prompt
-from .base import Scorer
+from ..own_sinks import ScorerWithSinks
 
 
 @dataclass(frozen=True)
-class LagKV(Scorer):
+class LagKV(ScorerWithSinks):
     """Rank of a token's spread, relative to the partition that follows its own.
 
     Attributes:
