@@ -9,7 +9,7 @@ Legend: B batch rows, H_q query heads, H stored heads, T prompt tokens, C kept t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -103,7 +103,7 @@ class CacheLayer(PrefillLayer):
         groups = []
         for rows, prompt in prompts:
             keys, values = prompt.keys, prompt.values  # [R, H_kv, T, D]
-            kept = self.policy.select(prompt, self.state)
+            kept = self.policy.select(replace(prompt, rows=rows.index), self.state)
             if self.policy.capabilities.stores_query_heads:
                 keys, values = repeat_heads(keys, prompt.groups), repeat_heads(values, prompt.groups)  # [R, H_q, T, D]
             if kept.slots is not None:

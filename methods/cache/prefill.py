@@ -216,4 +216,4 @@ def _without_pads(whole: Prompt, r: Rows) -> Prompt:
     queries = queries[:, :, start:]  # [R, H_q, min(W, T), D]
     part = replace(whole, query=queries, keys=keys, values=values, logsumexp=logsumexp, memo={})
     question_tokens = None if r.question_tokens is None else r.question_tokens[0] or None
-    return replace(part, seen=r.tokens_seen, rows=r.index, text_seeds=r.text_seeds, question_tokens=question_tokens)
+    return replace(part, seen=r.tokens_seen, text_seeds=r.text_seeds, question_tokens=question_tokens)
