@@ -106,7 +106,8 @@ def random_ids(batch: int, length: int) -> torch.Tensor:
 
 def step_bytes(model, method: Method, ids: torch.Tensor, steps: int) -> float:
     """Bytes that a decode step must read, on average over the steps: the weights once, and every row's cache."""
-    first, last = (method.bytes_read_formula(model, ids.shape[1], n) for n in (0, steps))
+    read = method.read_formula(model)
+    first, last = (read(ids.shape[1], n) for n in (0, steps))
     return weight_bytes_read(model) + ids.shape[0] * (first + last) / 2
 
 

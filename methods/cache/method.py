@@ -10,7 +10,7 @@ The cache works with ``model.generate`` and with :mod:`kvbench.runners.engine`: 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -207,7 +207,7 @@ class Method(Options):
                 cache_layer = CacheLayer(place, count, self.policy, next(states), next(storage))
             else:
                 local = LocalAttention(span)
-                state = local.new_state(self._model_layer(model, owner, place, count))
+                state = local.new_state(self._model_layer(model, owner, place, count, tokenizer))
                 cache_layer = CacheLayer(place, count, local, state, Dense().new_layers(1)[0], span)
             cache_layer.model_layer = owner
             layers.append(cache_layer)
@@ -218,9 +218,7 @@ class Method(Options):
             narrow_between_layers(model, cache, self.name)
         return cache
 
-    def _model_layer(
-        self, model: PreTrainedModel, owner: int, place: int, count: int, tokenizer: Any = None
-    ) -> ModelLayer:
+    def _model_layer(self, model: PreTrainedModel, owner: int, place: int, count: int, tokenizer: Any) -> ModelLayer:
         """A layer of the model as its policy sees it; see :class:`..policies.model_layer.ModelLayer`."""
         rotary = partial(rotary_of, model, owner, self.name)
         output_weights = partial(output_weights_of, model, owner, self.name)
@@ -230,17 +228,20 @@ class Method(Options):
         """Return the expected bytes of one sequence after a prompt and ``new_tokens`` generated tokens."""
         return self._bytes(shape, [1] * shape.layers, prompt_length, new_tokens)
 
-    def bytes_read_formula(self, model: PreTrainedModel, prompt_length: int, new_tokens: int = 0) -> int:
-        """Return the bytes a decode step reads: each cache layer once per layer of the model that attends over it."""
+    def read_formula(self, model: PreTrainedModel) -> Callable[..., int]:
+        """Return the bytes a decode step reads, as a function of the prompt's length and the new tokens (0).
+
+        Each cache layer counts once per layer of the model that attends over it.
+        """
         plan, shape = plan_of(model.config.get_text_config()), model_shape(model)
         readers = {
             span: sum(plan.cache_layer.count(n) for n, s in enumerate(plan.spans) if s == span) for span in plan.spans
         }
         shape = replace(shape, local=tuple(replace(x, layers=readers[x.span]) for x in shape.local))
-        return self._bytes(shape, plan.consumers(FULL), prompt_length, new_tokens, read=True)
+        return partial(self._bytes, shape, plan.consumers(FULL), read=True)
 
     def _bytes(
-        self, shape: KVShape, repeats: Sequence[int], prompt_length: int, new_tokens: int, read: bool = False
+        self, shape: KVShape, repeats: Sequence[int], prompt_length: int, new_tokens: int = 0, read: bool = False
     ) -> int:
         """Return the bytes by the formula, counting full-attention layer ``l`` ``repeats[l]`` times."""
         tokens = self.policy.kept_tokens(prompt_length, new_tokens, shape.layers)

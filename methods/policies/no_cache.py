@@ -5,6 +5,7 @@ Attention time per token grows with the square of the length, against linearly w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -67,8 +68,8 @@ class NoCache(Method):
         reset_rope(model)
         return NoCacheState(layout_of(model).plan)
 
-    def bytes_read_formula(self, model: PreTrainedModel, prompt_length: int, new_tokens: int = 0) -> int:
-        return 0
+    def read_formula(self, model: PreTrainedModel) -> Callable[..., int]:
+        return lambda prompt_length, new_tokens=0: 0
 
     def bytes_formula(self, shape: KVShape, prompt_length: int, new_tokens: int = 0) -> int:
         return 0

@@ -88,7 +88,8 @@ def memory_pass(job: Job, session: Session | None = None) -> dict[str, Any]:
     memory = memory_of(loaded, batch, meter)
     shape, full = model_shape(model), full_shape(model, job.method.sharing)
     lengths, steps = [len(r.prompt) for r in batch.requests], batch.steps - 1
-    formula = sum(job.method.bytes_read_formula(model, n, steps) for n in lengths)
+    read = job.method.read_formula(model)
+    formula = sum(read(n, steps) for n in lengths)
     peaks = {"at_rest": memory.at_rest, "peak_prefill": memory.peak_prefill, "peak_decode": memory.peak_decode}
     return {
         "cache_layers": describe_layers(model),

@@ -212,12 +212,12 @@ def bytes_read_per_step(work: Sequence[Batch], model: PreTrainedModel, method: M
     The caches are counted by the formula (each layer reads K/V that it shares), halfway between the first and the last
     step of a batch.
     """
-    weights = weight_bytes_read(model)
+    weights, read = weight_bytes_read(model), method.read_formula(model)
     total = 0.0
     for batch in work:
         lengths = [len(r.prompt) for r in batch.requests]
-        first = sum(method.bytes_read_formula(model, n) for n in lengths)
-        last = sum(method.bytes_read_formula(model, n, batch.steps - 1) for n in lengths)
+        first = sum(read(n) for n in lengths)
+        last = sum(read(n, batch.steps - 1) for n in lengths)
         total += (batch.steps - 1) * (weights + (first + last) / 2)
     return total / sum(batch.steps - 1 for batch in work)
 

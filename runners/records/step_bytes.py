@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -38,9 +39,9 @@ def step_bytes(
     counts = Counter(steps)
     shape, full = model_shape(model), full_shape(model, method.sharing)
     formulas: tuple[Callable[[int, int], int], ...] = (
-        lambda prompt, new: method.bytes_formula(shape, prompt, new),
-        lambda prompt, new: method.bytes_read_formula(model, prompt, new),
-        lambda prompt, new: BASELINE.bytes_formula(full, prompt, new),
+        partial(method.bytes_formula, shape),
+        method.read_formula(model),
+        partial(BASELINE.bytes_formula, full),
     )
     weights = list(counts.values())
     means = [fmean((formula(*step) for step in counts), weights) for formula in formulas]

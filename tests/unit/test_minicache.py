@@ -244,7 +244,7 @@ def test_bytes_read_count_shared_tensors_once_per_layer(text):
         for merged in (pair.keys, pair.values):
             read += sum(t.nbytes for t in merged.directions.tensors()) + merged.retained.nbytes
             read += merged.magnitudes.used[layer_of_pair].nbytes + merged.unmerged[layer_of_pair].nbytes
-    assert method.bytes_read_formula(model, length) == read
+    assert method.read_formula(model)(length) == read
     assert read > method.bytes_formula(kv_shape(model.config, model.dtype), length)
 
 

@@ -108,7 +108,7 @@ def test_bytes_held_and_read_match_the_formulas(batch, length, reads):
     assert cache.kv_bytes_stored == batch * method.bytes_formula(shape, length)
     decode(model, cache, torch.arange(batch))
     assert cache.kv_bytes_logical == batch * method.bytes_formula(shape, length, 1)
-    assert cache.kv_bytes_read_per_step == batch * method.bytes_read_formula(model, length, 1)
+    assert cache.kv_bytes_read_per_step == batch * method.read_formula(model)(length, 1)
     if reads < length:
         assert cache.kv_bytes_read_per_step < cache.kv_bytes_logical / 1.4
 

@@ -241,7 +241,7 @@ def test_encoding_passes_are_set_per_method():
 def test_bytes_read_count_shared_layers_once_per_reader():
     for sharing, layers in ((CLA(2), 6), (YOCO(window=8), 3), (LCKV(2), 6)):
         model = shared_model(sharing)
-        read = Method("full").bytes_read_formula(model, 30)
+        read = Method("full").read_formula(model)(30)
         a_token = 2 * 2 * 8 * 8
         assert read == layers * 30 * a_token + (6 - layers) * 7 * a_token
 
