@@ -17,11 +17,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from ..conf.errors import InputError
 from .checks import problem_of
+from .costs import KV_BYTES, STEP_BYTES, costs_of
 from .entries import read_record
 from .older_intervals import METHOD, with_older_intervals
 from .repetitions import of_repetitions
@@ -30,8 +30,6 @@ from .summaries import with_current_statistics
 
 TOLERANCE = 1e-9
 """Largest relative difference: numbers may have been added up in another order."""
-KV_BYTES = tuple(f"kv_bytes_{kind}" for kind in ("stored", "stored_end", "logical", "formula", "full"))
-STEP_BYTES = tuple(f"kv_bytes_{kind}" for kind in ("mean", "read_mean", "full_mean"))
 OTHER_FOLDER = "of differences to a run that is not here"
 UNNAMED_SETS = "of averages whose data sets the record does not name"
 
@@ -204,15 +202,9 @@ def _of_samples(record: Mapping[str, Any], rows: Rows, baseline: Any, found: Ver
     if record["scores"].keys() != computed["scores"].keys():
         yield f"scores is of {', '.join(record['scores'])}: {source} {', '.join(computed['scores'])}"
         return
-    stored, full = (sum(row[key] for row in rows) for key in ("kv_bytes_stored", "kv_bytes_full"))
     expected: dict[str, Any] = {
-        "bytes": {
-            **{key: fmean(row[key] for row in rows) for key in KV_BYTES},
-            "kv_ratio": stored / full,
-            **_means_over_steps(rows),
-        },
-        "prompt_tokens": fmean(row["prompt_tokens"] for row in rows),
-        **({"further_forwards": _further_forwards(rows)} if "further_forwards" in record else {}),
+        **({"further_forwards": None} if "further_forwards" in record else {}),  # a record has them if its rows do
+        **costs_of(rows),
         "averages": {name: made for name, made in computed["averages"].items() if "of" in record["averages"][name]},
         **({"interval": computed["interval"]} if "method" in record["average"] else {}),
         **with_older_intervals(record, computed, scores, baseline),
@@ -224,20 +216,6 @@ def _of_samples(record: Mapping[str, Any], rows: Rows, baseline: Any, found: Ver
     for path, estimate in _estimates(record):
         if estimate["low"] is not None and not estimate["low"] - 1e-9 <= estimate["mean"] <= estimate["high"] + 1e-9:
             yield f"{path} has its mean {estimate['mean']:g} outside of [{estimate['low']:g}, {estimate['high']:g}]"
-
-
-def _means_over_steps(rows: Rows) -> dict[str, float]:
-    """Bytes that are recorded as means over the steps; rows of older runs lack them."""
-    if not all(key in row for row in rows for key in STEP_BYTES):
-        return {}
-    means = {key: fmean(row[key] for row in rows) for key in STEP_BYTES}
-    return {**means, "kv_ratio_mean": means["kv_bytes_mean"] / means["kv_bytes_full_mean"]}
-
-
-def _further_forwards(rows: Rows) -> dict[str, float]:
-    """Return the field ``further_forwards`` of a record."""
-    keys = {"forwards_per_prompt": "further_forwards", "tokens_per_prompt": "further_forward_tokens"}
-    return {field: fmean(row[key] for row in rows) for field, key in keys.items()}
 
 
 def _count_intervals(record: Mapping[str, Any], expected: Mapping[str, Any], found: Verification) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..analysis.costs import FURTHER_FORWARDS
 from ..conf.errors import InputError
 from ..methods.cache.fan_out import FanOutCache
 from ..methods.cache.method import Method
@@ -17,7 +18,6 @@ from ..models.pretrained import input_device
 from ..tasks.base import Continuations, Example, Likelihood, Reply, Task, cut_at, find_question, question_length
 from .engine import Sampling, generate, left_padded, score
 from .records.runs import BASELINE
-from .records.samples import FURTHER_FORWARDS
 from .stopping import stop_ids, stops
 
 

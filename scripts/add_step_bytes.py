@@ -21,12 +21,13 @@ from typing import Any
 import torch
 import yaml
 
+from kvbench.analysis.costs import STEP_BYTES, means_over_steps
 from kvbench.conf.errors import InputError
 from kvbench.methods.cache.layout import model_shape
 from kvbench.methods.cache.method import Method
 from kvbench.models.embedded import Embedded
 from kvbench.runners.config.methods import named_method, paired_methods
-from kvbench.runners.records.step_bytes import STEP_BYTES, means_over_steps, step_bytes
+from kvbench.runners.records.step_bytes import step_bytes
 
 MODEL = "smollm2-135m"
 PARTS = {"adaptive": "allocator=adaptive storage=ragged", "kivi4": "storage=kivi4"}

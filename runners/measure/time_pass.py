@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ...analysis.costs import further_forwards
 from ...methods.cache.compression import marked_by
 from ...methods.cache.kernel_use import PYTORCH, STEP_ATTENTION, forget_implementations
 from ...methods.cache.method import Method
 from ...methods.policies.policy import FurtherForwards
 from ..engine.step import EAGER
-from ..records.samples import further_forwards
 from .bandwidth import copy_bandwidth
 from .clock import Stopwatch
 from .job import Batch, Job, LoadedJob

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
+from ...analysis.costs import KV_BYTES, STEP_BYTES
 from ...conf.errors import InputError
 from ...tasks.base import PERCENT, Example, Task
 from .record import START_OVER, RunFolder, example_key
-from .step_bytes import STEP_BYTES
 
-KV_BYTES = tuple(f"kv_bytes_{kind}" for kind in ("stored", "stored_end", "logical", "formula", "full"))
-FURTHER_FORWARDS = ("further_forwards", "further_forward_tokens")
-"""Forwards that a method took for the example after the prefill, and their tokens; only where it makes any."""
 MEASURED = ("score", "prompt_tokens", *KV_BYTES)
 """Numbers that every row has."""
 
@@ -66,13 +62,3 @@ def _problem_of(row: Mapping[str, Any], task: Task, label: str) -> str | None:
     if task.unit == PERCENT and row["score"] > 1:
         return f"has score={row['score']!r}, which is no share of 1"
     return None
-
-
-def further_forwards(each: Sequence[Sequence[int]]) -> dict[str, dict[str, float]]:
-    """Return the field ``further_forwards`` of a record, given forwards and tokens of each prompt, if any."""
-    means = [fmean(values) for values in zip(*each, strict=True)]
-    return (
-        {"further_forwards": dict(zip(("forwards_per_prompt", "tokens_per_prompt"), means, strict=True))}
-        if means
-        else {}
-    )

@@ -6,17 +6,16 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
 from typing import Any
 
+from ...analysis.costs import costs_of
 from ...analysis.load import SAMPLES
 from ...analysis.stats import PERCENT_BOUNDS
 from ...analysis.summaries import difference, summarize
 from ...tasks.base import PERCENT, Example, Source, Task
 from ..config.settings import Settings
 from .runs import MethodRun, find_reusable_runs, finished_baseline, record_head
-from .samples import FURTHER_FORWARDS, KV_BYTES, checked_rows, further_forwards
-from .step_bytes import means_over_steps
+from .samples import checked_rows
 
 log = logging.getLogger(__name__)
 
@@ -118,13 +117,7 @@ class ScoredRun(MethodRun):
             **({} if task.unit == PERCENT else {"unit": task.unit}),
             **({"shown": {key: getattr(task, key) for key in task.shown}} if task.shown else {}),
             **summarize(scores, bounds, task.averages(list(scores))),
-            "bytes": {
-                **{key: fmean(r[key] for r in rows) for key in KV_BYTES},
-                "kv_ratio": sum(r["kv_bytes_stored"] for r in rows) / sum(r["kv_bytes_full"] for r in rows),
-                **means_over_steps(rows),
-            },
-            "prompt_tokens": fmean(r["prompt_tokens"] for r in rows),
-            **further_forwards([[row[key] for key in FURTHER_FORWARDS if key in row] for row in rows]),
+            **costs_of(rows),
         }
 
 

@@ -7,25 +7,22 @@ example of a batch, where a measurement knows only the whole batch, and costs no
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from statistics import fmean
-from typing import Any
 
 from transformers import PreTrainedModel
 
+from ...analysis.costs import STEP_BYTES
 from ...methods.cache.layout import full_shape, model_shape
 from ...methods.cache.method import Method
 from .runs import BASELINE
-
-STEP_BYTES = ("kv_bytes_mean", "kv_bytes_read_mean", "kv_bytes_full_mean")
-"""Fields of ``samples.jsonl`` and of a record's ``bytes``; runs recorded before 2026-11-28 lack them."""
 
 
 def step_bytes(
     method: Method, model: PreTrainedModel, steps: Iterable[tuple[int, int]], padding: int = 0
 ) -> dict[str, int]:
-    """Return the fields :data:`STEP_BYTES` of one example, in bytes of one sequence.
+    """Return the fields :data:`...analysis.costs.STEP_BYTES` of one example, in bytes of one sequence.
 
     Args:
         method: The method of the run.
@@ -47,11 +44,3 @@ def step_bytes(
     means = [fmean((formula(*step) for step in counts), weights) for formula in formulas]
     added = (padding, padding, 0)
     return {name: round(mean + more) for name, mean, more in zip(STEP_BYTES, means, added, strict=True)}
-
-
-def means_over_steps(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the fields :data:`STEP_BYTES` and ``kv_ratio_mean`` of a record, if all of its rows have the former."""
-    if not all(key in row for row in rows for key in STEP_BYTES):
-        return {}
-    means = {key: fmean(row[key] for row in rows) for key in STEP_BYTES}
-    return {**means, "kv_ratio_mean": means["kv_bytes_mean"] / means["kv_bytes_full_mean"]}

@@ -8,10 +8,11 @@ import pytest
 import torch
 from tiny_models import prompt_ids, tiny_model
 
+from kvbench.analysis.costs import means_over_steps
 from kvbench.runners.config.methods import named_method
 from kvbench.runners.engine import decode, prefill
 from kvbench.runners.evaluate_batch import Item
-from kvbench.runners.records.step_bytes import means_over_steps, step_bytes
+from kvbench.runners.records.step_bytes import step_bytes
 from kvbench.tasks.base import Continuations
 
 LENGTH, NEW = 40, 9
