@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from ..held import share_read
 from ..load import Run, average, fewer_is_better, setting
 from .front import front_members
 from .quality_draw import costs_and_merits, draw_quality
@@ -174,8 +175,7 @@ def _memory(group: Sequence[Run], context: Context) -> tuple[str, list[float | N
         reason = "holds no cache, which has no place on a logarithmic axis"
         label = f"{what}, % of the full one"
     elif context.options.x == "read":
-        sizes = [run.record["bytes"] for run in group]
-        xs = [100 * size.get("kv_bytes_read_mean", 0.0) / size.get("kv_bytes_full_mean", 1.0) or None for size in sizes]
+        xs = [100 * (share_read(run) or 0.0) or None for run in group]
         reason = "reads no cache, or its record does not say how much"
         label = "KV cache that a step reads, % of the full one"
     else:

@@ -8,16 +8,17 @@ from itertools import chain
 from typing import Any
 
 from ..describe import setting
+from ..held import reads_another_part, share_held, share_read
 from ..load import Run, average, fewer_is_better
 from ..stats import LEVEL, Comparison, Estimate, non_inferior
-from .cells import MIB, MISSING, Cell, Table, interval, label, number, out_of_memory_row, run_hash, score
-from .held import READ, percent, reads_another_part, share_held, share_read
+from .cells import MIB, MISSING, Cell, Table, interval, label, number, out_of_memory_row, percent, run_hash, score
 from .longbench import family, paper_order, short_name
 from .marks import (
     BEST,
     BLOCKS,
     DAGGER,
     FLOOR_MARK,
+    READ,
     Tests,
     at_the_floor,
     bold,

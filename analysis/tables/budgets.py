@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..held import reads_another_part, share_held, share_read
 from ..load import Run, average, comparable, fewer_is_better
 from .accuracy import title
-from .cells import Cell, Table, fixed, label, older_sign
-from .held import READ, percent, reads_another_part, share_held, share_read
-from .marks import BEST, BLOCKS, DAGGER, EQUAL_BYTES, Tests, in_blocks, members_of, significant, tests_of
+from .cells import Cell, Table, fixed, label, older_sign, percent
+from .marks import BEST, BLOCKS, DAGGER, EQUAL_BYTES, READ, Tests, in_blocks, members_of, significant, tests_of
 from .notes import different_layers, guards, made_by, missing_sets, older_versions, tie_rules, ways_of_reading
 from .reference import FULL_CACHE, Reference
 

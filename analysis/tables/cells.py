@@ -130,6 +130,11 @@ def fixed(value: float, form: str) -> str:
     return text if text.strip("+-0.,") else format(0.0, form.removeprefix("+"))
 
 
+def percent(share: float | None) -> Cell:
+    """A share as a cell."""
+    return MISSING if share is None else number(100 * share, 1, " %")
+
+
 def number(value: float, digits: int, unit: str = "") -> Cell:
     """A number with its unit."""
     return Cell(f"{value:.{digits}f}{unit}", value)

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..held import held_bytes
 from ..load import Run, fewer_is_better
 from ..stats import LEVEL, Comparison, Estimate, Groups, not_worse_than_best, paired_difference
 from ..summaries import compare_all, score_bounds, shares_examples
 from .cells import Cell, Table
-from .held import held_bytes
 
 EQUAL_BYTES = 0.05
 """Largest relative difference of the bytes of methods that are compared as if they kept the same."""
@@ -27,6 +27,9 @@ MAX_TESTED = 2000
 
 BLOCKS = f"Rows between two rules keep equal bytes, to within {100 * EQUAL_BYTES:g} %."
 BEST = "Bold: the best of them and all that do not differ significantly from it, if any does."
+
+
+READ = "KV read: bytes of the cache that a step reads, of what it reads of the full cache's."
 
 
 def significant(reference: str) -> str:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..load import Run
-from .cells import MISSING, Cell, number
-
-READ = "KV read: bytes of the cache that a step reads, of what it reads of the full cache's."
+from .load import Run
 
 
 def held_bytes(run: Run) -> float:
@@ -26,11 +23,6 @@ def share_read(run: Run) -> float | None:
     """Share of the full cache's bytes that a step reads, on average; None in older records."""
     held = run.record["bytes"]
     return float(held["kv_bytes_read_mean"] / held["kv_bytes_full_mean"]) if "kv_bytes_read_mean" in held else None
-
-
-def percent(share: float | None) -> Cell:
-    """A share as a cell."""
-    return MISSING if share is None else number(100 * share, 1, " %")
 
 
 def reads_another_part(runs: Sequence[Run]) -> bool:
