@@ -17,9 +17,7 @@ from .ranking import keep_mask
 from .scorers.base import Scorer
 
 
-def compress_stored(
-    allocator: Allocator, scorer: Scorer, states: Sequence[EvictionState], keeps_ranks: bool = False
-) -> None:
+def compress_stored(allocator: Allocator, scorer: Scorer, states: Sequence[EvictionState], keeps_ranks: bool) -> None:
     """Distribute the budget over layers and heads and compress the stored prompt of each layer.
 
     Args:

@@ -67,7 +67,8 @@ class EvictionState:
         windows: Number of the last queries that re-score each row.
         intervals: Number of decode steps between evictions of each row.
         seen: Number of real tokens that each row has seen.
-        prompt_seeds: Hashes [R] of the prompts of each length, until :meth:`begin_texts`.
+        prompt_seeds: Places [R] of rows in the batch (None: all of it) and hashes [R] of their prompts, until
+            :meth:`begin_texts`.
         text_seeds: [B] int64, hashes of all prompts, 0 where unknown.
         steps: Decode steps so far.
         is_static: Whether the layer's tensors have their final shapes and are modified in place.

@@ -156,7 +156,7 @@ class CachePolicy(HasIdentity):
         return Kept()
 
     def stored_keys(self, keys: torch.Tensor, slots: torch.Tensor, length: int, state: Any) -> torch.Tensor:
-        """Return the keys to store for the kept tokens, [R, H, C, D]: as they are, or rotated to other positions.
+        """Return the keys to store for the kept tokens, [R, H, C, D]: unchanged, or rotated to other positions.
 
         Args:
             keys: [R, H, C, D], keys of the kept tokens.

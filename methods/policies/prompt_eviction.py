@@ -54,10 +54,11 @@ class PromptEviction(CachePolicy):
     schedule: Schedule = field(default=None, kw_only=True)  # type: ignore[assignment]
     sinks: NonNegativeInt = field(default=None, kw_only=True)  # type: ignore[assignment]
     recent: Recent = field(default=None, kw_only=True)  # type: ignore[assignment]
+    _observes_question: bool = field(init=False, repr=False, compare=False)  # unless `recent` is given
 
     def __post_init__(self) -> None:
-        scorer, recent_is_given = self.scorer, self.recent is not None
-        object.__setattr__(self, "_recent_is_given", recent_is_given)
+        scorer = self.scorer
+        object.__setattr__(self, "_observes_question", scorer.observes_question and self.recent is None)
         defaults = {
             "schedule": scorer.default_schedule,
             "sinks": scorer.protected_sinks(),
@@ -69,7 +70,9 @@ class PromptEviction(CachePolicy):
         super().__post_init__()
         self._check_protected()
         if self.allocator.spans_layers and scorer.repositions:
-            problem = "moves keys as they are stored, and method/allocator=global chooses among stored ones; use false"
+            problem = (
+                "moves keys when they are stored, which is before method/allocator=global chooses among them; use false"
+            )
             raise InputError("method.scorer.reposition", True, problem)
         if self.allocator.heads_differ and scorer.scores_heads_alike:
             raise InputError(
@@ -233,12 +236,6 @@ class PromptEviction(CachePolicy):
     def _scores_while_decoding(self) -> bool:
         schedule = self.schedule
         return schedule.interval is not None and schedule.evicts_by == "score"
-
-    @property
-    def _observes_question(self) -> bool:
-        """Whether the last tokens that are always kept are the question's, where its length is known."""
-        given: bool = self._recent_is_given  # type: ignore[attr-defined]
-        return self.scorer.observes_question and not given
 
     def recent_of(self, budget: int, question_tokens: int | None = None) -> int:
         """Return the number of last tokens that are always kept within a layer's budget."""

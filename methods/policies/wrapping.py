@@ -25,6 +25,22 @@ class WrappingScorer(Scorer):
         return [self, *self.scorer.chain()]
 
     @property
+    def prefill_only(self) -> bool:  # type: ignore[override]
+        """As the other scorer."""
+        return self.scorer.prefill_only
+
+    @property
+    def may_be_negative(self) -> bool:  # type: ignore[override]
+        """As the other scorer."""
+        return self.scorer.may_be_negative
+
+    @property
+    def weighs_values(self) -> str:
+        """As the other scorer, whose setting it is."""
+        setting = self.scorer.weighs_values
+        return f"scorer.{setting}" if setting else ""
+
+    @property
     def observation_window(self) -> int:
         return self.scorer.observation_window
 

@@ -171,7 +171,9 @@ def test_after_a_prompt_steps_are_those_behind_the_kept_tokens(reposition):
 
 
 def test_moved_keys_need_a_prompt_that_is_compressed_layer_by_layer():
-    with pytest.raises(InputError, match=r"method\.scorer\.reposition=True: moves keys as they are stored"):
+    with pytest.raises(
+        InputError, match=r"method\.scorer\.reposition=True: moves keys when they are stored, which is before"
+    ):
         named_method("finch allocator=global storage=ragged")
     assert named_method("finch allocator=global storage=ragged scorer.reposition=false")
 

@@ -44,22 +44,6 @@ class ChunkKV(WrappingScorer):
             problem = "is more than a score of each token of a prompt; use snapkv or another one"
             raise InputError("method/scorer@method.scorer.scorer", self.scorer.name, problem)
 
-    @property
-    def prefill_only(self) -> bool:  # type: ignore[override]
-        """As the other scorer."""
-        return self.scorer.prefill_only
-
-    @property
-    def may_be_negative(self) -> bool:  # type: ignore[override]
-        """As the other scorer."""
-        return self.scorer.may_be_negative
-
-    @property
-    def weighs_values(self) -> str:
-        """As the other scorer, whose setting it is."""
-        setting = self.scorer.weighs_values
-        return f"scorer.{setting}" if setting else ""
-
     def score(self, prompt: Prompt, state: Any) -> torch.Tensor:
         scores = self.scorer.score(prompt, state).float().sum(dim=1, keepdim=True)  # [R, 1, T]
         length, chunk = prompt.length, self.chunk if prompt.length >= self.chunk else 1
