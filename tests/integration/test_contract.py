@@ -97,6 +97,7 @@ VARIANTS = [
     "chunkkv scorer@method.scorer.scorer=key_diff scorer.chunk=5 schedule=every_n schedule.n=4",
     "chunkkv scorer@method.scorer.scorer=expected_attention scorer.chunk=5",
     "chunkkv scorer.scorer.granularity=query_head scorer.chunk=5 scorer.scorer.window=8 allocator=pyramid",
+    "key_norm allocator=whole_layers allocator.first=1",
 ]
 METHODS = NAMES + VARIANTS
 SLOW = {*VARIANTS} - {*VARIANTS[::3]}

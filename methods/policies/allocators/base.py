@@ -27,7 +27,8 @@ class Allocator(HasIdentity):
         """Return the number of tokens that each layer keeps per head, on average over its heads.
 
         Args:
-            budget: Mean over the layers, protected tokens included; below ``prompt_length``.
+            budget: As configured, protected tokens included; below ``prompt_length``. The mean over the layers, but
+                for allocators that say otherwise.
             protected: Number of last tokens that every layer keeps, at most ``budget``.
             prompt_length: Tokens of the prompt.
             layers: Number of layers that the method works on.

@@ -1,7 +1,7 @@
 """L2 norm of keys (Devoto et al., 2024, arXiv 2406.11430, section 3): keep the tokens whose keys have the lowest norm.
 
 Keys of low norm tend to receive much attention, so the norm ranks tokens without queries. The paper leaves the first
-two layers uncompressed; here all layers are compressed in the same way.
+two layers uncompressed, which is the allocator ``whole_layers``; by default all layers are compressed in the same way.
 """
 
 from __future__ import annotations
