@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from .allocators.base import Allocator
 from .eviction_state import Candidates, EvictionState, slots_in_use
-from .prompt_ranks import prompt_ranks
+from .prompt_ranks import prompt_ranks, shared_ranks
 from .ranking import keep_mask
 from .scorers.base import Scorer
 
@@ -30,15 +30,17 @@ def compress_stored(allocator: Allocator, scorer: Scorer, states: Sequence[Evict
     assert len(prompts) == len(states)
     masks = [slots_in_use(p.storage, p.storage.read()[0].shape[1]).clone() for p in prompts]  # [B, H, S] per layer
     for group in zip(*(state.candidates for state in states), strict=True):  # all layers, rows of one prompt length
-        budgets = _budgets(allocator, group)
-        for state, keep, c, budget in zip(states, masks, group, budgets, strict=True):
-            ranked, ties_of_ranked = scorer.ranking_scores(c.scores, c.ties, budget)
-            best = keep_mask(ranked, budget, ties_of_ranked)  # [R, H, N]
+        ranked, best = [], []  # scores and ties, and bool [R, H, N], per layer
+        for keep, c, budget in zip(masks, group, _budgets(allocator, group), strict=True):
+            ranked.append(scorer.ranking_scores(c.scores, c.ties, budget))
+            best.append(keep_mask(ranked[-1][0], budget, ranked[-1][1]))
             rows = slice(None) if c.rows is None else c.rows
-            keep[rows, :, keep.shape[2] - c.length :] = F.pad(best, (c.sinks, c.recent), value=True)
-            if keeps_ranks and state.scores is not None:
-                rank = prompt_ranks(ranked, ties_of_ranked, c.sinks, c.recent)  # [R, H, T]
-                state.scores[rows, :, keep.shape[2] - c.length :] = rank
+            keep[rows, :, keep.shape[2] - c.length :] = F.pad(best[-1], (c.sinks, c.recent), value=True)
+        if keeps_ranks:
+            for state, c, rank in zip(states, group, _ranks(allocator, group, ranked, best), strict=True):
+                assert state.scores is not None
+                rows = slice(None) if c.rows is None else c.rows
+                state.scores[rows, :, state.scores.shape[2] - c.length :] = rank
     for state, prompt, keep in zip(states, prompts, masks, strict=True):
         state.evict(prompt.storage, keep, compact_now=True)
         state.candidates = []
@@ -51,3 +53,22 @@ def _budgets(allocator: Allocator, group: Sequence[Candidates]) -> list[torch.Te
     if allocator.heads_differ:
         return [allocator.head_budgets(c.scores, c.free, c.ties, c.sinks + c.recent) for c in group]
     return [torch.full(c.scores.shape[:2], c.free, device=c.scores.device) for c in group]
+
+
+def _ranks(
+    allocator: Allocator,
+    group: Sequence[Candidates],
+    ranked: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+    kept: Sequence[torch.Tensor],
+) -> list[torch.Tensor]:
+    """Return the ranks [R, H, T] of each layer, among all heads that share a budget; see :mod:`.prompt_ranks`."""
+    if not allocator.heads_differ:
+        return [prompt_ranks(*one, c.sinks, c.recent) for one, c in zip(ranked, group, strict=True)]
+    layers = range(len(group))
+    ranks = []
+    for members in [layers] if allocator.spans_layers else [[layer] for layer in layers]:
+        c = group[members[0]]
+        scores, ties = zip(*(ranked[layer] for layer in members), strict=True)
+        n_sure = allocator.sure_of_each_head(c.free, c.sinks + c.recent)
+        ranks += shared_ranks(scores, ties, [kept[layer] for layer in members], n_sure, c.sinks, c.recent)
+    return ranks

@@ -38,7 +38,7 @@ from .eviction_state import Candidates, EvictionState, StoredPrompt
 from .model_layer import ModelLayer
 from .policy import FurtherForwards, PolicyCapabilities, Step
 from .prompt_eviction import PromptEviction
-from .prompt_ranks import with_newest
+from .prompt_ranks import evict_by_rank
 from .repetition import RepetitionResult, scores_by_repetition, stored_prompts
 
 if TYPE_CHECKING:
@@ -152,10 +152,13 @@ class EvictionPolicy(PromptEviction):
         limits = [self.limits(n, layer.count)[layer.place] for n in lengths.tolist()]
         state.limit = torch.tensor(limits, device=lengths.device)[:, None]  # [B, 1]
         state.recent = torch.tensor([[self.recent_of(n)] for n in limits], device=lengths.device)
-        if self.allocator.heads_differ:  # a prompt within the budget was not ranked, so its heads get equal limits
+        state.max_limit = max(limits)
+        if self.keeps_ranks:
+            state.position = lengths[:, None, None].float()
+        elif self.allocator.heads_differ:  # a prompt within the budget was not ranked: its heads get equal limits
             tokens = state.prompt.storage.tokens  # [B, 1 or H]
             state.limit = torch.where(lengths[:, None] > state.limit, tokens, state.limit)
-        state.max_limit = max(limits) if not self.allocator.heads_differ else int(state.limit.max())
+            state.max_limit = int(state.limit.max())
         state.begin_texts(lengths)
         state.intervals = [self._steps_between(n) for n in state.seen]
         state.store_prompt_queries(state.prompt.queries, [self._queries_held(n) for n in state.seen])
@@ -192,9 +195,7 @@ class EvictionPolicy(PromptEviction):
             n_evictable = (state.limit - state.recent)[..., None]  # [B, 1 or H, 1], tokens before the ring
             evict_one(state, storage, equal_scores, n_evictable, compact_now=step.valid is not None)
         elif self.keeps_ranks:
-            state.store_scores(with_newest(state, storage))
-            assert state.scores is not None
-            evict_one(state, storage, state.scores, self.sinks, compact_now=step.valid is not None)
+            evict_by_rank(state, storage, self.sinks, real, self.allocator.heads_differ)
         elif self.follows_attention:
             # Score by the attention weights of this step: the running scores get an entry for the new token.
             weights, previous = step_weights(state, storage), state.scores  # weights [B, H, g, S]
@@ -240,7 +241,10 @@ class EvictionPolicy(PromptEviction):
         batch, heads = state.limit.shape[0], storage.read()[0].shape[1]
         mask_heads = 1 if self.scorer.scores_heads_alike else heads
         extra_slots = COMPACTION_INTERVAL_STEPS if self._evicts_in_step else max(state.intervals)
-        state.move_scores(storage.make_static_within(state.limit, extra_slots, mask_heads))
+        limit = state.limit
+        if self.keeps_ranks and self.allocator.heads_differ:  # tokens leave other heads than the new ones enter
+            limit = storage.tokens + limit.clamp(max=steps)
+        state.move_scores(storage.make_static_within(limit, extra_slots, mask_heads))
         state.is_static = True
         if self.stores_scores or (self.follows_attention and not self._evicts_in_step):
             scores = torch.zeros(batch, mask_heads, storage.slots, device=state.limit.device)
@@ -249,7 +253,7 @@ class EvictionPolicy(PromptEviction):
             state.scores = scores
 
     def static_state(self, state: EvictionState) -> list[torch.Tensor]:
-        return self.state_tensors(state)
+        return self.state_tensors(state) + ([] if state.position is None else [state.position])
 
     def between_steps(self, state: EvictionState, storage: LayerStorage) -> None:
         if self.schedule.interval is None:

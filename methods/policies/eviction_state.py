@@ -61,6 +61,7 @@ class EvictionState:
         limit: [B, 1 or H] int64, tokens that each row (or head) may store after an eviction.
         max_limit: The largest limit, on the host.
         recent: [B, 1] int64, number of last tokens that are never evicted.
+        position: [B, 1, 1] float32, position of the next token of each row, if ranks are stored.
         scores: [B, H, S] float32, running scores of a scorer that accumulates, or ranks (:mod:`.prompt_ranks`); None:
             neither.
         queries: [B, H_q, w, D], last queries for re-scoring, the newest last; None: not stored.
@@ -85,6 +86,7 @@ class EvictionState:
     limit: torch.Tensor | None = None
     max_limit: int = 0
     recent: torch.Tensor | None = None
+    position: torch.Tensor | None = None
     scores: torch.Tensor | None = None
     queries: torch.Tensor | None = None
     windows: list[int] = field(default_factory=list)

@@ -25,11 +25,14 @@ from .eviction_state import Candidates, EvictionState
 from .merging import Merging
 from .model_layer import ModelLayer
 from .policy import CachePolicy, Kept
-from .prompt_ranks import prompt_ranks
+from .prompt_ranks import prompt_ranks, shared_ranks
 from .ranking import indices_of, keep_mask
 from .schedules.after_prefill import AfterPrefill
 from .schedules.base import Schedule
 from .scorers.base import Scorer
+
+SHARED_HOLD_VERSION = 2
+"""Version of ``hold`` for heads that share a budget: before, each of them lost one token at each step."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,8 @@ class PromptEviction(CachePolicy):
             out["allocator"] = self.allocator.identity()
         if self.schedule != scorer.default_schedule:
             prefill_only = scorer.tracks_attention and self.schedule == AfterPrefill()
-            out |= {"prefill_only": True} if prefill_only else {"schedule": self.schedule.identity()}
+            shared = {"version": SHARED_HOLD_VERSION} if self.keeps_ranks and self.allocator.heads_differ else {}
+            out |= {"prefill_only": True} if prefill_only else {"schedule": self.schedule.identity() | shared}
         rescoring = [RESCORING_VERSIONS.get(part.id, 1) for part in scorer.chain()] if self.rescores else []
         number = max([scorer.version, *rescoring])
         return out | ({"version": number} if number > 1 else {}) | {"ties": ranking.RULE}
@@ -191,7 +195,11 @@ class PromptEviction(CachePolicy):
             count = self.allocator.head_budgets(candidates, free, tie_candidates, sinks + recent)  # [R, H]
         candidates, tie_candidates = self.scorer.ranking_scores(candidates, tie_candidates, count)
         keep = F.pad(keep_mask(candidates, count, tie_candidates), (sinks, recent), value=True)  # [R, H or 1, T]
-        if self.keeps_ranks:
+        if self.keeps_ranks and ragged:
+            n_sure = self.allocator.sure_of_each_head(free, sinks + recent)
+            kept = [keep[..., sinks:end]]
+            scores = shared_ranks([candidates], [tie_candidates], kept, n_sure, sinks, recent)[0]
+        elif self.keeps_ranks:
             scores = prompt_ranks(candidates, tie_candidates, sinks, recent)
         if ragged:
             slots, valid = slots_to_keep(keep)  # [R, H, C]

@@ -1,39 +1,106 @@
-"""Ranks of a prompt's tokens, by which a held budget evicts while decoding; see :mod:`.schedules.hold`.
+"""Ranks of tokens, by which a held budget evicts while decoding; see :mod:`.schedules.hold`.
+
+The candidates of a prompt of T tokens rank below its last ``recent`` tokens, whose ranks are their positions, as are
+those of generated tokens. So after a step whose token has position p, a head (or, of heads that share a budget, the
+mean head) holds its budget C if every token ranks above ``p - (C - sinks)`` but the sinks.
 
 Legend: B batch rows, R rows of one prompt length, H stored heads, N candidates, T prompt tokens, S slots.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
 from ..storage.base import LayerStorage
-from .eviction_state import EvictionState
+from .eviction_state import EvictionState, slots_in_use
 from .ranking import sort_keys
 
 
 def prompt_ranks(scores: torch.Tensor, ties: torch.Tensor | None, sinks: int, recent: int) -> torch.Tensor:
-    """Return the ranks of all tokens of a prompt, the lowest to be evicted first: float32 [R, H, T].
+    """Return the ranks of all tokens of a prompt, the lowest of a head to be evicted first: float32 [R, H, T].
 
     Args:
         scores, ties: [R, H, N], see :func:`.ranking.keep_slots`.
         sinks: Number of tokens before the candidates; they are never evicted, whatever their rank.
-        recent: Number of tokens after the candidates, which rank above them, the last one highest.
+        recent: Number of tokens after the candidates.
     """
-    n = scores.shape[2]
     order = sort_keys(scores, ties).sort(dim=-1, descending=True, stable=True).indices  # of equal ones the lower first
-    descending = torch.arange(n - 1, -1, -1, device=scores.device, dtype=torch.float32)
-    rank = torch.empty(order.shape, device=scores.device).scatter(-1, order, descending.expand(order.shape))
-    of_recent = torch.arange(n, n + recent, device=scores.device, dtype=torch.float32)
-    return torch.cat([F.pad(rank, (sinks, 0)), of_recent.expand(*rank.shape[:2], -1)], dim=-1)
+    return _with_protected(_places(order), sinks, recent)
 
 
-def with_newest(state: EvictionState, storage: LayerStorage) -> torch.Tensor:
-    """Return the ranks [B, H, S] after a step of one token per row: the new one ranks above all others."""
-    assert state.scores is not None
-    stored = F.pad(state.scores, (0, storage.slots - state.scores.shape[2]))  # [B, H, S]
-    slot = torch.arange(storage.slots, device=stored.device)
-    end = storage.end
-    last = end - 1 if isinstance(end, int) else end[:, : stored.shape[1], None] - 1  # of all heads if they rank alike
-    return torch.where(slot == last, stored.amax(-1, keepdim=True) + 1, stored)
+def shared_ranks(
+    scores: Sequence[torch.Tensor],
+    ties: Sequence[torch.Tensor | None],
+    kept: Sequence[torch.Tensor],
+    n_sure: int,
+    sinks: int,
+    recent: int,
+) -> list[torch.Tensor]:
+    """Return the ranks [R, H, T] of all tokens in each layer, for heads that share one budget.
+
+    One token a head leaves at each step on average: the lowest-scored of all heads, wherever they are. As many tokens
+    as there are heads have the same rank.
+
+    Args:
+        scores, ties: [R, H, N] of each layer that shares the budget.
+        kept: Bool [R, H, N] per layer, the candidates that the prompt leaves; the ranks of others are below theirs.
+        n_sure: Number of candidates that the allocator keeps in each head; they leave after all others.
+        sinks, recent: See :func:`prompt_ranks`.
+    """
+    heads = [x.shape[1] for x in scores]
+    all_ties = None if ties[0] is None else torch.cat([x for x in ties if x is not None], dim=1)
+    keys, is_kept = sort_keys(torch.cat(list(scores), dim=1), all_ties), torch.cat(list(kept), dim=1)  # [R, all H, N]
+    place = _places(keys.sort(dim=-1, descending=True, stable=True).indices)  # in the head, 0 for its best
+    group = torch.where(place < n_sure, 1 + n_sure - place, 1).masked_fill(~is_kept, 0).flatten(1)
+    order = keys.flatten(1).sort(dim=-1, descending=True, stable=True).indices
+    order = order.gather(-1, group.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices)
+    place = (_places(order) // sum(heads)).unflatten(1, (sum(heads), -1))
+    return [_with_protected(x, sinks, recent) for x in place.split(heads, dim=1)]
+
+
+def _places(order: torch.Tensor) -> torch.Tensor:
+    """Return the place of each entry in ``order``, its inverse along the last dimension."""
+    place = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, place)
+
+
+def _with_protected(place: torch.Tensor, sinks: int, recent: int) -> torch.Tensor:
+    """Return the ranks [R, H, T] for candidates [R, H, N] in these places from the best, and the protected tokens."""
+    n = place.shape[2]
+    position = torch.arange(sinks + n, sinks + n + recent, device=place.device, dtype=torch.float32)
+    rank = F.pad((sinks + n - 1 - place).float(), (sinks, 0))
+    return torch.cat([rank, position.expand(*rank.shape[:2], -1)], dim=-1)
+
+
+def evict_by_rank(
+    state: EvictionState, storage: LayerStorage, sinks: int, real: torch.Tensor | None, shares: bool
+) -> None:
+    """Store the rank of a step's token and evict what ranks too low; its slots are holes until a compaction.
+
+    Args:
+        state, storage: Of the layer.
+        sinks: Number of first tokens that are never evicted.
+        real: Bool [B], False for a row whose token is a pad; None: no pads.
+        shares: Whether heads share the budget, so that each of them loses any number of tokens.
+    """
+    assert state.scores is not None and state.limit is not None and state.recent is not None
+    assert state.position is not None
+    slots, valid, end = storage.slots, storage.valid, storage.end
+    stored = F.pad(state.scores, (0, slots - state.scores.shape[2]))  # [B, 1 or H, S]
+    last = end - 1 if isinstance(end, int) else end[:, : stored.shape[1], None] - 1
+    is_new = torch.arange(slots, device=stored.device) == last
+    if real is not None:
+        is_new = is_new & real[:, None, None]
+    state.store_scores(torch.where(is_new, state.position, stored))
+    state.position += 1 if real is None else real[:, None, None]
+    if slots <= state.max_limit and valid is None and not shares:
+        return
+    newest = state.position - 1  # [B, 1, 1]
+    held = slots_in_use(storage, stored.shape[1])  # [B, 1 or H, S]
+    limit = state.limit[:, :, None]  # [B, 1, 1]
+    n_sinks = (limit - state.recent[:, :, None]).clamp(max=sinks)
+    keep = (state.scores > newest - (limit - n_sinks)) | (held.cumsum(-1) <= n_sinks)
+    state.evict(storage, held & keep, compact_now=real is not None)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..cache.logits import LogitRule
-from .base import LayerStorage, previous_slots
+from .base import LayerStorage, previous_slots, slots_to_keep
 from .planes import as_bytes
 from .segments import Groups, Segments, segment_lengths
 from .static import StaticSegments
@@ -183,10 +183,38 @@ class SegmentedLayer(LayerStorage):
         return previous_slots(tokens, before, torch.zeros_like(tokens), self.slots)
 
     def drop(self, keep: torch.Tensor, compact_now: bool) -> torch.Tensor | None:
-        if self._static is None:
+        of_segments = keep.expand(*self._shape[:2], -1).flatten(0, 1)  # [N, S]
+        if self._static is not None:
+            self._static.drop(of_segments)
+            return self.compact() if compact_now else None
+        counts = of_segments.sum(-1).tolist()
+        per_group = [sorted({counts[i] for i in index.tolist()}) for index, _ in self._groups]
+        if per_group == [[segments.length] for _, segments in self._groups]:  # no token leaves
+            return None
+        if sum(map(len, per_group)) > len(set(counts)):  # segments of several groups get one length, and one group
             return super().drop(keep, compact_now)
-        self._static.drop(keep.expand(*self._shape[:2], -1).flatten(0, 1))
-        return self.compact() if compact_now else None
+        slots, _ = slots_to_keep(keep)
+        groups: Groups = []
+        for (index, segments), lengths in zip(self._groups, per_group, strict=True):
+            real = of_segments[index, keep.shape[-1] - segments.length :]  # [N of the group, its S]
+            groups += [self._dropped(index, segments, real, length) for length in lengths]
+        self._groups = groups
+        return slots
+
+    def _dropped(
+        self, index: torch.Tensor, segments: Segments, keep: torch.Tensor, length: int
+    ) -> tuple[torch.Tensor, Segments]:
+        """The segments of a group that keep ``length`` tokens, with these alone; ``keep`` [N, S] is the group's."""
+        members = (keep.sum(-1) == length).nonzero()[:, 0]
+        if length == segments.length:
+            return (index, segments) if len(members) == len(index) else (index[members], segments.take(members))
+        slots = keep[members].nonzero()[:, 1].view(-1, length)  # [M, length]
+        kept = [as_bytes(x)[members[:, None], slots].view(x.dtype) for x in segments.stored]
+        new = self._new().take(index[members])
+        if length or new.appends_nothing:
+            self._append_to(new, kept, are_stored=True)
+            new.flush()
+        return index[members], new
 
     def compact(self) -> torch.Tensor | None:
         assert self._static is not None, "compact before make_static"

@@ -16,12 +16,12 @@ from kvbench.methods.cache.layout import model_shape
 from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.cache.method import Method
 from kvbench.methods.cache.prompt import Prompt
-from kvbench.methods.policies.allocators.adaptive import Adaptive
+from kvbench.methods.policies.allocators.adaptive import Adaptive, safeguarded_budgets
 from kvbench.methods.policies.allocators.global_budget import Global
 from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.model_layer import ModelLayer
 from kvbench.methods.policies.policy import Step
-from kvbench.methods.policies.prompt_ranks import prompt_ranks
+from kvbench.methods.policies.prompt_ranks import prompt_ranks, shared_ranks
 from kvbench.methods.policies.ranking import keep_mask
 from kvbench.methods.policies.schedules.every_n import EveryN
 from kvbench.methods.policies.schedules.every_step import EveryStep
@@ -188,9 +188,72 @@ def test_ranks_are_the_order_in_which_a_smaller_budget_would_evict():
     scores, ties = (torch.randint(4, (2, 3, 20), generator=g).float() for _ in range(2))
     for own_ties in (None, ties):
         rank = prompt_ranks(scores, own_ties, 2, 4)
-        assert rank[..., 22:].tolist() == [[[20.0, 21.0, 22.0, 23.0]] * 3] * 2
+        assert rank[..., 22:].tolist() == [[[22.0, 23.0, 24.0, 25.0]] * 3] * 2
         for count in range(21):
-            assert torch.equal(rank[..., 2:22] >= 20 - count, keep_mask(scores, count, own_ties))
+            assert torch.equal(rank[..., 2:22] >= 22 - count, keep_mask(scores, count, own_ties))
+
+
+@pytest.mark.parametrize("n_sure", [0, 3])
+def test_of_heads_that_share_a_budget_the_lowest_scores_leave_first(n_sure):
+    """Two layers of two heads, many equal scores: at each of 8 steps four tokens leave, wherever they are."""
+    g = torch.Generator().manual_seed(6)
+    scores, ties = (torch.randint(5, (2, 1, 2, 20), generator=g).float() for _ in range(2))
+    budgets = safeguarded_budgets(scores.view(1, 4, 20), 8, n_sure, ties.view(1, 4, 20)).view(2, 1, 2)
+    kept = [keep_mask(scores[layer], budgets[layer], ties[layer]) for layer in range(2)]
+    ranks = shared_ranks(list(scores), list(ties), kept, n_sure, 1, 3)
+    assert all(x[..., 21:].tolist() == [[[21.0, 22.0, 23.0]] * 2] for x in ranks)
+    left = {(layer, h, t) for layer in range(2) for h in range(2) for t in kept[layer][0, h].nonzero()[:, 0].tolist()}
+    for step in range(8):
+        leaving = set(sorted(left, key=lambda x: order_of_leaving(x, scores, ties, n_sure))[:4])
+        assert {x for x in left if ranks[x[0]][0, x[1], 1 + x[2]] <= 13 + step} == leaving
+        left -= leaving
+    assert not left
+
+
+def order_of_leaving(token, scores, ties, n_sure):
+    """Sort key of (layer, head, index): sure ones last, each head's best at the end; of equal ones the last first."""
+    layer, head, index = token
+    own = [(scores[layer, 0, head, t].item(), ties[layer, 0, head, t].item(), -t) for t in range(20)]
+    place = sum(x > own[index] for x in own)
+    return max(0, n_sure - place), *own[index][:2], -layer, -head, -index
+
+
+SHARED = [
+    *(
+        "key_diff allocator=adaptive allocator.floor=0.0 storage=ragged recent=3",
+        "random recent=4 allocator=global storage=ragged",
+    ),
+    *("snapkv scorer.window=4 allocator=global storage=ragged sinks=2", "key_diff storage=fp8 sinks=1 recent=2"),
+    "kvzip scorer.instruction_first=null scorer.instruction_next=null",
+    "expected_attention allocator.floor=0.0",
+]
+
+
+@pytest.mark.parametrize("text", SHARED)
+@pytest.mark.parametrize("steps", [1, 5])
+def test_a_held_budget_leaves_what_a_smaller_one_would_keep(text, steps):
+    """After s steps heads hold what a budget smaller by s keeps of the prompt, and all generated tokens."""
+    model, prompts = tiny_model(), [prompt_ids(30, 1), prompt_ids(26, 2)]
+    ids, mask = left_pad(prompts)
+    held = named_method(f"{text} budget=14 hold_budget=true").new_cache(model)
+    smaller = named_method(f"{text} budget={14 - steps}").new_cache(model)
+    for cache in (held, smaller):
+        prefill(model, cache, ids, mask)
+        for i in range(steps):
+            decode(model, cache, torch.tensor([3 + i, 40 + i]))
+    for layer, row, head in itertools.product(range(len(held.layers)), range(2), range(2)):
+        own, other = (keys_of(cache.layers[layer].storage, row, head) for cache in (held, smaller))
+        assert own.shape == other.shape and torch.equal(own[:-steps], other[:-steps])  # generated ones see other tokens
+    assert all(
+        torch.stack([n.double().mean(1) for n in cache.tokens_held]).mean(0).tolist() == [14, 14]
+        for cache in (held, smaller)
+    )
+
+
+def keys_of(storage, row, head):
+    """The keys [tokens, D] that a head of a row holds."""
+    keys, _, valid = storage.read()
+    return keys[row, head] if valid is None else keys[row, head][valid.expand(*keys.shape[:2], -1)[row, head]]
 
 
 @torch.inference_mode()
@@ -201,8 +264,8 @@ def test_ranks_are_the_order_in_which_a_smaller_budget_would_evict():
         *("key_diff allocator=adaptive storage=ragged", "key_norm allocator=global storage=ragged sinks=1"),
     ],
 )
-def test_a_held_row_of_a_batch_loses_the_lowest_ranks_of_its_own_prompt(text):
-    """Ranks of a padded batch are those of single runs; each step evicts the lowest one of each head over its limit."""
+def test_a_held_row_of_a_batch_has_the_ranks_of_its_own_prompt(text):
+    """Ranks in a padded batch are those of single runs, at each step; that of the newest token is its position."""
     if text == "kvzip":
         text = "kvzip scorer.instruction_first=null scorer.instruction_next=null"
     model, method = tiny_model(), named_method(f"{text} budget=14 hold_budget=true")
@@ -219,17 +282,15 @@ def test_a_held_row_of_a_batch_loses_the_lowest_ranks_of_its_own_prompt(text):
         mask = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid[row].expand_as(scores)
         return scores[head][mask[head]].tolist()
 
-    held = {}
     for layer, row, head in itertools.product(range(len(together.layers)), range(2), range(2)):
-        held[layer, row, head] = ranks(together, layer, row, head)
-        assert held[layer, row, head] == ranks(alone[row], layer, 0, head)
+        assert ranks(together, layer, row, head) == ranks(alone[row], layer, 0, head)
     for step in range(6):
         decode(model, together, torch.tensor([3 + step, 40 + step]))
-        for (layer, row, head), before in held.items():
-            after, sinks = [*before, max(before) + 1], method.policy.sinks
-            after.remove(min(after[sinks:]))
-            held[layer, row, head] = after
-            assert ranks(together, layer, row, head) == after
+        for row, cache in enumerate(alone):
+            decode(model, cache, torch.tensor([[3 + step], [40 + step]][row]))
+        for layer, row, head in itertools.product(range(len(together.layers)), range(2), range(2)):
+            after = ranks(together, layer, row, head)
+            assert after == ranks(alone[row], layer, 0, head) and after[-1] == len(prompts[row][0]) + step
 
 
 def run(model, method, prompts, steps=12):

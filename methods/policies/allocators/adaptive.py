@@ -60,9 +60,14 @@ class Adaptive(Allocator):
     ) -> torch.Tensor:
         if self.rule == "floor":
             return adaptive_budgets(scores, budget, self.floor, ties)
+        return safeguarded_budgets(scores, budget, self.sure_of_each_head(budget, protected), ties)
+
+    def sure_of_each_head(self, budget: int, protected: int) -> int:
+        if self.rule == "floor":
+            return int(self.floor * budget)
         n_safe = int(self.floor * (budget + protected))
         n_safe = max(n_safe, 1) if self.floor > 0 else 0
-        return safeguarded_budgets(scores, budget, min(max(n_safe - protected, 0), budget), ties)
+        return min(max(n_safe - protected, 0), budget)
 
 
 def adaptive_budgets(scores: torch.Tensor, budget: int, floor: float, ties: torch.Tensor | None) -> torch.Tensor:

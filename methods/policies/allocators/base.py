@@ -56,6 +56,14 @@ class Allocator(HasIdentity):
         """
         raise NotImplementedError
 
+    def sure_of_each_head(self, budget: int, protected: int) -> int:
+        """Return how many candidates each head keeps whatever its scores; only if ``heads_differ``.
+
+        Args:
+            budget, protected: See :meth:`head_budgets`.
+        """
+        raise NotImplementedError
+
     def cache_budgets(
         self, scores: Sequence[torch.Tensor], budget: int, ties: Sequence[torch.Tensor | None]
     ) -> list[torch.Tensor]:

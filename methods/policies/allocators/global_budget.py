@@ -31,6 +31,9 @@ class Global(Allocator):
     spans_layers: ClassVar[bool] = True
     floor: Share = 0.0
 
+    def sure_of_each_head(self, budget: int, protected: int) -> int:
+        return int(self.floor * budget)
+
     def cache_budgets(
         self, scores: Sequence[torch.Tensor], budget: int, ties: Sequence[torch.Tensor | None]
     ) -> list[torch.Tensor]:
