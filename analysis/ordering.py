@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 Settings = Mapping[str, str]
 """A method's settings but for the budget, as texts."""
+RECENT_AS_WINDOW = ("ExpectedAttention", "KeyDiff", "RandomTokens")
+"""Scorers whose records call ``method.recent`` a window; a label says what is typed."""
 
 
 def ordered(runs: Iterable[Run]) -> list[Run]:
@@ -71,9 +73,15 @@ def distinct(group: Sequence[Run], known: dict[Hashable, Settings] | None = None
     varying = {curve: _varying(list(of_curve.values())) for curve, of_curve in by_curve.items()}
     out = []
     for run, curve, own in zip(group, curves, settings, strict=True):
-        told = ", ".join(f"{key.rpartition('.')[2]}={own[key]}" for key in varying[curve] if key in own)
+        told = ", ".join(f"{_name(key, own)}={own[key]}" for key in varying[curve] if key in own)
         out.append(replace(run, label=_with_settings(run.label, told)) if told else run)
     return out
+
+
+def _name(key: str, own: Settings) -> str:
+    """The last part of a setting's key, as it is typed."""
+    is_recent = key == "selection.window" and own.get("selection.class") in RECENT_AS_WINDOW
+    return "recent" if is_recent else key.rpartition(".")[2]
 
 
 def _with_settings(label: str, settings: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from omegaconf import OmegaConf
 
+from kvbench.analysis.ordering import RECENT_AS_WINDOW
 from kvbench.conf.identity import HasIdentity
 from kvbench.conf.versions import CURRENT_VERSIONS
 from kvbench.methods.cache.method import Method
@@ -159,3 +160,8 @@ def test_every_version_above_one_is_in_the_table_of_versions():
     """The readers of records know today's versions from there."""
     declared = {kind.id: kind.version for kind in targets().values() if kind.version > 1}
     assert declared == CURRENT_VERSIONS
+
+
+def test_labels_know_the_scorers_whose_records_call_recent_tokens_a_window():
+    kinds = [kind for kind in targets().values() if issubclass(kind, Scorer)]
+    assert {kind.id for kind in kinds if kind.recent_recorded_as == "window"} == set(RECENT_AS_WINDOW)

@@ -242,6 +242,18 @@ def test_settings_join_those_that_a_label_has():
     assert {without_settings(run.curve) for run in distinct(runs)} == {"expected_attention"}
 
 
+def test_a_recorded_window_that_is_a_number_of_recent_tokens_has_that_name():
+    """Records of some scorers call ``method.recent`` a window; one that has a window keeps the word."""
+    runs = []
+    for kind, window in (("KeyDiff", 0), ("KeyDiff", 32), ("SnapKV", 8), ("SnapKV", 32)):
+        record = accuracy(kind.lower(), 64, 5.0)
+        record["identity"]["method"]["selection"] = {"class": kind, "budget": 64, "window": window}
+        runs.append(Run(Path(str(len(runs))), record, record["method_label"]))
+    assert [run.label for run in distinct(runs)] == [
+        *("keydiff 64 (recent=0)", "keydiff 64 (recent=32)", "snapkv 64 (window=8)", "snapkv 64 (window=32)"),
+    ]
+
+
 def test_a_first_reading_in_batches_holds_common_parts_once(cache, results, reads, monkeypatch):
     """A folder of 100,000 records does not fit in memory with a whole record each."""
     monkeypatch.setattr(entries, "BATCH", 1)
