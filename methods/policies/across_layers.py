@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from .allocators.base import Allocator
 from .eviction_state import Candidates, EvictionState, slots_in_use
-from .prompt_ranks import prompt_ranks, shared_ranks
+from .prompt_ranks import ranks_under
 from .ranking import keep_mask
 from .scorers.base import Scorer
 
@@ -62,13 +62,10 @@ def _ranks(
     kept: Sequence[torch.Tensor],
 ) -> list[torch.Tensor]:
     """Return the ranks [R, H, T] of each layer, among all heads that share a budget; see :mod:`.prompt_ranks`."""
-    if not allocator.heads_differ:
-        return [prompt_ranks(*one, c.sinks, c.recent) for one, c in zip(ranked, group, strict=True)]
     layers = range(len(group))
     ranks = []
     for members in [layers] if allocator.spans_layers else [[layer] for layer in layers]:
         c = group[members[0]]
         scores, ties = zip(*(ranked[layer] for layer in members), strict=True)
-        n_sure = allocator.sure_of_each_head(c.free, c.sinks + c.recent)
-        ranks += shared_ranks(scores, ties, [kept[layer] for layer in members], n_sure, c.sinks, c.recent)
+        ranks += ranks_under(allocator, scores, ties, [kept[layer] for layer in members], c.free, c.sinks, c.recent)
     return ranks

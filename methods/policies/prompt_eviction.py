@@ -25,7 +25,7 @@ from .eviction_state import Candidates, EvictionState
 from .merging import Merging
 from .model_layer import ModelLayer
 from .policy import CachePolicy, Kept
-from .prompt_ranks import prompt_ranks, shared_ranks
+from .prompt_ranks import prompt_ranks, ranks_under
 from .ranking import indices_of, keep_mask
 from .schedules.after_prefill import AfterPrefill
 from .schedules.base import Schedule
@@ -195,12 +195,9 @@ class PromptEviction(CachePolicy):
             count = self.allocator.head_budgets(candidates, free, tie_candidates, sinks + recent)  # [R, H]
         candidates, tie_candidates = self.scorer.ranking_scores(candidates, tie_candidates, count)
         keep = F.pad(keep_mask(candidates, count, tie_candidates), (sinks, recent), value=True)  # [R, H or 1, T]
-        if self.keeps_ranks and ragged:
-            n_sure = self.allocator.sure_of_each_head(free, sinks + recent)
-            kept = [keep[..., sinks:end]]
-            scores = shared_ranks([candidates], [tie_candidates], kept, n_sure, sinks, recent)[0]
-        elif self.keeps_ranks:
-            scores = prompt_ranks(candidates, tie_candidates, sinks, recent)
+        if self.keeps_ranks:
+            kept = keep[..., sinks:end]
+            (scores,) = ranks_under(self.allocator, [candidates], [tie_candidates], [kept], free, sinks, recent)
         if ragged:
             slots, valid = slots_to_keep(keep)  # [R, H, C]
         else:

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from ..storage.base import LayerStorage
-from .eviction_state import EvictionState, slots_in_use
+from .allocators.base import Allocator
+from .eviction_state import EvictionState
 from .ranking import sort_keys
 
 
@@ -61,6 +62,28 @@ def shared_ranks(
     return [_with_protected(x, sinks, recent) for x in place.split(heads, dim=1)]
 
 
+def ranks_under(
+    allocator: Allocator,
+    scores: Sequence[torch.Tensor],
+    ties: Sequence[torch.Tensor | None],
+    kept: Sequence[torch.Tensor],
+    free: int,
+    sinks: int,
+    recent: int,
+) -> list[torch.Tensor]:
+    """Return the ranks [R, H, T] of the layers that share the allocator's budget, or of one that has its own.
+
+    Args:
+        allocator: Decides whether heads share a budget.
+        scores, ties, kept, sinks, recent: See :func:`shared_ranks`.
+        free: Number of candidates that are kept, as the mean over layers and heads.
+    """
+    if not allocator.heads_differ:
+        return [prompt_ranks(*one, sinks, recent) for one in zip(scores, ties, strict=True)]
+    n_sure = allocator.sure_of_each_head(free, sinks + recent)
+    return shared_ranks(scores, ties, kept, n_sure, sinks, recent)
+
+
 def _places(order: torch.Tensor) -> torch.Tensor:
     """Return the place of each entry in ``order``, its inverse along the last dimension."""
     place = torch.arange(order.shape[-1], device=order.device).expand_as(order)
@@ -99,7 +122,7 @@ def evict_by_rank(
     if slots <= state.max_limit and valid is None and not shares:
         return
     newest = state.position - 1  # [B, 1, 1]
-    held = slots_in_use(storage, stored.shape[1])  # [B, 1 or H, S]
+    held = torch.ones_like(state.scores, dtype=torch.bool) if valid is None else valid  # [B, 1 or H, S]
     limit = state.limit[:, :, None]  # [B, 1, 1]
     n_sinks = (limit - state.recent[:, :, None]).clamp(max=sinks)
     keep = (state.scores > newest - (limit - n_sinks)) | (held.cumsum(-1) <= n_sinks)
