@@ -130,7 +130,8 @@ RUNS = {
 
 def variants(overrides: list[str]) -> Iterator[list[str]]:
     """Overrides without choices of a sweep: each choice once, with the first of all others."""
-    parsed = OverridesParser.create().parse_overrides(overrides)
+    loader = GlobalHydra.instance().config_loader()  # for ``glob(...)``
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(overrides)
     choices = [
         [f"{o.key_or_group}={value}" for value in o.sweep_string_iterator()] if o.is_sweep_override() else [text]
         for o, text in zip(parsed, overrides, strict=True)
