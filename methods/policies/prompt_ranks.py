@@ -1,8 +1,8 @@
 """Ranks of tokens, by which a held budget evicts while decoding; see :mod:`.schedules.hold`.
 
 The candidates of a prompt of T tokens rank below its last ``recent`` tokens, whose ranks are their positions, as are
-those of generated tokens. So after a step whose token has position p, a head (or, of heads that share a budget, the
-mean head) holds its budget C if every token ranks above ``p - (C - sinks)`` but the sinks.
+those of generated tokens. After a step whose token has position p, tokens stay that are sinks or rank above
+``p - (C - sinks)``: as many as the budget C of a head, or of the mean head where heads share a budget.
 
 Legend: B batch rows, R rows of one prompt length, H stored heads, N candidates, T prompt tokens, S slots.
 """
@@ -42,13 +42,14 @@ def shared_ranks(
 ) -> list[torch.Tensor]:
     """Return the ranks [R, H, T] of all tokens in each layer, for heads that share one budget.
 
-    One token a head leaves at each step on average: the lowest-scored of all heads, wherever they are. As many tokens
-    as there are heads have the same rank.
+    At each step as many tokens are evicted as there are heads, and these have one rank: those with the lowest scores of
+    all heads, wherever they are.
 
     Args:
         scores, ties: [R, H, N] of each layer that shares the budget.
-        kept: Bool [R, H, N] per layer, the candidates that the prompt leaves; the ranks of others are below theirs.
-        n_sure: Number of candidates that the allocator keeps in each head; they leave after all others.
+        kept: Bool [R, H, N] per layer, the candidates that are kept after the prompt; the others rank below them.
+        n_sure: Number of candidates that the allocator keeps in each head, its best ones; they are evicted after all
+            others, the lowest of every head first.
         sinks, recent: See :func:`prompt_ranks`.
     """
     heads = [x.shape[1] for x in scores]

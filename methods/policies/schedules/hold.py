@@ -4,7 +4,7 @@ The ranking is made once, from the complete prompt, and stored as one float32 pe
 attention over the budget (and up to 64 slots of evicted tokens), no queries are stored, and any scorer can be used.
 Generated tokens rank above the prompt's, and the prompt's last ``method.recent`` tokens above its others, newer ones
 higher. Sinks and the last ``method.recent`` tokens are never evicted. A scorer that gives a prompt to the model again
-(KVzip) does not for one within the budget, of which the oldest token is evicted first.
+(KVzip) leaves a prompt within the budget unscored: its oldest token is evicted first.
 
 Each head loses one token at each step, or, of heads that share a budget, one on average: the lowest-ranked ones of all
 of them. So heads with few tokens of the prompt keep what is generated. After s steps the cache holds of the prompt what
