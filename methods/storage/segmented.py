@@ -187,6 +187,8 @@ class SegmentedLayer(LayerStorage):
         if self._static is not None:
             self._static.drop(of_segments)
             return self.compact() if compact_now else None
+        if compact_now:  # after a prompt: all segments get room for what is to come
+            return super().drop(keep, compact_now)
         counts = of_segments.sum(-1).tolist()
         per_group = [sorted({counts[i] for i in index.tolist()}) for index, _ in self._groups]
         if per_group == [[segments.length] for _, segments in self._groups]:  # no token leaves
@@ -208,7 +210,7 @@ class SegmentedLayer(LayerStorage):
         members = (keep.sum(-1) == length).nonzero()[:, 0]
         if length == segments.length:
             return (index, segments) if len(members) == len(index) else (index[members], segments.take(members))
-        slots = keep[members].nonzero()[:, 1].view(-1, length)  # [M, length]
+        slots = keep[members].nonzero()[:, 1].view(len(members), length)  # [M, length]
         kept = [as_bytes(x)[members[:, None], slots].view(x.dtype) for x in segments.stored]
         new = self._new().take(index[members])
         if length or new.appends_nothing:

@@ -253,3 +253,27 @@ def test_ragged_steps_match_the_naive_simulator(scorer, allocator, interval, len
         for layer in static:
             layer.between_steps()
         reference.check(static, f"copy, step {number}")
+
+
+@pytest.mark.parametrize("kept", [(0, 5, 20, 20), (0, 0, 0, 0), (20, 20, 20, 20), (3, 3, 20, 0), (7, 7, 7, 7)], ids=str)
+def test_tokens_leave_while_decoding_as_after_a_prompt(kept):
+    """While decoding only the heads that lose tokens are written again. A head may lose all, some or none of its 20."""
+    generator = torch.Generator().manual_seed(0)
+    keys, values, new = (torch.randn(2, HEADS, n, D, generator=generator) for n in (20, 20, 1))
+    decoding, prompt = (Ragged().new_layers(1)[0] for _ in range(2))
+    for layer, compact_now in ((decoding, False), (prompt, True)):
+        layer.append(keys, values)
+        layer.drop(torch.stack([torch.arange(20) >= 20 - n for n in kept]).view(2, HEADS, 20), compact_now)
+        layer.append(new, new)
+        keep = torch.ones(2, HEADS, layer.slots, dtype=torch.bool) if layer.valid is None else layer.valid.clone()
+        keep[0, 0, -1] = False  # the new token of one head
+        layer.drop(keep, compact_now)
+        assert layer.tokens.flatten().tolist() == [kept[0], *(n + 1 for n in kept[1:])]
+    for h, n in enumerate(kept):
+        row, head = divmod(h, HEADS)
+        expected = torch.cat([keys[row, head, 20 - n :], new[row, head]])[: n + (h > 0)]
+        for layer in (decoding, prompt):
+            assert torch.equal(layer.read()[0][row, head, layer.slots - len(expected) :], expected)
+    assert decoding.logical_bytes == prompt.logical_bytes
+    for found, whole in zip(decoding.read(), prompt.read(), strict=True):
+        assert found is whole is None or torch.equal(found, whole)
