@@ -36,8 +36,8 @@ import torch
 from transformers import AutoModelForCausalLM, LogitsProcessorList
 
 from kvbench.methods.cache.cache import KVCache
+from kvbench.methods.cache.compression import marked_by
 from kvbench.methods.cache.fan_out import FanOutCache
-from kvbench.methods.cache.layer import CacheLayer
 from kvbench.methods.cache.method import Method
 from kvbench.methods.policies.eviction import EvictionPolicy
 from kvbench.methods.policies.scorers.snapkv import SnapKV
@@ -126,19 +126,10 @@ def transformers_decode_seconds(model, ids: torch.Tensor, steps: int) -> float:
 
 def prefill_seconds(model, cache: KVCache, ids: torch.Tensor) -> tuple[float, float]:
     """(seconds of the whole prefill into a fresh cache, seconds of it spent in compressing)."""
-    spent = 0.0
-    finish_prefill = CacheLayer.finish_prefill
-
-    def timed(self: CacheLayer, prompts) -> None:
-        nonlocal spent
-        spent += seconds(lambda: finish_prefill(self, prompts))
-
-    CacheLayer.finish_prefill = timed  # type: ignore[method-assign]
-    try:
+    marks: list[float] = []
+    with marked_by(lambda _: marks.append(now(DEVICE))):
         total = seconds(lambda: prefill(model, cache, ids))
-    finally:
-        CacheLayer.finish_prefill = finish_prefill  # type: ignore[method-assign]
-    return total, spent
+    return total, sum(after - before for before, after in zip(marks[::2], marks[1::2], strict=True))
 
 
 def main() -> None:

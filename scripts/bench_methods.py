@@ -10,9 +10,10 @@ For every method in ``conf/method`` that holds a cache, at its default settings 
                 less often than that is not in it: hf_quantized's rounding of everything, every 128 steps, and what
                 pyramid_infer drops of generated tokens
 4. bytes:       stored after the longest prompt and 64 further tokens, in a batch of 1 and of 4, against the formula.
-                What is stored beyond it is room to grow; logical bytes leave that out
+                What is stored beyond it is room to grow; logical bytes leave that out. And those that the next step
+                reads, by the formula
 
-    python scripts/bench_methods.py [--lengths 4096,8000] [--budget 1024] [--repeats 2] [--dtype float32] [-o FILE]
+    python scripts/bench_methods.py [--lengths 4096,8000] [--budget 1024] [--repeats 2] [--only h2o,snapkv] [-o FILE]
 
 The last line of the output is the result as JSON; it also goes to FILE. ``result_tables.py methods FILE`` prints
 such a file as a table.
@@ -36,6 +37,7 @@ from kvbench.methods.cache.cache import KVCache
 from kvbench.methods.cache.fan_out import FanOutCache
 from kvbench.methods.cache.kv_shape import kv_shape
 from kvbench.methods.cache.method import Method
+from kvbench.models.base import LoadedModel
 from kvbench.models.embedded import Embedded
 from kvbench.runners.config.methods import named_method
 from kvbench.runners.engine import decode, prefill
@@ -48,12 +50,12 @@ NEW_TOKENS = 64
 BATCHES = (1, 4)
 
 
-def methods(budget: int) -> dict[str, Method]:
-    """Every method of ``conf/method`` that holds a cache, by label."""
+def methods(budget: int, only: str | None) -> dict[str, Method]:
+    """Every method of ``conf/method`` that holds a cache, or those of a list with commas, by label."""
     folder = files("kvbench.conf").joinpath("method")
-    names = sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+    names = (f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
     made = {}
-    for name in names:
+    for name in only.split(",") if only else sorted(names):
         method = named_method(name)
         if method.effective_budget is not None:
             method = named_method(f"{name} budget={budget}")
@@ -89,9 +91,10 @@ def feed(model: Any, cache: KVCache, count: int) -> None:
     model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
-def bytes_held(model: Any, made: dict[str, Method], ids: torch.Tensor) -> dict[str, dict[str, int]]:
-    """Stored, logical and by the formula, after the prompts and NEW_TOKENS tokens; one reading for many."""
-    caches = {label: m.new_cache(model) for label, m in made.items()}
+def bytes_held(loaded: LoadedModel, made: dict[str, Method], ids: torch.Tensor) -> dict[str, dict[str, int]]:
+    """Stored, logical and by the formulas, after the prompts and NEW_TOKENS tokens; one prefill for many."""
+    model = loaded.model
+    caches = {label: m.new_cache(model, loaded.tokenizer) for label, m in made.items()}
     alone = [caches[label] for label, m in made.items() if not m.shares_prompt]
     together = FanOutCache([caches[label] for label, m in made.items() if m.shares_prompt])
     for cache in (together, *alone):
@@ -103,6 +106,7 @@ def bytes_held(model: Any, made: dict[str, Method], ids: torch.Tensor) -> dict[s
             "stored": caches[label].kv_bytes_stored,
             "logical": caches[label].kv_bytes_logical,
             "formula": ids.shape[0] * m.bytes_formula(shape, ids.shape[1], NEW_TOKENS),
+            "read": ids.shape[0] * m.read_formula(model)(ids.shape[1], NEW_TOKENS),
         }
         for label, m in made.items()
     }
@@ -114,22 +118,24 @@ def main() -> None:
     parser.add_argument("--lengths", default="4096,8000", help="prompt lengths, tokens; decode and bytes use the last")
     parser.add_argument("--budget", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--only", help="names of conf/method with commas between them; all of them unless given")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
-    model = load(Embedded(), DEVICE, getattr(torch, args.dtype)).model
+    loaded = load(Embedded(), DEVICE, getattr(torch, args.dtype))
+    model = loaded.model
     lengths = [int(n) for n in args.lengths.split(",")]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 40000, (max(BATCHES), max(lengths)), generator=generator).to(DEVICE)
     print(f"{DEVICE}, {args.dtype}, {torch.get_num_threads()} threads, budget {args.budget}")
     full = Method("full").new_cache(model)
     prefill(model, full, ids[:1, : lengths[-1]])
-    made = methods(args.budget)
+    made = methods(args.budget, args.only)
     rows: dict[str, Any] = {}
     for label in list(made):
         try:
-            made[label].new_cache(model)
-        except InputError as error:  # a package that is not installed
+            made[label].new_cache(model, loaded.tokenizer)
+        except InputError as error:  # the model is of another architecture, or a package is not installed
             print(f"left out: {error}")
             del made[label]
     for label, method in made.items():
@@ -137,7 +143,7 @@ def main() -> None:
         for length in lengths:
             mine, theirs = [], []
             for _ in range(args.repeats):
-                cache = method.new_cache(model)
+                cache = method.new_cache(model, loaded.tokenizer)
                 mine.append(prefill_seconds(model, cache, ids[:1, :length]))
                 if not method.shares_prompt:
                     theirs.append(prefill_seconds(model, Method("full").new_cache(model), ids[:1, :length])[0])
@@ -150,7 +156,7 @@ def main() -> None:
         shares = "  ".join(f"{n}: {share:.3f}" for n, share in row["compression_over_prefill"].items())
         print(f"{label:<26} compression {shares}   decode / full {row['decode_over_full']:.2f}", flush=True)
     for batch in BATCHES:
-        for label, held in bytes_held(model, made, ids[:batch, : lengths[-1]]).items():
+        for label, held in bytes_held(loaded, made, ids[:batch, : lengths[-1]]).items():
             rows[label]["bytes"][str(batch)] = held
     settings = vars(args) | {"output": None, "steps": STEPS, "new_tokens": NEW_TOKENS}
     result = {"methods": rows, "settings": settings, "provenance": provenance.collect(DEVICE)}
