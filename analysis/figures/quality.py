@@ -29,7 +29,7 @@ MIN_TIMED = 3  # methods that a figure of speed needs
 
 
 def pareto(group: Sequence[Run], context: Context) -> Iterator[FigureSpec]:
-    """Score, or its difference to the full cache, against the memory of the cache."""
+    """Score, or its difference to the full cache, against the bytes held of the cache, or read by a step."""
     if len(group) < 2:
         return
     y, points, left_out = _scores(group, context)
@@ -38,19 +38,20 @@ def pareto(group: Sequence[Run], context: Context) -> Iterator[FigureSpec]:
     left_out += dropped
     if not any(p.curve not in _baselines(context) for p in kept):
         return
-    record = group[0].record
+    record, what = group[0].record, "bytes read" if context.options.x == "read" else "memory"
     caption = [
         *settings_of(group),
         _what_bars_are(y),
         "Grey: the Pareto front; a point with a grey disc is not significantly different from it "
         "(its interval reaches the line).",
-        "Memory is that of one sequence; points of methods with the same memory stand side by side.",
+        f"{what.capitalize()} {'is that' if what == 'memory' else 'are those'} of one sequence; points of methods with "
+        f"the same {what} stand side by side.",
         *_left_out(left_out),
     ]
     yield _spec(
         "pareto",
         (group,),
-        f"Quality against memory: {subject(record)}",
+        f"Quality against {what}: {subject(record)}",
         caption,
         (x_label, score_words(record, _with_y(context, y))),
         kept,
@@ -177,7 +178,7 @@ def _memory(group: Sequence[Run], context: Context) -> tuple[str, list[float | N
     elif context.options.x == "read":
         xs = [100 * (share_read(run) or 0.0) or None for run in group]
         reason = "reads no cache, or its record does not say how much"
-        label = "KV cache that a step reads, % of the full one"
+        label = "KV cache that a step reads, % of full"
     else:
         xs = [size / MIB or None for size in held]
         reason = "holds no cache, which has no place on a logarithmic axis"

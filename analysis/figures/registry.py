@@ -169,12 +169,22 @@ KNOWN_SETTINGS = {
     "lckv": ("lckv-w2", "lckv-w10", "lckv-w2-paper"),
     "mla": ("mla-r48", "mla-r112"),
     "snapkv_kivi4": ("snapkv + kivi4",),
+    "fp8": ("fp8", "fp8_head", "fp8_tensor", "fp8_one", "fp8_e5m2", "fp8_e5m2_one"),
+    "turboquant": ("turboquant4", "turboquant3", "turboquant2"),
+    "kvquant": ("kvquant4", "kvquant3", "kvquant2"),
+    "quest": ("quest1024", "quest512", "quest256", "quest128", "quest64"),
 }
 """Labels of a method's settings that always look the same; the first one looks as the method does."""
 
 SETTING_NAMES = (
     (r"\bhf_quantized(\d+)", r"HF quantized, \1 bit"),
     (r"\bkivi(\d+)", r"KIVI-\1"),
+    (r"\bturboquant(\d+)", r"TurboQuant-\1"),
+    (r"\bkvquant(\d+)", r"KVQuant-\1"),
+    (r"\bquest(\d+)", r"Quest (\1 read)"),
+    (r"\bfp8(_e5m2)?_(head|tensor)\b", r"fp8\1 (scale per \2)"),
+    (r"\bfp8(_e5m2)?_one\b", r"fp8\1 (no scale)"),
+    (r"\bfp8_e5m2\b", "FP8 E5M2"),
     (r"\b(cla|gqa)(\d+)", lambda match: f"{match[1].upper()}-{match[2]}"),
     (r"\blckv-w(\d+)", r"LCKV (\1 warm-up layers)"),
     (r"\bmla-r(\d+)", r"MLA (rank \1)"),

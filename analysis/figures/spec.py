@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,8 +171,10 @@ def panels_by_family(curves: Iterable[str], looks: Mapping[str, Look]) -> list[t
     return panels
 
 
-def _order(look: Look) -> str:
-    return look.name.lower()
+def _order(look: Look) -> list[tuple[bool, int, str]]:
+    """Return a key that sorts by words and whole numbers: ``Quest (64 read)`` before ``Quest (128 read)``."""
+    parts = re.findall(r"\d+|\D+", look.name.lower())
+    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
 
 
 def budget_words(budget: Budget) -> str:

@@ -148,6 +148,11 @@ def test_unknown_methods_are_grey_and_differ_in_marker() -> None:
         ),
         ("snapkv", "snapkv (window=8) + fp8", "snapkv", "SnapKV (window=8) + FP8"),
         ("kivi", "kivi2 (residual=32)", "kivi", "KIVI-2 (residual=32)"),
+        ("turboquant", "turboquant3 (gain=norm)", "turboquant", "TurboQuant-3 (gain=norm)"),
+        ("snapkv", "snapkv + kvquant2", "snapkv", "SnapKV + KVQuant-2"),
+        ("quest", "quest512", "quest", "Quest (512 read)"),
+        ("fp8", "fp8_e5m2_one", "fp8", "FP8 E5M2 (no scale)"),
+        ("snapkv", "snapkv + fp8_head", "snapkv", "SnapKV + FP8 (scale per head)"),
         ("minicache", "minicache_kivi4 (start=20)", "minicache_kivi4", "MiniCache + KIVI-4 (start=20)"),
         (
             "minicache",

@@ -16,8 +16,6 @@ from records import accuracy, efficiency, estimate, save
 from kvbench.analysis.figures import KINDS, FigureSpec, Options, Style, cli, draw, figures, quality
 from kvbench.analysis.figures.cli import main
 from kvbench.analysis.figures.front import front_line, front_members
-from kvbench.analysis.figures.naming import file_names
-from kvbench.analysis.figures.output import points_csv
 from kvbench.analysis.load import load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,6 +97,8 @@ def test_bytes_that_a_step_reads_can_be_the_axis(tmp_path: Path) -> None:
         record["bytes"] |= {"kv_bytes_read_mean": 2**26 * read, "kv_bytes_full_mean": 2.0**26}
     spec = only(made(tmp_path, *records, x="read"), "pareto")
     assert [p.x for p in spec.points] == [25.0, 50.0] and "a step reads" in spec.x_label
+    assert spec.title.startswith("Quality against bytes read: ")
+    assert "Bytes read are those of one sequence; points of methods with the same bytes read" in " ".join(spec.caption)
     assert "reads no cache, or its record does not say how much" in " ".join(spec.caption)
 
 
@@ -356,21 +356,30 @@ def number_or_text(cell: str) -> float | str:
         return cell
 
 
-def test_the_figures_of_the_docs_have_the_points_that_the_records_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`kvbench plot SOURCE -o docs/figures/NAME` as docs/how-to/verify.md has it makes them again."""
+def test_the_figures_of_the_docs_have_the_points_that_the_records_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`kvbench plot SOURCE -o docs/figures/NAME` with the options that the manifest names makes them again."""
     monkeypatch.chdir(ROOT)
     manifests = sorted((ROOT / "docs" / "figures").glob("*/manifest.json"))
     assert manifests
     for path in manifests:
-        entries = json.loads(path.read_text())["figures"]
+        entries, again = json.loads(path.read_text())["figures"], tmp_path / path.parent.name
         for source in {entry["source"] for entry in entries.values()}:
-            runs = load(Path(source.split()[0]))[0]
-            specs = list(figures(runs, sorted({e["kind"] for e in entries.values() if e["source"] == source})))
-            for name, spec in zip(file_names(specs), specs, strict=True):
-                drawn = list(csv.reader((path.parent / f"{name}.csv").read_text().splitlines()))
-                for row, now in zip(drawn, csv.reader(points_csv(spec).decode().splitlines()), strict=True):
-                    assert [number_or_text(cell) for cell in row] == pytest.approx(list(map(number_or_text, now))), name
-                assert entries[name]["title"] == spec.title and entries[name]["caption"] == " ".join(spec.caption)
+            results, *named = source.split()
+            options = [part for name in named for part in (f"--{name.partition('=')[0]}", name.partition("=")[2])]
+            kinds = ",".join(sorted({e["kind"] for e in entries.values() if e["source"] == source}))
+            assert main([results, *options, "--figure", kinds, "--format", "csv", "-o", str(again)]) == 0
+        made_again = json.loads((again / "manifest.json").read_text())["figures"]
+        assert set(made_again) == set(entries)
+        for name, entry in entries.items():
+            drawn, now = (
+                list(csv.reader((folder / f"{name}.csv").read_text().splitlines())) for folder in (path.parent, again)
+            )
+            assert len(drawn) == len(now)
+            for row, row_now in zip(drawn, now, strict=True):
+                assert list(map(number_or_text, row)) == pytest.approx(list(map(number_or_text, row_now))), name
+            assert [made_again[name][key] for key in ("title", "caption")] == [entry["title"], entry["caption"]]
 
 
 # the command ----------------------------------------------------------------------------------------------------------
