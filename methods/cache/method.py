@@ -244,11 +244,12 @@ class Method(Options):
         self, shape: KVShape, repeats: Sequence[int], prompt_length: int, new_tokens: int = 0, read: bool = False
     ) -> int:
         """Return the bytes by the formula, counting full-attention layer ``l`` ``repeats[l]`` times."""
-        tokens = self.policy.kept_tokens(prompt_length, new_tokens, shape.layers)
-        tokens = [n for n, count in zip(tokens, repeats, strict=True) for _ in range(count)]
         formula = self.storage.bytes_read_formula if read else self.storage.bytes_formula
         heads = shape.query_heads if self.policy.capabilities.stores_query_heads else shape.kv_heads
-        stored = formula(tokens, heads, shape, new_tokens)
+        tokens = self.policy.kept_tokens(prompt_length, new_tokens, shape.layers, heads)
+        # Means of heads may be fractions, but not the sum of their bytes.
+        counted: list[Any] = [n for n, count in zip(tokens, repeats, strict=True) for _ in range(count)]
+        stored = int(formula(counted, heads, shape, new_tokens))
         state = self.policy.state_bytes(shape, heads, prompt_length, new_tokens)
         return stored + state + shape.fixed_bytes(prompt_length + new_tokens)
 

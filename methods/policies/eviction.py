@@ -21,6 +21,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ from ..storage.base import LayerStorage
 from ..storage.dense import COMPACTION_INTERVAL_STEPS
 from .across_layers import compress_stored
 from .budget import resolve_budget
-from .decoding import attend_with_weights, evict_one, evict_to_limit, rescore, step_weights
+from .decoding import attend_with_weights, evict_one, evict_to_limit, limit_each_head, rescore, step_weights
 from .eviction_state import Candidates, EvictionState, StoredPrompt
 from .model_layer import ModelLayer
 from .policy import FurtherForwards, PolicyCapabilities, Step
@@ -155,10 +156,8 @@ class EvictionPolicy(PromptEviction):
         state.max_limit = max(limits)
         if self.keeps_ranks:
             state.position = lengths[:, None, None].float()
-        elif self.allocator.heads_differ:  # a prompt within the budget was not ranked: its heads get equal limits
-            tokens = state.prompt.storage.tokens  # [B, 1 or H]
-            state.limit = torch.where(lengths[:, None] > state.limit, tokens, state.limit)
-            state.max_limit = int(state.limit.max())
+        elif self.allocator.heads_differ:
+            limit_each_head(state, self.schedule.bounds_whole_heads)
         state.begin_texts(lengths)
         state.intervals = [self._steps_between(n) for n in state.seen]
         state.store_prompt_queries(state.prompt.queries, [self._queries_held(n) for n in state.seen])
@@ -244,6 +243,8 @@ class EvictionPolicy(PromptEviction):
         limit = state.limit
         if self.keeps_ranks and self.allocator.heads_differ:  # tokens leave other heads than the new ones enter
             limit = storage.tokens + limit.clamp(max=steps)
+        elif not self.schedule.bounds_whole_heads:
+            limit = torch.minimum(limit, storage.tokens + steps)
         state.move_scores(storage.make_static_within(limit, extra_slots, mask_heads))
         state.is_static = True
         if self.stores_scores or (self.follows_attention and not self._evicts_in_step):
@@ -264,10 +265,13 @@ class EvictionPolicy(PromptEviction):
 
     # bytes --------------------------------------------------------------------------------------------------------
 
-    def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int) -> Sequence[int]:
+    def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int, heads: int = 1) -> Sequence[int | Fraction]:
         prompt_kept = self.layer_budgets(prompt_length, layers)
         if self.schedule.interval is None:
             return [kept + new_tokens for kept in prompt_kept]
+        if not self.schedule.bounds_whole_heads:
+            growing = self.share_of_whole_heads(prompt_length, layers, heads)
+            return [kept + growing * new_tokens for kept in prompt_kept]
         limits = self.limits(prompt_length, layers)
         n_unevicted = new_tokens % self._steps_between(prompt_length)  # generated since the last eviction
         evicted = [min(kept + new_tokens - n_unevicted, limit) for kept, limit in zip(prompt_kept, limits, strict=True)]
@@ -288,7 +292,7 @@ class EvictionPolicy(PromptEviction):
         """Return the bytes of stored scores, one float32 per token and head, of stored queries and of generators."""
         if self.schedule.interval is None:
             return 0
-        tokens = sum(self.kept_tokens(prompt_length, new_tokens, shape.layers))
+        tokens = int(sum(self.kept_tokens(prompt_length, new_tokens, shape.layers, heads)))
         scores = 4 * (1 if self.scorer.scores_heads_alike else heads) * tokens if self.stores_scores else 0
         query_bytes = shape.query_heads * shape.head_dim * shape.element_bytes
         generators = 8 * shape.layers if self.scorer.merges_values else 0

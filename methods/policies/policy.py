@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -267,8 +268,11 @@ class CachePolicy(HasIdentity):
         """Do the uncaptured work after a static step, in place."""
         return
 
-    def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int) -> Sequence[int]:
-        """Return the tokens per head of each layer after a prompt and ``new_tokens`` steps, for the byte formulas."""
+    def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int, heads: int = 1) -> Sequence[int | Fraction]:
+        """Return the tokens per head of each layer after a prompt and ``new_tokens`` steps, for the byte formulas.
+
+        Heads and layers that share a budget have their mean: all ``heads`` of all ``layers`` make a whole number.
+        """
         return [prompt_length + new_tokens] * layers
 
     def state_tensors(self, state: Any) -> list[torch.Tensor]:

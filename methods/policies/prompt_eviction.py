@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from ..cache.prompt import ALL_QUERIES, Prompt
 from ..storage.base import slots_to_keep
 from . import ranking
 from .allocators.base import Allocator
+from .allocators.global_budget import Global
 from .allocators.uniform import Uniform
 from .budget import Budget, Recent, resolve_budget
 from .eviction_state import Candidates, EvictionState
@@ -95,6 +97,13 @@ class PromptEviction(CachePolicy):
         if self.schedule.evicts_by == "age":
             allowed = "must be above 0: method/schedule=ring keeps that many of the newest tokens"
             require(recent > 0, "method.recent", recent, allowed)
+        if not self.schedule.bounds_whole_heads and not (self.scorer.ranks_whole_heads and self.allocator == Global()):
+            raise InputError(
+                "method/schedule",
+                self.schedule.id,
+                "is for heads that keep the whole prompt or first and last tokens; use it with "
+                "method/scorer=duo_attention, method/allocator=global and method.allocator.floor=0",
+            )
         if self.rescores and self.scorer.prefill_only:
             raise InputError(
                 "method/schedule",
@@ -254,6 +263,16 @@ class PromptEviction(CachePolicy):
         """Return the prompt tokens that each layer keeps per head on average, protected ones included."""
         budget = resolve_budget(self.budget, prompt_length)
         return [prompt_length] * layers if prompt_length <= budget else self.limits(prompt_length, layers)
+
+    def share_of_whole_heads(self, prompt_length: int, layers: int, heads: int) -> Fraction:
+        """Return the share of heads that keep the whole prompt, for a scorer that ``ranks_whole_heads``."""
+        budget = resolve_budget(self.budget, prompt_length)
+        if prompt_length <= budget:
+            return Fraction(1)
+        recent = self.recent_of(budget)
+        sinks = min(self.sinks, budget - recent)
+        whole = layers * heads * (budget - sinks - recent) // (prompt_length - sinks - recent)
+        return Fraction(whole, layers * heads)
 
     def limits(self, prompt_length: int, layers: int) -> Sequence[int]:
         """Return the tokens that each layer may store per head after an eviction while decoding, on average."""

@@ -98,6 +98,9 @@ VARIANTS = [
     "chunkkv scorer@method.scorer.scorer=expected_attention scorer.chunk=5",
     "chunkkv scorer.scorer.granularity=query_head scorer.chunk=5 scorer.scorer.window=8 allocator=pyramid",
     "key_norm allocator=whole_layers allocator.first=1",
+    "duo_attention schedule=streaming_heads sinks=4 recent=7 storage=fp8",
+    "duo_attention schedule=streaming_heads sinks=4 recent=6 storage=dense",
+    "duo_attention schedule=streaming_heads sinks=4 recent=8",
 ]
 METHODS = NAMES + VARIANTS
 SLOW = {*VARIANTS} - {*VARIANTS[::3]}
@@ -317,7 +320,7 @@ def test_attention_is_over_exactly_the_tokens_held(text, chunk_size):
     layers_differ = isinstance(method.policy, EvictionPolicy) and method.policy.allocator.spans_layers
     for layer, witness in enumerate(witnesses):
         for row, prompt in zip(witness.held_columns(), prompts, strict=True):
-            expected = method.policy.kept_tokens(prompt.shape[1], fed, len(witnesses))[layer]
+            expected = method.policy.kept_tokens(prompt.shape[1], fed, len(witnesses), len(row))[layer]
             lengths = [len(head) for head in row]
             held[prompt] = held.get(prompt, 0) + sum(lengths) - expected * len(row)
             assert layers_differ or held[prompt] == 0

@@ -100,6 +100,8 @@ WHILE_DECODING = [
     "chunkkv budget=24 schedule=every_n schedule.n=5 scorer.chunk=4 scorer.scorer.window=8",
     "criticalkv budget=24 schedule=ring recent=6 scorer.scorer.window=8 allocator=adaptive storage=ragged",
     "h2o budget=24 schedule=ring recent=6 sinks=2",
+    "duo_attention budget=24 schedule=streaming_heads recent=6 sinks=2",
+    "duo_attention budget=24 schedule=streaming_heads recent=6 sinks=2 storage=dense",
     "streaming_llm budget=40 policy.mode=prefill_evict policy.reposition=false",
     "streaming_llm budget=24 policy.mode=prefill_evict policy.prefill_only=true",
     "h2o budget=24 schedule=after_prefill",
@@ -160,7 +162,8 @@ def products() -> list[str]:
     allocators = {name: name for name in yamls("method/allocator")}
     allocators["pyramid of heads"] = "adaptive allocator.layers=pyramid allocator.floor=0.0"
     schedules = {name: name for name in yamls("method/schedule")} | {"every_n": "every_n schedule.n=5"}
-    del schedules["after_prefill"], schedules["ring"]  # no token leaves while decoding, or none by its score
+    for name in ("after_prefill", "ring", "streaming_heads"):  # no token leaves while decoding, or none by its score
+        del schedules[name]
     out = []
     for scorer, settings in SCORERS.items():
         name = scorer if scorer in yamls("method") else "snapkv"  # not every scorer has snapkv's schedule

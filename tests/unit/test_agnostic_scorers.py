@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from golden import newer_entries
+from spy import watch
 from tiny_models import left_pad, prompt_ids, tiny_model
 
 from kvbench.conf.errors import InputError
 from kvbench.conf.versions import older_parts
 from kvbench.methods.cache.fan_out import FanOutCache
+from kvbench.methods.cache.kv_shape import kv_shape
 from kvbench.methods.cache.logits import LogitRule
 from kvbench.methods.cache.prompt import Prompt
 from kvbench.methods.cache.rotary import Rotary
@@ -215,6 +217,47 @@ def test_far_reaching_heads_keep_all_tokens_and_the_others_sinks_and_recent_ones
     held = sorted(int(n) for layer in cache.tokens_held for n in layer[0].expand(2))
     assert sum(held) == budget * count
     assert held[-3:-1] == [length] * 2 and held[: count - 4] == [sinks + recent] * (count - 4)
+
+
+@pytest.mark.parametrize("storage", ["ragged", "dense"])
+def test_streaming_heads_never_hold_more_than_first_and_last_tokens(storage):
+    """While decoding, in a batch: a streaming head holds the first and last positions, the others all of them."""
+    model, lengths, sinks, recent, steps = tiny_model(), (70, 41), 4, 8, 13
+    method = named_method(
+        f"duo_attention budget=0.5 sinks={sinks} recent={recent} schedule=streaming_heads storage={storage}"
+    )
+    assert method.label == "duo_attention 0.5 + streaming_heads"
+    count = len(model.model.layers) * model.config.num_key_value_heads
+    ids, mask = left_pad([prompt_ids(length, length) for length in lengths])
+    cache = method.new_cache(model)
+    witnesses = watch(cache, mask)
+    prefill(model, cache, ids, mask)
+    before = [witness.held_columns() for witness in witnesses]
+    for step in range(steps):
+        decode(model, cache, torch.full((2,), step))
+    n_whole = [0, 0]
+    for was, witness in zip(before, witnesses, strict=True):
+        for row, heads in enumerate(witness.held_columns()):
+            start = ids.shape[1] - lengths[row]
+            seen = list(range(start, ids.shape[1] + steps))  # all columns but pads
+            for kept, head in zip(was[row], heads, strict=True):
+                is_whole = len(kept) == lengths[row]
+                n_whole[row] += is_whole
+                assert head == (seen if is_whole else [*kept[: len(kept) - recent], *seen[-recent:]])
+    assert sum(len(head) == sinks + recent for layer in before for head in layer[0]) >= count - n_whole[0] - 1
+    for row, length in enumerate(lengths):
+        budget, shape = (length + 1) // 2, kv_shape(model.config, model.dtype)
+        assert n_whole[row] == count * (budget - sinks - recent) // (length - sinks - recent) > 0
+        token = shape.token_channels * shape.element_bytes
+        assert method.bytes_formula(shape, length, steps) == token * (count * budget + n_whole[row] * steps)
+
+
+def test_schedule_of_streaming_heads_is_for_heads_that_keep_all():
+    with pytest.raises(InputError, match=r"method/schedule=streaming_heads: .*duo_attention.*global"):
+        named_method("snapkv schedule=streaming_heads")
+    with pytest.raises(InputError, match="floor=0"):
+        named_method("duo_attention allocator.floor=0.1 schedule=streaming_heads")
+    assert named_method("duo_attention schedule=streaming_heads hold_budget=true").label == "duo_attention 0.5 + hold"
 
 
 # random ---------------------------------------------------------------------------------------------------------------

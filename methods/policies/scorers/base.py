@@ -44,6 +44,8 @@ class Scorer(HasIdentity):
     """Whether :meth:`update` needs only the mean of the weights over the query heads of a KV head (g = 1)."""
     scores_heads_alike: ClassVar[bool] = False
     """Whether all heads of a layer have the same scores, which then have H = 1."""
+    ranks_whole_heads: ClassVar[bool] = False
+    """Whether all tokens of a head have one score, so that heads of high scores keep the whole prompt."""
     may_be_negative: ClassVar[bool] = False
     """Whether scores may be negative, so that no other scorer can multiply them."""
     prefill_only: ClassVar[bool] = False
@@ -122,9 +124,7 @@ class Scorer(HasIdentity):
     def ranking_scores(
         self, scores: torch.Tensor, ties: torch.Tensor | None, count: int | torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the scores and tie-breaking scores by which the tokens of each head are ranked in the end.
-
-        An allocator has compared heads and layers by :meth:`score` before.
+        """Return scores and tie-breaking scores that rank the tokens of each head, whose budgets :meth:`score` has set.
 
         Args:
             scores, ties: [R, H, N], entries of :meth:`score` and :meth:`tie_scores` for the unprotected tokens.

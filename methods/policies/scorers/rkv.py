@@ -6,8 +6,7 @@ Section 3. The score of a token is ``weight * I - (1 - weight) * U``, with
   the softmax is over the tokens before the window only, and its mean over the queries is max-pooled;
 * the redundancy U: the softmax over all tokens of the mean cosine of a token's key with the other keys. For each key,
   the last of the keys more similar to it than ``similarity`` is left out, so that of several similar tokens the most
-  recent one is not held to be redundant. In the published code a key without similar ones leaves out the first token
-  instead (``shields_first``), a side effect of its index arithmetic.
+  recent one is not held to be redundant. In the published code a key without similar ones leaves out the first token.
 
 The authors compress every 128 tokens while decoding, and the prompt. The products of all pairs of keys are computed in
 blocks, in memory linear in the number of tokens; the time is quadratic.
