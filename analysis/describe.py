@@ -109,7 +109,7 @@ def setting(record: Mapping[str, Any], runs: Iterable[Run]) -> str:
         record: of one run of the group.
         runs: those shown. The layers that methods work on are named where those are not simply all layers of the model.
     """
-    identity = record["identity"]
+    identity, runs = record["identity"], list(runs)
     words = [identity["dtype"], f"on {identity['device']}"]
     hardware = identity.get("hardware")
     if hardware:
@@ -124,7 +124,7 @@ def setting(record: Mapping[str, Any], runs: Iterable[Run]) -> str:
         of_each = f"first {limit if fewest == limit else f'{fewest} to {limit}'} of each set"
         words.append(of_each if record["kind"] == "accuracy" else f"{limit} requests")
     words += [f"{key} {value}" for key, value in record.get("shown", {}).items() if value is not None]
-    if identity["seed"]:
+    if identity["seed"] and len({run.record["identity"]["seed"] for run in runs}) <= 1:
         words.append(f"seed {identity['seed']}")
     layers = by_compressed_layers(runs)
     if len(layers) > 1:

@@ -96,8 +96,8 @@ def bytes_held(loaded: LoadedModel, made: dict[str, Method], ids: torch.Tensor) 
     model = loaded.model
     caches = {label: m.new_cache(model, loaded.tokenizer) for label, m in made.items()}
     alone = [caches[label] for label, m in made.items() if not m.shares_prompt]
-    together = FanOutCache([caches[label] for label, m in made.items() if m.shares_prompt])
-    for cache in (together, *alone):
+    shared = [caches[label] for label, m in made.items() if m.shares_prompt]
+    for cache in [*([FanOutCache(shared)] if shared else []), *alone]:
         prefill(model, cache, ids)
         feed(model, cache, NEW_TOKENS)
     shape = kv_shape(model.config, model.dtype)

@@ -56,10 +56,10 @@ OF_ARM = {  # windows well below the sequences' length, and three layers of six 
     ("text", "sandwich"): ["method.sharing.kv_layers=3"],
 }
 RATES = {"recall": (2.5e-4, 5e-4, 1e-3), "text": (1e-3, 1.5e-3, 2.25e-3)}
-RATE_BELOW = {"recall": 1.25e-4}
+FALLBACK_RATE = {"recall": 1.25e-4}
 SOLVED_NATS = 1e-4  # a loss below it leaves nothing to learn
 NOT_ON_RECALL = ("gqa", "mla112")
-"""With two query heads grouped-query attention is multi-query attention, and the larger latent is as large as mqa."""
+"""With two query heads grouped-query attention is multi-query attention; one size of latents is enough there."""
 
 
 def train(task: str, arm: str, lr: float, seed: int, results: str) -> None:
@@ -78,8 +78,8 @@ def best(task: str, results: str) -> dict[str, list[Run]]:
 
 
 def lower_rate_may_help(task: str, record: dict[str, Any]) -> bool:
-    """Whether the training of seed 0 that is the best so far calls for ``RATE_BELOW``."""
-    if task not in RATE_BELOW or record["training"]["lr"] > min(RATES[task]):
+    """Whether the training of seed 0 that is the best so far calls for ``FALLBACK_RATE``."""
+    if task not in FALLBACK_RATE or record["training"]["lr"] > min(RATES[task]):
         return False
     return record["validation"]["loss"] >= SOLVED_NATS
 
@@ -108,7 +108,7 @@ def install(task: str, arms: list[str], results: str) -> None:
         target = ROOT / "models" / "tiny" / task / label
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(run.path / "model", target)
-        (target / "training.json").write_text(json.dumps(run.record, indent=1) + "\n", encoding="utf-8")
+        (target / "training.json").write_text(json.dumps(run.whole_record(), indent=1) + "\n", encoding="utf-8")
         print(f"{label}: lr {lr:g}, loss {run.record['validation']['loss']:.4f} -> {target.relative_to(ROOT)}")
 
 
@@ -122,8 +122,8 @@ def main() -> None:
     parser.add_argument("--install", action="store_true", help="train nothing; copy what is done to models/tiny")
     args = parser.parse_args()
     results = str(Path(args.results).resolve())
-    every = [arm for arm in ARMS if args.task != "recall" or arm not in NOT_ON_RECALL]
-    arms = args.only.split(",") if args.only else every
+    all_arms = [arm for arm in ARMS if args.task != "recall" or arm not in NOT_ON_RECALL]
+    arms = args.only.split(",") if args.only else all_arms
     if args.install:
         install(args.task, arms, results)
         return
@@ -131,7 +131,7 @@ def main() -> None:
         for lr in RATES[args.task]:
             train(args.task, arm, lr, 0, results)
         if lower_rate_may_help(args.task, best(args.task, results)[label_of(arm, args.task)][0].record):
-            train(args.task, arm, RATE_BELOW[args.task], 0, results)
+            train(args.task, arm, FALLBACK_RATE[args.task], 0, results)
     for seed in range(1, args.seeds + 1):
         for arm in arms:
             (first, *_) = best(args.task, results)[label_of(arm, args.task)]

@@ -95,17 +95,19 @@ def trained(group: Sequence[Run], context: Context) -> Iterator[FigureSpec]:
     """Perplexity of architectures trained alike against bytes per token, those that do not grow included."""
     if len({run.label for run in group}) < 2:
         return
-    points = []
+    points, seeds = [], []
     for runs in at_best_rate(group, reported=True).values():
         found = [run.record["validation"]["perplexity"] for run in runs]
         record = runs[0].record
         x = record["bytes"]["kv_bytes_per_token"] + record["bytes"]["kv_bytes_fixed"] / _sequence(record)
         paths = tuple(run.path for run in runs)
         points.append(Point(runs[0].curve, None, x, fmean(found), min(found), max(found), runs=paths))
+        seeds.append([run.record["identity"]["seed"] for run in runs])
     record = group[0].record
     sequence = _sequence(record)
     caption = [
         *settings_of(group),
+        *([f"Seeds {', '.join(map(str, seeds[0]))}."] if all(own == seeds[0] for own in seeds) else []),
         f"{record['training']['tokens']:,} tokens of training; each architecture at its best learning rate, chosen "
         "on the same held-out data by other seeds where there are any. Bars: least to greatest over the seeds. Grey: "
         "the Pareto front of the means.",

@@ -29,7 +29,7 @@ MIN_TIMED = 3  # methods that a figure of speed needs
 
 
 def pareto(group: Sequence[Run], context: Context) -> Iterator[FigureSpec]:
-    """Score, or its difference to the full cache, against the bytes held of the cache, or read by a step."""
+    """Score, or its difference to the full cache, against the memory of the cache or the bytes that a step reads."""
     if len(group) < 2:
         return
     y, points, left_out = _scores(group, context)
@@ -38,20 +38,20 @@ def pareto(group: Sequence[Run], context: Context) -> Iterator[FigureSpec]:
     left_out += dropped
     if not any(p.curve not in _baselines(context) for p in kept):
         return
-    record, what = group[0].record, "bytes read" if context.options.x == "read" else "memory"
+    record, quantity = group[0].record, "bytes read" if context.options.x == "read" else "memory"
     caption = [
         *settings_of(group),
         _what_bars_are(y),
         "Grey: the Pareto front; a point with a grey disc is not significantly different from it "
         "(its interval reaches the line).",
-        f"{what.capitalize()} {'is that' if what == 'memory' else 'are those'} of one sequence; points of methods with "
-        f"the same {what} stand side by side.",
+        f"{quantity.capitalize()} {'is that' if quantity == 'memory' else 'are those'} of one sequence; points of "
+        f"methods with the same {quantity} stand side by side.",
         *_left_out(left_out),
     ]
     yield _spec(
         "pareto",
         (group,),
-        f"Quality against {what}: {subject(record)}",
+        f"Quality against {quantity}: {subject(record)}",
         caption,
         (x_label, score_words(record, _with_y(context, y))),
         kept,

@@ -171,10 +171,10 @@ def panels_by_family(curves: Iterable[str], looks: Mapping[str, Look]) -> list[t
     return panels
 
 
-def _order(look: Look) -> list[tuple[bool, int, str]]:
-    """Return a key that sorts by words and whole numbers: ``Quest (64 read)`` before ``Quest (128 read)``."""
-    parts = re.findall(r"\d+|\D+", look.name.lower())
-    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
+def _order(look: Look) -> list[tuple[bool, float, str]]:
+    """Return a key that sorts by words and numbers: ``Quest (64 read)`` before ``Quest (128 read)``."""
+    parts = re.findall(r"\d+(?:\.\d+)?|\D+", look.name.lower())
+    return [(not part[0].isdigit(), float(part) if part[0].isdigit() else 0.0, part) for part in parts]
 
 
 def budget_words(budget: Budget) -> str:

@@ -46,6 +46,11 @@ def check_storage(method: str, policy: CachePolicy, storage: Storage) -> None:
             f"holds rounded tokens, and method={method} as configured lets tokens leave {when}, which would round the "
             "others again; use method/storage=dense, ragged, fp8 or turboquant, or method/schedule=after_prefill"
         )
+    elif keeps.heads_part and not stored.separates_heads:
+        problem = (
+            f"pads all heads of a layer to the longest, and under method={method} as configured some heads grow and "
+            "others do not; use method/storage=ragged"
+        )
     elif keeps.prefills_by_steps and stored.fits_prompt:
         problem = (
             f"computes its constants from the complete prompt, and method={method} as configured prefills token by "

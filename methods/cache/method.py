@@ -231,7 +231,8 @@ class Method(Options):
     def read_formula(self, model: PreTrainedModel) -> Callable[..., int]:
         """Return the bytes a decode step reads, as a function of the prompt's length and the new tokens (0).
 
-        Each cache layer counts once per layer of the model that attends over it.
+        Each cache layer counts once per layer of the model that attends over it. Layers that share a budget count with
+        their mean, which is exact if equally many layers attend over each of them.
         """
         plan, shape = plan_of(model.config.get_text_config()), model_shape(model)
         readers = {
@@ -247,9 +248,8 @@ class Method(Options):
         formula = self.storage.bytes_read_formula if read else self.storage.bytes_formula
         heads = shape.query_heads if self.policy.capabilities.stores_query_heads else shape.kv_heads
         tokens = self.policy.kept_tokens(prompt_length, new_tokens, shape.layers, heads)
-        # Means of heads may be fractions, but not the sum of their bytes.
         counted: list[Any] = [n for n, count in zip(tokens, repeats, strict=True) for _ in range(count)]
-        stored = int(formula(counted, heads, shape, new_tokens))
+        stored = round(formula(counted, heads, shape, new_tokens))  # means over heads may be fractions
         state = self.policy.state_bytes(shape, heads, prompt_length, new_tokens)
         return stored + state + shape.fixed_bytes(prompt_length + new_tokens)
 

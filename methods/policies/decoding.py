@@ -24,18 +24,18 @@ HEAD_SEED_STEP = 86_028_121
 """Difference of the seeds of two heads that are scored again as if they were rows."""
 
 
-def limit_each_head(state: EvictionState, bounds_whole_heads: bool) -> None:
-    """Limit each head to what the prompt's compression has left; those of a prompt within the budget stay alike.
+def limit_each_head(state: EvictionState, evicts_from_whole_heads: bool) -> None:
+    """Limit each head to what the prompt's compression has left; heads of a prompt within the budget keep its limit.
 
     Args:
         state: State of the layer, with the limits [B, 1] of its rows.
-        bounds_whole_heads: See :class:`.schedules.base.Schedule`.
+        evicts_from_whole_heads: See :class:`.schedules.base.Schedule`.
     """
     assert state.limit is not None and state.prompt is not None
     lengths, tokens = state.prompt.lengths[:, None], state.prompt.storage.tokens  # [B, 1] and [B, 1 or H]
     state.limit = torch.where(lengths > state.limit, tokens, state.limit)
     state.max_limit = int(state.limit.max())
-    if not bounds_whole_heads:
+    if not evicts_from_whole_heads:
         is_whole = tokens == lengths
         state.max_limit = max(state.limit[~is_whole].tolist(), default=UNLIMITED)
         state.limit = state.limit.masked_fill(is_whole, UNLIMITED)

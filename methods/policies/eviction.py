@@ -62,6 +62,7 @@ class EvictionPolicy(PromptEviction):
             ranks_tokens=True,
             keeps_positions=not self.scorer.repositions,
             heads_differ=self.allocator.heads_differ,
+            heads_part=not self.schedule.evicts_from_whole_heads,
             merges_values=self.scorer.merges_values,
             drops_stored=interval is not None or self.allocator.spans_layers or self.scorer.repeats_prompt,
             stores_query_heads=self.scorer.stores_query_heads,
@@ -157,7 +158,7 @@ class EvictionPolicy(PromptEviction):
         if self.keeps_ranks:
             state.position = lengths[:, None, None].float()
         elif self.allocator.heads_differ:
-            limit_each_head(state, self.schedule.bounds_whole_heads)
+            limit_each_head(state, self.schedule.evicts_from_whole_heads)
         state.begin_texts(lengths)
         state.intervals = [self._steps_between(n) for n in state.seen]
         state.store_prompt_queries(state.prompt.queries, [self._queries_held(n) for n in state.seen])
@@ -243,7 +244,7 @@ class EvictionPolicy(PromptEviction):
         limit = state.limit
         if self.keeps_ranks and self.allocator.heads_differ:  # tokens leave other heads than the new ones enter
             limit = storage.tokens + limit.clamp(max=steps)
-        elif not self.schedule.bounds_whole_heads:
+        elif not self.schedule.evicts_from_whole_heads:
             limit = torch.minimum(limit, storage.tokens + steps)
         state.move_scores(storage.make_static_within(limit, extra_slots, mask_heads))
         state.is_static = True
@@ -265,13 +266,13 @@ class EvictionPolicy(PromptEviction):
 
     # bytes --------------------------------------------------------------------------------------------------------
 
-    def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int, heads: int = 1) -> Sequence[int | Fraction]:
+    def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int, heads: int) -> Sequence[int | Fraction]:
         prompt_kept = self.layer_budgets(prompt_length, layers)
         if self.schedule.interval is None:
             return [kept + new_tokens for kept in prompt_kept]
-        if not self.schedule.bounds_whole_heads:
-            growing = self.share_of_whole_heads(prompt_length, layers, heads)
-            return [kept + growing * new_tokens for kept in prompt_kept]
+        if not self.schedule.evicts_from_whole_heads:
+            growing_share = self.share_of_whole_heads(prompt_length, layers, heads)
+            return [kept + growing_share * new_tokens for kept in prompt_kept]
         limits = self.limits(prompt_length, layers)
         n_unevicted = new_tokens % self._steps_between(prompt_length)  # generated since the last eviction
         evicted = [min(kept + new_tokens - n_unevicted, limit) for kept, limit in zip(prompt_kept, limits, strict=True)]

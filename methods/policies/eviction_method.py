@@ -50,7 +50,7 @@ class EvictionMethod(Method):
     def _holding_schedule(self) -> Schedule:
         """Return the schedule, or one that evicts at every step if tokens exceed the budget under it."""
         schedule = self.schedule or self.scorer.default_schedule
-        if not schedule.bounds_whole_heads:
+        if not schedule.evicts_from_whole_heads:
             return Hold()
         if schedule.evicts_every_step:
             return schedule

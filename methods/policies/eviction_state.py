@@ -59,7 +59,7 @@ class EvictionState:
         layer: The layer of the model.
         scorer_state: State of the scorer for the layer.
         limit: [B, 1 or H] int64, tokens that each row (or head) may store after an eviction.
-        max_limit: The largest limit, on the host.
+        max_limit: The largest limit of a head that evicts tokens, on the host.
         recent: [B, 1] int64, number of last tokens that are never evicted.
         position: [B, 1, 1] float32, position of the next token of each row, if ranks are stored.
         scores: [B, H, S] float32, running scores of a scorer that accumulates, or ranks (:mod:`.prompt_ranks`); None:

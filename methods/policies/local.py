@@ -133,5 +133,5 @@ class LocalAttention(CachePolicy):
         if state.steps % COMPACTION_INTERVAL_STEPS == 0:
             storage.compact()
 
-    def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int, heads: int = 1) -> Sequence[int]:
+    def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int, heads: int) -> Sequence[int]:
         return [self.span.held(prompt_length + new_tokens)] * layers

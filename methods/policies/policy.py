@@ -50,6 +50,7 @@ class PolicyCapabilities:
         ranks_tokens: Tokens are kept by score, so the tie-breaking rule is part of the method's identity.
         keeps_positions: A step attends over the stored tokens at their true positions.
         heads_differ: The heads of a layer keep different numbers of tokens; ``kept_tokens`` returns their mean.
+        heads_part: Some heads of a layer grow while others keep their length, so that padding would grow.
         merges_values: Values of evicted tokens are added to those that stay, so the storage must be able to.
         spans_layers: A layer's tokens depend on another layer, so every layer must own keys and values.
         stores_query_heads: Keys and values are stored per query head instead of per KV head.
@@ -71,6 +72,7 @@ class PolicyCapabilities:
     ranks_tokens: bool = False
     keeps_positions: bool = True
     heads_differ: bool = False
+    heads_part: bool = False
     merges_values: bool = False
     spans_layers: bool = False
     stores_query_heads: bool = False
@@ -268,11 +270,8 @@ class CachePolicy(HasIdentity):
         """Do the uncaptured work after a static step, in place."""
         return
 
-    def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int, heads: int = 1) -> Sequence[int | Fraction]:
-        """Return the tokens per head of each layer after a prompt and ``new_tokens`` steps, for the byte formulas.
-
-        Heads and layers that share a budget have their mean: all ``heads`` of all ``layers`` make a whole number.
-        """
+    def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int, heads: int) -> Sequence[int | Fraction]:
+        """Return the tokens per head of each layer after a prompt and ``new_tokens`` steps, or the mean over heads."""
         return [prompt_length + new_tokens] * layers
 
     def state_tensors(self, state: Any) -> list[torch.Tensor]:

@@ -94,16 +94,17 @@ class PromptEviction(CachePolicy):
             protected = " and ".join([*parts, f"method.sinks={sinks}"] if sinks else parts)
             allowed = f"must be at least {sinks + n_recent}, the tokens kept whatever their scores ({protected})"
             require(sinks + n_recent <= budget, "method.budget", budget, allowed)
-        if self.schedule.evicts_by == "age":
-            allowed = "must be above 0: method/schedule=ring keeps that many of the newest tokens"
-            require(recent > 0, "method.recent", recent, allowed)
-        if not self.schedule.bounds_whole_heads and not (self.scorer.ranks_whole_heads and self.allocator == Global()):
+        splits_heads = self.scorer.ranks_whole_heads and self.allocator == Global()
+        if not self.schedule.evicts_from_whole_heads and not splits_heads:
             raise InputError(
                 "method/schedule",
                 self.schedule.id,
                 "is for heads that keep the whole prompt or first and last tokens; use it with "
                 "method/scorer=duo_attention, method/allocator=global and method.allocator.floor=0",
             )
+        if self.schedule.evicts_by == "age":
+            allowed = f"must be above 0: method/schedule={self.schedule.id} keeps that many of the newest tokens"
+            require(recent > 0, "method.recent", recent, allowed)
         if self.rescores and self.scorer.prefill_only:
             raise InputError(
                 "method/schedule",
@@ -265,7 +266,10 @@ class PromptEviction(CachePolicy):
         return [prompt_length] * layers if prompt_length <= budget else self.limits(prompt_length, layers)
 
     def share_of_whole_heads(self, prompt_length: int, layers: int, heads: int) -> Fraction:
-        """Return the share of heads that keep the whole prompt, for a scorer that ``ranks_whole_heads``."""
+        """Return the share of heads that keep the whole prompt, for a scorer that ``ranks_whole_heads``.
+
+        It assumes that no two heads have exactly equal scores, which would share what is left of the budget.
+        """
         budget = resolve_budget(self.budget, prompt_length)
         if prompt_length <= budget:
             return Fraction(1)

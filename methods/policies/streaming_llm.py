@@ -287,7 +287,7 @@ class StreamingLLM(CachePolicy):
         if not self.prefill_only and state.steps % COMPACTION_INTERVAL_STEPS == 0:
             storage.compact()
 
-    def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int, heads: int = 1) -> Sequence[int]:
+    def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int, heads: int) -> Sequence[int]:
         budget = resolve_budget(self.budget, prompt_length)
         if self.prefill_only:
             return [min(prompt_length, budget) + new_tokens] * layers

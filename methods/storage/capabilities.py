@@ -17,6 +17,7 @@ class StorageCapabilities:
         adds_to_values: Stored values can be changed by :meth:`.base.LayerStorage.add_to_values`.
         reads_part: A decode step reads some of the tokens only, so several tokens at once are not equivalent to steps.
         needs: What the storage needs beyond a model and a prompt, shown when a run starts and recorded; empty: nothing.
+        separates_heads: Heads of different lengths are stored without padding.
         requires_same_tokens_across_layers: Layers share storage, so all of them must keep the same tokens.
         padding_bytes: Maximum bytes of a layer beyond the formula, because codes are packed in whole units.
     """
@@ -28,6 +29,7 @@ class StorageCapabilities:
     adds_to_values: bool = False
     reads_part: bool = False
     needs: str = ""
+    separates_heads: bool = False
     requires_same_tokens_across_layers: bool = False
     padding_bytes: int = 0
 

@@ -74,7 +74,7 @@ class Ragged(Storage):
 
     @cached_property
     def capabilities(self) -> StorageCapabilities:
-        return StorageCapabilities(lossless=True)
+        return StorageCapabilities(lossless=True, separates_heads=True)
 
     def new_layers(self, num_layers: int) -> Sequence[SegmentedLayer]:
         return [SegmentedLayer(DenseSegments) for _ in range(num_layers)]

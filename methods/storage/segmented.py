@@ -187,7 +187,7 @@ class SegmentedLayer(LayerStorage):
         if self._static is not None:
             self._static.drop(of_segments)
             return self.compact() if compact_now else None
-        if compact_now:  # after a prompt: all segments get room for what is to come
+        if compact_now:  # every segment is written again, with room for what is to come
             return super().drop(keep, compact_now)
         counts = of_segments.sum(-1).tolist()
         per_group = [sorted({counts[i] for i in index.tolist()}) for index, _ in self._groups]

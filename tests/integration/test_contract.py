@@ -98,8 +98,8 @@ VARIANTS = [
     "chunkkv scorer@method.scorer.scorer=expected_attention scorer.chunk=5",
     "chunkkv scorer.scorer.granularity=query_head scorer.chunk=5 scorer.scorer.window=8 allocator=pyramid",
     "key_norm allocator=whole_layers allocator.first=1",
-    "duo_attention schedule=streaming_heads sinks=4 recent=7 storage=fp8",
-    "duo_attention schedule=streaming_heads sinks=4 recent=6 storage=dense",
+    "duo_attention sinks=4 recent=7 storage=fp8",
+    "duo_attention sinks=4 recent=6 storage=dense schedule=hold",
     "duo_attention schedule=streaming_heads sinks=4 recent=8",
 ]
 METHODS = NAMES + VARIANTS

@@ -101,7 +101,6 @@ WHILE_DECODING = [
     "criticalkv budget=24 schedule=ring recent=6 scorer.scorer.window=8 allocator=adaptive storage=ragged",
     "h2o budget=24 schedule=ring recent=6 sinks=2",
     "duo_attention budget=24 schedule=streaming_heads recent=6 sinks=2",
-    "duo_attention budget=24 schedule=streaming_heads recent=6 sinks=2 storage=dense",
     "streaming_llm budget=40 policy.mode=prefill_evict policy.reposition=false",
     "streaming_llm budget=24 policy.mode=prefill_evict policy.prefill_only=true",
     "h2o budget=24 schedule=after_prefill",

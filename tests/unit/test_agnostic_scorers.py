@@ -219,13 +219,10 @@ def test_far_reaching_heads_keep_all_tokens_and_the_others_sinks_and_recent_ones
     assert held[-3:-1] == [length] * 2 and held[: count - 4] == [sinks + recent] * (count - 4)
 
 
-@pytest.mark.parametrize("storage", ["ragged", "dense"])
-def test_streaming_heads_never_hold_more_than_first_and_last_tokens(storage):
-    """While decoding, in a batch: a streaming head holds the first and last positions, the others all of them."""
+def test_streaming_heads_keep_their_length_and_the_others_grow():
+    """While decoding, in a batch: streaming heads hold first and last positions, one of them more, the others all."""
     model, lengths, sinks, recent, steps = tiny_model(), (70, 41), 4, 8, 13
-    method = named_method(
-        f"duo_attention budget=0.5 sinks={sinks} recent={recent} schedule=streaming_heads storage={storage}"
-    )
+    method = named_method(f"duo_attention budget=0.5 sinks={sinks} recent={recent} schedule=streaming_heads")
     assert method.label == "duo_attention 0.5 + streaming_heads"
     count = len(model.model.layers) * model.config.num_key_value_heads
     ids, mask = left_pad([prompt_ids(length, length) for length in lengths])
@@ -244,19 +241,28 @@ def test_streaming_heads_never_hold_more_than_first_and_last_tokens(storage):
                 is_whole = len(kept) == lengths[row]
                 n_whole[row] += is_whole
                 assert head == (seen if is_whole else [*kept[: len(kept) - recent], *seen[-recent:]])
-    assert sum(len(head) == sinks + recent for layer in before for head in layer[0]) >= count - n_whole[0] - 1
     for row, length in enumerate(lengths):
+        held = [len(head) for layer in before for head in layer[row]]
+        assert sum(n == sinks + recent for n in held) >= count - n_whole[row] - 1
         budget, shape = (length + 1) // 2, kv_shape(model.config, model.dtype)
         assert n_whole[row] == count * (budget - sinks - recent) // (length - sinks - recent) > 0
         token = shape.token_channels * shape.element_bytes
         assert method.bytes_formula(shape, length, steps) == token * (count * budget + n_whole[row] * steps)
 
 
-def test_schedule_of_streaming_heads_is_for_heads_that_keep_all():
+def test_streaming_heads_are_refused_where_no_head_keeps_all_or_heads_are_padded():
     with pytest.raises(InputError, match=r"method/schedule=streaming_heads: .*duo_attention.*global"):
         named_method("snapkv schedule=streaming_heads")
     with pytest.raises(InputError, match="floor=0"):
         named_method("duo_attention allocator.floor=0.1 schedule=streaming_heads")
+    for storage in ("dense", "fp8", "turboquant"):
+        with pytest.raises(InputError, match=f"method/storage={storage}.*: pads all heads.*use method/storage=ragged"):
+            named_method(f"duo_attention schedule=streaming_heads storage={storage}")
+    with pytest.raises(InputError, match="above 0: method/schedule=streaming_heads keeps that many"):
+        named_method("duo_attention schedule=streaming_heads recent=0")
+
+
+def test_a_held_budget_is_held_by_streaming_heads_too():
     assert named_method("duo_attention schedule=streaming_heads hold_budget=true").label == "duo_attention 0.5 + hold"
 
 

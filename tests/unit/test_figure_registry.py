@@ -21,7 +21,7 @@ from kvbench.analysis.figures.registry import (
     looks_of,
     method_key,
 )
-from kvbench.analysis.figures.spec import named
+from kvbench.analysis.figures.spec import named, panels_by_family
 
 ROOT = Path(__file__).resolve().parents[2]
 MIN_LAB_DISTANCE = 25.0
@@ -84,6 +84,14 @@ def test_methods_have_names_of_their_own_and_are_visible_on_white() -> None:
     names = [look.name for look in METHODS.values()]
     assert len(set(names)) == len(names)
     assert all(distance(look.color, "#ffffff") > MIN_LAB_DISTANCE for look in METHODS.values())
+
+
+def test_settings_stand_in_the_order_of_their_numbers() -> None:
+    curves = ["quest64", "quest1024", "quest512", "quest64 (page=8)", "quest64 (page=0.5)", "quest64 (page=0.25)"]
+    looks = looks_of(("quest", curve) for curve in curves)
+    assert panels_by_family(curves, looks) == [
+        ("", ["quest64", *(f"quest64 (page={n})" for n in (0.25, 0.5, 8)), "quest512", "quest1024"])
+    ]
 
 
 def drawn(look: Look) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import shutil
@@ -257,10 +258,11 @@ def test_data_sets_are_drawn_at_the_budget_that_most_methods_have(tmp_path: Path
     assert [spec.parts for spec in every] == [("budget", "128"), ("budget", "256")]
 
 
-def test_fixed_bytes_are_part_of_the_bytes_per_token(tmp_path: Path) -> None:
+def test_a_figure_of_trainings_has_fixed_bytes_and_names_the_seeds(tmp_path: Path) -> None:
     records = []
-    for name, per_token, fixed in (("yoco", 2048, 190464), ("mqa", 3072, 0)):
-        record = accuracy(name, None, 1.0, task="text")
+    arms = (("yoco", 2048, 190464), ("mqa", 3072, 0))
+    for (name, per_token, fixed), seed in itertools.product(arms, (3, 1)):
+        record = accuracy(name, None, 1.0, task="text", seed=seed)
         record |= {"kind": "train", "validation": {"perplexity": 4.0, "loss": 1.4, "accuracy": 0.5}}
         record["identity"] |= {"kind": "train", "train": {"lr": 0.001}}
         record["training"] = {
@@ -273,8 +275,11 @@ def test_fixed_bytes_are_part_of_the_bytes_per_token(tmp_path: Path) -> None:
         }
         record["bytes"] = {"kv_bytes_per_token": per_token, "kv_bytes_fixed": fixed}
         records.append(record | {"curve": [], "weights": {}})
-    points = only(made(tmp_path, *records), "trained").points
-    assert {p.curve: p.x for p in points} == {"yoco": 2048 + 190464 / 128, "mqa": 3072}
+    spec = only(made(tmp_path / "all", *records), "trained")
+    assert {p.curve: p.x for p in spec.points} == {"yoco": 2048 + 190464 / 128, "mqa": 3072}
+    assert "seed" not in spec.caption[0] and spec.caption[1] == "Seeds 1, 3."
+    some = only(made(tmp_path / "some", *records[1:]), "trained")  # of one arm seed 1 alone
+    assert not any("eeds 1" in sentence for sentence in some.caption)
 
 
 def test_step_times_and_footprint(tmp_path: Path) -> None:

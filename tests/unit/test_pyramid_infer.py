@@ -206,7 +206,7 @@ def test_it_is_the_naive_model(rule, lengths, monkeypatch):
         assert (ours - theirs).abs().max() < 1e-8, f"step {i}"
         for layer, held in enumerate(cache.tokens_held):
             assert held[:, 0].tolist() == [len(n.layers[layer].tokens) for n in naive]
-            expected = [rule.kept_tokens(p.shape[1], i + 1, 3)[layer] for p in prompts]
+            expected = [rule.kept_tokens(p.shape[1], i + 1, 3, 1)[layer] for p in prompts]
             assert held[:, 0].tolist() == expected
 
 

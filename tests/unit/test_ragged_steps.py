@@ -257,7 +257,7 @@ def test_ragged_steps_match_the_naive_simulator(scorer, allocator, interval, len
 
 @pytest.mark.parametrize("kept", [(0, 5, 20, 20), (0, 0, 0, 0), (20, 20, 20, 20), (3, 3, 20, 0), (7, 7, 7, 7)], ids=str)
 def test_tokens_leave_while_decoding_as_after_a_prompt(kept):
-    """While decoding only the heads that lose tokens are written again. A head may lose all, some or none of its 20."""
+    """A head may lose all, some or none of its 20 tokens; the storage then is the same whichever way they leave."""
     generator = torch.Generator().manual_seed(0)
     keys, values, new = (torch.randn(2, HEADS, n, D, generator=generator) for n in (20, 20, 1))
     decoding, prompt = (Ragged().new_layers(1)[0] for _ in range(2))
@@ -275,5 +275,5 @@ def test_tokens_leave_while_decoding_as_after_a_prompt(kept):
         for layer in (decoding, prompt):
             assert torch.equal(layer.read()[0][row, head, layer.slots - len(expected) :], expected)
     assert decoding.logical_bytes == prompt.logical_bytes
-    for found, whole in zip(decoding.read(), prompt.read(), strict=True):
-        assert found is whole is None or torch.equal(found, whole)
+    for left, expected in zip(decoding.read(), prompt.read(), strict=True):
+        assert left is expected is None or torch.equal(left, expected)

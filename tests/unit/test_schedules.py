@@ -129,7 +129,7 @@ def test_every_n_matches_the_naive_simulator(scorer, rule, window, n, interval, 
                 head.evict(scorer, min(window, interval) if scorer == "below" else window, sinks, recent)
             real = slice(None) if valid is None else valid.expand(1, 2, -1)[0, h]
             assert torch.equal(keys[0, h][real], torch.stack([head.keys[t] for t in head.held])), f"step {i}, head {h}"
-    assert policy.kept_tokens(LENGTH, STEPS, 1) == [len(heads[0].held)] == [BUDGET + STEPS % interval]
+    assert policy.kept_tokens(LENGTH, STEPS, 1, 1) == [len(heads[0].held)] == [BUDGET + STEPS % interval]
 
 
 @pytest.mark.parametrize("sinks", [0, 2])
@@ -179,7 +179,7 @@ def test_hold_evicts_what_ranked_lowest_in_the_prompt(scorer, rule, length, sink
                 held[h].remove(by_rank[0])
             real = slice(None) if valid is None else valid.expand(1, 2, -1)[0, h]
             assert torch.equal(keys[0, h][real], torch.stack([known[t] for t in held[h]])), f"step {i}, head {h}"
-    assert policy.kept_tokens(length, steps, 1) == [len(held[0])] == [BUDGET]
+    assert policy.kept_tokens(length, steps, 1, 1) == [len(held[0])] == [BUDGET]
 
 
 def test_ranks_are_the_order_in_which_a_smaller_budget_would_evict():
@@ -348,7 +348,7 @@ def test_rows_with_budgets_of_their_own_evict_at_steps_of_their_own(text):
         assert (together[row] - alone[0]).abs().max() < 1e-9
         expected = [budget + (i + 1) % interval for i in range(steps)]
         assert [h[row] for h in held] == [h[0] for h in held_alone] == expected
-        assert [sum(method.policy.kept_tokens(length, i + 1, 1)) for i in range(steps)] == expected
+        assert [sum(method.policy.kept_tokens(length, i + 1, 1, 1)) for i in range(steps)] == expected
     assert cache.kv_bytes_logical == sum(method.bytes_formula(model_shape(model), n, steps) for n in lengths)
 
 
@@ -356,7 +356,7 @@ def test_a_share_of_the_budget_is_not_a_number_of_steps():
     one, all_of_it = EveryN(1), EveryN(1.0)
     assert one.evicts_every_step and not all_of_it.evicts_every_step
     assert (one.steps_between(64), all_of_it.steps_between(64), EveryN(0.001).steps_between(64)) == (1, 64, 1)
-    assert EvictionPolicy(SnapKV(), 64, schedule=all_of_it).kept_tokens(100, 63, 1) == [127]
+    assert EvictionPolicy(SnapKV(), 64, schedule=all_of_it).kept_tokens(100, 63, 1, 1) == [127]
     assert Method("snapkv", EvictionPolicy(SnapKV(), 64, schedule=EveryN(0.5))).label == "snapkv 64 + every 0.5 budgets"
 
 

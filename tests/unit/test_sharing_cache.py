@@ -149,7 +149,7 @@ def test_attention_covers_exactly_the_stored_tokens(sharing, selection):
         for a, b in zip(together, logits, strict=True):
             assert (a[row] - b[0]).abs().max() < CLOSE
         for number, layer in enumerate(full):
-            expected = selection.kept_tokens(p.shape[1], 8, len(full))[number]
+            expected = selection.kept_tokens(p.shape[1], 8, len(full), alone.tokens_held[layer].shape[1])[number]
             assert alone.tokens_held[layer].double().mean() == expected
 
 

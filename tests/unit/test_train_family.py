@@ -43,6 +43,32 @@ def test_a_rate_is_chosen_among_the_trainings_on_one_task(script, monkeypatch):
         ("text", 1e-3, 1.4, False),
     ],
 )
-def test_a_lower_rate_is_tried_below_the_best_if_something_is_left_to_learn(script, task, lr, loss, helps):
+def test_a_lower_rate_may_help_if_something_is_left_to_learn(script, task, lr, loss, helps):
     record = {"training": {"lr": lr}, "validation": {"loss": loss}}
     assert script.lower_rate_may_help(task, record) is helps
+
+
+@pytest.mark.parametrize(("loss", "tried"), [(0.8, [2.5e-4, 5e-4, 1e-3, 1.25e-4]), (1e-6, [2.5e-4, 5e-4, 1e-3])])
+def test_all_rates_are_tried_with_seed_0_and_the_best_with_further_seeds(script, monkeypatch, loss, tried):
+    """The loss rises with the rate, down to a loss of ``loss`` at 2.5e-4 and a little less below."""
+    trained = []
+    monkeypatch.setattr(script, "train", lambda task, arm, lr, seed, results: trained.append((arm, lr, seed)))
+
+    def best(task, results):
+        rates = {lr for arm, lr, seed in trained if arm == "yoco" and seed == 0}
+        record = {"training": {"lr": min(rates)}, "validation": {"loss": loss}}
+        return {"yoco": [Run(Path(), record, "yoco")]}
+
+    monkeypatch.setattr(script, "best", best)
+    monkeypatch.setattr("sys.argv", ["train_family.py", "recall", "results", "--only", "yoco", "--seeds", "2"])
+    script.main()
+    assert trained == [*(("yoco", lr, 0) for lr in tried), *(("yoco", min(tried), seed) for seed in (1, 2))]
+
+
+def test_arms_that_say_nothing_on_recall_are_left_out(script, monkeypatch):
+    installed = []
+    monkeypatch.setattr(script, "install", lambda task, arms, results: installed.append(arms))
+    for task in ("recall", "text"):
+        monkeypatch.setattr("sys.argv", ["train_family.py", task, "results", "--install"])
+        script.main()
+    assert set(installed[1]) - set(installed[0]) == {"gqa", "mla112"}

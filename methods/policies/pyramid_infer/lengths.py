@@ -128,7 +128,7 @@ class PyramidLengths(CachePolicy):
         """Return the number of tokens exempt from further eviction, after a window is reduced to ``keep`` tokens."""
         return finalized + keep if self.trigger == "own_length" else length - recent
 
-    def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int, heads: int = 1) -> Sequence[int]:
+    def kept_tokens(self, prompt_length: int, new_tokens: int, layers: int, heads: int) -> Sequence[int]:
         return self.progress(prompt_length, new_tokens, layers).lengths
 
     def state_bytes(self, shape: KVShape, heads: int, prompt_length: int, new_tokens: int) -> int:

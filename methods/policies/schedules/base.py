@@ -14,8 +14,8 @@ class Schedule(HasIdentity):
 
     evicts_by: ClassVar[Literal["score", "age", "rank"]] = "score"
     """What decides while decoding: current scores; age, at each step; or the prompt's ranking, which is stored."""
-    bounds_whole_heads: ClassVar[bool] = True
-    """Whether a head that keeps the whole prompt evicts tokens while decoding, too."""
+    evicts_from_whole_heads: ClassVar[bool] = True
+    """Whether evictions while decoding reach heads that kept the whole prompt, too."""
 
     @property
     def interval(self) -> int | float | None:

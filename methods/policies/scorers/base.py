@@ -124,7 +124,7 @@ class Scorer(HasIdentity):
     def ranking_scores(
         self, scores: torch.Tensor, ties: torch.Tensor | None, count: int | torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return scores and tie-breaking scores that rank the tokens of each head, whose budgets :meth:`score` has set.
+        """Return scores and tie-breaking scores that rank the tokens within a head, once heads have their budgets.
 
         Args:
             scores, ties: [R, H, N], entries of :meth:`score` and :meth:`tie_scores` for the unprotected tokens.

@@ -9,7 +9,7 @@ once; here they are those of the prompt itself, so that nothing is stored beside
 All tokens of a head have its reach as their score; of equal scores the more recent token is kept. With
 ``method/allocator=global`` and no floor, the heads of the largest reach keep all tokens until the budget of the cache
 is used up, and the others the ``method.sinks`` first and ``method.recent`` last ones. With
-``method/schedule=streaming_heads`` these stay the last ones while tokens are generated, as in the paper.
+``method/schedule=streaming_heads`` these others evict their oldest recent token at each step, as in the paper.
 
 Legend: R rows of one prompt length, H_q query heads, H_kv KV heads, T tokens, P positions, D channels.
 """
