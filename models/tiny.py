@@ -2,7 +2,7 @@
 
 The members of a family have equal data, equal training tokens and (nearly) equal parameters.
 ``models/tiny/<training task>/<label>`` holds the files of ``save_pretrained`` and the record of the training
-(``training.json``); ``scripts/train_family.py`` trains them again. An installed package does not hold their 44 MB of
+(``training.json``); ``scripts/train_family.py`` trains them again. An installed package does not hold their 45 MB of
 weights: there they are read from ``tiny`` in the user's cache.
 """
 

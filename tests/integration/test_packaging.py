@@ -106,7 +106,7 @@ def folder_of(package: str, folders: dict[str, str]) -> str:
 
 
 def test_no_weights_are_package_data() -> None:
-    """44 MB of small models belong to the repository and not to a package."""
+    """45 MB of small models belong to the repository and not to a package."""
     folders = PROJECT["tool"]["setuptools"]["package-dir"]
     files = [
         path
