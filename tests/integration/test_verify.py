@@ -201,4 +201,4 @@ def test_no_record_is_an_error(tmp_path, capsys) -> None:
 def test_all_committed_records_agree() -> None:
     found = verify(REFERENCE)
     assert found.differing == [] and found.notes == [] and not found.left_out
-    assert found.intervals == {"percentile bootstrap": 2154, "midp": 2602, "t": 2148, "bounds": 147}
+    assert found.intervals == {"percentile bootstrap": 2129, "midp": 2622, "t": 2152, "bounds": 151}
