@@ -46,7 +46,7 @@ from kvbench.runners.engine import decode_step, generate, prefill
 from kvbench.runners.engine.compiled import CompiledDecoder, compile_decoder
 from kvbench.runners.engine.weights import prepack_linear_weights
 from kvbench.runners.measure.bandwidth import copy_bandwidth, read_bandwidth
-from kvbench.runners.measure.clock import now
+from kvbench.runners.measure.clock import Stopwatch, now
 from kvbench.runners.measure.time_pass import weight_bytes_read
 from kvbench.runners.records import provenance
 
@@ -126,10 +126,10 @@ def transformers_decode_seconds(model, ids: torch.Tensor, steps: int) -> float:
 
 def prefill_seconds(model, cache: KVCache, ids: torch.Tensor) -> tuple[float, float]:
     """(seconds of the whole prefill into a fresh cache, seconds of it spent in compressing)."""
-    marks: list[float] = []
-    with marked_by(lambda _: marks.append(now(DEVICE))):
+    compressions = Stopwatch(DEVICE)
+    with marked_by(compressions.mark):
         total = seconds(lambda: prefill(model, cache, ids))
-    return total, sum(after - before for before, after in zip(marks[::2], marks[1::2], strict=True))
+    return total, compressions.seconds_between_pairs() or 0.0
 
 
 def main() -> None:

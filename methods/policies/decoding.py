@@ -34,11 +34,9 @@ def limit_each_head(state: EvictionState, evicts_from_whole_heads: bool) -> None
     assert state.limit is not None and state.prompt is not None
     lengths, tokens = state.prompt.lengths[:, None], state.prompt.storage.tokens  # [B, 1] and [B, 1 or H]
     state.limit = torch.where(lengths > state.limit, tokens, state.limit)
-    state.max_limit = int(state.limit.max())
-    if not evicts_from_whole_heads:
-        is_whole = tokens == lengths
-        state.max_limit = max(state.limit[~is_whole].tolist(), default=UNLIMITED)
-        state.limit = state.limit.masked_fill(is_whole, UNLIMITED)
+    evicts = torch.full_like(tokens, True, dtype=torch.bool) if evicts_from_whole_heads else tokens < lengths
+    state.max_limit = max(state.limit[evicts].tolist(), default=UNLIMITED)
+    state.limit = state.limit.masked_fill(~evicts, UNLIMITED)
 
 
 def attend_with_weights(

@@ -130,8 +130,7 @@ class EvictionPolicy(PromptEviction):
             for row, one in zip(rows, of_rows, strict=True):
                 forwards[row] = one
             for state, scores, budget in zip(states, layer_scores, budgets, strict=True):
-                recent = self.recent_of(budget)
-                sinks = min(self.sinks, budget - recent)
+                sinks, recent = self.protected_of(budget)
                 candidates = scores[..., sinks : length - recent]  # [R, H, N]
                 state.candidates.append(Candidates(index, candidates, None, budget - sinks - recent, sinks, recent))
         compress_stored(self.allocator, self.scorer, states, self.keeps_ranks)

@@ -166,7 +166,7 @@ class PromptEviction(CachePolicy):
         budget = self.layer_budgets(prompt.length, prompt.num_layers)[prompt.layer_idx]
         if prompt.length <= budget and not self.stores_scores:
             return Kept()
-        recent = self.recent_of(budget, prompt.question_tokens)
+        sinks, recent = self.protected_of(budget, prompt.question_tokens)
         prompt, scorer_state = (
             replace(prompt, protected=recent, kept=budget),
             None if state is None else state.scorer_state,
@@ -175,7 +175,7 @@ class PromptEviction(CachePolicy):
             return Kept(scores=self.scorer.score(prompt, scorer_state))
 
         # The first `sinks` and the last `recent` tokens are kept whatever their scores.
-        sinks, end = min(self.sinks, budget - recent), prompt.length - recent
+        end = prompt.length - recent
         rows, kv_heads = prompt.keys.shape[:2]
         heads = prompt.query.shape[1] if self.scorer.stores_query_heads else kv_heads
         if budget == sinks + recent and not self.allocator.spans_layers:  # no other token can be kept
@@ -260,6 +260,11 @@ class PromptEviction(CachePolicy):
         recent = int(recent * budget) if isinstance(recent, float) else recent
         return min(recent, budget)
 
+    def protected_of(self, budget: int, question_tokens: int | None = None) -> tuple[int, int]:
+        """Return the numbers of first and of last tokens that are always kept within a layer's budget."""
+        recent = self.recent_of(budget, question_tokens)
+        return min(self.sinks, budget - recent), recent
+
     def layer_budgets(self, prompt_length: int, layers: int) -> Sequence[int]:
         """Return the prompt tokens that each layer keeps per head on average, protected ones included."""
         budget = resolve_budget(self.budget, prompt_length)
@@ -273,8 +278,7 @@ class PromptEviction(CachePolicy):
         budget = resolve_budget(self.budget, prompt_length)
         if prompt_length <= budget:
             return Fraction(1)
-        recent = self.recent_of(budget)
-        sinks = min(self.sinks, budget - recent)
+        sinks, recent = self.protected_of(budget)
         whole = layers * heads * (budget - sinks - recent) // (prompt_length - sinks - recent)
         return Fraction(whole, layers * heads)
 
